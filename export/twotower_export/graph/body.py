@@ -1,0 +1,212 @@
+"""Body: the nodes of one ONNX function, or of a main graph, as they are written.
+
+A thin layer over `onnx_ir.tape.Tape` that adds what writing a model by hand needs: shared
+constants, named values, casts that vanish where the dtype already fits, and calls of functions
+written before. It knows nothing about towers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.tape
+
+OPSET = 20
+"""Version of the standard operators: the newest that TensorRT's parser documents in full."""
+
+DOMAIN = "twotower"
+"""Domain of the functions in this file and of the plugins that can replace three of them."""
+
+FLOAT = ir.DataType.FLOAT
+INT32 = ir.DataType.INT32
+INT64 = ir.DataType.INT64
+
+
+class Operators:
+    """`op.Mul(x, y)` writes a node to the tape and returns its output.
+
+    Keywords are attributes; `_outputs=n` asks for a tuple of n outputs.
+    """
+
+    def __init__(self) -> None:
+        self.tape = ir.tape.Tape()
+
+    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+        def write(*args: ir.Value, _outputs: int | None = None, **attributes: Any) -> Any:
+            if _outputs is None:
+                return self.tape.op(op_type, args, attributes)
+            return self.tape.op_multi_out(op_type, args, attributes, num_outputs=_outputs)
+
+        return write
+
+
+@dataclass
+class Body:
+    """Nodes in the order in which they are written; `body.op.Mul(x, y)` adds one.
+
+    Args:
+        dtype: what the model computes in ("T" in docstrings); `up` and `down` go between it and
+            float32 and are no nodes at all where T is float32.
+    """
+
+    dtype: ir.DataType
+    op: Operators = field(default_factory=Operators)
+    _constants: dict[str, ir.Value] = field(default_factory=dict)
+
+    def const(self, value: Any, dtype: ir.DataType) -> ir.Value:
+        """A constant; equal ones are one node."""
+        array = np.asarray(value)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
+        key = f"const_{dtype.name}_{'x'.join(map(str, array.shape))}_{digest}".lower()
+        if key not in self._constants:
+            tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=key)
+            made: ir.Value = self.op.Constant(value=tensor)
+            made.name = key
+            self._constants[key] = made
+        return self._constants[key]
+
+    def f32(self, value: Any) -> ir.Value:
+        """A float32 constant."""
+        return self.const(value, FLOAT)
+
+    def i32(self, value: Any) -> ir.Value:
+        """An int32 constant."""
+        return self.const(value, INT32)
+
+    def i64(self, value: Any) -> ir.Value:
+        """An int64 constant, as axes and shapes are."""
+        return self.const(value, INT64)
+
+    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """`x` in another dtype."""
+        made: ir.Value = self.op.Cast(x, to=dtype)
+        return made
+
+    def up(self, x: ir.Value) -> ir.Value:
+        """T -> float32."""
+        return x if self.dtype == FLOAT else self.cast(x, FLOAT)
+
+    def down(self, x: ir.Value) -> ir.Value:
+        """float32 -> T."""
+        return x if self.dtype == FLOAT else self.cast(x, self.dtype)
+
+    def reshape(self, x: ir.Value, *dims: int) -> ir.Value:
+        """Reshape to fixed sizes; 0 keeps that dimension of `x`, -1 is inferred."""
+        made: ir.Value = self.op.Reshape(x, self.i64(list(dims)))
+        return made
+
+    def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
+        """New dimensions of size one."""
+        made: ir.Value = self.op.Unsqueeze(x, self.i64(list(axes)))
+        return made
+
+    def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
+        """Dimensions of `x` in another order."""
+        made: ir.Value = self.op.Transpose(x, perm=list(perm))
+        return made
+
+    def slice(self, x: ir.Value, start: int, end: int | None, axis: int) -> ir.Value:
+        """`x[start:end]` along one axis; an end of None means to its end."""
+        stop = np.iinfo(np.int64).max if end is None else end
+        made: ir.Value = self.op.Slice(x, self.i64([start]), self.i64([stop]), self.i64([axis]))
+        return made
+
+    def linear(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """`x @ weight.T`; x [..., in], weight [out, in]."""
+        made: ir.Value = self.op.MatMul(x, self.transpose(weight, 1, 0))
+        return made
+
+    def silu(self, x: ir.Value) -> ir.Value:
+        """x * sigmoid(x)."""
+        made: ir.Value = self.op.Mul(x, self.op.Sigmoid(x))
+        return made
+
+    def size(self, x: ir.Value, axis: int) -> ir.Value:
+        """Size of one dimension as an int64 tensor of shape [1]."""
+        made: ir.Value = self.op.Shape(x, start=axis, end=axis + 1)
+        return made
+
+    def arange(self, size: ir.Value) -> ir.Value:
+        """0, 1, .. size - 1 as int32; size int64 [1].
+
+        The range is int64: ONNX Runtime refuses an int32 one over a size that it knows.
+        """
+        return self.cast(self.op.Range(self.i64(0), self.op.Squeeze(size), self.i64(1)), INT32)
+
+    def call(
+        self,
+        function: ir.Function,
+        inputs: Sequence[ir.Value],
+        name: str | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> Sequence[ir.Value]:
+        """A node that calls `function`; its outputs in order, named `outputs` where given.
+
+        A function's attributes describe it to plugins and are repeated on every call.
+        """
+        made: Sequence[ir.Value] = self.op.tape.op_multi_out(
+            function.name,
+            inputs,
+            {name: attr.value for name, attr in function.attributes.items()},
+            num_outputs=len(function.outputs),
+            domain=function.domain,
+            version=1,
+            name=name,
+        )
+        for value, value_name in zip(made, outputs or (), strict=bool(outputs)):
+            value.name = value_name
+        return made
+
+    def function(
+        self,
+        name: str,
+        inputs: Sequence[ir.Value],
+        outputs: Mapping[str, ir.Value],
+        doc: str,
+        attributes: Mapping[str, int | float | str] | None = None,
+    ) -> ir.Function:
+        """The nodes written so far as a function of the domain `twotower`.
+
+        Args:
+            attributes: what a plugin of the same name must be told. The body does not read them:
+                it is written for one model's sizes.
+        """
+        nodes = prefixed(self.op.tape.nodes, name)
+        for output_name, value in outputs.items():
+            value.name = output_name
+        graph = ir.Graph(
+            list(inputs),
+            list(outputs.values()),
+            nodes=nodes,
+            opset_imports={"": OPSET, DOMAIN: 1},
+            name=name,
+            doc_string=doc,
+        )
+        given = dict(attributes or {})
+        if given:
+            given |= {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+        attrs = {key: ir.convenience.convert_attribute(key, value) for key, value in given.items()}
+        return ir.Function(DOMAIN, name, graph=graph, attributes=attrs)
+
+
+def prefixed(nodes: Sequence[ir.Node], prefix: str) -> list[ir.Node]:
+    """Gives nameless nodes and values stable names: `<op>_<n>`, counted per operator."""
+    counts: dict[str, int] = {}
+    for node in nodes:
+        count = counts.get(node.op_type, 0)
+        counts[node.op_type] = count + 1
+        stem = f"{node.op_type.lower()}_{count}"
+        node.name = node.name or f"{prefix}/{stem}"
+        for index, value in enumerate(node.outputs):
+            value.name = value.name or (stem if len(node.outputs) == 1 else f"{stem}_{index}")
+    return list(nodes)
+
+
+def inputs(*names: str) -> list[ir.Value]:
+    """Inputs of a function: ONNX functions take any dtype and shape."""
+    return [ir.Value(name=name) for name in names]

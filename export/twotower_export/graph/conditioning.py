@@ -1,0 +1,91 @@
+"""Time conditioning of the denoiser: how masked a block still is, as shift, scale and gate.
+
+NVIDIA's `modeling_nemotron_twotower.py`: t is the masked fraction, rounded to the model's dtype
+before and after its multiplication by 1000; frequencies and angles are float32 whatever the model's
+dtype (15 of 16 masked is 936 in bfloat16, not 937.5).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from twotower_export.config import ModelConfig
+from twotower_export.graph.body import FLOAT, INT32, Body, inputs
+
+WEIGHTS = (
+    "t_embedder.mlp.0.weight",
+    "t_embedder.mlp.0.bias",
+    "t_embedder.mlp.2.weight",
+    "t_embedder.mlp.2.bias",
+    "t_block.1.weight",
+    "t_block.1.bias",
+)
+"""Weights of the embedder, in the order in which its function takes them; names as stored."""
+
+
+def time_embedding(
+    config: ModelConfig, dtype: ir.DataType, rounding: ir.DataType, mask_id: int
+) -> ir.Function:
+    """`twotower::TimeEmbedding`: the masked fraction of each row as three vectors.
+
+    Args:
+        rounding: the checkpoint's dtype. A float32 graph of a bfloat16 checkpoint rounds t as that
+            checkpoint was trained to see it.
+
+    Inputs: ids [B, S] int32; lengths [B] int32; `WEIGHTS`. Output: [B, 3, hidden] T.
+    """
+    b = Body(dtype)
+    args = inputs("ids", "lengths", *WEIGHTS)
+    ids, lengths, *weights = args
+
+    def rounded(x: ir.Value) -> ir.Value:
+        return x if rounding == FLOAT else b.cast(b.cast(x, rounding), FLOAT)
+
+    steps = b.arange(b.size(ids, 1))
+    inside = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))
+    masked = b.op.And(inside, b.op.Equal(ids, b.i32(mask_id)))
+    count = b.op.ReduceSum(b.cast(masked, INT32), b.i64([1]), keepdims=1)
+    size = b.op.Max(b.unsqueeze(lengths, 1), b.i32(1))
+    fraction = rounded(b.op.Div(b.cast(count, FLOAT), b.cast(size, FLOAT)))  # [B, 1]
+    time = rounded(b.op.Mul(fraction, b.f32(1000.0)))
+
+    half = config.time_frequency_dim // 2
+    frequency = np.exp(np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / half)
+    angle = b.op.Mul(time, b.f32(frequency.reshape(1, half)))
+    features = rounded(b.op.Concat(b.op.Cos(angle), b.op.Sin(angle), axis=1))
+
+    def dense(x: ir.Value, weight: ir.Value, bias: ir.Value) -> ir.Value:
+        made: ir.Value = b.op.Add(b.linear(x, weight), bias)
+        return made
+
+    hidden = dense(b.down(features), *weights[0:2])
+    hidden = dense(b.silu(hidden), *weights[2:4])
+    embedding = dense(b.silu(hidden), *weights[4:6])
+    output = b.reshape(embedding, 0, 3, config.hidden_size)
+    return b.function(
+        "TimeEmbedding", args, {"embedding": output}, "Masked fraction -> (shift, scale, gate)."
+    )
+
+
+def modulation(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
+    """`twotower::Modulation`: one layer's shift, scale and gate.
+
+    A row that is not conditioned gets (0, 0, 1), with which a denoiser layer is a plain one: the
+    pass that mock-AR makes.
+
+    Inputs: embedding [B, 3, hidden] T; table [3, hidden]; conditioned [B] int32.
+    Outputs: scale (1 + scale), shift, gate, each [B, 1, hidden] T.
+    """
+    b = Body(dtype)
+    args = inputs("embedding", "table", "conditioned")
+    embedding, table, conditioned = args
+    both = b.op.Add(embedding, b.unsqueeze(table, 0))
+    neutral = np.array([0.0, 0.0, 1.0]).reshape(1, 3, 1)
+    on = b.op.Greater(b.unsqueeze(conditioned, 1, 2), b.i32(0))
+    both = b.op.Where(on, both, b.const(neutral, dtype))
+    shift, scale, gate = b.op.Split(both, b.i64([1, 1, 1]), axis=1, _outputs=3)
+    outputs = {"scale": b.op.Add(scale, b.const(1.0, dtype)), "shift": shift, "gate": gate}
+    return b.function("Modulation", args, outputs, "Shift, scale and gate of one denoiser layer.")

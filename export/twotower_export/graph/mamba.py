@@ -1,0 +1,186 @@
+"""Mamba-2: the seeded block step and the layers around it.
+
+The scan over a block is written as one masked matrix product, quadratic in the block, because it is
+exact in float32 and made of ordinary operators (Dao and Gu, "Transformers are SSMs", section 6:
+the dual form). Rounding points follow NVIDIA's `modeling_nemotron_h.py` in block mode: everything
+inside the scan is float32, its result is rounded to T before the gated norm.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from twotower_export.config import ModelConfig
+from twotower_export.graph.body import FLOAT, Body, inputs
+
+NEVER = -1e30
+"""Exponent of what may not be seen: exp gives an exact 0, and no arithmetic on it gives NaN."""
+
+
+def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
+    """`twotower::MambaBlockStep`: convolution, scan and gated norm over one block.
+
+    Inputs: projected [B, L, d_inner + conv_dim + H] T (z | xBC | dt); conv_state [B, 3, conv_dim] T
+    (raw xBC, newest last); ssm_state [B, H, P, N] float32; lengths [B] int32; conv_weight
+    [conv_dim, 4]; conv_bias [conv_dim]; dt_bias, A_log, D [H]; norm_weight [d_inner].
+    Outputs: y [B, L, d_inner] T; both new states. Positions at or past a row's length leave the
+    states as they are (dt = 0).
+    """
+    b = Body(dtype)
+    names = (
+        "projected conv_state ssm_state lengths conv_weight conv_bias dt_bias A_log D norm_weight"
+    )
+    args = inputs(*names.split())
+    projected, conv_state, ssm_state, lengths = args[:4]
+    conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight = args[4:]
+    d_inner, conv_dim = config.d_inner, config.conv_dim
+    H, P = config.mamba_num_heads, config.mamba_head_dim
+    G, N = config.n_groups, config.ssm_state_size
+    J = H // G  # heads that share one group's B and C
+
+    z, xbc, dt = b.op.Split(projected, b.i64([d_inner, conv_dim, H]), axis=2, _outputs=3)
+
+    history = b.op.Concat(conv_state, xbc, axis=1)
+    convolved = _convolve(b, history, conv_weight, conv_bias, config.conv_kernel)
+    x, B, C = b.op.Split(convolved, b.i64([d_inner, G * N, G * N]), axis=2, _outputs=3)
+    x = b.transpose(b.reshape(x, 0, -1, G, J, P), 0, 2, 3, 1, 4)  # [B, G, J, L, P]
+    B = b.transpose(b.reshape(B, 0, -1, G, N), 0, 2, 1, 3)  # [B, G, L, N]
+    C = b.transpose(b.reshape(C, 0, -1, G, N), 0, 2, 1, 3)
+
+    steps = b.arange(b.size(projected, 1))  # [L]
+    valid = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))  # [B, L]
+    dt = b.op.Softplus(b.op.Add(b.up(dt), b.cast(dt_bias, FLOAT)))
+    dt = b.op.Mul(dt, b.unsqueeze(b.cast(valid, FLOAT), 2))  # [B, L, H]
+    rate = b.op.Neg(b.op.Exp(b.cast(a_log, FLOAT)))  # A [H]
+    total = b.op.CumSum(b.op.Mul(dt, rate), b.i64(1))  # log of the decay since the block began
+    total = b.transpose(b.reshape(total, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
+    dt = b.transpose(b.reshape(dt, 0, -1, G, J), 0, 2, 3, 1)
+    dx = b.op.Mul(x, b.unsqueeze(dt, 4))  # [B, G, J, L, P]
+
+    seed = b.reshape(ssm_state, 0, G, J * P, N)
+    y = b.op.Add(_within_block(b, B, C, total, steps, dx), _from_seed(b, C, seed, total, (J, P)))
+    y = b.op.Add(y, b.op.Mul(b.reshape(b.cast(d_skip, FLOAT), G, J, 1, 1), x))
+    y = b.down(b.reshape(b.transpose(y, 0, 3, 1, 2, 4), 0, -1, d_inner))
+
+    return b.function(
+        "MambaBlockStep",
+        args,
+        {
+            "y": _gated_norm(b, y, z, norm_weight, config),
+            "conv_state_new": _newest(b, history, lengths),
+            "ssm_state_new": _end_state(b, B, seed, total, dx, config),
+        },
+        "Mamba-2 over one block of at most 256 tokens: causal convolution with a history of three, "
+        "selective scan seeded by ssm_state, gated group norm.",
+        {"n_groups": G, "epsilon": config.norm_eps},
+    )
+
+
+def _convolve(
+    b: Body, history: ir.Value, weight: ir.Value, bias: ir.Value, kernel: int
+) -> ir.Value:
+    """Depthwise causal convolution and SiLU; [B, 3 + L, conv_dim] T -> [B, L, conv_dim] float32."""
+    history, weight = b.up(history), b.cast(weight, FLOAT)
+    convolved = b.cast(bias, FLOAT)
+    for k in range(kernel):  # index 3 multiplies the current token
+        tap = b.slice(history, k, k - kernel + 1 or None, axis=1)
+        channel = b.op.Squeeze(b.slice(weight, k, k + 1, axis=1), b.i64([1]))
+        convolved = b.op.Add(convolved, b.op.Mul(tap, channel))
+    return b.up(b.down(b.silu(convolved)))
+
+
+def _within_block(
+    b: Body, B: ir.Value, C: ir.Value, total: ir.Value, steps: ir.Value, dx: ir.Value
+) -> ir.Value:
+    """What each token receives from the block itself; [B, G, J, L, P]."""
+    causal = b.op.GreaterOrEqual(b.unsqueeze(steps, 1), b.unsqueeze(steps, 0))  # [L, L]
+    since = b.op.Sub(b.unsqueeze(total, 4), b.unsqueeze(total, 3))
+    decay = b.op.Exp(b.op.Where(causal, since, b.f32(NEVER)))  # [B, G, J, L, L]
+    similarity = b.op.MatMul(C, b.transpose(B, 0, 1, 3, 2))  # [B, G, L, L]
+    made: ir.Value = b.op.MatMul(b.op.Mul(b.unsqueeze(similarity, 2), decay), dx)
+    return made
+
+
+def _from_seed(
+    b: Body, C: ir.Value, seed: ir.Value, total: ir.Value, sizes: tuple[int, int]
+) -> ir.Value:
+    """What each token receives from the state before the block; [B, G, J, L, P]."""
+    J, P = sizes
+    read = b.op.MatMul(C, b.transpose(seed, 0, 1, 3, 2))  # [B, G, L, J * P]
+    shape = b.op.Concat(b.size(read, 0), b.size(read, 1), b.size(read, 2), b.i64([J, P]), axis=0)
+    read = b.transpose(b.op.Reshape(read, shape), 0, 1, 3, 2, 4)
+    made: ir.Value = b.op.Mul(read, b.unsqueeze(b.op.Exp(total), 4))
+    return made
+
+
+def _end_state(
+    b: Body, B: ir.Value, seed: ir.Value, total: ir.Value, dx: ir.Value, config: ModelConfig
+) -> ir.Value:
+    """The state after the block; [B, H, P, N]."""
+    G, P, N = config.n_groups, config.mamba_head_dim, config.ssm_state_size
+    J = config.mamba_num_heads // G
+    end = b.slice(total, -1, None, axis=3)  # [B, G, J, 1]: past a row's length dt is 0
+    until_end = b.op.Exp(b.op.Sub(end, total))
+    weighted = b.transpose(b.op.Mul(dx, b.unsqueeze(until_end, 4)), 0, 1, 2, 4, 3)
+    gained = b.op.MatMul(b.op.Reshape(weighted, _joined(b, weighted)), B)  # [B, G, J * P, N]
+    kept = b.op.Mul(b.reshape(seed, 0, G, J, P, N), b.unsqueeze(b.op.Exp(end), 4))
+    state = b.op.Add(b.reshape(kept, 0, G, J * P, N), gained)
+    return b.reshape(state, 0, G * J, P, N)
+
+
+def _joined(b: Body, x: ir.Value) -> ir.Value:
+    """Shape of x [B, G, J, P, L] with J and P as one dimension."""
+    made: ir.Value = b.op.Concat(b.i64([0, 0, -1]), b.size(x, 4), axis=0)
+    return made
+
+
+def _newest(b: Body, history: ir.Value, lengths: ir.Value) -> ir.Value:
+    """The three raw columns that end at each row's length; [B, 3 + L, conv_dim] -> [B, 3, ...]."""
+    columns = b.op.Add(b.unsqueeze(lengths, 1), b.i32([[0, 1, 2]]))
+    index = b.unsqueeze(b.cast(columns, ir.DataType.INT64), 2)
+    made: ir.Value = b.op.GatherND(history, index, batch_dims=1)
+    return made
+
+
+def _gated_norm(
+    b: Body, y: ir.Value, z: ir.Value, weight: ir.Value, config: ModelConfig
+) -> ir.Value:
+    """u = y * silu(z), then RMS norm within each group (norm_before_gate is false)."""
+    gated = b.op.Mul(b.up(y), b.silu(b.up(z)))
+    groups = b.reshape(gated, 0, -1, config.n_groups, config.d_inner // config.n_groups)
+    mean = b.op.ReduceMean(b.op.Mul(groups, groups), b.i64([-1]), keepdims=1)
+    normed = b.op.Div(groups, b.op.Sqrt(b.op.Add(mean, b.f32(config.norm_eps))))
+    normed = b.reshape(normed, 0, -1, config.d_inner)
+    return b.down(b.op.Mul(normed, b.cast(weight, FLOAT)))
+
+
+MIXER_WEIGHTS = (
+    "in_proj.weight",
+    "conv1d.weight",
+    "conv1d.bias",
+    "dt_bias",
+    "A_log",
+    "D",
+    "norm.weight",
+    "out_proj.weight",
+)
+"""Weights of one Mamba mixer, in the order in which its function takes them."""
+
+
+def mamba_mixer(config: ModelConfig, dtype: ir.DataType, step: ir.Function) -> ir.Function:
+    """`twotower::MambaMixer`: projection, block step, projection.
+
+    Inputs: x [B, L, hidden] T; conv_state; ssm_state; lengths; `MIXER_WEIGHTS`.
+    Outputs: y [B, L, hidden] T; both new states.
+    """
+    b = Body(dtype)
+    args = inputs("x", "conv_state", "ssm_state", "lengths", *MIXER_WEIGHTS)
+    x, conv_state, ssm_state, lengths, in_proj, *inner, out_proj = args
+    projected = b.linear(x, in_proj)
+    y, conv_new, ssm_new = b.call(step, [projected, conv_state, ssm_state, lengths, *inner])
+    outputs = {
+        "y": b.linear(y, out_proj),
+        "conv_state_new": conv_new,
+        "ssm_state_new": ssm_new,
+    }
+    return b.function("MambaMixer", args, outputs, "Mamba-2 mixer over one block.")

@@ -1,0 +1,19 @@
+"""RMS norm, float32 inside and multiplied by its weight before it is rounded."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from twotower_export.config import ModelConfig
+from twotower_export.graph.body import FLOAT, Body, inputs
+
+
+def rms_norm(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
+    """`twotower::RMSNorm`; inputs: x [.., hidden] T, weight [hidden]; output T."""
+    b = Body(dtype)
+    args = inputs("x", "weight")
+    x, weight = b.up(args[0]), b.cast(args[1], FLOAT)
+    mean = b.op.ReduceMean(b.op.Mul(x, x), b.i64([-1]), keepdims=1)
+    normed = b.op.Div(x, b.op.Sqrt(b.op.Add(mean, b.f32(config.norm_eps))))
+    outputs = {"y": b.down(b.op.Mul(normed, weight))}
+    return b.function("RMSNorm", args, outputs, "x / sqrt(mean(x^2) + epsilon) * weight.")

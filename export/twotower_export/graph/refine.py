@@ -1,0 +1,227 @@
+"""`twotower::RefineBlock`: one step of iterative refinement, from logits to block ids.
+
+The rules are NVIDIA's `generate_mask_diffusion` (policy `threshold`); `factor` is Fast-dLLM's
+dynamic threshold (Wu et al. 2025, section 3.3), `entropy` the bound of EB-Sampler (Ben-Hamu et al.
+2025). This body is the reference: kernels must take the same decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from twotower_export.graph.body import FLOAT, INT32, INT64, Body, inputs
+
+POLICIES = ("threshold", "quota", "factor", "entropy", "leftmost")
+"""Policies by number, as the input `policy` gives them."""
+
+PRIME = 2**31 - 1
+"""The noise is computed in the field of this many elements: products of two fit an int64."""
+
+EXCLUDED = -np.inf
+"""Logit of the mask token. (NVIDIA's -1e12 would predict it where all others are lower still.)"""
+
+LEAST_LOG_P = -1e12
+"""Bound on the log probability of what has no probability: 0 * -inf is not a number."""
+
+BEFORE_ANY = 3e38
+"""Sort key of a position that is not to be committed: after every real one."""
+
+ROW_INPUTS = ("lengths", "threshold", "steps_left", "temperature", "policy", "seed")
+
+
+def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
+    """The op; logits may be T or float32.
+
+    Inputs: logits [B, S, V]; ids [B, S] int32; per row [B]: lengths int32 (0: inactive), threshold
+    float32 (policy `factor`: the factor; `entropy`: the bound in nats), steps_left int32,
+    temperature float32, policy int32, seed int32 (not negative).
+    Outputs: new_ids [B, S] int32; confidence [B, S] float32 (+inf where nothing was masked);
+    committed [B, S] int32; still_masked [B] int32, -1 where a masked position's logits hold a NaN:
+    such a row commits nothing.
+    """
+    b = Body(dtype)
+    args = inputs("logits", "ids", *ROW_INPUTS)
+    logits, ids, lengths, threshold, steps_left, temperature, policy, seed = args
+    steps = b.arange(b.size(ids, 1))  # [S]
+    inside = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))
+    masked = b.op.And(inside, b.op.Equal(ids, b.i32(mask_id)))  # [B, S]
+
+    vocabulary = b.unsqueeze(b.arange(b.size(logits, 2)), 0, 1)  # [1, 1, V]
+    is_mask = b.op.Equal(vocabulary, b.i32(mask_id))
+    logits = b.op.Where(is_mask, b.f32(EXCLUDED), b.cast(logits, FLOAT))
+    prediction = _predict(b, logits, b.cast(vocabulary, INT64), temperature, seed, steps)
+    log_p, entropy = _statistics(b, logits, prediction)
+
+    bad = b.op.And(masked, b.op.Or(b.op.IsNaN(log_p), b.op.IsNaN(entropy)))
+    failed = b.op.Greater(_count(b, bad), b.i32(0))  # [B]
+    masked_ok = b.op.And(masked, b.op.Not(b.unsqueeze(failed, 1)))
+    confidence = b.op.Exp(log_p)
+
+    key = _sort_key(b, masked_ok, confidence, entropy, steps, policy)
+    before = _precedes(b, key, steps)  # [B, S, S]: j is committed before i
+    rank = b.op.ReduceSum(b.cast(before, INT32), b.i64([2]), keepdims=0)
+    n = _count(b, masked_ok)
+    wanted = _wanted(b, confidence, entropy, before, rank, masked_ok, threshold, policy)
+    quota = _ceil_div(b, n, steps_left)
+    commit = b.op.Min(n, b.op.Max(wanted, quota))
+    commit = b.op.Where(b.op.LessOrEqual(steps_left, b.i32(1)), n, commit)
+
+    committed = b.op.And(masked_ok, b.op.Less(rank, b.unsqueeze(commit, 1)))
+    still = b.op.Where(failed, b.i32(-1), b.op.Sub(n, commit))
+    outputs = {
+        "new_ids": b.op.Where(committed, prediction, ids),
+        "confidence": b.op.Where(masked, confidence, b.f32(np.inf)),
+        "committed": b.cast(committed, INT32),
+        "still_masked": still,
+    }
+    doc = "One refinement step: predict every masked position, commit the most confident."
+    return b.function("RefineBlock", args, outputs, doc, {"mask_id": mask_id})
+
+
+def _count(b: Body, flags: ir.Value) -> ir.Value:
+    """True positions of each row; [B, S] -> [B] int32."""
+    made: ir.Value = b.op.ReduceSum(b.cast(flags, INT32), b.i64([1]), keepdims=0)
+    return made
+
+
+def _predict(
+    b: Body,
+    logits: ir.Value,
+    vocabulary: ir.Value,
+    temperature: ir.Value,
+    seed: ir.Value,
+    steps: ir.Value,
+) -> ir.Value:
+    """argmax(logits / temperature + gumbel), or argmax(logits) at temperature 0; [B, S] int32."""
+    row = b.unsqueeze(temperature, 1, 2)
+    sampled = b.op.Greater(row, b.f32(0.0))
+    divisor = b.op.Where(sampled, row, b.f32(1.0))
+    noise = b.op.Where(sampled, _gumbel(b, vocabulary, seed, steps), b.f32(0.0))
+    scores = b.op.Add(b.op.Div(logits, divisor), noise)
+    return b.cast(b.op.ArgMax(scores, axis=2, keepdims=0), INT32)
+
+
+def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> ir.Value:
+    """Gumbel noise as a function of (seed, position, token); [B, S, V] float32.
+
+    A keyed permutation of the field (x -> x^5 with round keys, as in the cipher MiMC): no state, so
+    an answer does not depend on what it is batched with, and nothing but int64 products, which
+    every runtime has.
+    """
+
+    def fifth_power(x: ir.Value) -> ir.Value:
+        square = b.op.Mod(b.op.Mul(x, x), b.i64(PRIME))
+        fourth = b.op.Mod(b.op.Mul(square, square), b.i64(PRIME))
+        made: ir.Value = b.op.Mod(b.op.Mul(fourth, x), b.i64(PRIME))
+        return made
+
+    def add(x: ir.Value, y: ir.Value) -> ir.Value:
+        made: ir.Value = b.op.Mod(b.op.Add(x, y), b.i64(PRIME))
+        return made
+
+    place = b.op.Add(b.op.Mul(b.cast(steps, INT64), b.i64(7919)), b.i64(7919 + 1))
+    key = add(b.unsqueeze(b.cast(seed, INT64), 1), b.unsqueeze(place, 0))  # [B, S]
+    first = fifth_power(key)
+    second = fifth_power(add(first, b.i64(104729)))
+    mixed = fifth_power(add(vocabulary, b.unsqueeze(first, 2)))
+    mixed = fifth_power(add(mixed, b.unsqueeze(second, 2)))
+    top = b.cast(b.op.Div(mixed, b.i64(256)), FLOAT)  # 23 bits: U below is exact in float32
+    uniform = b.op.Mul(b.op.Add(top, b.f32(0.5)), b.f32(2.0**-23))
+    made: ir.Value = b.op.Neg(b.op.Log(b.op.Neg(b.op.Log(uniform))))
+    return made
+
+
+def _statistics(b: Body, logits: ir.Value, prediction: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """log p(prediction) and entropy in nats at temperature 1, each [B, S] float32."""
+    top = b.op.ReduceMax(logits, b.i64([2]), keepdims=1)
+    shifted = b.op.Sub(logits, top)
+    weight = b.op.Exp(shifted)
+    total = b.op.ReduceSum(weight, b.i64([2]), keepdims=1)
+    log_total = b.op.Log(total)
+    chosen = b.op.GatherElements(shifted, b.unsqueeze(b.cast(prediction, INT64), 2), axis=2)
+    log_p = b.op.Squeeze(b.op.Sub(chosen, log_total), b.i64([2]))
+    share = b.op.Mul(weight, b.op.Max(shifted, b.f32(LEAST_LOG_P)))
+    mean = b.op.Div(b.op.ReduceSum(share, b.i64([2]), keepdims=1), total)
+    entropy = b.op.Squeeze(b.op.Sub(log_total, mean), b.i64([2]))
+    return log_p, entropy
+
+
+def _chosen(b: Body, policy: ir.Value, cases: Sequence[ir.Value], axes: int) -> ir.Value:
+    """`cases[policy]` per row, the last for any other number."""
+    result = cases[-1]
+    row = b.unsqueeze(policy, *range(1, 1 + axes)) if axes else policy
+    for number in reversed(range(len(cases) - 1)):
+        result = b.op.Where(b.op.Equal(row, b.i32(number)), cases[number], result)
+    return result
+
+
+def _sort_key(
+    b: Body,
+    masked: ir.Value,
+    confidence: ir.Value,
+    entropy: ir.Value,
+    steps: ir.Value,
+    policy: ir.Value,
+) -> ir.Value:
+    """What a policy commits first has the lowest key; [B, S] float32."""
+    by_confidence = b.op.Neg(confidence)
+    position = b.unsqueeze(b.cast(steps, FLOAT), 0)
+    cases = [by_confidence, by_confidence, by_confidence, entropy, position]
+    made: ir.Value = b.op.Where(masked, _chosen(b, policy, cases, 1), b.f32(BEFORE_ANY))
+    return made
+
+
+def _precedes(b: Body, key: ir.Value, steps: ir.Value) -> ir.Value:
+    """[B, S, S]: position j (last axis) is committed before i; of equal keys the higher index.
+
+    A comparison of all pairs: S is small, and no stable sort is needed.
+    """
+    mine, other = b.unsqueeze(key, 2), b.unsqueeze(key, 1)
+    higher = b.op.Greater(b.unsqueeze(steps, 0), b.unsqueeze(steps, 1))  # [S, S]: j > i
+    tied = b.op.And(b.op.Equal(other, mine), b.unsqueeze(higher, 0))
+    made: ir.Value = b.op.Or(b.op.Less(other, mine), tied)
+    return made
+
+
+def _wanted(
+    b: Body,
+    confidence: ir.Value,
+    entropy: ir.Value,
+    before: ir.Value,
+    rank: ir.Value,
+    masked: ir.Value,
+    threshold: ir.Value,
+    policy: ir.Value,
+) -> ir.Value:
+    """How many positions a row's policy would commit; [B] int32."""
+    bound = b.unsqueeze(threshold, 1)
+    confident = b.op.And(masked, b.op.Greater(confidence, bound))
+
+    number = b.cast(b.op.Add(rank, b.i32(1)), FLOAT)  # k of the k-th in the order
+    doubt = b.op.Mul(b.op.Add(number, b.f32(1.0)), b.op.Sub(b.f32(1.0), confidence))
+    within_factor = b.op.And(masked, b.op.Less(doubt, bound))
+
+    earlier = b.op.And(before, b.unsqueeze(masked, 1))
+    entropy_before = b.op.ReduceSum(
+        b.op.Where(earlier, b.unsqueeze(entropy, 1), b.f32(0.0)), b.i64([2]), keepdims=0
+    )
+    within_bound = b.op.And(masked, b.op.LessOrEqual(entropy_before, bound))
+
+    def furthest(flags: ir.Value) -> ir.Value:
+        place = b.op.Where(flags, b.op.Add(rank, b.i32(1)), b.i32(0))
+        made: ir.Value = b.op.ReduceMax(place, b.i64([1]), keepdims=0)
+        return made
+
+    none = b.op.Mul(policy, b.i32(0))
+    cases = [_count(b, confident), none, furthest(within_factor), furthest(within_bound), none]
+    return _chosen(b, policy, cases, 0)
+
+
+def _ceil_div(b: Body, n: ir.Value, steps_left: ir.Value) -> ir.Value:
+    """ceil(n / steps_left), both int32; steps_left below 1 counts as 1."""
+    steps = b.op.Max(steps_left, b.i32(1))
+    made: ir.Value = b.op.Div(b.op.Add(n, b.op.Sub(steps, b.i32(1))), steps)
+    return made

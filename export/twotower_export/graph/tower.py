@@ -1,0 +1,241 @@
+"""The graphs of a bundle: context tower, denoiser tower, and the refinement op alone.
+
+Written node by node instead of traced: both towers of the full-size model take a second, every name
+is ours, and a tower reads as 52 calls of three layer functions. The PyTorch towers
+(`twotower_export.towers`) are the independent reference that they are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import onnx_ir as ir
+
+from twotower_export.config import ModelConfig
+from twotower_export.graph.attention import last_valid
+from twotower_export.graph.body import DOMAIN, FLOAT, INT32, OPSET, Body, prefixed
+from twotower_export.graph.conditioning import WEIGHTS as TIME_WEIGHTS
+from twotower_export.graph.conditioning import time_embedding
+from twotower_export.graph.layers import FLOAT_WEIGHTS, KINDS, layer_functions, weight_suffixes
+from twotower_export.graph.refine import ROW_INPUTS, refine_block
+from twotower_export.layout import graph_weights
+
+IR_VERSION = 10
+DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float32": ir.DataType.FLOAT}
+STORED = {"BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
+ROW_FLOATS = ("threshold", "temperature")
+
+Dtype = Literal["bfloat16", "float32"]
+Shape = Sequence[int | str]
+
+
+class _Graph:
+    """A main graph while it is written: its body, its inputs by name, its outputs."""
+
+    def __init__(self, config: ModelConfig, dtype: Dtype, weight_dtypes: Mapping[str, str]) -> None:
+        self.config = config
+        self.dtype = DTYPES[dtype]
+        self.body = Body(self.dtype)
+        self.inputs: dict[str, ir.Value] = {}
+        self.outputs: list[ir.Value] = []
+        self._weight_dtypes = weight_dtypes
+        self._weights: dict[str, ir.Value] = {}
+
+    def input(self, name: str, shape: Shape, dtype: ir.DataType, doc: str = "") -> ir.Value:
+        value = ir.Input(name, ir.Shape(shape), ir.TensorType(dtype), doc or None)
+        self.inputs[name] = value
+        return value
+
+    def output(self, value: ir.Value, name: str, shape: Shape, dtype: ir.DataType) -> None:
+        value.name = name
+        value.shape = ir.Shape(shape)
+        value.type = ir.TensorType(dtype)
+        self.outputs.append(value)
+
+    def add_weights(self, tower: Literal["context", "denoiser"]) -> None:
+        """Inputs for all weights of a tower, each cast to T where it is stored otherwise."""
+        for name, source in graph_weights(self.config, tower).items():
+            stored = STORED[self._weight_dtypes[name]]
+            value = self.input(name, source.shape, stored)
+            if stored != self.dtype and not name.endswith(FLOAT_WEIGHTS):
+                value = self.body.cast(value, self.dtype)
+            self._weights[name] = value
+
+    def weight(self, name: str) -> ir.Value:
+        return self._weights[name]
+
+    def layer_weights(self, tower: str, index: int) -> list[ir.Value]:
+        kind = self.config.pattern[index]
+        return [self.weight(f"{tower}.layers.{index}.{name}") for name in weight_suffixes(kind)]
+
+    def add_states(self) -> dict[int, list[ir.Value]]:
+        """Inputs for the context's states, by layer."""
+        c = self.config
+        shapes: dict[str, tuple[Shape, ir.DataType]] = {
+            "conv_state": (["batch", c.conv_kernel - 1, c.conv_dim], self.dtype),
+            "ssm_state": (
+                ["batch", c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size],
+                FLOAT,
+            ),
+            "k_cache": (["batch", c.num_key_value_heads, "context", c.head_dim], self.dtype),
+            "v_cache": (["batch", c.num_key_value_heads, "context", c.head_dim], self.dtype),
+        }
+        return {
+            index: [
+                self.input(f"context.layers.{index}.{state}", *shapes[state])
+                for state in KINDS[kind].states
+            ]
+            for index, kind in enumerate(c.pattern)
+        }
+
+    def model(
+        self, name: str, functions: Sequence[ir.Function], doc: str, metadata: Mapping[str, str]
+    ) -> ir.Model:
+        graph = ir.Graph(
+            list(self.inputs.values()),
+            self.outputs,
+            nodes=prefixed(self.body.op.tape.nodes, name),
+            opset_imports={"": OPSET, DOMAIN: 1},
+            name=name,
+            doc_string=doc,
+        )
+        return ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="twotower",
+            producer_version=metadata.get("twotower_version"),
+            functions=functions,
+            metadata_props=dict(metadata),
+            doc_string=doc,
+        )
+
+
+def build_context_graph(
+    config: ModelConfig,
+    dtype: Dtype,
+    weight_dtypes: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> ir.Model:
+    """One graph for prefill, block extension and the autoregressive step.
+
+    Inputs: ids [batch, tokens] int32; lengths [batch] int32, the valid tokens of this call;
+    context_lengths [batch] int32; states `context.layers.{i}.{conv_state|ssm_state|k_cache|
+    v_cache}`; weights by their names in the checkpoint.
+    Outputs: logits [batch, vocab] float32 of each row's last valid token; the new states; K and V
+    of the tokens of this call only.
+
+    Args:
+        dtype: what the graph computes in.
+        weight_dtypes: the dtype of each weight input, as safetensors spells it.
+        metadata: written into the file.
+    """
+    g = _Graph(config, dtype, weight_dtypes)
+    b = g.body
+    ids = g.input("ids", ["batch", "tokens"], INT32)
+    rows = {name: g.input(name, ["batch"], INT32) for name in ("lengths", "context_lengths")}
+    states = g.add_states()
+    g.add_weights("context")
+    layers = layer_functions(config, g.dtype, denoiser=False)
+
+    hidden: ir.Value = b.op.Gather(g.weight("context_tower.embeddings.weight"), ids)
+    new_shapes = {
+        "conv_state_new": (["batch", config.conv_kernel - 1, config.conv_dim], g.dtype),
+        "ssm_state_new": (
+            ["batch", config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size],
+            FLOAT,
+        ),
+        "k_new": (["batch", config.num_key_value_heads, "tokens", config.head_dim], g.dtype),
+        "v_new": (["batch", config.num_key_value_heads, "tokens", config.head_dim], g.dtype),
+    }
+    for index, kind in enumerate(config.pattern):
+        letter, name = KINDS[kind], f"context.layers.{index}"
+        given = [hidden, *states[index], *(rows[row] for row in letter.row_inputs)]
+        outputs = [f"{name}.hidden", *(f"{name}.{output}" for output in letter.outputs)]
+        weights = g.layer_weights("context_tower", index)
+        hidden, *new = b.call(layers.by_kind[kind], [*given, *weights], name, outputs)
+        for output, value in zip(letter.outputs, new, strict=True):
+            g.output(value, f"{name}.{output}", *new_shapes[output])
+
+    last = b.unsqueeze(last_valid(b, hidden, rows["lengths"]), 1)
+    (normed,) = b.call(layers.norm, [last, g.weight("context_tower.norm_f.weight")])
+    logits = b.up(b.linear(normed, g.weight("context_lm_head.weight")))
+    logits = b.reshape(logits, 0, config.vocab_size)
+    g.output(logits, "logits", ["batch", config.vocab_size], FLOAT)
+    g.outputs.insert(0, g.outputs.pop())
+    doc = "Context tower: tokens and states in, new states and the last token's logits out."
+    return g.model("context", layers.all, doc, metadata)
+
+
+def build_denoiser_graph(
+    config: ModelConfig,
+    dtype: Dtype,
+    weight_dtypes: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> ir.Model:
+    """One denoise step over a block, from block ids to block ids.
+
+    Inputs: ids [batch, block] int32; per row: lengths, context_lengths, conditioned (1: with time
+    conditioning; 0: a plain pass, for mock-AR), threshold, steps_left, temperature, policy, seed
+    (see `refine.refine_block`); the context's states, which are only read; weights.
+    Outputs: new_ids, confidence, committed, still_masked, and logits [batch, block, vocab] float32.
+    Arguments as of `build_context_graph`.
+    """
+    g = _Graph(config, dtype, weight_dtypes)
+    b = g.body
+    ids = g.input("ids", ["batch", "block"], INT32)
+    rows = {
+        name: g.input(name, ["batch"], FLOAT if name in ROW_FLOATS else INT32)
+        for name in ("context_lengths", "conditioned", *ROW_INPUTS)
+    }
+    states = g.add_states()
+    g.add_weights("denoiser")
+    layers = layer_functions(config, g.dtype, denoiser=True)
+    mask_id = config.mask_token_id
+    time = time_embedding(config, g.dtype, DTYPES[config.dtype], mask_id)
+    refine = refine_block(mask_id, g.dtype)
+
+    weights = [g.weight(name) for name in TIME_WEIGHTS]
+    (embedding,) = b.call(
+        time, [ids, rows["lengths"], *weights], "denoiser.time", ["denoiser.time_embedding"]
+    )
+    hidden: ir.Value = b.op.Gather(g.weight("denoiser_tower.embeddings.weight"), ids)
+    for index, kind in enumerate(config.pattern):
+        letter, name = KINDS[kind], f"denoiser.layers.{index}"
+        given = [hidden, embedding, rows["conditioned"], *states[index]]
+        given += [rows[row] for row in letter.row_inputs]
+        given += [g.weight(f"scale_shift_tables.{index}")]
+        given += g.layer_weights("denoiser_tower", index)
+        (hidden,) = b.call(layers.by_kind[kind], given, name, [f"{name}.hidden"])
+
+    (normed,) = b.call(layers.norm, [hidden, g.weight("denoiser_tower.norm_f.weight")])
+    logits = b.linear(normed, g.weight("lm_head.weight"))
+    refined = b.call(refine, [logits, ids, *(rows[row] for row in ROW_INPUTS)], "denoiser.refine")
+    _add_refined(g, refined)
+    g.output(b.up(logits), "logits", ["batch", "block", config.vocab_size], FLOAT)
+    doc = "Denoiser tower: one refinement step of a block against the context's states."
+    return g.model("denoiser", [*layers.all, time, refine], doc, metadata)
+
+
+def build_refine_graph(
+    config: ModelConfig,
+    dtype: Dtype,
+    weight_dtypes: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> ir.Model:
+    """`twotower::RefineBlock` alone, for tests and benchmarks; logits come as float32."""
+    g = _Graph(config, dtype, weight_dtypes)
+    logits = g.input("logits", ["batch", "block", config.vocab_size], FLOAT)
+    ids = g.input("ids", ["batch", "block"], INT32)
+    rows = [g.input(name, ["batch"], FLOAT if name in ROW_FLOATS else INT32) for name in ROW_INPUTS]
+    refine = refine_block(config.mask_token_id, g.dtype)
+    _add_refined(g, g.body.call(refine, [logits, ids, *rows], "refine"))
+    return g.model("refine", [refine], "The refinement op alone.", metadata)
+
+
+def _add_refined(g: _Graph, refined: Sequence[ir.Value]) -> None:
+    new_ids, confidence, committed, still_masked = refined
+    g.output(new_ids, "new_ids", ["batch", "block"], INT32)
+    g.output(confidence, "confidence", ["batch", "block"], FLOAT)
+    g.output(committed, "committed", ["batch", "block"], INT32)
+    g.output(still_masked, "still_masked", ["batch"], INT32)
