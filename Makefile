@@ -1,0 +1,47 @@
+# Each target sets up what it needs the first time; a second run starts at once.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Pip's own bar is the progress; PIP_ARGS lets a mirror or a cache be named.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.base:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11, or name another with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	@echo "installing what the demo needs (about 500 MB, once)"
+	$(PIP) -e '.[export,serve]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml
+	@echo "installing what the tests need (about 2 GB, once)"
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo ## Export, build, package, serve and ask: the whole path, on this machine
+	$(BIN)/python -m twotower_client.demo
+
+test: $(VENV)/.dev ## All tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev ## Full-size tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/.dev ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benchmarks/results
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
