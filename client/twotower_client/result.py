@@ -1,0 +1,68 @@
+"""What an answer looks like to a caller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Answer", "Block"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One committed block of an answer, as it arrives.
+
+    Attributes:
+        text: The text that this block adds. A character whose bytes are split between two blocks
+            belongs to the later one.
+        ids: The token ids that this block adds.
+        masked_counts: Positions still masked before each denoiser call of this block.
+        denoiser_calls: Denoiser calls of the request so far.
+        context_calls: Context-tower calls of the request so far, the prompt's included.
+        finish_reason: None while more is to come; then `length`, `eos` or `cancelled`.
+        seconds: From the sending of the request to the arrival of this block.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    masked_counts: tuple[int, ...]
+    denoiser_calls: int
+    context_calls: int
+    finish_reason: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        text: The generated text, without the prompt.
+        prompt_ids: The prompt's token ids, as the server saw them.
+        ids: The generated token ids.
+        blocks: The blocks in the order in which they were committed.
+        finish_reason: `length`, `eos` or `cancelled`.
+        denoiser_calls: Denoiser calls in all.
+        context_calls: Context-tower calls in all.
+        seconds: From the sending of the request to the last block.
+        request_id: The id under which the server knew it.
+    """
+
+    text: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    finish_reason: str
+    denoiser_calls: int
+    context_calls: int
+    seconds: float
+    request_id: str
+
+    @property
+    def output_ids(self) -> tuple[int, ...]:
+        """Prompt and answer together, as `twotower run` reports them."""
+        return self.prompt_ids + self.ids
+
+    @property
+    def tokens_per_denoiser_call(self) -> float | None:
+        """How many tokens a denoiser call committed on average; None in `ar` mode."""
+        return len(self.ids) / self.denoiser_calls if self.denoiser_calls else None

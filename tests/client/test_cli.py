@@ -1,0 +1,172 @@
+"""The root command line: lazy, honest about what is missing, no tracebacks for user errors."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from twotower_client import cli as root
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "transformers", "triton", "tokenizers")
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import twotower_client",
+        "from twotower_client import TwoTowerClient",
+        "import twotower_client.generate_cli",
+        "import twotower_client.cli as c; c.cli.main(['--help'], standalone_mode=False)",
+    ],
+)
+def test_client_loads_nothing_heavy(code: str) -> None:
+    ran = run_python(
+        f"{code}\nimport sys; print('LOADED', [m for m in {HEAVY} if m in sys.modules])"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_lists_every_verb_and_shows_examples_without_importing_them() -> None:
+    ran = run_python(
+        "import sys, twotower_client.cli as c\n"
+        "c.cli.main(['--help'], standalone_mode=False)\n"
+        "print([m for m in sys.modules if m.startswith(('twotower_e', 'tritonclient'))])"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "[]"
+    for verb in root.VERBS:
+        assert f"\n  {verb}  " in ran.stdout, verb
+    assert 'twotower generate "Once upon a time" --url localhost:8001' in ran.stdout
+
+
+def test_version() -> None:
+    ran = run_python("from twotower_client.cli import main; main()", "--version")
+    assert ran.stdout.startswith("twotower 0.")
+
+
+def test_unknown_verb_names_the_known_ones() -> None:
+    ran = run_python("from twotower_client.cli import main; main()", "genrate")
+    assert ran.returncode == 2
+    assert "genrate" in ran.stderr
+    assert "generate" in ran.stderr
+
+
+@pytest.mark.parametrize("name", list(root.VERBS))
+def test_every_verb_has_a_command_with_examples(name: str) -> None:
+    command = root.cli.get_command(click.Context(root.cli), name)
+    assert command is not None
+    assert command.name == name
+    page = command.get_help(click.Context(command, info_name=name))
+    assert f"twotower {name}" in page, f"`twotower {name} --help` shows no example"
+
+
+BLOCKED = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {modules!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda n, p=None: None if n.split('.')[0] in {modules!r} else find(n, p)
+import types, click
+fake = types.ModuleType("fake_verb")
+def body():
+    {body}
+fake.build = click.command("build")(body)
+sys.modules["fake_verb"] = fake
+import twotower_client.cli as c
+c.VERBS["build"] = c.Verb("fake_verb", "build", "", "build")
+sys.argv = ["twotower", "build"]
+c.main()
+"""
+
+
+def run_verb(body: str, missing: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Call a verb made for the test, in a process where some packages are not installed."""
+    return run_python(BLOCKED.format(body=body, modules=set(missing) or {""}))
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("onnxruntime", "build"), ("torch", "reference"), ("onnx", "build")]
+)
+def test_missing_package_names_the_extra(module: str, extra: str) -> None:
+    ran = run_verb(f"import {module}", (module,))
+    assert ran.returncode == 2
+    assert f"pip install 'twotower[{extra}]'" in ran.stderr
+    assert module in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_missing_module_of_ours_is_a_bug() -> None:
+    ran = run_verb("import twotower_engines.no_such_module")
+    assert ran.returncode == 1
+    assert "Traceback" in ran.stderr
+
+
+def test_missing_submodule_of_an_installed_package_is_a_bug() -> None:
+    ran = run_verb("import onnx.no_such_module")
+    assert "Traceback" in ran.stderr
+    assert "pip install" not in ran.stderr
+
+
+def test_user_error_is_one_line_and_bug_is_a_traceback() -> None:
+    user = run_verb(
+        "from twotower_engines.errors import EngineSetError as E; raise E('no, because')"
+    )
+    assert (user.returncode, user.stderr) == (2, "error: no, why\n")
+    bug = run_verb("raise ValueError('oops')")
+    assert bug.returncode == 1
+    assert "Traceback" in bug.stderr
+
+
+def test_every_third_party_import_is_in_the_table() -> None:
+    """A module that is missing from the table would be reported as a bug instead of an extra."""
+    ours = {"twotower_export", "twotower_engines", "twotower_client"}
+    base = {"numpy", "click", "tritonclient", "google", "grpc", "triton_python_backend_utils"}
+    seen = {}
+    for folder in ("export", "engines", "client"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                    names = [node.module]
+                seen.update({name.partition(".")[0]: path for name in names})
+    unknown = set(seen) - sys.stdlib_module_names - ours - base - set(root.EXTRAS_OF_MODULE)
+    assert not unknown, {name: str(seen[name]) for name in unknown}
+
+
+def test_packages_do_not_import_each_other() -> None:
+    for mine, others in {
+        "twotower_export": ("twotower_engines", "twotower_client"),
+        "twotower_engines": ("twotower_export", "twotower_client"),
+        "twotower_client": ("twotower_export", "twotower_engines"),
+    }.items():
+        spec = importlib.util.find_spec(mine)
+        assert spec is not None
+        assert spec.submodule_search_locations
+        for path in Path(spec.submodule_search_locations[0]).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    names = [node.module]
+                assert not any(name.startswith(others) for name in names), path
