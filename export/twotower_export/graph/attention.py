@@ -60,8 +60,7 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
     on_cache, on_block = b.op.Split(weights, sizes, axis=3, _outputs=2)
     y = b.op.Add(b.op.MatMul(on_cache, v_cache), b.op.MatMul(on_block, v))
 
-    shape = b.op.Concat(b.i64([0, kv, group, -1]), b.i64([D]), axis=0)
-    y = b.transpose(b.op.Reshape(y, shape), 0, 3, 1, 2, 4)
+    y = b.transpose(b.reshape(y, 0, kv, group, -1, D), 0, 3, 1, 2, 4)
     y = b.linear(b.reshape(y, 0, -1, heads * D), projections[3])
     return b.function(
         "CausalAttention" if causal else "BlockAttention",

@@ -41,26 +41,30 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     z, xbc, dt = b.op.Split(projected, b.i64([d_inner, conv_dim, H]), axis=2, _outputs=3)
 
     history = b.op.Concat(conv_state, xbc, axis=1)
-    convolved = _convolve(b, history, conv_weight, conv_bias, config.conv_kernel)
+    steps = b.arange(b.size(projected, 1))  # [L]
+    convolved = _convolve(b, history, steps, conv_weight, conv_bias)
     x, B, C = b.op.Split(convolved, b.i64([d_inner, G * N, G * N]), axis=2, _outputs=3)
     x = b.transpose(b.reshape(x, 0, -1, G, J, P), 0, 2, 3, 1, 4)  # [B, G, J, L, P]
     B = b.transpose(b.reshape(B, 0, -1, G, N), 0, 2, 1, 3)  # [B, G, L, N]
     C = b.transpose(b.reshape(C, 0, -1, G, N), 0, 2, 1, 3)
 
-    steps = b.arange(b.size(projected, 1))  # [L]
     valid = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))  # [B, L]
     dt = b.op.Softplus(b.op.Add(b.up(dt), b.cast(dt_bias, FLOAT)))
     dt = b.op.Mul(dt, b.unsqueeze(b.cast(valid, FLOAT), 2))  # [B, L, H]
     rate = b.op.Neg(b.op.Exp(b.cast(a_log, FLOAT)))  # A [H]
-    total = b.op.CumSum(b.op.Mul(dt, rate), b.i64(1))  # log of the decay since the block began
+    log_decay = b.op.Mul(dt, rate)
+    end = b.op.ReduceSum(log_decay, b.i64([1]), keepdims=1)  # of the whole block
+    end = b.reshape(end, 0, G, J, 1)
+    total = b.op.CumSum(log_decay, b.i64(1))  # since the block began
     total = b.transpose(b.reshape(total, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
     dt = b.transpose(b.reshape(dt, 0, -1, G, J), 0, 2, 3, 1)
     dx = b.op.Mul(x, b.unsqueeze(dt, 4))  # [B, G, J, L, P]
 
     seed = b.reshape(ssm_state, 0, G, J * P, N)
-    y = b.op.Add(_within_block(b, B, C, total, steps, dx), _from_seed(b, C, seed, total, (J, P)))
+    y = b.op.Add(_within_block(b, B, C, total, steps, dx), _from_seed(b, C, seed, total, (G, J, P)))
     y = b.op.Add(y, b.op.Mul(b.reshape(b.cast(d_skip, FLOAT), G, J, 1, 1), x))
     y = b.down(b.reshape(b.transpose(y, 0, 3, 1, 2, 4), 0, -1, d_inner))
+    ssm_state_new = _end_state(b, B, seed, total, end, dx, (G, J, P))
 
     return b.function(
         "MambaBlockStep",
@@ -68,7 +72,7 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
         {
             "y": _gated_norm(b, y, z, norm_weight, config),
             "conv_state_new": _newest(b, history, lengths),
-            "ssm_state_new": _end_state(b, B, seed, total, dx, config),
+            "ssm_state_new": b.reshape(ssm_state_new, 0, H, P, N),
         },
         "Mamba-2 over one block of at most 256 tokens: causal convolution with a history of three, "
         "selective scan seeded by ssm_state, gated group norm.",
@@ -77,16 +81,18 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
 
 
 def _convolve(
-    b: Body, history: ir.Value, weight: ir.Value, bias: ir.Value, kernel: int
+    b: Body, history: ir.Value, steps: ir.Value, weight: ir.Value, bias: ir.Value
 ) -> ir.Value:
-    """Depthwise causal convolution and SiLU; [B, 3 + L, conv_dim] T -> [B, L, conv_dim] float32."""
-    history, weight = b.up(history), b.cast(weight, FLOAT)
-    convolved = b.cast(bias, FLOAT)
-    for k in range(kernel):  # index 3 multiplies the current token
-        tap = b.slice(history, k, k - kernel + 1 or None, axis=1)
-        channel = b.op.Squeeze(b.slice(weight, k, k + 1, axis=1), b.i64([1]))
-        convolved = b.op.Add(convolved, b.op.Mul(tap, channel))
-    return b.up(b.down(b.silu(convolved)))
+    """Depthwise causal convolution and SiLU; [B, 3 + L, conv_dim] T -> [B, L, conv_dim] float32.
+
+    Each token's four columns are gathered at once: TensorRT's parser turns every slice of a dynamic
+    axis into some fifteen layers of shape arithmetic.
+    """
+    taps = b.op.Add(b.unsqueeze(steps, 1), b.i32([[0, 1, 2, 3]]))  # [L, 4], the last is the token
+    window = b.up(b.op.Gather(history, taps, axis=1))  # [B, L, 4, conv_dim]
+    products = b.op.Mul(window, b.transpose(b.cast(weight, FLOAT), 1, 0))
+    convolved = b.op.ReduceSum(products, b.i64([2]), keepdims=0)
+    return b.up(b.down(b.silu(b.op.Add(convolved, b.cast(bias, FLOAT)))))
 
 
 def _within_block(
@@ -102,35 +108,32 @@ def _within_block(
 
 
 def _from_seed(
-    b: Body, C: ir.Value, seed: ir.Value, total: ir.Value, sizes: tuple[int, int]
+    b: Body, C: ir.Value, seed: ir.Value, total: ir.Value, sizes: tuple[int, int, int]
 ) -> ir.Value:
     """What each token receives from the state before the block; [B, G, J, L, P]."""
-    J, P = sizes
+    G, J, P = sizes
     read = b.op.MatMul(C, b.transpose(seed, 0, 1, 3, 2))  # [B, G, L, J * P]
-    shape = b.op.Concat(b.size(read, 0), b.size(read, 1), b.size(read, 2), b.i64([J, P]), axis=0)
-    read = b.transpose(b.op.Reshape(read, shape), 0, 1, 3, 2, 4)
+    read = b.transpose(b.reshape(read, 0, G, -1, J, P), 0, 1, 3, 2, 4)
     made: ir.Value = b.op.Mul(read, b.unsqueeze(b.op.Exp(total), 4))
     return made
 
 
 def _end_state(
-    b: Body, B: ir.Value, seed: ir.Value, total: ir.Value, dx: ir.Value, config: ModelConfig
+    b: Body,
+    B: ir.Value,
+    seed: ir.Value,
+    total: ir.Value,
+    end: ir.Value,
+    dx: ir.Value,
+    sizes: tuple[int, int, int],
 ) -> ir.Value:
-    """The state after the block; [B, H, P, N]."""
-    G, P, N = config.n_groups, config.mamba_head_dim, config.ssm_state_size
-    J = config.mamba_num_heads // G
-    end = b.slice(total, -1, None, axis=3)  # [B, G, J, 1]: past a row's length dt is 0
+    """The state after the block, [B, G, J * P, N]; past a row's length nothing decays (dt is 0)."""
+    G, J, P = sizes
     until_end = b.op.Exp(b.op.Sub(end, total))
     weighted = b.transpose(b.op.Mul(dx, b.unsqueeze(until_end, 4)), 0, 1, 2, 4, 3)
-    gained = b.op.MatMul(b.op.Reshape(weighted, _joined(b, weighted)), B)  # [B, G, J * P, N]
-    kept = b.op.Mul(b.reshape(seed, 0, G, J, P, N), b.unsqueeze(b.op.Exp(end), 4))
-    state = b.op.Add(b.reshape(kept, 0, G, J * P, N), gained)
-    return b.reshape(state, 0, G * J, P, N)
-
-
-def _joined(b: Body, x: ir.Value) -> ir.Value:
-    """Shape of x [B, G, J, P, L] with J and P as one dimension."""
-    made: ir.Value = b.op.Concat(b.i64([0, 0, -1]), b.size(x, 4), axis=0)
+    gained = b.op.MatMul(b.reshape(weighted, 0, G, J * P, -1), B)  # [B, G, J * P, N]
+    kept = b.op.Mul(b.reshape(seed, 0, G, J, P, -1), b.unsqueeze(b.op.Exp(end), 4))
+    made: ir.Value = b.op.Add(b.reshape(kept, 0, G, J * P, -1), gained)
     return made
 
 
