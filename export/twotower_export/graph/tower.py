@@ -139,7 +139,7 @@ def build_context_graph(
     layers = layer_functions(config, g.dtype, denoiser=False)
 
     hidden: ir.Value = b.op.Gather(g.weight("context_tower.embeddings.weight"), ids)
-    new_shapes = {
+    new_shapes: dict[str, tuple[Shape, ir.DataType]] = {
         "conv_state_new": (["batch", config.conv_kernel - 1, config.conv_dim], g.dtype),
         "ssm_state_new": (
             ["batch", config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size],
