@@ -53,7 +53,8 @@ def time_embedding(
     time = rounded(b.op.Mul(fraction, b.f32(1000.0)))
 
     half = config.time_frequency_dim // 2
-    frequency = np.exp(np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / half)
+    exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequency = np.exp(exponent.astype(np.float64))  # NumPy's own float32 exp is one unit off
     angle = b.op.Mul(time, b.f32(frequency.reshape(1, half)))
     features = rounded(b.op.Concat(b.op.Cos(angle), b.op.Sin(angle), axis=1))
 

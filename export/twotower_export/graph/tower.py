@@ -42,8 +42,8 @@ class _Graph:
         self._weight_dtypes = weight_dtypes
         self._weights: dict[str, ir.Value] = {}
 
-    def input(self, name: str, shape: Shape, dtype: ir.DataType, doc: str = "") -> ir.Value:
-        value = ir.Input(name, ir.Shape(shape), ir.TensorType(dtype), doc or None)
+    def input(self, name: str, shape: Shape, dtype: ir.DataType) -> ir.Value:
+        value = ir.val(name, dtype, shape)
         self.inputs[name] = value
         return value
 

@@ -1,0 +1,222 @@
+"""The ONNX graphs against the PyTorch towers, which somebody else wrote from the same rules.
+
+fp32, random models of odd shapes, ragged rows, an inactive row, an empty and a full context.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from twotower_export.graph import build_context_graph, build_denoiser_graph
+from twotower_export.graph.layers import FLOAT_WEIGHTS
+from twotower_export.layout import graph_weights
+from twotower_export.tiny import random_tensors, tiny_config
+from twotower_export.towers import ContextTower, Denoiser
+
+TOLERANCE = 1e-4
+CAPACITY = 37
+MODELS = {
+    "all kinds": ("MEM*EM*E", {}),
+    "mamba only": ("MM", {}),
+    "attention only": ("**", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}),
+    "experts only": ("EE", {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    "odd sizes": ("*EM", {"mamba_num_heads": 6, "n_groups": 3, "mamba_head_dim": 5, "hidden": 24}),
+}
+
+
+def weights_of(config, tower, tensors):
+    """The graph's weight inputs from checkpoint tensors, float32."""
+    made = {}
+    for name, source in graph_weights(config, tower).items():
+        parts = [tensors[part].numpy() for part in source.sources]
+        array = np.stack(parts) if source.how == "stack" else parts[0]
+        made[name] = array.squeeze(1) if source.how == "squeeze" else array
+        assert made[name].shape == tuple(source.shape), name
+    return made
+
+
+def session(model: ir.Model) -> ort.InferenceSession:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(proto.SerializeToString(), options)
+
+
+def random_states(config, batch, generator):
+    def draw(*shape):
+        return generator.standard_normal(shape).astype(np.float32)
+
+    states = {}
+    for index, kind in enumerate(config.pattern):
+        name = f"context.layers.{index}."
+        if kind == "M":
+            states[name + "conv_state"] = draw(batch, 3, config.conv_dim)
+            sizes = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+            states[name + "ssm_state"] = 30 * draw(batch, *sizes)
+        if kind == "*":
+            for part in ("k_cache", "v_cache"):
+                shape = (batch, config.num_key_value_heads, CAPACITY, config.head_dim)
+                states[name + part] = draw(*shape)
+    return states
+
+
+def loaded(module, tensors):
+    own = module.state_dict()
+    module.load_state_dict({n: t.reshape(own[n].shape) for n, t in tensors.items() if n in own})
+    return module.eval()
+
+
+def difference(ours, theirs):
+    return np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
+
+
+@pytest.fixture(params=MODELS, ids=lambda name: name.replace(" ", "-"))
+def model(request):
+    pattern, sizes = MODELS[request.param]
+    sizes = dict(sizes)
+    config = tiny_config(pattern, sizes.pop("hidden", 32), "float32", **sizes)
+    return config, random_tensors(config, seed=len(request.param))
+
+
+ROWS = {"lengths": [9, 1, 0, 5], "context_lengths": [0, CAPACITY, 3, 12]}
+
+
+def test_context_graph_equals_the_pytorch_tower(model):
+    config, tensors = model
+    generator = np.random.default_rng(1)
+    ids = generator.integers(4, config.vocab_size, (4, 9)).astype(np.int32)
+    rows = {name: np.array(values, np.int32) for name, values in ROWS.items()}
+    states = random_states(config, 4, generator)
+    weights = weights_of(config, "context", tensors)
+    graph = build_context_graph(config, "float32", dict.fromkeys(weights, "F32"), {})
+    runner = session(graph)
+    outputs = [output.name for output in runner.get_outputs()]
+    got = runner.run(outputs, {"ids": ids, **rows, **states, **weights})
+
+    tower = loaded(ContextTower(config), tensors)
+    given = {name: torch.from_numpy(value) for name, value in states.items()}
+    with torch.no_grad():
+        logits, new = tower(
+            torch.from_numpy(ids), *(torch.from_numpy(rows[name]) for name in ROWS), given
+        )
+    expected = {"logits": logits, **new}
+    assert set(outputs) == set(expected)
+    active = rows["lengths"] > 0
+    for name, value in zip(outputs, got, strict=True):
+        theirs = expected[name].numpy()
+        if name.endswith(("k_new", "v_new")):  # what lies past a row's length is nobody's
+            for row, length in enumerate(rows["lengths"]):
+                value[row, :, length:] = theirs[row, :, length:] = 0
+        if name == "logits":
+            value, theirs = value[active], theirs[active]
+        assert difference(value, theirs) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("model", ["all kinds", "mamba only"], indirect=True)
+def test_an_inactive_row_keeps_its_states(model):
+    config, tensors = model
+    generator = np.random.default_rng(2)
+    states = random_states(config, 2, generator)
+    weights = weights_of(config, "context", tensors)
+    runner = session(build_context_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
+    feed = {
+        "ids": np.full((2, 4), 5, np.int32),
+        "lengths": np.array([4, 0], np.int32),
+        "context_lengths": np.array([2, 2], np.int32),
+    }
+    outputs = [o.name for o in runner.get_outputs() if "state_new" in o.name]
+    for name, value in zip(
+        outputs, runner.run(outputs, {**feed, **states, **weights}), strict=True
+    ):
+        before = states[name.removesuffix("_new")]
+        np.testing.assert_array_equal(value[1], before[1])
+        assert not np.array_equal(value[0], before[0])
+
+
+@pytest.mark.parametrize("rounding", ["float32", "bfloat16"])
+def test_denoiser_graph_equals_the_pytorch_tower(model, rounding):
+    config, tensors = model
+    config = type(config)(**{**vars(config), "dtype": rounding})
+    generator = np.random.default_rng(3)
+    ids = generator.integers(4, config.vocab_size, (4, 9)).astype(np.int32)
+    ids[generator.random(ids.shape) < 0.6] = config.mask_token_id
+    states = random_states(config, 4, generator)
+    weights = weights_of(config, "denoiser", tensors)
+    runner = session(build_denoiser_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
+    feed = {
+        "ids": ids,
+        **{name: np.array(values, np.int32) for name, values in ROWS.items()},
+        "conditioned": np.ones(4, np.int32),
+        "steps_left": np.array([4, 1, 3, 2], np.int32),
+        "policy": np.zeros(4, np.int32),
+        "seed": np.zeros(4, np.int32),
+        "threshold": np.full(4, 0.5, np.float32),
+        "temperature": np.zeros(4, np.float32),
+    }
+    (logits,) = runner.run(["logits"], {**feed, **states, **weights})
+
+    tower = loaded(Denoiser(config), tensors)
+    tower.time_rounding = getattr(torch, rounding)
+    with torch.no_grad():
+        expected = tower(
+            *(torch.from_numpy(feed[n]) for n in ("ids", *ROWS, "conditioned")),
+            {name: torch.from_numpy(value) for name, value in states.items()},
+        ).numpy()
+    for row, length in enumerate(ROWS["lengths"]):
+        if length:
+            assert difference(logits[row, :length], expected[row, :length]) < TOLERANCE
+
+
+def test_a_plain_pass_has_no_time_conditioning(model):
+    """One token, conditioned 0: the pass of mock-AR."""
+    config, tensors = model
+    generator = np.random.default_rng(4)
+    states = random_states(config, 1, generator)
+    weights = weights_of(config, "denoiser", tensors)
+    runner = session(build_denoiser_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
+    one = np.ones(1, np.int32)
+    feed = {
+        "ids": 7 * one[None],
+        "lengths": one,
+        "context_lengths": 4 * one,
+        "conditioned": 0 * one,
+        "steps_left": one,
+        "policy": 0 * one,
+        "seed": 0 * one,
+        "threshold": one.astype(np.float32),
+        "temperature": 0 * one.astype(np.float32),
+    }
+    (plain,) = runner.run(["logits"], {**feed, **states, **weights})
+    changed = {n: w + 1.0 if n.startswith(("t_", "scale_")) else w for n, w in weights.items()}
+    (same,) = runner.run(["logits"], {**feed, **states, **changed})
+    np.testing.assert_array_equal(plain, same)
+    conditioned = feed | {"conditioned": one}
+    (other,) = runner.run(["logits"], {**conditioned, **states, **weights})
+    assert np.abs(plain - other).max() > 1e-3
+
+
+def test_a_graph_reads_as_an_architecture():
+    config = tiny_config("MEM*EM*E", 32, "bfloat16")
+    weights = graph_weights(config, "denoiser")
+    stored = {name: "F32" if name.endswith(FLOAT_WEIGHTS) else "BF16" for name in weights}
+    graph = build_denoiser_graph(config, "bfloat16", stored, {"checkpoint": "tiny"})
+    layers = [node for node in graph.graph if node.op_type.endswith("Layer")]
+    assert [node.name for node in layers] == [f"denoiser.layers.{i}" for i in range(8)]
+    assert [node.op_type for node in layers][:3] == [
+        "DenoiserMambaLayer",
+        "DenoiserExpertsLayer",
+        "DenoiserMambaLayer",
+    ]
+    assert len(graph.graph) < 30
+    assert graph.metadata_props["checkpoint"] == "tiny"
+    assert {"RefineBlock", "SparseExperts", "MambaBlockStep"} <= {
+        function.name for function in graph.functions.values()
+    }
+    assert all(function.doc_string for function in graph.functions.values())
+    onnx.checker.check_model(ir.to_proto(graph))
