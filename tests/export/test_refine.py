@@ -1,0 +1,200 @@
+"""The body of `twotower::RefineBlock` against its rules, written plainly here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from scipy import stats
+
+from twotower_export.graph import build_refine_graph
+from twotower_export.graph.refine import POLICIES
+from twotower_export.tiny import tiny_config
+
+MASK = 3
+V = 261
+ROW_DTYPES = {"threshold": np.float32, "temperature": np.float32}
+
+
+@pytest.fixture(scope="module")
+def refine():
+    graph = build_refine_graph(tiny_config("M", vocab_size=V), "float32", {}, {})
+    runner = ort.InferenceSession(ir.to_proto(graph).SerializeToString())
+    names = [output.name for output in runner.get_outputs()]
+
+    def run(logits, ids, **rows):
+        batch = len(ids)
+        defaults = {"temperature": 0.0, "policy": 0, "seed": 0, "lengths": ids.shape[1]}
+        feed = {
+            name: np.broadcast_to(np.asarray(value, ROW_DTYPES.get(name, np.int32)), (batch,))
+            for name, value in {**defaults, **rows}.items()
+        }
+        feed |= {"logits": logits.astype(np.float32), "ids": ids.astype(np.int32)}
+        return dict(zip(names, runner.run(names, feed), strict=True))
+
+    return run
+
+
+def committed_positions(row, masked, policy, parameter, steps_left):
+    """Which positions a row commits: the rules of MODEL, one position after the other."""
+    logits = np.where(np.arange(V) == MASK, -np.inf, row.astype(np.float64))
+    shifted = logits - logits.max(-1, keepdims=True)
+    p = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    confidence = p.max(-1)
+    entropy = -np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0).sum(-1)
+    order = list(np.flatnonzero(masked))
+    n = len(order)
+    if policy == "entropy":
+        order.sort(key=lambda i: (entropy[i], -i))
+        wanted = sum(sum(entropy[order[:k]]) <= parameter for k in range(n))
+    elif policy == "leftmost":
+        wanted = 0
+    else:
+        order.sort(key=lambda i: (-confidence[i], -i))
+        wanted = 0
+        if policy == "threshold":
+            wanted = sum(confidence[i] > parameter for i in order)
+        if policy == "factor":
+            fits = [
+                k for k in range(1, n + 1) if (k + 1) * (1 - confidence[order[k - 1]]) < parameter
+            ]
+            wanted = max(fits, default=0)
+    quota = math.ceil(n / max(steps_left, 1))
+    count = n if steps_left <= 1 else min(n, max(wanted, 1, quota))
+    return set(order[:count]), confidence
+
+
+@pytest.mark.parametrize("block", [1, 5, 16])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_commits_what_the_policy_says(refine, policy, block):
+    generator = np.random.default_rng(block)
+    batch = 24
+    sharpness = generator.choice([0.5, 2.0, 6.0], (batch, block, 1))
+    logits = sharpness * generator.standard_normal((batch, block, V))
+    ids = np.where(generator.random((batch, block)) < 0.7, MASK, generator.integers(4, V))
+    lengths = generator.integers(0, block + 1, batch)
+    parameter = generator.uniform(0.05, 2.0 if policy in ("factor", "entropy") else 1.0, batch)
+    steps_left = generator.integers(1, 17, batch)
+    got = refine(
+        logits,
+        ids,
+        lengths=lengths,
+        threshold=parameter,
+        steps_left=steps_left,
+        policy=POLICIES.index(policy),
+    )
+    for row in range(batch):
+        masked = (ids[row] == MASK) & (np.arange(block) < lengths[row])
+        expected, confidence = committed_positions(
+            logits[row], masked, policy, parameter[row], steps_left[row]
+        )
+        assert set(np.flatnonzero(got["committed"][row])) == expected
+        assert got["still_masked"][row] == masked.sum() - len(expected)
+        np.testing.assert_allclose(got["confidence"][row][masked], confidence[masked], rtol=1e-5)
+        assert np.isposinf(got["confidence"][row][~masked]).all()
+        best = np.where(np.arange(V) == MASK, -np.inf, logits[row]).argmax(-1)
+        for position in range(block):
+            wanted = best[position] if position in expected else ids[row, position]
+            assert got["new_ids"][row, position] == wanted
+
+
+def test_the_threshold_is_strict_and_the_first_step_commits_at_least_one(refine):
+    logits = np.zeros((1, 4, V))
+    logits[0, :, 9] = 1e4  # confidence 1 exactly
+    ids = np.full((1, 4), MASK)
+    got = refine(logits, ids, threshold=1.0, steps_left=16)
+    assert got["still_masked"] == [3]
+    assert refine(logits, ids, threshold=0.999, steps_left=16)["still_masked"] == [0]
+
+
+def test_of_equal_confidences_the_later_position_goes_first(refine):
+    logits = np.tile(np.random.default_rng(0).standard_normal(V), (1, 6, 1))
+    got = refine(logits, np.full((1, 6), MASK), threshold=1.0, steps_left=3)
+    assert got["committed"].tolist() == [[0, 0, 0, 0, 1, 1]]
+
+
+def test_equal_logits_give_the_lowest_token(refine):
+    logits = np.zeros((1, 1, V))
+    logits[0, 0, [40, 17, 99]] = 5.0
+    assert refine(logits, np.full((1, 1), MASK), threshold=0.9, steps_left=1)["new_ids"] == [[17]]
+
+
+def test_the_mask_is_never_predicted(refine):
+    logits = np.full((2, 3, V), -1e30)
+    logits[..., MASK] = 1e30
+    for temperature in (0.0, 1.0):
+        got = refine(
+            logits, np.full((2, 3), MASK), threshold=0.5, steps_left=1, temperature=temperature
+        )
+        assert (got["new_ids"] != MASK).all()
+        assert (got["still_masked"] == 0).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_fail_their_row_only(refine, poison):
+    generator = np.random.default_rng(5)
+    logits = generator.standard_normal((3, 4, V))
+    logits[1, 2, 100] = poison
+    logits[2, 1, 100] = poison  # decided already: nobody looks
+    ids = np.full((3, 4), MASK)
+    ids[2, 1] = 7
+    got = refine(logits, ids, threshold=0.9, steps_left=4)
+    assert got["still_masked"][1] == -1
+    assert (got["committed"][1] == 0).all()
+    assert (got["new_ids"][1] == MASK).all()
+    assert (got["still_masked"][[0, 2]] >= 0).all()
+
+
+def test_decided_positions_and_inactive_rows_stay(refine):
+    logits = np.random.default_rng(6).standard_normal((2, 5, V))
+    ids = np.array([[MASK, 8, MASK, 9, 10], [MASK, MASK, MASK, MASK, MASK]])
+    got = refine(logits, ids, lengths=[5, 0], threshold=0.0, steps_left=1)
+    assert got["new_ids"][0, [1, 3, 4]].tolist() == [8, 9, 10]
+    assert (got["new_ids"][1] == MASK).all()
+    assert got["still_masked"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_tempered_distribution(refine, temperature):
+    """Chi-square over many seeds and positions, at a level that fails once in ten thousand."""
+    generator = np.random.default_rng(7)
+    logits = np.full(V, -60.0)
+    tokens = [4, 50, 51, 128, 200, 260]
+    logits[tokens] = generator.standard_normal(len(tokens))
+    draws, block = 500, 16
+    got = refine(
+        np.tile(logits, (draws, block, 1)),
+        np.full((draws, block), MASK),
+        threshold=0.0,
+        steps_left=1,
+        temperature=temperature,
+        seed=generator.integers(0, 2**31 - 1, draws),
+    )
+    counts = np.array([(got["new_ids"] == token).sum() for token in tokens])
+    assert counts.sum() == draws * block
+    p = np.exp(logits[tokens] / temperature)
+    assert stats.chisquare(counts, p / p.sum() * counts.sum()).pvalue > 1e-4
+
+
+def test_confidence_does_not_know_the_temperature(refine):
+    logits = np.random.default_rng(8).standard_normal((1, 8, V))
+    ids = np.full((1, 8), MASK)
+    got = refine(logits, ids, threshold=0.5, steps_left=1, temperature=3.0, seed=11)
+    scores = np.where(np.arange(V) == MASK, -np.inf, logits[0])
+    log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    expected = np.exp(log_p[np.arange(8), got["new_ids"][0]])
+    np.testing.assert_allclose(got["confidence"][0], expected, rtol=1e-5)
+
+
+def test_noise_depends_on_seed_and_position_and_nothing_else(refine):
+    logits = np.zeros((3, 8, V))
+    ids = np.full((3, 8), MASK)
+    got = refine(logits, ids, threshold=0.5, steps_left=1, temperature=1.0, seed=[1, 2, 1])[
+        "new_ids"
+    ]
+    assert (got[0] == got[2]).all()
+    assert (got[0] != got[1]).any()
+    assert len(set(got[0])) > 4
