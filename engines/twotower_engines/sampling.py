@@ -1,0 +1,113 @@
+"""Choosing tokens from logits on the host, and the seeds of the noise inside the denoiser graph.
+
+Used by the autoregressive modes; mask diffusion samples inside its graph. Every random number is a
+function of the request's seed and of the position it is for, never of a generator's state, so that
+an answer does not depend on what else was in the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["filtered_probabilities", "row_seed", "sample", "uniform"]
+
+MASK_64 = (1 << 64) - 1
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+
+
+def row_seed(seed: int, block_start: int, step: int) -> int:
+    """Return the seed of one row of one denoiser call.
+
+    Two rounds of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", 2014): `mix(mix(seed) + block_start) + step`, mixed again, top 31 bits.
+
+    Args:
+        seed: Of the request, any integer; its low 64 bits count.
+        block_start: Position of the block's first token in the sequence, prompt included.
+        step: Denoiser calls that the block had before this one.
+
+    Returns:
+        An integer from 0 to 2**31 - 1.
+    """
+    return _keyed(seed, block_start, step) >> 33
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return the uniform number in [0, 1) that a request draws at a position: 53 random bits."""
+    return (_keyed(seed, position, -1) >> 11) * 2.0**-53
+
+
+def sample(
+    logits: npt.NDArray[np.float32],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    position: int,
+) -> int:
+    """Choose the next token: the largest logit, or a draw from the filtered distribution.
+
+    Args:
+        logits: (vocab,) float32, without NaN.
+        temperature: 0 or less for the largest logit (lowest index of equals).
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the most likely tokens up to this mass; 1 keeps all.
+        seed: Of the request.
+        position: Of the token that is drawn, in the sequence.
+    """
+    if temperature <= 0:
+        return int(np.argmax(logits))
+    probabilities = filtered_probabilities(logits, temperature, top_k, top_p)
+    cumulative = np.cumsum(probabilities)
+    # the sum may end a rounding error away from 1, so the draw is scaled to it
+    drawn = np.searchsorted(cumulative, uniform(seed, position) * cumulative[-1], side="right")
+    # a draw within rounding of the end must not fall on a trailing token of no probability
+    return int(min(drawn, np.flatnonzero(probabilities)[-1]))
+
+
+def filtered_probabilities(
+    logits: npt.NDArray[np.float32], temperature: float, top_k: int, top_p: float
+) -> npt.NDArray[np.float64]:
+    """Return softmax(logits / temperature) restricted to top-k, then to the nucleus of top-p.
+
+    As NVIDIA's `generate_ar`: top-k keeps every probability that is not below the k-th largest, so
+    ties are all kept; the nucleus drops a token when the mass *before* it already exceeds `top_p`.
+    Equal probabilities enter the nucleus lowest index first.
+
+    Args:
+        logits: (vocab,) float32.
+        temperature: More than 0.
+        top_k: 0 for no restriction.
+        top_p: 1 for no restriction.
+
+    Returns:
+        (vocab,) float64 that sums to 1.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    probabilities: npt.NDArray[np.float64] = weights / weights.sum()
+    if 0 < top_k < probabilities.size:
+        least = np.partition(probabilities, -top_k)[-top_k]
+        probabilities = np.where(probabilities >= least, probabilities, 0.0)
+        probabilities /= probabilities.sum()
+    if top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        ordered = probabilities[order]
+        before = np.cumsum(ordered) - ordered
+        probabilities[order[before > top_p]] = 0.0
+        probabilities /= probabilities.sum()
+    return probabilities
+
+
+def _keyed(seed: int, first: int, second: int) -> int:
+    """Return 64 mixed bits of three integers."""
+    return _mix(_mix(_mix(seed) + first) + second)
+
+
+def _mix(value: int) -> int:
+    """Return the next output of splitmix64 from a state."""
+    value = (value + GOLDEN_GAMMA) & MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return value ^ (value >> 31)
