@@ -111,6 +111,7 @@ class TextStream:
         A decoder may treat the first token of a text in a way of its own (dropping a space, for
         instance), so the window always starts at tokens that were given before.
         """
-        self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
-        self._given = len(self._tokenizer.decode(self._ids))
+        newest = self._ids[self._read :]
+        text = self._tokenizer.decode(newest)
+        if text:  # special tokens alone have no text to start a window with
+            self._ids, self._read, self._given = newest, len(newest), len(text)

@@ -1,0 +1,196 @@
+"""The checkpoint's bytes, mapped and checked, and the weight inputs made of them.
+
+Before anything is loaded, the shards are compared with the manifest: their sizes, every entry of
+their headers, and a digest of samples of their content. After that a weight input is one array:
+expert matrices stacked, bf16 widened to float32 where a graph computes in it. Needs neither torch
+nor safetensors: the format is a length, a JSON header, and raw little-endian bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import CheckpointError
+from .manifest import Manifest, Shard, WeightInput
+
+__all__ = ["Progress", "WeightStore", "read_header", "sample_digest"]
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+SAMPLES = 16
+SAMPLE_BYTES = 4096
+LISTED_AT_MOST = 10
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+
+
+class WeightStore:
+    """The tensors of one checkpoint, read through memory maps.
+
+    Only the pages that are asked for are read, and the system may drop them again: the resident
+    memory of this class is bounded by the largest weight that is being made.
+
+    Args:
+        manifest: What the tensors should be.
+        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
+    """
+
+    def __init__(self, manifest: Manifest, checkpoint: Path | None = None) -> None:
+        self.manifest = manifest
+        self.folder = checkpoint if checkpoint is not None else manifest.checkpoint.path
+        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def check(self) -> None:
+        """Compare every shard with the manifest.
+
+        Raises:
+            CheckpointError: The folder or a shard is missing, or a shard's size, header or sampled
+                content is not what it was at export.
+        """
+        if not self.folder.is_dir():
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of these engines is not there; "
+                "if it was moved, say where it is with --checkpoint PATH"
+            )
+        for index, shard in enumerate(self.manifest.shards):
+            self._check_shard(index, shard)
+
+    def raw(self, tensor: str) -> npt.NDArray[Any]:
+        """Return a checkpoint tensor as it is stored, without a copy.
+
+        Returns:
+            The tensor's shape; float32, or uint16 holding the bits of bf16. Read-only.
+        """
+        entry = self.manifest.tensors[tensor]
+        start = self.manifest.shards[entry.shard].data_start
+        content = self._map(entry.shard)[start + entry.begin : start + entry.end]
+        dtype = np.dtype("<u2") if entry.dtype == "BF16" else np.dtype("<f4")
+        return content.view(dtype).reshape(entry.shape)
+
+    def float32(self, weight: WeightInput) -> npt.NDArray[np.float32]:
+        """Return a weight input in float32: a view where the checkpoint stores it so.
+
+        bf16 is the upper half of a float32, so widening is a shift by 16 bits and exact.
+        """
+        sources = [self.raw(source) for source in weight.sources]
+        if weight.how != "stack" and sources[0].dtype == np.float32:
+            view = sources[0].reshape(weight.shape)
+            return view if view.flags.aligned else view.copy()
+        made = np.empty(weight.shape, dtype=np.float32)
+        parts = made if weight.how == "stack" else [made]
+        for part, source in zip(parts, sources, strict=True):
+            _widen(source.reshape(part.shape), part)
+        return made
+
+    def all_float32(
+        self, tower: str, progress: Progress | None = None
+    ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Yield (name, array) of every weight input of a tower's graph, largest shard order kept.
+
+        Args:
+            tower: `context` or `denoiser`.
+            progress: Told after each weight.
+        """
+        weights = self.manifest.weights[tower]
+        total = 4 * sum(math.prod(weight.shape) for weight in weights.values())
+        done = 0
+        for name, weight in weights.items():
+            array = self.float32(weight)
+            yield name, array
+            done += array.nbytes
+            if progress is not None:
+                progress(done, total)
+
+    def _map(self, index: int) -> npt.NDArray[np.uint8]:
+        if index not in self._maps:
+            path = self.folder / self.manifest.shards[index].file
+            self._maps[index] = np.memmap(path, dtype=np.uint8, mode="r")
+        return self._maps[index]
+
+    def _check_shard(self, index: int, shard: Shard) -> None:
+        path = self.folder / shard.file
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: this shard is missing; restore it, or say where the checkpoint is with "
+                "--checkpoint PATH"
+            )
+        size = path.stat().st_size
+        if size != shard.size:
+            raise CheckpointError(
+                f"{path}: has {size} bytes, but {shard.size} when it was exported; restore the "
+                "file, or export the checkpoint again"
+            )
+        header, data_start = read_header(path)
+        problems = [] if data_start == shard.data_start else ["the header's length"]
+        for name, entry in self.manifest.tensors.items():
+            if entry.shard != index:
+                continue
+            expected = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [entry.begin, entry.end],
+            }
+            if header.get(name) != expected:
+                problems.append(name)
+        if problems:
+            listed = ", ".join(problems[:LISTED_AT_MOST])
+            more = f" and {len(problems) - LISTED_AT_MOST} more"
+            raise CheckpointError(
+                f"{path}: its header changed since export: {listed}"
+                f"{more if len(problems) > LISTED_AT_MOST else ''}; export the checkpoint again"
+            )
+        if sample_digest(path) != shard.sample_sha256:
+            raise CheckpointError(
+                f"{path}: its content changed since export (same size and header, other bytes); "
+                "restore the file, or export the checkpoint again"
+            )
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Read the header of a safetensors file.
+
+    Returns:
+        The header's entries, and the offset of the first tensor byte.
+
+    Raises:
+        CheckpointError: The file is too short, or its header is no JSON object.
+    """
+    with path.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
+        content = stream.read(length) if length <= MAX_HEADER_BYTES else b""
+    try:
+        header = json.loads(content)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: is no safetensors file, or was truncated; restore it")
+    return header, 8 + length
+
+
+def sample_digest(path: Path) -> str:
+    """Return a sha256 in hex over the header and evenly spread samples of a shard's content."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        for index in range(SAMPLES):
+            stream.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _widen(source: npt.NDArray[Any], target: npt.NDArray[np.float32]) -> None:
+    """Copy float32, or widen bf16 bits, into `target` of the same shape."""
+    if source.dtype == np.float32:
+        target[...] = source
+    else:
+        np.left_shift(source, 16, out=target.view(np.uint32), dtype=np.uint32)
