@@ -85,29 +85,39 @@ class Tower(nn.Module):
         hidden = embedding(ids.long(), self.embeddings.weight)
         emitted: States = {}
         for index, layer in enumerate(self.layers):
-            hidden = self._through(cast(Layer, layer), index, hidden, call, states, emitted)
+            hidden = run_layer(cast(Layer, layer), index, hidden, call, states, emitted)
         return cast(Tensor, self.norm_f(hidden)), emitted
 
-    def _through(
-        self,
-        layer: Layer,
-        index: int,
-        hidden: Tensor,
-        call: Call,
-        states: Mapping[str, Tensor],
-        emitted: States,
-    ) -> Tensor:
-        if call.modulation is None:
-            return hidden + _mix(layer, index, layer.norm(hidden), call, states, emitted)
-        shift, scale, gate = (part[:, None] for part in call.modulation[index].unbind(1))
-        # In Megatron the norm of M and * is fused into their input projection and therefore comes
-        # after the modulation; the norm of E stands alone and comes before it
-        # (`_run_denoiser_step_diffusion`).
-        if layer.kind == "E":
-            inputs = layer.norm(hidden) * (1 + scale) + shift
-        else:
-            inputs = layer.norm(hidden * (1 + scale) + shift)
-        return hidden + gate * _mix(layer, index, inputs, call, states, emitted)
+
+def run_layer(
+    layer: Layer,
+    index: int,
+    hidden: Tensor,
+    call: Call,
+    states: Mapping[str, Tensor],
+    emitted: States,
+) -> Tensor:
+    """Returns the hidden states after one layer (batch, length, hidden).
+
+    Args:
+        layer: The layer.
+        index: Its number: of its states, and in ``call.modulation``.
+        hidden: (batch, length, hidden).
+        call: What all layers share.
+        states: See the module's description.
+        emitted: Receives the layer's new states.
+    """
+    if call.modulation is None:
+        return hidden + _mix(layer, index, layer.norm(hidden), call, states, emitted)
+    shift, scale, gate = (part[:, None] for part in call.modulation[index].unbind(1))
+    # In Megatron the norm of M and * is fused into their input projection and therefore comes
+    # after the modulation; the norm of E stands alone and comes before it
+    # (`_run_denoiser_step_diffusion`).
+    if layer.kind == "E":
+        inputs = layer.norm(hidden) * (1 + scale) + shift
+    else:
+        inputs = layer.norm(hidden * (1 + scale) + shift)
+    return hidden + gate * _mix(layer, index, inputs, call, states, emitted)
 
 
 def _mix(
