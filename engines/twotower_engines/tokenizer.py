@@ -59,11 +59,12 @@ class Tokenizer:
             TokenizerError: The text holds half of a surrogate pair, so it is no valid UTF-8.
         """
         try:
-            return tuple(self._tokenizer.encode(text).ids)
+            text.encode("utf-8")  # the tokenizers library calls such a text "not a str"
         except UnicodeEncodeError as problem:
             raise TokenizerError(
                 f"the text is not valid UTF-8 at character {problem.start}; give it as UTF-8"
             ) from problem
+        return tuple(self._tokenizer.encode(text).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
