@@ -379,7 +379,7 @@ def _read_fields(values: Mapping[str, Any], pattern: str, source: str) -> dict[s
 
 
 def _typed(value: Any, type_name: str, key: str, source: str) -> Any:
-    kinds: dict[str, tuple[type, ...]] = {
+    kinds: dict[str, Any] = {
         "int": (int,),
         "float": (int, float),
         "bool": (bool,),
@@ -405,8 +405,8 @@ def _check_time_step_limit(limit: Any, source: str) -> None:
     if limit is None:
         return
     try:
-        low, high = (float(bound) for bound in limit)
-    except (TypeError, ValueError):
+        low, high = float(limit[0]), float(limit[1])
+    except (TypeError, ValueError, LookupError):
         raise ConfigError(
             f"{source}: time_step_limit is {limit!r}, not two numbers [low, high]"
         ) from None

@@ -1,0 +1,290 @@
+"""Opens a checkpoint: finds it, checks every header, and ties it to a fingerprint.
+
+Works on a folder as `huggingface_hub` leaves it (links into blobs), on a plain copy, or on a hub
+id. Only headers and samples are read, so the full-size model opens in seconds; what is refused is
+refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from twotower_export.config import ModelConfig, read_config, read_json
+from twotower_export.errors import CheckpointError, ConfigError
+from twotower_export.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
+from twotower_export.shards import Shard, Tensor, read_shard
+from twotower_export.tokens import eos_token_ids
+
+INDEX_FILE: Final = "model.safetensors.index.json"
+SINGLE_FILE: Final = "model.safetensors"
+CONFIG_FILE: Final = "config.json"
+
+STORED_DTYPES: Final = ("BF16", "F32")
+LISTED_AT_MOST: Final = 10
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers were checked.
+
+    Attributes:
+        path: absolute folder.
+        config: the model.
+        towers: towers that it holds.
+        base: whether it is the single-tower base checkpoint, with that one's names.
+        shards: its files.
+        tensors: every tensor by name.
+        id: hub id, where it came from the hub.
+        revision: hub commit, where known.
+        fingerprint: sha256 in hex over name, dtype, shape and sampled content of every tensor;
+            independent of how the tensors are spread over files.
+        warnings: sentences that the user should read.
+    """
+
+    path: Path
+    config: ModelConfig
+    towers: tuple[Tower, ...]
+    base: bool
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, Tensor]
+    id: str | None
+    revision: str | None
+    fingerprint: str
+    warnings: tuple[str, ...] = ()
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    mask_token_id: int | None = None,
+    towers: Sequence[Tower] | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Open and check a checkpoint.
+
+    Args:
+        source: a folder, or a hub id (`organisation/name` or `organisation/name@revision`), which
+            is downloaded first unless it lies in the local cache.
+        revision: the hub revision that it must be.
+        mask_token_id: overrides the configuration's mask id.
+        towers: towers that it must hold; by default whichever it does.
+        progress: told about each shard.
+
+    Raises:
+        CheckpointError: it is missing, incomplete, damaged, or holds other towers.
+        ConfigError: its configuration is refused.
+        HubError: it could not be fetched.
+    """
+    folder, identity, warnings = _locate(source, revision)
+    if not (folder / CONFIG_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: is no checkpoint: it has no {CONFIG_FILE}"
+            f"{_hint_of_another_kind(folder)}; name the folder that holds {CONFIG_FILE} and the "
+            "safetensors files"
+        )
+    config = read_config(folder / CONFIG_FILE, mask_token_id=mask_token_id)
+    config = replace(config, eos_token_ids=eos_token_ids(folder, config))
+    shards, tensors = _read_shards(folder, progress)
+    base = _is_base(tensors)
+    held: tuple[Tower, ...] = ("context",) if base or _is_context_only(tensors) else TOWERS
+    if towers is not None and not set(towers) <= set(held):
+        kind = "the single-tower base checkpoint" if base else "a checkpoint of one tower"
+        raise CheckpointError(
+            f"{folder}: is {kind}: it holds a context tower and no denoiser, so it can only "
+            "generate autoregressively; export that tower with --towers context, or name a "
+            "TwoTower checkpoint"
+        )
+    _check_tensors(folder, config, held, base, tensors)
+    return Checkpoint(
+        path=folder,
+        config=config,
+        towers=held,
+        base=base,
+        shards=shards,
+        tensors=tensors,
+        id=identity[0],
+        revision=identity[1],
+        fingerprint=fingerprint(tensors),
+        warnings=tuple(warnings),
+    )
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 in hex over one line `name dtype shape sample` per tensor, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        shape = ",".join(map(str, tensor.shape))
+        digest.update(f"{name} {tensor.dtype} [{shape}] {tensor.sample}\n".encode())
+    return digest.hexdigest()
+
+
+def _locate(
+    source: str | Path, revision: str | None
+) -> tuple[Path, tuple[str | None, str | None], list[str]]:
+    """The folder, its (hub id, commit), and warnings; downloads a hub id."""
+    from twotower_export import hub
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None and hub.cached_identity(folder)[1] is None:
+            raise CheckpointError(
+                f"{folder}: --revision {revision} cannot be checked: this is a plain folder, not a "
+                "snapshot in a Hugging Face cache; leave --revision out or name the hub id"
+            )
+        identity = hub.cached_identity(folder)
+        if revision is not None and not hub.is_same_commit(revision, identity[1]):
+            raise CheckpointError(
+                f"{folder}: is revision {identity[1]}, not {revision}; name the other snapshot, "
+                "or the hub id"
+            )
+        return folder.resolve(), identity, []
+    if folder.exists():
+        raise CheckpointError(
+            f"{folder}: is a file, not a checkpoint; name the folder that it lies in"
+        )
+    name, at, pinned = str(source).partition("@")
+    if not hub.is_id(name):
+        raise CheckpointError(
+            f"{folder}: there is no such folder; name a folder with {CONFIG_FILE} and safetensors "
+            "files, or a hub id such as nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16@REVISION"
+        )
+    if at and revision is not None and revision != pinned:
+        raise CheckpointError(
+            f"{source}: names revision {pinned!r}, but --revision says {revision!r}; give one"
+        )
+    return hub.fetch(name, (pinned if at else None) or revision)
+
+
+def _hint_of_another_kind(folder: Path) -> str:
+    """Recognises the folders that are named instead of a checkpoint most often."""
+    for file, what in (("manifest.json", "a bundle"), ("build.json", "an engine set")):
+        if (folder / file).is_file():
+            return f" (it looks like {what})"
+    snapshots = sorted(folder.glob("snapshots/*/config.json"))
+    if snapshots:
+        return f" (it looks like a Hugging Face cache: try {snapshots[-1].parent})"
+    return ""
+
+
+def _read_shards(
+    folder: Path, progress: Progress | None
+) -> tuple[tuple[Shard, ...], dict[str, Tensor]]:
+    """Every shard that the index names, and its tensors, which the headers must name too."""
+    index = _read_index(folder)
+    files = sorted(set(index.values())) if index is not None else [SINGLE_FILE]
+    shards: list[Shard] = []
+    tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for number, file in enumerate(files):
+        if progress is not None:
+            progress("reading shards", number, len(files))
+        shard, found = read_shard(folder / file, file, number)
+        shards.append(shard)
+        if index is not None:
+            named = {name for name, where in index.items() if where == file}
+            problems += [f"{name}: not in {file}" for name in sorted(named - set(found))]
+            problems += [
+                f"{name}: in {file}, but the index says {index.get(name, 'nothing of it')}"
+                for name in sorted(set(found) - named)
+            ]
+        tensors |= found
+    if progress is not None:
+        progress("reading shards", len(files), len(files))
+    if problems:
+        raise CheckpointError(
+            f"{folder}: {INDEX_FILE} disagrees with the shards' headers: {listed(problems)}; "
+            "take index and shards of the same revision"
+        )
+    return tuple(shards), tensors
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """The index's map from tensor to file, or None where the checkpoint is one file."""
+    path = folder / INDEX_FILE
+    if not path.exists():
+        if (folder / SINGLE_FILE).exists() or (folder / SINGLE_FILE).is_symlink():
+            return None
+        others = sorted(one.name for one in folder.glob("*.safetensors"))
+        raise CheckpointError(
+            f"{folder}: is no checkpoint: it has neither {INDEX_FILE} nor {SINGLE_FILE}"
+            + (f", only {listed(others)}; restore the index" if others else "; download it again")
+        )
+    try:
+        weight_map = read_json(path).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no `weight_map`; download the index again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+            raise CheckpointError(
+                f"{path}: {name} lies in {file!r}, which is no safetensors file of this folder"
+            )
+    return weight_map
+
+
+def _is_base(tensors: Iterable[str]) -> bool:
+    prefixes = {name.partition(".")[0] for name in tensors}
+    return BASE_PREFIX in prefixes and not {"context_tower", "denoiser_tower"} & prefixes
+
+
+def _is_context_only(tensors: Iterable[str]) -> bool:
+    prefixes = {name.partition(".")[0] for name in tensors}
+    return "context_tower" in prefixes and not {"denoiser_tower", "lm_head"} & prefixes
+
+
+def _check_tensors(
+    folder: Path,
+    config: ModelConfig,
+    towers: Sequence[Tower],
+    base: bool,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Refuse missing, unexpected, misshapen and wrongly typed tensors, each by name."""
+    expected = expected_tensors(config, towers, base=base)
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            problems.append(f"{name} is unknown")
+        elif tensor.shape != expected[name]:
+            problems.append(f"{name} has shape {list(tensor.shape)}, not {list(expected[name])}")
+        elif tensor.dtype == "F16":
+            problems.append(f"{name} is float16, not bfloat16 or float32")
+        elif tensor.dtype not in STORED_DTYPES:
+            problems.append(f"{name} is {tensor.dtype}, not BF16 or F32")
+    problems += _mixed_experts(config, towers, base, tensors)
+    if problems:
+        raise CheckpointError(
+            f"{folder}: its tensors are not those of its {CONFIG_FILE}: {listed(problems)}; take "
+            "both of the same revision, and the BF16 weights"
+        )
+
+
+def _mixed_experts(
+    config: ModelConfig, towers: Sequence[Tower], base: bool, tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Experts of one layer are stacked into one input, so they must share a dtype."""
+    problems = []
+    for tower in towers:
+        for name, weight in graph_weights(config, tower, base=base).items():
+            dtypes = {tensors[one].dtype for one in weight.sources if one in tensors}
+            if len(dtypes) > 1 and dtypes <= set(STORED_DTYPES):
+                problems.append(f"{name} mixes {' and '.join(sorted(dtypes))} over its experts")
+    return problems
+
+
+def listed(problems: Sequence[str]) -> str:
+    """At most ten of the problems, and how many there are in all."""
+    shown = "; ".join(problems[:LISTED_AT_MOST])
+    if len(problems) <= LISTED_AT_MOST:
+        return shown
+    return f"{shown}; and {len(problems) - LISTED_AT_MOST} more ({len(problems)} in all)"

@@ -1,0 +1,104 @@
+"""Checkpoints from the Hugging Face hub, through `huggingface_hub` and its cache.
+
+Downloads resume, are shared with every other tool, and show progress; what is added here is which
+revision was taken, and errors that say what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from twotower_export.errors import HubError
+
+# What an export needs: no remote code, no other formats.
+PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja")
+
+_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+
+
+def is_id(name: str) -> bool:
+    """Whether a text has the form `organisation/name`."""
+    return _ID.fullmatch(name) is not None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a full commit hash, which cannot move."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def is_same_commit(revision: str, commit: str | None) -> bool:
+    """Whether a revision, in full or from seven digits on, names a commit."""
+    return commit is not None and (
+        revision == commit
+        or (re.fullmatch(r"[0-9a-f]{7,40}", revision) is not None and commit.startswith(revision))
+    )
+
+
+def cached_identity(folder: Path) -> tuple[str | None, str | None]:
+    """Hub id and commit of a snapshot folder of a cache: `models--org--name/snapshots/commit`.
+
+    Both None for any other folder. Links on the way to the folder are followed.
+    """
+    resolved = folder.resolve()
+    repository = resolved.parent.parent.name
+    if resolved.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None, None
+    return repository.removeprefix("models--").replace("--", "/", 1), resolved.name
+
+
+def fetch(id_: str, revision: str | None) -> tuple[Path, tuple[str, str], list[str]]:
+    """Download a checkpoint into the hub's cache, or complete what lies there.
+
+    Args:
+        id_: `organisation/name`.
+        revision: branch, tag or commit; the main branch by default.
+
+    Returns:
+        The snapshot's folder, the hub id with the commit that was taken, and warnings.
+
+    Raises:
+        HubError: the hub does not know it, does not let us, or cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            id_, revision=revision, allow_patterns=list(PATTERNS)
+        )
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{id_}: its owner asks you to accept terms first: open its page on the hub, then "
+            "sign in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{id_}: there is neither such a folder nor such a repository on the hub "
+            "(or it is private: sign in with `hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{id_}: the hub has no revision {revision!r} of it") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise HubError(
+            f"{id_}: there is no such folder, the hub cannot be reached, and the local cache does "
+            f"not hold {'this revision' if revision else 'it'}; check the network, or name a folder"
+        ) from error
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(
+            f"{id_}: the download did not finish: {error}; run the same command again, finished "
+            "files are kept"
+        ) from error
+    path = Path(folder).resolve()
+    commit = cached_identity(path)[1]
+    if commit is None:
+        raise HubError(f"{id_}: {path} is no snapshot folder; set HF_HOME to an ordinary cache")
+    warnings = []
+    if not is_commit(revision):
+        warnings.append(
+            f"{id_}: {'no revision was named' if revision is None else f'{revision!r} can move'}; "
+            f"took {commit}. Pin it with {id_}@{commit}"
+        )
+    return path, (id_, commit), warnings
