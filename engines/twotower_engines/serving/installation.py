@@ -1,0 +1,98 @@
+"""Where a Triton server is on this machine, and how to start it without touching its files.
+
+A server on PATH (as in NVIDIA's containers) comes first. Otherwise the one inside the wheel
+`nvidia-pytriton` is used: a real binary, whose Python backend needs a stub for this interpreter
+beside its library. The wheel keeps the stubs elsewhere, so a private folder of links is made.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from twotower_engines.errors import ServingError
+
+__all__ = ["ServerInstallation", "find_server", "link_backends"]
+
+STUB = "triton_python_backend_stub"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInstallation:
+    """A Triton server.
+
+    Attributes:
+        binary: The executable.
+        source: Where it comes from, for people.
+        wheel: The folder `tritonserver` of the wheel; None where the binary is on PATH and finds
+            its own backends.
+    """
+
+    binary: Path
+    source: str
+    wheel: Path | None = None
+
+
+def find_server() -> ServerInstallation:
+    """Find a Triton server: on PATH, or in the wheel.
+
+    Raises:
+        ServingError: There is none, or the wheel's has no stub for this Python.
+    """
+    on_path = shutil.which("tritonserver")
+    if on_path is not None:
+        return ServerInstallation(Path(on_path), f"PATH ({on_path})")
+    # find_spec of a top-level name looks without importing: pytriton's import starts much
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise ServingError(
+            "no Triton server found: there is no `tritonserver` on PATH and the package "
+            "nvidia-pytriton is not installed; install one with: pip install 'twotower[serve]'"
+        )
+    wheel = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
+    binary = wheel / "bin" / "tritonserver"
+    if not binary.is_file():
+        raise ServingError(
+            f"{binary}: is missing, though nvidia-pytriton is installed; install it again with: "
+            "pip install --force-reinstall nvidia-pytriton"
+        )
+    if not _stub(wheel).is_file():
+        had = ", ".join(sorted(one.name for one in (wheel / "python_backend_stubs").glob("3.*")))
+        raise ServingError(
+            f"the Triton server of nvidia-pytriton has no stub for Python {_python()} "
+            f"(it has: {had}); use one of these Pythons"
+        )
+    version = importlib.metadata.version("nvidia-pytriton")
+    return ServerInstallation(binary, f"nvidia-pytriton {version}", wheel)
+
+
+def link_backends(installation: ServerInstallation, folder: Path) -> Path | None:
+    """Make a folder of links that the wheel's server can use as its backend directory.
+
+    Args:
+        installation: As found.
+        folder: Where to make it; must exist.
+
+    Returns:
+        The backend directory, or None where the server finds its own.
+    """
+    if installation.wheel is None:
+        return None
+    python = folder / "backends" / "python"
+    python.mkdir(parents=True)
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        (python / name).symlink_to(installation.wheel / "backends" / "python" / name)
+    (python / STUB).symlink_to(_stub(installation.wheel))
+    return python.parent
+
+
+def _python() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _stub(wheel: Path) -> Path:
+    return wheel / "python_backend_stubs" / _python() / STUB

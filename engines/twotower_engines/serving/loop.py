@@ -1,0 +1,221 @@
+"""One thread that turns the scheduler for every request of a server.
+
+Callers put jobs into its inbox from any thread; each job comes with a `Reply`, through which its
+parts go out as they are made. Knows nothing about Triton.
+
+If the thread dies, no request is left without an answer: every open one is failed, later ones are
+refused, and `on_death` is called, which in a server ends the process.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from twotower_engines.errors import EnginesError
+from twotower_engines.request import BlockEvent, Request
+from twotower_engines.scheduler import Scheduler
+
+from .failure import Failure
+from .wire import Job, Stop
+
+__all__ = ["EngineLoop", "Part", "Reply"]
+
+# Tokens before a block that its decoder is given. A character has at most four bytes, so at most
+# four tokens; the rest is for special tokens, which have no text, between them.
+PREVIOUS_IDS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One response to a request.
+
+    Attributes:
+        event: What was made.
+        previous_ids: The end of the answer before it, at most `PREVIOUS_IDS` tokens.
+        prompt_ids: The prompt, in the first part; else empty.
+    """
+
+    event: BlockEvent
+    previous_ids: tuple[int, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
+
+
+class Reply(Protocol):
+    """Where the parts of one answer go. Called by the loop's thread."""
+
+    def send(self, part: Part) -> None:
+        """Send a part; the last one where its event says so."""
+
+    def fail(self, message: str, failure: Failure) -> None:
+        """Send an error, after which nothing comes."""
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request under way."""
+
+    job: Job
+    reply: Reply
+    give_up_at: float | None
+    sent: list[int] = field(default_factory=list)
+    started: bool = False
+    given_up: str | None = None
+
+
+class EngineLoop:
+    """Turns a scheduler in a thread of its own.
+
+    Args:
+        scheduler: Used by the thread alone from now on.
+        max_waiting: Requests that may wait for a slot before others are refused.
+        on_death: Called by the dying thread after every open request was answered.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, max_waiting: int, on_death: Callable[[], None]
+    ) -> None:
+        self._scheduler = scheduler
+        self._max_waiting = max_waiting
+        self._on_death = on_death
+        self._inbox: queue.SimpleQueue[tuple[Job | Stop, Reply] | None] = queue.SimpleQueue()
+        self._open: dict[str, _Open] = {}
+        self._count = 0
+        self._closing = False
+        self._dead = False
+        self._lock = threading.Lock()  # between the last look into the inbox and what comes later
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def put(self, message: Job | Stop, reply: Reply) -> None:
+        """Take a job, or a wish to stop one. Returns at once; the reply hears the rest."""
+        with self._lock:
+            if not self._dead:
+                self._inbox.put((message, reply))
+                return
+        reply.fail("the engine has stopped; restart the server", "failed")
+
+    def close(self) -> None:
+        """Fail what is open and end the thread."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._take_in()
+                self._give_up()
+                for event in self._scheduler.turn():
+                    self._deliver(event)
+            self._end("the server is shutting down; send the request again later", "busy")
+        except BaseException as problem:
+            traceback.print_exc(file=sys.stderr)
+            self._end(f"the engine failed: {type(problem).__name__}: {problem}", "failed")
+            self._on_death()
+
+    def _take_in(self) -> None:
+        """Handle what the inbox holds; wait for something where there is nothing else to do."""
+        wait = self._scheduler.idle
+        while True:
+            try:
+                item = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if item is None:
+                self._closing = True
+                return
+            message, reply = item
+            if isinstance(message, Stop):
+                self._stop(message, reply)
+            else:
+                self._submit(message, reply)
+
+    def _submit(self, job: Job, reply: Reply) -> None:
+        if self._scheduler.waiting >= self._max_waiting:
+            reply.fail(f"{self._scheduler.waiting} requests wait already; try again later", "busy")
+            return
+        # Two clients may choose the same id; the scheduler's must be unique.
+        self._count += 1
+        key = f"{self._count}:{job.request.request_id}"
+        try:
+            job.check_timeout()
+            self._scheduler.submit(_with_id(job, key))
+        except EnginesError as problem:
+            reply.fail(str(problem), "refused")
+            return
+        limit = job.timeout_seconds
+        self._open[key] = _Open(job, reply, time.monotonic() + limit if limit > 0 else None)
+
+    def _stop(self, message: Stop, reply: Reply) -> None:
+        """Cancel every open request of that id, and say that this was done."""
+        for key, one in self._open.items():
+            if one.job.request.request_id == message.request_id:
+                self._scheduler.cancel(key)
+        reply.send(Part(BlockEvent(message.request_id, (), (), 0, 0, "cancelled")))
+
+    def _give_up(self) -> None:
+        """Cancel what nobody waits for any more, and what took too long."""
+        now = time.monotonic()
+        for key, one in self._open.items():
+            if one.give_up_at is not None and now > one.give_up_at:
+                one.given_up = (
+                    f"not finished within timeout_seconds, {one.job.timeout_seconds:g}; "
+                    "allow more, or ask for fewer tokens"
+                )
+                self._scheduler.cancel(key)
+            elif one.reply.is_cancelled():
+                self._scheduler.cancel(key)
+
+    def _deliver(self, event: BlockEvent) -> None:
+        """Send what a turn made of one request."""
+        one = self._open.get(event.request_id)
+        if one is None:  # dropped below; this is its last event, `cancelled`
+            return
+        if event.is_last:
+            del self._open[event.request_id]
+        try:
+            self._reply(one, event)
+        except Exception:  # one caller that cannot be reached must not stop the others
+            traceback.print_exc(file=sys.stderr)
+            self._open.pop(event.request_id, None)
+            self._scheduler.cancel(event.request_id)
+
+    def _reply(self, one: _Open, event: BlockEvent) -> None:
+        if event.error is not None:
+            one.reply.fail(event.error, "failed")
+        elif event.finish_reason == "cancelled" and one.given_up is not None:
+            one.reply.fail(one.given_up, "late")
+        else:
+            prompt = () if one.started else one.job.request.prompt_ids
+            one.started = True
+            one.reply.send(Part(event, tuple(one.sent), prompt))
+            one.sent = [*one.sent, *event.ids][-PREVIOUS_IDS:]
+
+    def _end(self, message: str, failure: Failure) -> None:
+        """Fail every request that is open or still in the inbox, and refuse later ones."""
+        with self._lock:
+            self._dead = True
+        replies = [one.reply for one in self._open.values()]
+        self._open.clear()
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            replies += [item[1]] if item is not None else []
+        for reply in replies:
+            try:
+                reply.fail(message, failure)
+            except Exception:  # one that cannot be told must not keep the others from being told
+                traceback.print_exc(file=sys.stderr)
+
+
+def _with_id(job: Job, key: str) -> Request:
+    return replace(job.request, request_id=key)

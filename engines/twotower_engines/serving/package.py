@@ -1,0 +1,116 @@
+"""Writing a model repository for an engine set.
+
+The models' configurations lie in `triton_repo/` as Triton reads them. Packaging parses them, sets
+the parameters that name this machine's engine set and checkpoint, checks the whole, and writes it.
+Engines and weights are not copied.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+from twotower_engines.engine_set import EngineSet
+from twotower_engines.errors import ServingError
+from twotower_engines.weights import WeightStore
+
+from .repository import CONFIG_FILE, MODELS, check_configs, read_config
+from .settings import Settings
+
+__all__ = ["package", "templates_folder"]
+
+# The ensemble has no code of its own: the steps read the parameters.
+MODELS_WITH_CODE = tuple(name for name in MODELS if name != "twotower")
+
+
+def templates_folder() -> Path:
+    """Return the folder `triton_repo`: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        ServingError: Neither is there.
+    """
+    installed = Path(str(files("twotower_engines"))) / "triton_repo"
+    checkout = Path(__file__).resolve().parents[3] / "triton_repo"
+    for folder in (installed, checkout):
+        if all((folder / name / CONFIG_FILE).is_file() for name in MODELS):
+            return folder
+    raise ServingError(
+        f"the models' configurations are missing (looked in {installed} and {checkout}); "
+        "install twotower again"
+    )
+
+
+def package(engines: EngineSet, repository: Path, settings: Settings) -> None:
+    """Write the model repository.
+
+    Args:
+        engines: The engine set, whose files and checkpoint are checked first.
+        repository: Folder to write; an older repository of ours there is replaced.
+        settings: What the models are to know.
+
+    Raises:
+        EnginesError: The engines or their checkpoint are missing or changed, the slots are more
+            than the engines have, or something else lies at `repository`.
+    """
+    engines.check_plans()
+    WeightStore(engines.manifest, settings.checkpoint).check()
+    _check_slots(engines, settings)
+    _check_replaceable(repository)
+    templates = templates_folder()
+    configs = {name: read_config(templates / name / CONFIG_FILE) for name in MODELS}
+    for name in MODELS_WITH_CODE:
+        for key, value in settings.parameters().items():
+            configs[name].parameters[key].string_value = value
+    check_configs(configs)
+    partial = repository.with_name(f"{repository.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, config in configs.items():
+            (partial / name / "1").mkdir(parents=True)
+            (partial / name / CONFIG_FILE).write_text(_as_text(config), encoding="utf-8")
+        for name in MODELS_WITH_CODE:
+            shutil.copyfile(templates / name / "1/model.py", partial / name / "1/model.py")
+        _replace(repository, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_slots(engines: EngineSet, settings: Settings) -> None:
+    limit = engines.build.limits.slots
+    if settings.slots is not None and not 1 <= settings.slots <= limit:
+        raise ServingError(
+            f"--slots is {settings.slots}, but the engines have 1 to {limit}; build them again "
+            "with more (`twotower build --slots`), or ask for fewer"
+        )
+
+
+def _check_replaceable(repository: Path) -> None:
+    """Refuse to write over anything but an empty folder or an older repository of ours."""
+    if not repository.exists() and not repository.is_symlink():
+        return
+    if not repository.is_dir() or repository.is_symlink():
+        raise ServingError(f"{repository}: is no folder; name another place for the repository")
+    strange = sorted(one.name for one in repository.iterdir() if one.name not in MODELS)
+    if strange:
+        raise ServingError(
+            f"{repository}: holds `{strange[0]}`, which no repository of ours has, so it is not "
+            "replaced; name another place, or move that away"
+        )
+
+
+def _replace(repository: Path, partial: Path) -> None:
+    """Put the new folder in place of the old one, which is moved aside first."""
+    repository.parent.mkdir(parents=True, exist_ok=True)
+    old = repository.with_name(f"{repository.name}.{os.getpid()}.old.partial")
+    if repository.exists():
+        repository.rename(old)
+    partial.rename(repository)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _as_text(config: object) -> str:
+    from google.protobuf import text_format
+
+    return str(text_format.MessageToString(config))

@@ -1,0 +1,148 @@
+"""The model `preprocess`: text to ids, and every check that can be made before work starts.
+
+`Preprocessor` is all of it but Triton's own objects. It reads the limits and the tokenizer of the
+engine set; it loads no engine.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower_engines.engine_set import EngineSet
+from twotower_engines.errors import EnginesError, RequestError
+from twotower_engines.request import Mode, Request, RequestLimits
+from twotower_engines.tokenizer import Tokenizer
+
+from .failure import triton_error
+from .settings import Settings
+from .wire import Job, Stop, encode
+
+__all__ = ["Preprocessor", "TritonPythonModel"]
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+# Longer text cannot fit: no tokenizer that we know has a longer token. It keeps megabytes of text
+# from holding up the tokenizer only to be refused.
+BYTES_PER_TOKEN = 256
+
+INTEGERS = ("max_new_tokens", "block_size", "steps", "top_k", "seed")
+NUMBERS = ("threshold", "temperature", "top_p")
+WORDS = ("mode", "policy")
+OTHERS = ("text_input", "input_ids", "eos_ids", "timeout_seconds", "stop")
+INPUTS = (*OTHERS, *INTEGERS, *NUMBERS, *WORDS)
+
+
+class Preprocessor:
+    """Checks and translates requests for one engine set.
+
+    Args:
+        engines: The engine set.
+    """
+
+    def __init__(self, engines: EngineSet) -> None:
+        self._limits = RequestLimits.of_engines(engines)
+        exists = Tokenizer.exists(engines.folder)
+        self._tokenizer = Tokenizer(engines.folder) if exists else None
+
+    def message(self, tensors: Tensors, request_id: str) -> bytes:
+        """Return what `generate` is to be told.
+
+        Args:
+            tensors: The inputs that were given, by name, as declared in config.pbtxt.
+            request_id: The client's id of the request; may be empty.
+
+        Raises:
+            RequestError: The request cannot be done.
+            TokenizerError: The text is not valid.
+        """
+        if "stop" in tensors:
+            return encode(Stop(_text(tensors, "stop")))
+        options: dict[str, Any] = {name: _text(tensors, name) for name in WORDS if name in tensors}
+        options |= {name: int(_one(tensors, name)) for name in INTEGERS if name in tensors}
+        options |= {name: _number(tensors, name) for name in NUMBERS if name in tensors}
+        if "mode" in options:
+            options["mode"] = cast(Mode, options["mode"])  # checked with all the rest below
+        request = Request(
+            request_id=request_id or uuid.uuid4().hex,
+            prompt_ids=self._prompt_ids(tensors),
+            eos_ids=tuple(tensors["eos_ids"].tolist()) if "eos_ids" in tensors else (),
+            **options,
+        )
+        request.check(self._limits)
+        timeout = _number(tensors, "timeout_seconds") if "timeout_seconds" in tensors else 0.0
+        job = Job(request, timeout)
+        job.check_timeout()
+        return encode(job)
+
+    def _prompt_ids(self, tensors: Tensors) -> tuple[int, ...]:
+        if ("text_input" in tensors) == ("input_ids" in tensors):
+            raise RequestError("give either text_input or input_ids, and not both")
+        if "input_ids" in tensors:
+            return tuple(tensors["input_ids"].tolist())
+        if self._tokenizer is None:
+            raise RequestError("these engines have no tokenizer; give input_ids, not text_input")
+        content = bytes(_one(tensors, "text_input"))
+        limit = self._limits.context * BYTES_PER_TOKEN
+        if len(content) > limit:
+            raise RequestError(
+                f"the prompt has {len(content)} bytes, but these engines hold "
+                f"{self._limits.context} tokens: shorten it"
+            )
+        return self._tokenizer.encode(_text(tensors, "text_input"))
+
+
+def _one(tensors: Tensors, name: str) -> Any:
+    """Return the value of an input of one element."""
+    return tensors[name].reshape(-1)[0]
+
+
+def _number(tensors: Tensors, name: str) -> float:
+    """Return a float32 as the decimal number that was meant: 0.9, not 0.89999998.
+
+    Otherwise an answer would not be that of `twotower run`, which takes the number itself.
+    """
+    return float(str(np.float32(_one(tensors, name))))
+
+
+def _text(tensors: Tensors, name: str) -> str:
+    content = bytes(_one(tensors, name))
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise RequestError(
+            f"{name} is not valid UTF-8 at byte {problem.start}; send it as UTF-8"
+        ) from problem
+
+
+class TritonPythonModel:
+    """What Triton calls."""
+
+    def initialize(self, arguments: dict[str, str]) -> None:
+        """Read the engine set that config.pbtxt names."""
+        import triton_python_backend_utils as triton
+
+        self._triton = triton
+        self._preprocessor = Preprocessor(Settings.of_model(arguments).engines())
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request with one message for `generate`, or with a refusal."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        triton = self._triton
+        given = {
+            name: tensor.as_numpy()
+            for name in INPUTS
+            if (tensor := triton.get_input_tensor_by_name(request, name)) is not None
+        }
+        try:
+            message = self._preprocessor.message(given, request.request_id())
+        except EnginesError as problem:
+            return triton_error(triton, str(problem), "refused")
+        output = triton.Tensor("request", np.array([message], dtype=np.object_))
+        return triton.InferenceResponse([output])

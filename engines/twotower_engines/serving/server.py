@@ -1,0 +1,293 @@
+"""A Triton server process: started, waited for, and gone when we are.
+
+```python
+with TritonServer(Path("repository"), ServerOptions(grpc_port=0)) as server:
+    server.wait_until_ready()
+    print(server.grpc_address)
+```
+The server runs in a session of its own, so that Ctrl-C reaches us alone and is passed on once. It
+ends with us in every case: on a signal, at the end of the `with` block, and, because the kernel
+tells it when its parent dies, even when we are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from twotower_engines.errors import ServingError
+
+from .installation import find_server, link_backends
+from .ports import choose_ports
+from .repository import MODELS, check_repository
+
+__all__ = ["ServerOptions", "TritonServer"]
+
+EXIT_SECONDS = 15  # how long the server may take to unload its models
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How to run the server.
+
+    Attributes:
+        host: Address to listen on.
+        grpc_port: 0 for any free one, as for the others.
+        http_port: None for no HTTP.
+        metrics_port: None for no metrics.
+        log: Where to write the server's log; None for a temporary file.
+    """
+
+    host: str = "127.0.0.1"
+    grpc_port: int = 8001
+    http_port: int | None = 8000
+    metrics_port: int | None = 8002
+    log: Path | None = None
+
+
+class TritonServer:
+    """A running server.
+
+    Args:
+        repository: The model repository.
+        options: Ports and log.
+        models: Models that must be ready.
+
+    Raises:
+        ServingError: The folder is no model repository, no server is installed, or a port is taken.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        options: ServerOptions | None = None,
+        models: tuple[str, ...] = MODELS,
+    ) -> None:
+        self._options = options or ServerOptions()
+        self._repository, self._models = repository.absolute(), models
+        check_repository(self._repository, models)
+        self._installation = find_server()
+        self._ports = choose_ports(self._options.host, self._wanted_ports())
+        self._started = time.monotonic()
+        # Two servers with one prefix would read each other's shared memory.
+        self._prefix = f"twotower_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._folder = Path(tempfile.mkdtemp(prefix="twotower-serve-"))
+        self._log = self._options.log or self._folder / "server.log"
+        try:
+            self._process = self._start()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    @property
+    def source(self) -> str:
+        """Where the server binary comes from."""
+        return self._installation.source
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server."""
+        return self._process.pid
+
+    @property
+    def grpc_address(self) -> str:
+        """`host:port` of gRPC."""
+        return self._address("--grpc-port")
+
+    @property
+    def http_address(self) -> str | None:
+        """`host:port` of HTTP, or None."""
+        return self._address("--http-port") if "--http-port" in self._ports else None
+
+    @property
+    def metrics_address(self) -> str | None:
+        """`host:port` of the metrics, or None."""
+        return self._address("--metrics-port") if "--metrics-port" in self._ports else None
+
+    def wait_until_ready(
+        self, timeout: float = 600.0, progress: Callable[[str], None] | None = None
+    ) -> float:
+        """Wait until every model is ready.
+
+        Args:
+            timeout: In seconds.
+            progress: Told a few times a second what is being waited for.
+
+        Returns:
+            Seconds since the start.
+
+        Raises:
+            ServingError: The server ended, or was not ready in time. Carries the end of its log.
+        """
+        from tritonclient.grpc import InferenceServerClient
+
+        with InferenceServerClient(_dialled(self.grpc_address)) as client:
+            while True:
+                elapsed = time.monotonic() - self._started
+                code = self._process.poll()
+                if code is not None:
+                    raise ServingError(f"the Triton server {_ending(code)}\n{self.log_tail()}")
+                waiting = [name for name in self._models if not _is_ready(client, name)]
+                if not waiting:
+                    return elapsed
+                if elapsed > timeout:
+                    raise ServingError(
+                        f"not ready after {timeout:.0f} s: {', '.join(waiting)}; "
+                        f"give more time with --ready-timeout\n{self.log_tail()}"
+                    )
+                if progress is not None:
+                    progress(f"loading {', '.join(waiting)} ({elapsed:.0f} s)")
+                time.sleep(0.1)
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself, and return its exit code."""
+        return self._process.wait()
+
+    def request_stop(self) -> None:
+        """Ask the server to end, and return at once."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the server and everything that it started at once."""
+        # The stubs of Python models are in the same process group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End the server and everything that it started, and remove what it left."""
+        self.request_stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(EXIT_SECONDS + 5)
+        self.kill()
+        self._process.wait()
+        for left in SHARED_MEMORY.glob(f"{self._prefix}*"):
+            left.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def log_tail(self, lines: int = 30) -> str:
+        """Return the end of the server's log, without the noise of a machine that has no GPU."""
+        try:
+            text = self._log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        kept = [line for line in text.splitlines() if line and not NOISE.search(line)]
+        # A model's own error is worth more than the table and the messages of unloading after it.
+        first = next((number for number, line in enumerate(kept) if ERROR.match(line)), None)
+        kept = kept[-lines:] if first is None else kept[first : first + lines]
+        return "\n".join(["the server's log says:", *(f"  {line}" for line in kept)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _wanted_ports(self) -> dict[str, int]:
+        wanted = {
+            "--grpc-port": self._options.grpc_port,
+            "--http-port": self._options.http_port,
+            "--metrics-port": self._options.metrics_port,
+        }
+        return {option: port for option, port in wanted.items() if port is not None}
+
+    def _address(self, option: str) -> str:
+        host = self._options.host
+        return f"[{host}]:{self._ports[option]}" if ":" in host else f"{host}:{self._ports[option]}"
+
+    def _arguments(self) -> list[str]:
+        host = self._options.host
+        arguments = [
+            f"--model-repository={self._repository}",
+            f"--exit-timeout-secs={EXIT_SECONDS}",
+            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            "--backend-config=python,shm-default-byte-size=4194304",
+            f"--grpc-address={host}",
+            f"--grpc-port={self._ports['--grpc-port']}",
+        ]
+        backends = link_backends(self._installation, self._folder)
+        if backends is not None:
+            arguments.append(f"--backend-directory={backends}")
+        for name in ("http", "metrics"):
+            if f"--{name}-port" in self._ports:
+                arguments.append(f"--{name}-port={self._ports[f'--{name}-port']}")
+                arguments.append(f"--{name}-address={host}")
+            else:  # port 0 would not mean none, but a random one
+                arguments.append(f"--allow-{name}=false")
+        return arguments
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = dict(os.environ)
+        # The stub embeds Python and finds packages through the first interpreter on PATH.
+        scripts = str(Path(sys.executable).parent)
+        environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
+        command = [str(self._installation.binary), *self._arguments()]
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+            )
+
+
+NOISE = re.compile(r"pinned memory|CUDA driver|CudaDriver|NVML|DCGM|cudaError", re.IGNORECASE)
+ERROR = re.compile(r"E\d{4} |error:|Traceback")
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """Return what a child runs before it becomes the server: ask for SIGTERM if we die."""
+    parent = os.getpid()
+    library = ctypes.CDLL(None, use_errno=True)
+    pr_set_pdeathsig = 1  # <linux/prctl.h>
+
+    def prepare() -> None:
+        library.prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() != parent:  # we died between the fork and the call above
+            os._exit(1)
+
+    return prepare
+
+
+def _is_ready(client: object, model: str) -> bool:
+    from tritonclient.utils import InferenceServerException
+
+    try:
+        return bool(client.is_model_ready(model, client_timeout=2))  # type: ignore[attr-defined]
+    except InferenceServerException:
+        return False  # it does not listen yet
+
+
+def _dialled(address: str) -> str:
+    """Return an address that one can connect to: 0.0.0.0 and [::] only mean every interface."""
+    return address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code} before it was ready"
+    return f"was ended by signal {signal.Signals(-code).name} before it was ready"

@@ -1,0 +1,5 @@
+"""What Triton loads; the model itself is in `twotower_engines.serving.postprocess`."""
+
+from twotower_engines.serving.postprocess import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
