@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk: int = 64
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk: int = 16
 ) -> tuple[Tensor, Tensor]:
     """Runs the Mamba-2 recurrence S_t = exp(dt_t a) S_{t-1} + dt_t x_t b_t^T, y_t = S_t c_t.
 
@@ -131,9 +131,10 @@ class MambaMixer(nn.Module):
     def _convolve(self, xbc: Tensor, lengths: Tensor, conv_state: Tensor) -> tuple[Tensor, Tensor]:
         history = torch.cat([conv_state.to(xbc.dtype), xbc], dim=1)
         kernel = self.conv1d.weight.float().squeeze(1)  # (conv_dim, 4); column 3: current token
-        taps = history.float().unfold(1, kernel.shape[1], 1)  # (batch, length, conv_dim, 4)
-        bias = cast(Tensor, self.conv1d.bias).float()
-        convolved = silu((taps * kernel).sum(-1) + bias).to(xbc.dtype)
+        convolved = cast(Tensor, self.conv1d.bias).float()
+        for tap, weights in enumerate(kernel.unbind(1)):
+            convolved = convolved + history[:, tap : tap + xbc.shape[1]].float() * weights
+        convolved = silu(convolved).to(xbc.dtype)
         kept = conv_state.shape[1]
         newest = lengths.long()[:, None] + torch.arange(kept, device=xbc.device)
         index = newest[..., None].expand(-1, -1, self.conv_dim)

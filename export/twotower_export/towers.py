@@ -212,7 +212,10 @@ class TimeEmbedder(nn.Module):
         half = self.dimension // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         # 10000 is the base of the sinusoid; frequencies and products are float32 in every dtype.
-        phases = angle[:, None] * torch.exp(-math.log(10000.0) * steps / half)
+        # Libraries differ in the last bit of float32's exp, which the cosine of a large angle makes
+        # visible: take the correctly rounded one.
+        frequencies = (-math.log(10000.0) * steps / half).double().exp().float()
+        phases = angle[:, None] * frequencies
         features = torch.cat([phases.cos(), phases.sin()], dim=-1).to(rounding).to(dtype)
         first, activation, second = self.mlp
         inner = activation(project(features, cast(nn.Linear, first)))
@@ -282,7 +285,7 @@ class Denoiser(nn.Module):
         spread = split_dim(project(activation(embedded), cast(nn.Linear, linear)), -1, (3, -1))
         neutral = torch.tensor([0.0, 0.0, 1.0], dtype=dtype, device=t.device)[:, None]
         return [
-            torch.where(conditioned[:, None, None], table.to(dtype) + spread, neutral)
+            torch.where(conditioned.bool()[:, None, None], table.to(dtype) + spread, neutral)
             for table in self.scale_shift_tables
         ]
 

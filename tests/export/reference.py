@@ -222,7 +222,8 @@ class ReferenceModel:
         angle = np.float32(rounded(np.float32(rounded(np.float32(t))) * np.float32(1000)))
         half = self.tensors["t_embedder.mlp.0.weight"].shape[1] // 2
         steps = np.arange(half, dtype=np.float32)
-        frequencies = np.exp(np.float32(-math.log(10000)) * steps / np.float32(half))
+        exponents = np.float32(-math.log(10000)) * steps / np.float32(half)
+        frequencies = np.exp(exponents.astype(np.float64))  # numpy's float32 exp is one unit off
         phases = angle * frequencies.astype(np.float32)
         features = rounded(np.concatenate([np.cos(phases), np.sin(phases)])).astype(self.dtype)
         w = self.tensors

@@ -1,0 +1,299 @@
+"""Trains a tiny checkpoint as the paper trains the real one, in a few minutes on two cores.
+
+First the context tower learns the corpus autoregressively and is frozen. The denoiser starts as
+its copy, with neutral time conditioning, and learns masked diffusion: of each block a uniformly
+drawn share of positions is masked, and the cross-entropy of the masked tokens is minimised, given
+the rest of the block and the context tower's states of strictly earlier tokens.
+
+Source: the TwoTower paper (arXiv 2606.26493), section on training.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from twotower_export.corpus import documents
+from twotower_export.mixers import Router, project
+from twotower_export.tiny import Dtype, random_tensors, tiny_config, write_checkpoint
+from twotower_export.tokenizer import END_ID, MASK_ID, tokenizer_files, train_tokenizer
+from twotower_export.towers import (
+    ContextTower,
+    Denoiser,
+    States,
+    Towers,
+    advance_states,
+    empty_states,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from twotower_export.config import ModelConfig
+
+Progress = Callable[[str, float], None]
+"""Called after every step with the tower in training and the loss, nats per token."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train.
+
+    Attributes:
+        rows: Documents per step.
+        context_steps: Steps of the context tower.
+        denoiser_steps: Steps of the denoiser.
+        context_rate: Peak learning rate of the context tower.
+        denoiser_rate: Peak learning rate of the denoiser.
+        block: Positions per block.
+        balance: How far one step moves the routers' correction of an expert's load.
+    """
+
+    rows: int = 32
+    context_steps: int = 450
+    denoiser_steps: int = 600
+    context_rate: float = 4e-3
+    denoiser_rate: float = 4e-3
+    block: int = 16
+    balance: float = 2e-3
+
+    @property
+    def steps(self) -> int:
+        """All steps of both towers."""
+        return self.context_steps + self.denoiser_steps
+
+
+def train(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Trains both towers and returns every tensor of the checkpoint, float32.
+
+    Equal seeds give equal results on equal machines and thread counts; elsewhere the order of
+    floating-point sums differs and with it the last digits.
+
+    Args:
+        config: The model.
+        tokenizer: Turns documents into ids.
+        seed: Of the weights, the documents and the masks.
+        recipe: How long and how fast.
+        progress: Called after every step.
+    """
+    recipe = recipe or Recipe()
+    report: Progress = progress or (lambda tower, loss: None)
+    draws = torch.Generator().manual_seed(seed)
+    rows = batches(tokenizer, recipe, seed)
+    towers = _initial_towers(config, seed)
+
+    step = _Optimiser(towers.context, recipe.context_rate, recipe.context_steps, recipe.balance)
+    for _ in range(recipe.context_steps):
+        ids, lengths = next(rows)
+        report("context tower", step(context_loss(towers.context, config, ids, lengths)))
+    towers.context.requires_grad_(False)
+
+    _start_as_copy(towers)
+    step = _Optimiser(towers.denoiser, recipe.denoiser_rate, recipe.denoiser_steps, recipe.balance)
+    for _ in range(recipe.denoiser_steps):
+        ids, lengths = next(rows)
+        report("denoiser", step(denoiser_loss(towers, ids, lengths, recipe.block, draws)))
+    return {**towers.context.state_dict(), **towers.denoiser.state_dict()}
+
+
+def batches(tokenizer: Tokenizer, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields ids (rows, length) and lengths (rows,) of documents, each from an empty context.
+
+    Every document ends with the end token, and is filled with it to the width of the batch plus
+    one block, so that a denoiser learns to fill the rest of a last block. A length counts the
+    first end token.
+    """
+    choose = random.Random(seed)
+    drawn = documents("train", seed)
+    while True:
+        texts = []
+        for _ in range(recipe.rows):
+            document = next(drawn)
+            texts.append(document.prompt + choose.choice(document.answers))
+        encoded = [[*row.ids, END_ID] for row in tokenizer.encode_batch(texts)]
+        width = max(map(len, encoded)) + recipe.block
+        filled = [row + [END_ID] * (width - len(row)) for row in encoded]
+        yield torch.tensor(filled), torch.tensor([len(row) for row in encoded])
+
+
+def context_loss(tower: ContextTower, config: ModelConfig, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the mean cross-entropy of each next token of the documents."""
+    states = empty_states(config, len(ids), 1, torch.float32)
+    hidden, _ = tower.every_position(ids[:, :-1], lengths, torch.zeros_like(lengths), states)
+    # Also one end token after the first, so that what follows an end is an end.
+    wanted = torch.arange(hidden.shape[1]) < lengths[:, None]
+    return cross_entropy(project(hidden[wanted], tower.context_lm_head), ids[:, 1:][wanted])
+
+
+def denoiser_loss(
+    towers: Towers, ids: Tensor, lengths: Tensor, block: int, draws: torch.Generator
+) -> Tensor:
+    """Returns the mean cross-entropy of the masked tokens of all blocks of the documents."""
+    offsets = torch.randint(block, lengths.shape, generator=draws).minimum(lengths - 1)
+    blocks, context_lengths, states = context_of_blocks(towers, ids, lengths, offsets, block)
+    # t is uniform, and is what the denoiser sees at inference: a share of the block's positions.
+    counts = torch.randint(1, block + 1, (len(blocks), 1), generator=draws)
+    ranks = torch.rand(blocks.shape, generator=draws).argsort(-1).argsort(-1)
+    masked = ranks < counts
+    sizes = torch.full_like(context_lengths, block)
+    logits = towers.denoiser(
+        blocks.masked_fill(masked, MASK_ID),
+        sizes,
+        context_lengths,
+        torch.ones_like(sizes),
+        states,
+    )
+    return cross_entropy(logits[masked], blocks[masked])
+
+
+@torch.no_grad()
+def context_of_blocks(
+    towers: Towers, ids: Tensor, lengths: Tensor, offsets: Tensor, block: int
+) -> tuple[Tensor, Tensor, States]:
+    """Cuts documents into blocks and gives each the context tower's states before it.
+
+    Args:
+        towers: Both towers.
+        ids: (rows, length).
+        lengths: (rows,); blocks that begin at or after it are left out.
+        offsets: (rows,), where the first block of a row begins: prompts have any length.
+        block: Positions per block.
+
+    Returns:
+        Blocks (n, block), the tokens before each (n,), and the states of each.
+    """
+    count = math.ceil(int((lengths - offsets).max()) / block)
+    width = int(offsets.max()) + count * block
+    ids = torch.cat([ids, ids[:, -1:].expand(-1, max(0, width - ids.shape[1]))], dim=1)
+    states = empty_states(towers.config, len(ids), width, torch.float32)
+    starts, sizes = torch.zeros_like(offsets), offsets
+    pieces: list[tuple[Tensor, Tensor, States]] = []
+    for _ in range(count):
+        called = _window(ids, starts, block)
+        _, emitted = towers.context.every_position(called, sizes, starts, states)
+        states = advance_states(states, emitted, sizes, starts)
+        starts, sizes = starts + sizes, torch.full_like(sizes, block)
+        pieces.append((_window(ids, starts, block), starts, states))
+    inside = torch.cat([starts < lengths for _, starts, _ in pieces])
+    # The newest caches serve every block: what came later lies beyond its context length.
+    newest = pieces[-1][2]
+    gathered = {
+        name: torch.cat([newest[name] if "_cache" in name else piece[name] for _, _, piece in pieces])
+        for name in newest
+    }
+    return (
+        torch.cat([piece for piece, _, _ in pieces])[inside],
+        torch.cat([starts for _, starts, _ in pieces])[inside],
+        {name: tensor[inside] for name, tensor in gathered.items()},
+    )
+
+
+def _window(ids: Tensor, starts: Tensor, size: int) -> Tensor:
+    return ids.gather(1, starts[:, None] + torch.arange(size))
+
+
+def _initial_towers(config: ModelConfig, seed: int) -> Towers:
+    # Small logits: a fresh model should find every token about equally likely.
+    tensors = random_tensors(config, seed, logit_scale=0.5)
+    for name, tensor in tensors.items():
+        if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            tensor *= 1 / math.sqrt(2 * config.num_layers)
+        elif name.endswith("e_score_correction_bias"):
+            tensor.zero_()
+    towers = Towers(config, ContextTower(config), Denoiser(config))
+    for tower in (towers.context, towers.denoiser):
+        tower.load_state_dict({name: tensors[name] for name in tower.state_dict()})
+    return towers
+
+
+def _start_as_copy(towers: Towers) -> None:
+    """Makes the denoiser the context tower's copy, with conditioning that changes nothing yet."""
+    context, denoiser = towers.context, towers.denoiser
+    denoiser.denoiser_tower.load_state_dict(context.context_tower.state_dict())
+    denoiser.lm_head.load_state_dict(context.context_lm_head.state_dict())
+    with torch.no_grad():
+        for parameter in denoiser.t_block.parameters():
+            parameter.zero_()
+        for table in denoiser.scale_shift_tables:
+            table.copy_(torch.tensor([0.0, 0.0, 1.0])[:, None])
+
+
+class _Optimiser:
+    """AdamW with warm-up and linear decay, and the balancing of the experts' load."""
+
+    def __init__(self, module: nn.Module, rate: float, steps: int, balance: float) -> None:
+        self.module, self.balance = module, balance
+        self.adam = torch.optim.AdamW(
+            module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01
+        )
+        warm_up = max(1, steps // 20)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adam,
+            lambda step: min((step + 1) / warm_up, max(0.01, (steps - step) / (steps - warm_up))),
+        )
+        self.loads: dict[Router, Tensor] = {}
+        for part in module.modules():
+            if isinstance(part, Router):
+                part.register_forward_hook(self._count)
+
+    def __call__(self, loss: Tensor) -> float:
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.adam.step()
+        self.schedule.step()
+        for router, load in self.loads.items():
+            # Without an auxiliary loss: the correction only selects, so it may be moved by hand.
+            router.e_score_correction_bias += self.balance * torch.sign(load.mean() - load)
+        return loss.item()
+
+    def _count(self, router: nn.Module, _: Any, output: tuple[Tensor, Tensor]) -> None:
+        router = cast(Router, router)
+        self.loads[router] = torch.bincount(
+            output[0].flatten(), minlength=len(router.e_score_correction_bias)
+        ).float()
+
+
+def write_trained_checkpoint(
+    out: str | Path,
+    pattern: str = "MEM*EM*E",
+    hidden: int = 64,
+    seed: int = 0,
+    dtype: Dtype = "bfloat16",
+    *,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+) -> ModelConfig:
+    """Trains a checkpoint and writes it in the released layout.
+
+    Args:
+        out: Folder to write; made if absent.
+        pattern: Layer kinds, letters of M (Mamba), E (experts) and * (attention).
+        hidden: Hidden size.
+        seed: As for :func:`train`.
+        dtype: Dtype of the stored tensors; training is float32.
+        recipe: How long and how fast.
+        progress: Called after every step.
+
+    Returns:
+        The configuration.
+    """
+    config = tiny_config(pattern, hidden, dtype)
+    tokenizer = train_tokenizer(config.vocab_size)
+    tensors = train(config, tokenizer, seed, recipe, progress)
+    write_checkpoint(out, config, tensors, shards=2, tokenizer=tokenizer_files(tokenizer))
+    return config
