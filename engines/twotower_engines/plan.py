@@ -1,0 +1,363 @@
+"""What fits on which GPU: a plan of memory for one model, SKU and set of limits.
+
+`plan_memory` adds up, per GPU, what the runtime allocates: weights, states, the buffers of its
+calls, and the engines' workspace. A plan says whether it fits; `fit.py` says what would. All of it
+is arithmetic: no GPU is touched.
+
+What is assumed rather than known is in `ASSUMPTIONS`, and every report prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import PlanError
+from .model_size import ModelSize
+from .precisions import BUILT, PRECISIONS
+from .skus import GIB, Sku
+
+__all__ = [
+    "ASSUMPTIONS",
+    "MAX_SLOTS",
+    "GpuMemory",
+    "MemoryPlan",
+    "gpu_counts",
+    "plan_memory",
+    "resolve_precision",
+]
+
+CHUNKS = (256, 128, 64, 32)
+"""Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks."""
+BLOCK = 16
+MAX_SLOTS = 256
+OVERHEAD = {"onnxruntime": 512 << 20, "tensorrt": GIB, "tensorrt-rtx": GIB}
+MARGIN = 0.02
+WORKSPACE_SLACK = 1.25
+FLOAT32 = 4
+
+ASSUMPTIONS = (
+    "per GPU 1 GiB for the CUDA context, libraries and captured graphs (0.5 GiB on the CPU), and "
+    "2% of the memory stays free",
+    "workspace: the largest layer's intermediates in the largest call, elementwise chains fused, "
+    "plus a quarter; `tensorrt` runs our kernels (routed experts only), the other flavours run "
+    "function bodies (all experts, quadratic scan)",
+    "attention scores are written out: float32 and once more in the weights' dtype",
+    "context calls are prepared for 1, 2, 4 .. slots rows of 1, block and chunk tokens, and each "
+    "keeps the buffers in which new states land",
+    "a second copy of the Mamba states for mock_ar; with two GPUs each holds all context states",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """What one GPU holds.
+
+    Attributes:
+        towers: Which run on it.
+        weights: Tower, then part, to bytes.
+        states: Context states of all slots, by kind.
+        buffers: Inputs and outputs of the calls, by kind.
+        workspace: Intermediates of each tower's engine.
+        overhead: CUDA context and libraries.
+        capacity: What there is to use: memory less what is reserved and the margin.
+    """
+
+    towers: tuple[str, ...]
+    weights: Mapping[str, Mapping[str, int]]
+    states: Mapping[str, int]
+    buffers: Mapping[str, int]
+    workspace: Mapping[str, int]
+    overhead: int
+    capacity: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights."""
+        return sum(sum(parts.values()) for parts in self.weights.values())
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        parts = (self.states, self.buffers, self.workspace)
+        return self.weight_bytes + self.overhead + sum(sum(part.values()) for part in parts)
+
+    @property
+    def free(self) -> int:
+        """What is left; negative where it does not fit."""
+        return self.capacity - self.total
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it in bytes."""
+        return {
+            "towers": list(self.towers),
+            "weights": {tower: dict(parts) for tower, parts in self.weights.items()},
+            "states": dict(self.states),
+            "buffers": dict(self.buffers),
+            "workspace": dict(self.workspace),
+            "overhead": self.overhead,
+            "total": self.total,
+            "capacity": self.capacity,
+            "free": self.free,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """A plan: what was asked, and what each GPU would hold.
+
+    Attributes:
+        max_tokens_per_call: Tokens of one row in one context call: what was asked, or else the
+            largest chunk with which the plan fits. Engines are to be built with it.
+        block_size_max: Largest block of the denoiser.
+    """
+
+    model: ModelSize
+    sku: Sku
+    slots: int
+    context: int
+    precision: str
+    max_tokens_per_call: int
+    block_size_max: int
+    gpus: tuple[GpuMemory, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU has room."""
+        return all(gpu.free >= 0 for gpu in self.gpus)
+
+    @property
+    def buildable(self) -> bool:
+        """Whether it fits and `twotower build` can make this precision today."""
+        return self.fits and self.precision in BUILT
+
+    @property
+    def placement(self) -> str:
+        """Which tower is where, in words."""
+        where = "this machine" if self.sku.compute_capability is None else "one GPU"
+        if len(self.gpus) == 2:
+            return "context tower on GPU 0, denoiser tower on GPU 1"
+        both = len(self.gpus[0].towers) == 2
+        return f"both towers on {where}" if both else f"context tower on {where}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan in bytes, as build.json keeps it."""
+        return {
+            "sku": self.sku.name,
+            "slots": self.slots,
+            "context": self.context,
+            "precision": self.precision,
+            "max_tokens_per_call": self.max_tokens_per_call,
+            "block_size_max": self.block_size_max,
+            "placement": self.placement,
+            "gpus": [gpu.as_json() for gpu in self.gpus],
+            "fits": self.fits,
+            "buildable": self.buildable,
+            "assumptions": list(ASSUMPTIONS),
+        }
+
+
+def plan_memory(
+    model: ModelSize,
+    sku: Sku,
+    gpus: int | None = None,
+    slots: int = 16,
+    context: int = 8192,
+    precision: str = "auto",
+    *,
+    flavour: str | None = None,
+    max_tokens_per_call: int | None = None,
+    block_size_max: int = BLOCK,
+) -> MemoryPlan:
+    """Plan the memory of a model on a SKU.
+
+    Args:
+        model: From `read_model_size`.
+        sku: From `find_sku`.
+        gpus: 1: both towers on one; 2: one tower on each. None: the fewest that fit.
+        slots: Requests in flight.
+        context: Tokens of a request, prompt and answer together.
+        precision: A name of `PRECISIONS`; `auto`: the widest that fits and that the SKU computes
+            in, the weights as released where none fits.
+        flavour: Of the engines; the SKU's default where not given.
+        max_tokens_per_call: Tokens of one row in one context call; None: the largest of 256, 128,
+            64 and 32 with which the plan fits.
+        block_size_max: Largest block of the denoiser.
+
+    Raises:
+        PlanError: Something is asked for that cannot be: no such precision on this SKU, two GPUs
+            where there is one, a context beyond the model's, fewer than one slot.
+    """
+    _check_request(model, sku, gpus, slots, context, flavour)
+    wide = resolve_precision(model, sku, precision)
+    several = precision == "auto" and len(sku.precisions) > 1 and wide == sku.precisions[0]
+    plans = (
+        _plan(model, sku, count, slots, context, name, flavour, chunk, block_size_max)
+        for name in (sku.precisions if several else (wide,))
+        for count in ((gpus,) if gpus else gpu_counts(model, sku))
+        for chunk in ((max_tokens_per_call,) if max_tokens_per_call else CHUNKS)
+    )
+    fewest = gpus or gpu_counts(model, sku)[-1]
+    chunk = max_tokens_per_call or CHUNKS[-1]
+    tight = _plan(model, sku, fewest, slots, context, wide, flavour, chunk, block_size_max)
+    return next((plan for plan in plans if plan.fits), tight)
+
+
+def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
+    """Return the precision that a name stands for, of `auto` the widest.
+
+    Raises:
+        PlanError: The precision does not exist, or the SKU does not compute in it.
+    """
+    if precision != "auto" and precision not in PRECISIONS:
+        raise PlanError(f"--precision is {precision!r}, none of auto, {', '.join(PRECISIONS)}")
+    as_released = precision in ("auto", "bf16", "float32")
+    if as_released and (model.dtype == "float32" or sku.precisions == ("float32",)):
+        # an fp32 checkpoint stays fp32, and ONNX Runtime's CPU provider has no bf16 products
+        return "float32"
+    if precision == "auto":
+        return sku.precisions[0]
+    if precision not in sku.precisions:
+        raise PlanError(
+            f"{sku.title} does not compute in {precision}, only in {', '.join(sku.precisions)}; "
+            "choose one of these or --precision auto"
+        )
+    return precision
+
+
+def gpu_counts(model: ModelSize, sku: Sku) -> tuple[int, ...]:
+    """Return on how many GPUs of a SKU a model may be placed: one, or one for each tower."""
+    return tuple(range(1, min(sku.max_gpus, len(model.towers)) + 1))
+
+
+def _check_request(
+    model: ModelSize, sku: Sku, gpus: int | None, slots: int, context: int, flavour: str | None
+) -> None:
+    if gpus is not None and gpus not in (1, 2):
+        raise PlanError(f"--gpus is {gpus}: a model runs on 1 GPU or on 2, one tower on each")
+    if gpus == 2 and len(model.towers) < 2:
+        raise PlanError(f"--gpus is 2, but {model.source} has only the context tower; use --gpus 1")
+    if gpus == 2 and sku.max_gpus < 2:
+        raise PlanError(f"--gpus is 2, but a machine with {sku.title} has one; use --gpus 1")
+    if not 1 <= slots <= MAX_SLOTS:
+        raise PlanError(f"--slots is {slots}; 1 to {MAX_SLOTS} can be planned")
+    limit = model.config.max_position_embeddings
+    if not 1 <= context <= limit:
+        raise PlanError(f"--context is {context}; this model takes 1 to {limit} tokens")
+    if flavour is not None and flavour not in sku.flavours:
+        raise PlanError(
+            f"--flavour is {flavour!r}; {sku.name} is served by {' or '.join(sku.flavours)}"
+        )
+
+
+def _plan(
+    model: ModelSize,
+    sku: Sku,
+    gpus: int,
+    slots: int,
+    context: int,
+    precision: str,
+    flavour: str | None,
+    chunk: int,
+    block: int,
+) -> MemoryPlan:
+    groups = [(tower,) for tower in model.towers] if gpus == 2 else [model.towers]
+    sizes = _Sizes(model, precision, flavour or sku.flavour, slots, context, chunk, block)
+    shares = tuple(
+        GpuMemory(
+            towers=towers,
+            weights={tower: sizes.weights(tower) for tower in towers},
+            states=sizes.states(),
+            buffers={name: size for tower in towers for name, size in sizes.buffers(tower)},
+            workspace={tower: sizes.workspace(tower) for tower in towers},
+            overhead=OVERHEAD[sizes.flavour],
+            capacity=int((sku.memory - sku.reserved) * (1 - MARGIN)),
+        )
+        for towers in groups
+    )
+    return MemoryPlan(model, sku, slots, context, precision, chunk, block, shares)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The arithmetic: bytes of everything, for one choice of limits."""
+
+    model: ModelSize
+    precision: str
+    flavour: str
+    slots: int
+    context: int
+    chunk: int
+    block: int
+
+    @property
+    def item(self) -> int:
+        """Bytes of an activation, a key or a value: weights may be narrower, these are not."""
+        return FLOAT32 if self.precision == "float32" else 2
+
+    def weights(self, tower: str) -> dict[str, int]:
+        precision = PRECISIONS[self.precision]
+        parts = self.model.parts(tower).items()
+        return {part: precision.size(part, count) for part, count in parts if count}
+
+    def states(self) -> dict[str, int]:
+        mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
+        return {
+            "keys and values": self.slots * self.context * self.model.kv_bytes_per_token(self.item),
+            "ssm": self.slots * self.model.ssm_bytes,
+            "conv": self.slots * self.model.conv_bytes(self.item),
+            "mock_ar copy": self.slots * mamba,
+        }
+
+    def buffers(self, tower: str) -> Iterator[tuple[str, int]]:
+        """What the runtime allocates for the calls of a tower, one set per row bucket."""
+        rows = sum(_buckets(self.slots))
+        logits = self.model.config.vocab_size * FLOAT32
+        if tower == "denoiser":
+            yield "denoiser logits", rows * (self.block + 1) * logits
+            return
+        lengths = {1, self.block, self.chunk}
+        mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
+        token = self.model.kv_bytes_per_token(self.item)
+        yield "new states", rows * (len(lengths) * mamba + sum(lengths) * token)
+        yield "context logits", rows * len(lengths) * logits
+
+    def workspace(self, tower: str) -> int:
+        """The largest layer's intermediates in the largest call of a tower."""
+        length = self.chunk if tower == "context" else self.block
+        tokens = self.slots * length
+        kinds = {"M": self._mamba, "*": self._attention, "E": self._experts}
+        pattern = set(self.model.config.pattern)
+        largest = max(size(tokens, length) for kind, size in kinds.items() if kind in pattern)
+        head = (tokens if tower == "denoiser" else self.slots) * self.model.config.vocab_size
+        residual = 4 * tokens * self.model.config.hidden_size * self.item
+        return int(WORKSPACE_SLACK * (max(largest, head * self.item) + residual))
+
+    def _mamba(self, tokens: int, length: int) -> int:
+        c = self.model.config
+        inner = c.mamba_num_heads * c.mamba_head_dim
+        size = tokens * (2 * inner + c.conv_dim + c.mamba_num_heads) * self.item
+        if self.flavour != "tensorrt":
+            decay = tokens * length * c.mamba_num_heads  # [B, heads, L, L], and its product
+            size += (2 * decay + tokens * (c.conv_dim + 3 * inner)) * FLOAT32
+        return size
+
+    def _attention(self, tokens: int, length: int) -> int:
+        scores = tokens * self.model.config.num_attention_heads * (self.context + length)
+        return scores * (FLOAT32 + self.item)
+
+    def _experts(self, tokens: int, length: int) -> int:
+        c = self.model.config
+        if self.flavour == "tensorrt":
+            inner = c.num_experts_per_tok * c.moe_intermediate_size * self.item
+            return tokens * (inner + c.hidden_size * FLOAT32)
+        # [E, n, inner] and [E, n, hidden], the products of the dense body
+        width = c.moe_intermediate_size + c.hidden_size
+        return tokens * c.num_experts * width * self.item
+
+
+def _buckets(slots: int) -> list[int]:
+    """Row counts that calls are prepared for: powers of two, and all slots."""
+    powers = [1 << power for power in range(slots.bit_length()) if 1 << power < slots]
+    return [*powers, slots]

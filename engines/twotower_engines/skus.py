@@ -1,0 +1,319 @@
+"""The GPUs that engines are planned and built for.
+
+`skus.json` is the table, each number with its source. `find_sku` takes a name of that table,
+`local` for the GPU of this machine, or the path of a SKU file of the user's own:
+
+```toml
+name = "rtx-6000-ada"
+compute_capability = "8.9"
+memory_gib = 47.4            # as CUDA sees it (cudaMemGetInfo), not as the box says
+bandwidth_gb_s = 960         # of the datasheet, in 10^9 bytes per second
+bf16_tflops = 182.1          # dense
+# optional
+title = "NVIDIA RTX 6000 Ada"
+achieved_bandwidth = 0.9     # share of the bandwidth that kernels reach; 0.85 where absent
+reserved_gib = 0             # what this memory holds besides, on unified memory
+peer_gb_s = 25               # to a second GPU of the machine; absent: two GPUs cannot be used
+precisions = ["bf16", "fp8"] # from the compute capability where absent
+flavours = ["tensorrt-rtx"]  # the first is what `auto` takes; from the capability where absent
+```
+The same keys in JSON do as well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .document import read_json
+from .errors import PlanError
+from .precisions import PRECISIONS
+
+__all__ = ["GIB", "Sku", "find_sku", "known_skus", "local_sku", "precisions_of", "resolve_skus"]
+
+GIB = 1 << 30
+TABLE_FILE = Path(__file__).with_name("skus.json")
+FLAVOURS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+DEFAULT_ACHIEVED = 0.85
+FILE_SUFFIXES = (".toml", ".json")
+
+REQUIRED_KEYS = ("name", "compute_capability", "memory_gib", "bandwidth_gb_s", "bf16_tflops")
+OPTIONAL_KEYS = (
+    "title",
+    "achieved_bandwidth",
+    "reserved_gib",
+    "peer_gb_s",
+    "precisions",
+    "flavours",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sku:
+    """One GPU, or the CPU.
+
+    Attributes:
+        name: As `--sku` takes it; the folder of its engines.
+        title: For people.
+        compute_capability: As `9.0`; None for the CPU.
+        memory: Bytes that CUDA sees; for the CPU, of this machine.
+        reserved: Bytes of these that are never free: the system's part of unified memory.
+        bandwidth: Bytes per second, as specified.
+        achieved: Share of the bandwidth that kernels reach.
+        flops: Dense bf16 operations per second; for the CPU, fp32.
+        peer: Bytes per second to a second GPU of the machine; None where there can be no second.
+        precisions: What the hardware computes in, widest first.
+        flavours: Which can serve it; the first is the default.
+        device_names: What the driver calls it, without "NVIDIA".
+        sources: Field of the table to the source of its number.
+    """
+
+    name: str
+    title: str
+    compute_capability: str | None
+    memory: int
+    reserved: int
+    bandwidth: float
+    achieved: float
+    flops: float
+    peer: float | None
+    precisions: tuple[str, ...]
+    flavours: tuple[str, ...]
+    device_names: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def flavour(self) -> str:
+        """The flavour that `auto` takes."""
+        return self.flavours[0]
+
+    @property
+    def max_gpus(self) -> int:
+        """How many GPUs one process can use: two with a way between them, else one."""
+        return 1 if self.peer is None else 2
+
+    def as_json(self) -> dict[str, Any]:
+        """Return every number with its source."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "compute_capability": self.compute_capability,
+            "memory_bytes": self.memory,
+            "reserved_bytes": self.reserved,
+            "bandwidth_bytes_per_s": self.bandwidth,
+            "achieved_bandwidth": self.achieved,
+            "bf16_flops": self.flops,
+            "peer_bytes_per_s": self.peer,
+            "precisions": list(self.precisions),
+            "flavour": self.flavour,
+            "flavours": list(self.flavours),
+            "sources": dict(self.sources),
+        }
+
+
+@functools.cache
+def known_skus() -> dict[str, Sku]:
+    """Return the table by name, in its order."""
+    table = read_json(TABLE_FILE, PlanError)
+    table.check_format("twotower-skus", 1)
+    sources = table.section("sources").values
+    return {
+        name: _sku_of_table(name, row.values, sources)
+        for name, row in table.section("skus").children().items()
+    }
+
+
+def find_sku(name: str) -> Sku:
+    """Return a SKU.
+
+    Args:
+        name: A name of the table, `local`, or the path of a SKU file (.toml or .json).
+
+    Raises:
+        PlanError: There is no such SKU, its file is malformed, or no GPU was found for `local`.
+    """
+    if name.endswith(FILE_SUFFIXES):
+        return _sku_of_file(Path(name))
+    spelled = name.lower().replace("_", "-").replace(" ", "-")
+    if spelled == "local":
+        return local_sku()
+    if spelled in known_skus():
+        return known_skus()[spelled]
+    names = [*known_skus(), "local", "all"]
+    close = [known for known in names if spelled and known.startswith(spelled)]
+    close = close or difflib.get_close_matches(spelled, names, 3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(names)}"
+    raise PlanError(f"unknown SKU {name!r}: {hint} (a .toml or .json file describes another GPU)")
+
+
+def resolve_skus(text: str) -> list[Sku]:
+    """Return the SKUs of a comma-separated list; `all` stands for the whole table.
+
+    Raises:
+        PlanError: As for `find_sku`, or the list is empty.
+    """
+    found: dict[str, Sku] = {}
+    for name in (part.strip() for part in text.split(",")):
+        if not name:
+            continue
+        for sku in known_skus().values() if name == "all" else [find_sku(name)]:
+            found[sku.name] = sku
+    if not found:
+        raise PlanError(f"--sku is {text!r}: name at least one SKU, or `all`")
+    return list(found.values())
+
+
+def local_sku() -> Sku:
+    """Return the SKU of this machine's first GPU, with the memory that its driver reports.
+
+    Raises:
+        PlanError: There is no GPU, or it is none of the table.
+    """
+    device = _query_device()
+    if device is None:
+        raise PlanError(
+            "--sku local: no NVIDIA GPU was found (nvidia-smi is missing or failed); name the SKU "
+            "that you plan for, or `cpu` for this machine"
+        )
+    product, memory, capability = device
+    for sku in known_skus().values():
+        if product in sku.device_names:
+            return sku if memory is None else replace(sku, memory=min(memory, sku.memory))
+    raise PlanError(
+        f"--sku local: this machine's GPU is a {product!r} (compute capability {capability}), "
+        "which is not in the table; describe it in a SKU file (name, compute_capability, "
+        "memory_gib, bandwidth_gb_s, bf16_tflops) and give its path as --sku"
+    )
+
+
+def precisions_of(capability: str) -> tuple[str, ...]:
+    """Return what a compute capability computes in, by TensorRT's support matrix."""
+    number = tuple(int(part) for part in capability.split("."))
+    found = ["bf16"]
+    if number >= (8, 9):
+        found.append("fp8")
+    if number >= (10, 0):
+        found.append("nvfp4")
+    if number >= (8, 6):
+        found.append("int4")
+    return tuple(found)
+
+
+def _query_device() -> tuple[str, int | None, str] | None:
+    """Return name without "NVIDIA", bytes of memory (None on unified memory) and capability."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    fields = "name,memory.total,compute_cap"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        product, memory, capability = answer.stdout.splitlines()[0].rsplit(", ", 2)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    size = int(memory) << 20 if memory.strip().isdigit() else None  # "[N/A]" on a DGX Spark
+    return product.removeprefix("NVIDIA").strip(), size, capability.strip()
+
+
+def _machine_memory() -> int:
+    """Return the bytes of memory that this machine, or the container around us, has."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        text = limit.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _sku_of_table(name: str, row: Mapping[str, Any], sources: Mapping[str, Any]) -> Sku:
+    values = {key: pair[0] for key, pair in row.items() if key not in ("title", "device_names")}
+    where = {key: str(sources[pair[1]]) for key, pair in row.items() if key in values}
+    values |= {"name": name, "title": row["title"]}
+    if values["memory_gib"] is None:
+        values["memory_gib"] = _machine_memory() / GIB
+    return replace(_sku(values), device_names=tuple(row["device_names"]), sources=where)
+
+
+def _sku_of_file(path: Path) -> Sku:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as problem:
+        raise PlanError(f"{path}: the SKU file cannot be read ({problem.strerror})") from problem
+    except ValueError as problem:
+        raise PlanError(f"{path}: is not valid {path.suffix[1:].upper()} ({problem})") from problem
+    if not isinstance(values, dict):
+        raise PlanError(f"{path}: should hold one SKU, found {type(values).__name__}")
+    _check_file(path, values)
+    capability = values["compute_capability"]
+    is_rtx = capability in ("8.6", "8.9", "12.0")
+    values.setdefault("flavours", ["tensorrt-rtx", "tensorrt"] if is_rtx else ["tensorrt"])
+    values.setdefault("precisions", list(precisions_of(capability)))
+    return replace(_sku(values), sources=dict.fromkeys(values, str(path)))
+
+
+def _check_file(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a missing, unknown or impossible key, by name."""
+    for key in REQUIRED_KEYS:
+        if key not in values:
+            raise PlanError(f"{path}: `{key}` is missing; required are {', '.join(REQUIRED_KEYS)}")
+    for key, value in values.items():
+        if key not in REQUIRED_KEYS + OPTIONAL_KEYS:
+            close = difflib.get_close_matches(key, REQUIRED_KEYS + OPTIONAL_KEYS, 1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(OPTIONAL_KEYS)}"
+            raise PlanError(f"{path}: unknown key `{key}`; {hint}")
+        _check_value(path, key, value)
+    if values["name"] in known_skus() or values["name"] in ("local", "all"):
+        raise PlanError(f"{path}: `name` is {values['name']!r}, which is taken; choose another")
+
+
+def _check_value(path: Path, key: str, value: Any) -> None:
+    is_right: Any
+    if key in ("precisions", "flavours"):
+        allowed = tuple(PRECISIONS) if key == "precisions" else FLAVOURS
+        is_right = isinstance(value, list) and value and all(one in allowed for one in value)
+        wanted = f"a list of {', '.join(allowed)}"
+    elif key == "name":
+        is_right = isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", value)
+        wanted = "small letters, digits, dots and dashes, as in rtx-6000-ada"
+    elif key == "compute_capability":
+        is_right = isinstance(value, str) and re.fullmatch(r"\d+\.\d", value)
+        wanted = 'a text, as "8.9"'
+    elif key == "title":
+        is_right, wanted = isinstance(value, str), "a text"
+    else:
+        least = 0 if key == "reserved_gib" else 1e-9
+        most = 1.0 if key == "achieved_bandwidth" else 1e9
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_right, wanted = is_number and least <= value <= most, "a positive number"
+        if key == "achieved_bandwidth":
+            wanted = "a share above 0 and at most 1"
+    if not is_right:
+        raise PlanError(f"{path}: `{key}` is {value!r:.80}, but {wanted} is wanted")
+
+
+def _sku(values: Mapping[str, Any]) -> Sku:
+    peer = values.get("peer_gb_s")
+    return Sku(
+        name=values["name"],
+        title=values.get("title", values["name"]),
+        compute_capability=values["compute_capability"],
+        memory=int(values["memory_gib"] * GIB),
+        reserved=int(values.get("reserved_gib", 0) * GIB),
+        bandwidth=values["bandwidth_gb_s"] * 1e9,
+        achieved=float(values.get("achieved_bandwidth", DEFAULT_ACHIEVED)),
+        flops=values["bf16_tflops"] * 1e12,
+        peer=None if peer is None else peer * 1e9,
+        precisions=tuple(values["precisions"]),
+        flavours=tuple(values["flavours"]),
+    )
