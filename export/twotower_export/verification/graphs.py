@@ -1,0 +1,221 @@
+"""The exported graphs' side of a comparison: a graph, or a part cut out of it, on ONNX Runtime.
+
+Nothing is rebuilt: what runs is the file that was exported, whole or the nodes of one layer, fed
+with weights that are read where the manifest says they lie.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from twotower_export.errors import BundleError, CheckpointError
+from twotower_export.layout import Tower
+
+Array = npt.NDArray[Any]
+Part = Literal["embeddings", "head"] | int
+"""A part of a tower that can be run on its own; a number is a layer."""
+
+HIDDEN: Final = "hidden"
+"""Input of a part that starts behind another: the other's hidden states."""
+
+_PIECE: Final = 1 << 22
+"""Elements that are read at a time."""
+
+
+@dataclass(frozen=True)
+class GraphPart:
+    """A graph to run.
+
+    Attributes:
+        model: the graph.
+        outputs: name of each output in the graph -> name to report it by.
+    """
+
+    model: onnx.ModelProto
+    outputs: dict[str, str]
+
+
+def whole_graph(model: onnx.ModelProto, tower: Tower, layers: Sequence[int]) -> GraphPart:
+    """The graph as it is, with the hidden states after some layers as outputs as well."""
+    marked = onnx.ModelProto()
+    marked.CopyFrom(model)
+    for name in hidden_names(tower, layers):
+        marked.graph.output.append(_floats(name))
+    return GraphPart(marked, {output.name: output.name for output in marked.graph.output})
+
+
+def graph_part(model: onnx.ModelProto, tower: Tower, part: Part) -> GraphPart:
+    """One part of a graph: the embeddings, a layer, or the final norm, head and refinement.
+
+    Raises:
+        BundleError: the graph has no such layer.
+    """
+    nodes = {node.name: node for node in model.graph.node}
+    layers = sum(name.startswith(f"{tower}.layers.") for name in nodes)
+    wanted = 0 if part == "embeddings" else layers - 1 if part == "head" else part
+    layer = nodes.get(f"{tower}.layers.{wanted}")
+    if layer is None:
+        raise BundleError(f"the {tower} graph has no node {tower}.layers.{wanted}; export it again")
+    if part == "embeddings":
+        return _cut(model, {layer.input[0]: embeddings_name(tower)}, None)
+    if part == "head":
+        outputs = [output.name for output in model.graph.output if ".layers." not in output.name]
+        return _cut(model, {name: name for name in outputs}, layer.output[0])
+    return _cut(model, {name: name for name in layer.output}, layer.input[0])
+
+
+def hidden_names(tower: Tower, layers: Sequence[int]) -> list[str]:
+    """Names of the hidden states after these layers."""
+    return [f"{tower}.layers.{index}.hidden" for index in layers]
+
+
+def embeddings_name(tower: Tower) -> str:
+    """What a report calls the output of the embeddings."""
+    return f"{tower}.embeddings"
+
+
+def _floats(name: str) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+
+
+def _cut(model: onnx.ModelProto, outputs: dict[str, str], start: str | None) -> GraphPart:
+    """The nodes that make `outputs`, back to the value `start`: that is the input `hidden`."""
+    producers = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
+    needed: set[int] = set()
+    values, waiting = set[str](), list(outputs)
+    while waiting:
+        value = waiting.pop()
+        if value in values or value == start:
+            continue
+        values.add(value)
+        if value in producers:
+            needed.add(producers[value])
+            waiting += model.graph.node[producers[value]].input
+    cut = onnx.ModelProto()
+    cut.CopyFrom(model)
+    del cut.graph.node[:], cut.graph.input[:], cut.graph.output[:]
+    for index in sorted(needed):
+        node = cut.graph.node.add()
+        node.CopyFrom(model.graph.node[index])
+        for place, name in enumerate(node.input):
+            if name == start:
+                node.input[place] = HIDDEN
+    cut.graph.input.extend(given for given in model.graph.input if given.name in values)
+    if start is not None:
+        cut.graph.input.append(_floats(HIDDEN))
+    types = {output.name: output for output in model.graph.output}
+    cut.graph.output.extend(types.get(name, _floats(name)) for name in outputs)
+    return GraphPart(cut, outputs)
+
+
+class ManifestWeights:
+    """Weight inputs in float32, read where a manifest says that they lie.
+
+    Reads pieces instead of mapping: of the experts of a full-size layer only their float32 copy is
+    in memory.
+
+    Args:
+        manifest: parsed `manifest.json` of a bundle or engine set.
+        checkpoint: the checkpoint's folder.
+        tower: whose weights.
+    """
+
+    def __init__(self, manifest: Mapping[str, Any], checkpoint: Path, tower: Tower) -> None:
+        self._manifest, self._checkpoint = manifest, checkpoint
+        self.inputs: Mapping[str, Any] = manifest["weights"][tower]
+
+    def float32(self, name: str) -> Array:
+        """A weight input, float32, in the shape of the graph's input."""
+        weight = self.inputs[name]
+        made = np.empty(weight["shape"], np.float32)
+        sources = weight["sources"]
+        for target, source in zip(made.reshape(len(sources), -1), sources, strict=True):
+            self._read(source, target)
+        return made
+
+    def _read(self, source: str, target: Array) -> None:
+        entry = self._manifest["tensors"][source]
+        shard = self._manifest["shards"][entry["shard"]]
+        path = self._checkpoint / shard["file"]
+        stored = np.dtype("<u2") if entry["dtype"] == "BF16" else np.dtype("<f4")
+        count = (entry["end"] - entry["begin"]) // stored.itemsize
+        if count != target.size:
+            raise BundleError(
+                f"manifest.json gives {source} {count} elements, but its weight input takes "
+                f"{target.size}; export the checkpoint again"
+            )
+        with path.open("rb", buffering=0) as file:
+            offset = shard["data_start"] + entry["begin"]
+            for start in range(0, count, _PIECE):
+                piece = target[start : start + _PIECE]
+                size, at = piece.size * stored.itemsize, offset + start * stored.itemsize
+                content = os.pread(file.fileno(), size, at)
+                if len(content) != size:
+                    raise CheckpointError(f"{path}: ends inside {source}; restore the file")
+                values = np.frombuffer(content, stored)
+                if stored.itemsize == 2:  # bfloat16 is the upper half of a float32
+                    np.left_shift(values, 16, out=piece.view(np.uint32), dtype=np.uint32)
+                else:
+                    piece[...] = values
+
+
+@dataclass
+class GraphSide:
+    """Runs a graph part; opened, it holds the part's weights.
+
+    Attributes:
+        name: in reports.
+        part: what runs.
+        weights: where its weights come from.
+    """
+
+    name: str
+    part: GraphPart
+    weights: ManifestWeights
+    _session: Any = None
+    _held: dict[str, Any] = field(default_factory=dict)
+
+    def open(self) -> None:
+        """Load the graph and its weights."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # Shapes change from call to call; the arena would keep the largest of everything.
+        options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = False
+        self._session = onnxruntime.InferenceSession(
+            self.part.model.SerializeToString(), options, ["CPUExecutionProvider"]
+        )
+        of = onnxruntime.OrtValue.ortvalue_from_numpy
+        for given in self._session.get_inputs():
+            if given.name in self.weights.inputs:
+                array = self.weights.float32(given.name)
+                # The value does not keep the array behind it alive.
+                self._held[given.name] = (of(array), array)
+
+    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a call; inputs that the part lacks are left out."""
+        binding = self._session.io_binding()
+        for name, (value, _) in self._held.items():
+            binding.bind_ortvalue_input(name, value)
+        for given in self._session.get_inputs():
+            if given.name not in self._held:
+                binding.bind_cpu_input(given.name, feed[given.name])
+        for name in self.part.outputs:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self.part.outputs.values(), binding.copy_outputs_to_cpu(), strict=True))
+
+    def close(self) -> None:
+        """Free the session and the weights."""
+        self._session = None
+        self._held.clear()

@@ -1,0 +1,262 @@
+"""The PyTorch towers' side of a comparison: a whole tower, or one part of it.
+
+Tensors are read by name through safetensors, not through the manifest, so that a wrong offset or a
+swapped tensor in it shows up as a difference. A part computes in float32 on weights as they are
+stored, mapped: of a full-size layer only the experts that are routed to are ever read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from twotower_export.config import ModelConfig, read_json
+from twotower_export.errors import CheckpointError
+from twotower_export.layout import HEADS, Tower, base_name
+from twotower_export.mixers import Layer, RMSNorm, Router, project
+from twotower_export.towers import Call, ContextTower, Denoiser, run_layer
+from twotower_export.verification.graphs import HIDDEN, Part, embeddings_name, hidden_names
+
+Array = npt.NDArray[Any]
+
+
+class NamedTensors:
+    """A checkpoint's tensors by name, mapped; the base checkpoint's under the context tower's."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+        index = checkpoint / "model.safetensors.index.json"
+        self._files: dict[str, str] = {}
+        if index.is_file():
+            self._files = dict(read_json(index)["weight_map"])
+            return
+        from safetensors import safe_open
+
+        for path in sorted(checkpoint.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as shard:
+                self._files |= dict.fromkeys(shard.keys(), path.name)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored.
+
+        Raises:
+            CheckpointError: the checkpoint has no tensor of this name.
+        """
+        from safetensors import safe_open
+
+        stored = name if name in self._files else base_name(name)
+        if stored not in self._files:
+            raise CheckpointError(f"{self._checkpoint}: has no tensor {name}; restore its index")
+        with safe_open(self._checkpoint / self._files[stored], framework="pt") as shard:
+            return cast(Tensor, shard.get_tensor(stored))
+
+
+def load_module(module: nn.Module, names: Mapping[str, str], tensors: NamedTensors) -> None:
+    """Fill parameters of a module made on the meta device; others stay there.
+
+    Args:
+        module: the module.
+        names: parameter -> checkpoint tensor.
+        tensors: the checkpoint.
+    """
+    state = {parameter: tensors.read(name) for parameter, name in names.items()}
+    module.load_state_dict(state, strict=False, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def watch_routing(module: nn.Module, margins: list[float]) -> None:
+    """Append, each time a router chooses, the least distance of a chosen expert to a refused one.
+
+    Args:
+        module: with routers somewhere inside.
+        margins: appended to; in units of the corrected sigmoid scores.
+    """
+
+    def record(router: nn.Module, given: tuple[Tensor, ...], chosen: tuple[Tensor, ...]) -> None:
+        assert isinstance(router, Router)
+        scores = torch.nn.functional.linear(given[0].float(), router.weight.float()).sigmoid()
+        ranked = (scores + router.e_score_correction_bias.float()).sort(descending=True).values
+        count = chosen[0].shape[1]
+        if count < ranked.shape[1]:
+            margins.append(float((ranked[:, count - 1] - ranked[:, count]).min()))
+
+    for router in module.modules():
+        if isinstance(router, Router):
+            router.register_forward_hook(record)
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module without memory behind its parameters."""
+    with torch.device("meta"):
+        return make()
+
+
+@dataclass
+class TowerSide:
+    """A whole tower in float32.
+
+    Attributes:
+        name: in reports.
+        config: the model.
+        tower: which.
+        tensors: the checkpoint.
+        layers: whose hidden states to return as well.
+        margins: receives, per MoE layer and call, how far the router was from another choice.
+    """
+
+    name: str
+    config: ModelConfig
+    tower: Tower
+    tensors: NamedTensors
+    layers: Sequence[int] = ()
+    margins: list[float] = field(default_factory=list)
+    _module: Any = None
+
+    def open(self) -> None:
+        """Load the tower."""
+        make = ContextTower if self.tower == "context" else Denoiser
+        self._module = on_meta(lambda: make(self.config))
+        names = {name: name for name in self._module.state_dict()}
+        load_module(self._module, names, self.tensors)
+        watch_routing(self._module.float(), self.margins)
+
+    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a call; the denoiser gives logits, the context tower its new states as well."""
+        given = {name: torch.from_numpy(value) for name, value in feed.items()}
+        rows = [given[name] for name in ("ids", "lengths", "context_lengths")]
+        with torch.no_grad():
+            if self.tower == "context":
+                logits, outputs = self._module(*rows, given)
+                outputs = {"logits": logits, **outputs}
+            else:
+                outputs = {"logits": self._module(*rows, given["conditioned"], given)}
+            if self.layers:
+                outputs |= self._hidden(given)
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    def close(self) -> None:
+        """Free the tower."""
+        self._module = None
+
+    def _hidden(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Hidden states after the layers asked for."""
+        body = self._module.get_submodule(f"{self.tower}_tower")
+        call = _call(given, self._module if self.tower == "denoiser" else None)
+        hidden = embedding(given["ids"].long(), body.embeddings.weight)
+        found: dict[str, Tensor] = {}
+        for index, layer in enumerate(body.layers):
+            hidden = run_layer(layer, index, hidden, call, given, {})
+            if index in self.layers:
+                found[hidden_names(self.tower, [index])[0]] = hidden
+        return found
+
+
+@dataclass
+class TowerPartSide:
+    """One part of a tower, in float32 on weights as they are stored.
+
+    Attributes as of `TowerSide`, and `part`: which.
+    """
+
+    name: str
+    config: ModelConfig
+    tower: Tower
+    tensors: NamedTensors
+    part: Part
+    margins: list[float] = field(default_factory=list)
+    _module: Any = None
+
+    def open(self) -> None:
+        """Map the part's weights."""
+        body, part = f"{self.tower}_tower", self.part
+        if part == "embeddings":
+            self._module = self.tensors.read(f"{body}.embeddings.weight")
+        elif part == "head":
+            self._module = on_meta(lambda: _Head(self.config))
+            names = {"norm.weight": f"{body}.norm_f.weight", "head.weight": HEADS[self.tower]}
+            load_module(self._module, names, self.tensors)
+        elif self.tower == "context":
+            kind = self.config.pattern[part]
+            self._module = on_meta(lambda: Layer(self.config, kind))
+            names = {name: f"{body}.layers.{part}.{name}" for name in self._module.state_dict()}
+            load_module(self._module, names, self.tensors)
+        else:
+            single = replace(self.config, pattern=self.config.pattern[part])
+            self._module = on_meta(lambda: Denoiser(single))
+            load_module(self._module, self._denoiser_names(part), self.tensors)
+        if isinstance(self._module, nn.Module):
+            watch_routing(self._module, self.margins)
+
+    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a call of the part."""
+        given = {name: torch.from_numpy(value) for name, value in feed.items()}
+        with torch.no_grad():
+            outputs = self._run(given)
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    def close(self) -> None:
+        """Unmap the weights."""
+        self._module = None
+
+    def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.part == "embeddings":
+            rows = embedding(given["ids"].long(), self._module).float()
+            return {embeddings_name(self.tower): rows}
+        hidden = given[HIDDEN]
+        if self.part == "head":
+            if self.tower == "context":  # of each row's last valid token only
+                last = (given["lengths"].long() - 1).clamp(min=0)
+                hidden = hidden[torch.arange(len(last)), last]
+            return {"logits": self._module(hidden)}
+        (name,) = hidden_names(self.tower, [self.part])
+        emitted: dict[str, Tensor] = {}
+        if self.tower == "context":
+            call = _call(given, None)
+            hidden = run_layer(self._module, self.part, hidden, call, given, emitted)
+            return {name: hidden, **emitted}
+        # A denoiser of this one layer: it is layer 0 there, and so are its states.
+        renamed = {
+            key.replace(f"layers.{self.part}.", "layers.0."): value for key, value in given.items()
+        }
+        (layer,) = self._module.denoiser_tower.layers
+        return {name: run_layer(layer, 0, hidden, _call(given, self._module), renamed, emitted)}
+
+    def _denoiser_names(self, part: int) -> dict[str, str]:
+        """Parameters of a denoiser of one layer -> checkpoint tensors; its ends stay on meta."""
+        names: dict[str, str] = {}
+        for name in self._module.state_dict():
+            if name.startswith("denoiser_tower.layers.0."):
+                names[name] = name.replace("layers.0.", f"layers.{part}.", 1)
+            elif name.startswith(("t_embedder.", "t_block.")):
+                names[name] = name
+        return names | {"scale_shift_tables.0": f"scale_shift_tables.{part}"}
+
+
+class _Head(nn.Module):
+    """Final norm and head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return project(self.norm(hidden), self.head).float()
+
+
+def _call(given: Mapping[str, Tensor], denoiser: Denoiser | None) -> Call:
+    """What the layers of a call share; with a denoiser, its modulation."""
+    lengths = given["lengths"]
+    if denoiser is None:
+        causal = torch.ones_like(lengths, dtype=torch.bool)
+        return Call(lengths, given["context_lengths"], causal)
+    on = given["conditioned"].bool()
+    modulation = denoiser.modulation(denoiser.masked_fraction(given["ids"], lengths), on)
+    return Call(lengths, given["context_lengths"], ~on, modulation)
