@@ -12,6 +12,7 @@ Needs numpy and tritonclient only. The client itself is loaded when it is first 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -27,16 +28,19 @@ from .errors import (
 from .result import Answer, Block
 
 if TYPE_CHECKING:
-    from .client import TwoTowerClient
+    from .client import AnswerStream, TwoTowerClient
+    from .request import Options
 
 __all__ = [
     "Answer",
+    "AnswerStream",
     "Block",
     "CancelledError",
     "ClientError",
     "DeadlineError",
     "InactivityError",
     "ModelNotReadyError",
+    "Options",
     "RequestFailedError",
     "RequestRefusedError",
     "ServerUnavailableError",
@@ -44,9 +48,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "TwoTowerClient":
-        from .client import TwoTowerClient
+LAZY = {"AnswerStream": "client", "TwoTowerClient": "client", "Options": "request"}
 
-        return TwoTowerClient
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,8 +86,9 @@ class TritonPythonModel:
         self._runtime = open_runtime(
             settings.engines(), settings.checkpoint, threads=settings.threads
         )
-        scheduler = Scheduler(self._runtime, settings.slots)
-        self._loop = EngineLoop(scheduler, settings.max_waiting, _end_process)
+        slots = settings.slots or self._runtime.limits.slots
+        scheduler = Scheduler(self._runtime, slots)
+        self._loop = EngineLoop(scheduler, slots + settings.max_waiting, _end_process)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand the requests to the engine's thread. Inputs are copied: Triton frees them."""

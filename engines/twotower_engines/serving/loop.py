@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from twotower_engines.errors import EnginesError
@@ -77,15 +78,13 @@ class EngineLoop:
 
     Args:
         scheduler: Used by the thread alone from now on.
-        max_waiting: Requests that may wait for a slot before others are refused.
+        max_open: Requests that may be under way or waiting before others are refused.
         on_death: Called by the dying thread after every open request was answered.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, max_waiting: int, on_death: Callable[[], None]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, max_open: int, on_death: Callable[[], None]) -> None:
         self._scheduler = scheduler
-        self._max_waiting = max_waiting
+        self._max_open = max_open
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[tuple[Job | Stop, Reply] | None] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}
@@ -141,8 +140,9 @@ class EngineLoop:
                 self._submit(message, reply)
 
     def _submit(self, job: Job, reply: Reply) -> None:
-        if self._scheduler.waiting >= self._max_waiting:
-            reply.fail(f"{self._scheduler.waiting} requests wait already; try again later", "busy")
+        if len(self._open) >= self._max_open:
+            message = f"{len(self._open)} requests are open already; try again later"
+            self._safely(lambda: reply.fail(message, "busy"))
             return
         # Two clients may choose the same id; the scheduler's must be unique.
         self._count += 1
@@ -151,7 +151,8 @@ class EngineLoop:
             job.check_timeout()
             self._scheduler.submit(_with_id(job, key))
         except EnginesError as problem:
-            reply.fail(str(problem), "refused")
+            message = str(problem)
+            self._safely(lambda: reply.fail(message, "refused"))
             return
         limit = job.timeout_seconds
         self._open[key] = _Open(job, reply, time.monotonic() + limit if limit > 0 else None)
@@ -161,7 +162,8 @@ class EngineLoop:
         for key, one in self._open.items():
             if one.job.request.request_id == message.request_id:
                 self._scheduler.cancel(key)
-        reply.send(Part(BlockEvent(message.request_id, (), (), 0, 0, "cancelled")))
+        done = BlockEvent(message.request_id, (), (), 0, 0, "cancelled")
+        self._safely(lambda: reply.send(Part(done)))
 
     def _give_up(self) -> None:
         """Cancel what nobody waits for any more, and what took too long."""
@@ -183,10 +185,7 @@ class EngineLoop:
             return
         if event.is_last:
             del self._open[event.request_id]
-        try:
-            self._reply(one, event)
-        except Exception:  # one caller that cannot be reached must not stop the others
-            traceback.print_exc(file=sys.stderr)
+        if not self._safely(lambda: self._reply(one, event)):
             self._open.pop(event.request_id, None)
             self._scheduler.cancel(event.request_id)
 
@@ -211,10 +210,16 @@ class EngineLoop:
             item = self._inbox.get()
             replies += [item[1]] if item is not None else []
         for reply in replies:
-            try:
-                reply.fail(message, failure)
-            except Exception:  # one that cannot be told must not keep the others from being told
-                traceback.print_exc(file=sys.stderr)
+            self._safely(partial(reply.fail, message, failure))
+
+    def _safely(self, send: Callable[[], None]) -> bool:
+        """Send something. One caller that cannot be reached must not stop the others."""
+        try:
+            send()
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            return False
+        return True
 
 
 def _with_id(job: Job, key: str) -> Request:

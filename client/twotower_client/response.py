@@ -1,0 +1,133 @@
+"""What a server sends back, read: blocks, and errors as exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from .errors import (
+    CancelledError,
+    ClientError,
+    DeadlineError,
+    ModelNotReadyError,
+    RequestFailedError,
+    RequestRefusedError,
+    ServerUnavailableError,
+)
+from .request import MODEL
+from .result import Answer, Block
+
+__all__ = ["answer_of", "block_of", "error_of", "error_of_rpc", "not_ready", "prompt_ids_of"]
+
+# The phrases with which the models' error messages begin; Triton puts the ensemble's name before.
+PHRASES: dict[str, type[ClientError]] = {
+    "request refused: ": RequestRefusedError,
+    "server busy: ": RequestFailedError,
+    "request timed out: ": DeadlineError,
+    "request failed: ": RequestFailedError,
+}
+DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
+
+Tensor = Literal["output_ids", "prompt_ids", "masked_counts", "denoiser_calls", "context_calls"]
+
+
+def block_of(response: Any, seconds: float) -> Block:
+    """Read one response of a stream.
+
+    Args:
+        response: A `ModelInferResponse` that holds outputs.
+        seconds: Since the request was sent.
+    """
+    from tritonclient.grpc import InferResult
+
+    result = InferResult(response)
+    reason = result.as_numpy("finish_reason")[0].decode()
+    return Block(
+        text=result.as_numpy("text_output")[0].decode(),
+        ids=_integers(result, "output_ids"),
+        masked_counts=_integers(result, "masked_counts"),
+        denoiser_calls=_integers(result, "denoiser_calls")[0],
+        context_calls=_integers(result, "context_calls")[0],
+        finish_reason=reason or None,
+        seconds=seconds,
+    )
+
+
+def prompt_ids_of(response: Any) -> tuple[int, ...]:
+    """Return the prompt as the server saw it; empty in all but the first response."""
+    from tritonclient.grpc import InferResult
+
+    return _integers(InferResult(response), "prompt_ids")
+
+
+def error_of(message: str) -> ClientError | None:
+    """Return the exception that a model's error message stands for; None for Triton's own."""
+    text = message.removeprefix(f"in ensemble '{MODEL}', ")
+    for phrase, kind in PHRASES.items():
+        if text.startswith(phrase):
+            # the kind of refusal is in the type; what was busy or failed is worth saying
+            return kind(text.removeprefix(phrase) if kind is RequestRefusedError else text)
+    if DEAD_PROCESS in text:
+        return RequestFailedError(
+            f"a model's process on the server has died and does not come back ({text}); "
+            "restart the server"
+        )
+    return None
+
+
+def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
+    """Return the exception that a failed call stands for.
+
+    Args:
+        problem: The `grpc.RpcError`.
+        url: Of the server.
+        started: Whether a part of the answer had arrived.
+    """
+    import grpc
+
+    code, details = problem.code(), problem.details()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError("the answer was not complete within the timeout; allow more time")
+    if code is grpc.StatusCode.CANCELLED:
+        return CancelledError("the request was cancelled before its answer was complete")
+    if code is grpc.StatusCode.UNAVAILABLE and started:
+        return RequestFailedError(
+            f"the connection to {url} broke in the middle of the answer ({details}); "
+            "the server may have ended"
+        )
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ServerUnavailableError(
+            f"no Triton server answers at {url} ({details}); start one with `twotower serve REPO`, "
+            "or name its gRPC port (8001 by default, not the HTTP port) with --url HOST:PORT"
+        )
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ServerUnavailableError(f"what answers at {url} is no Triton server ({details})")
+    return RequestFailedError(f"the server answered with {code.name}: {details}")
+
+
+def not_ready(url: str, details: str) -> ModelNotReadyError:
+    """Return the exception for a server that does not serve the model."""
+    return ModelNotReadyError(
+        f"the server at {url} runs, but its model `{MODEL}` is not ready{details}; wait until it "
+        "is loaded, or check that this server was given a repository of `twotower package`"
+    )
+
+
+def answer_of(request_id: str, prompt_ids: tuple[int, ...], blocks: Sequence[Block]) -> Answer:
+    """Put the blocks of an answer together; the last one has a finish reason."""
+    last = blocks[-1]
+    return Answer(
+        text="".join(block.text for block in blocks),
+        prompt_ids=prompt_ids,
+        ids=tuple(token for block in blocks for token in block.ids),
+        blocks=tuple(blocks),
+        finish_reason=last.finish_reason or "",
+        denoiser_calls=last.denoiser_calls,
+        context_calls=last.context_calls,
+        seconds=last.seconds,
+        request_id=request_id,
+    )
+
+
+def _integers(result: Any, name: Tensor) -> tuple[int, ...]:
+    return tuple(result.as_numpy(name).tolist())
