@@ -115,13 +115,19 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one checkpoint tensor lies: bytes `begin` to `end` after the shard's `data_start`."""
+    """Where one checkpoint tensor lies: bytes `begin` to `end` after the shard's `data_start`.
+
+    Attributes:
+        sample: Digest of a part of its content, where the exporter took one; see
+            `weights.tensor_sample`.
+    """
 
     shard: int
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    sample: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +276,7 @@ def _tensor(document: Document) -> TensorEntry:
         shape=document.integers("shape"),
         begin=document.integer("begin"),
         end=document.integer("end"),
+        sample=document.optional_text("sample"),
     )
 
 

@@ -128,7 +128,6 @@ class OnnxRuntime:
         self._run(self._extend_logits if wanted else self._extend_states, inputs, outputs)
         for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
             self._advance(slot, row, index, outputs)
-        self._gathered = None
         return [outputs["logits"][index] if row.logits else None for index, row in enumerate(rows)]
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
@@ -217,6 +216,8 @@ class OnnxRuntime:
             binding.io.bind_ortvalue_input(name, of(array))
         for name, array in outputs.items():
             binding.io.bind_ortvalue_output(name, of(array))
+        if not outputs:  # a tower of experts alone has no states to extend
+            return
         binding.held = {**inputs, **outputs}
         binding.session.run_with_iobinding(binding.io, self._options)
 
@@ -249,7 +250,7 @@ class OnnxRuntime:
         return batch
 
     def _gather_once(self, numbers: Sequence[int], slots: Sequence[_Slot]) -> dict[str, Array]:
-        """Return `_gather`, remembered until a slot is extended or reset."""
+        """Return `_gather`, remembered until a slot is reset, or extended and so longer."""
         key = tuple((number, slot.length) for number, slot in zip(numbers, slots, strict=True))
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = (key, self._gather(slots))

@@ -176,7 +176,11 @@ def open_runtime(
         from .onnxruntime_runtime import OnnxRuntime
 
         return OnnxRuntime(engines, checkpoint, threads, progress)
+    if flavour in ("tensorrt", "tensorrt-rtx"):
+        from .resident.loading import open_resident_runtime
+
+        return open_resident_runtime(engines, checkpoint, progress)
     raise RuntimeLoadError(
-        f"{engines.folder}: engines of flavour `{flavour}` cannot be run by this version; "
-        "build some for the CPU with `twotower build BUNDLE --sku cpu ENGINES`"
+        f"{engines.folder}: flavour `{flavour}` is unknown to this version of twotower; "
+        "build the engines again with it, `twotower build BUNDLE --sku SKU ENGINES`"
     )

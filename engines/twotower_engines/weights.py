@@ -13,6 +13,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ import numpy.typing as npt
 from .errors import CheckpointError
 from .manifest import Manifest, Shard, WeightInput
 
-__all__ = ["Progress", "WeightStore", "read_header", "sample_digest"]
+__all__ = ["Progress", "WeightStore", "read_header", "sample_digest", "tensor_sample"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 SAMPLES = 16
 SAMPLE_BYTES = 4096
+TENSOR_SAMPLE_BYTES = 512
 LISTED_AT_MOST = 10
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 
@@ -142,15 +144,27 @@ class WeightStore:
             if header.get(name) != expected:
                 problems.append(name)
         if problems:
-            listed = ", ".join(problems[:LISTED_AT_MOST])
-            more = f" and {len(problems) - LISTED_AT_MOST} more"
             raise CheckpointError(
-                f"{path}: its header changed since export: {listed}"
-                f"{more if len(problems) > LISTED_AT_MOST else ''}; export the checkpoint again"
+                f"{path}: its header changed since export: {_listed(problems)}; "
+                "export the checkpoint again"
             )
-        if sample_digest(path) != shard.sample_sha256:
+        self._check_content(index, path, shard)
+
+    def _check_content(self, index: int, path: Path, shard: Shard) -> None:
+        """Compare samples of a shard's content: spread over the file, and one of each tensor."""
+        tensors = self.manifest.tensors.items()
+        mine = [(name, entry) for name, entry in tensors if entry.shard == index and entry.sample]
+        with path.open("rb", buffering=0) as stream:  # no read-ahead around the samples
+            changed = [
+                name
+                for name, entry in mine
+                if tensor_sample(stream, shard.data_start + entry.begin, entry.end - entry.begin)
+                != entry.sample
+            ]
+        if changed or sample_digest(path) != shard.sample_sha256:
             raise CheckpointError(
-                f"{path}: its content changed since export (same size and header, other bytes); "
+                f"{path}: its content changed since export (same size and header, other bytes"
+                f"{' in ' + _listed(changed) if changed else ''}); "
                 "restore the file, or export the checkpoint again"
             )
 
@@ -178,14 +192,39 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def sample_digest(path: Path) -> str:
-    """Return a sha256 in hex over the header and evenly spread samples of a shard's content."""
+    """Return a sha256 in hex of a shard's size and 16 samples of 4 KiB, evenly spread.
+
+    The exporter writes the same into the manifest.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
+    with path.open("rb", buffering=0) as stream:
         for index in range(SAMPLES):
             stream.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
             digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def tensor_sample(stream: FileIO, offset: int, length: int) -> str:
+    """Return 16 hex digits of the sha256 of a tensor, or of 512 bytes in its middle.
+
+    The exporter writes the same into the manifest.
+
+    Args:
+        stream: The shard.
+        offset: Of the tensor's first byte in the file.
+        length: Of the tensor in bytes; up to 4 KiB are taken whole.
+    """
+    if length > SAMPLE_BYTES:
+        offset += length // 2 // TENSOR_SAMPLE_BYTES * TENSOR_SAMPLE_BYTES
+        length = TENSOR_SAMPLE_BYTES
+    stream.seek(offset)
+    return hashlib.sha256(stream.read(length)).hexdigest()[:16]
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - LISTED_AT_MOST
+    return ", ".join(names[:LISTED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _widen(source: npt.NDArray[Any], target: npt.NDArray[np.float32]) -> None:

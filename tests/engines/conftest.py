@@ -1,0 +1,125 @@
+"""Engine sets of small random checkpoints, and the reference that they are compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+VOCABULARY = 300
+
+
+def _load_reference() -> ModuleType:
+    """Import tests/export/reference.py: tests are no package, so by its path."""
+    name = "twotower_tests_reference"
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / "export" / "reference.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@dataclass
+class RandomEngines:
+    """A random checkpoint with its engines for the CPU."""
+
+    checkpoint: Path
+    folder: Path
+
+    @cached_property
+    def engines(self):
+        from twotower_engines.engine_set import open_engine_set
+
+        return open_engine_set(self.folder)
+
+    @cached_property
+    def runtime(self):
+        from twotower_engines.runtime import open_runtime
+
+        return open_runtime(self.engines, threads=1)
+
+    @cached_property
+    def reference(self):
+        return _load_reference().ReferenceModel.load(self.checkpoint)
+
+
+@pytest.fixture(scope="session")
+def reference() -> ModuleType:
+    """The module `tests/export/reference.py`."""
+    return _load_reference()
+
+
+@pytest.fixture(scope="session")
+def random_engines(tmp_path_factory):
+    """A function that makes engines of a random checkpoint, once for the same arguments.
+
+    Args of the function: those of `write_random_checkpoint`, and `poison`, a token whose embedding
+    is made NaN.
+    """
+    made: dict[str, RandomEngines] = {}
+
+    def make(
+        pattern: str = "MEM*EM*E", hidden: int = 32, seed: int = 0, dtype: str = "float32",
+        poison: int | None = None, **sizes: Any,
+    ) -> RandomEngines:  # fmt: skip
+        key = repr((pattern, hidden, seed, dtype, poison, sorted(sizes.items())))
+        if key not in made:
+            from twotower_export.tiny import write_random_checkpoint
+
+            folder = tmp_path_factory.mktemp("random")
+            sizes.setdefault("vocab_size", VOCABULARY)
+            write_random_checkpoint(folder / "checkpoint", pattern, hidden, seed, dtype, **sizes)
+            if poison is not None:
+                _poison(folder / "checkpoint", poison, hidden)
+            made[key] = _engines_of(folder)
+        return made[key]
+
+    return make
+
+
+def _engines_of(folder: Path) -> RandomEngines:
+    """Export and build the checkpoint in a folder."""
+    from twotower_export.bundle import write_bundle
+    from twotower_export.checkpoint import open_checkpoint
+
+    write_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle")
+    import shutil
+
+    from twotower_engines.engine_set import BuildRecord, Limits, PlanFile, write_build_record
+    from twotower_engines.manifest import read_manifest
+
+    out = folder / "engines" / "cpu"
+    out.mkdir(parents=True)
+    manifest = read_manifest(folder / "bundle")
+    plans = {}
+    for tower in manifest.towers:
+        graph = manifest.graph("float32", tower)
+        shutil.copyfile(folder / "bundle" / graph.file, out / f"{tower}.onnx")
+        plans[tower] = PlanFile(f"{tower}.onnx", graph.sha256)
+    for name in ("manifest.json", "tokenizer.json"):
+        shutil.copyfile(folder / "bundle" / name, out / name)
+    write_build_record(
+        out, BuildRecord("cpu", "onnxruntime", "float32", Limits(4, 512, 256, 64), plans)
+    )
+    return RandomEngines(folder / "checkpoint", out)
+
+
+def _poison(checkpoint: Path, token: int, hidden: int) -> None:
+    """Make the float32 embedding of a token NaN in both towers."""
+    from twotower_engines.weights import read_header
+
+    for path in checkpoint.glob("*.safetensors"):
+        header, start = read_header(path)
+        content = bytearray(path.read_bytes())
+        for name, entry in header.items():
+            if name.endswith("embeddings.weight"):
+                begin = start + entry["data_offsets"][0] + 4 * hidden * token
+                content[begin : begin + 4 * hidden] = b"\xff" * (4 * hidden)
+        path.write_bytes(content)
