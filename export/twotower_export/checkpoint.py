@@ -67,6 +67,7 @@ def open_checkpoint(
     revision: str | None = None,
     mask_token_id: int | None = None,
     towers: Sequence[Tower] | None = None,
+    local_only: bool = False,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Open and check a checkpoint.
@@ -77,6 +78,7 @@ def open_checkpoint(
         revision: the hub revision that it must be.
         mask_token_id: overrides the configuration's mask id.
         towers: towers that it must hold; by default whichever it does.
+        local_only: download nothing; a hub id must lie in the cache.
         progress: told about each shard.
 
     Raises:
@@ -84,7 +86,7 @@ def open_checkpoint(
         ConfigError: its configuration is refused.
         HubError: it could not be fetched.
     """
-    folder, identity, warnings = _locate(source, revision)
+    folder, identity, warnings = _locate(source, revision, local_only)
     if not (folder / CONFIG_FILE).exists():
         raise CheckpointError(
             f"{folder}: is no checkpoint: it has no {CONFIG_FILE}"
@@ -128,7 +130,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _locate(
-    source: str | Path, revision: str | None
+    source: str | Path, revision: str | None, local_only: bool
 ) -> tuple[Path, tuple[str | None, str | None], list[str]]:
     """The folder, its (hub id, commit), and warnings; downloads a hub id."""
     from twotower_export import hub
@@ -161,7 +163,7 @@ def _locate(
         raise CheckpointError(
             f"{source}: names revision {pinned!r}, but --revision says {revision!r}; give one"
         )
-    return hub.fetch(name, (pinned if at else None) or revision)
+    return hub.fetch(name, (pinned if at else None) or revision, local_only=local_only)
 
 
 def _hint_of_another_kind(folder: Path) -> str:

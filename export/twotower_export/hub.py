@@ -49,12 +49,15 @@ def cached_identity(folder: Path) -> tuple[str | None, str | None]:
     return repository.removeprefix("models--").replace("--", "/", 1), resolved.name
 
 
-def fetch(id_: str, revision: str | None) -> tuple[Path, tuple[str, str], list[str]]:
+def fetch(
+    id_: str, revision: str | None, *, local_only: bool = False
+) -> tuple[Path, tuple[str, str], list[str]]:
     """Download a checkpoint into the hub's cache, or complete what lies there.
 
     Args:
         id_: `organisation/name`.
         revision: branch, tag or commit; the main branch by default.
+        local_only: take what the cache holds.
 
     Returns:
         The snapshot's folder, the hub id with the commit that was taken, and warnings.
@@ -67,7 +70,10 @@ def fetch(id_: str, revision: str | None) -> tuple[Path, tuple[str, str], list[s
 
     try:
         folder = huggingface_hub.snapshot_download(
-            id_, revision=revision, allow_patterns=list(PATTERNS)
+            id_,
+            revision=revision,
+            allow_patterns=list(PATTERNS),
+            local_files_only=local_only,
         )
     except errors.GatedRepoError as error:
         raise HubError(
@@ -83,8 +89,13 @@ def fetch(id_: str, revision: str | None) -> tuple[Path, tuple[str, str], list[s
         raise HubError(f"{id_}: the hub has no revision {revision!r} of it") from error
     except errors.LocalEntryNotFoundError as error:
         raise HubError(
-            f"{id_}: there is no such folder, the hub cannot be reached, and the local cache does "
-            f"not hold {'this revision' if revision else 'it'}; check the network, or name a folder"
+            f"{id_}: there is no such folder, and the local cache does not hold "
+            f"{f'revision {revision}' if revision else 'it'}; "
+            + (
+                "`twotower export` downloads it"
+                if local_only
+                else "the hub cannot be reached: check the network, or name a folder"
+            )
         ) from error
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         raise HubError(

@@ -1,0 +1,161 @@
+"""The verbs `twotower export` and `twotower inspect`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXPORT_EPILOG = """\b
+Examples:
+  twotower export checkpoint bundle
+  twotower export nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16@COMMIT bundle
+  twotower export base-checkpoint bundle --towers context
+  twotower export checkpoint nemotron-h --target tensorrt-llm
+
+The weights stay where they are: a bundle holds graphs, a map of the weights, and the tokenizer.
+"""
+
+INSPECT_EPILOG = """\b
+Examples:
+  twotower inspect checkpoint
+  twotower inspect bundle --checkpoint /models/moved-here
+  twotower inspect engines --json
+"""
+
+
+class StepMeter:
+    """Progress on standard error: nothing for work that ends within two seconds.
+
+    On a terminal one line is redrawn; elsewhere a line appears every five seconds.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._drawn = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Draw, if it is time."""
+        now = time.monotonic()
+        terminal = sys.stderr.isatty()
+        if now - self._start < 2 or now - self._drawn < (0.1 if terminal else 5):
+            return
+        self._drawn = now
+        line = f"{what}: {done} of {total}, {now - self._start:.0f} s"
+        print(
+            f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr
+        )
+        sys.stderr.flush()
+
+    def finish(self) -> None:
+        """Clear the line."""
+        if sys.stderr.isatty() and self._drawn != self._start:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@click.command(epilog=EXPORT_EPILOG)
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.argument("out", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--mask-token-id", type=int, help="Id of the mask.  [the checkpoint's, or 3]")
+@click.option(
+    "--towers",
+    type=click.Choice(["both", "context"]),
+    default="both",
+    show_default=True,
+    help="`context` for autoregressive generation only, as from a single-tower base checkpoint.",
+)
+@click.option("--revision", help="Commit, tag or branch on the hub.  [main, with a warning]")
+@click.option(
+    "--target",
+    type=click.Choice(["bundle", "tensorrt-llm"]),
+    default="bundle",
+    show_default=True,
+    help="`tensorrt-llm` writes the context tower as a standard Nemotron-H checkpoint.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def export_command(
+    checkpoint: str,
+    out: Path,
+    mask_token_id: int | None,
+    towers: str,
+    revision: str | None,
+    target: str,
+    as_json: bool,
+) -> None:
+    """Write the BUNDLE of a CHECKPOINT: a folder or a hub id, ORGANISATION/NAME[@REVISION].
+
+    A bundle that is there already is replaced; any other folder is refused.
+    """
+    from twotower_export.checkpoint import open_checkpoint
+    from twotower_export.layout import TOWERS, Tower
+
+    start = time.monotonic()
+    meter = StepMeter()
+    chosen: tuple[Tower, ...] = TOWERS if towers == "both" else ("context",)
+    needed = chosen if target == "bundle" else ("context",)
+    opened = open_checkpoint(
+        checkpoint,
+        revision=revision,
+        mask_token_id=mask_token_id,
+        towers=needed,
+        progress=meter,
+    )
+    for warning in opened.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if target == "bundle":
+        from twotower_export.bundle import write_bundle
+
+        manifest = write_bundle(opened, out, towers=chosen, progress=meter)
+        exported = manifest["towers"]
+    else:
+        from twotower_export.nemotron_h import write_nemotron_h
+
+        write_nemotron_h(opened, out, progress=meter)
+        exported = ["context"]
+    meter.finish()
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    result = {
+        "target": target,
+        "path": str(out),
+        "towers": exported,
+        "checkpoint": str(opened.path),
+        "id": opened.id,
+        "revision": opened.revision,
+        "fingerprint": opened.fingerprint,
+        "bytes": size,
+        "seconds": round(time.monotonic() - start, 2),
+        "warnings": list(opened.warnings),
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(
+        f"{out}: {' and '.join(result['towers'])} tower{'s' * (len(exported) > 1)} of "
+        f"{opened.id or opened.path}, {size / 1e6:.1f} MB in {result['seconds']} s"
+    )
+    if target == "bundle":
+        click.echo(f"next: twotower build {out} --sku cpu ENGINES")
+
+
+@click.command(epilog=INSPECT_EPILOG)
+@click.argument("source", metavar="CHECKPOINT|BUNDLE|ENGINES")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Check a BUNDLE against this checkpoint; another one is refused, with what differs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect_command(source: str, checkpoint: Path | None, as_json: bool) -> None:
+    """Say what a checkpoint, bundle or engine set holds, weighs, and which GPUs could hold it.
+
+    Nothing is downloaded: a hub id is looked up in the local cache.
+    """
+    from twotower_export.inspection import inspect_source, report
+
+    meter = StepMeter()
+    found: dict[str, Any] = inspect_source(source, checkpoint, progress=meter)
+    meter.finish()
+    click.echo(json.dumps(found) if as_json else report(found))

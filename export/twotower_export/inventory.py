@@ -1,0 +1,266 @@
+"""What a model weighs: parameters and bytes per part, and what a context costs.
+
+Computed from the configuration and the stored dtypes, for a checkpoint and for a bundle alike.
+Knows nothing about GPUs but their names and memory, which it reads from the engines' table where
+that package is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Final
+
+from twotower_export.config import ModelConfig
+from twotower_export.layout import BASE_PREFIX, HEADS, Tower
+
+STORED_BYTES: Final = {"BF16": 2, "F32": 4}
+CACHE_BYTES: Final = {"bfloat16": 2, "float32": 4}
+SSM_BYTES: Final = 4  # the SSM state is float32 whatever the weights are
+BLOCK: Final = 16
+GIB: Final = 2**30
+
+_MIXERS: Final = {"M": "mamba", "*": "attention"}
+_EXPERT_PARTS: Final = (
+    (".experts.", "routed experts"),
+    (".shared_experts.", "shared experts"),
+    (".gate.", "router"),
+)
+PARTS: Final = (
+    "embeddings",
+    "mamba",
+    "attention",
+    "router",
+    "shared experts",
+    "routed experts",
+    "norms",
+    "head",
+    "time conditioning",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tower.
+
+    Attributes:
+        tower: `context` or `denoiser`.
+        name: one of `PARTS`.
+        tensors: number of tensors.
+        parameters: their elements.
+        bytes: as stored.
+    """
+
+    tower: Tower
+    name: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Sizes of a model.
+
+    Attributes:
+        config: the model.
+        parts: parts of each tower, in order; empty ones are left out.
+        dtypes: tensors by stored dtype.
+    """
+
+    config: ModelConfig
+    parts: tuple[Part, ...]
+    dtypes: Mapping[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.bytes for part in self.parts)
+
+    def bytes_of_tower(self, tower: Tower) -> int:
+        """Bytes of one tower with its head; the denoiser's include the time conditioning."""
+        return sum(part.bytes for part in self.parts if part.tower == tower)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values that one token adds to a context."""
+        c = self.config
+        return 2 * len(c.layers_of_kind["*"]) * c.kv_width * CACHE_BYTES[c.dtype]
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        """Mamba states of one sequence: SSM in float32, and the raw columns of the convolution."""
+        c = self.config
+        ssm = c.d_inner * c.ssm_state_size * SSM_BYTES
+        conv = c.conv_dim * (c.conv_kernel - 1) * CACHE_BYTES[c.dtype]
+        return len(c.layers_of_kind["M"]) * (ssm + conv)
+
+    @property
+    def tokens_per_gigabyte(self) -> int | None:
+        """Context tokens whose keys and values fill 10^9 bytes; None without attention."""
+        return 10**9 // self.kv_bytes_per_token if self.kv_bytes_per_token else None
+
+    def active_parameters(self, tower: Tower, *, head: bool = True) -> int:
+        """Parameters that one token uses, without the embeddings."""
+        c = self.config
+        size = {part.name: part.parameters for part in self.parts if part.tower == tower}
+        routed = size.get("routed experts", 0)
+        active = sum(size.values()) - size.get("embeddings", 0) - size.get("time conditioning", 0)
+        if routed:
+            active -= routed - routed * c.num_experts_per_tok // c.num_experts
+        return active if head else active - size.get("head", 0)
+
+    def bytes_per_step(self, tower: Tower, tokens: int) -> int:
+        """Weights that a pass over some tokens reads, if routing were uniform and independent.
+
+        Each expert is missed by all tokens with probability (1 - k/E)^tokens. Embeddings are
+        looked up, not read. Real routing is more concentrated.
+        """
+        c = self.config
+        size = {part.name: part.bytes for part in self.parts if part.tower == tower}
+        routed = size.pop("routed experts", 0)
+        used = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens if routed else 0.0
+        return sum(size.values()) - size.get("embeddings", 0) + round(routed * used)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure, for programs; bytes and parameters are integers."""
+        towers = dict.fromkeys(part.tower for part in self.parts)
+        return {
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "dtypes": dict(self.dtypes),
+            "towers": {
+                tower: {
+                    "bytes": self.bytes_of_tower(tower),
+                    "parameters": sum(p.parameters for p in self.parts if p.tower == tower),
+                    "active_parameters_per_token": self.active_parameters(tower),
+                    "active_parameters_without_head": self.active_parameters(tower, head=False),
+                    "bytes_read_per_token": self.bytes_per_step(tower, 1),
+                    "bytes_read_per_16_tokens": self.bytes_per_step(tower, BLOCK),
+                    "parts": {
+                        part.name: {
+                            "tensors": part.tensors,
+                            "parameters": part.parameters,
+                            "bytes": part.bytes,
+                        }
+                        for part in self.parts
+                        if part.tower == tower
+                    },
+                }
+                for tower in towers
+            },
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "state_bytes_per_sequence": self.state_bytes_per_sequence,
+            "tokens_per_context_gigabyte": self.tokens_per_gigabyte,
+            "logits_bytes_per_block": BLOCK * self.config.vocab_size * 4,
+        }
+
+
+def take_inventory(
+    config: ModelConfig, tensors: Mapping[str, tuple[str, Sequence[int]]]
+) -> Inventory:
+    """Sort tensors into parts.
+
+    Args:
+        config: the model.
+        tensors: stored dtype and shape by name.
+    """
+    counts: Counter[tuple[Tower, str]] = Counter()
+    parameters: Counter[tuple[Tower, str]] = Counter()
+    sizes: Counter[tuple[Tower, str]] = Counter()
+    base = not any(name.startswith("context_tower.") for name in tensors)
+    for name, (dtype, shape) in tensors.items():
+        part = _part_of(config, name, base)
+        counts[part] += 1
+        parameters[part] += math.prod(shape)
+        sizes[part] += math.prod(shape) * STORED_BYTES[dtype]
+    order: list[tuple[Tower, str]] = [("context", name) for name in PARTS]
+    order += [("denoiser", name) for name in PARTS]
+    return Inventory(
+        config,
+        tuple(
+            Part(tower, name, counts[tower, name], parameters[tower, name], sizes[tower, name])
+            for tower, name in order
+            if counts[tower, name]
+        ),
+        dict(sorted(Counter(dtype for dtype, _ in tensors.values()).items())),
+    )
+
+
+def _part_of(config: ModelConfig, name: str, base: bool) -> tuple[Tower, str]:
+    if name == HEADS["context"] or (base and name == HEADS["denoiser"]):
+        return "context", "head"
+    if name == HEADS["denoiser"]:
+        return "denoiser", "head"
+    prefix, _, rest = name.partition(".")
+    if prefix not in ("context_tower", "denoiser_tower", BASE_PREFIX):
+        return "denoiser", "time conditioning"
+    tower: Tower = "denoiser" if prefix == "denoiser_tower" else "context"
+    if rest.startswith("embeddings."):
+        return tower, "embeddings"
+    layer = re.match(r"layers\.(\d+)\.mixer\.", rest)
+    if layer is None:
+        return tower, "norms"
+    kind = config.pattern[int(layer[1])]
+    if kind in _MIXERS:
+        return tower, _MIXERS[kind]
+    return tower, next(part for mark, part in _EXPERT_PARTS if mark in name)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Which GPUs could hold a model, by their names in the engines' table.
+
+    Attributes:
+        one: one GPU holds everything that was exported.
+        one_per_tower: a GPU per tower is needed, and enough; empty where there is one tower only.
+    """
+
+    one: tuple[str, ...]
+    one_per_tower: tuple[str, ...]
+
+
+def fitting_skus(inventory: Inventory, context_tokens: int = 4096) -> Fit | None:
+    """GPUs whose memory holds the weights as stored and one context.
+
+    An upper bound on what works: no workspace is counted. `twotower plan` counts it.
+
+    Returns:
+        None where the table is not installed.
+    """
+    memory = _memory_of_skus()
+    if memory is None:
+        return None
+    context = inventory.state_bytes_per_sequence + context_tokens * inventory.kv_bytes_per_token
+    towers = dict.fromkeys(part.tower for part in inventory.parts)
+    largest = max(inventory.bytes_of_tower(tower) for tower in towers)
+    one = tuple(name for name, size in memory.items() if inventory.bytes + context <= size)
+    two = tuple(
+        name for name, size in memory.items() if name not in one and largest + context <= size
+    )
+    return Fit(one, two if len(towers) > 1 else ())
+
+
+def _memory_of_skus() -> dict[str, int] | None:
+    """Bytes by name, from the data file of the engines' package; it is data, no code is loaded."""
+    try:
+        table = resources.files("twotower_engines") / "skus.json"
+        skus = json.loads(table.read_text(encoding="utf-8"))["skus"]
+    except (ModuleNotFoundError, FileNotFoundError):
+        return None
+    # each value is [number, source]; the CPU, whose memory is whatever it is, has no number
+    return {
+        name: round(sku["memory_gib"][0] * GIB)
+        for name, sku in skus.items()
+        if sku["memory_gib"][0] is not None
+    }

@@ -1,0 +1,183 @@
+"""Writes the context tower as a standard Nemotron-H checkpoint.
+
+The context tower is the frozen single-tower model, so with that model's names it is what
+TensorRT-LLM's LLM API, vLLM and transformers load: the autoregressive baseline of the same weights.
+Bytes are copied as they are, in pieces, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from twotower_export.bundle import check_replaceable, folder_beside
+from twotower_export.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, Progress
+from twotower_export.config import config_json, read_json
+from twotower_export.errors import BundleError
+from twotower_export.layout import base_name, expected_tensors
+from twotower_export.shards import Tensor
+from twotower_export.tokens import tokenizer_files
+
+SHARD_BYTES: Final = 5_000_000_000
+PIECE_BYTES: Final = 8 * 2**20
+ORIGIN_FILE: Final = "twotower.json"
+FORMAT: Final = "twotower-nemotron-h"
+
+# Of the two-tower model or of its remote code: a plain Nemotron-H reader needs none of them.
+_DROPPED: Final = ("auto_map", "mask_token_id", "time_frequency_dim", "bidirectional_mamba")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A tensor on its way: its name in the new checkpoint, and where it comes from."""
+
+    name: str
+    tensor: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.end - self.tensor.begin
+
+
+def write_nemotron_h(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write the context tower as a Nemotron-H checkpoint: configuration, shards, tokenizer.
+
+    An output of this function that lies there already is replaced. Memory stays bounded; the disk
+    needs room for the whole tower.
+
+    Args:
+        checkpoint: an open checkpoint with a context tower.
+        out: folder to write.
+        shard_bytes: most tensor bytes per file, unless a single tensor has more.
+        progress: told the gigabytes that were copied.
+
+    Raises:
+        BundleError: `out` holds something else, or the disk is too small.
+    """
+    check_replaceable(out, ORIGIN_FILE, FORMAT, "a checkpoint from --target tensorrt-llm")
+    members = list(_members(checkpoint))
+    total = sum(member.bytes for member in members)
+    with folder_beside(out) as partial:
+        free = shutil.disk_usage(partial).free
+        if free < total:
+            raise BundleError(
+                f"{out}: the context tower takes {total / 1e9:.1f} GB and the disk has "
+                f"{free / 1e9:.1f} GB left; name a folder on another disk"
+            )
+        _write_shards(checkpoint, members, partial, shard_bytes, progress)
+        for file in tokenizer_files(checkpoint.path):
+            shutil.copyfile(file, partial / file.name)
+        _write_json(partial / CONFIG_FILE, nemotron_h_config(checkpoint))
+        origin = {
+            "format": FORMAT,
+            "checkpoint": checkpoint.id or str(checkpoint.path),
+            "revision": checkpoint.revision,
+            "fingerprint": checkpoint.fingerprint,
+        }
+        _write_json(partial / ORIGIN_FILE, origin)
+
+
+def nemotron_h_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The source's `config.json` as one of `NemotronHForCausalLM`.
+
+    Keys that the source lacks are filled in with what the towers compute.
+    """
+    source = read_json(checkpoint.path / CONFIG_FILE)
+    values = config_json(checkpoint.config) | source
+    values["architectures"] = ["NemotronHForCausalLM"]
+    for key in _DROPPED:
+        values.pop(key, None)
+    ids = checkpoint.config.eos_token_ids
+    values["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids)
+    return dict(sorted(values.items()))
+
+
+def _members(checkpoint: Checkpoint) -> Iterator[_Member]:
+    for name in expected_tensors(checkpoint.config, ("context",), base=checkpoint.base):
+        yield _Member(base_name(name), checkpoint.tensors[name])
+
+
+def _write_shards(
+    checkpoint: Checkpoint,
+    members: Sequence[_Member],
+    folder: Path,
+    shard_bytes: int,
+    progress: Progress | None,
+) -> None:
+    files = _spread(members, shard_bytes)
+    total = sum(member.bytes for member in members)
+    done = 0
+    for file, some in files.items():
+        with (folder / file).open("wb") as target:
+            _write_header(target, some)
+            for member in some:
+                for piece in _pieces(checkpoint, member):
+                    target.write(piece)
+                    done += len(piece)
+                    if progress is not None:
+                        progress("copying megabytes", done // 10**6, total // 10**6)
+    if len(files) > 1:
+        weight_map = {member.name: file for file, some in files.items() for member in some}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _spread(members: Sequence[_Member], shard_bytes: int) -> dict[str, list[_Member]]:
+    """Members by file, in order, each file as full as may be."""
+    groups: list[list[_Member]] = [[]]
+    size = 0
+    for member in members:
+        if groups[-1] and size + member.bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(member)
+        size += member.bytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    count = len(groups)
+    return {f"model-{n:05d}-of-{count:05d}.safetensors": g for n, g in enumerate(groups, 1)}
+
+
+def _write_header(target: BinaryIO, members: Sequence[_Member]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    reached = 0
+    for member in members:
+        header[member.name] = {
+            "dtype": member.tensor.dtype,
+            "shape": list(member.tensor.shape),
+            "data_offsets": [reached, reached + member.bytes],
+        }
+        reached += member.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as safetensors writes them
+    target.write(struct.pack("<Q", len(text)) + text)
+
+
+def _pieces(checkpoint: Checkpoint, member: _Member) -> Iterator[bytes]:
+    """The tensor's bytes, at most 8 MiB at a time."""
+    shard = checkpoint.shards[member.tensor.shard]
+    offset = shard.data_start + member.tensor.begin
+    end = shard.data_start + member.tensor.end
+    with shard.path.open("rb", buffering=0) as source:
+        while offset < end:
+            piece = os.pread(source.fileno(), min(PIECE_BYTES, end - offset), offset)
+            if not piece:
+                raise BundleError(f"{shard.path}: ended while it was read; was it replaced?")
+            yield piece
+            offset += len(piece)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
