@@ -183,7 +183,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
         content = stream.read(length) if length <= MAX_HEADER_BYTES else b""
     try:
-        header = json.loads(content)
+        header = json.loads(content) if len(content) == length else None
     except ValueError:
         header = None
     if not isinstance(header, dict):
