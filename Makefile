@@ -27,7 +27,7 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo ## Export, build, package, serve and ask: the whole path, on this machine
-	$(BIN)/python -m twotower_client.demo
+	$(BIN)/twotower demo
 
 test: $(VENV)/.dev ## All tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

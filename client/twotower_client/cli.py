@@ -30,6 +30,12 @@ class Verb:
 
 # In the order in which a newcomer meets them.
 VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "twotower_client.demo_cli",
+        "demo",
+        "Walk the whole path below with a small checkpoint.",
+        "serve",
+    ),
     "tiny": Verb(
         "twotower_export.tiny_cli",
         "tiny",
@@ -60,10 +66,10 @@ VERBS: dict[str, Verb] = {
         "build",
     ),
     "verify": Verb(
-        "twotower_engines.verify_cli",
+        "twotower_export.verify_cli",
         "verify",
         "Compare engines with a reference, output by output.",
-        "build",
+        "reference",
     ),
     "run": Verb(
         "twotower_engines.run_cli",
