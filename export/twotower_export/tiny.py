@@ -22,8 +22,7 @@ from twotower_export.tokenizer import (
     END_ID,
     MASK_ID,
     SMALLEST_VOCABULARY,
-    tokenizer_files,
-    train_tokenizer,
+    corpus_tokenizer_files,
 )
 
 if TYPE_CHECKING:
@@ -220,7 +219,7 @@ def write_checkpoint(
         for name, tensor in tensors.items()
     }
     if tokenizer is None:
-        tokenizer = tokenizer_files(train_tokenizer(config.vocab_size))
+        tokenizer = corpus_tokenizer_files(config.vocab_size)
     for name, text in tokenizer.items():
         _write_text(folder / name, text)
     _write_shards(folder, stored, shards)

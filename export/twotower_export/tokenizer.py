@@ -7,8 +7,10 @@ a position that is still to be denoised. Then come the 256 bytes, then the merge
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from twotower_export.corpus import documents
@@ -88,3 +90,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         "tokenizer_config.json": json.dumps(tokenizer_config(), indent=2) + "\n",
         "special_tokens_map.json": json.dumps(dict(special), indent=2) + "\n",
     }
+
+
+@cache
+def corpus_tokenizer_files(vocab_size: int) -> Mapping[str, str]:
+    """Returns the files of the tokenizer that the corpus gives, trained once per size."""
+    return MappingProxyType(tokenizer_files(train_tokenizer(vocab_size)))

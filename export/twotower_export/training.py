@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
     from twotower_export.config import ModelConfig
 
+WORKERS = 2
+"""Threads that share each step; fixed, because it is part of what a seed gives."""
+
 Progress = Callable[[str, float], None]
 """Called after every step with the tower in training and the loss, nats per token."""
 
@@ -48,7 +52,7 @@ class Recipe:
     """How long and how fast to train.
 
     Attributes:
-        rows: Documents per step.
+        rows: Documents per step of each worker.
         context_steps: Steps of the context tower.
         denoiser_steps: Steps of the denoiser.
         context_rate: Peak learning rate of the context tower.
@@ -57,7 +61,7 @@ class Recipe:
         balance: How far one step moves the routers' correction of an expert's load.
     """
 
-    rows: int = 32
+    rows: int = 8
     context_steps: int = 450
     denoiser_steps: int = 600
     context_rate: float = 4e-3
@@ -80,8 +84,8 @@ def train(
 ) -> dict[str, Tensor]:
     """Trains both towers and returns every tensor of the checkpoint, float32.
 
-    Equal seeds give equal results on equal machines and thread counts; elsewhere the order of
-    floating-point sums differs and with it the last digits.
+    Every step is shared by two workers, however many cores there are, so that equal seeds give
+    equal results on equal machines; another processor may sum in another order and end elsewhere.
 
     Args:
         config: The model.
@@ -92,22 +96,41 @@ def train(
     """
     recipe = recipe or Recipe()
     report: Progress = progress or (lambda tower, loss: None)
-    draws = torch.Generator().manual_seed(seed)
-    rows = batches(tokenizer, recipe, seed)
     towers = _initial_towers(config, seed)
+    workers = [_Worker(tokenizer, recipe, seed, number) for number in range(WORKERS)]
 
-    step = _Optimiser(towers.context, recipe.context_rate, recipe.context_steps, recipe.balance)
-    for _ in range(recipe.context_steps):
-        ids, lengths = next(rows)
-        report("context tower", step(context_loss(towers.context, config, ids, lengths)))
-    towers.context.requires_grad_(False)
+    def context_part(worker: _Worker) -> Tensor:
+        return context_loss(towers.context, config, *next(worker.rows))
 
-    _start_as_copy(towers)
-    step = _Optimiser(towers.denoiser, recipe.denoiser_rate, recipe.denoiser_steps, recipe.balance)
-    for _ in range(recipe.denoiser_steps):
-        ids, lengths = next(rows)
-        report("denoiser", step(denoiser_loss(towers, ids, lengths, recipe.block, draws)))
+    def denoiser_part(worker: _Worker) -> Tensor:
+        return denoiser_loss(towers, *next(worker.rows), recipe.block, worker.draws)
+
+    threads = torch.get_num_threads()
+    # Idle OpenMP threads spin, which on a machine that others use costs tenfold: each worker is
+    # one thread.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            step = _Optimiser(towers.context, recipe.context_rate, recipe.context_steps, recipe)
+            for _ in range(recipe.context_steps):
+                report("context tower", step(pool, context_part, workers))
+            towers.context.requires_grad_(False)
+            _start_as_copy(towers)
+            step = _Optimiser(towers.denoiser, recipe.denoiser_rate, recipe.denoiser_steps, recipe)
+            for _ in range(recipe.denoiser_steps):
+                report("denoiser", step(pool, denoiser_part, workers))
+    finally:
+        torch.set_num_threads(threads)
     return {**towers.context.state_dict(), **towers.denoiser.state_dict()}
+
+
+class _Worker:
+    """What one of the threads draws: its own documents and its own masks."""
+
+    def __init__(self, tokenizer: Tokenizer, recipe: Recipe, seed: int, number: int) -> None:
+        own = seed * WORKERS + number
+        self.rows = batches(tokenizer, recipe, own)
+        self.draws = torch.Generator().manual_seed(own)
 
 
 def batches(tokenizer: Tokenizer, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,7 +166,8 @@ def denoiser_loss(
     towers: Towers, ids: Tensor, lengths: Tensor, block: int, draws: torch.Generator
 ) -> Tensor:
     """Returns the mean cross-entropy of the masked tokens of all blocks of the documents."""
-    offsets = torch.randint(block, lengths.shape, generator=draws).minimum(lengths - 1)
+    # Mostly blocks after the opening, which nothing could predict; some from an empty context.
+    offsets = torch.randint(2 * block, lengths.shape, generator=draws).minimum(lengths - 1)
     blocks, context_lengths, states = context_of_blocks(towers, ids, lengths, offsets, block)
     # t is uniform, and is what the denoiser sees at inference: a share of the block's positions.
     counts = torch.randint(1, block + 1, (len(blocks), 1), generator=draws)
@@ -181,18 +205,19 @@ def context_of_blocks(
     ids = torch.cat([ids, ids[:, -1:].expand(-1, max(0, width - ids.shape[1]))], dim=1)
     states = empty_states(towers.config, len(ids), width, torch.float32)
     starts, sizes = torch.zeros_like(offsets), offsets
+    called = ids[:, : max(1, int(offsets.max()))]
     pieces: list[tuple[Tensor, Tensor, States]] = []
     for _ in range(count):
-        called = _window(ids, starts, block)
         _, emitted = towers.context.every_position(called, sizes, starts, states)
         states = advance_states(states, emitted, sizes, starts)
         starts, sizes = starts + sizes, torch.full_like(sizes, block)
-        pieces.append((_window(ids, starts, block), starts, states))
+        called = ids.gather(1, starts[:, None] + torch.arange(block))
+        pieces.append((called, starts, states))
     inside = torch.cat([starts < lengths for _, starts, _ in pieces])
     # The newest caches serve every block: what came later lies beyond its context length.
     newest = pieces[-1][2]
     gathered = {
-        name: torch.cat([newest[name] if "_cache" in name else piece[name] for _, _, piece in pieces])
+        name: torch.cat([(newest if "_cache" in name else own)[name] for _, _, own in pieces])
         for name in newest
     }
     return (
@@ -200,10 +225,6 @@ def context_of_blocks(
         torch.cat([starts for _, starts, _ in pieces])[inside],
         {name: tensor[inside] for name, tensor in gathered.items()},
     )
-
-
-def _window(ids: Tensor, starts: Tensor, size: int) -> Tensor:
-    return ids.gather(1, starts[:, None] + torch.arange(size))
 
 
 def _initial_towers(config: ModelConfig, seed: int) -> Towers:
@@ -235,37 +256,60 @@ def _start_as_copy(towers: Towers) -> None:
 class _Optimiser:
     """AdamW with warm-up and linear decay, and the balancing of the experts' load."""
 
-    def __init__(self, module: nn.Module, rate: float, steps: int, balance: float) -> None:
-        self.module, self.balance = module, balance
+    def __init__(self, module: nn.Module, rate: float, steps: int, recipe: Recipe) -> None:
+        self.parameters, self.balance = list(module.parameters()), recipe.balance
         self.adam = torch.optim.AdamW(
-            module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01
+            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01
         )
         warm_up = max(1, steps // 20)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adam,
             lambda step: min((step + 1) / warm_up, max(0.01, (steps - step) / (steps - warm_up))),
         )
-        self.loads: dict[Router, Tensor] = {}
+        self.chosen: list[tuple[Router, Tensor]] = []
         for part in module.modules():
             if isinstance(part, Router):
                 part.register_forward_hook(self._count)
 
-    def __call__(self, loss: Tensor) -> float:
-        self.adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+    def __call__(
+        self,
+        pool: ThreadPoolExecutor,
+        part: Callable[[_Worker], Tensor],
+        workers: Sequence[_Worker],
+    ) -> float:
+        """Takes one step along the mean gradient of the workers' parts; the mean loss."""
+
+        def gradients(worker: _Worker) -> tuple[float, tuple[Tensor | None, ...]]:
+            loss = part(worker)
+            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            return loss.item(), found
+
+        results = list(pool.map(gradients, workers))
+        for parameter, *found in zip(self.parameters, *(own for _, own in results), strict=True):
+            given = [gradient for gradient in found if gradient is not None]
+            # An expert that no token chose has no gradient.
+            parameter.grad = torch.stack(given).sum(0) / len(found) if given else None
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.adam.step()
         self.schedule.step()
-        for router, load in self.loads.items():
-            # Without an auxiliary loss: the correction only selects, so it may be moved by hand.
-            router.e_score_correction_bias += self.balance * torch.sign(load.mean() - load)
-        return loss.item()
+        self._balance()
+        return sum(loss for loss, _ in results) / len(results)
 
     def _count(self, router: nn.Module, _: Any, output: tuple[Tensor, Tensor]) -> None:
-        router = cast(Router, router)
-        self.loads[router] = torch.bincount(
-            output[0].flatten(), minlength=len(router.e_score_correction_bias)
-        ).float()
+        self.chosen.append((cast(Router, router), output[0].flatten()))
+
+    def _balance(self) -> None:
+        """Moves the correction of each expert towards an equal load.
+
+        No auxiliary loss is needed: the correction only selects, so it may be moved by hand.
+        """
+        loads: dict[Router, Tensor] = {}
+        for router, chosen in self.chosen:
+            load = torch.bincount(chosen, minlength=len(router.e_score_correction_bias))
+            loads[router] = loads.get(router, torch.zeros(())) + load
+        for router, load in loads.items():
+            router.e_score_correction_bias += self.balance * torch.sign(load.mean() - load)
+        self.chosen.clear()
 
 
 def write_trained_checkpoint(
