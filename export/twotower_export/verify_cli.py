@@ -1,0 +1,150 @@
+"""The verb `twotower verify`: exported graphs and engines against a reference."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from twotower_export.errors import ExportError
+
+if TYPE_CHECKING:
+    from twotower_export.verification.comparison import Comparison
+    from twotower_export.verify import Report
+
+EPILOG = """\b
+Examples:
+  twotower verify bundle checkpoint                  every output of both graphs
+  twotower verify bundle checkpoint --layers         the hidden states after every layer as well
+  twotower verify bundle checkpoint --layer 5        after layer 5; of a large model, only layer 5
+  twotower verify engines checkpoint --json          an engine set; one JSON object
+
+A model whose towers do not fit into memory in float32 is verified part by part, in less than 8 GB.
+Exits with 1 where something differs. Engines for a GPU are verified as far as this machine can.
+"""
+
+LISTED_AT_MOST = 10
+
+
+class VerificationError(ExportError):
+    """Graphs do not compute what the reference computes."""
+
+    exit_code = 1
+
+
+@click.command(epilog=EPILOG)
+@click.argument("target", metavar="BUNDLE|ENGINES", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.option(
+    "--reference",
+    type=click.Choice(["torch"]),
+    default="torch",
+    show_default=True,
+    help="What to compare with: the towers as PyTorch modules, in float32.",
+)
+@click.option("--layers", "every_layer", is_flag=True, help="Compare after every layer as well.")
+@click.option("--layer", "layers", type=int, multiple=True, help="... after this one. Repeatable.")
+@click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(
+    target: Path,
+    checkpoint: Path,
+    reference: str,
+    every_layer: bool,
+    layers: tuple[int, ...],
+    sku: str | None,
+    as_json: bool,
+) -> None:
+    """Compare every output of the exported graphs with a reference.
+
+    Inputs are random, of the shapes that serving has: a prefill chunk, a block, a single token,
+    rows of different lengths. BUNDLE or ENGINES is what is verified, CHECKPOINT (folder or hub id)
+    what it was exported from.
+    """
+    from twotower_export.verification.target import engine_folder, open_target
+
+    engines = engine_folder(target, sku)
+    if engines is not None and _flavour(engines).startswith("tensorrt"):
+        _verify_device_engines(engines, checkpoint, as_json)
+        return
+    opened = open_target(target, sku)
+
+    from twotower_export.verify import verify as compare
+
+    if every_layer:
+        layers = tuple(range(len(opened.manifest["model"]["pattern"])))
+
+    def say(part: str) -> None:
+        click.echo(f"comparing {part}", err=True)
+
+    report = compare(opened, checkpoint, layers=layers, progress=say)
+    if as_json:
+        click.echo(json.dumps(report.as_json()))
+    else:
+        _print(report)
+    if not report.outcome.passed:
+        raise VerificationError(_reason(report, bool(layers)))
+
+
+def _verify_device_engines(engines: Path, checkpoint: Path, as_json: bool) -> None:
+    """Hand over to the stage that knows engines, as one hands over anything here: by its files."""
+    command = [sys.executable, "-m", "twotower_engines.verify_cli", str(engines), str(checkpoint)]
+    done = subprocess.run(command + ["--json"] * as_json, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _flavour(engines: Path) -> str:
+    from twotower_export.config import read_json
+
+    return str(read_json(engines / "build.json").get("flavour"))
+
+
+def _print(report: Report) -> None:
+    """Print one line per part, what failed, the worst tensor, and what was not verified."""
+    outcome = report.outcome
+    click.echo(f"{report.target} against {report.checkpoint} (PyTorch, float32)")
+    parts = dict.fromkeys(tensor.part for tensor in outcome.tensors)
+    for part in parts:
+        tensors = [tensor for tensor in outcome.tensors if tensor.part == part]
+        calls = len({tensor.call for tensor in tensors})
+        failed = sum(not tensor.passed for tensor in tensors)
+        worst = max(tensors, key=lambda tensor: tensor.severity)
+        state = f"{failed} FAILED" if failed else "ok"
+        click.echo(
+            f"  {part:24} {len(tensors):4} tensors of {calls} calls  {state:10} "
+            f"worst {worst.max_rel:.1e} ({worst.tensor}, {worst.call})"
+        )
+    for line in _failures(outcome)[:LISTED_AT_MOST]:
+        click.echo(f"  {line}")
+    click.echo(f"worst tensor: {outcome.worst}" if outcome.worst else "nothing was compared")
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    click.echo("PASSED" if outcome.passed else "FAILED")
+
+
+def _failures(outcome: Comparison) -> list[str]:
+    failed = [tensor for tensor in outcome.tensors if not tensor.passed]
+    worst_first = sorted(failed, key=lambda tensor: tensor.severity, reverse=True)
+    return outcome.problems + [str(tensor) for tensor in worst_first]
+
+
+def _reason(report: Report, had_layers: bool) -> str:
+    """Why it failed, and where to look."""
+    outcome = report.outcome
+    if outcome.problems or not outcome.tensors:
+        problems = outcome.problems or ["nothing was compared"]
+        return f"{report.target}: {'; '.join(problems[:LISTED_AT_MOST])}; export it again"
+    failures = [tensor for tensor in outcome.tensors if not tensor.passed]
+    hidden = [tensor for tensor in failures if tensor.tensor.endswith(".hidden")]
+    reason = (
+        f"{report.target}: {len(failures)} of {len(outcome.tensors)} tensors differ; the worst: "
+    )
+    reason += f"{outcome.worst}"
+    if hidden:
+        return f"{reason}; first after {hidden[0].tensor.removesuffix('.hidden')}"
+    return reason if had_layers or report.by_part else f"{reason}; --layers shows where it starts"
