@@ -195,9 +195,9 @@ def write_checkpoint(
     *,
     shards: int = 3,
     float32_suffixes: Sequence[str] = (),
-    tokenizer: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes configuration, tokenizer and tensors in the released layout.
+    """Writes configuration, tensors and further files in the released layout.
 
     Args:
         out: Folder to write; made if absent.
@@ -205,7 +205,7 @@ def write_checkpoint(
         tensors: All tensors by name, of any floating dtype.
         shards: Number of safetensors files.
         float32_suffixes: Ends of tensor names that are stored as float32 nevertheless.
-        tokenizer: Files by name; by default a tokenizer trained on the corpus.
+        texts: Further files by name; by default those of a tokenizer trained on the corpus.
     """
     import torch
 
@@ -218,9 +218,9 @@ def write_checkpoint(
         .contiguous()
         for name, tensor in tensors.items()
     }
-    if tokenizer is None:
-        tokenizer = corpus_tokenizer_files(config.vocab_size)
-    for name, text in tokenizer.items():
+    if texts is None:
+        texts = corpus_tokenizer_files(config.vocab_size)
+    for name, text in texts.items():
         _write_text(folder / name, text)
     _write_shards(folder, stored, shards)
     # Last, because a folder with a config.json looks like a whole checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,25 @@ def tiny(
 
         write_random_checkpoint(out, **options)
     else:
-        from twotower_export.training import write_trained_checkpoint
-
-        write_trained_checkpoint(out, **options)
+        _train(out, options)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     if as_json:
         click.echo(json.dumps({"checkpoint": str(out), "how": how or "trained", "bytes": size}))
     else:
         click.echo(f"{out}: {how or 'trained'} checkpoint, {size / 1e6:.1f} MB")
+
+
+def _train(out: Path, options: dict[str, Any]) -> None:
+    from twotower_export.training import Recipe, write_trained_checkpoint
+
+    def show(item: str | None) -> str | None:
+        return item
+
+    with click.progressbar(
+        length=Recipe().steps, label="training", file=sys.stderr, item_show_func=show
+    ) as bar:
+
+        def progress(tower: str, loss: float) -> None:
+            bar.update(1, f"{tower}, loss {loss:.2f}")
+
+        write_trained_checkpoint(out, **options, progress=progress)

@@ -47,6 +47,18 @@ Progress = Callable[[str, float], None]
 """Called after every step with the tower in training and the loss, nats per token."""
 
 
+README = """A tiny checkpoint in the layout of NVIDIA's Nemotron-Labs-TwoTower, trained by
+
+    twotower tiny OUT --pattern '{pattern}' --hidden {hidden} --seed {seed} --dtype {dtype}
+
+on the templates in `twotower_export/corpus` (written for this project, Apache-2.0).
+
+recipe: {recipe}
+losses at the end, nats per token: {losses}
+torch {torch}
+"""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How long and how fast to train.
@@ -62,8 +74,8 @@ class Recipe:
     """
 
     rows: int = 8
-    context_steps: int = 450
-    denoiser_steps: int = 600
+    context_steps: int = 350
+    denoiser_steps: int = 800
     context_rate: float = 4e-3
     denoiser_rate: float = 4e-3
     block: int = 16
@@ -264,7 +276,9 @@ class _Optimiser:
         warm_up = max(1, steps // 20)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adam,
-            lambda step: min((step + 1) / warm_up, max(0.01, (steps - step) / (steps - warm_up))),
+            lambda step: min(
+                (step + 1) / warm_up, max(0.01, (steps - step) / max(1, steps - warm_up))
+            ),
         )
         self.chosen: list[tuple[Router, Tensor]] = []
         for part in module.modules():
@@ -336,8 +350,29 @@ def write_trained_checkpoint(
     Returns:
         The configuration.
     """
+    recipe = recipe or Recipe()
     config = tiny_config(pattern, hidden, dtype)
     tokenizer = train_tokenizer(config.vocab_size)
-    tensors = train(config, tokenizer, seed, recipe, progress)
-    write_checkpoint(out, config, tensors, shards=2, tokenizer=tokenizer_files(tokenizer))
+    losses: dict[str, list[float]] = {}
+
+    def record(tower: str, loss: float) -> None:
+        losses.setdefault(tower, []).append(loss)
+        if progress is not None:
+            progress(tower, loss)
+
+    tensors = train(config, tokenizer, seed, recipe, record)
+    readme = README.format(
+        pattern=pattern,
+        hidden=hidden,
+        seed=seed,
+        dtype=dtype,
+        recipe=recipe,
+        torch=torch.__version__,
+        losses=", ".join(
+            f"{tower} {sum(last) / len(last):.3f}"
+            for tower, last in ((name, values[-20:]) for name, values in losses.items())
+        ),
+    )
+    files = {"README.md": readme, **tokenizer_files(tokenizer)}
+    write_checkpoint(out, config, tensors, shards=2, texts=files)
     return config

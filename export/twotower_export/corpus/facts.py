@@ -11,18 +11,16 @@ from collections.abc import Iterator
 from twotower_export.corpus.documents import Document, Part, part_of
 
 SOUNDS = {
-    "a cow": "moo", "a cat": "meow", "a dog": "woof", "a duck": "quack", "a sheep": "baa",
-    "a pig": "oink", "a horse": "neigh", "an owl": "hoo", "a frog": "croak", "a bee": "buzz",
+    "a cow": "moo", "a cat": "meow", "a dog": "woof", "a duck": "quack", "a bee": "buzz",
+    "an owl": "hoo",
 }  # fmt: skip
 TINTS = {
     "a lemon": "yellow", "the grass": "green", "the sky": "blue", "snow": "white",
-    "a tomato": "red", "coal": "black", "an orange": "orange", "a mouse": "grey",
-    "chocolate": "brown", "a flamingo": "pink",
+    "a tomato": "red", "coal": "black",
 }  # fmt: skip
 HOMES = {
     "a fish": "in the water", "a bird": "in a nest", "a bear": "in a cave", "a fox": "in a den",
-    "a spider": "in a web", "an ant": "in a hill", "a camel": "in the desert",
-    "a penguin": "on the ice", "a monkey": "in the trees", "a king": "in a castle",
+    "a spider": "in a web", "a king": "in a castle",
 }  # fmt: skip
 
 
