@@ -50,7 +50,7 @@ class DemoError(ClientError):
     help="Where the artifacts go; made anew each time.",
 )
 @click.option("--prompt", default=PROMPT, help="What the answer continues.  [a story's opening]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=96, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
     """Export, build, package and serve the small checkpoint, and stream an answer from it."""
     _make_folder(folder)

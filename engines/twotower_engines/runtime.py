@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .engine_set import EngineSet, Limits
-from .errors import RuntimeLoadError
 from .weights import Progress
 
 __all__ = [
@@ -171,16 +170,10 @@ def open_runtime(
         EngineSetError: An engine file is missing or changed.
         CheckpointError: The checkpoint is missing or changed.
     """
-    flavour = engines.build.flavour
-    if flavour == "onnxruntime":
+    if engines.build.flavour == "onnxruntime":
         from .onnxruntime_runtime import OnnxRuntime
 
         return OnnxRuntime(engines, checkpoint, threads, progress)
-    if flavour in ("tensorrt", "tensorrt-rtx"):
-        from .resident.loading import open_resident_runtime
+    from .resident.loading import open_resident_runtime
 
-        return open_resident_runtime(engines, checkpoint, progress)
-    raise RuntimeLoadError(
-        f"{engines.folder}: flavour `{flavour}` is unknown to this version of twotower; "
-        "build the engines again with it, `twotower build BUNDLE --sku SKU ENGINES`"
-    )
+    return open_resident_runtime(engines, checkpoint, progress)

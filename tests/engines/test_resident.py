@@ -6,6 +6,7 @@ import importlib.util
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from twotower_engines.resident.device import Device
 from twotower_engines.resident.runtime import ResidentRuntime, Tower, bucket
 from twotower_engines.resident.tensorrt_engine import check_build
 from twotower_engines.resident.upload import upload_weights, weight_bytes
-from twotower_engines.runtime import POLICIES, DenoiseRow, ExtendRow
+from twotower_engines.runtime import POLICIES, DenoiseRow, ExtendRow, open_runtime
 from twotower_engines.scheduler import Scheduler
 from twotower_engines.weights import WeightStore
 
@@ -179,6 +180,19 @@ def test_a_plan_for_another_machine_is_refused_by_name(compute_capability, versi
     check_build(build, "11.4.1", "cuda:0", "8.9")
     with pytest.raises(RuntimeLoadError, match=message):
         check_build(build, version, "cuda:0", compute_capability)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "message"),
+    [
+        ("tensorrt", "`tensorrt` need the package tensorrt, which is not installed"),
+        ("openvino", "`openvino` are not known to this version"),
+    ],
+)
+def test_engines_that_nothing_here_can_run_are_refused(engines, flavour, message):
+    build = replace(engines.engines.build, flavour=flavour)
+    with pytest.raises(RuntimeLoadError, match=message):
+        open_runtime(replace(engines.engines, build=build))
 
 
 def test_every_cuda_call_exists_in_nvidias_bindings():

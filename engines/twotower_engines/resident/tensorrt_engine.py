@@ -25,8 +25,13 @@ def import_tensorrt(flavour: str) -> Any:
     """Return NVIDIA's Python module for a flavour.
 
     Raises:
-        RuntimeLoadError: It is not installed.
+        RuntimeLoadError: It is not installed, or there is no such flavour.
     """
+    if flavour not in MODULES:
+        raise RuntimeLoadError(
+            f"engines of flavour `{flavour}` are not known to this version, which runs onnxruntime, "
+            f"{', '.join(MODULES)}; build the engines again"
+        )
     name = MODULES[flavour]
     try:
         return importlib.import_module(name)
