@@ -68,6 +68,9 @@ def fetch(
     import huggingface_hub
     from huggingface_hub import errors
 
+    # the base of the errors of whichever HTTP library the client uses
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
     try:
         folder = huggingface_hub.snapshot_download(
             id_,
@@ -87,17 +90,23 @@ def fetch(
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{id_}: the hub has no revision {revision!r} of it") from error
-    except errors.LocalEntryNotFoundError as error:
+    except errors.IncompleteSnapshotError as error:
         raise HubError(
-            f"{id_}: there is no such folder, and the local cache does not hold "
-            f"{f'revision {revision}' if revision else 'it'}; "
+            f"{id_}: its download into the local cache is not complete; "
+            f"`twotower export` fetches the rest when the hub can be reached"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        which = f"revision {revision}" if revision else "it"
+        raise HubError(
+            f"{id_}: there is no such folder, and the local cache does not hold {which}; "
             + (
                 "`twotower export` downloads it"
                 if local_only
-                else "the hub cannot be reached: check the network, or name a folder"
+                else f"the hub did not answer ({type(error.__cause__).__name__}): check the "
+                "network, or name a folder"
             )
         ) from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise HubError(
             f"{id_}: the download did not finish: {error}; run the same command again, finished "
             "files are kept"

@@ -15,7 +15,6 @@ from twotower_export.errors import BundleError, ConfigError, ExportError
 from twotower_export.inventory import Inventory, fitting_skus, take_inventory
 
 BUILD_FILE: Final = "build.json"
-GIB: Final = 2**30
 
 
 def inspect_source(
@@ -213,12 +212,10 @@ def _head(found: Mapping[str, Any]) -> Iterable[str]:
 def _build(one: Mapping[str, Any]) -> Iterable[str]:
     build = one["build"]
     versions = ", ".join(f"{k} {v}" for k, v in build.get("versions", {}).items())
+    capability = build.get("compute_capability")
     yield (
         f"  {build.get('sku')}: {build.get('flavour')}, {build.get('precision')}"
-        + (
-            f", compute capability {build['compute_capability']}"
-            * bool(build.get("compute_capability"))
-        )
+        + (f", compute capability {capability}" if capability else "")
         + (f" ({versions})" if versions else "")
     )
     limits = ", ".join(f"{k} {v}" for k, v in build.get("limits", {}).items())
@@ -262,7 +259,7 @@ def _context(found: Mapping[str, Any]) -> Iterable[str]:
     yield f"  one GPU could hold it: {', '.join(skus['one']) or 'none'}"
     if skus["one_per_tower"]:
         yield f"  one GPU per tower: {', '.join(skus['one_per_tower'])}"
-    yield "  (weights and one context of 4,096 tokens; `twotower plan` counts the rest)"
+    yield "  (weights, 4,096 tokens of context, 5% for workspace; `twotower plan` counts slots)"
 
 
 def _scaled(value: float) -> str:

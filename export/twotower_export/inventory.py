@@ -24,6 +24,7 @@ CACHE_BYTES: Final = {"bfloat16": 2, "float32": 4}
 SSM_BYTES: Final = 4  # the SSM state is float32 whatever the weights are
 BLOCK: Final = 16
 GIB: Final = 2**30
+WORKSPACE_SHARE: Final = 0.05
 
 _MIXERS: Final = {"M": "mamba", "*": "attention"}
 _EXPERT_PARTS: Final = (
@@ -231,9 +232,9 @@ class Fit:
 
 
 def fitting_skus(inventory: Inventory, context_tokens: int = 4096) -> Fit | None:
-    """GPUs whose memory holds the weights as stored and one context.
+    """GPUs whose memory holds the weights as stored and one context, with 5% left for workspace.
 
-    An upper bound on what works: no workspace is counted. `twotower plan` counts it.
+    A first look: `twotower plan` counts the workspace and the slots.
 
     Returns:
         None where the table is not installed.
@@ -241,6 +242,7 @@ def fitting_skus(inventory: Inventory, context_tokens: int = 4096) -> Fit | None
     memory = _memory_of_skus()
     if memory is None:
         return None
+    memory = {name: round(size * (1 - WORKSPACE_SHARE)) for name, size in memory.items()}
     context = inventory.state_bytes_per_sequence + context_tokens * inventory.kv_bytes_per_token
     towers = dict.fromkeys(part.tower for part in inventory.parts)
     largest = max(inventory.bytes_of_tower(tower) for tower in towers)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -139,22 +138,6 @@ def tensor_sample(descriptor: int, offset: int, length: int) -> str:
         offset += (length // 2) & ~(TENSOR_SAMPLE_BYTES - 1)
         length = TENSOR_SAMPLE_BYTES
     return hashlib.sha256(os.pread(descriptor, length, offset)).hexdigest()[:16]
-
-
-@contextmanager
-def mapped(shard: Shard) -> Iterator[memoryview]:
-    """The tensor bytes of a shard as a read-only map; nothing is read until it is touched."""
-    with shard.path.open("rb") as stream:
-        if shard.size == shard.data_start:
-            yield memoryview(b"")
-            return
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            view = memoryview(whole)
-            try:
-                with view[shard.data_start :] as data:
-                    yield data
-            finally:
-                view.release()
 
 
 def _size(path: Path) -> int:

@@ -1,0 +1,290 @@
+"""Bundles: what is written, that it is written whole or not at all, and whose checkpoint it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import onnx
+import pytest
+from checkpoint_files import random_raw, random_tensors, write_checkpoint
+from click.testing import CliRunner
+from sparse_checkpoint import write_sparse_checkpoint
+
+from twotower_export import bundle as bundle_module
+from twotower_export.agreement import check_agreement
+from twotower_export.bundle import read_manifest, write_bundle
+from twotower_export.checkpoint import open_checkpoint
+from twotower_export.cli import export_command, inspect_command
+from twotower_export.config import config_json
+from twotower_export.errors import BundleError, ExportError
+from twotower_export.tiny import tiny_config
+
+CONFIG = tiny_config("ME*", hidden=16)
+FLOAT32 = ("A_log", "gate.weight")
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return random_tensors(CONFIG, float32=FLOAT32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tensors):
+    folder = write_checkpoint(tmp_path_factory.mktemp("bundle") / "checkpoint", CONFIG, tensors)
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    return open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, checkpoint):
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    write_bundle(checkpoint, out)
+    return out
+
+
+def weight_inputs(path):
+    """Weight inputs of a graph file: shape and dtype by name."""
+    graph = onnx.load(path).graph
+    found = {}
+    for value in graph.input:
+        kind = value.type.tensor_type
+        shape = tuple(dim.dim_value for dim in kind.shape.dim)
+        if 0 not in shape:  # a symbolic dimension has the value 0: no weight has one
+            found[value.name] = (shape, onnx.TensorProto.DataType.Name(kind.elem_type))
+    return found
+
+
+def test_manifest_maps_every_weight_input(bundle, checkpoint):
+    """The graphs' weight inputs, the map, and the shards' bytes are one story."""
+    manifest = read_manifest(bundle)
+    stored = {"BF16": "BFLOAT16", "F32": "FLOAT"}
+    assert manifest["model"]["pattern"] == "ME*"
+    assert manifest["towers"] == ["context", "denoiser"]
+    for tower, inputs in manifest["weights"].items():
+        native = weight_inputs(bundle / manifest["graphs"]["native"][tower]["file"])
+        wide = weight_inputs(bundle / manifest["graphs"]["float32"][tower]["file"])
+        assert set(native) == set(wide) == set(inputs)
+        for name, weight in inputs.items():
+            sources = [manifest["tensors"][source] for source in weight["sources"]]
+            assert native[name] == (tuple(weight["shape"]), stored[sources[0]["dtype"]]), name
+            assert wide[name] == (tuple(weight["shape"]), "FLOAT"), name
+            parts = [tuple(source["shape"]) for source in sources]
+            made = {
+                "as_is": parts[0],
+                "stack": (len(parts), *parts[0]),
+                "squeeze": tuple(size for size in parts[0] if size != 1),
+            }
+            assert made[weight["how"]] == tuple(weight["shape"])
+    used = {s for w in manifest["weights"].values() for one in w.values() for s in one["sources"]}
+    assert used == set(checkpoint.tensors)
+
+
+def test_graphs_have_the_recorded_digests_and_say_what_they_are_of(bundle, checkpoint):
+    manifest = read_manifest(bundle)
+    graphs = manifest["graphs"]
+    assert set(graphs) == {"native", "float32"}
+    for some in graphs.values():
+        assert set(some) == {"context", "denoiser", "refine"}
+        for one in some.values():
+            content = (bundle / one["file"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == one["sha256"]
+            model = onnx.load_from_string(content)
+            onnx.checker.check_model(model)
+            metadata = {entry.key: entry.value for entry in model.metadata_props}
+            assert metadata["fingerprint"] == checkpoint.fingerprint
+            assert (
+                not model.graph.initializer
+                or max(np.prod(one.dims) for one in model.graph.initializer) < 1000
+            ), "a bundle holds no weights"
+
+
+def test_tokenizer_is_copied(bundle, checkpoint):
+    assert (bundle / "tokenizer.json").read_bytes() == (
+        checkpoint.path / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_everything_in_float32_shares_its_graphs(tmp_path):
+    config = tiny_config("ME*", hidden=16, dtype="float32")
+    folder = write_checkpoint(tmp_path / "c", config, random_tensors(config, float32=("",)))
+    manifest = write_bundle(open_checkpoint(folder), tmp_path / "bundle")
+    assert manifest["graphs"]["native"] == manifest["graphs"]["float32"]
+    assert not (tmp_path / "bundle/graphs/float32").exists()
+
+
+def test_context_tower_alone(tmp_path, checkpoint):
+    manifest = write_bundle(checkpoint, tmp_path / "bundle", towers=("context",))
+    assert manifest["towers"] == ["context"]
+    assert set(manifest["graphs"]["native"]) == set(manifest["weights"]) == {"context"}
+
+
+def test_base_checkpoint_feeds_the_same_inputs(tmp_path, bundle):
+    tensors = random_tensors(CONFIG, towers=("context",), base=True)
+    opened = open_checkpoint(write_checkpoint(tmp_path / "base", CONFIG, tensors))
+    weights = write_bundle(opened, tmp_path / "bundle")["weights"]["context"]
+    assert list(weights) == list(read_manifest(bundle)["weights"]["context"])
+    assert weights["context_lm_head.weight"]["sources"] == ["lm_head.weight"]
+    embeddings = weights["context_tower.embeddings.weight"]
+    assert embeddings["sources"] == ["backbone.embeddings.weight"]
+
+
+def test_export_is_repeatable(tmp_path, checkpoint, bundle):
+    write_bundle(checkpoint, tmp_path / "again")
+    for file in bundle.rglob("*"):
+        if file.is_file():
+            assert (tmp_path / "again" / file.relative_to(bundle)).read_bytes() == file.read_bytes()
+
+
+def test_bundle_is_replaced_and_other_folders_are_not(tmp_path, checkpoint):
+    out = tmp_path / "deep" / "bundle"
+    write_bundle(checkpoint, out, towers=("context",))
+    (out / "stale").write_text("")
+    write_bundle(checkpoint, out)
+    assert read_manifest(out)["towers"] == ["context", "denoiser"]
+    assert not (out / "stale").exists()
+    with pytest.raises(BundleError, match="holds files that are not a bundle"):
+        write_bundle(checkpoint, checkpoint.path)
+    with pytest.raises(BundleError, match="is a file"):
+        write_bundle(checkpoint, checkpoint.path / "config.json")
+    assert [one.name for one in out.parent.iterdir()] == ["bundle"], "temporary folders are left"
+
+
+def test_failed_export_leaves_nothing(tmp_path, checkpoint, monkeypatch):
+    out = tmp_path / "bundle"
+    write_bundle(checkpoint, out, towers=("context",))
+    before = read_manifest(out)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundle_module.shutil, "copyfile", fail)
+    with pytest.raises(BundleError, match="cannot be written: No space left"):
+        write_bundle(checkpoint, out)
+    assert read_manifest(out) == before
+    assert [one.name for one in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_manifest_of_another_version_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": "twotower-bundle", "format_version": 9}')
+    with pytest.raises(BundleError, match="version 9, not 'twotower-bundle' version 1"):
+        read_manifest(tmp_path)
+
+
+class TestAgreement:
+    """A bundle meets a checkpoint that is not its own."""
+
+    @pytest.fixture
+    def refusal(self, tmp_path, bundle):
+        def meet(tensors):
+            opened = open_checkpoint(write_checkpoint(tmp_path / "other", CONFIG, tensors))
+            with pytest.raises(BundleError) as caught:
+                check_agreement(read_manifest(bundle), opened)
+            return str(caught.value)
+
+        return meet
+
+    def test_its_own(self, bundle, checkpoint):
+        check_agreement(read_manifest(bundle), checkpoint)
+
+    def test_its_own_with_other_shards(self, tmp_path, bundle, tensors):
+        opened = open_checkpoint(write_checkpoint(tmp_path / "c", CONFIG, tensors, shards=5))
+        check_agreement(read_manifest(bundle), opened)
+
+    def test_swapped_towers(self, refusal, tensors):
+        def other(name):
+            for one, two in (("context_", "denoiser_"), ("denoiser_", "context_")):
+                if name.startswith(one + "tower"):
+                    return name.replace(one, two, 1)
+            heads = {"lm_head.weight": "context_lm_head.weight"}
+            return (heads | {b: a for a, b in heads.items()}).get(name, name)
+
+        message = refusal({name: tensors[other(name)] for name in tensors})
+        assert "its towers are swapped" in message
+
+    def test_shuffled_experts(self, refusal, tensors):
+        order = np.random.default_rng(3).permutation(CONFIG.num_experts)
+        bank = "denoiser_tower.layers.1.mixer.experts."
+        shuffled = {
+            f"{bank}{expert}.{kind}.weight": tensors[f"{bank}{source}.{kind}.weight"]
+            for expert, source in enumerate(order)
+            for kind in ("up_proj", "down_proj")
+        }
+        message = refusal(tensors | shuffled)
+        assert "its experts are shuffled" in message
+        assert "denoiser_tower.layers.1.mixer (up_proj.weight)" in message
+
+    def test_other_values(self, refusal, tensors):
+        name = "context_tower.layers.1.mixer.experts.3.up_proj.weight"
+        message = refusal(tensors | {name: random_raw((16, 16), np.random.default_rng(4))})
+        assert f"other values in 1 of {len(tensors)} tensors: {name}" in message
+
+    def test_other_dtypes(self, refusal):
+        message = refusal(random_tensors(CONFIG))
+        assert "layers.0.mixer.A_log is BF16 [8], not F32 [8]" in message
+
+    def test_wrong_revision(self, tmp_path, refusal):
+        """Two snapshots of one repository; the bundle is of one, the other is met."""
+        snapshot = write_sparse_checkpoint(tmp_path / "cache", config_json(CONFIG), shards=1)
+        old = snapshot.rename(snapshot.parent / ("b" * 40))
+        manifest = write_bundle(open_checkpoint(old), tmp_path / "bundle")
+        new = write_checkpoint(snapshot, CONFIG, random_tensors(CONFIG, float32=FLOAT32_OF_HOLES))
+        with pytest.raises(BundleError, match=f"wrong revision: it is a203.*is {'b' * 40}"):
+            check_agreement(manifest, open_checkpoint(new))
+
+    def test_edited_manifest(self, bundle, tmp_path, tensors):
+        manifest = read_manifest(bundle)
+        manifest["tensors"]["lm_head.weight"]["sample"] = "0" * 16
+        other = tensors | {"lm_head.weight": tensors["context_lm_head.weight"]}
+        opened = open_checkpoint(write_checkpoint(tmp_path / "c", CONFIG, other))
+        with pytest.raises(BundleError, match="contradicts itself"):
+            check_agreement(manifest, opened)
+
+
+FLOAT32_OF_HOLES = ("A_log", "mixer.D", "dt_bias", "e_score_correction_bias")
+
+
+class TestCommands:
+    def test_export_says_what_it_did(self, tmp_path, checkpoint):
+        arguments = [str(checkpoint.path), str(tmp_path / "bundle")]
+        result = CliRunner().invoke(export_command, [*arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert found["fingerprint"] == checkpoint.fingerprint
+        assert found["towers"] == ["context", "denoiser"]
+        text = CliRunner().invoke(export_command, arguments).stdout
+        assert "next: twotower build" in text
+
+    def test_mask_and_towers_reach_the_manifest(self, tmp_path, checkpoint):
+        arguments = [str(checkpoint.path), str(tmp_path / "b"), "--mask-token-id", "9"]
+        result = CliRunner().invoke(export_command, [*arguments, "--towers", "context"])
+        assert result.exit_code == 0, result.output
+        manifest = read_manifest(tmp_path / "b")
+        assert (manifest["mask_token_id"], manifest["towers"]) == (9, ["context"])
+
+    def test_refusals_carry_exit_code_two(self, tmp_path):
+        result = CliRunner().invoke(export_command, [str(tmp_path), str(tmp_path / "b")])
+        assert isinstance(result.exception, ExportError)
+        assert result.exception.exit_code == 2
+
+    def test_inspect_bundle(self, bundle, checkpoint, tmp_path):
+        found = json.loads(CliRunner().invoke(inspect_command, [str(bundle), "--json"]).stdout)
+        assert found["kind"] == "bundle"
+        assert found["checkpoint"]["state"] == "is there and unchanged"
+        assert {graph["state"] for graph in found["graphs"]} == {"ok"}
+        other = write_checkpoint(tmp_path / "other", CONFIG, random_tensors(CONFIG, 5))
+        arguments = [str(bundle), "--checkpoint", str(other)]
+        result = CliRunner().invoke(inspect_command, arguments)
+        assert isinstance(result.exception, BundleError)
+
+    def test_inspect_sees_a_changed_graph(self, tmp_path, checkpoint):
+        write_bundle(checkpoint, tmp_path / "bundle")
+        with (tmp_path / "bundle/graphs/context.onnx").open("ab") as stream:
+            stream.write(b"\0")
+        (tmp_path / "bundle/graphs/refine.onnx").unlink()
+        output = CliRunner().invoke(inspect_command, [str(tmp_path / "bundle"), "--json"]).stdout
+        state = {graph["file"]: graph["state"] for graph in json.loads(output)["graphs"]}
+        assert state["graphs/context.onnx"] == "changed"
+        assert state["graphs/refine.onnx"] == "missing"
+        assert state["graphs/denoiser.onnx"] == "ok"

@@ -1,0 +1,153 @@
+"""Sizes of the released model, against figures that were published or computed by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from checkpoint_files import random_tensors, write_checkpoint
+from click.testing import CliRunner
+from sparse_checkpoint import full_config
+
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint
+from twotower_export.cli import inspect_command
+from twotower_export.inventory import fitting_skus, take_inventory
+from twotower_export.layout import expected_tensors
+from twotower_export.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def released():
+    config = full_config()
+    tensors = {name: ("BF16", shape) for name, shape in expected_tensors(config).items()}
+    return take_inventory(config, tensors)
+
+
+def test_whole_model(released):
+    assert released.parameters == 63_185_902_848
+    assert released.bytes == 126_371_805_696
+    assert round(released.bytes / 2**30, 2) == 117.69
+    assert released.dtypes == {"BF16": 12_544}
+
+
+def test_towers(released):
+    context = {part.name: part for part in released.parts if part.tower == "context"}
+    denoiser = {part.name: part for part in released.parts if part.tower == "denoiser"}
+    assert sum(part.parameters for part in context.values()) == 31_577_940_288
+    assert released.bytes_of_tower("context") == 63_155_880_576
+    assert released.bytes_of_tower("denoiser") == 63_155_880_576 + 60_044_544
+    assert denoiser["time conditioning"].parameters == 30_022_272
+    assert context.keys() == denoiser.keys() - {"time conditioning"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "layers"),
+    [
+        ("mamba", 38_742_208, 23),
+        ("attention", 23_396_352, 6),
+        ("routed experts", 1_277_165_568, 23),
+        ("shared experts", 19_955_712, 23),
+        ("router", 344_064 + 128, 23),
+        ("norms", 2688, 53),
+        ("embeddings", 352_321_536, 1),
+        ("head", 352_321_536, 1),
+    ],
+)
+def test_parts(released, name, parameters, layers):
+    for tower in ("context", "denoiser"):
+        (part,) = [p for p in released.parts if (p.tower, p.name) == (tower, name)]
+        assert part.parameters == parameters * layers
+        assert part.bytes == 2 * parameters * layers
+
+
+def test_context_costs(released):
+    assert released.kv_bytes_per_token == 6144
+    assert released.tokens_per_gigabyte == 162_760
+    ssm, conv = 12_058_624 * 4, 23 * 6144 * 3 * 2  # three columns of history are kept
+    assert released.state_bytes_per_sequence == ssm + conv
+
+
+def test_what_a_token_reads(released):
+    assert round(released.active_parameters("context", head=False) / 1e9, 3) == 2.875
+    assert round(released.active_parameters("context") / 1e9, 3) == 3.228
+    assert round(released.bytes_per_step("context", 1) / 1e9, 1) == 6.5
+    # 68.6 of 128 experts are expected for 16 tokens: between 31 GB at 60 and 45 GB at 90
+    assert round(released.bytes_per_step("context", 16) / 1e9, 1) == 35.2
+
+
+def test_float32_tensors_weigh_twice(released):
+    config = released.config
+    tensors = {
+        name: ("F32" if name.endswith("A_log") else "BF16", shape)
+        for name, shape in expected_tensors(config).items()
+    }
+    assert take_inventory(config, tensors).bytes == released.bytes + 2 * 46 * 64
+
+
+def test_gpus_that_could_hold_the_released_model(released):
+    fit = fitting_skus(released)
+    assert fit is not None
+    assert "h200" in fit.one
+    assert not {"a100-80", "h100-sxm", "dgx-spark", "l4"} & set(fit.one)
+    assert {"a100-80", "h100-sxm"} <= set(fit.one_per_tower)
+    assert not {"l4", "h200"} & set(fit.one_per_tower)
+
+
+def test_no_table_of_gpus(released, monkeypatch):
+    """An installation of the exporter alone has no table: the package is hidden for the test."""
+    from importlib import resources
+
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(resources, "files", absent)
+    assert fitting_skus(released) is None
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "E", "ME*"])
+def test_inspect_adds_up_for_any_pattern(tmp_path, pattern):
+    config = tiny_config(pattern, hidden=16)
+    folder = write_checkpoint(tmp_path / "c", config, random_tensors(config))
+    result = CliRunner().invoke(inspect_command, [str(folder), "--json"])
+    assert result.exit_code == 0, result.output
+    sizes = json.loads(result.stdout)["sizes"]
+    stored = sum(t.end - t.begin for t in open_checkpoint(folder).tensors.values())
+    parts = [part for tower in sizes["towers"].values() for part in tower["parts"].values()]
+    assert sizes["bytes"] == stored == sum(part["bytes"] for part in parts)
+    text = CliRunner().invoke(inspect_command, [str(folder)])
+    assert text.exit_code == 0, text.output
+    assert f"{sizes['bytes']:,}" in text.stdout
+    if "*" not in pattern:
+        assert sizes["tokens_per_context_gigabyte"] is None
+
+
+def test_inspect_of_the_base_checkpoint_counts_one_tower(tmp_path):
+    config = tiny_config("ME*", hidden=16)
+    tensors = random_tensors(config, towers=("context",), base=True)
+    folder = write_checkpoint(tmp_path / "base", config, tensors)
+    found = json.loads(CliRunner().invoke(inspect_command, [str(folder), "--json"]).stdout)
+    assert found["base"] is True
+    assert list(found["sizes"]["towers"]) == ["context"]
+    assert found["sizes"]["towers"]["context"]["parts"]["head"]["tensors"] == 1
+
+
+def test_inspect_engines(tmp_path):
+    """An engine set as the builders write it, made by hand: only its two records matter here."""
+    config = tiny_config("ME*", hidden=16)
+    folder = write_checkpoint(tmp_path / "c", config, random_tensors(config))
+    manifest = write_bundle(open_checkpoint(folder), tmp_path / "bundle")
+    engines = tmp_path / "engines" / "cpu"
+    engines.mkdir(parents=True)
+    (engines / "manifest.json").write_text(json.dumps(manifest))
+    (engines / "context.onnx").write_bytes(b"12345")
+    plans = {"context": {"file": "context.onnx", "sha256": "0"}}
+    build = {"format": "twotower-engines", "sku": "cpu", "flavour": "onnxruntime", "plans": plans}
+    (engines / "build.json").write_text(json.dumps(build))
+    for source in (engines, engines.parent):
+        result = CliRunner().invoke(inspect_command, [str(source), "--json"])
+        (one,) = json.loads(result.stdout)["engines"]
+        assert one["build"]["sku"] == "cpu"
+        assert one["build"]["plans"]["context"]["bytes"] == 5
+    text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
+    assert "cpu: onnxruntime" in text
