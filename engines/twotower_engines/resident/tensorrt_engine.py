@@ -29,8 +29,8 @@ def import_tensorrt(flavour: str) -> Any:
     """
     if flavour not in MODULES:
         raise RuntimeLoadError(
-            f"engines of flavour `{flavour}` are not known to this version, which runs onnxruntime, "
-            f"{', '.join(MODULES)}; build the engines again"
+            f"engines of flavour `{flavour}` are not known to this version (onnxruntime, "
+            f"{', '.join(MODULES)}); build the engines again"
         )
     name = MODULES[flavour]
     try:
