@@ -1,0 +1,175 @@
+"""Compiles kernels ahead of time, for GPUs that this machine need not have.
+
+The result is PTX that a TensorRT plugin can carry: its parameters are exactly the kernel's own, and
+its version is one that the GPU's oldest driver takes (`targets`). The Triton compiler keeps its own
+cache of what it compiled; nothing is cached here.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from twotower_engines.errors import BuildError
+from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels.jit import INTERPRETED
+from twotower_engines.kernels.spec import KernelSpec, Sizes
+from twotower_engines.kernels.targets import Target
+
+__all__ = ["Compiled", "Resources", "all_specs", "compile_kernel", "resources"]
+
+ALIGNED = [["tt.divisibility", 16]]
+"""Every tensor starts at a multiple of 16 bytes: TensorRT's, torch's and our own allocations do."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as PTX.
+
+    Attributes:
+        entry: the name to launch.
+        ptx: the source, for `target` alone.
+        threads: of a program.
+        shared_memory: bytes of dynamic shared memory of a program.
+    """
+
+    name: str
+    target: Target
+    entry: str
+    ptx: str
+    threads: int
+    shared_memory: int
+
+    @property
+    def ptx_version(self) -> str:
+        """What the file states."""
+        found = re.search(r"^\.version (\S+)", self.ptx, re.MULTILINE)
+        assert found, "the compiler wrote no version"
+        return found.group(1)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler says that a kernel takes.
+
+    Attributes:
+        registers: 32-bit registers of a thread.
+        spill_bytes: bytes that a thread stores and loads because registers ran out.
+    """
+
+    registers: int
+    spill_bytes: int
+
+
+def all_specs(sizes: Sizes) -> list[KernelSpec]:
+    """Every kernel of one model."""
+    return [*refine.specs(sizes), *experts.specs(sizes), *mamba.specs(sizes)]
+
+
+def compile_kernel(spec: KernelSpec, target: Target) -> Compiled:
+    """PTX of one kernel for one GPU.
+
+    Raises:
+        BuildError: kernels were loaded for the interpreter.
+    """
+    if INTERPRETED:
+        raise BuildError(
+            "kernels cannot be compiled while TRITON_INTERPRET is set; unset it and start again"
+        )
+    pointers = {
+        (index,): ALIGNED
+        for index, name in enumerate(spec.function.arg_names)
+        if spec.types.get(name, "").startswith("*")
+    }
+    signature = {name: spec.types.get(name, "constexpr") for name in spec.function.arg_names}
+    source = ASTSource(spec.function, signature, spec.all_constants, pointers)
+    options = {**spec.launch.options, "ptx_version": target.ptx}
+    with triton.knobs.compilation.scope():
+        # Line information holds the paths of this machine: the same kernel would differ by folder.
+        triton.knobs.compilation.disable_line_info = True
+        built: Any = triton.compile(
+            source, target=GPUTarget("cuda", target.arch, 32), options=options
+        )
+    metadata = built.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise BuildError(
+            f"kernel {spec.name} needs scratch memory, which a plugin cannot give: "
+            "do not use tensor descriptors made on the device"
+        )
+    return Compiled(
+        name=spec.name,
+        target=target,
+        entry=metadata.name,
+        ptx=without_scratch(built.asm["ptx"], metadata.name, len(spec.types)),
+        threads=32 * metadata.num_warps,
+        shared_memory=metadata.shared,
+    )
+
+
+def without_scratch(ptx: str, entry: str, count: int) -> str:
+    """PTX whose entry takes `count` parameters.
+
+    The compiler adds two pointers to scratch memory at the end. TensorRT passes a kernel's own
+    arguments only, so the driver would read two pointers past the end of its list.
+
+    Raises:
+        BuildError: the parameters are not as expected, or a scratch pointer is used.
+    """
+    found = re.search(rf"\.visible \.entry {re.escape(entry)}\((.*?)\n\)", ptx, re.DOTALL)
+    parameters = (
+        [line.strip().rstrip(",") for line in found.group(1).strip().split("\n")] if found else []
+    )
+    if found is None or len(parameters) != count + 2:
+        raise BuildError(
+            f"PTX of {entry} has {len(parameters)} parameters, {count + 2} were expected: "
+            "is this the pinned version of Triton?"
+        )
+    for line in parameters[count:]:
+        name = line.split()[-1]
+        if len(re.findall(rf"\b{re.escape(name)}\b", ptx)) != 1:
+            raise BuildError(f"PTX of {entry} uses its scratch pointer {name}")
+    kept = ",\n\t".join(parameters[:count])
+    return ptx[: found.start(1)] + f"\n\t{kept}" + ptx[found.end(1) :]
+
+
+def resources(compiled: Compiled) -> Resources | None:
+    """Registers and spills by the assembler that comes with Triton; None where there is none."""
+    tool = (
+        triton.knobs.nvidia.ptxas
+        if compiled.target.arch < 90
+        else triton.knobs.nvidia.ptxas_blackwell
+    )
+    try:
+        program = Path(tool.path)
+    except RuntimeError:  # a build of Triton without NVIDIA's tools
+        return None
+    architecture = re.search(r"^\.target (\w+)", compiled.ptx, re.MULTILINE)
+    assert architecture, "the compiler wrote no target"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(compiled.ptx)
+        command: list[str | Path] = [
+            program,
+            "-v",
+            f"--gpu-name={architecture.group(1)}",
+            source,
+            "-o",
+            source.with_suffix(".o"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(
+            f"ptxas refused {compiled.name} for {compiled.target.compute_capability}: {done.stderr}"
+        )
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    assert registers, f"ptxas reported no registers: {done.stderr}"
+    return Resources(int(registers.group(1)), sum(int(size) for size in spills))

@@ -1,0 +1,111 @@
+"""The decorator of every kernel here, and what a kernel may assume about its launch.
+
+A kernel's parameters stand in the order that TensorRT's ahead-of-time plugins prescribe: input
+tensors, integers, output tensors, then compile-time constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import triton
+
+__all__ = [
+    "FP_FUSION",
+    "INTERPRETED",
+    "SHARED_MEMORY_LIMIT",
+    "Kernel",
+    "Launch",
+    "kernel",
+    "launch",
+]
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether kernels run on the CPU, in Triton's interpreter."""
+
+SHARED_MEMORY_LIMIT = 48 * 1024
+"""Bytes of shared memory that a block gets without asking the driver for more.
+
+TensorRT launches a plugin's kernel, and nothing says that it asks.
+"""
+
+FP_FUSION = False
+"""Whether the compiler may contract a product and a sum into one rounding.
+
+Off, so that a kernel rounds where its ONNX function does, on every target and in the interpreter.
+Matrix products contract anyway.
+"""
+
+
+class Kernel(Protocol):
+    """A function that the Triton compiler, or its interpreter, has taken over."""
+
+    __name__: str
+    arg_names: list[str]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        """The launcher for a grid of up to three dimensions."""
+        ...
+
+    def __call__(self, *args: Any) -> Any:
+        """A call from another kernel: the callee is inlined."""
+        ...
+
+
+def kernel(function: Callable[..., Any]) -> Kernel:
+    """`triton.jit` with a type: kernels stay visible to type checkers."""
+    return cast(Kernel, triton.jit(function))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is cut into programs.
+
+    Attributes:
+        constants: compile-time sizes of tiles, by parameter name.
+        num_warps: warps of 32 threads per program.
+        num_stages: tiles in flight in a software-pipelined loop.
+        max_registers: of a thread; None leaves it to the assembler.
+    """
+
+    constants: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 1
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's options."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": FP_FUSION,
+        }
+
+
+def launch(
+    function: Kernel,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    config: Launch,
+) -> None:
+    """Starts a kernel on torch tensors, on the current stream.
+
+    Args:
+        grid: programs along each dimension; an empty grid launches nothing.
+        args: tensors and integers in the kernel's order.
+        constants: compile-time constants beside those of `config`.
+        config: tile sizes, warps and stages.
+    """
+    if not all(grid):
+        return
+    function[grid](
+        *args,
+        **constants,
+        **config.constants,
+        **config.options,
+    )

@@ -1,0 +1,73 @@
+"""What a kernel is compiled for: the types of its arguments and the sizes baked into it.
+
+This module knows no kernel and imports no compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twotower_engines.kernels.jit import Kernel, Launch
+
+__all__ = ["KernelSpec", "Sizes"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that the kernels of one model are compiled for; the defaults are the released model's.
+
+    Attributes:
+        dtype: of logits, activations and large weights: "bf16" or "fp32".
+        small_dtype: of the weights that are stored as they were trained (biases, A_log, D, norms).
+        rows: rows of a batch that launch configurations are chosen for.
+        block: positions of a block.
+    """
+
+    vocab_size: int = 131072
+    mask_id: int = 3
+    hidden: int = 2688
+    experts: int = 128
+    experts_per_token: int = 6
+    inner: int = 1856
+    heads: int = 64
+    head_dim: int = 64
+    state: int = 128
+    groups: int = 8
+    epsilon: float = 1e-5
+    dtype: str = "bf16"
+    small_dtype: str = "bf16"
+    rows: int = 1
+    block: int = 16
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one call."""
+        return self.rows * self.block
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel for one set of types and sizes.
+
+    Attributes:
+        name: unique among the specifications of a model; ends in the type where there are two.
+        function: the kernel.
+        types: of every run-time parameter in Triton's spelling, `*bf16` for a pointer, `i32` for
+            an integer; in the kernel's order.
+        constants: every compile-time parameter that `launch` does not give.
+        launch: tiles, warps and stages.
+    """
+
+    name: str
+    function: Kernel
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    launch: Launch
+
+    @property
+    def all_constants(self) -> dict[str, Any]:
+        """Every compile-time parameter."""
+        return {**self.constants, **self.launch.constants}

@@ -1,0 +1,161 @@
+"""`SparseExperts`: the kernels, interpreted, against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import kernel_reference as reference
+import numpy as np
+import pytest
+import torch
+
+from twotower_engines.kernels import experts
+from twotower_engines.kernels.jit import Launch, launch
+
+SMALL = Launch({"BLOCK_F": 16, "BLOCK_T": 4, "BLOCK_K": 16}, num_warps=4, num_stages=2)
+"""Tiles that small sizes have several of."""
+
+
+def draw(
+    generator: np.random.Generator,
+    n: int,
+    K: int,
+    E: int,
+    hidden: int,
+    inner: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, ...]:
+    """x, indices, weights, up, down; experts of a token differ."""
+    x = torch.from_numpy(generator.normal(0, 1, (n, hidden))).to(dtype)
+    indices = np.stack([generator.permutation(E)[:K] for _ in range(n)]).astype(np.int32)
+    weights = torch.from_numpy(generator.random((n, K))).float()
+    up = torch.from_numpy(generator.normal(0, hidden**-0.5, (E, inner, hidden))).to(dtype)
+    down = torch.from_numpy(generator.normal(0, inner**-0.5, (E, hidden, inner))).to(dtype)
+    return x, torch.from_numpy(indices), weights, up, down
+
+
+def check(args: tuple[torch.Tensor, ...], tiles: Launch | None = SMALL) -> torch.Tensor:
+    """The kernels' result is the reference's, as precisely as its type allows."""
+    got = experts.sparse_experts(*args, config=tiles)
+    dtype = "bf16" if got.dtype == torch.bfloat16 else "fp32"
+    x, indices, weights, up, down = (arg.double().numpy() for arg in args)
+    want = reference.sparse_experts(x, indices.astype(int), weights, up, down, dtype)
+    error = np.linalg.norm(got.double().numpy() - want) / max(np.linalg.norm(want), 1e-30)
+    assert error < (4e-3 if dtype == "bf16" else 1e-6)
+    return got
+
+
+@pytest.mark.parametrize(
+    ("n", "K", "E", "hidden", "inner", "dtype"),
+    [
+        (1, 2, 8, 32, 16, torch.float32),
+        (16, 2, 8, 32, 48, torch.float32),
+        (16, 2, 8, 32, 48, torch.bfloat16),
+        (7, 3, 5, 40, 24, torch.float32),  # nothing divides the tiles
+        (9, 1, 3, 17, 33, torch.bfloat16),
+        (64, 2, 8, 32, 32, torch.float32),
+        (5, 6, 6, 32, 32, torch.float32),  # every expert for every token
+    ],
+)
+def test_sizes(n: int, K: int, E: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    check(draw(np.random.default_rng(n + E), n, K, E, hidden, inner, dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_default_tiles(tokens: int) -> None:
+    tiles = experts.matmul_launch(tokens, 8, 2, "fp32")
+    check(draw(np.random.default_rng(1), 20, 2, 8, 80, 72), tiles)
+
+
+def test_one_expert_takes_all_tokens() -> None:
+    args = draw(np.random.default_rng(2), 30, 2, 8, 32, 32)
+    args[1][:, 0], args[1][:, 1] = 5, 2
+    check(args)
+
+
+def test_pairs_without_an_expert_cost_nothing() -> None:
+    args = draw(np.random.default_rng(3), 12, 3, 8, 32, 32)
+    args[1][::2, 1] = -1
+    args[1][3] = -1
+    args[4][6] = float("nan")  # an expert that nobody asked for is not read
+    args[1][args[1] == 6] = -1
+    got = check(args)
+    assert not got[3].any()
+
+
+def test_nothing_routed_at_all() -> None:
+    args = draw(np.random.default_rng(4), 6, 2, 4, 32, 32)
+    args[1][:] = -1
+    assert not check(args).any()
+
+
+def test_an_expert_twice_counts_twice() -> None:
+    args = draw(np.random.default_rng(5), 6, 2, 4, 32, 32)
+    args[1][:, 1] = args[1][:, 0]
+    check(args)
+
+
+def test_the_order_of_the_sum_is_that_of_k() -> None:
+    """Terms of very different size: another order would give another float32 sum."""
+    args = draw(np.random.default_rng(6), 4, 3, 4, 32, 32)
+    args[2][:, 0], args[2][:, 1], args[2][:, 2] = 1e8, 1.0, -1e8
+    args[1][:] = torch.tensor([0, 1, 0])
+    y = experts.sparse_experts(*args, config=SMALL)
+    term = [
+        experts.sparse_experts(
+            args[0],
+            args[1][:, k : k + 1].contiguous(),
+            args[2][:, k : k + 1].contiguous(),
+            *args[3:],
+            config=SMALL,
+        )
+        for k in range(3)
+    ]
+    torch.testing.assert_close(y, (term[0] + term[1]) + term[2], rtol=0, atol=0)
+    assert (y != (term[0] + term[2]) + term[1]).any()
+
+
+def test_results_do_not_depend_on_tiles_of_tokens() -> None:
+    args = draw(np.random.default_rng(7), 24, 2, 4, 32, 32)
+    wide = replace(SMALL, constants={**SMALL.constants, "BLOCK_T": 16})
+    first = experts.sparse_experts(*args, config=SMALL)
+    np.testing.assert_array_equal(first, experts.sparse_experts(*args, config=wide))
+
+
+@pytest.mark.parametrize(("n", "K", "E"), [(5, 2, 4), (700, 3, 7)])
+def test_routing_sorts_pairs_by_expert(n: int, K: int, E: int) -> None:
+    indices = np.random.default_rng(8).integers(-1, E, (n, K)).astype(np.int32)
+    counts, pairs = torch.empty(E, dtype=torch.int32), torch.empty(n * K, dtype=torch.int32)
+    grid, tiles = (E,), experts.route_launch()
+    launch(experts.route_tokens, grid, (torch.from_numpy(indices), n * K, counts, pairs), {}, tiles)
+    flat = indices.ravel()
+    routed = [pair for expert in range(E) for pair in np.flatnonzero(flat == expert)]
+    np.testing.assert_array_equal(counts, np.bincount(flat[flat >= 0], minlength=E))
+    np.testing.assert_array_equal(pairs[: len(routed)], routed)
+
+
+def test_the_grid_has_a_program_for_every_tile() -> None:
+    generator = np.random.default_rng(9)
+    for _ in range(300):
+        n, E, block = (int(generator.integers(1, bound)) for bound in (200, 40, 20))
+        counts = np.bincount(
+            generator.integers(0, E, n) // generator.integers(1, E + 1), minlength=E
+        )
+        assert (-(-counts // block)).sum() <= experts.tile_bound(n, E, block)
+
+
+def test_nonsense_counts_write_nothing_outside() -> None:
+    """TensorRT times a plugin's node alone, on counts and pairs that no routing produced."""
+    generator = np.random.default_rng(10)
+    x, _, _, up, _ = draw(generator, 6, 2, 4, 32, 32)
+    for _ in range(20):
+        counts = torch.from_numpy(generator.integers(-(2**31), 2**31, 4).astype(np.int32))
+        counts[0] = int(generator.integers(0, 40))
+        pairs = torch.from_numpy(generator.integers(-(2**31), 2**31, 12).astype(np.int32))
+        buffer = torch.full((12 + 8, 32), 7.0)
+        inner = buffer[4:16]
+        args = (x, up, counts, pairs, 12, inner)
+        sizes = {"HIDDEN": 32, "INNER": 32, "E": 4, "K": 2, "BLOCK_E": 4, "UPCAST": True}
+        launch(experts.experts_up, (2, 6), args, sizes, SMALL)
+        assert (buffer[:4] == 7.0).all()
+        assert (buffer[16:] == 7.0).all()
