@@ -13,7 +13,7 @@ from .errors import PlanError
 from .model_size import ModelSize
 from .plan import MAX_SLOTS, MemoryPlan, gpu_counts, plan_memory
 from .precisions import BUILT
-from .skus import GIB, Sku, known_skus
+from .skus import Sku, known_skus
 
 __all__ = ["gib", "largest_context", "largest_slots", "nearest_fits", "refusal", "require_fit"]
 
@@ -57,14 +57,7 @@ def nearest_fits(plan: MemoryPlan) -> list[str]:
     if count == 1 and 2 in gpu_counts(model, sku) and _like(plan, sku, 2, plan.precision).fits:
         found.append("--gpus 2, one tower on each")
     found += _other_skus(plan)
-    narrower = (
-        f"--precision {name} --gpus {gpus} (not built yet)"
-        for name in sku.precisions
-        if name not in BUILT
-        for gpus in gpu_counts(model, sku)
-        if _like(plan, sku, gpus, name).fits
-    )
-    found += islice(narrower, 1)
+    found += islice(_narrower(plan), 1)
     return found
 
 
@@ -103,6 +96,23 @@ def _largest(values: range, fits: Callable[[int], bool]) -> int:
     return values[low - 1] if low else 0
 
 
+def _narrower(plan: MemoryPlan) -> Iterator[str]:
+    """Name narrower precisions in which it fits on this SKU, then those with fewer slots."""
+    choices = [
+        (name, gpus)
+        for name in plan.sku.precisions
+        if name not in BUILT
+        for gpus in gpu_counts(plan.model, plan.sku)
+    ]
+    for name, gpus in choices:
+        if _like(plan, plan.sku, gpus, name).fits:
+            yield f"--precision {name} --gpus {gpus} (not built yet)"
+    for name, gpus in choices:
+        slots = largest_slots(plan.model, plan.sku, gpus, plan.context, name)
+        if slots:
+            yield f"--precision {name} --gpus {gpus} --slots {slots} (not built yet)"
+
+
 def _other_skus(plan: MemoryPlan) -> Iterator[str]:
     """Name the smallest SKU that holds the plan on one GPU, and the smallest on two."""
     by_memory = sorted(known_skus().values(), key=lambda one: one.memory)
@@ -119,5 +129,8 @@ def _other_skus(plan: MemoryPlan) -> Iterator[str]:
 
 
 def gib(size: int) -> str:
-    """Write bytes in GiB, or in MiB where they are few."""
-    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / (1 << 20):.1f} MiB"
+    """Write bytes in GiB, or in MiB or KiB where they are few."""
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.1f} {unit}"
+    return f"{size / 1024:.1f} KiB"

@@ -129,6 +129,15 @@ class ModelSize:
         """Parameters of all towers."""
         return sum(sum(self.parts(tower).values()) for tower in self.towers)
 
+    @property
+    def parameters_in_words(self) -> str:
+        """As `63.19 B parameters`."""
+        count = self.parameters
+        for size, letter in ((1e9, "B"), (1e6, "M")):
+            if count >= size:
+                return f"{count / size:.4g} {letter} parameters"
+        return f"{count:,} parameters"
+
     def kv_bytes_per_token(self, item: int) -> int:
         """Bytes of keys and values that one context token leaves, all layers together."""
         c = self.config

@@ -20,6 +20,8 @@ from .skus import GIB, Sku
 
 __all__ = [
     "ASSUMPTIONS",
+    "BLOCK",
+    "BLOCK_SIZE_MAX",
     "MAX_SLOTS",
     "GpuMemory",
     "MemoryPlan",
@@ -31,6 +33,8 @@ __all__ = [
 CHUNKS = (256, 128, 64, 32)
 """Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks."""
 BLOCK = 16
+BLOCK_SIZE_MAX = 64
+"""What engines are built for; most requests have blocks of 16."""
 MAX_SLOTS = 256
 OVERHEAD = {"onnxruntime": 512 << 20, "tensorrt": GIB, "tensorrt-rtx": GIB}
 MARGIN = 0.02
@@ -44,8 +48,9 @@ ASSUMPTIONS = (
     "plus a quarter; `tensorrt` runs our kernels (routed experts only), the other flavours run "
     "function bodies (all experts, quadratic scan)",
     "attention scores are written out: float32 and once more in the weights' dtype",
-    "context calls are prepared for 1, 2, 4 .. slots rows of 1, block and chunk tokens, and each "
-    "keeps the buffers in which new states land",
+    "context calls are prepared for 1, 2, 4 .. slots rows of 1, 64 and chunk tokens, and each "
+    "keeps the buffers in which new states land; denoiser calls for blocks of 1, 16 and 64 keep "
+    "logits",
     "a second copy of the Mamba states for mock_ar; with two GPUs each holds all context states",
 )
 
@@ -115,6 +120,7 @@ class MemoryPlan:
 
     model: ModelSize
     sku: Sku
+    flavour: str
     slots: int
     context: int
     precision: str
@@ -145,6 +151,7 @@ class MemoryPlan:
         """Return the plan in bytes, as build.json keeps it."""
         return {
             "sku": self.sku.name,
+            "flavour": self.flavour,
             "slots": self.slots,
             "context": self.context,
             "precision": self.precision,
@@ -168,7 +175,7 @@ def plan_memory(
     *,
     flavour: str | None = None,
     max_tokens_per_call: int | None = None,
-    block_size_max: int = BLOCK,
+    block_size_max: int = BLOCK_SIZE_MAX,
 ) -> MemoryPlan:
     """Plan the memory of a model on a SKU.
 
@@ -276,7 +283,7 @@ def _plan(
         )
         for towers in groups
     )
-    return MemoryPlan(model, sku, slots, context, precision, chunk, block, shares)
+    return MemoryPlan(model, sku, sizes.flavour, slots, context, precision, chunk, block, shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +322,7 @@ class _Sizes:
         rows = sum(_buckets(self.slots))
         logits = self.model.config.vocab_size * FLOAT32
         if tower == "denoiser":
-            yield "denoiser logits", rows * (self.block + 1) * logits
+            yield "denoiser logits", rows * sum({1, BLOCK, self.block}) * logits
             return
         lengths = {1, self.block, self.chunk}
         mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
