@@ -86,29 +86,14 @@ def random_engines(tmp_path_factory):
 
 def _engines_of(folder: Path) -> RandomEngines:
     """Export and build the checkpoint in a folder."""
+    from twotower_engines.build import BuildOptions, build_engines
     from twotower_export.bundle import write_bundle
     from twotower_export.checkpoint import open_checkpoint
 
     write_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle")
-    import shutil
-
-    from twotower_engines.engine_set import BuildRecord, Limits, PlanFile, write_build_record
-    from twotower_engines.manifest import read_manifest
-
-    out = folder / "engines" / "cpu"
-    out.mkdir(parents=True)
-    manifest = read_manifest(folder / "bundle")
-    plans = {}
-    for tower in manifest.towers:
-        graph = manifest.graph("float32", tower)
-        shutil.copyfile(folder / "bundle" / graph.file, out / f"{tower}.onnx")
-        plans[tower] = PlanFile(f"{tower}.onnx", graph.sha256)
-    for name in ("manifest.json", "tokenizer.json"):
-        shutil.copyfile(folder / "bundle" / name, out / name)
-    write_build_record(
-        out, BuildRecord("cpu", "onnxruntime", "float32", Limits(4, 512, 256, 64), plans)
-    )
-    return RandomEngines(folder / "checkpoint", out)
+    options = BuildOptions(slots=4, context=512)
+    engines, _ = build_engines(folder / "bundle", folder / "engines", options)
+    return RandomEngines(folder / "checkpoint", engines.folder)
 
 
 def _poison(checkpoint: Path, token: int, hidden: int) -> None:

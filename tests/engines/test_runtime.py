@@ -220,7 +220,7 @@ def test_another_checkpoint_is_refused(made, random_engines):
 
 def test_an_unknown_flavour_is_refused(made):
     engines = replace(made.engines, build=replace(made.engines.build, flavour="openvino"))
-    with pytest.raises(RuntimeLoadError, match="flavour `openvino` is unknown"):
+    with pytest.raises(RuntimeLoadError, match="flavour `openvino` are not known"):
         open_runtime(engines)
 
 
