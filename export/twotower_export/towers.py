@@ -22,14 +22,15 @@ bfloat16 and float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
+from torch.overrides import TorchFunctionMode
 
 from twotower_export.config import ModelConfig, read_config, read_json
 from twotower_export.errors import CheckpointError
@@ -38,6 +39,8 @@ from twotower_export.mixers import Layer, RMSNorm, project, split_dim
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 States = dict[str, Tensor]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -299,6 +302,26 @@ class Towers:
     denoiser: Denoiser
 
 
+def on_meta(make: Callable[[], Module]) -> Module:
+    """Returns a module without memory behind its parameters, to be filled by ``load_state_dict``.
+
+    Initialisers are skipped: on the meta device the random ones import PyTorch's compiler, which
+    takes seconds.
+    """
+
+    class WithoutInitialisers(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            given = kwargs or {}
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return given["tensor"] if "tensor" in given else args[0]
+            return func(*args, **given)
+
+    with torch.device("meta"), WithoutInitialisers():
+        return make()
+
+
 def load_towers(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Towers:
     """Loads both towers for inference.
 
@@ -320,8 +343,7 @@ def load_towers(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Tow
             for name in shard.keys():  # noqa: SIM118 (a handle, not a dictionary)
                 tensor = shard.get_tensor(name)
                 tensors[name] = tensor if dtype is None else tensor.to(dtype)
-    with torch.device("meta"):
-        context, denoiser = ContextTower(config), Denoiser(config)
+    context, denoiser = (on_meta(lambda: ContextTower(config)), on_meta(lambda: Denoiser(config)))
     for tower in (context, denoiser):
         wanted = tower.state_dict()
         missing = sorted(wanted.keys() - tensors.keys())

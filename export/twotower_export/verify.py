@@ -45,7 +45,7 @@ from twotower_export.verification.graphs import (
     graph_part,
     whole_graph,
 )
-from twotower_export.verification.target import Target, structure_problems
+from twotower_export.verification.target import Target, native_problems, structure_problems
 from twotower_export.verification.towers import NamedTensors, TowerPartSide, TowerSide
 
 Array = npt.NDArray[Any]
@@ -132,7 +132,7 @@ def verify(
     for tower in towers:
         model = onnx.load(str(target.graphs[tower]))
         problems = structure_problems(target, tower, model, opened.config)
-        report.outcome.problems += problems
+        report.outcome.problems += problems + native_problems(target, tower, model)
         if problems:
             continue
         sides = _by_part if report.by_part else _whole

@@ -136,15 +136,14 @@ def _failures(outcome: Comparison) -> list[str]:
 def _reason(report: Report, had_layers: bool) -> str:
     """Why it failed, and where to look."""
     outcome = report.outcome
-    if outcome.problems or not outcome.tensors:
-        problems = outcome.problems or ["nothing was compared"]
-        return f"{report.target}: {'; '.join(problems[:LISTED_AT_MOST])}; export it again"
+    reasons = list(outcome.problems[:LISTED_AT_MOST])
     failures = [tensor for tensor in outcome.tensors if not tensor.passed]
-    hidden = [tensor for tensor in failures if tensor.tensor.endswith(".hidden")]
-    reason = (
-        f"{report.target}: {len(failures)} of {len(outcome.tensors)} tensors differ; the worst: "
-    )
-    reason += f"{outcome.worst}"
-    if hidden:
-        return f"{reason}; first after {hidden[0].tensor.removesuffix('.hidden')}"
-    return reason if had_layers or report.by_part else f"{reason}; --layers shows where it starts"
+    if failures:
+        many = f"{len(failures)} of {len(outcome.tensors)} tensors differ"
+        reasons.append(f"{many}; the worst: {outcome.worst}")
+        hidden = [tensor.tensor for tensor in failures if tensor.tensor.endswith(".hidden")]
+        if hidden:
+            reasons.append(f"first after {hidden[0].removesuffix('.hidden')}")
+        elif not (had_layers or report.by_part):
+            reasons.append("--layers shows where it starts")
+    return f"{report.target}: {'; '.join(reasons or ['nothing was compared'])}"

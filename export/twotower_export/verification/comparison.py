@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, CompareFunc
+from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from twotower_export.verification.calls import Feed, cleared
@@ -184,7 +184,7 @@ def _verdicts(
     whole = [name for name, value in expected.items() if value.dtype.kind in "iub"]
     relative = {"": tolerance, **dict.fromkeys(whole, 0.0)}
     absolute = {name: relative.get(name, tolerance) * _largest(expected[name]) for name in expected}
-    function = CompareFunc.simple(atol=absolute, rtol=relative, infinities_compare_equal=True)
+    function = SimpleCompareFunc(atol=absolute, rtol=relative, infinities_compare_equal=True)
     with _quiet(), np.errstate(all="ignore"):  # infinities are subtracted, zeros divided by
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=function)
     ((_, (iteration,)),) = accuracy.items()

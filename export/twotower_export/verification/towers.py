@@ -7,7 +7,7 @@ stored, mapped: of a full-size layer only the experts that are routed to are eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from twotower_export.config import ModelConfig, read_json
 from twotower_export.errors import CheckpointError
 from twotower_export.layout import HEADS, Tower, base_name
 from twotower_export.mixers import Layer, RMSNorm, Router, project
-from twotower_export.towers import Call, ContextTower, Denoiser, run_layer
+from twotower_export.towers import Call, ContextTower, Denoiser, on_meta, run_layer
 from twotower_export.verification.graphs import HIDDEN, Part, embeddings_name, hidden_names
 
 Array = npt.NDArray[Any]
@@ -90,12 +90,6 @@ def watch_routing(module: nn.Module, margins: list[float]) -> None:
     for router in module.modules():
         if isinstance(router, Router):
             router.register_forward_hook(record)
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A module without memory behind its parameters."""
-    with torch.device("meta"):
-        return make()
 
 
 @dataclass
