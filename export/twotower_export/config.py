@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from twotower_export.errors import ConfigError
+from twotower_export.settings import IMPLEMENTED, check_settings
 
 DEFAULT_MASK_TOKEN_ID: Final = 3
 """The mask of NVIDIA's `inference.py`; their `config.json` does not name it."""
@@ -40,27 +41,6 @@ _SIZES_OF_KIND: Final = {
         "moe_intermediate_size",
         "shared_intermediate_size",
     ),
-}
-
-# Settings that change the mathematics: the towers implement one value. Absent means that value.
-_FIXED: Final[dict[str, tuple[Any, ...]]] = {
-    "attention_bias": (False,),
-    "bidirectional_mamba": (False, None),
-    "conv_kernel": (4,),  # the cached history has three columns
-    "mamba_hidden_act": ("silu",),
-    "mamba_proj_bias": (False,),
-    "mlp_bias": (False,),
-    "mlp_hidden_act": ("relu2",),
-    "moe_latent_size": (None,),
-    "n_group": (1,),  # group-limited routing
-    "n_shared_experts": (1,),
-    "num_nextn_predict_layers": (0, None),
-    "residual_in_fp32": (False,),
-    "sliding_window": (None,),
-    "tie_word_embeddings": (False,),
-    "topk_group": (1,),
-    "use_bias": (False,),
-    "use_conv_bias": (True,),
 }
 
 _DTYPES: Final = ("bfloat16", "float32")
@@ -157,8 +137,7 @@ class ModelConfig:
                 f"{source}: hybrid_override_pattern is {pattern!r}, not a text of the letters "
                 f"{_letters()}: this is no Nemotron-H configuration"
             )
-        _check_fixed(values, source)
-        _check_time_step_limit(values.get("time_step_limit"), source)
+        check_settings(values, source)
         read = _read_fields(values, pattern, source)
         read["eos_token_ids"] = _eos_ids(values.get("eos_token_id", 2), source)
         read["dtype"] = _dtype(values)
@@ -219,10 +198,10 @@ class ModelConfig:
             raise ConfigError(f"{self.source}: hybrid_override_pattern is empty: no layers")
         for index, letter in enumerate(self.pattern):
             if letter not in LAYER_KINDS:
-                what = "a plain MLP layer, which TwoTower" if letter == "-" else "which nothing"
+                what = "a plain MLP layer, which TwoTower lacks" if letter == "-" else "unknown"
                 raise ConfigError(
                     f"{self.source}: hybrid_override_pattern has the letter {letter!r} at layer "
-                    f"{index}, {what} has; supported are {_letters()}"
+                    f"{index}: {what}; supported are {_letters()}"
                 )
 
     def _check_sizes(self) -> None:
@@ -254,16 +233,13 @@ class ModelConfig:
             raise ConfigError(f"{self.source}: time_frequency_dim must be even: cosines and sines")
 
     def _check_tokens(self) -> None:
-        ids = {"mask_token_id": self.mask_token_id}
-        ids |= {f"eos_token_id[{i}]": id_ for i, id_ in enumerate(self.eos_token_ids)}
-        for name, value in ids.items():
+        ids = {f"eos_token_id[{i}]": id_ for i, id_ in enumerate(self.eos_token_ids)}
+        for name, value in {"mask_token_id": self.mask_token_id, **ids}.items():
             if not 0 <= value < self.vocab_size:
+                remedy = "--mask-token-id" if name == "mask_token_id" else "config.json"
                 raise ConfigError(
                     f"{self.source}: {name} {value} is outside the vocabulary "
-                    f"(0 to {self.vocab_size - 1}); give another with --mask-token-id"
-                    if name == "mask_token_id"
-                    else f"{self.source}: {name} {value} is outside the vocabulary "
-                    f"(0 to {self.vocab_size - 1})"
+                    f"(0 to {self.vocab_size - 1}); correct it with {remedy}"
                 )
 
 
@@ -337,7 +313,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "time_step_limit": [0.0, math.inf],
     }
     values |= {
-        key: allowed[0] for key, allowed in _FIXED.items() if isinstance(allowed[0], bool)
+        key: allowed[0] for key, allowed in IMPLEMENTED.items() if isinstance(allowed[0], bool)
     } | {"sliding_window": None}
     # NVIDIA's file has no mask id and no width of the sinusoid: written only where they differ
     if config.mask_token_id != DEFAULT_MASK_TOKEN_ID:
@@ -389,33 +365,6 @@ def _typed(value: Any, type_name: str, key: str, source: str) -> Any:
     if not isinstance(value, kinds[type_name]) or isinstance(value, bool) != (type_name == "bool"):
         raise ConfigError(f"{source}: {key} is {value!r}, not of type {type_name}")
     return float(value) if type_name == "float" else value
-
-
-def _check_fixed(values: Mapping[str, Any], source: str) -> None:
-    for key, allowed in _FIXED.items():
-        if key in values and values[key] not in allowed:
-            raise ConfigError(
-                f"{source}: {key} is {values[key]!r}, but TwoTower's towers are defined with "
-                f"{allowed[0]!r} only; this is another model"
-            )
-
-
-def _check_time_step_limit(limit: Any, source: str) -> None:
-    """Refuse a clamp of the time step that has an effect: the towers have none."""
-    if limit is None:
-        return
-    try:
-        low, high = float(limit[0]), float(limit[1])
-    except (TypeError, ValueError, LookupError):
-        raise ConfigError(
-            f"{source}: time_step_limit is {limit!r}, not two numbers [low, high]"
-        ) from None
-    # softplus is positive: any low bound <= 0 clamps nothing
-    if low > 0 or high != math.inf:
-        raise ConfigError(
-            f"{source}: time_step_limit is [{low}, {high}], which clamps Mamba's time step; "
-            "the released model has [0, Infinity] and the towers implement no clamp"
-        )
 
 
 def _eos_ids(value: Any, source: str) -> tuple[int, ...]:
