@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 from twotower_export.checkpoint import Checkpoint, Progress
 from twotower_export.config import read_json
 from twotower_export.errors import BundleError, ConfigError
+from twotower_export.golden import golden_for
 from twotower_export.layout import Tower, WeightSource, graph_weights
 from twotower_export.tokens import tokenizer_files
 
@@ -84,13 +85,14 @@ def write_bundle(
         for file in tokenizer_files(checkpoint.path):
             shutil.copyfile(file, partial / file.name)
         manifest["graphs"] = graphs
+        manifest["golden"], manifest["golden_missing"] = golden_for(checkpoint, chosen)
         text = json.dumps(manifest, indent=1, sort_keys=False)
         (partial / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
     return manifest
 
 
 def manifest_of(checkpoint: Checkpoint, towers: Sequence[Tower]) -> dict[str, Any]:
-    """The manifest of a checkpoint's bundle, without its graphs."""
+    """The manifest of a checkpoint's bundle, without its graphs and its golden answer."""
     config = checkpoint.config
     weights = {tower: graph_weights(config, tower, base=checkpoint.base) for tower in towers}
     return {
@@ -135,6 +137,7 @@ def manifest_of(checkpoint: Checkpoint, towers: Sequence[Tower]) -> dict[str, An
             for tower, inputs in weights.items()
         },
         "golden": None,
+        "golden_missing": None,
     }
 
 

@@ -71,6 +71,14 @@ def load_module(module: nn.Module, names: Mapping[str, str], tensors: NamedTenso
     module.requires_grad_(False).eval()
 
 
+def load_tower(config: ModelConfig, tower: Tower, tensors: NamedTensors) -> nn.Module:
+    """A whole tower in float32; the base checkpoint's names serve for a context tower."""
+    make = ContextTower if tower == "context" else Denoiser
+    module: nn.Module = on_meta(lambda: make(config))
+    load_module(module, {name: name for name in module.state_dict()}, tensors)
+    return module.float()
+
+
 def watch_routing(module: nn.Module, margins: list[float]) -> None:
     """Append, each time a router chooses, the least distance of a chosen expert to a refused one.
 
@@ -115,11 +123,8 @@ class TowerSide:
 
     def open(self) -> None:
         """Load the tower."""
-        make = ContextTower if self.tower == "context" else Denoiser
-        self._module = on_meta(lambda: make(self.config))
-        names = {name: name for name in self._module.state_dict()}
-        load_module(self._module, names, self.tensors)
-        watch_routing(self._module.float(), self.margins)
+        self._module = load_tower(self.config, self.tower, self.tensors)
+        watch_routing(self._module, self.margins)
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Run a call; the denoiser gives logits, the context tower its new states as well."""
