@@ -23,6 +23,7 @@ from .errors import (
     ModelNotReadyError,
     RequestFailedError,
     RequestRefusedError,
+    ServerBusyError,
     ServerUnavailableError,
 )
 from .result import Answer, Block
@@ -43,6 +44,7 @@ __all__ = [
     "Options",
     "RequestFailedError",
     "RequestRefusedError",
+    "ServerBusyError",
     "ServerUnavailableError",
     "TwoTowerClient",
 ]

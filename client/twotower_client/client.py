@@ -6,7 +6,6 @@ client at the same time.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
@@ -37,6 +36,7 @@ __all__ = ["AnswerStream", "TwoTowerClient"]
 CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 SHORT_SECONDS = 5.0  # for calls that only look
 STOP_SECONDS = 2.0  # for telling a server to stop; it may be the one that hangs
+GRACE_SECONDS = 2.0  # for a call to end by itself
 
 
 class TwoTowerClient:
@@ -125,18 +125,21 @@ class TwoTowerClient:
         request = infer_request(prompt, prompt_ids, options, request_id, limit)
         return AnswerStream(self, request, limit)
 
-    def stop(self, request_id: str) -> None:
+    def stop(self, request_id: str) -> bool:
         """Tell the server to stop a request.
 
-        Cancelling the call is not enough: it does not reach the steps of an ensemble. A server that
-        cannot be told is left alone; it gives the request up after its timeout.
+        Cancelling the call is not enough: it does not reach the steps of an ensemble.
+
+        Returns:
+            Whether the server took note. One that did not gives the request up after its timeout.
         """
-        with contextlib.suppress(grpc.RpcError):
-            call = self._stub.ModelStreamInfer(
-                iter([stop_request(request_id)]), timeout=STOP_SECONDS
-            )
-            for _ in call:
-                pass
+        try:
+            for response in self._start(stop_request(request_id), STOP_SECONDS):
+                if response.error_message:
+                    return False
+        except grpc.RpcError:
+            return False
+        return True
 
     def check_ready(self) -> None:
         """Return if the model is ready.
@@ -213,9 +216,10 @@ class AnswerStream(Iterator[Block]):
         self._start = time.monotonic()
         self._ended: ClientError | None = None
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._call = client._start(request, timeout)
+        self._call = client._start(request, timeout + GRACE_SECONDS)
         # A thread waits for the server, so that we can wait for the thread with a limit.
-        threading.Thread(target=_read, args=(self._call, self._arrived), daemon=True).start()
+        self._reader = threading.Thread(target=_read, args=(self._call, self._arrived), daemon=True)
+        self._reader.start()
 
     @property
     def is_done(self) -> bool:
@@ -241,6 +245,8 @@ class AnswerStream(Iterator[Block]):
             self.cancel()
             raise
         self.blocks.append(block)
+        if self.is_done:
+            self._reader.join(GRACE_SECONDS)  # see _end
         return block
 
     def answer(self) -> Answer:
@@ -277,9 +283,8 @@ class AnswerStream(Iterator[Block]):
     def __del__(self) -> None:
         # An iterator that was dropped half way; whoever drops it must not wait for the server.
         if getattr(self, "_ended", self) is None and not self.is_done:
-            self._call.cancel()
-            stop = threading.Thread(target=self._client.stop, args=(self.request_id,), daemon=True)
-            stop.start()
+            let_go = (self._client, self._call, self._reader, self.request_id)
+            threading.Thread(target=_stop, args=let_go, daemon=True).start()
 
     def _next(self) -> Block:
         """Wait for one message and read it."""
@@ -328,11 +333,24 @@ class AnswerStream(Iterator[Block]):
         return RequestFailedError(f"the server answered with an error: {message}")
 
     def _end(self, problem: ClientError) -> None:
-        """Let go of the call. A server that may still be at work is told to stop."""
+        """Remember how it ended; where the server may be at work still, tell it to stop.
+
+        The call is left to end by itself: a server (2.51) whose ensemble's call is cancelled while
+        it is ending counts the request as under way for ever, and then is slow to shut down.
+        """
         self._ended = problem
-        self._call.cancel()
         if isinstance(problem, CancelledError | DeadlineError):
-            self._client.stop(self.request_id)
+            _stop(self._client, self._call, self._reader, self.request_id)
+        else:
+            self._reader.join(GRACE_SECONDS)
+
+
+def _stop(client: TwoTowerClient, call: Any, reader: threading.Thread, request_id: str) -> None:
+    """Stop a request and wait for its call to end; cancel the call where that fails."""
+    if client.stop(request_id):
+        reader.join(GRACE_SECONDS)
+    if reader.is_alive():
+        call.cancel()
 
 
 def _read(call: Any, arrived: queue.SimpleQueue[Any]) -> None:

@@ -68,8 +68,11 @@ def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
             raise DemoError(f"`twotower {step[0]}` failed; what it said stands above")
     _say(5, "serve", repository)
     with _server(repository) as url:
-        _say(6, "generate", prompt, "--url", url, "--stream")
-        _ask(url, prompt, max_new_tokens)
+        manifest = json.loads((Path(bundle) / "manifest.json").read_text(encoding="utf-8"))
+        eos_ids = manifest["eos_token_ids"]
+        stops = [word for token in eos_ids for word in ("--eos-id", str(token))]
+        _say(6, "generate", prompt, "--url", url, "--stream", *stops)
+        _ask(url, prompt, max_new_tokens, eos_ids)
     click.echo(f"\nThe artifacts are in {folder.resolve()}:")
     for name, path in paths.items():
         click.echo(f"  {name:<11} {_size(Path(path)):>8}  {path}")
@@ -118,14 +121,14 @@ def _server(repository: str) -> Iterator[str]:
         process.wait()
 
 
-def _ask(url: str, prompt: str, max_new_tokens: int) -> None:
+def _ask(url: str, prompt: str, max_new_tokens: int, eos_ids: list[int]) -> None:
     """Stream an answer: the text as it grows, a mark between blocks, figures at the end."""
     from .client import TwoTowerClient
 
     click.echo(prompt, nl=False)
     with TwoTowerClient(url) as client:
         started = time.monotonic()
-        stream = client.stream(prompt, max_new_tokens=max_new_tokens)
+        stream = client.stream(prompt, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
         for number, block in enumerate(stream):
             # blocks are told apart by colour where there is colour
             click.secho(block.text, nl=False, fg=("cyan", "green")[number % 2])

@@ -15,6 +15,7 @@ __all__ = [
     "ModelNotReadyError",
     "RequestFailedError",
     "RequestRefusedError",
+    "ServerBusyError",
     "ServerUnavailableError",
 ]
 
@@ -39,6 +40,12 @@ class ModelNotReadyError(ClientError):
 
 class RequestRefusedError(ClientError):
     """The request is wrong; nothing was generated. Found by the client, or by the server."""
+
+
+class ServerBusyError(ClientError):
+    """Too many requests wait already. The same one may work in a moment."""
+
+    exit_code = 1
 
 
 class RequestFailedError(ClientError):

@@ -12,6 +12,7 @@ from .errors import (
     ModelNotReadyError,
     RequestFailedError,
     RequestRefusedError,
+    ServerBusyError,
     ServerUnavailableError,
 )
 from .request import MODEL
@@ -19,14 +20,16 @@ from .result import Answer, Block
 
 __all__ = ["answer_of", "block_of", "error_of", "error_of_rpc", "not_ready", "prompt_ids_of"]
 
-# The phrases with which the models' error messages begin; Triton puts the ensemble's name before.
-PHRASES: dict[str, type[ClientError]] = {
-    "request refused: ": RequestRefusedError,
-    "server busy: ": RequestFailedError,
-    "request timed out: ": DeadlineError,
-    "request failed: ": RequestFailedError,
-}
+REFUSED = "request refused: "  # how our refusals begin; Triton puts the ensemble's name before
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
+
+# Reasons to finish that mean that the answer is not complete.
+FAILURES: dict[str, type[ClientError]] = {
+    "refused": RequestRefusedError,
+    "busy": ServerBusyError,
+    "late": DeadlineError,
+    "failed": RequestFailedError,
+}
 
 Tensor = Literal["output_ids", "prompt_ids", "masked_counts", "denoiser_calls", "context_calls"]
 
@@ -37,13 +40,18 @@ def block_of(response: Any, seconds: float) -> Block:
     Args:
         response: A `ModelInferResponse` that holds outputs.
         seconds: Since the request was sent.
+
+    Raises:
+        ClientError: The server says that the answer ends here without being complete.
     """
     from tritonclient.grpc import InferResult
 
     result = InferResult(response)
-    reason = result.as_numpy("finish_reason")[0].decode()
+    reason = _text(result, "finish_reason")
+    if reason in FAILURES:
+        raise FAILURES[reason](f"the server says: {_text(result, 'error')}")
     return Block(
-        text=result.as_numpy("text_output")[0].decode(),
+        text=_text(result, "text_output"),
         ids=_integers(result, "output_ids"),
         masked_counts=_integers(result, "masked_counts"),
         denoiser_calls=_integers(result, "denoiser_calls")[0],
@@ -63,10 +71,8 @@ def prompt_ids_of(response: Any) -> tuple[int, ...]:
 def error_of(message: str) -> ClientError | None:
     """Return the exception that a model's error message stands for; None for Triton's own."""
     text = message.removeprefix(f"in ensemble '{MODEL}', ")
-    for phrase, kind in PHRASES.items():
-        if text.startswith(phrase):
-            # the kind of refusal is in the type; what was busy or failed is worth saying
-            return kind(text.removeprefix(phrase) if kind is RequestRefusedError else text)
+    if text.startswith(REFUSED):
+        return RequestRefusedError(text.removeprefix(REFUSED))
     if DEAD_PROCESS in text:
         return RequestFailedError(
             f"a model's process on the server has died and does not come back ({text}); "
@@ -131,3 +137,8 @@ def answer_of(request_id: str, prompt_ids: tuple[int, ...], blocks: Sequence[Blo
 
 def _integers(result: Any, name: Tensor) -> tuple[int, ...]:
     return tuple(result.as_numpy(name).tolist())
+
+
+def _text(result: Any, name: Literal["finish_reason", "error", "text_output"]) -> str:
+    content: bytes = result.as_numpy(name)[0]
+    return content.decode()

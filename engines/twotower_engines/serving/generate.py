@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from twotower_engines.errors import EnginesError
+from twotower_engines.request import BlockEvent
 from twotower_engines.runtime import open_runtime
 from twotower_engines.scheduler import Scheduler
 
-from .failure import Failure, triton_error
-from .loop import EngineLoop, Part
+from .loop import EngineLoop, Failure, Part
 from .settings import Settings
 from .wire import decode
 
@@ -41,7 +41,22 @@ class TritonReply:
 
     def send(self, part: Part) -> None:
         """Send a part."""
-        event = part.event
+        self._respond(part, part.event.finish_reason or "", "", part.event.is_last)
+
+    def fail(self, message: str, failure: Failure) -> None:
+        """Send what went wrong, which ends the answer.
+
+        As an ordinary response: an ensemble that is given an error right after a response loses
+        that response, and counts the request as under way for ever (server 2.51).
+        """
+        self._respond(Part(BlockEvent("", (), (), 0, 0)), failure, message, last=True)
+
+    def is_cancelled(self) -> bool:
+        """Whether the caller is gone. Servers up to 2.51 never tell a step of an ensemble."""
+        return self._sender is not None and bool(self._sender.is_cancelled())
+
+    def _respond(self, part: Part, finish_reason: str, error: str, last: bool) -> None:
+        triton, event = self._triton, part.event
         integers = {
             "output_ids": event.ids,
             "previous_ids": part.previous_ids,
@@ -50,28 +65,19 @@ class TritonReply:
             "denoiser_calls": (event.denoiser_calls,),
             "context_calls": (event.context_calls,),
         }
+        texts = {"finish_reason": finish_reason, "error": error}
         tensors = [
-            self._triton.Tensor(name, np.array(values, dtype=np.int32))
-            for name, values in integers.items()
+            *(triton.Tensor(name, np.array(ids, np.int32)) for name, ids in integers.items()),
+            *(
+                triton.Tensor(name, np.array([text.encode()], object))
+                for name, text in texts.items()
+            ),
         ]
-        reason = np.array([(event.finish_reason or "").encode()], dtype=np.object_)
-        tensors.append(self._triton.Tensor("finish_reason", reason))
-        self._send(self._triton.InferenceResponse(tensors), event.is_last)
-
-    def fail(self, message: str, failure: Failure) -> None:
-        """Send an error, which ends the answer."""
-        self._send(triton_error(self._triton, message, failure), last=True)
-
-    def is_cancelled(self) -> bool:
-        """Whether the caller is gone. Servers up to 2.51 never tell a step of an ensemble."""
-        return self._sender is not None and bool(self._sender.is_cancelled())
-
-    def _send(self, response: Any, last: bool) -> None:
-        flags = self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
         sender = self._sender
         if last:
             self._sender = None
-        sender.send(response, flags=flags)
+        flags = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+        sender.send(triton.InferenceResponse(tensors), flags=flags)
 
 
 class TritonPythonModel:

@@ -17,16 +17,20 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from twotower_engines.errors import EnginesError
 from twotower_engines.request import BlockEvent, Request
 from twotower_engines.scheduler import Scheduler
 
-from .failure import Failure
 from .wire import Job, Stop
 
-__all__ = ["EngineLoop", "Part", "Reply"]
+__all__ = ["EngineLoop", "Failure", "Part", "Reply"]
+
+Failure = Literal["refused", "busy", "late", "failed"]
+"""Why there is no (more) answer: the request must change; the same may work later; the time that
+was allowed is over; something broke."""
+
 
 # Tokens before a block that its decoder is given. A character has at most four bytes, so at most
 # four tokens; the rest is for special tokens, which have no text, between them.

@@ -18,7 +18,6 @@ from twotower_engines.errors import EnginesError, RequestError
 from twotower_engines.request import Mode, Request, RequestLimits
 from twotower_engines.tokenizer import Tokenizer
 
-from .failure import triton_error
 from .settings import Settings
 from .wire import Job, Stop, encode
 
@@ -29,6 +28,11 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 # Longer text cannot fit: no tokenizer that we know has a longer token. It keeps megabytes of text
 # from holding up the tokenizer only to be refused.
 BYTES_PER_TOKEN = 256
+
+# Triton's error codes do not reach the client of a stream, only the message does. (With the header
+# `triton_grpc_error` they would, but server 2.51 ends with a segmentation fault when several such
+# streams fail at once.) So a refusal begins with these words.
+REFUSED = "request refused: "
 
 INTEGERS = ("max_new_tokens", "block_size", "steps", "top_k", "seed")
 NUMBERS = ("threshold", "temperature", "top_p")
@@ -143,6 +147,7 @@ class TritonPythonModel:
         try:
             message = self._preprocessor.message(given, request.request_id())
         except EnginesError as problem:
-            return triton_error(triton, str(problem), "refused")
+            error = triton.TritonError(f"{REFUSED}{problem}", triton.TritonError.INVALID_ARG)
+            return triton.InferenceResponse(error=error)
         output = triton.Tensor("request", np.array([message], dtype=np.object_))
         return triton.InferenceResponse([output])

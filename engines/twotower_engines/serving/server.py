@@ -37,7 +37,7 @@ from .repository import MODELS, check_repository
 
 __all__ = ["ServerOptions", "TritonServer"]
 
-EXIT_SECONDS = 15  # how long the server may take to unload its models
+EXIT_SECONDS = 10  # how long the server may take to unload its models
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -173,7 +173,7 @@ class TritonServer:
         """End the server and everything that it started, and remove what it left."""
         self.request_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(EXIT_SECONDS + 5)
+            self._process.wait(EXIT_SECONDS + 2)
         self.kill()
         self._process.wait()
         for left in SHARED_MEMORY.glob(f"{self._prefix}*"):

@@ -1,0 +1,207 @@
+"""Everything that a client can do wrong, as the real server and the real client answer it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import twotower_client as tt
+from twotower_client.request import _Message
+
+pytestmark = pytest.mark.server
+
+LONG = {"max_new_tokens": 8000, "threshold": 1.0}  # many seconds
+
+
+def ask(client, **tensors) -> None:
+    """Send tensors that the client's own checks would not let pass, and read the answer."""
+    message = _Message("raw")
+    for name, value in tensors.items():
+        if isinstance(value, bytes):
+            message.text(name, value)
+        else:
+            dtype = {"threshold": np.float32, "temperature": np.float32, "top_p": np.float32}
+            dtype |= {"timeout_seconds": np.float32, "seed": np.uint64}
+            values = value if isinstance(value, list) else [value]
+            message.array(name, values, dtype.get(name, np.int32))
+    for _ in tt.AnswerStream(client, message.message, 20):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"text_input": b""}, "prompt is empty"),
+        ({"input_ids": []}, "prompt is empty"),
+        ({"text_input": b"ab\xff"}, "text_input is not valid UTF-8 at byte 2"),
+        ({"text_input": b"x" * 8_000_000}, "8000000 bytes"),
+        ({"input_ids": [1] * 9000}, "prompt has 9000 tokens"),
+        ({"text_input": b"x" * 20000}, "these engines hold 8192"),
+        ({"input_ids": [1, 4096]}, "token 4096 at place 1 is outside the vocabulary"),
+        ({"input_ids": [-1]}, "token -1 at place 0"),
+        ({"input_ids": [1], "text_input": b"a"}, "either text_input or input_ids"),
+        ({"max_new_tokens": 5}, "either text_input or input_ids"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 8192}, "8193 together"),
+        ({"threshold": 0.0}, "threshold is 0.0"),
+        ({"threshold": 1.5}, "threshold is 1.5"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"block_size": 65}, "these engines take 1 to 64"),
+        ({"mode": b"magic"}, "mode is 'magic'"),
+        ({"policy": b"hope"}, "policy is 'hope'"),
+        ({"policy": b"\xff"}, "policy is not valid UTF-8"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 5}, "leave them out, or use mode ar"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+        ({"eos_ids": [9999]}, "eos_ids: token 9999"),
+        ({"timeout_seconds": -1.0}, "timeout_seconds is -1.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_server_refuses(client, tensors, said) -> None:
+    prompt = {} if {"text_input", "input_ids"} & set(tensors) or said.startswith("either") else None
+    with pytest.raises(tt.RequestRefusedError) as refusal:
+        ask(client, **(prompt if prompt is not None else {"input_ids": [1]}), **tensors)
+    assert said in str(refusal.value)
+    assert "ensemble" not in str(refusal.value)
+
+
+def test_a_prompt_of_one_token_works_in_every_mode(client) -> None:
+    for mode in ("mask_diffusion", "mock_ar", "ar"):
+        assert len(client.generate(prompt_ids=[9], mode=mode, max_new_tokens=3).ids) == 3
+
+
+def test_triton_refuses_an_unknown_tensor_and_a_wrong_type(client) -> None:
+    with pytest.raises(tt.RequestFailedError, match="unexpected inference input 'colour'"):
+        ask(client, input_ids=[1], colour=3)
+    message = _Message("raw")
+    message._add("input_ids", "INT64", 1, struct.pack("<q", 5))
+    with pytest.raises(tt.RequestFailedError, match="data-type"):
+        list(tt.AnswerStream(client, message.message, 20))
+
+
+def test_deadline_frees_the_slot(client) -> None:
+    start = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(tt.DeadlineError, match=r"after 0\.3 s"):
+            client.generate(prompt_ids=[5], timeout=0.3, **LONG)
+    client.generate(prompt_ids=[5], max_new_tokens=4)
+    assert time.monotonic() - start < 4
+
+
+def test_the_server_gives_up_by_itself(client) -> None:
+    """The client dies: neither cancellation nor a stop request reaches the model."""
+    with pytest.raises(tt.DeadlineError, match=r"timeout_seconds, 0\.3"):
+        ask(client, input_ids=[5], timeout_seconds=0.3, max_new_tokens=8000, threshold=1.0)
+
+
+def test_inactivity(server) -> None:
+    with (
+        tt.TwoTowerClient(server.grpc_address, inactivity_timeout=0.001) as hasty,
+        pytest.raises(tt.InactivityError, match=r"nothing came from the server for 0\.001 s"),
+    ):
+        hasty.generate(prompt_ids=[5], **LONG)
+
+
+def test_cancel_from_another_thread(client) -> None:
+    stream = client.stream(prompt_ids=[5], **LONG)
+    threading.Timer(0.3, stream.cancel).start()
+    with pytest.raises(tt.CancelledError):
+        stream.answer()
+    assert not stream.is_done
+    with pytest.raises(tt.CancelledError):
+        next(stream)
+
+
+def test_dropping_a_stream_stops_the_request(client) -> None:
+    for number in (5, 6):  # as many as there are slots
+        for _ in client.stream(prompt_ids=[number], **LONG):
+            break
+    start = time.monotonic()
+    client.generate(prompt_ids=[7], max_new_tokens=4)
+    assert time.monotonic() - start < 2
+
+
+def test_ctrl_c_stops_the_request(server, client) -> None:
+    command = [sys.executable, "-m", "twotower_client.cli", "generate", "--prompt-ids", "5"]
+    command += ["--url", server.grpc_address, "--stream"]
+    command += ["--max-new-tokens", "8000", "--threshold", "1"]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)
+    ]
+    for one in running:
+        assert one.stdout.read(1)
+        one.send_signal(signal.SIGINT)
+    for one in running:
+        _, said = one.communicate(timeout=20)
+        assert one.returncode == 1
+        assert b"Traceback" not in said
+    start = time.monotonic()
+    client.generate(prompt_ids=[7], max_new_tokens=4)
+    assert time.monotonic() - start < 2
+
+
+def test_nobody_listens() -> None:
+    with tt.TwoTowerClient("127.0.0.1:9") as lonely:
+        with pytest.raises(tt.ServerUnavailableError, match="no Triton server answers at 127"):
+            lonely.generate("a")
+        with pytest.raises(tt.ServerUnavailableError):
+            lonely.check_ready()
+
+
+def test_the_http_port_is_no_grpc_port(server) -> None:
+    with (
+        tt.TwoTowerClient(server.http_address) as lost,
+        pytest.raises(tt.ServerUnavailableError, match="not the HTTP port"),
+    ):
+        lost.generate("a")
+
+
+def test_a_model_process_that_dies(tmp_path, packaged, alive) -> None:
+    """A server of its own, as it does not recover. It says neither data nor error, and is ready."""
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    options = ServerOptions("127.0.0.1", 0, None, None, log=tmp_path / "log" / "server.log")
+    with TritonServer(packaged.repository, options) as fragile:
+        fragile.wait_until_ready(60)
+        with tt.TwoTowerClient(fragile.grpc_address, inactivity_timeout=1) as client:
+            with client.stream(prompt_ids=[5], **LONG) as stream:
+                next(stream)
+                os.kill(process_of_model(fragile.pid, "generate", alive), signal.SIGKILL)
+                with pytest.raises((tt.InactivityError, tt.RequestFailedError)):
+                    stream.answer()
+            with pytest.raises(tt.RequestFailedError, match="has died and does not come back"):
+                ask_until_noticed(client)
+        fragile.kill()  # ending in peace would wait for the model that cannot answer
+        group = fragile.pid
+    assert alive(group) == []
+    assert "generate" in options.log.read_text()
+
+
+def ask_until_noticed(client) -> None:
+    """Ask again and again: the server takes a moment to notice that a process is dead."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        with contextlib.suppress(tt.InactivityError):
+            client.generate(prompt_ids=[5], max_new_tokens=4)
+
+
+def process_of_model(group: int, model: str, alive) -> int:
+    """Return the process of a Python model: its command line names the model's file."""
+    from pathlib import Path
+
+    for process in alive(group):
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
+        if "triton_python_backend_stub" in words[0] and any(f"/{model}/1/" in one for one in words):
+            return process
+    raise AssertionError(f"no process of {model}")
