@@ -68,9 +68,11 @@ def distinct_experts(
     at = rows * tokens / per_row
     least, most = min(points), max(points)
     if at <= least:
-        # less than one measured block: uniform routing, scaled to meet the measurement
-        whole = uniform_experts(least * per_row, experts, chosen)
-        return points[least] * uniform_experts(rows * tokens, experts, chosen) / whole
+        # less than one measured block: a power of the tokens that meets one token and the block
+        if per_row == 1:
+            return points[least]
+        growth = math.log(points[least] / chosen) / math.log(least * per_row)
+        return chosen * math.pow(rows * tokens, growth)
     if at >= most:
         return points[most]
     low = max(rows for rows in points if rows <= at)
