@@ -1,0 +1,158 @@
+"""The golden answer: what it is, when it is taken from the checkpoint, when there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import reference
+from reference import ReferenceModel, generate_ar, generate_mask_diffusion
+
+from twotower_export import golden as module
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint
+from twotower_export.errors import ExportError
+from twotower_export.golden import compute_golden, golden_for, main, read_golden, write_golden
+from twotower_export.refinement import POLICIES, Rule, gumbel, refine
+from twotower_export.tiny import copy_pretrained, write_random_checkpoint
+
+MASK_ID = reference.MASK_ID
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    write_random_checkpoint(tmp_path / "checkpoint", "ME*", 32, seed=3)
+    return open_checkpoint(tmp_path / "checkpoint")
+
+
+def test_the_golden_answer_is_an_independent_generation(checkpoint):
+    """The loop on the PyTorch towers gives what the slow reference gives, token for token."""
+    golden = compute_golden(checkpoint)
+    model = ReferenceModel.load(checkpoint.path)
+    answer = generate_mask_diffusion(
+        model, golden["prompt_ids"], golden["max_new_tokens"], golden["block_size"]
+    )
+    new_ids = answer.output_ids[len(golden["prompt_ids"]) :]
+    assert golden["output_ids"] == new_ids
+    assert golden["denoiser_calls"] == answer.denoiser_calls
+    assert golden["tokens_per_call"] == pytest.approx(len(new_ids) / answer.denoiser_calls, 1e-3)
+    assert golden["computed_with"].startswith("torch ")
+    assert golden["computed_with"].endswith(", float32")
+
+
+def test_without_a_denoiser_the_answer_is_autoregressive(checkpoint):
+    golden, _ = golden_for(checkpoint, ["context"])
+    model = ReferenceModel.load(checkpoint.path)
+    answer = generate_ar(model, golden["prompt_ids"], golden["max_new_tokens"])
+    assert golden["mode"] == "ar"
+    assert golden["output_ids"] == answer.output_ids[len(golden["prompt_ids"]) :]
+    assert golden["denoiser_calls"] == 0
+    assert golden["tokens_per_call"] is None
+
+
+def test_a_bundle_has_it(checkpoint, tmp_path):
+    manifest = write_bundle(checkpoint, tmp_path / "bundle")
+    stored = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert stored["golden"] == manifest["golden"] == compute_golden(checkpoint)
+    assert stored["golden_missing"] is None
+
+
+def test_a_checkpoint_brings_its_own(checkpoint, monkeypatch):
+    recorded = compute_golden(checkpoint) | {"computed_with": "a machine with a GPU"}
+    write_golden(checkpoint, recorded)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no PyTorch, no tokenizers
+    assert golden_for(checkpoint) == (recorded, None)
+    golden, reason = golden_for(checkpoint, ["context"])  # the file is of another mode
+    assert golden is None
+    assert "PyTorch is not installed" in reason
+
+
+def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "FLOAT32_BOUND", 1000)
+    golden, reason = golden_for(checkpoint)
+    assert golden is None
+    assert "twotower selftest ENGINES --record" in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": "0" * 64}, "fingerprint 000000000000"),
+        ({"format": "other"}, "is no twotower-golden"),
+        ({"golden": {}}, "holds no answer"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(checkpoint, change, message):
+    path = write_golden(checkpoint, compute_golden(checkpoint))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ExportError, match=message):
+        golden_for(checkpoint)
+
+
+def test_the_command_writes_the_file(checkpoint, capsys):
+    assert main([str(checkpoint.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(checkpoint.path / "golden.json")
+    assert read_golden(checkpoint) == compute_golden(checkpoint)
+    assert main([str(checkpoint.path / "nothing")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_trained_checkpoint_ships_a_golden_answer_that_is_still_right(tmp_path):
+    copy_pretrained(tmp_path / "trained")
+    trained = open_checkpoint(tmp_path / "trained")
+    shipped, computed = read_golden(trained), compute_golden(trained)
+    assert shipped is not None, "run: python -m twotower_export.golden export/.../data/tiny"
+    versions = ("computed_with",)
+    for name, value in computed.items():
+        if name not in versions:
+            assert shipped[name] == value, name
+    assert shipped["tokens_per_call"] > 2  # a golden answer of one token per call would be no test
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_refinement_follows_the_rules(policy):
+    """Against the reference that shares no code, over logits with ties and lengths below the block.
+
+    Equal logits, greedy and sampled, every count of steps left.
+    """
+    generator = np.random.default_rng(POLICIES.index(policy))
+    for case in range(40):
+        size, vocabulary = int(generator.integers(1, 9)), 11
+        logits = 3 * generator.standard_normal((size, vocabulary))
+        if case % 3 == 0:
+            logits[size // 2] = logits[0]  # equal confidences
+        ids = np.where(generator.random(size) < 0.7, MASK_ID, 5)
+        rule = Rule(
+            threshold=float(generator.uniform(0.1, 1.5)),
+            steps_left=int(generator.integers(1, 6)),
+            temperature=0.8 if case % 2 else 0.0,
+            policy=policy,
+            seed=int(generator.integers(2**31)),
+        )
+        noise = gumbel(rule.seed, np.arange(size), vocabulary)
+        expected = reference.refine(
+            logits, ids, rule.threshold, rule.steps_left, rule.temperature, policy, noise
+        )
+        refined = refine(logits, ids, rule, mask_id=MASK_ID)
+        np.testing.assert_array_equal(refined.ids, expected[0])
+        np.testing.assert_allclose(refined.confidence, expected[1], rtol=1e-12)
+        np.testing.assert_array_equal(refined.committed, expected[2])
+        assert refined.still_masked == expected[3]
+
+
+def test_refinement_ignores_what_lies_past_the_length_and_refuses_no_numbers():
+    logits = np.random.default_rng(0).standard_normal((4, 7))
+    ids = np.full(4, MASK_ID)
+    refined = refine(logits, ids, Rule(), mask_id=MASK_ID, length=2)
+    assert refined.committed.tolist() == [True, True, False, False]
+    assert refined.ids[2:].tolist() == [MASK_ID, MASK_ID]
+    assert refined.still_masked == 0
+    logits[1, 0] = np.nan
+    assert refine(logits, ids, Rule(), mask_id=MASK_ID).still_masked == -1
+    given = np.array([0.1, 0.9, 0.2, 0.3])
+    logits[1, 0] = 0
+    quota = Rule(policy="quota", steps_left=4)
+    by_given = refine(logits, ids, quota, mask_id=MASK_ID, confidence=given)
+    assert by_given.committed.tolist() == [False, True, False, False]
