@@ -8,30 +8,13 @@ import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
+from kernel_inputs import draw_experts
 
 from twotower_engines.kernels import experts
 from twotower_engines.kernels.jit import Launch, launch
 
 SMALL = Launch({"BLOCK_F": 16, "BLOCK_T": 4, "BLOCK_K": 16}, num_warps=4, num_stages=2)
 """Tiles that small sizes have several of."""
-
-
-def draw(
-    generator: np.random.Generator,
-    n: int,
-    K: int,
-    E: int,
-    hidden: int,
-    inner: int,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, ...]:
-    """x, indices, weights, up, down; experts of a token differ."""
-    x = torch.from_numpy(generator.normal(0, 1, (n, hidden))).to(dtype)
-    indices = np.stack([generator.permutation(E)[:K] for _ in range(n)]).astype(np.int32)
-    weights = torch.from_numpy(generator.random((n, K))).float()
-    up = torch.from_numpy(generator.normal(0, hidden**-0.5, (E, inner, hidden))).to(dtype)
-    down = torch.from_numpy(generator.normal(0, inner**-0.5, (E, hidden, inner))).to(dtype)
-    return x, torch.from_numpy(indices), weights, up, down
 
 
 def check(args: tuple[torch.Tensor, ...], tiles: Launch | None = SMALL) -> torch.Tensor:
@@ -58,23 +41,23 @@ def check(args: tuple[torch.Tensor, ...], tiles: Launch | None = SMALL) -> torch
     ],
 )
 def test_sizes(n: int, K: int, E: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
-    check(draw(np.random.default_rng(n + E), n, K, E, hidden, inner, dtype))
+    check(draw_experts(np.random.default_rng(n + E), n, K, E, hidden, inner, dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_default_tiles(tokens: int) -> None:
     tiles = experts.matmul_launch(tokens, 8, 2, "fp32")
-    check(draw(np.random.default_rng(1), 20, 2, 8, 80, 72), tiles)
+    check(draw_experts(np.random.default_rng(1), 20, 2, 8, 80, 72), tiles)
 
 
 def test_one_expert_takes_all_tokens() -> None:
-    args = draw(np.random.default_rng(2), 30, 2, 8, 32, 32)
+    args = draw_experts(np.random.default_rng(2), 30, 2, 8, 32, 32)
     args[1][:, 0], args[1][:, 1] = 5, 2
     check(args)
 
 
 def test_pairs_without_an_expert_cost_nothing() -> None:
-    args = draw(np.random.default_rng(3), 12, 3, 8, 32, 32)
+    args = draw_experts(np.random.default_rng(3), 12, 3, 8, 32, 32)
     args[1][::2, 1] = -1
     args[1][3] = -1
     args[4][6] = float("nan")  # an expert that nobody asked for is not read
@@ -84,20 +67,20 @@ def test_pairs_without_an_expert_cost_nothing() -> None:
 
 
 def test_nothing_routed_at_all() -> None:
-    args = draw(np.random.default_rng(4), 6, 2, 4, 32, 32)
+    args = draw_experts(np.random.default_rng(4), 6, 2, 4, 32, 32)
     args[1][:] = -1
     assert not check(args).any()
 
 
 def test_an_expert_twice_counts_twice() -> None:
-    args = draw(np.random.default_rng(5), 6, 2, 4, 32, 32)
+    args = draw_experts(np.random.default_rng(5), 6, 2, 4, 32, 32)
     args[1][:, 1] = args[1][:, 0]
     check(args)
 
 
 def test_the_order_of_the_sum_is_that_of_k() -> None:
     """Terms of very different size: another order would give another float32 sum."""
-    args = draw(np.random.default_rng(6), 4, 3, 4, 32, 32)
+    args = draw_experts(np.random.default_rng(6), 4, 3, 4, 32, 32)
     args[2][:, 0], args[2][:, 1], args[2][:, 2] = 1e8, 1.0, -1e8
     args[1][:] = torch.tensor([0, 1, 0])
     y = experts.sparse_experts(*args, config=SMALL)
@@ -116,7 +99,7 @@ def test_the_order_of_the_sum_is_that_of_k() -> None:
 
 
 def test_results_do_not_depend_on_tiles_of_tokens() -> None:
-    args = draw(np.random.default_rng(7), 24, 2, 4, 32, 32)
+    args = draw_experts(np.random.default_rng(7), 24, 2, 4, 32, 32)
     wide = replace(SMALL, constants={**SMALL.constants, "BLOCK_T": 16})
     first = experts.sparse_experts(*args, config=SMALL)
     np.testing.assert_array_equal(first, experts.sparse_experts(*args, config=wide))
@@ -147,7 +130,7 @@ def test_the_grid_has_a_program_for_every_tile() -> None:
 def test_nonsense_counts_write_nothing_outside() -> None:
     """TensorRT times a plugin's node alone, on counts and pairs that no routing produced."""
     generator = np.random.default_rng(10)
-    x, _, _, up, _ = draw(generator, 6, 2, 4, 32, 32)
+    x, _, _, up, _ = draw_experts(generator, 6, 2, 4, 32, 32)
     for _ in range(20):
         counts = torch.from_numpy(generator.integers(-(2**31), 2**31, 4).astype(np.int32))
         counts[0] = int(generator.integers(0, 40))

@@ -6,43 +6,12 @@ import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
+from kernel_inputs import draw_mamba
 
 from twotower_engines.kernels import mamba
 
-H, P, N, G = 4, 8, 16, 2
+G = 2
 EPSILON = 1e-5
-
-
-def draw(
-    generator: np.random.Generator,
-    L: int,
-    lengths: list[int],
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int] = (H, P, N, G),
-    seed_scale: float = 1.0,
-    rate: float = 1.0,
-) -> list[torch.Tensor]:
-    """Everything up to norm_weight. rate: of decay; seed_scale: of the state before the block."""
-    heads, dim, state, groups = sizes
-    B, d_inner = len(lengths), heads * dim
-    conv_dim = d_inner + 2 * groups * state
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.from_numpy(generator.normal(0, scale, shape)).to(dtype)
-
-    return [
-        normal(B, L, d_inner + conv_dim + heads),
-        normal(B, 3, conv_dim),
-        normal(B, heads, dim, state, scale=seed_scale).float(),
-        torch.tensor(lengths, dtype=torch.int32),
-        normal(conv_dim, 4, scale=0.5),
-        normal(conv_dim, scale=0.5),
-        normal(heads),
-        torch.from_numpy(np.log(rate * generator.uniform(1, 16, heads))).to(dtype),
-        normal(heads),
-        normal(d_inner),
-    ]
 
 
 def check(args: list[torch.Tensor], groups: int = G) -> tuple[torch.Tensor, ...]:
@@ -73,30 +42,30 @@ def check(args: list[torch.Tensor], groups: int = G) -> tuple[torch.Tensor, ...]
     ],
 )
 def test_lengths(L: int, lengths: list[int], dtype: torch.dtype) -> None:
-    check(draw(np.random.default_rng(L), L, lengths, dtype))
+    check(draw_mamba(np.random.default_rng(L), L, lengths, dtype))
 
 
 def test_the_longest_call() -> None:
-    check(draw(np.random.default_rng(0), 256, [256, 130]))
+    check(draw_mamba(np.random.default_rng(0), 256, [256, 130]))
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 8, 1), (6, 24, 20, 3), (2, 64, 128, 1)])
 def test_sizes(sizes: tuple[int, int, int, int]) -> None:
-    check(draw(np.random.default_rng(1), 16, [16, 5], sizes=sizes), sizes[3])
+    check(draw_mamba(np.random.default_rng(1), 16, [16, 5], sizes=sizes), sizes[3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rate", [1e-4, 100.0])
 def test_large_seeds_and_extreme_decays(rate: float, dtype: torch.dtype) -> None:
     """Long contexts bring states of 10^3 and more; a head may forget all or nothing in a token."""
-    args = draw(np.random.default_rng(2), 40, [40, 31], dtype, seed_scale=1e3, rate=rate)
+    args = draw_mamba(np.random.default_rng(2), 40, [40, 31], dtype, seed_scale=1e3, rate=rate)
     got = check(args)
     assert all(torch.isfinite(x.float()).all() for x in got)
 
 
 def test_steps_far_from_zero() -> None:
     """softplus must neither overflow nor vanish."""
-    args = draw(np.random.default_rng(3), 16, [16])
+    args = draw_mamba(np.random.default_rng(3), 16, [16])
     args[6] = torch.tensor([-30.0, -12.0, 60.0, 300.0])
     got = check(args)
     quiet, before = got[2][0, 0], args[2][0, 0]
@@ -106,7 +75,7 @@ def test_steps_far_from_zero() -> None:
 
 @pytest.mark.parametrize("L", [16, 23])
 def test_states_only_where_wanted(L: int) -> None:
-    args = draw(np.random.default_rng(4), L, [L, 7], torch.bfloat16)
+    args = draw_mamba(np.random.default_rng(4), L, [L, 7], torch.bfloat16)
     before = [arg.clone() for arg in args]
     y, conv_state, ssm_state = mamba.mamba_block_step(*args, G, EPSILON, states=False)
     assert conv_state is None
@@ -117,7 +86,7 @@ def test_states_only_where_wanted(L: int) -> None:
 
 
 def test_padding_is_not_read_and_gives_zeros() -> None:
-    args = draw(np.random.default_rng(5), 16, [10, 0])
+    args = draw_mamba(np.random.default_rng(5), 16, [10, 0])
     args[0][0, 10:] = float("nan")
     args[0][1] = float("nan")
     y, conv_state, ssm_state = check(args)
@@ -128,7 +97,7 @@ def test_padding_is_not_read_and_gives_zeros() -> None:
 
 
 def test_a_block_in_two_calls_is_the_block() -> None:
-    args = draw(np.random.default_rng(6), 24, [24, 24])
+    args = draw_mamba(np.random.default_rng(6), 24, [24, 24])
     whole = mamba.mamba_block_step(*args, G, EPSILON)
     halves, states = [], args[1:3]
     for start in (0, 12):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from kernel_inputs import MASK, block, mixed_rows, row_tensors
 from kernel_reference import Row, gumbel, refine_row
 from scipy.stats import kstest
 
@@ -13,25 +14,13 @@ from twotower_engines.kernels import jit, refine
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN is on purpose here
 
-MASK = 3
-
 
 def step(
     logits: torch.Tensor, ids: np.ndarray, rows: list[Row], mask_id: int = MASK
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The kernels on a batch."""
-    i32, f32 = torch.int32, torch.float32
-    made = refine.refine_block(
-        logits,
-        torch.from_numpy(ids.astype(np.int32)),
-        torch.tensor([row.length for row in rows], dtype=i32),
-        torch.tensor([row.threshold for row in rows], dtype=f32),
-        torch.tensor([row.steps_left for row in rows], dtype=i32),
-        torch.tensor([row.temperature for row in rows], dtype=f32),
-        torch.tensor([row.policy for row in rows], dtype=i32),
-        torch.tensor([row.seed for row in rows], dtype=i32),
-        mask_id,
-    )
+    block_ids = torch.from_numpy(ids.astype(np.int32))
+    made = refine.refine_block(logits, block_ids, *row_tensors(rows), mask_id)
     return tuple(x.numpy() for x in made)
 
 
@@ -49,28 +38,6 @@ def check(
         if want[3] >= 0:
             np.testing.assert_allclose(got[1][b], want[1], rtol=2e-6)
     return got
-
-
-def block(generator: np.random.Generator, B: int, S: int, V: int, masked: float) -> np.ndarray:
-    """Ids with about that share of masked positions; the rest are ordinary tokens."""
-    ids = generator.integers(MASK + 1, V, (B, S))
-    return np.where(generator.random((B, S)) < masked, MASK, ids)
-
-
-def mixed_rows(generator: np.random.Generator, B: int, S: int) -> list[Row]:
-    """Every policy in turn, with its own meaning of the threshold, ragged lengths and noise."""
-    bounds = [0.3, 0.0, 1.5, 4.0, 0.0]
-    return [
-        Row(
-            length=int(generator.integers(0, S + 1)) if b % 4 == 3 else S,
-            threshold=bounds[b % 5],
-            steps_left=int(generator.integers(1, 9)),
-            temperature=[0.0, 0.7, 1.0][b % 3],
-            policy=b % 5,
-            seed=int(generator.integers(0, 2**31)),
-        )
-        for b in range(B)
-    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Compiled:
     Attributes:
         entry: the name to launch.
         ptx: the source, for `target` alone.
+        parameters: declarations of the entry's parameters by name, in the kernel's order.
         threads: of a program.
         shared_memory: bytes of dynamic shared memory of a program.
     """
@@ -45,6 +47,7 @@ class Compiled:
     target: Target
     entry: str
     ptx: str
+    parameters: dict[str, str]
     threads: int
     shared_memory: int
 
@@ -54,6 +57,24 @@ class Compiled:
         found = re.search(r"^\.version (\S+)", self.ptx, re.MULTILINE)
         assert found, "the compiler wrote no version"
         return found.group(1)
+
+    def arranged(self, order: Sequence[str | None]) -> str:
+        """The same kernel with its parameters in another order.
+
+        PTX refers to parameters by name, so their order is free.
+
+        Args:
+            order: every parameter's name once; None for a pointer that is passed and ignored.
+        """
+        assert sorted(filter(None, order)) == sorted(self.parameters), (
+            "order names other parameters"
+        )
+        ignored = ".param .u64 .ptr .global .align 1 {}_ignored_{}"
+        lines = [
+            self.parameters[name] if name else ignored.format(self.entry, index)
+            for index, name in enumerate(order)
+        ]
+        return _with_parameters(self.ptx, self.entry, lines)
 
 
 @dataclass(frozen=True)
@@ -98,46 +119,55 @@ def compile_kernel(spec: KernelSpec, target: Target) -> Compiled:
         built: Any = triton.compile(
             source, target=GPUTarget("cuda", target.arch, 32), options=options
         )
-    metadata = built.metadata
+    metadata, ptx = built.metadata, built.asm["ptx"]
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise BuildError(
             f"kernel {spec.name} needs scratch memory, which a plugin cannot give: "
             "do not use tensor descriptors made on the device"
         )
+    declared = _declared(ptx, metadata.name, len(spec.types))
     return Compiled(
         name=spec.name,
         target=target,
         entry=metadata.name,
-        ptx=without_scratch(built.asm["ptx"], metadata.name, len(spec.types)),
+        ptx=_with_parameters(ptx, metadata.name, declared),
+        parameters=dict(zip(spec.types, declared, strict=True)),
         threads=32 * metadata.num_warps,
         shared_memory=metadata.shared,
     )
 
 
-def without_scratch(ptx: str, entry: str, count: int) -> str:
-    """PTX whose entry takes `count` parameters.
+ENTRY = r"(?<=\.visible \.entry {}\()(.*?)(?=\n\))"
+"""The parameter list of an entry."""
+
+
+def _declared(ptx: str, entry: str, count: int) -> list[str]:
+    """Declarations of an entry's own `count` parameters.
 
     The compiler adds two pointers to scratch memory at the end. TensorRT passes a kernel's own
-    arguments only, so the driver would read two pointers past the end of its list.
+    arguments only, so the driver would read two pointers past the end of its list: they must go.
 
     Raises:
         BuildError: the parameters are not as expected, or a scratch pointer is used.
     """
-    found = re.search(rf"\.visible \.entry {re.escape(entry)}\((.*?)\n\)", ptx, re.DOTALL)
-    parameters = (
-        [line.strip().rstrip(",") for line in found.group(1).strip().split("\n")] if found else []
-    )
-    if found is None or len(parameters) != count + 2:
+    found = re.search(ENTRY.format(re.escape(entry)), ptx, re.DOTALL)
+    lines = [line.strip().rstrip(",") for line in found.group(1).split("\n")[1:]] if found else []
+    if len(lines) != count + 2:
         raise BuildError(
-            f"PTX of {entry} has {len(parameters)} parameters, {count + 2} were expected: "
+            f"PTX of {entry} has {len(lines)} parameters, {count + 2} were expected: "
             "is this the pinned version of Triton?"
         )
-    for line in parameters[count:]:
+    for line in lines[count:]:
         name = line.split()[-1]
         if len(re.findall(rf"\b{re.escape(name)}\b", ptx)) != 1:
             raise BuildError(f"PTX of {entry} uses its scratch pointer {name}")
-    kept = ",\n\t".join(parameters[:count])
-    return ptx[: found.start(1)] + f"\n\t{kept}" + ptx[found.end(1) :]
+    return lines[:count]
+
+
+def _with_parameters(ptx: str, entry: str, lines: Sequence[str]) -> str:
+    """PTX whose entry has these parameters."""
+    text = "".join(f"\n\t{line}," for line in lines).rstrip(",")
+    return re.sub(ENTRY.format(re.escape(entry)), lambda _: text, ptx, count=1, flags=re.DOTALL)
 
 
 def resources(compiled: Compiled) -> Resources | None:

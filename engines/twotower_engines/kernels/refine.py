@@ -25,6 +25,7 @@ from twotower_engines.kernels.jit import Launch, kernel, launch
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 __all__ = [
+    "BLOCK_V",
     "FIELDS",
     "decision_launch",
     "refine_block",
@@ -34,6 +35,11 @@ __all__ = [
     "splits",
     "vocabulary_launch",
 ]
+
+BLOCK_V = 4096
+"""Tokens of a split: 8 or 16 kB in flight per program, and 512 programs at one row of 16 positions,
+about four per multiprocessor of an H200. Larger splits would leave multiprocessors idle at one row;
+smaller ones spend their time starting."""
 
 FIELDS = 5
 """Numbers that a split leaves: maximum logit; sum of e = exp(logit - maximum); sum of
@@ -306,20 +312,15 @@ def refine_decision(
     tl.store(still_masked + row, tl.where(failed, -1, n - commit))
 
 
-def splits(vocab_size: int, config: Launch) -> int:
+def splits(vocab_size: int) -> int:
     """Programs that share one position's vocabulary."""
-    return -(-vocab_size // config.constants["BLOCK_V"])
+    return -(-vocab_size // BLOCK_V)
 
 
 def vocabulary_launch(vocab_size: int) -> Launch:
-    """Tiles of the vocabulary pass.
-
-    4096 logits per program: 8 or 16 kB in flight per program, and 512 programs at one row of 16
-    positions, about four per multiprocessor of an H200. Larger ones leave multiprocessors idle at
-    one row; smaller ones spend their time starting.
-    """
-    block = min(4096, triton.next_power_of_2(vocab_size))
-    return Launch({"BLOCK_V": block}, num_warps=8 if block >= 4096 else 4)
+    """Tiles of the vocabulary pass: a split, or a smaller vocabulary whole."""
+    block = min(BLOCK_V, triton.next_power_of_2(vocab_size))
+    return Launch({"BLOCK_V": block}, num_warps=8 if block == BLOCK_V else 4)
 
 
 def decision_launch(block: int, split_count: int) -> Launch:
@@ -363,7 +364,7 @@ def refine_block(
 
     B, S, V = logits.shape
     config = vocabulary_launch(V)
-    P = splits(V, config)
+    P = splits(V)
     partials = logits.new_empty((B, S, FIELDS, P), dtype=torch.float32)
     partial_ids = ids.new_empty((B, S, P))
     launch(
@@ -429,6 +430,6 @@ def specs(sizes: Sizes) -> list[KernelSpec]:
             refine_decision,
             DECISION_TYPES,
             {"MASK_ID": sizes.mask_id},
-            decision_launch(sizes.block, splits(sizes.vocab_size, config)),
+            decision_launch(sizes.block, splits(sizes.vocab_size)),
         ),
     ]

@@ -1,0 +1,115 @@
+"""The plugin nodes' shapes, grids and arguments, by running each chain node by node.
+
+The interpreter stands in for TensorRT here: every node is given exactly the outputs that it says
+it has, launched on the grid that it says, with the integers that it says. What a chain computes is
+compared with the op's own launcher.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
+
+from twotower_engines.errors import BuildError
+from twotower_engines.kernels import experts, mamba, nodes, refine
+from twotower_engines.kernels.jit import launch
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
+
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def run_node(
+    node: nodes.Node, inputs: list[torch.Tensor], attributes: dict[str, Any]
+) -> list[torch.Tensor]:
+    """What TensorRT would do with a node, on integers."""
+    tensors = dict(zip(node.inputs, inputs, strict=True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
+    call = nodes.Call(shapes, shapes, dtypes, {name: attributes[name] for name in node.attributes})
+    made = [torch.empty(out.dims, dtype=TORCH[out.dtype]) for out in node.outputs(call)]
+    launching = node.launching(call)
+    spec = launching.spec
+    outputs = iter(made)
+    values = {**tensors, **launching.integers}
+    arguments = [values[name] if name in values else next(outputs) for name in spec.types]
+    assert next(outputs, None) is None, "an output without a parameter"
+    for name, value in zip(spec.types, arguments, strict=True):
+        if isinstance(value, torch.Tensor):
+            assert spec.types[name] == f"*{DTYPES[value.dtype]}", name
+        else:
+            assert spec.types[name] == "i32", name
+    constants = dict(spec.constants)
+    if "UPCAST" in constants:
+        constants["UPCAST"] = True
+    launch(spec.function, launching.grid, tuple(arguments), constants, spec.launch)
+    return made
+
+
+def run_chain(op: str, inputs: list[torch.Tensor], attributes: dict[str, Any]) -> dict[str, Any]:
+    """Every tensor of an op's chain by name."""
+    by_name = {node.name: node for node in nodes.NODES}
+    tensors = dict(zip(nodes.OP_INPUTS[op], inputs, strict=True))
+    for link in nodes.CHAINS[op]:
+        takes = [tensors[name] for name in link.takes]
+        made = run_node(by_name[link.node], takes, attributes)
+        tensors.update(zip(link.makes, made, strict=True))
+    return tensors
+
+
+@pytest.mark.parametrize("V", [65, 4100])
+def test_refine_chain(V: int) -> None:
+    generator = np.random.default_rng(V)
+    logits = torch.from_numpy(generator.normal(0, 3, (2, 5, V))).bfloat16()
+    ids = torch.from_numpy(block(generator, 2, 5, V, 0.8).astype(np.int32))
+    rows = row_tensors(mixed_rows(generator, 2, 5))
+    made = run_chain("RefineBlock", [logits, ids, *rows], {"mask_id": MASK})
+    want = refine.refine_block(logits, ids, *rows, MASK)
+    for name, tensor in zip(nodes.OP_OUTPUTS["RefineBlock"], want, strict=True):
+        np.testing.assert_array_equal(made[name], tensor)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_experts_chain(tokens: int) -> None:
+    args = draw_experts(np.random.default_rng(tokens), tokens, 2, 5, 40, 24)
+    args[1][1] = -1
+    made = run_chain("SparseExperts", list(args), {"num_experts": 5})
+    torch.testing.assert_close(made["y"], experts.sparse_experts(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("L", [16, 20])
+def test_mamba_chain(L: int, states: bool) -> None:
+    args = draw_mamba(np.random.default_rng(L), L, [L, 9], torch.bfloat16)
+    attributes = {"n_groups": 2, "epsilon": 1e-5, "states": int(states)}
+    made = run_chain("MambaBlockStep", args, attributes)
+    want = mamba.mamba_block_step(*args, 2, 1e-5)
+    torch.testing.assert_close(made["y"], want[0], rtol=0, atol=0)
+    if states:
+        torch.testing.assert_close(made["conv_state_new"], want[1], rtol=0, atol=0)
+        torch.testing.assert_close(made["ssm_state_new"], want[2], rtol=0, atol=0)
+    else:
+        assert made["ssm_state_new"].shape == (1,)
+
+
+def test_every_node_is_in_one_chain() -> None:
+    linked = [link.node for chain in nodes.CHAINS.values() for link in chain]
+    assert sorted(linked) == sorted(node.name for node in nodes.NODES)
+    for op, chain in nodes.CHAINS.items():
+        known = set(nodes.OP_INPUTS[op])
+        for link in chain:
+            assert set(link.takes) <= known
+            known |= set(link.makes)
+        assert set(nodes.OP_OUTPUTS[op]) <= known
+
+
+def test_an_unbounded_dimension_is_refused() -> None:
+    call = nodes.Call({}, {"x": (-1, 4)}, {"x": "bf16"}, {})
+    with pytest.raises(BuildError, match=re.escape("input x has no bound along axis 0")):
+        call.size("x", 0)
