@@ -134,6 +134,22 @@ def test_each_bucket_of_rows_is_captured_once(engines):
     runtime.close()
 
 
+def test_calls_share_the_memory_of_what_nobody_reads_later(engines):
+    runtime = make_resident(engines.engines)
+    device = runtime._context.device
+    block = np.full(16, runtime.mask_token_id, np.int32)
+    for slot in range(5):
+        runtime.reset(slot)
+    runtime.extend([ExtendRow(slot, np.arange(5, 37, dtype=np.int32)) for slot in range(5)])
+    runtime.denoise([DenoiseRow(4, block, threshold=0.5, steps_left=2)])
+    before = device.room
+    runtime.extend([ExtendRow(0, block[:1]), ExtendRow(1, block[:1])])
+    runtime.denoise([DenoiseRow(0, block[:9], threshold=0.5, steps_left=2)])
+    logits_of_the_second = 9 * 300 * 4
+    assert before - device.room < logits_of_the_second
+    runtime.close()
+
+
 @pytest.mark.parametrize("window", [4096, 1 << 20])
 def test_upload_in_windows_keeps_every_byte(engines, window):
     store = WeightStore(engines.engines.manifest)

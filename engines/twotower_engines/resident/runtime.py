@@ -52,15 +52,10 @@ class _Rows:
 
     def __init__(self, device: Device, layout: Mapping[str, tuple[Shape, type]]) -> None:
         self._device = device
-        sizes = {
-            name: int(np.prod(shape)) * np.dtype(kind).itemsize
-            for name, (shape, kind) in layout.items()
-        }
-        # 256 bytes: the alignment that engines ask of every tensor
-        padded = {name: -(-size // 256) * 256 for name, size in sizes.items()}
-        offsets = dict(zip(padded, np.cumsum([0, *padded.values()]).tolist(), strict=False))
-        self._host = device.staging(sum(padded.values()))
-        self._start = device.allocate(sum(padded.values()))
+        sizes = {name: _bytes(shape, kind) for name, (shape, kind) in layout.items()}
+        offsets, total = _packed(sizes)
+        self._host = device.staging(total)
+        self._start = device.allocate(total)
         self.addresses = {name: self._start + offset for name, offset in offsets.items()}
         self.arrays: dict[str, Array] = {
             name: self._host[offsets[name] : offsets[name] + sizes[name]].view(kind).reshape(shape)
@@ -72,6 +67,35 @@ class _Rows:
 
     def download(self) -> None:
         self._device.download(self._host, self._start)
+
+
+class _Scratch:
+    """Memory for outputs that are read, if at all, before the next call of the same device.
+
+    All calls share it, since calls of one stream never overlap. A call that needs more than any
+    before makes a new piece; earlier calls keep the old one, whose address they were captured with,
+    and as calls come in powers of two, all pieces together are at most twice the largest.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._start = self._size = 0
+
+    def place(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return an address for each output, by its size in bytes."""
+        offsets, total = _packed(sizes)
+        if total > self._size:
+            self._start, self._size = self._device.allocate(total), total
+        return {name: self._start + offset for name, offset in offsets.items()}
+
+
+def _packed(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Return an offset for each size, one after the other, and the sum.
+
+    Aligned to 256 bytes, as engines ask of every tensor.
+    """
+    ends = np.cumsum([0, *(-(-size // 256) * 256 for size in sizes.values())]).tolist()
+    return dict(zip(sizes, ends[:-1], strict=True)), ends[-1]
 
 
 @dataclass(frozen=True)
@@ -109,6 +133,8 @@ class ResidentRuntime:
         self._mirror = self._states
         if denoiser is not None and denoiser.device is not context.device:
             self._mirror = SlotStates(denoiser.device, buffers, limits.slots)
+        self._landing = _Scratch(context.device)
+        self._unseen = _Scratch(self._mirror.device)
         self._lengths = [0] * limits.slots
         self._extends: dict[tuple[int, int], _Prepared] = {}
         self._denoises: dict[tuple[int, int], _Prepared] = {}
@@ -231,10 +257,9 @@ class ResidentRuntime:
         inputs = _Rows(tower.device, _row_layout(count, tokens, ("lengths", "context_lengths")))
         layout: dict[str, tuple[Shape, type]] = {"logits": ((count, self.vocab_size), np.float32)}
         outputs = _Rows(tower.device, layout)
-        landed = {
-            one.new_name: tower.device.allocate(count * one.new_row_bytes(tokens))
-            for one in self._states.buffers
-        }
+        landed = self._landing.place(
+            {one.new_name: count * one.new_row_bytes(tokens) for one in self._states.buffers}
+        )
         call = tower.engine.prepare(self._shapes(inputs, count, self._states))
         call.bind({**tower.weights, **inputs.addresses, **outputs.addresses, **landed})
         made = _Prepared(call, inputs, outputs, landed, call.enqueue)
@@ -287,10 +312,9 @@ class ResidentRuntime:
         names = ("lengths", "context_lengths", "conditioned", *REFINE_ROWS)
         inputs = _Rows(tower.device, _row_layout(count, block, names))
         outputs = _Rows(tower.device, wanted)
-        unseen = {
-            name: tower.device.allocate(int(np.prod(shape)) * np.dtype(kind).itemsize)
-            for name, (shape, kind) in extra.items()
-        }
+        unseen = self._unseen.place(
+            {name: _bytes(shape, kind) for name, (shape, kind) in extra.items()}
+        )
         call = tower.engine.prepare(self._shapes(inputs, count, self._mirror))
         states = self._mirror.addresses(previous=previous)
         call.bind({**tower.weights, **states, **inputs.addresses, **outputs.addresses, **unseen})
@@ -302,6 +326,10 @@ class ResidentRuntime:
         """Return the shapes of all inputs that are not weights."""
         small = {name: tuple(array.shape) for name, array in inputs.arrays.items()}
         return small | {one.name: (count, *one.row) for one in states.buffers}
+
+
+def _bytes(shape: Shape, kind: type) -> int:
+    return int(np.prod(shape)) * np.dtype(kind).itemsize
 
 
 def _row_layout(count: int, tokens: int, names: Iterable[str]) -> dict[str, tuple[Shape, type]]:
