@@ -111,7 +111,8 @@ def export_command(
         manifest = write_bundle(opened, out, towers=chosen, progress=meter)
         exported = manifest["towers"]
         if manifest["golden"] is None:
-            print(f"note: no golden self-test: {manifest['golden_missing']}", file=sys.stderr)
+            reason = manifest["golden_missing"]["reason"]
+            print(f"note: no golden self-test: {reason}", file=sys.stderr)
     else:
         from twotower_export.nemotron_h import write_nemotron_h
 

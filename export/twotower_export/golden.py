@@ -51,12 +51,16 @@ THRESHOLD: Final = 0.9
 
 def golden_for(
     checkpoint: Checkpoint, towers: Sequence[Tower] = TOWERS
-) -> tuple[dict[str, Any] | None, str | None]:
-    """The golden block of a bundle's manifest, or None and why there is none.
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The golden block of a bundle's manifest, or what is known without an answer.
 
     Args:
         checkpoint: what is exported.
         towers: which of its towers are; without the denoiser, the answer is autoregressive.
+
+    Returns:
+        The request with its answer and None; or None and {reason, request}, with which whoever can
+        run the model records the answer.
 
     Raises:
         ExportError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
@@ -67,17 +71,19 @@ def golden_for(
         return recorded, None
     size = 4 * sum(map(math.prod, expected_tensors(checkpoint.config, checkpoint.towers).values()))
     if size > FLOAT32_BOUND:
-        return None, (
+        reason = (
             f"the towers take {size / 1e9:.0f} GB in float32, and the answer is computed up to "
             f"{FLOAT32_BOUND / 1e9:.0f} GB only; record it where the engines run, with "
-            f"`twotower selftest ENGINES --record CHECKPOINT/{GOLDEN_FILE}`"
+            f"`twotower selftest ENGINES --record CHECKPOINT/{GOLDEN_FILE}`, and export again"
         )
-    if importlib.util.find_spec("torch") is None:
-        return None, (
+    elif importlib.util.find_spec("torch") is None:
+        reason = (
             f"PyTorch is not installed and the checkpoint brings no {GOLDEN_FILE}; "
             "pip install 'twotower[reference]', and export again"
         )
-    return compute_golden(checkpoint, mode), None
+    else:
+        return compute_golden(checkpoint, mode), None
+    return None, {"reason": reason, "request": _request(checkpoint, mode)}
 
 
 def read_golden(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -127,23 +133,30 @@ def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict
     """
     import torch
 
-    prompt = _prompt_ids(checkpoint)
+    request = _request(checkpoint, mode)
+    prompt = request["prompt_ids"]
     towers = _LoadedTowers(checkpoint, len(prompt) + MAX_NEW_TOKENS, mode)
     if mode == "ar":
         ids, calls = _autoregressive(towers, prompt), 0
     else:
         ids, calls = _mask_diffusion(towers, prompt)
+    return request | {
+        "output_ids": ids,
+        "denoiser_calls": calls,
+        "tokens_per_call": round(len(ids) / calls, 4) if calls else None,
+        "computed_with": f"torch {torch.__version__.partition('+')[0]}, float32",
+    }
+
+
+def _request(checkpoint: Checkpoint, mode: str) -> dict[str, Any]:
+    """What is asked; greedy, so that there is one right answer."""
     return {
-        "prompt_ids": prompt,
+        "prompt_ids": _prompt_ids(checkpoint),
         "mode": mode,
         "max_new_tokens": MAX_NEW_TOKENS,
         "block_size": BLOCK_SIZE,
         "steps": STEPS,
         "threshold": THRESHOLD,
-        "output_ids": ids,
-        "denoiser_calls": calls,
-        "tokens_per_call": round(len(ids) / calls, 4) if calls else None,
-        "computed_with": f"torch {torch.__version__.partition('+')[0]}, float32",
     }
 
 

@@ -64,16 +64,20 @@ def test_a_checkpoint_brings_its_own(checkpoint, monkeypatch):
     write_golden(checkpoint, recorded)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no PyTorch, no tokenizers
     assert golden_for(checkpoint) == (recorded, None)
-    golden, reason = golden_for(checkpoint, ["context"])  # the file is of another mode
+    golden, missing = golden_for(checkpoint, ["context"])  # the file is of another mode
     assert golden is None
-    assert "PyTorch is not installed" in reason
+    assert "PyTorch is not installed" in missing["reason"]
+    assert missing["request"]["mode"] == "ar"
 
 
 def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
     monkeypatch.setattr(module, "FLOAT32_BOUND", 1000)
-    golden, reason = golden_for(checkpoint)
+    golden, missing = golden_for(checkpoint)
     assert golden is None
-    assert "twotower selftest ENGINES --record" in reason
+    assert "twotower selftest ENGINES --record" in missing["reason"]
+    monkeypatch.undo()
+    computed = golden_for(checkpoint)[0]
+    assert missing["request"].items() <= computed.items()
 
 
 @pytest.mark.parametrize(
