@@ -1,0 +1,117 @@
+"""What the client refuses by itself, and what it sends. No server is needed."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+import twotower_client as tt
+from twotower_client.request import infer_request, stop_request
+
+
+@pytest.fixture(scope="module")
+def client():
+    # nobody listens there: a request that were sent would give ServerUnavailableError
+    with tt.TwoTowerClient("127.0.0.1:9") as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "either a prompt or prompt_ids"),
+        ({"prompt": "a", "prompt_ids": [1]}, "either a prompt or prompt_ids"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt_ids": []}, "prompt is empty"),
+        ({"prompt": b"a"}, "prompt is bytes; it must be text"),
+        ({"prompt": "a\ud800"}, "not valid Unicode at character 1"),
+        ({"prompt_ids": [1, -2]}, "-2 at place 1 is no token id"),
+        ({"prompt_ids": [1, 2**31]}, "2147483648 at place 1"),
+        ({"prompt_ids": [1, "x"]}, "'x' at place 1"),
+        ({"prompt_ids": [1, 1.5]}, "1.5 at place 1"),
+        ({"prompt_ids": [True]}, "True at place 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 to"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens is 2147483648"),
+        ({"max_new_tokens": 1.0}, "max_new_tokens is 1.0; it must be a whole number"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": -1}, "steps is -1"),
+        ({"threshold": 0}, "threshold is 0; it must be more than 0 and at most 1"),
+        ({"threshold": 1.01}, "threshold is 1.01"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"threshold": "0.9"}, "threshold is '0.9'; it must be a number"),
+        ({"threshold": float("inf"), "policy": "factor"}, "threshold is inf"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be 0 or more"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"eos_ids": [-1]}, "eos_ids: -1 at place 0"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"timeout": float("inf")}, "timeout is inf"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_before_anything_is_sent(client, arguments, said) -> None:
+    if not {"prompt", "prompt_ids"} & set(arguments) and not said.startswith("either"):
+        arguments = {"prompt": "a", **arguments}
+    with pytest.raises(tt.RequestRefusedError) as refusal:
+        client.stream(**arguments)
+    assert said in str(refusal.value)
+
+
+def test_an_unknown_option_is_a_mistake_of_the_caller(client) -> None:
+    with pytest.raises(TypeError, match="no option 'treshold'; the options are max_new_tokens"):
+        client.stream("a", treshold=0.9)
+
+
+@pytest.mark.parametrize("url", ["localhost", "http://localhost:8000", "grpc://a:1", "a:", ""])
+def test_a_url_that_is_no_address(url) -> None:
+    with pytest.raises(tt.RequestRefusedError, match="give host:port"):
+        tt.TwoTowerClient(url)
+
+
+def test_what_is_sent() -> None:
+    options = {"max_new_tokens": np.int64(5), "threshold": 1, "mode": "ar", "seed": 2**64 - 1}
+    message = infer_request("é", None, {**options, "eos_ids": (2, 3)}, "name", 1.5)
+    assert (message.model_name, message.id) == ("twotower", "name")
+    sent = {
+        tensor.name: (tensor.datatype, list(tensor.shape), content)
+        for tensor, content in zip(message.inputs, message.raw_input_contents, strict=True)
+    }
+    assert sent == {
+        "text_input": ("BYTES", [1], struct.pack("<I", 2) + b"\xc3\xa9"),
+        "max_new_tokens": ("INT32", [1], struct.pack("<i", 5)),
+        "threshold": ("FP32", [1], struct.pack("<f", 1)),
+        "mode": ("BYTES", [1], struct.pack("<I", 2) + b"ar"),
+        "seed": ("UINT64", [1], struct.pack("<Q", 2**64 - 1)),
+        "eos_ids": ("INT32", [2], struct.pack("<2i", 2, 3)),
+        "timeout_seconds": ("FP32", [1], struct.pack("<f", 1.5)),
+    }
+
+
+def test_a_stop_names_the_request() -> None:
+    message = stop_request("name")
+    assert [tensor.name for tensor in message.inputs] == ["stop"]
+    assert message.raw_input_contents[0] == struct.pack("<I", 4) + b"name"
+
+
+def test_errors_say_how_the_command_ends() -> None:
+    codes = {name: getattr(tt, name).exit_code for name in tt.__all__ if name.endswith("Error")}
+    assert codes.pop("ClientError") == 2
+    assert codes.pop("RequestRefusedError") == 2
+    assert set(codes.values()) == {1}
+    assert len(codes) == 7
+    assert all(issubclass(getattr(tt, name), tt.ClientError) for name in codes)
+
+
+def test_the_public_names_are_those_that_are_listed() -> None:
+    for name in tt.__all__:
+        assert getattr(tt, name).__name__ == name
+    with pytest.raises(AttributeError):
+        _ = tt.NoSuchThing
