@@ -48,9 +48,8 @@ ASSUMPTIONS = (
     "plus a quarter; `tensorrt` runs our kernels (routed experts only), the other flavours run "
     "function bodies (all experts, quadratic scan)",
     "attention scores are written out: float32 and once more in the weights' dtype",
-    "context calls are prepared for 1, 2, 4 .. slots rows of 1, 64 and chunk tokens, and each "
-    "keeps the buffers in which new states land; denoiser calls for blocks of 1, 16 and 64 keep "
-    "logits",
+    "calls share one place where new states land and one for the denoiser's logits, counted twice: "
+    "it grows with the largest call so far",
     "a second copy of the Mamba states for mock_ar; with two GPUs each holds all context states",
 )
 
@@ -318,17 +317,20 @@ class _Sizes:
         }
 
     def buffers(self, tower: str) -> Iterator[tuple[str, int]]:
-        """What the runtime allocates for the calls of a tower, one set per row bucket."""
-        rows = sum(_buckets(self.slots))
+        """What the runtime allocates for the calls of a tower.
+
+        All calls land in one place, sized by the largest; made piece by piece as larger calls
+        come, it takes twice that at most.
+        """
         logits = self.model.config.vocab_size * FLOAT32
         if tower == "denoiser":
-            yield "denoiser logits", rows * sum({1, BLOCK, self.block}) * logits
+            yield "denoiser logits", 2 * self.slots * self.block * logits
             return
-        lengths = {1, self.block, self.chunk}
         mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
         token = self.model.kv_bytes_per_token(self.item)
-        yield "new states", rows * (len(lengths) * mamba + sum(lengths) * token)
-        yield "context logits", rows * len(lengths) * logits
+        yield "new states", 2 * self.slots * (mamba + self.chunk * token)
+        lengths = {1, self.block, self.chunk}
+        yield "context logits", sum(_buckets(self.slots)) * len(lengths) * logits
 
     def workspace(self, tower: str) -> int:
         """The largest layer's intermediates in the largest call of a tower."""

@@ -212,10 +212,11 @@ def test_one_h200_holds_both_towers(model):
         "conv": 16 * 847_872,
         "mock_ar copy": 16 * (46 * MIB + 847_872),
     }
-    # rows 1 + 2 + 4 + 8 + 16 of 1, 64 and 256 tokens
-    assert gpu.buffers["new states"] == 31 * (3 * (46 * MIB + 847_872) + 321 * 6144)
+    # twice the largest call: 16 rows of 256 tokens, and of a block of 64
+    assert gpu.buffers["new states"] == 2 * 16 * (46 * MIB + 847_872 + 256 * 6144)
+    assert gpu.buffers["denoiser logits"] == 2 * 16 * 64 * 131072 * 4
+    # rows 1 + 2 + 4 + 8 + 16, of 1, 64 and 256 tokens
     assert gpu.buffers["context logits"] == 31 * 3 * 131072 * 4
-    assert gpu.buffers["denoiser logits"] == 31 * (1 + 16 + 64) * 131072 * 4
     # scores in float32 and weights in bf16 of 16 rows x 256 tokens x 32 heads
     scores = 16 * 256 * 32 * (8192 + 256) * 6
     assert gpu.workspace["context"] == int(1.25 * (scores + 4 * 16 * 256 * 2688 * 2))
@@ -305,7 +306,7 @@ def test_a_refusal_names_what_fits(model):
 
 def test_a_refusal_of_a_small_gpu_names_another(model):
     text = refusal(plan_memory(model, find_sku("a10")))
-    assert "GPU 0 of a10 would hold" in text
+    assert "GPU 1 of a10 would hold" in text
     assert "--sku h200 --gpus 1; --sku h100-sxm --gpus 2" in text
     assert "--precision int4 --gpus 2 --slots" in text
     assert "--slots 0" not in text
