@@ -1,0 +1,184 @@
+"""Tokens per second from prompt to answer on this machine, as ratios in one run.
+
+    python benchmarks/generation.py
+
+The trained tiny checkpoint, held-out prompts, greedy, threshold 0.9, all on the CPU in float32:
+
+- PyTorch: the towers, eager, one request at a time, as NVIDIA's reference loop works;
+- autoregressive: our CPU flavour with the context tower alone, the other way to use these weights;
+- mask diffusion: our CPU flavour, 1 to 16 requests in flight.
+
+What bounds it here is the number of operators (some 600 small ones per denoiser call), not bytes or
+arithmetic: the model has 1 MB. The full-size figures are the roofline's, see `twotower plan`.
+Answers are compared between all ways before anything is timed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from twotower_engines.engine_set import EngineSet, open_engine_set
+from twotower_engines.request import Request
+from twotower_engines.runtime import open_runtime
+from twotower_engines.scheduler import Scheduler
+from twotower_engines.tokenizer import Tokenizer
+from twotower_export.corpus import documents
+from twotower_export.refinement import Rule, refine
+from twotower_export.towers import advance_states, empty_states, load_towers
+
+RESULTS = Path(__file__).with_name("results")
+NEW_TOKENS, BLOCK, STEPS, THRESHOLD = 96, 16, 16, 0.9
+PROMPTS = 16
+REPEATS = 3
+Answers = list[list[int]]
+
+
+def build(folder: Path) -> tuple[Path, EngineSet]:
+    """Export and build the shipped checkpoint with the verbs that a user would call."""
+    checkpoint, bundle, engines = (str(folder / n) for n in ("checkpoint", "bundle", "engines"))
+    for verb in (
+        ["tiny", checkpoint, "--pretrained"],
+        ["export", checkpoint, bundle],
+        ["build", bundle, "--sku", "cpu", engines, "--slots", "16"],
+    ):
+        command = [sys.executable, "-m", "twotower_client.cli", *verb]
+        subprocess.run(command, check=True, capture_output=True)
+    return Path(checkpoint), open_engine_set(Path(engines))
+
+
+def pytorch_answers(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Callable[[], Answers]:
+    """The reference loop: one request, one block, one step after the other."""
+    towers = load_towers(checkpoint, torch.float32)
+    mask_id = towers.config.mask_token_id
+
+    @torch.no_grad()
+    def answer(prompt: Sequence[int]) -> list[int]:
+        states = empty_states(towers.config, 1, len(prompt) + NEW_TOKENS, torch.float32)
+        length, ids, pending = 0, [], list(prompt)
+        while True:
+            tokens, before = torch.tensor([len(pending)]), torch.tensor([length])
+            _, new = towers.context(torch.tensor([pending]), tokens, before, states)
+            states = advance_states(states, new, tokens, before)
+            length += len(pending)
+            if len(ids) >= NEW_TOKENS:
+                return ids
+            block = np.full(BLOCK, mask_id, np.int32)
+            rows = [torch.tensor([value]) for value in (BLOCK, length, 1)]
+            for step in range(STEPS):
+                if not (block == mask_id).any():
+                    break
+                logits = towers.denoiser(torch.from_numpy(block[None]), *rows, states)[0].numpy()
+                rule = Rule(threshold=THRESHOLD, steps_left=STEPS - step)
+                block = refine(logits, block, rule, mask_id=mask_id).ids
+            pending = block.tolist()
+            ids += pending
+
+    return lambda: [answer(prompt) for prompt in prompts]
+
+
+def our_answers(
+    engines: EngineSet, prompts: Sequence[Sequence[int]], slots: int, mode: str = "mask_diffusion"
+) -> Callable[[], Answers]:
+    """The CPU flavour with so many requests in flight."""
+    runtime = open_runtime(engines)
+
+    def run() -> Answers:
+        scheduler = Scheduler(runtime, slots)
+        answers: dict[str, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            answers[str(number)] = []
+            scheduler.submit(
+                Request(
+                    str(number),
+                    tuple(prompt),
+                    mode=mode,  # type: ignore[arg-type]
+                    max_new_tokens=NEW_TOKENS,
+                    steps=STEPS,
+                    threshold=THRESHOLD,
+                )
+            )
+        while not scheduler.idle:
+            for event in scheduler.turn():
+                answers[event.request_id] += event.ids
+        return list(answers.values())
+
+    return run
+
+
+def best_seconds(runs: Sequence[Callable[[], Answers]]) -> list[float]:
+    """The shortest of some repeats of each, taken in turns: noise hits all alike."""
+    best = [float("inf")] * len(runs)
+    for _ in range(REPEATS):
+        for index, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            best[index] = min(best[index], time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, engines = build(Path(folder))
+        tokenizer = Tokenizer(engines.folder)
+        held_out = documents("held_out", seed=0)
+        prompts = [list(tokenizer.encode(next(held_out).prompt)) for _ in range(PROMPTS)]
+        ways = {
+            "PyTorch eager, 1 in flight": pytorch_answers(checkpoint, prompts),
+            "autoregressive, 1 in flight": our_answers(engines, prompts, 1, "ar"),
+            **{
+                f"mask diffusion, {slots} in flight": our_answers(engines, prompts, slots)
+                for slots in (1, 4, 16)
+            },
+        }
+        expected = next(iter(ways.values()))()
+        for name, way in ways.items():
+            if "diffusion" in name:
+                assert way() == expected, f"{name}: answers differ from PyTorch's"
+        seconds = dict(zip(ways, best_seconds(list(ways.values())), strict=True))
+    report(seconds)
+
+
+def report(seconds: dict[str, float]) -> None:
+    """Print the table and write it to `results/`."""
+    tokens = PROMPTS * NEW_TOKENS
+    slowest = seconds["PyTorch eager, 1 in flight"]
+    rows = [
+        {"way": way, "tokens_per_second": round(tokens / one), "ratio": round(slowest / one, 2)}
+        for way, one in seconds.items()
+    ]
+    today = datetime.date.today().isoformat()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    lines = [
+        "# Generation on the CPU",
+        "",
+        f"`python benchmarks/generation.py`, {today}, {machine}; trained tiny checkpoint,"
+        f" {PROMPTS} prompts, {NEW_TOKENS} tokens each, threshold {THRESHOLD}, best of {REPEATS}.",
+        "",
+        "| way | tokens/s | against PyTorch |",
+        "|---|---:|---:|",
+        *(f"| {r['way']} | {r['tokens_per_second']} | {r['ratio']:.1f}x |" for r in rows),
+    ]
+    print("\n".join(lines))
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"generation-cpu-{today}"
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    stem.with_suffix(".json").write_text(
+        json.dumps({"date": today, "machine": machine, "rows": rows}, indent=2) + "\n",
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main()
