@@ -77,6 +77,12 @@ VERBS: dict[str, Verb] = {
         "Generate on this machine, without a server.",
         "build",
     ),
+    "selftest": Verb(
+        "twotower_engines.self_test_cli",
+        "selftest",
+        "Let engines answer a prompt whose answer is known.",
+        "build",
+    ),
     "package": Verb(
         "twotower_engines.serve_cli",
         "package",

@@ -17,6 +17,7 @@ from twotower_engines.errors import EnginesError
 from twotower_engines.request import BlockEvent
 from twotower_engines.runtime import open_runtime
 from twotower_engines.scheduler import Scheduler
+from twotower_engines.self_test import check
 
 from .loop import EngineLoop, Failure, Part
 from .settings import Settings
@@ -89,9 +90,11 @@ class TritonPythonModel:
 
         self._triton = triton
         settings = Settings.of_model(arguments)
-        self._runtime = open_runtime(
-            settings.engines(), settings.checkpoint, threads=settings.threads
-        )
+        engines = settings.engines()
+        self._runtime = open_runtime(engines, settings.checkpoint, threads=settings.threads)
+        tested = check(engines, self._runtime)
+        print(f"twotower: golden self-test {tested.status}: {tested.reason}", file=sys.stderr)
+        tested.require()
         slots = settings.slots or self._runtime.limits.slots
         scheduler = Scheduler(self._runtime, slots)
         self._loop = EngineLoop(scheduler, slots + settings.max_waiting, _end_process)
