@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,26 +34,15 @@ def packaged(tmp_path_factory) -> Packaged:
 
 def build_random_engines(folder: Path) -> Path:
     """Export and build a random checkpoint for the CPU; return the engine set."""
-    from twotower_engines.engine_set import BuildRecord, Limits, PlanFile, write_build_record
-    from twotower_engines.manifest import read_manifest
-    from twotower_export.bundle import write_bundle
-    from twotower_export.checkpoint import open_checkpoint
+    from twotower_client.cli import cli
     from twotower_export.tiny import write_random_checkpoint
 
-    write_random_checkpoint(folder / "checkpoint", "ME*M", 32, 3)
-    write_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle")
-    out = folder / "engines" / "cpu"
-    out.mkdir(parents=True)
-    manifest, plans = read_manifest(folder / "bundle"), {}
-    for tower in manifest.towers:
-        graph = manifest.graph("float32", tower)
-        shutil.copyfile(folder / "bundle" / graph.file, out / f"{tower}.onnx")
-        plans[tower] = PlanFile(f"{tower}.onnx", graph.sha256)
-    for name in ("manifest.json", "tokenizer.json"):
-        shutil.copyfile(folder / "bundle" / name, out / name)
-    limits = Limits(slots=4, context=8192, max_tokens_per_call=256, block_size_max=64)
-    write_build_record(out, BuildRecord("cpu", "onnxruntime", "float32", limits, plans))
-    return out
+    checkpoint, bundle, engines = (folder / name for name in ("checkpoint", "bundle", "engines"))
+    write_random_checkpoint(checkpoint, "ME*M", 32, 3)
+    cli.main(["export", str(checkpoint), str(bundle)], standalone_mode=False)
+    build = ["build", str(bundle), str(engines), "--sku", "cpu", "--slots", "4"]
+    cli.main([*build, "--context", "8192"], standalone_mode=False)
+    return engines / "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -132,7 +133,6 @@ def test_ports_are_free_and_different() -> None:
 
 
 def test_no_repository_and_no_server(tmp_path, packaged, monkeypatch) -> None:
-    from twotower_engines.serving import installation
     from twotower_engines.serving.server import ServerOptions, TritonServer
 
     options = ServerOptions(grpc_port=0, http_port=None, metrics_port=None)
@@ -141,7 +141,10 @@ def test_no_repository_and_no_server(tmp_path, packaged, monkeypatch) -> None:
     with pytest.raises(ServingError, match="is no model repository of ours"):
         TritonServer(tmp_path, options)
     # the wheel is installed wherever the tests run, so its absence can only be played
-    monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pytriton" else find(name)
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServingError, match=r"twotower\[serve\]"):
         TritonServer(packaged.repository, options)
