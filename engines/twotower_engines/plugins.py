@@ -58,6 +58,7 @@ def register_plugins(compute_capability: str) -> None:
         BuildError: TensorRT is too old, no kernels exist for the GPU, or the process has registered
             the plugins for another one.
     """
+    import numpy.typing  # noqa: F401 - tensorrt.plugin uses it and does not import it
     import tensorrt as trt
 
     from twotower_engines.kernels.nodes import NODES

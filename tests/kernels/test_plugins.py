@@ -1,0 +1,239 @@
+"""The plugin definitions under TensorRT's own registration, validation and parser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
+
+from twotower_engines import plugins
+from twotower_engines.errors import BuildError
+from twotower_engines.flavours.tensorrt_rtx import find_library
+from twotower_engines.kernels import nodes
+from twotower_export.graph.experts import sparse_experts
+from twotower_export.graph.mamba import mamba_block_step
+from twotower_export.graph.refine import refine_block
+from twotower_export.tiny import tiny_config
+
+CHECKS = Path(__file__).with_name("tensorrt_checks.py")
+FLOAT = ir.DataType.FLOAT
+
+
+@pytest.fixture(scope="module")
+def tensorrt() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs one of `tensorrt_checks.py` in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= find_library().environment
+
+    def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, CHECKS, *args]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def check(tensorrt: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., Any]:
+    """What a check prints; it must end well."""
+
+    def run(*args: str | Path) -> Any:
+        done = tensorrt(*args)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])  # TensorRT logs on stdout too
+
+    return run
+
+
+def op_model(op: str) -> tuple[onnx.ModelProto, list[torch.Tensor]]:
+    """A graph that calls the op from inside a function, as a bundle's graphs do, and its inputs."""
+    generator = np.random.default_rng(1)
+    if op == "RefineBlock":
+        logits = torch.from_numpy(generator.normal(0, 3, (5, 8, 272))).float()
+        ids = torch.from_numpy(block(generator, 5, 8, 272, 0.8).astype(np.int32))
+        given = [logits, ids, *row_tensors(mixed_rows(generator, 5, 8))]
+        function = refine_block(MASK, FLOAT)
+    elif op == "SparseExperts":
+        given = list(draw_experts(generator, 12, 2, 5, 40, 24))
+        sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        function = sparse_experts(tiny_config("E", hidden=40, **sizes), FLOAT)
+    else:
+        given = draw_mamba(generator, 16, [16, 16])
+        sizes = {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16}
+        function = mamba_block_step(tiny_config("M", **sizes), FLOAT)
+    return wrapped(function, given), given
+
+
+def wrapped(function: ir.Function, given: list[torch.Tensor]) -> onnx.ModelProto:
+    """main -> Wrapper -> the op -> its body: the op is called from inside a function."""
+    proto = ir.to_proto(function)
+    helper = onnx.helper
+    call = helper.make_node(function.name, proto.input, proto.output, domain="twotower")
+    call.attribute.extend(proto.attribute_proto)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("twotower", 1)]
+    wrapper = helper.make_function(
+        "twotower", "Wrapper", list(proto.input), list(proto.output), [call], opsets
+    )
+    types = {torch.float32: onnx.TensorProto.FLOAT, torch.int32: onnx.TensorProto.INT32}
+    names = nodes.OP_INPUTS[function.name]
+    inputs = [
+        helper.make_tensor_value_info(name, types[tensor.dtype], tensor.shape)
+        for name, tensor in zip(names, given, strict=True)
+    ]
+    integers = ("new_ids", "committed", "still_masked")
+    outputs = [
+        helper.make_tensor_value_info(
+            name, onnx.TensorProto.INT32 if name in integers else onnx.TensorProto.FLOAT, []
+        )
+        for name in nodes.OP_OUTPUTS[function.name]
+    ]
+    node = helper.make_node(
+        "Wrapper", [i.name for i in inputs], [o.name for o in outputs], domain="twotower"
+    )
+    graph = helper.make_graph([node], function.name, inputs, outputs)
+    return helper.make_model(graph, opset_imports=opsets, functions=[wrapper, proto], ir_version=10)
+
+
+def run(model: onnx.ModelProto, given: list[torch.Tensor]) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    names = [value.name for value in session.get_inputs()]
+    return session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))
+
+
+OPS = tuple(nodes.CHAINS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_graph_with_plugins_means_the_same(op: str) -> None:
+    model, given = op_model(op)
+    before = model.SerializeToString()
+    changed = plugins.with_plugins(model)
+    assert model.SerializeToString() == before, "the bundle's graph was changed"
+    onnx.checker.check_model(changed)
+    called = [node.op_type for node in changed.graph.node if node.domain == plugins.NAMESPACE]
+    assert called == [link.node for link in nodes.CHAINS[op]]
+    for mine, theirs in zip(run(changed, given), run(model, given), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_new_states_are_asked_for_where_the_graph_returns_them() -> None:
+    model, _ = op_model("MambaBlockStep")
+    for wanted in (1, 0):
+        called = plugins.with_plugins(model).graph.node
+        states = [a.i for node in called for a in node.attribute if a.name == "states"]
+        assert states == [wanted, wanted]
+        del model.graph.output[1:]
+
+
+def test_a_graph_without_ops_is_refused() -> None:
+    model, _ = op_model("RefineBlock")
+    del model.graph.node[:]
+    with pytest.raises(BuildError, match="calls none of RefineBlock"):
+        plugins.with_plugins(model)
+
+
+def test_tensorrt_registers_and_validates_every_definition(check: Callable[..., Any]) -> None:
+    found = check("registered")
+    assert (found["before"], found["after"]) == (False, True)
+    assert sorted(found["creators"]) == sorted(node.name for node in nodes.NODES)
+    for node in nodes.NODES:
+        assert sorted(found["creators"][node.name]) == sorted(node.attributes)
+    assert "registered its plugins for 9.0" in found["refusal"]
+
+
+def test_tensorrt_instantiates_ahead_of_time_plugins(check: Callable[..., Any]) -> None:
+    assert check("shapes_unknown") == {
+        "RefineVocabulary": ["FLOAT", "INT32"],
+        "ExpertsUp": ["BF16"],
+        "MambaScan": ["BF16", "FLOAT"],
+    }
+
+
+def test_what_tensorrt_is_given(check: Callable[..., Any]) -> None:
+    """Arguments in TensorRT's order - inputs, integers, outputs - and the launch."""
+    made = check("implementations")
+    vocabulary = made["RefineVocabulary"]
+    assert vocabulary["outputs"] == [["FLOAT", [2, 16, 5, 3]], ["INT32", [2, 16, 3]]]
+    assert vocabulary["launch"][:4] == [3, 16, 2, 256]
+    assert vocabulary["integers"] == [16]
+    assert kinds(vocabulary) == "pppppipp"
+
+    up = made["ExpertsUp"]
+    assert up["outputs"] == [["BF16", [80, 96]]]
+    assert up["launch"][:4] == [2, min(80, 80 // 16 + 8), 1, 128]
+    assert up["integers"] == [80]
+    assert kinds(up) == "pppppip"  # the fifth input, `indices`, is passed and ignored
+    assert "experts_up_ignored_4" in up["ptx"]
+
+    scan = made["MambaScan"]
+    assert scan["outputs"] == [["BF16", [3, 16, 32]], ["FLOAT", [3, 4, 8, 16]]]
+    assert scan["launch"][:4] == [4, 3, 1, 128]
+    assert kinds(scan) == "p" * 11 + "i" + "pp"
+    for node in made.values():
+        assert node["launch"][4] <= 48 * 1024
+        assert f".visible .entry {node['entry']}(" in node["ptx"]
+
+
+def kinds(node: dict[str, Any]) -> str:
+    """p for each pointer and i for each integer among an entry's parameters."""
+    found = re.search(r"\.entry \w+\((.*?)\n\)", node["ptx"], re.DOTALL)
+    assert found
+    lines = found.group(1).strip().splitlines()
+    return "".join("i" if ".u32" in line else "p" for line in lines)
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One graph per op with its plugin nodes, on disk."""
+    folder = tmp_path_factory.mktemp("graphs")
+    for op in OPS:
+        onnx.save(plugins.with_plugins(op_model(op)[0]), folder / f"{op}.onnx")
+    return {op: folder / f"{op}.onnx" for op in OPS}
+
+
+def test_the_parser_takes_the_function_where_no_plugin_is(
+    check: Callable[..., Any], graphs: dict[str, Path]
+) -> None:
+    for made in check("functions", *graphs.values()):
+        assert made["parsed"], made["errors"]
+        assert len(made["layers"]) > 10, "the op's body, in ordinary layers"
+        assert not [layer for layer in made["layers"] if "PLUGIN" in layer]
+    assert check("built", graphs["SparseExperts"])["bytes"] > 0
+
+
+def test_the_parser_takes_the_plugin_where_it_is_registered(
+    check: Callable[..., Any], graphs: dict[str, Path]
+) -> None:
+    """As far as it goes here: RTX's parser finds our plugin, and takes another kind only."""
+    for made in check("quick_plugins", *graphs.values()):
+        assert not made["parsed"]
+        assert "IPluginCreatorV3One creator only" in made["errors"][0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_parser_asks_a_plugin_of_that_name(
+    op: str, tensorrt: Callable[..., subprocess.CompletedProcess[str]], graphs: dict[str, Path]
+) -> None:
+    """With plugins of the kind that RTX takes under our names: the chain's first is asked for.
+
+    The library then ends the process, as it does with every plugin layer without a GPU.
+    """
+    done = tensorrt("other_plugins", graphs[op])
+    asked = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"plugin"')]
+    first = nodes.CHAINS[op][0].node
+    assert [one["plugin"] for one in asked] == [first], done.stderr[-2000:]
+    expected = {"mask_id": [MASK], "num_experts": [5], "n_groups": [2], "states": [1]}
+    attributes = next(node.attributes for node in nodes.NODES if node.name == first)
+    assert asked[0]["attributes"] == {name: expected[name] for name in attributes}
