@@ -1,0 +1,178 @@
+"""Time and memory of `twotower export` against the number of layers, at full width.
+
+    python benchmarks/export.py
+
+Checkpoints of the released sizes made of holes (real names, headers and layout, no weights), with
+the first 2, 8, 26 and 52 layers; each is exported by the command in a process of its own. For
+comparison, PyTorch's exporter traces a context tower of Mamba and attention layers of the same
+sizes on the meta device (it cannot trace the experts' loop, which depends on data). At last, three
+layers of the 52-layer bundle are verified.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LAYERS = (2, 8, 26, 52)
+REPEATS = 3
+TRACED = ("M", "MM*MM*")
+VERIFIED = (0, 1, 5)
+
+sys.path.insert(0, str(ROOT / "tests" / "export"))
+
+TRACE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+import torch
+from sparse_checkpoint import full_config
+from twotower_export.towers import ContextTower, empty_states, on_meta
+config = replace(full_config(), pattern=sys.argv[2])
+tower = on_meta(lambda: ContextTower(config)).eval()
+with torch.device("meta"):
+    states = empty_states(config, 2, 64, torch.float32)
+    ids, rows = torch.zeros(2, 16, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+torch.onnx.export(
+    tower, (ids, rows, rows), kwargs={"states": states}, dynamo=True, verbose=False, optimize=False
+)
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A process: wall-clock seconds, and the most memory it held, in bytes."""
+
+    seconds: float
+    peak: int
+
+
+def measure(command: list[str]) -> Measured:
+    """Run a command to its end."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{command}: {errors.read().decode()[-2000:]}")
+    return Measured(time.perf_counter() - start, usage.ru_maxrss * 1024)
+
+
+def twotower(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "twotower_client.cli", *map(str, arguments)]
+
+
+def measure_export(layers: int, folder: Path) -> dict[str, Any]:
+    """Export a checkpoint of `layers` layers; the best time and the worst memory of some runs."""
+    from sparse_checkpoint import FULL_CONFIG, FULL_PATTERN, write_sparse_checkpoint
+
+    pattern = FULL_PATTERN[:layers]
+    config = FULL_CONFIG | {"hybrid_override_pattern": pattern, "num_hidden_layers": layers}
+    checkpoint = write_sparse_checkpoint(folder / f"cache-{layers}", config)
+    bundle = folder / f"bundle-{layers}"
+    runs = [measure(twotower("export", checkpoint, bundle)) for _ in range(REPEATS)]
+    graphs = [path.stat().st_size for path in bundle.rglob("*.onnx")]
+    return {
+        "layers": layers,
+        "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")),
+        "seconds": round(min(run.seconds for run in runs), 2),
+        "peak_bytes": max(run.peak for run in runs),
+        "graph_bytes_largest": max(graphs),
+        "bundle_bytes": sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()),
+    }
+
+
+def measure_trace(pattern: str) -> dict[str, Any]:
+    """Trace a context tower with PyTorch's exporter."""
+    tests = str(ROOT / "tests" / "export")
+    run = measure([sys.executable, "-c", TRACE, tests, pattern])
+    return {"pattern": pattern, "seconds": round(run.seconds, 2), "peak_bytes": run.peak}
+
+
+def measure_verify(folder: Path) -> dict[str, Any]:
+    """Verify some layers of the full-size bundle, against holes: the cost is that of weights."""
+    layers = [word for layer in VERIFIED for word in ("--layer", str(layer))]
+    snapshot = next((folder / f"cache-{LAYERS[-1]}").glob("*/snapshots/*"))
+    run = measure(twotower("verify", folder / f"bundle-{LAYERS[-1]}", snapshot, *layers))
+    return {"layers": VERIFIED, "seconds": round(run.seconds, 1), "peak_bytes": run.peak}
+
+
+def main() -> None:
+    exports, traces = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for layers in LAYERS:
+            print(f"exporting {layers} layers", file=sys.stderr)
+            exports.append(measure_export(layers, folder))
+        for pattern in TRACED:
+            print(f"tracing {pattern}", file=sys.stderr)
+            traces.append(measure_trace(pattern))
+        print(f"verifying layers {VERIFIED}", file=sys.stderr)
+        verified = measure_verify(folder)
+    report(exports, traces, verified)
+
+
+def report(
+    exports: list[dict[str, Any]], traces: list[dict[str, Any]], verified: dict[str, Any]
+) -> None:
+    """Print the tables and write them to `results/`."""
+    today = datetime.date.today().isoformat()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    lines = [
+        "# Export at full width",
+        "",
+        f"`python benchmarks/export.py`, {today}, {machine}. Both towers, graphs in bf16 and in"
+        f" float32; sparse checkpoints; best time and largest memory of {REPEATS} runs, start of"
+        " the process included.",
+        "",
+        "| layers | checkpoint GB | seconds | peak MB | largest graph MB | bundle MB |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in exports:
+        sizes = [row[key] / 1e6 for key in ("peak_bytes", "graph_bytes_largest", "bundle_bytes")]
+        lines.append(
+            f"| {row['layers']} | {row['checkpoint_bytes'] / 1e9:.1f} | {row['seconds']} "
+            f"| {sizes[0]:.0f} | {sizes[1]:.2f} | {sizes[2]:.1f} |"
+        )
+    lines += [
+        "",
+        "Tracing instead, one context tower, one precision, no experts"
+        " (`torch.onnx.export(dynamo=True, optimize=False)`):",
+        "",
+        "| layers | seconds | peak MB |",
+        "|---|---:|---:|",
+        *(f"| `{t['pattern']}` | {t['seconds']} | {t['peak_bytes'] / 1e6:.0f} |" for t in traces),
+        "",
+        f"`twotower verify --layer {' --layer '.join(map(str, VERIFIED))}` of the"
+        f" {LAYERS[-1]}-layer bundle, both towers: {verified['seconds']} s,"
+        f" {verified['peak_bytes'] / 1e9:.2f} GB at most.",
+    ]
+    print("\n".join(lines))
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"export-{today}"
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {
+        "date": today,
+        "machine": machine,
+        "exports": exports,
+        "traces": traces,
+        "verified": verified,
+    }
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
