@@ -29,12 +29,15 @@ from .errors import (
 from .result import Answer, Block
 
 if TYPE_CHECKING:
+    from .aio import AsyncAnswerStream, AsyncTwoTowerClient
     from .client import AnswerStream, TwoTowerClient
     from .request import Options
 
 __all__ = [
     "Answer",
     "AnswerStream",
+    "AsyncAnswerStream",
+    "AsyncTwoTowerClient",
     "Block",
     "CancelledError",
     "ClientError",
@@ -50,7 +53,13 @@ __all__ = [
 ]
 
 
-LAZY = {"AnswerStream": "client", "TwoTowerClient": "client", "Options": "request"}
+LAZY = {
+    "AnswerStream": "client",
+    "AsyncAnswerStream": "aio",
+    "AsyncTwoTowerClient": "aio",
+    "Options": "request",
+    "TwoTowerClient": "client",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,26 +17,38 @@ from typing import Any, Self, Unpack
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from .connection import (
+    CHANNEL_OPTIONS,
+    GRACE_SECONDS,
+    LOOK_SECONDS,
+    STOP_SECONDS,
+    check_address,
+    check_seconds,
+)
 from .errors import (
     CancelledError,
     ClientError,
     DeadlineError,
-    InactivityError,
     ModelNotReadyError,
-    RequestFailedError,
-    RequestRefusedError,
     ServerUnavailableError,
 )
 from .request import MODEL, Options, infer_request, stop_request
-from .response import answer_of, block_of, error_of, error_of_rpc, not_ready, prompt_ids_of
+from .response import (
+    answer_of,
+    block_of,
+    cancelled,
+    ended_early,
+    error_of,
+    error_of_readiness,
+    error_of_rpc,
+    not_ready,
+    prompt_ids_of,
+    too_late,
+    unexplained,
+)
 from .result import Answer, Block
 
 __all__ = ["AnswerStream", "TwoTowerClient"]
-
-CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-SHORT_SECONDS = 5.0  # for calls that only look
-STOP_SECONDS = 2.0  # for telling a server to stop; it may be the one that hangs
-GRACE_SECONDS = 2.0  # for a call to end by itself
 
 
 class TwoTowerClient:
@@ -62,13 +74,9 @@ class TwoTowerClient:
         inactivity_timeout: float = 60.0,
         credentials: Any | None = None,
     ) -> None:
-        if "://" in url or not url.rpartition(":")[2].isdigit():
-            raise RequestRefusedError(
-                f"url is {url!r}; give host:port of the gRPC endpoint, as localhost:8001"
-            )
-        self.url = url
-        self.timeout = _positive("timeout", timeout)
-        self.inactivity_timeout = _positive("inactivity_timeout", inactivity_timeout)
+        self.url = check_address(url)
+        self.timeout = check_seconds("timeout", timeout)
+        self.inactivity_timeout = check_seconds("inactivity_timeout", inactivity_timeout)
         self._channel = (
             grpc.insecure_channel(url, options=CHANNEL_OPTIONS)
             if credentials is None
@@ -120,7 +128,7 @@ class TwoTowerClient:
             RequestRefusedError: At once, where no server could do this. All other errors come from
                 iterating.
         """
-        limit = self.timeout if timeout is None else _positive("timeout", timeout)
+        limit = self.timeout if timeout is None else check_seconds("timeout", timeout)
         request_id = uuid.uuid4().hex
         request = infer_request(prompt, prompt_ids, options, request_id, limit)
         return AnswerStream(self, request, limit)
@@ -150,16 +158,9 @@ class TwoTowerClient:
         """
         try:
             request = service_pb2.ModelReadyRequest(name=MODEL)
-            ready = self._stub.ModelReady(request, timeout=SHORT_SECONDS).ready
+            ready = self._stub.ModelReady(request, timeout=LOOK_SECONDS).ready
         except grpc.RpcError as problem:
-            if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise ServerUnavailableError(
-                    f"{self.url} did not answer within {SHORT_SECONDS:g} s; "
-                    "is the address right, and is a firewall in the way?"
-                ) from None
-            if problem.code() is grpc.StatusCode.NOT_FOUND:
-                raise not_ready(self.url, f" ({problem.details()})") from None
-            raise error_of_rpc(problem, self.url, started=False) from None
+            raise error_of_readiness(problem, self.url) from None
         if not ready:
             raise not_ready(self.url, "")
 
@@ -265,8 +266,7 @@ class AnswerStream(Iterator[Block]):
         May be called from another thread. Does nothing when the answer is complete.
         """
         if not self.is_done and self._ended is None:
-            text = "the request was cancelled before its answer was complete"
-            self._end(CancelledError(text))
+            self._end(cancelled())
             self._arrived.put(None)  # wakes a thread that waits in __next__
 
     def __enter__(self) -> Self:
@@ -292,13 +292,12 @@ class AnswerStream(Iterator[Block]):
         try:
             item = self._arrived.get(timeout=max(0.0, min(left, client.inactivity_timeout)))
         except queue.Empty:
-            raise self._too_late(left) from None
+            waited = client.inactivity_timeout
+            raise too_late(self._timeout, left, waited, len(self.blocks)) from None
         if self._ended is not None:  # cancelled while we waited
             raise self._ended
         if item is None:
-            raise RequestFailedError(
-                "the server ended the answer without saying why; its log may tell"
-            )
+            raise ended_early()
         if isinstance(item, grpc.RpcError):
             raise error_of_rpc(item, client.url, started=bool(self.blocks))
         if item.error_message:
@@ -307,18 +306,6 @@ class AnswerStream(Iterator[Block]):
             return self._next()  # an empty final response of a newer server
         self.prompt_ids = self.prompt_ids or prompt_ids_of(item.infer_response)
         return block_of(item.infer_response, time.monotonic() - self._start)
-
-    def _too_late(self, left: float) -> ClientError:
-        got = f"{len(self.blocks)} blocks had arrived"
-        if left <= self._client.inactivity_timeout:
-            return DeadlineError(
-                f"the answer was not complete after {self._timeout:g} s ({got}); "
-                "allow more with timeout, or ask for fewer tokens"
-            )
-        return InactivityError(
-            f"nothing came from the server for {self._client.inactivity_timeout:g} s ({got}); "
-            "it may be overloaded, or its model process may have died: look at its log"
-        )
 
     def _refusal(self, message: str) -> ClientError:
         """Return what an error message means; where Triton itself sent it, ask what is the case."""
@@ -330,7 +317,7 @@ class AnswerStream(Iterator[Block]):
                 self._client.check_ready()
             except ClientError as reason:
                 return reason
-        return RequestFailedError(f"the server answered with an error: {message}")
+        return unexplained(message)
 
     def _end(self, problem: ClientError) -> None:
         """Remember how it ended; where the server may be at work still, tell it to stop.
@@ -361,9 +348,3 @@ def _read(call: Any, arrived: queue.SimpleQueue[Any]) -> None:
     except grpc.RpcError as problem:
         arrived.put(problem)
     arrived.put(None)
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < threading.TIMEOUT_MAX:
-        raise RequestRefusedError(f"{name} is {value}; it must be a positive number of seconds")
-    return float(value)

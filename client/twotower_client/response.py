@@ -9,6 +9,7 @@ from .errors import (
     CancelledError,
     ClientError,
     DeadlineError,
+    InactivityError,
     ModelNotReadyError,
     RequestFailedError,
     RequestRefusedError,
@@ -18,7 +19,19 @@ from .errors import (
 from .request import MODEL
 from .result import Answer, Block
 
-__all__ = ["answer_of", "block_of", "error_of", "error_of_rpc", "not_ready", "prompt_ids_of"]
+__all__ = [
+    "answer_of",
+    "block_of",
+    "cancelled",
+    "ended_early",
+    "error_of",
+    "error_of_readiness",
+    "error_of_rpc",
+    "not_ready",
+    "prompt_ids_of",
+    "too_late",
+    "unexplained",
+]
 
 REFUSED = "request refused: "  # how our refusals begin; Triton puts the ensemble's name before
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
@@ -95,7 +108,7 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError("the answer was not complete within the timeout; allow more time")
     if code is grpc.StatusCode.CANCELLED:
-        return CancelledError("the request was cancelled before its answer was complete")
+        return cancelled()
     if code is grpc.StatusCode.UNAVAILABLE and started:
         return RequestFailedError(
             f"the connection to {url} broke in the middle of the answer ({details}); "
@@ -109,6 +122,54 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ServerUnavailableError(f"what answers at {url} is no Triton server ({details})")
     return RequestFailedError(f"the server answered with {code.name}: {details}")
+
+
+def error_of_readiness(problem: Any, url: str) -> ClientError:
+    """Return the exception that a failed question for readiness stands for."""
+    import grpc
+
+    if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ServerUnavailableError(
+            f"{url} did not answer in time; is the address right, and is a firewall in the way?"
+        )
+    if problem.code() is grpc.StatusCode.NOT_FOUND:
+        return not_ready(url, f" ({problem.details()})")
+    return error_of_rpc(problem, url, started=False)
+
+
+def too_late(timeout: float, left: float, inactivity_timeout: float, blocks: int) -> ClientError:
+    """Return the exception for a wait that ended without anything.
+
+    Args:
+        timeout: Seconds that the whole answer may take.
+        left: How many of them were left when the wait began.
+        inactivity_timeout: Seconds that may pass without anything new.
+        blocks: How many had arrived.
+    """
+    if left <= inactivity_timeout:
+        return DeadlineError(
+            f"the answer was not complete after {timeout:g} s ({blocks} blocks had arrived); "
+            "allow more with timeout, or ask for fewer tokens"
+        )
+    return InactivityError(
+        f"nothing came from the server for {inactivity_timeout:g} s ({blocks} blocks had arrived); "
+        "it may be overloaded, or its model process may have died: look at its log"
+    )
+
+
+def ended_early() -> RequestFailedError:
+    """Return the exception for an answer that just stops."""
+    return RequestFailedError("the server ended the answer without saying why; its log may tell")
+
+
+def cancelled() -> CancelledError:
+    """Return the exception for an answer that its caller stopped."""
+    return CancelledError("the request was cancelled before its answer was complete")
+
+
+def unexplained(message: str) -> RequestFailedError:
+    """Return the exception for an error message of Triton's own."""
+    return RequestFailedError(f"the server answered with an error: {message}")
 
 
 def not_ready(url: str, details: str) -> ModelNotReadyError:

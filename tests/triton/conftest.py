@@ -41,7 +41,7 @@ def build_random_engines(folder: Path) -> Path:
     write_random_checkpoint(checkpoint, "ME*M", 32, 3)
     cli.main(["export", str(checkpoint), str(bundle)], standalone_mode=False)
     build = ["build", str(bundle), str(engines), "--sku", "cpu", "--slots", "4"]
-    cli.main([*build, "--context", "8192"], standalone_mode=False)
+    cli.main([*build, "--context", "4096"], standalone_mode=False)
     return engines / "cpu"
 
 

@@ -84,15 +84,15 @@ def run_cli(*arguments: str) -> dict:
 
 
 def test_blocks_arrive_before_the_answer_is_complete(client) -> None:
-    with client.stream(prompt_ids=[7], max_new_tokens=512, block_size=16) as stream:
+    one_token_per_call = {"policy": "quota", "steps": 16, "block_size": 16}
+    with client.stream(prompt_ids=[7], max_new_tokens=1024, **one_token_per_call) as stream:
         blocks = list(stream)
-    assert len(blocks) == 32
-    assert [block.finish_reason for block in blocks] == [None] * 31 + ["length"]
-    calls = [block.denoiser_calls for block in blocks]
-    assert calls == sorted(calls)
-    # one denoiser call per token or nearly so: the blocks are spread over the whole time
-    assert blocks[0].seconds < blocks[-1].seconds / 4
-    assert blocks[15].seconds < blocks[-1].seconds * 3 / 4
+    assert [block.finish_reason for block in blocks] == [None] * 63 + ["length"]
+    assert [block.denoiser_calls for block in blocks] == list(range(16, 1025, 16))
+    # the blocks are spread over the whole time, if not evenly on a busy machine
+    whole = blocks[-1].seconds
+    assert blocks[0].seconds < whole / 4
+    assert blocks[31].seconds < whole * 3 / 4
 
 
 def test_many_at_once_get_what_each_would_get_alone(client, local) -> None:
@@ -143,7 +143,7 @@ def test_the_server_is_ready_in_time(server) -> None:
 
 def test_cancelling_frees_the_slot(client) -> None:
     """Both slots are taken by answers that would take many seconds, then given up."""
-    long = {"max_new_tokens": 8000, "threshold": 1.0}
+    long = {"max_new_tokens": 4000, "threshold": 1.0}
     streams = [client.stream(prompt_ids=[number], **long) for number in (5, 6)]
     for stream in streams:
         next(stream)

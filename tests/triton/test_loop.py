@@ -66,7 +66,7 @@ def job(*prompt: int, name: str = "a", timeout: float = 0.0, **options) -> Job:
     return Job(Request(name, prompt or (5,), **options), timeout)
 
 
-LONG = {"max_new_tokens": 8000, "threshold": 1.0}
+LONG = {"max_new_tokens": 4000, "threshold": 1.0}
 
 
 def test_parts_carry_the_prompt_once_and_the_ids_before(loop) -> None:
