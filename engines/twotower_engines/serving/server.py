@@ -7,7 +7,8 @@ with TritonServer(Path("repository"), ServerOptions(grpc_port=0)) as server:
 ```
 The server runs in a session of its own, so that Ctrl-C reaches us alone and is passed on once. It
 ends with us in every case: on a signal, at the end of the `with` block, and, because the kernel
-tells it when its parent dies, even when we are killed.
+tells it when its parent dies, even when we are killed. (The kernel means the thread that started
+it: start a server from one that lives as long.)
 """
 
 from __future__ import annotations
