@@ -1,0 +1,142 @@
+"""`twotower kernels`: compiles the kernels for any GPU, and lists what they use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from twotower_engines.kernels.compile import Compiled
+    from twotower_engines.kernels.spec import KernelSpec
+
+__all__ = ["kernels"]
+
+COLUMNS = (
+    ("kernel", "<20"),
+    ("target", ">6"),
+    ("registers", ">9"),
+    ("spilled B", ">9"),
+    ("shared B", ">8"),
+    ("threads", ">7"),
+    ("PTX", ">4"),
+    ("driver", ">6"),
+)
+KEYS = (
+    "kernel",
+    "target",
+    "registers",
+    "spill_bytes",
+    "shared_memory",
+    "threads",
+    "ptx_version",
+    "driver_cuda",
+)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  twotower kernels
+  twotower kernels --target 9.0 --rows 16
+  twotower kernels --json > kernels.json
+  twotower kernels --target 8.9 --output ptx/
+"""
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="X.Y",
+    help="Compute capability to compile for; may be given again.  [default: all]",
+)
+@click.option(
+    "--rows", default=1, show_default=True, help="Blocks of a batch, which tiles are chosen for."
+)
+@click.option("--block", default=16, show_default=True, help="Tokens of a block.")
+@click.option(
+    "--dtype",
+    default="bf16",
+    show_default=True,
+    type=click.Choice(["bf16", "fp32"]),
+    help="Of weights and activations.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one object per kernel and target.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the PTX of each kernel into this folder too.",
+)
+def kernels(
+    targets: tuple[str, ...],
+    rows: int,
+    block: int,
+    dtype: str,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Compile our GPU kernels and list what they use.
+
+    Every kernel of the released model's sizes is compiled to PTX for each GPU generation, without a
+    GPU. Registers and spills are per thread and are the assembler's; shared memory is per program.
+    `driver` is the CUDA version whose driver first takes that PTX.
+    """
+    from twotower_engines.kernels.compile import all_specs
+    from twotower_engines.kernels.spec import Sizes
+    from twotower_engines.kernels.targets import TARGETS, target
+
+    wanted = [target(name) for name in targets] or list(TARGETS)
+    specs = all_specs(Sizes(rows=rows, block=block, dtype=dtype))
+    lines = []
+    count = len(wanted) * len(specs)
+    for number, (gpu, spec) in enumerate(((gpu, spec) for gpu in wanted for spec in specs), 1):
+        _report(f"{spec.name} for {gpu.compute_capability}", number, count)
+        lines.append(_line(spec, gpu, output))
+    if as_json:
+        click.echo(json.dumps(lines, indent=2))
+        return
+    click.echo("  ".join(f"{name:{align}}" for name, align in COLUMNS))
+    for line in lines:
+        cells = ("-" if line[key] is None else line[key] for key in KEYS)
+        text = (f"{cell!s:{align}}" for cell, (_, align) in zip(cells, COLUMNS, strict=True))
+        click.echo("  ".join(text))
+
+
+def _line(spec: KernelSpec, gpu: Any, output: Path | None) -> dict[str, Any]:
+    """What one kernel uses on one GPU."""
+    from twotower_engines.kernels.compile import compile_kernel, resources
+
+    compiled = compile_kernel(spec, gpu)
+    used = resources(compiled)
+    if output is not None:
+        _write(compiled, output)
+    return {
+        "kernel": spec.name,
+        "target": gpu.compute_capability,
+        "registers": used.registers if used else None,
+        "spill_bytes": used.spill_bytes if used else None,
+        "shared_memory": compiled.shared_memory,
+        "threads": compiled.threads,
+        "ptx_version": compiled.ptx_version,
+        "driver_cuda": gpu.cuda,
+        "tiles": dict(spec.launch.constants),
+        "stages": spec.launch.num_stages,
+    }
+
+
+def _write(compiled: Compiled, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{compiled.name}.sm_{compiled.target.arch}.ptx"
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(compiled.ptx, encoding="utf-8")
+    partial.replace(path)
+
+
+def _report(what: str, number: int, count: int) -> None:
+    """Progress on a terminal; the first compilation of all kernels takes minutes."""
+    if sys.stderr.isatty():
+        end = "\n" if number == count else ""
+        print(f"\r{number}/{count} {what:40}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,166 @@
+"""Kernels compiled ahead of time: PTX for every GPU, without one.
+
+Compilation needs a process without the interpreter, so each check starts its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twotower_engines.errors import BuildError
+from twotower_engines.kernels.compile import all_specs, compile_kernel
+from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT
+from twotower_engines.kernels.spec import Sizes
+from twotower_engines.kernels.targets import TARGETS, target
+
+SMALL = """
+from twotower_engines.kernels.spec import Sizes
+sizes = Sizes(vocab_size=261, hidden=64, inner=48, experts=8, experts_per_token=2, heads=4,
+              head_dim=16, state=16, groups=2, dtype={dtype!r}, small_dtype="fp32")
+"""
+"""Small constants: the same code, compiled in a third of the time."""
+
+COMPILE = """
+import dataclasses, json
+from twotower_engines.kernels.compile import all_specs, compile_kernel, resources
+from twotower_engines.kernels.targets import target
+made = []
+specs = [s for s in all_specs(sizes) if s.name + "_states" not in {{s.name for s in all_specs(sizes)}}]
+for name in {targets!r}:
+    for spec in specs:
+        compiled = compile_kernel(spec, target(name))
+        used = resources(compiled) if {assemble} else None
+        made.append(dict(
+            kernel=spec.name, target=name, ptx=compiled.ptx, entry=compiled.entry,
+            version=compiled.ptx_version, shared=compiled.shared_memory,
+            parameters=len(spec.types), types=list(spec.types.values()),
+            used=dataclasses.asdict(used) if used else None,
+            arranged=compiled.arranged([None, *reversed(spec.types), None]),
+        ))
+print(json.dumps(made))
+"""
+
+
+def check_ptx(made: dict[str, Any]) -> None:
+    """PTX that the oldest driver takes, with the kernel's own parameters and no more."""
+    gpu = target(made["target"])
+    assert made["version"] == f"{gpu.ptx // 10}.{gpu.ptx % 10}"
+    assert re.search(rf"^\.target sm_{gpu.arch}a?$", made["ptx"], re.MULTILINE)
+    assert "/work" not in made["ptx"], "a path of this machine"
+    assert "site-packages" not in made["ptx"]
+    assert parameters(made["ptx"], made["entry"]) == made["types"]
+    assert made["shared"] <= SHARED_MEMORY_LIMIT
+    moved = parameters(made["arranged"], made["entry"])
+    assert moved == ["*", *reversed(made["types"]), "*"]
+
+
+def parameters(ptx: str, entry: str) -> list[str]:
+    found = re.search(rf"\.visible \.entry {entry}\((.*?)\n\)", ptx, re.DOTALL)
+    assert found
+    return ["i32" if ".u32" in line else "*" for line in found.group(1).strip().splitlines()]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_kernel_compiles_for_every_gpu(compiled: Callable[..., Any], half: int) -> None:
+    names = [gpu.compute_capability for gpu in TARGETS][half::2]
+    source = SMALL.format(dtype="bf16") + COMPILE.format(targets=names, assemble=False)
+    found = compiled(source)
+    functions = {spec.function for spec in all_specs(Sizes())}
+    assert len(found) == len(names) * len(functions)
+    for made in found:
+        made["types"] = ["i32" if kind == "i32" else "*" for kind in made["types"]]
+        check_ptx(made)
+
+
+def test_float32_kernels_compile(compiled: Callable[..., Any]) -> None:
+    source = SMALL.format(dtype="fp32") + COMPILE.format(targets=["8.0"], assemble=True)
+    for made in compiled(source):
+        assert made["used"]["spill_bytes"] == 0, made["kernel"]
+
+
+def test_full_size_kernels_for_an_h200(tmp_path: Path) -> None:
+    """Through the command line: registers, spills and shared memory at the released sizes."""
+    lines = command("--target", "9.0", "--json", "--output", str(tmp_path))
+    assert [line["kernel"] for line in lines] == [spec.name for spec in all_specs(Sizes())]
+    for line in lines:
+        assert line["spill_bytes"] == 0, line
+        assert line["shared_memory"] <= SHARED_MEMORY_LIMIT, line
+        assert line["ptx_version"] == "8.0"
+    by_name = {line["kernel"]: line for line in lines}
+    # Programs that a multiprocessor of 65536 registers holds at once, as the launch tables say:
+    assert by_name["refine_vocabulary"]["registers"] <= 64  # four of 256 threads
+    assert by_name["mamba_scan"]["registers"] <= 128  # four of 128 threads
+
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == sorted(f"{line['kernel']}.sm_90.ptx" for line in lines)
+    up = (tmp_path / "experts_up.sm_90.ptx").read_text()
+    assert "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16" in up
+    assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], 0x10", up), (
+        "weights 16 bytes at a time"
+    )
+    vocabulary = (tmp_path / "refine_vocabulary.sm_90.ptx").read_text()
+    assert "ld.global.v4.b32" in vocabulary
+
+
+def command(*arguments: str) -> Any:
+    """What `twotower kernels` prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    start = [sys.executable, "-c", "from twotower_client.cli import main; main()", "kernels"]
+    done = subprocess.run([*start, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) if "--json" in arguments else done.stdout
+
+
+def test_the_table_names_every_column() -> None:
+    table = command("--target", "9.0").splitlines()
+    assert table[0].split() == [
+        "kernel",
+        "target",
+        "registers",
+        "spilled",
+        "B",
+        "shared",
+        "B",
+        "threads",
+        "PTX",
+        "driver",
+    ]
+    assert table[1].split()[:2] == ["refine_vocabulary", "9.0"]
+    assert len(table) == 1 + len(all_specs(Sizes()))
+
+
+def test_an_unknown_gpu_is_an_error_of_the_user() -> None:
+    start = [sys.executable, "-c", "from twotower_client.cli import main; main()"]
+    done = subprocess.run([*start, "kernels", "--target", "7.5"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no kernels for compute capability '7.5'" in done.stderr
+    assert "9.0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_compiles_while_the_interpreter_is_on() -> None:
+    with pytest.raises(BuildError, match="TRITON_INTERPRET"):
+        compile_kernel(all_specs(Sizes())[0], target("9.0"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 16])
+def test_every_full_size_kernel_assembles_for_every_gpu(rows: int) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        tables = pool.map(
+            lambda gpu: command("--target", gpu.compute_capability, "--rows", str(rows), "--json"),
+            TARGETS,
+        )
+    for line in (line for table in tables for line in table):
+        assert line["spill_bytes"] == 0, line
+        assert line["shared_memory"] <= SHARED_MEMORY_LIMIT, line
