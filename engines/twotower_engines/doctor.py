@@ -129,7 +129,7 @@ def _abilities(
             needs("reference", "torch") + needs("build", "onnxruntime", "polygraphy"),
         ),
         Ability("build and run engines for the CPU (build --sku cpu, run)", cpu_engines),
-        Ability("build TensorRT-RTX engines, without a GPU too", _missing_rtx(packages)),
+        Ability("build TensorRT-RTX engines, without a GPU too", _missing_rtx()),
         Ability(
             "build and run TensorRT engines",
             needs("tensorrt", "tensorrt", "cuda-python") + gpu,
@@ -139,11 +139,11 @@ def _abilities(
     ]
 
 
-def _missing_rtx(packages: dict[str, str]) -> tuple[str, ...]:
+def _missing_rtx() -> tuple[str, ...]:
     """Return what the TensorRT-RTX flavour says: it knows which versions go together."""
-    from twotower_engines.flavours import tensorrt_rtx
+    from twotower_engines.flavours.rtx_library import find_library
 
-    return _problem(tensorrt_rtx.find_library)
+    return _problem(find_library)
 
 
 def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
