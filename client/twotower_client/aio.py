@@ -259,7 +259,9 @@ class AsyncAnswerStream(AsyncIterator[Block]):
         left = self._timeout - (time.monotonic() - self._start)
         limit = max(0.0, min(left, client.inactivity_timeout))
         try:
-            message = await asyncio.wait_for(self._arrived.get(), limit)
+            # not wait_for, which in Python 3.11 loses a cancellation that comes with the message
+            async with asyncio.timeout(limit):
+                message = await self._arrived.get()
         except TimeoutError:
             waited = client.inactivity_timeout
             raise too_late(self._timeout, left, waited, len(self.blocks)) from None

@@ -151,4 +151,4 @@ def test_cancelling_frees_the_slot(client) -> None:
         stream.cancel()
     start = time.monotonic()
     client.generate(prompt_ids=[7], max_new_tokens=4)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 3

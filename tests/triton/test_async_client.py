@@ -63,7 +63,7 @@ def test_blocks_arrive_one_by_one(server) -> None:
 def assert_slots_are_free(client) -> None:
     start = time.monotonic()
     client.generate(prompt_ids=[7], max_new_tokens=4)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 3
 
 
 def test_cancelling_the_task_stops_the_request(server, client) -> None:

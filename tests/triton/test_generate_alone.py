@@ -69,4 +69,4 @@ def test_cancelling_the_call_is_noticed(call, client) -> None:
         running.cancel()
     start = time.monotonic()
     client.generate(prompt_ids=[7], max_new_tokens=4)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 3

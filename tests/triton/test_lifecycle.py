@@ -22,6 +22,12 @@ from twotower_engines.serving.ports import choose_ports
 COMMAND = [sys.executable, "-m", "twotower_client.cli", "serve"]
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path, monkeypatch) -> None:
+    """A command that is killed cannot remove its folder of links."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 def start(repository: Path, *options: str) -> tuple[subprocess.Popen, dict]:
     """Start `twotower serve` and return it with its ready line."""
     command = [*COMMAND, str(repository), "--grpc-port", "0", "--no-http", "--no-metrics"]

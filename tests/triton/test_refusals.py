@@ -128,7 +128,7 @@ def test_dropping_a_stream_stops_the_request(client) -> None:
             break
     start = time.monotonic()
     client.generate(prompt_ids=[7], max_new_tokens=4)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 3
 
 
 def test_ctrl_c_stops_the_request(server, client) -> None:
@@ -147,7 +147,7 @@ def test_ctrl_c_stops_the_request(server, client) -> None:
         assert b"Traceback" not in said
     start = time.monotonic()
     client.generate(prompt_ids=[7], max_new_tokens=4)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 3
 
 
 def test_nobody_listens() -> None:
