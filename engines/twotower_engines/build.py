@@ -1,34 +1,55 @@
-"""From a bundle to an engine set of one SKU."""
+"""From a bundle to an engine set of one SKU.
+
+In order: what is asked must fit (`plan_memory`) and be buildable here (the flavour's `check`); an
+engine set that is there already and was built from the same is kept; plans come from the cache or
+from the flavour; the set is put together beside its place and renamed. Nothing here knows how a
+plan is made.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
+import importlib.metadata
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from twotower_engines.build_cache import CachedPlan, PlanCache, digest_of
 from twotower_engines.engine_set import (
     BUILD_FILE,
     BuildRecord,
     EngineSet,
     Limits,
+    PlanFile,
     file_sha256,
     open_engine_set,
     write_build_record,
 )
-from twotower_engines.errors import BuildError, EngineSetError
-from twotower_engines.flavours import onnxruntime as onnxruntime_flavour
+from twotower_engines.errors import BuildError, EnginesError, PlanError
+from twotower_engines.fit import refusal, require_fit
+from twotower_engines.flavours.flavour import Flavour, Order, Target
+from twotower_engines.flavours.onnxruntime import OnnxRuntimeFlavour
+from twotower_engines.flavours.process import Progress
+from twotower_engines.flavours.tensorrt import TensorRtFlavour
+from twotower_engines.flavours.tensorrt_rtx import TensorRtRtxFlavour
 from twotower_engines.manifest import MANIFEST_FILE, Manifest, read_manifest
+from twotower_engines.model_size import read_model_size
+from twotower_engines.partial import partial_folder, put_in_place
+from twotower_engines.plan import MemoryPlan, plan_memory
+from twotower_engines.precisions import BUILT, PRECISIONS
+from twotower_engines.skus import Sku, find_sku
 
-__all__ = ["BuildOptions", "build_engines"]
+__all__ = ["FLAVOURS", "BuildOptions", "build_engines"]
 
+FLAVOURS: dict[str, Flavour] = {
+    flavour.name: flavour
+    for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
+}
 TOKENIZER_FILES = "*token*.json"
 BLOCK_SIZE_MAX = 64
+CONTEXT = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,65 +57,125 @@ class BuildOptions:
     """What an engine set is built for.
 
     Attributes:
-        sku: Name of the GPU, or `cpu`.
+        sku: A name of the table, `local`, or the path of a SKU file.
         slots: Requests that can be in flight at once.
-        context: Tokens of a request, prompt and answer together.
+        context: Tokens of a request, prompt and answer together; None for 8192, or all that the
+            model takes where that is less.
+        flavour: `auto` for the SKU's default.
+        precision: Of the weights; `auto` for the widest that fits.
+        gpus: 1, or 2 for one tower on each; None for the fewest that fit.
+        block_size_max: Tokens of the largest block that the denoiser takes.
     """
 
     sku: str = "cpu"
-    slots: int = 8
-    context: int = 8192
+    slots: int = 16
+    context: int | None = None
+    flavour: str = "auto"
+    precision: str = "auto"
+    gpus: int | None = None
+    block_size_max: int = BLOCK_SIZE_MAX
 
 
-def build_engines(bundle: Path, engines: Path, options: BuildOptions) -> tuple[EngineSet, bool]:
+def build_engines(
+    bundle: Path, engines: Path, options: BuildOptions, progress: Progress | None = None
+) -> tuple[EngineSet, bool]:
     """Build `ENGINES/<sku>`, unless it is there already and was built from the same.
 
+    Args:
+        bundle: What `twotower export` wrote.
+        engines: Its subfolder of the SKU's name is written.
+        options: What to build for.
+        progress: Told what is being done.
+
     Returns:
-        The engine set, and whether anything had to be built.
+        The engine set, and whether anything was written.
 
     Raises:
         BundleError: The folder is no bundle.
-        BuildError: A graph is missing or changed, or cannot be built.
+        PlanError: There is no such SKU, or what is asked does not fit on it.
+        BuildError: A graph is missing or changed, or the engines cannot be built.
     """
+    progress = progress or (lambda tower, text: None)
     manifest = read_manifest(bundle)
-    context = min(options.context, manifest.model.max_position_embeddings)
-    limits = Limits(options.slots, context, manifest.max_tokens_per_call, BLOCK_SIZE_MAX)
-    graphs = _checked_graphs(bundle, manifest)
-    versions = onnxruntime_flavour.versions()
-    key = _key(bundle, options, limits, versions)
-    target = engines / options.sku
-    with contextlib.suppress(EngineSetError):
-        present = open_engine_set(target)
-        present.check_plans()
-        if present.build.key == key:
-            return present, False
-    with _beside(target) as folder:
-        plans = {
-            tower: onnxruntime_flavour.build_tower(graph, folder, tower)
-            for tower, graph in graphs.items()
-        }
-        shutil.copyfile(bundle / MANIFEST_FILE, folder / MANIFEST_FILE)
-        for path in bundle.glob(TOKENIZER_FILES):
-            shutil.copyfile(path, folder / path.name)
-        record = BuildRecord(
-            sku=options.sku,
-            flavour="onnxruntime",
-            precision="float32",
-            limits=limits,
-            plans=plans,
-            versions=versions,
-            graph_sha256={tower: file_sha256(graph) for tower, graph in graphs.items()},
-            key=key,
-            bundle_fingerprint=manifest.checkpoint.fingerprint,
+    sku = find_sku(options.sku)
+    plan = _plan(bundle, manifest, sku, options)
+    flavour = FLAVOURS[plan.flavour]
+    limits = Limits(plan.slots, plan.context, plan.max_tokens_per_call, plan.block_size_max)
+    target = Target(sku, limits, plan.precision)
+    flavour.check(target)
+    graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
+    wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
+    folder = engines / sku.name
+    present = _present(folder, wanted.record.key)
+    if present is not None:
+        return present, False
+    with partial_folder(engines) as work, _plans(flavour, wanted, progress) as plans:
+        made = work / sku.name
+        made.mkdir()
+        _write_set(made, bundle, flavour, wanted, plans)
+        if folder.exists() and not (folder / BUILD_FILE).is_file():
+            raise BuildError(f"{folder}: is there and is no engine set; choose another folder")
+        put_in_place(made, folder)
+    return open_engine_set(folder), True
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """An engine set that is to be.
+
+    Attributes:
+        target: What for.
+        graphs: Tower to ONNX file.
+        recipes: Tower to the flavour's recipe.
+        keys: Tower to the key of its plan.
+        record: build.json, but for the plans.
+    """
+
+    target: Target
+    graphs: Mapping[str, Path]
+    recipes: Mapping[str, Mapping[str, Any]]
+    keys: Mapping[str, str]
+    record: BuildRecord
+
+
+def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> MemoryPlan:
+    """Return the memory plan of what is asked.
+
+    Raises:
+        PlanError: It does not fit, or asks for what the SKU has not.
+        BuildError: It fits in a precision that cannot be built yet.
+    """
+    if options.precision in PRECISIONS and options.precision not in BUILT:
+        raise BuildError(
+            f"--precision {options.precision} is not built yet, only {' and '.join(sorted(BUILT))};"
+            " `twotower plan` says what it would take"
         )
-        write_build_record(folder, record)
-    return open_engine_set(target), True
+    if options.flavour not in ("auto", *FLAVOURS):
+        raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
+
+    def planned(precision: str) -> MemoryPlan:
+        return plan_memory(
+            read_model_size(bundle),
+            sku,
+            options.gpus,
+            options.slots,
+            options.context or min(CONTEXT, manifest.model.max_position_embeddings),
+            precision,
+            flavour=None if options.flavour == "auto" else options.flavour,
+            block_size_max=options.block_size_max,
+        )
+
+    plan = planned(options.precision)
+    if plan.fits and plan.precision not in BUILT:
+        as_released = refusal(planned("bf16"))
+        raise PlanError(f"{as_released}. It fits in {plan.precision}, which is not built yet")
+    return require_fit(plan)
 
 
-def _checked_graphs(bundle: Path, manifest: Manifest) -> dict[str, Path]:
+def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:
     graphs = {}
     for tower in manifest.towers:
-        entry = manifest.graph("float32", tower)
+        entry = manifest.graph(precision, tower)
         path = bundle / entry.file
         if not path.is_file():
             raise BuildError(f"{path}: is missing; export the checkpoint again")
@@ -104,28 +185,118 @@ def _checked_graphs(bundle: Path, manifest: Manifest) -> dict[str, Path]:
     return graphs
 
 
-def _key(bundle: Path, options: BuildOptions, limits: Limits, versions: dict[str, Any]) -> str:
-    parts = {
-        "manifest": file_sha256(bundle / MANIFEST_FILE),
-        "options": asdict(options),
-        "limits": asdict(limits),
-        "versions": versions,
+def _wanted(
+    bundle: Path,
+    manifest: Manifest,
+    flavour: Flavour,
+    target: Target,
+    plan: MemoryPlan,
+    graphs: Mapping[str, Path],
+) -> _Wanted:
+    """Describe an engine set in full, before anything is built."""
+    versions = flavour.versions()
+    recipes = {tower: flavour.recipe(tower, target) for tower in graphs}
+    digests = {tower: file_sha256(path) for tower, path in graphs.items()}
+    keys = {
+        tower: digest_of(
+            {
+                "graph": digests[tower],
+                "flavour": flavour.name,
+                "versions": versions,
+                "recipe": recipes[tower],
+            }
+        )
+        for tower in graphs
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    memory = plan.as_json()
+    memory |= {"gpus": len(plan.gpus), "per_gpu": memory["gpus"]}
+    extra = {
+        **flavour.loader(target),
+        "weights": "inputs of the plans, by name; manifest.json says which bytes of which shard",
+        "placement": {tower: i for i, gpu in enumerate(plan.gpus) for tower in gpu.towers},
+    }
+    versions = {"twotower": importlib.metadata.version("twotower"), **versions}
+    copied = {path.name: file_sha256(path) for path in _copied(bundle)}
+    key = digest_of(
+        {
+            "plans": keys,
+            "limits": asdict(target.limits),
+            "sku": [target.sku.name, target.sku.compute_capability],
+            "versions": versions,
+            "memory": memory,
+            "extra": extra,
+            "copied": copied,
+        }
+    )
+    record = BuildRecord(
+        sku=target.sku.name,
+        flavour=flavour.name,
+        precision=target.precision,
+        limits=target.limits,
+        plans={},
+        compute_capability=target.sku.compute_capability,
+        versions=versions,
+        graph_sha256=digests,
+        profiles={tower: recipe["profiles"] for tower, recipe in recipes.items()},
+        memory=memory,
+        key=key,
+        bundle_fingerprint=manifest.checkpoint.fingerprint,
+        extra=extra,
+    )
+    return _Wanted(target, graphs, recipes, keys, record)
+
+
+def _present(folder: Path, key: str) -> EngineSet | None:
+    """Return an engine set that is complete, unchanged and of this key."""
+    with contextlib.suppress(EnginesError):
+        present = open_engine_set(folder)
+        if present.build.key == key:
+            present.check_plans()
+            return present
+    return None
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Give a folder that takes the place of `target` when it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    made.mkdir()
-    try:
-        yield made
-        if target.exists():
-            if not (target / BUILD_FILE).is_file():
-                raise BuildError(f"{target}: is there and is no engine set; choose another folder")
-            shutil.rmtree(target)
-        made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+def _plans(
+    flavour: Flavour, wanted: _Wanted, progress: Progress
+) -> Iterator[dict[str, CachedPlan]]:
+    """Give the plans: from the cache, or built now and, where the flavour says so, kept there."""
+    cache = PlanCache()
+    with cache.workplace() as work, cache.holding(wanted.keys.values()):
+        plans = {tower: cache.find(key) for tower, key in wanted.keys.items()}
+        orders = {
+            tower: Order(
+                wanted.graphs[tower], work / f"{tower}{flavour.suffix}", wanted.recipes[tower]
+            )
+            for tower, plan in plans.items()
+            if plan is None
+        }
+        found = {tower: plan for tower, plan in plans.items() if plan is not None}
+        reports = flavour.build(orders, wanted.target, progress) if orders else {}
+        for tower, order in orders.items():
+            if flavour.is_cached:
+                found[tower] = cache.keep(wanted.keys[tower], order.plan, reports[tower])
+            else:
+                found[tower] = CachedPlan(order.plan, file_sha256(order.plan), reports[tower])
+        yield found
+
+
+def _write_set(
+    folder: Path, bundle: Path, flavour: Flavour, wanted: _Wanted, plans: Mapping[str, CachedPlan]
+) -> None:
+    """Write everything into a new folder, build.json last."""
+    files = {}
+    for tower in wanted.graphs:
+        plan = plans[tower]
+        path = folder / f"{tower}{flavour.suffix}"
+        shutil.copyfile(plan.path, path)
+        files[tower] = PlanFile(path.name, plan.sha256)
+    for path in _copied(bundle):
+        shutil.copyfile(path, folder / path.name)
+    extra = {**wanted.record.extra, "reports": {t: plan.report for t, plan in plans.items()}}
+    write_build_record(folder, replace(wanted.record, plans=files, extra=extra))
+
+
+def _copied(bundle: Path) -> list[Path]:
+    """Return the files of a bundle that an engine set carries as they are."""
+    return [bundle / MANIFEST_FILE, *sorted(bundle.glob(TOKENIZER_FILES))]

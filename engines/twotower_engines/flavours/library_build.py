@@ -1,0 +1,200 @@
+"""What TensorRT and TensorRT-RTX share: from a graph to a plan with NVIDIA's Python API.
+
+Runs inside the worker process (`worker.py`) and nowhere else. The module of the API is an argument:
+`tensorrt`, `tensorrt_rtx` or `tensorrt_bindings`; what differs between them is in the job.
+
+With the pairing of `tensorrt_bindings` and the TensorRT-RTX library, `ITensor.is_shape_tensor` and
+`ITensor.get_dimension_name` do not work (they crash, or answer at random). So dynamic dimensions
+are named by the graph, and no tensor is asked for more than its name, dtype and shape.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RefusedError", "build_plan", "library_version", "one_node_plan"]
+
+Report = Callable[[str, int, int], None]
+"""Told of progress: name of the phase, steps done, steps in all."""
+
+MESSAGES = 5
+
+
+class RefusedError(Exception):
+    """The library refused a graph or could not build it; the message is the library's own."""
+
+
+def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Build one plan and write it.
+
+    Args:
+        trt: The API's module.
+        job: `graph`, `plan` (where to write), `inputs` (name to dims), `profiles` (list of name to
+            three shapes), `flags` (names of builder flags), and optionally `hardware`
+            (a hardware compatibility level), `compute_capabilities`, `timing_cache` (a file).
+        report: Called from the library's threads.
+
+    Returns:
+        What the library saw: layers, outputs, and the plan's size.
+
+    Raises:
+        RefusedError: The library said no.
+    """
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_strongly_typed(trt))
+    _parse(trt, network, log, Path(job["graph"]))
+    _check_inputs(network, job["inputs"])
+    config = builder.create_builder_config()
+    for shapes in job["profiles"]:
+        _add_profile(builder, config, shapes)
+    _configure(trt, config, job)
+    monitor = _monitor(trt, report)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RefusedError(log.text() or "no plan came back, and no message")
+    _write(Path(job["plan"]), plan)
+    if job.get("timing_cache"):
+        _write(Path(job["timing_cache"]), config.get_timing_cache().serialize())
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    return {
+        "layers": network.num_layers,
+        "inputs": network.num_inputs,
+        "outputs": {one.name: [one.dtype.name, list(one.shape)] for one in outputs},
+        "bytes": plan.nbytes,
+    }
+
+
+def one_node_plan(trt: Any) -> int:
+    """Build a network of one node; returns the size of its plan.
+
+    Raises:
+        RefusedError: It cannot be built.
+    """
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_strongly_typed(trt))
+    x = network.add_input("x", trt.float32, (2, 3))
+    network.mark_output(network.add_activation(x, trt.ActivationType.RELU).get_output(0))
+    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    if plan is None:
+        raise RefusedError(log.text() or "no plan came back, and no message")
+    return int(plan.nbytes)
+
+
+def library_version(library: Any) -> str:
+    """Return the version that a loaded libnvinfer says it has, for example `1.7.1`.
+
+    Args:
+        library: From `ctypes.CDLL`.
+    """
+    parts = ("Major", "Minor", "Patch")
+    return ".".join(str(getattr(library, f"getInferLib{part}Version")()) for part in parts)
+
+
+def _strongly_typed(trt: Any) -> int:
+    # the only mode from TensorRT 11 on, whose successors may drop the flag
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _log(trt: Any) -> Any:
+    """Return a logger that keeps errors; a subclass, and so only made once `trt` is there."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+        def text(self) -> str:
+            return "; ".join(self.errors[-MESSAGES:])
+
+    return Log()
+
+
+def _monitor(trt: Any, report: Report) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Follows the outermost phases; the library nests hundreds of short ones in them."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._steps[phase] = steps
+            report(phase, 0, steps)
+
+        def phase_finish(self, phase: str) -> None:
+            steps = self._steps.pop(phase, 0)
+            report(phase, steps, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            report(phase, step + 1, self._steps.get(phase, 0))
+            return True
+
+    return Monitor()
+
+
+def _parse(trt: Any, network: Any, log: Any, graph: Path) -> None:
+    parser = trt.OnnxParser(network, log)
+    if parser.parse_from_file(str(graph)):
+        return
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    said = [f"{e.node_operator() or 'graph'} {e.node_name()}: {e.desc()}" for e in errors]
+    raise RefusedError("; ".join(said[:MESSAGES]) or log.text() or "the parser gave no reason")
+
+
+def _check_inputs(network: Any, wanted: Mapping[str, Sequence[int | str]]) -> None:
+    """Compare what the parser made of the inputs with the graph."""
+    found = [network.get_input(index) for index in range(network.num_inputs)]
+    shapes = {one.name: [int(size) for size in one.shape] for one in found}
+    if sorted(shapes) != sorted(wanted):
+        odd = sorted(set(shapes) ^ set(wanted))
+        raise RefusedError(f"the parser's inputs are not the graph's, they differ in {odd[:3]}")
+    for name, dims in wanted.items():
+        expected = [-1 if isinstance(dim, str) else dim for dim in dims]
+        if shapes[name] != expected:
+            raise RefusedError(f"the parser gives {name} the shape {shapes[name]}, not {dims}")
+
+
+def _add_profile(builder: Any, config: Any, shapes: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    profile = builder.create_optimization_profile()
+    for name, (least, usual, most) in shapes.items():
+        profile.set_shape(name, tuple(least), tuple(usual), tuple(most))
+    if config.add_optimization_profile(profile) < 0:
+        raise RefusedError(f"a profile is not valid: {dict(shapes)}")
+
+
+def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
+    for name in job["flags"]:
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    if job.get("hardware"):
+        level = getattr(trt.HardwareCompatibilityLevel, job["hardware"])
+        config.hardware_compatibility_level = level
+    targets = job.get("compute_capabilities") or []
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            name = "SM" + target.replace(".", "")
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    if job.get("timing_cache"):
+        path = Path(job["timing_cache"])
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            # of another TensorRT or another GPU: start over rather than refuse to build
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def _write(path: Path, content: Any) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as stream:
+        stream.write(memoryview(content))
+    partial.replace(path)

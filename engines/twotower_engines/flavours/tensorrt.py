@@ -1,0 +1,133 @@
+"""TensorRT: plans for data-centre GPUs, tuned and built on the GPU itself.
+
+For TensorRT 10.13 to 11. What this shares with TensorRT-RTX (parsing, profiles, the worker process,
+progress, interruption) is exercised through that flavour on any machine; what is here alone (timing
+caches, hardware compatibility, the search for the GPU) needs a GPU to be seen at work.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from twotower_engines.cache import cache_root
+from twotower_engines.errors import BuildError, PlanError
+from twotower_engines.flavours.flavour import Order, Target
+from twotower_engines.flavours.jobs import plan_job, plan_report, profiles_as_json
+from twotower_engines.flavours.process import Library, Progress, build_plans
+from twotower_engines.flavours.profiles import narrow_profiles
+from twotower_engines.skus import Sku, known_skus, local_sku
+
+__all__ = ["TensorRtFlavour"]
+
+TITLE = "TensorRT"
+OLDEST, NEWEST = (10, 13), (11, 99)
+PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+INSTALL = "install it from NVIDIA's index with `pip install 'twotower[tensorrt]'`"
+
+
+class TensorRtFlavour:
+    """See `flavour.Flavour`."""
+
+    name = "tensorrt"
+    suffix = ".plan"
+    is_cached = True
+
+    def versions(self) -> dict[str, str]:
+        """Return the version of TensorRT, without loading it."""
+        found = _installed()
+        if found is None:
+            raise BuildError(f"{TITLE} is not installed; {INSTALL}")
+        if not OLDEST <= _minor(found) <= NEWEST:
+            raise BuildError(f"{TITLE} {found} is installed, 10.13 to 11.x is needed; {INSTALL}")
+        return {"tensorrt": found}
+
+    def graphs(self, precision: str) -> str:
+        """The checkpoint's own dtype."""
+        return "native"
+
+    def check(self, target: Target) -> None:
+        """Refuse a machine that has no GPU which can build for the target."""
+        sku = target.sku
+        where = (
+            f"run `twotower build BUNDLE --sku {sku.name} ENGINES` on a machine with a {sku.title}"
+            f"{_relatives(sku)}, with the bundle copied there (it holds no weights)"
+        )
+        if "tensorrt-rtx" in sku.flavours:
+            where += ", or build here with --flavour tensorrt-rtx"
+        try:
+            present = local_sku()
+        except PlanError as problem:
+            raise BuildError(
+                f"engines for {sku.name} are tuned on the GPU itself, and this machine has none "
+                f"that can: {problem}; {where}"
+            ) from problem
+        same = present.compute_capability == sku.compute_capability
+        if not same or (present.name != sku.name and not _is_shared(sku)):
+            raise BuildError(
+                f"engines for {sku.name} (compute capability {sku.compute_capability}) cannot be "
+                f"built on this machine's {present.title} ({present.compute_capability}); {where}"
+            )
+
+    def recipe(self, tower: str, target: Target) -> dict[str, Any]:
+        """Profiles for each kind of call; one plan for all GPUs of a compute capability."""
+        capability = target.sku.compute_capability
+        return {
+            "profiles": profiles_as_json(narrow_profiles(tower, target.limits)),
+            "flags": [],
+            "hardware": "SAME_COMPUTE_CAPABILITY" if _is_shared(target.sku) else None,
+            # not an argument of the builder, but of what it makes
+            "built_for": capability if _is_shared(target.sku) else target.sku.name,
+        }
+
+    def build(
+        self, orders: Mapping[str, Order], target: Target, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """Build plans one after the other: two at once would disturb each other's timings."""
+        folder = cache_root() / "timing"
+        folder.mkdir(parents=True, exist_ok=True)
+        cache = folder / f"{target.sku.name}-{self.versions()['tensorrt']}.cache"
+        jobs = {
+            tower: {**plan_job(order), "timing_cache": str(cache)}
+            for tower, order in orders.items()
+        }
+        library = Library(TITLE, "tensorrt", INSTALL)
+        results = build_plans(library, jobs, 1, progress)
+        return {tower: plan_report(result) for tower, result in results.items()}
+
+    def loader(self, target: Target) -> dict[str, Any]:
+        """Return the GPUs that the plans run on."""
+        return {"compute_capabilities": [target.sku.compute_capability]}
+
+
+def _installed() -> str | None:
+    for name in PACKAGES:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _is_shared(sku: Sku) -> bool:
+    """Whether the table has another GPU of this compute capability, which can use the same plan."""
+    return any(
+        one.compute_capability == sku.compute_capability and one.name != sku.name
+        for one in known_skus().values()
+    )
+
+
+def _relatives(sku: Sku) -> str:
+    """Name the other GPUs on which a plan for this one can be built."""
+    names = [
+        one.title
+        for one in known_skus().values()
+        if one.compute_capability == sku.compute_capability and one.name != sku.name
+    ]
+    return f" (or a {', '.join(names)}: one plan serves them all)" if names else ""

@@ -1,0 +1,89 @@
+"""TensorRT-RTX: plans for RTX GPUs, built ahead of time on any machine, without a GPU.
+
+Custom ops are function bodies here: this flavour must never meet a plugin without a GPU, the
+library ends the process then.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from twotower_engines.errors import BuildError
+from twotower_engines.flavours.flavour import Order, Target
+from twotower_engines.flavours.jobs import plan_job, plan_report, profiles_as_json
+from twotower_engines.flavours.process import Progress, build_plans
+from twotower_engines.flavours.profiles import wide_profiles
+from twotower_engines.flavours.rtx_library import LIBRARY_VERSION, find_library
+
+__all__ = ["TensorRtRtxFlavour"]
+
+CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""What a plan runs on where no target is chosen: Ampere, Ada and consumer Blackwell."""
+
+BUILDER_MEMORY = 3 << 29
+"""Bytes that one full-size tower takes, rounded up: 1.2 GB was seen."""
+
+
+class TensorRtRtxFlavour:
+    """See `flavour.Flavour`."""
+
+    name = "tensorrt-rtx"
+    suffix = ".plan"
+    is_cached = True
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the API and of the library, without loading either."""
+        library = find_library()
+        if library.module == "tensorrt_rtx":
+            return {"tensorrt_rtx": importlib.metadata.version("tensorrt_rtx")}
+        bindings = importlib.metadata.version("tensorrt-cu13-bindings")
+        return {"tensorrt_rtx": LIBRARY_VERSION, "tensorrt_bindings": bindings}
+
+    def graphs(self, precision: str) -> str:
+        """The checkpoint's own dtype."""
+        return "native"
+
+    def check(self, target: Target) -> None:
+        """Refuse a GPU that TensorRT-RTX does not serve."""
+        capability = target.sku.compute_capability
+        if capability not in CAPABILITIES:
+            raise BuildError(
+                f"TensorRT-RTX does not serve {target.sku.title} (compute capability {capability}),"
+                f" only {', '.join(CAPABILITIES)}; build with --flavour tensorrt on that GPU"
+            )
+
+    def recipe(self, tower: str, target: Target) -> dict[str, Any]:
+        """One wide profile; the GPU itself only where the API can aim at it."""
+        profiles = profiles_as_json(wide_profiles(tower, target.limits))
+        return {"profiles": profiles, "flags": [], "compute_capabilities": _aimed_at(target)}
+
+    def build(
+        self, orders: Mapping[str, Order], target: Target, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """Build plans, both towers at once where there are two cores and the memory for it."""
+        jobs = {tower: plan_job(order) for tower, order in orders.items()}
+        results = build_plans(find_library(), jobs, _at_once(), progress)
+        return {tower: plan_report(result) for tower, result in results.items()}
+
+    def loader(self, target: Target) -> dict[str, Any]:
+        """Return the GPUs that the plans run on."""
+        return {"compute_capabilities": _aimed_at(target) or list(CAPABILITIES)}
+
+
+def _aimed_at(target: Target) -> list[str]:
+    """Return the compute capabilities to build for; none means all that the library knows.
+
+    Choosing them is part of NVIDIA's own `tensorrt_rtx` API and not of the bindings from PyPI.
+    """
+    capability = target.sku.compute_capability
+    is_nvidias = find_library().module == "tensorrt_rtx"
+    return [capability] if is_nvidias and capability is not None else []
+
+
+def _at_once() -> int:
+    cores = len(os.sched_getaffinity(0))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2 if cores > 1 and free > 2 * BUILDER_MEMORY else 1
