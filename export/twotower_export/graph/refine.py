@@ -122,11 +122,18 @@ def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> i
         made: ir.Value = b.op.Mod(b.op.Add(x, y), b.i64(PRIME))
         return made
 
+    def apart(x: ir.Value) -> ir.Value:
+        # A maximum over one element. TensorRT-RTX writes a chain of elementwise operators out as
+        # one expression, whose length doubles with each operand that is used twice: four rounds
+        # took it minutes for small vocabularies. A reduction ends the chain.
+        made: ir.Value = b.op.ReduceMax(b.unsqueeze(x, 0), b.i64([0]), keepdims=0)
+        return made
+
     place = b.op.Add(b.op.Mul(b.cast(steps, INT64), b.i64(7919)), b.i64(7919 + 1))
     key = add(b.unsqueeze(b.cast(seed, INT64), 1), b.unsqueeze(place, 0))  # [B, S]
-    first = fifth_power(key)
-    second = fifth_power(add(first, b.i64(104729)))
-    mixed = fifth_power(add(vocabulary, b.unsqueeze(first, 2)))
+    first = apart(fifth_power(key))
+    second = apart(fifth_power(add(first, b.i64(104729))))
+    mixed = apart(fifth_power(add(vocabulary, b.unsqueeze(first, 2))))
     mixed = fifth_power(add(mixed, b.unsqueeze(second, 2)))
     top = b.cast(b.op.Div(mixed, b.i64(256)), FLOAT)  # 23 bits: U below is exact in float32
     uniform = b.op.Mul(b.op.Add(top, b.f32(0.5)), b.f32(2.0**-23))
