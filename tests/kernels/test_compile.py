@@ -35,7 +35,7 @@ import dataclasses, json
 from twotower_engines.kernels.compile import all_specs, compile_kernel, resources
 from twotower_engines.kernels.targets import target
 made = []
-specs = [s for s in all_specs(sizes) if s.name + "_states" not in {{s.name for s in all_specs(sizes)}}]
+specs = list({{spec.function: spec for spec in all_specs(sizes)}}.values())  # one of each
 for name in {targets!r}:
     for spec in specs:
         compiled = compile_kernel(spec, target(name))

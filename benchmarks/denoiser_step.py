@@ -1,0 +1,300 @@
+"""Times one denoiser step of the full-size model, with random weights, on one GPU.
+
+    python benchmarks/denoiser_step.py                    # an H200: 63 GB of weights
+    python benchmarks/denoiser_step.py --rows 1 --context 32768
+    TRITON_INTERPRET=1 python benchmarks/denoiser_step.py --tiny    # no GPU: one step, not timed
+
+Our kernels for the three ops, PyTorch for everything else, the whole step in one CUDA graph: what
+an engine would run, where TensorRT cannot be had. From block ids, the context's keys, values and
+states to the next ids. Every layer's tokens are routed as many experts apart as was measured on the
+released model, since random weights would route at random. The bound is the bytes that a step must
+read, each once, over the bandwidth of a large copy; `twotower plan` says the same with launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import kernels as bench
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from twotower_engines.kernels.experts import sparse_experts
+from twotower_engines.kernels.mamba import mamba_block_step
+from twotower_engines.kernels.refine import refine_block
+from twotower_engines.kernels.spec import Sizes
+from twotower_engines.routing import distinct_experts
+
+PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+"""Layers of the released model: Mamba, experts, attention."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a denoiser tower beside those of its kernels."""
+
+    sizes: Sizes
+    pattern: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    shared_inner: int
+    scaling: float = 2.5
+    time_features: int = 256
+
+
+FULL = Model(Sizes(), PATTERN, 32, 2, 128, 3712)
+TINY = Model(
+    Sizes(
+        vocab_size=300,
+        hidden=32,
+        experts=8,
+        experts_per_token=2,
+        inner=24,
+        heads=4,
+        head_dim=8,
+        state=16,
+        groups=2,
+    ),
+    "ME*ME",
+    4,
+    2,
+    8,
+    48,
+)
+
+
+class Denoiser:
+    """Random weights and the step over them; tensors stay where they were made, for the graph."""
+
+    def __init__(self, model: Model, device: str) -> None:
+        self.model, self.device = model, device
+        self.bytes_by_kind: dict[str, int] = {"expert bank": 0, "other": 0}
+        s, h = model.sizes, model.sizes.hidden
+        self.embedding = self._draw(s.vocab_size, h)
+        self.head = self._draw(s.vocab_size, h)
+        self.final_norm = torch.ones(h, device=device, dtype=torch.bfloat16)
+        self.time = [self._draw(h, model.time_features), self._draw(h, h), self._draw(3 * h, h)]
+        self.layers = [(kind, self._layer(kind)) for kind in model.pattern]
+
+    def _draw(self, *shape: int, kind: str = "other") -> Tensor:
+        made = torch.empty(shape, device=self.device, dtype=torch.bfloat16)
+        made.normal_(0.0, shape[-1] ** -0.5)
+        self.bytes_by_kind[kind] += made.numel() * made.element_size()
+        return made
+
+    def _layer(self, kind: str) -> dict[str, Tensor]:
+        m, s, h = self.model, self.model.sizes, self.model.sizes.hidden
+        made = {
+            "norm": torch.ones(h, device=self.device, dtype=torch.bfloat16),
+            "table": self._draw(3, h),
+        }
+        if kind == "M":
+            d_inner = s.heads * s.head_dim
+            conv_dim = d_inner + 2 * s.groups * s.state
+            made |= {
+                "in_proj": self._draw(d_inner + conv_dim + s.heads, h),
+                "conv_weight": self._draw(conv_dim, 4),
+                "conv_bias": self._draw(conv_dim),
+                "dt_bias": self._draw(s.heads),
+                "A_log": self._draw(s.heads).abs_(),
+                "D": self._draw(s.heads),
+                "gated_norm": self._draw(d_inner),
+                "out_proj": self._draw(h, d_inner),
+            }
+        elif kind == "E":
+            made |= {
+                "gate": self._draw(s.experts, h).float(),
+                "up": self._draw(s.experts, s.inner, h, kind="expert bank"),
+                "down": self._draw(s.experts, h, s.inner, kind="expert bank"),
+                "shared_up": self._draw(m.shared_inner, h),
+                "shared_down": self._draw(h, m.shared_inner),
+            }
+        else:
+            width = m.query_heads * m.head_dim
+            made |= {
+                "qkv": self._draw(width + 2 * m.kv_heads * m.head_dim, h),
+                "o_proj": self._draw(h, width),
+            }
+        return made
+
+    def context(self, rows: int, tokens: int) -> list[tuple[Tensor, ...]]:
+        """What the context tower would have left: per layer, random."""
+        m, s = self.model, self.model.sizes
+        conv_dim = s.heads * s.head_dim + 2 * s.groups * s.state
+        shapes = {
+            "M": [(rows, 3, conv_dim), (rows, s.heads, s.head_dim, s.state)],
+            "*": [(rows, m.kv_heads, tokens, m.head_dim)] * 2,
+            "E": [],
+        }
+        made = []
+        for kind in m.pattern:
+            tensors = [torch.randn(shape, device=self.device) for shape in shapes[kind]]
+            kept = 1 if kind == "M" else 2  # the scan's state is float32
+            made.append(tuple(t.bfloat16() if i < kept else t for i, t in enumerate(tensors)))
+        return made
+
+    def modulation(self, ids: Tensor) -> Tensor:
+        """Shift, scale and gate before each layer's table is added; [B, 3, h]."""
+        masked = (ids == self.model.sizes.mask_id).float().mean(dim=1)
+        half = self.model.time_features // 2
+        steps = torch.arange(half, device=self.device)
+        angle = (masked.bfloat16() * 1000).float()[:, None]
+        angle = angle * torch.exp(steps * (-math.log(10000.0) / half))
+        x = torch.cat([angle.cos(), angle.sin()], dim=1).bfloat16()
+        x = functional.silu(x @ self.time[0].T) @ self.time[1].T
+        return (functional.silu(x) @ self.time[2].T).view(len(ids), 3, -1)
+
+    def step(self, block: dict[str, Tensor], context: list[tuple[Tensor, ...]]) -> Any:
+        """New ids, confidence, commits and what is still masked; see `kernels.refine`."""
+        ids = block["ids"]
+        hidden = functional.embedding(ids, self.embedding)
+        time = self.modulation(ids)
+        for index, (kind, weights) in enumerate(self.layers):
+            shift, scale, gate = (weights["table"] + time)[:, :, None].unbind(1)
+            if kind == "E":
+                x = self._norm(hidden, weights["norm"]) * (1 + scale) + shift
+                mixed = self._experts(x, weights, block["routing"][index])
+            else:
+                x = self._norm(hidden * (1 + scale) + shift, weights["norm"])
+                mixer = self._mamba if kind == "M" else self._attention
+                mixed = mixer(x, weights, context[index], block["lengths"])
+            hidden = hidden + gate * mixed
+        logits = self._norm(hidden, self.final_norm) @ self.head.T
+        rows = ("lengths", "threshold", "steps_left", "temperature", "policy", "seed")
+        return refine_block(logits, ids, *(block[r] for r in rows), self.model.sizes.mask_id)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.model.sizes.epsilon)
+
+    def _mamba(
+        self, x: Tensor, w: dict[str, Tensor], states: tuple[Tensor, ...], lengths: Tensor
+    ) -> Tensor:
+        s = self.model.sizes
+        names = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "gated_norm")
+        given = (x @ w["in_proj"].T, *states, lengths, *(w[name] for name in names))
+        y, _, _ = mamba_block_step(*given, s.groups, s.epsilon, states=False)
+        return y @ w["out_proj"].T
+
+    def _attention(
+        self, x: Tensor, w: dict[str, Tensor], cache: tuple[Tensor, ...], _: Tensor
+    ) -> Tensor:
+        """Every position sees the whole context and the whole block."""
+        m = self.model
+        split = (m.query_heads, m.kv_heads, m.kv_heads)
+        parts = (x @ w["qkv"].T).split([n * m.head_dim for n in split], dim=2)
+        q, k, v = (p.unflatten(2, (-1, m.head_dim)).transpose(1, 2) for p in parts)
+        k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+        out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2) @ w["o_proj"].T
+
+    def _experts(self, x: Tensor, w: dict[str, Tensor], indices: Tensor) -> Tensor:
+        """The router's arithmetic, and then the measured routing in place of its choice."""
+        tokens = x.flatten(0, 1)
+        scores = torch.sigmoid(tokens.float() @ w["gate"].T)
+        own = scores.topk(self.model.sizes.experts_per_token, dim=1).indices
+        indices = torch.where(indices >= 0, indices, own.int())
+        share = scores.gather(1, indices.long())
+        share = share / share.sum(dim=1, keepdim=True) * self.model.scaling
+        y = sparse_experts(tokens.contiguous(), indices, share, w["up"], w["down"])
+        y = y + torch.relu(tokens @ w["shared_up"].T).square() @ w["shared_down"].T
+        return y.view_as(x)
+
+
+def block_inputs(model: Model, rows: int, device: str) -> dict[str, Any]:
+    """A block with every position masked, and a routing per layer."""
+    s = model.sizes
+    row = torch.ones(rows, device=device)
+    used = distinct_experts("denoiser block", rows, s.block, s.experts, s.experts_per_token)
+    routing = [
+        bench.routed(rows * s.block, used, s, seed=index).to(device) if kind == "E" else None
+        for index, kind in enumerate(model.pattern)
+    ]
+    return {
+        "ids": torch.full((rows, s.block), s.mask_id, dtype=torch.int32, device=device),
+        "lengths": (row * s.block).int(),
+        "threshold": row * 0.8,
+        "steps_left": (row * 16).int(),
+        "temperature": row * 0,
+        "policy": (row * 0).int(),
+        "seed": (row * 0).int(),
+        "routing": routing,
+        "used": used,
+    }
+
+
+def step_bytes(denoiser: Denoiser, context: list[tuple[Tensor, ...]], used: float) -> float:
+    """What a step must read once: routed experts, all other weights but the embedding, states."""
+    share = used / denoiser.model.sizes.experts
+    weights = denoiser.bytes_by_kind
+    embedding = denoiser.embedding.numel() * denoiser.embedding.element_size()
+    states = sum(t.numel() * t.element_size() for layer in context for t in layer)
+    return weights["expert bank"] * share + weights["other"] - embedding + states
+
+
+def time_step(denoiser: Denoiser, rows: int, tokens: int, bandwidth: float) -> dict[str, Any]:
+    """Microseconds of a step from a CUDA graph, with its bound."""
+    block = block_inputs(denoiser.model, rows, denoiser.device)
+    context = denoiser.context(rows, tokens)
+    moved = step_bytes(denoiser, context, block["used"])
+    time = bench.microseconds(lambda: denoiser.step(block, context), [()], graph=True)
+    bound = 1e6 * moved / bandwidth
+    return {
+        "rows": rows,
+        "context": tokens,
+        "experts": block["used"],
+        "gigabytes": moved / 1e9,
+        "bound_us": bound,
+        "step_us": time,
+        "of_bound": time / bound,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--context", type=int, default=8192, help="tokens before the block")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, one step, not timed")
+    parser.add_argument("--output", type=Path, default=bench.RESULTS, help="folder of the results")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    if options.tiny:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        denoiser = Denoiser(replace(TINY, sizes=replace(TINY.sizes, block=8)), device)
+        block = block_inputs(denoiser.model, 2, device)
+        new_ids, confidence, _, still = denoiser.step(block, denoiser.context(2, 12))
+        print(json.dumps({"new_ids": new_ids.tolist(), "still_masked": still.tolist()}))
+        assert confidence.isfinite().all()
+        return
+    if not torch.cuda.is_available():
+        parser.error("timing the full-size step needs a GPU with 80 GB or more; see --tiny")
+    bandwidth = bench.copy_bandwidth()
+    denoiser = Denoiser(FULL, "cuda")
+    lines = [time_step(denoiser, rows, options.context, bandwidth) for rows in options.rows]
+    device = torch.cuda.get_device_name()
+    document = {"device": device, "copy_bytes_per_second": bandwidth, "steps": lines}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = f"denoiser-step-{device.lower().replace(' ', '-')}-{today}"
+    bench.save(options.output / f"{stem}.json", json.dumps(document, indent=1) + "\n")
+    print(f"{device}, copy {bandwidth / 1e12:.2f} TB/s")
+    print("rows  context  experts     GB  bound ms  step ms  x bound")
+    for one in lines:
+        print(
+            f"{one['rows']:4}  {one['context']:7}  {one['experts']:7.0f}  {one['gigabytes']:5.1f}  "
+            f"{one['bound_us'] / 1e3:8.2f}  {one['step_us'] / 1e3:7.2f}  {one['of_bound']:7.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

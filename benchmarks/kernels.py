@@ -1,0 +1,483 @@
+"""Times the kernels on this machine's GPU, against PyTorch and against the bytes they must move.
+
+    python benchmarks/kernels.py                        # prints the table, writes it to results/
+    python benchmarks/kernels.py --only experts --tune  # sweeps tile sizes
+
+Full-size shapes, random data. A kernel is timed as it would run in an engine: captured in a CUDA
+graph, over several sets of inputs, so that the last one's are not in the cache. PyTorch is timed
+eagerly, and compiled. The bound is the bytes that any implementation must move, each once, over the
+bandwidth that a large copy reaches here. Every kernel's result is compared with PyTorch's in
+float32 before it is timed.
+
+Without a GPU the bounds are listed, for the bandwidth of an H200, and the times stay empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import eager
+import torch
+from torch import Tensor
+
+from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT, Launch
+from twotower_engines.kernels.spec import Sizes
+from twotower_engines.routing import distinct_experts
+
+RESULTS = Path(__file__).with_name("results")
+SIZES = Sizes()
+H200_COPY = 4.3e12
+"""Bytes per second that a large copy reached on an H200, read and written bytes together."""
+
+BATCHES = (1, 4, 16, 64)
+REPEATS = 30
+CACHE_BYTES = 200e6
+"""Inputs of all sets together: several times the largest L2 cache."""
+
+
+@dataclass
+class Case:
+    """One line of the table.
+
+    Attributes:
+        op: which op.
+        shape: what was run, in words.
+        bytes: the least that must be moved.
+        inputs: makes one set of inputs.
+        kernel: our implementation.
+        baseline: PyTorch's, with the same results; None where there is none.
+        tolerance: largest relative error of the compared result.
+        compared: which result is compared with PyTorch's.
+        most_of_bound: the time to reach, as a multiple of the bound; None where none is set.
+        least_speedup: over eager PyTorch.
+    """
+
+    op: str
+    shape: str
+    bytes: float
+    inputs: Callable[[], tuple[Any, ...]]
+    kernel: Callable[..., Any]
+    baseline: Callable[..., Any] | None
+    tolerance: float
+    compared: int = 0
+    most_of_bound: float | None = None
+    least_speedup: float | None = None
+
+
+@dataclass
+class Row:
+    """One case's result; times in microseconds, None where nothing was measured."""
+
+    op: str
+    shape: str
+    megabytes: float
+    bound_us: float
+    kernel_us: float | None = None
+    eager_us: float | None = None
+    compiled_us: float | None = None
+    error: float | None = None
+    most_of_bound: float | None = None
+    least_speedup: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def of_bound(self) -> float | None:
+        """Time over the bound."""
+        return None if self.kernel_us is None else self.kernel_us / self.bound_us
+
+    @property
+    def speedup(self) -> float | None:
+        """Over eager PyTorch."""
+        if self.kernel_us is None or self.eager_us is None:
+            return None
+        return self.eager_us / self.kernel_us
+
+    @property
+    def reached(self) -> str:
+        """Whether the case's goals are reached."""
+        if self.kernel_us is None:
+            return "not measured"
+        goals = []
+        if self.most_of_bound is not None and self.of_bound is not None:
+            goals.append(self.of_bound <= self.most_of_bound)
+        if self.least_speedup is not None and self.speedup is not None:
+            goals.append(self.speedup >= self.least_speedup)
+        return "yes" if goals and all(goals) else "no" if goals else "-"
+
+
+def refine_cases(device: str) -> list[Case]:
+    """A block's logits, all positions masked: the first and dearest step of a block."""
+    S, V = SIZES.block, SIZES.vocab_size
+
+    def make(B: int, dtype: torch.dtype, heat: float) -> Callable[[], tuple[Any, ...]]:
+        def inputs() -> tuple[Any, ...]:
+            rows = torch.ones(B, device=device)
+            return (
+                torch.randn(B, S, V, device=device).mul_(4).to(dtype),
+                torch.full((B, S), SIZES.mask_id, dtype=torch.int32, device=device),
+                (rows * S).int(),
+                rows * 0.8,
+                (rows * 8).int(),
+                rows * heat,
+                rows.int() * 0,
+                torch.arange(B, dtype=torch.int32, device=device),
+                SIZES.mask_id,
+            )
+
+        return inputs
+
+    def baseline(*args: Any) -> Any:
+        logits, ids, lengths, threshold, steps_left, _, _, _, mask_id = args
+        return eager.refine_block(logits, ids, lengths, threshold, steps_left, mask_id)
+
+    cases = []
+    for B, (dtype, width) in itertools.product(BATCHES, ((torch.bfloat16, 2), (torch.float32, 4))):
+        name = f"B={B} S={S} V={V} {'bf16' if width == 2 else 'fp32'}"
+        size = B * S * V * width
+        kernel = refine.refine_block
+        # Confidences are compared: of equal logits, bf16 has many, PyTorch may predict any.
+        cases.append(
+            Case(
+                "RefineBlock",
+                name,
+                size,
+                make(B, dtype, 0.0),
+                kernel,
+                baseline,
+                tolerance=1e-5,
+                compared=1,
+                most_of_bound=1.5,
+                least_speedup=10,
+            )
+        )
+        if width == 2:
+            sampled = make(B, dtype, 1.0)
+            cases.append(Case("RefineBlock", f"{name} sampled", size, sampled, kernel, None, 0.0))
+    return cases
+
+
+def expert_cases(device: str) -> list[Case]:
+    """Blocks of 16 tokens, routed so that as many experts are used as was measured."""
+    K, E, h, inner = SIZES.experts_per_token, SIZES.experts, SIZES.hidden, SIZES.inner
+    shared: list[tuple[Tensor, ...]] = []  # one pair of weights for all cases
+
+    def banks() -> tuple[Tensor, ...]:
+        if not shared:
+            shapes = ((E, inner, h), (E, h, inner))
+            made = (torch.empty(s, dtype=torch.bfloat16, device=device) for s in shapes)
+            shared.append(tuple(bank.normal_(0, bank.shape[2] ** -0.5) for bank in made))
+        return shared[0]
+
+    def make(tokens: int, used: float) -> Callable[[], tuple[Any, ...]]:
+        def inputs() -> tuple[Any, ...]:
+            x = torch.randn(tokens, h, device=device).bfloat16()
+            weights = torch.rand(tokens, K, device=device)
+            return (x, routed(tokens, used, SIZES).to(device), weights, *banks())
+
+        return inputs
+
+    cases = []
+    for rows in (*BATCHES, 256):
+        tokens = rows * SIZES.block
+        used = distinct_experts("denoiser block", rows, SIZES.block, E, K)
+        size = used * 2 * h * inner * 2 + tokens * h * 4
+        cases.append(
+            Case(
+                "SparseExperts",
+                f"{tokens} tokens, {used:.0f} experts",
+                size,
+                make(tokens, used),
+                experts.sparse_experts,
+                eager.dense_experts,
+                tolerance=2e-2,
+                most_of_bound=1.4 if rows == 1 else None,
+                least_speedup=2.5 if rows == 1 else 1.0,
+            )
+        )
+    return cases
+
+
+def routed(tokens: int, used: float, sizes: Sizes, seed: int = 0) -> Tensor:
+    """Indices [tokens, K] whose number of distinct experts is about `used`.
+
+    Experts are popular by a power law, whose exponent is sought.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = -torch.log(-torch.log(torch.rand(tokens, sizes.experts, generator=generator)))
+    popularity = -torch.log(torch.arange(1, sizes.experts + 1).float())
+    popularity = popularity[torch.randperm(sizes.experts, generator=generator)]
+    low, high = 0.0, 8.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        chosen = (noise + middle * popularity).topk(sizes.experts_per_token).indices
+        low, high = (middle, high) if chosen.unique().numel() > used else (low, middle)
+    return chosen.int()
+
+
+def mamba_cases(device: str) -> list[Case]:
+    """Denoise steps, and context calls of 256 tokens that return new states."""
+    H, P, N, G = SIZES.heads, SIZES.head_dim, SIZES.state, SIZES.groups
+    d_inner, conv_dim = H * P, H * P + 2 * G * N
+
+    def make(B: int, L: int) -> Callable[[], tuple[Any, ...]]:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device).bfloat16()
+
+        def inputs() -> tuple[Any, ...]:
+            return (
+                normal(B, L, d_inner + conv_dim + H),
+                normal(B, 3, conv_dim),
+                torch.randn(B, H, P, N, device=device),
+                torch.full((B,), L, dtype=torch.int32, device=device),
+                normal(conv_dim, 4),
+                normal(conv_dim),
+                normal(H),
+                torch.linspace(0.0, 2.7, H, device=device).bfloat16(),
+                normal(H),
+                normal(d_inner),
+                G,
+                SIZES.epsilon,
+            )
+
+        return inputs
+
+    cases = []
+    for B, (L, states) in itertools.product(BATCHES, ((16, False), (256, True))):
+        if B * L > 4096:
+            continue
+        tokens = B * L * (d_inner + conv_dim + H + d_inner) * 2
+        state = B * (H * P * N * 4 + 3 * conv_dim * 2) * (2 if states else 1)
+
+        def kernel(*args: Any, states: bool = states) -> Any:
+            return mamba.mamba_block_step(*args, states=states)
+
+        name = f"B={B} L={L}{' with new states' if states else ''}"
+        cases.append(
+            Case(
+                "MambaBlockStep",
+                name,
+                tokens + state,
+                make(B, L),
+                kernel,
+                eager.mamba_block_step,
+                tolerance=2e-2,
+                most_of_bound=None if states else 2.0,
+                least_speedup=None if states else 5.0,
+            )
+        )
+    return cases
+
+
+CASES = {"refine": refine_cases, "experts": expert_cases, "mamba": mamba_cases}
+
+
+def microseconds(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], graph: bool) -> float:
+    """Median time of one call, over all sets of inputs."""
+
+    def run() -> None:
+        for inputs in sets:
+            call(*inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    replay: Callable[[], Any] = run
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        replay = captured.replay
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(sets))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large copy on this GPU, read and written bytes together."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    time = microseconds(lambda: target.copy_(source), [()], graph=True)
+    return 2 * source.numel() / (time * 1e-6)
+
+
+def relative_error(case: Case, inputs: tuple[Any, ...]) -> float:
+    """Of the kernel's result, against PyTorch in float32 on the same numbers."""
+    assert case.baseline
+    wide = [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in inputs]
+    want, got = case.baseline(*wide), case.kernel(*inputs)
+    if isinstance(want, tuple):
+        want, got = want[case.compared], got[case.compared]
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def measure(case: Case, bandwidth: float, on_gpu: bool) -> Row:
+    """One line; without a GPU only what can be counted."""
+    row = Row(
+        case.op,
+        case.shape,
+        case.bytes / 1e6,
+        1e6 * case.bytes / bandwidth,
+        most_of_bound=case.most_of_bound,
+        least_speedup=case.least_speedup,
+    )
+    if not on_gpu:
+        return row
+    count = max(1, min(16, int(CACHE_BYTES / case.bytes)))
+    sets = [case.inputs() for _ in range(count)]
+    if case.baseline:
+        row.error = relative_error(case, sets[0])
+        if not row.error <= case.tolerance:
+            row.notes.append(f"WRONG: error {row.error:.1e}")
+            return row
+    row.kernel_us = microseconds(case.kernel, sets, graph=True)
+    if case.baseline:
+        row.eager_us = microseconds(case.baseline, sets, graph=False)
+        row.compiled_us = microseconds(
+            torch.compile(case.baseline, dynamic=False), sets, graph=False
+        )
+    torch.cuda.empty_cache()
+    return row
+
+
+def tune(device: str) -> list[dict[str, Any]]:
+    """Times of the expert kernels over tile sizes, best first per number of tokens."""
+    found = []
+    for case in expert_cases(device):
+        sets = [case.inputs()]
+        grid = itertools.product((32, 64, 128), (16, 32, 64), (32, 64, 128), (4, 8), (2, 3, 4, 5))
+        for block_f, block_t, block_k, warps, stages in grid:
+            if (block_f + block_t) * block_k * 2 * stages > SHARED_MEMORY_LIMIT:
+                continue
+            tiles = {"BLOCK_F": block_f, "BLOCK_T": block_t, "BLOCK_K": block_k}
+            config = Launch(tiles, warps, stages)
+
+            def call(*args: Any, config: Launch = config) -> Any:
+                return experts.sparse_experts(*args, config=config)
+
+            time = microseconds(call, sets, graph=True)
+            found.append(
+                {"shape": case.shape, **tiles, "warps": warps, "stages": stages, "us": time}
+            )
+            print(f"\r{len(found)} configurations", end="", file=sys.stderr, flush=True)
+    return sorted(found, key=lambda one: (one["shape"], one["us"]))
+
+
+COLUMNS = (
+    *("op", "shape", "MB", "bound us", "kernel us", "x bound"),
+    *("eager us", "compiled us", "x eager", "reached"),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * 7 + "---|"]
+    for row in rows:
+        values = (
+            row.megabytes,
+            row.bound_us,
+            row.kernel_us,
+            row.of_bound,
+            row.eager_us,
+            row.compiled_us,
+            row.speedup,
+        )
+        cells = " | ".join(number(value) for value in values)
+        state = "; ".join([row.reached, *row.notes])
+        lines.append(f"| {row.op} | {row.shape} | {cells} | {state} |")
+    return "\n".join(lines)
+
+
+def report(rows: Sequence[Row], device: str, bandwidth: float, on_gpu: bool) -> str:
+    """The page that is printed and kept."""
+    if on_gpu:
+        measured = (
+            f"Measured on {device}: a large copy moves {bandwidth / 1e12:.2f} TB/s, which is what "
+            "the bounds are for. Kernels in a CUDA graph, PyTorch as it launches itself; medians."
+        )
+    else:
+        measured = (
+            "**Nothing here was measured: this machine has no GPU, and the columns of times are "
+            f"empty.** The bounds are bytes over {bandwidth / 1e12:.1f} TB/s, what an H200 copies "
+            "at. `python benchmarks/kernels.py` on a GPU fills the table."
+        )
+    return f"# Kernels, {device}\n\n{measured}\n\n{table(rows)}\n"
+
+
+def save(path: Path, text: str) -> None:
+    """Beside, then renamed."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", choices=sorted(CASES), help="one op")
+    parser.add_argument("--tune", action="store_true", help="sweep the experts' tiles instead")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "no GPU"
+    if options.tune:
+        if not on_gpu:
+            parser.error("--tune needs a GPU")
+        print(json.dumps(tune("cuda"), indent=1))
+        return
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth() if on_gpu else H200_COPY
+    names = [options.only] if options.only else list(CASES)
+    rows = []
+    for case in itertools.chain.from_iterable(
+        CASES[name]("cuda" if on_gpu else "cpu") for name in names
+    ):
+        print(f"{case.op} {case.shape}", file=sys.stderr, flush=True)
+        rows.append(measure(case, bandwidth, on_gpu))
+    page = report(rows, device, bandwidth, on_gpu)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    stem = f"kernels-{device.lower().replace(' ', '-')}-{today}"
+    document = {
+        "device": device,
+        "measured": on_gpu,
+        "date": today,
+        "copy_bytes_per_second": bandwidth,
+        "versions": {"torch": torch.__version__},
+        "rows": [
+            asdict(row) | {"of_bound": row.of_bound, "speedup": row.speedup, "reached": row.reached}
+            for row in rows
+        ],
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    save(options.output / f"{stem}.json", json.dumps(document, indent=1) + "\n")
+    save(options.output / f"{stem}.md", page)
+    print(page)
+    if any(row.notes for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The benchmarks as far as they run without a GPU, and their PyTorch baselines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import kernel_reference as reference
+import numpy as np
+import pytest
+import torch
+from kernel_inputs import MASK, block, draw_experts, draw_mamba, row_tensors
+from kernel_reference import Row
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def eager() -> ModuleType:
+    """The baselines: `benchmarks/eager.py`."""
+    spec = importlib.util.spec_from_file_location("kernel_baselines", BENCHMARKS / "eager.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_refinement_baseline_is_the_op(eager: ModuleType) -> None:
+    generator = np.random.default_rng(1)
+    logits = torch.from_numpy(generator.normal(0, 3, (4, 8, 120))).float()
+    logits[3, 2, 5] = float("nan")
+    ids = block(generator, 4, 8, 120, 0.7).astype(np.int32)
+    ids[3] = MASK
+    rows = [Row(8, 0.3, 4), Row(5, 0.9, 2), Row(8, 0.2, 1), Row(8, 0.2, 3)]
+    lengths, threshold, steps, *_ = row_tensors(rows)
+    given = (logits, torch.from_numpy(ids), lengths, threshold, steps)
+    got = [x.numpy() for x in eager.refine_block(*given, MASK)]
+    for b, row in enumerate(rows):
+        want = reference.refine_row(logits[b].double().numpy(), ids[b], row, MASK)
+        for index in (0, 2, 3):
+            np.testing.assert_array_equal(got[index][b], want[index])
+
+
+def test_the_dense_baseline_is_the_op(eager: ModuleType) -> None:
+    args = draw_experts(np.random.default_rng(2), 10, 2, 5, 24, 16)
+    args[1][3, 0] = -1
+    x, _, weights, up, down = (arg.double().numpy() for arg in args)
+    want = reference.sparse_experts(x, args[1].numpy(), weights, up, down, "fp32")
+    np.testing.assert_allclose(eager.dense_experts(*args), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mamba_baseline_is_the_op(eager: ModuleType) -> None:
+    args = draw_mamba(np.random.default_rng(3), 12, [12, 5])
+    want = reference.mamba_block_step(*[x.double().numpy() for x in args], 2, 1e-5, "fp32")
+    got = eager.mamba_block_step(*args, 2, 1e-5)
+    for b, length in enumerate((12, 5)):
+        np.testing.assert_allclose(got[0][b, :length], want[0][b, :length], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(got[1].double(), want[1])
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-4, atol=1e-4)
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
+
+
+def test_without_a_gpu_the_table_says_so(tmp_path: Path) -> None:
+    done = run("kernels.py", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Nothing here was measured" in done.stdout
+    (kept,) = tmp_path.glob("kernels-no-gpu-*.json")
+    document = json.loads(kept.read_text())
+    assert document["measured"] is False
+    for row in document["rows"]:
+        assert row["bound_us"] > 0
+        assert [row[key] for key in ("kernel_us", "eager_us", "compiled_us")] == [None] * 3
+        assert row["reached"] == "not measured"
+    by_shape = {(row["op"], row["shape"]): row for row in document["rows"]}
+    logits = by_shape["RefineBlock", "B=4 S=16 V=131072 bf16"]
+    assert logits["megabytes"] == pytest.approx(4 * 16 * 131072 * 2 / 1e6)
+    assert kept.with_suffix(".md").read_text().strip() in done.stdout
+
+
+def test_a_tiny_denoiser_step_runs_on_the_kernels() -> None:
+    done = run("denoiser_step.py", "--tiny", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    for ids, still in zip(made["new_ids"], made["still_masked"], strict=True):
+        assert ids.count(MASK) == still < 8
+
+
+def test_the_full_size_step_asks_for_a_gpu() -> None:
+    done = run("denoiser_step.py")
+    assert done.returncode == 2
+    assert "needs a GPU" in done.stderr
