@@ -22,6 +22,7 @@ Examples:
   twotower verify bundle checkpoint --layers         the hidden states after every layer as well
   twotower verify bundle checkpoint --layer 5        after layer 5; of a large model, only layer 5
   twotower verify engines checkpoint --json          an engine set; one JSON object
+  twotower verify engines checkpoint --bundle bundle   engines for a GPU, on any machine
 
 A model whose towers do not fit into memory in float32 is verified part by part, in less than 8 GB.
 Exits with 1 where something differs. Engines for a GPU are verified as far as this machine can.
@@ -49,6 +50,17 @@ class VerificationError(ExportError):
 @click.option("--layers", "every_layer", is_flag=True, help="Compare after every layer as well.")
 @click.option("--layer", "layers", type=int, multiple=True, help="... after this one. Repeatable.")
 @click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Engines for a GPU: what they were built from, to let TensorRT parse its graphs again.",
+)
+@click.option(
+    "--against",
+    metavar="CPU_ENGINES",
+    type=click.Path(path_type=Path),
+    help="Engines for a GPU, on that GPU: CPU engines of the same model to compare logits with.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(
     target: Path,
@@ -57,6 +69,8 @@ def verify(
     every_layer: bool,
     layers: tuple[int, ...],
     sku: str | None,
+    bundle: Path | None,
+    against: Path | None,
     as_json: bool,
 ) -> None:
     """Compare every output of the exported graphs with a reference.
@@ -69,8 +83,10 @@ def verify(
 
     engines = engine_folder(target, sku)
     if engines is not None and _flavour(engines).startswith("tensorrt"):
-        _verify_device_engines(engines, checkpoint, as_json)
+        _verify_device_engines(engines, checkpoint, bundle, against, as_json)
         return
+    if bundle is not None or against is not None:
+        raise ExportError("--bundle and --against are for engines for a GPU; leave them out here")
     opened = open_target(target, sku)
 
     from twotower_export.verify import verify as compare
@@ -90,10 +106,15 @@ def verify(
         raise VerificationError(_reason(report, bool(layers)))
 
 
-def _verify_device_engines(engines: Path, checkpoint: Path, as_json: bool) -> None:
-    """Hand over to the stage that knows engines, as one hands over anything here: by its files."""
+def _verify_device_engines(
+    engines: Path, checkpoint: Path, bundle: Path | None, against: Path | None, as_json: bool
+) -> None:
+    """Hand over to the stage that knows engines, which this one knows by its files only."""
     command = [sys.executable, "-m", "twotower_engines.verify_cli", str(engines), str(checkpoint)]
-    done = subprocess.run(command + ["--json"] * as_json, check=False)
+    for option, value in (("--bundle", bundle), ("--against", against)):
+        if value is not None:
+            command += [option, str(value)]
+    done = subprocess.run([*command, "--json"] if as_json else command, check=False)
     if done.returncode:
         sys.exit(done.returncode)
 
