@@ -7,9 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -23,9 +24,11 @@ from twotower_engines import plugins
 from twotower_engines.errors import BuildError
 from twotower_engines.flavours.tensorrt_rtx import find_library
 from twotower_engines.kernels import nodes
+from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
 from twotower_export.graph.refine import refine_block
+from twotower_export.layout import graph_weights
 from twotower_export.tiny import tiny_config
 
 CHECKS = Path(__file__).with_name("tensorrt_checks.py")
@@ -126,6 +129,43 @@ def test_the_graph_with_plugins_means_the_same(op: str) -> None:
     assert called == [link.node for link in nodes.CHAINS[op]]
     for mine, theirs in zip(run(changed, given), run(model, given), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+TOWERS = {"denoiser": build_denoiser_graph, "context": build_context_graph}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_whole_tower_with_plugins_means_the_same(tower: Literal["denoiser", "context"]) -> None:
+    """Every op of every layer is found, however deep inside functions; nothing else changes."""
+    config = tiny_config("ME*ME", hidden=16)
+    dtypes = dict.fromkeys(graph_weights(config, tower), "F32")
+    model = ir.to_proto(TOWERS[tower](config, "float32", dtypes, {}))
+    changed = plugins.with_plugins(model)
+    chains = {"MambaBlockStep": 2, "SparseExperts": 2, "RefineBlock": int(tower == "denoiser")}
+    counts = Counter(node.op_type for node in changed.graph.node if node.domain == "twotower")
+    assert counts == {link.node: n for op, n in chains.items() for link in nodes.CHAINS[op] if n}
+    states = {a.i for node in changed.graph.node for a in node.attribute if a.name == "states"}
+    assert states == {int(tower == "context")}
+
+    given = random_inputs(model, {"batch": 2, "block": 4, "tokens": 4, "context": 3})
+    for mine, theirs in zip(run(changed, given), run(model, given), strict=True):
+        assert not np.isnan(theirs).any()
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def random_inputs(model: onnx.ModelProto, sizes: dict[str, int]) -> list[torch.Tensor]:
+    """Plausible values for every input of a tower's graph."""
+    generator = np.random.default_rng(2)
+    integers = {"ids": MASK, "lengths": 4, "context_lengths": 3, "steps_left": 3}
+    made = []
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        dims = [dim.dim_value or sizes[dim.dim_param] for dim in kind.shape.dim]
+        if kind.elem_type == onnx.TensorProto.INT32:
+            made.append(torch.full(dims, integers.get(value.name, 1), dtype=torch.int32))
+        else:
+            made.append(torch.from_numpy(generator.normal(0, 0.3, dims)).float())
+    return made
 
 
 def test_new_states_are_asked_for_where_the_graph_returns_them() -> None:
