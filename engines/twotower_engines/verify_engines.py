@@ -245,8 +245,8 @@ def _verify_running(
         present = local_sku()
     except PlanError:
         found.not_verified.append(
-            f"that the plans load and what they compute: this machine has no GPU; run the same "
-            f"on a machine with a {engines.build.sku}"
+            "that the plans load and what they compute: no GPU of the table was found here; run "
+            f"the same on a machine with one for {engines.build.sku}"
         )
         return
     if present.compute_capability != engines.build.compute_capability:

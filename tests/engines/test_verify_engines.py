@@ -123,7 +123,7 @@ def test_a_sound_engine_set_passes_and_says_what_was_not_verified(engines, expor
     ):
         assert what in said
     (note,) = found.not_verified
-    assert "no GPU; run the same on a machine with a h200" in note
+    assert "no GPU of the table was found here; run the same on a machine with one for h200" in note
 
 
 def test_without_the_bundle_the_builders_report_is_taken(engines, exported):
