@@ -307,20 +307,24 @@ def conv_launch() -> Launch:
     return Launch({"BLOCK_L": 16, "BLOCK_C": 64}, num_warps=4)
 
 
-def scan_launch(head_dim: int, state: int, *, update: bool) -> Launch:
+def scan_launch(head_dim: int, state: int, dtype: str, *, update: bool) -> Launch:
     """Tiles of the scan: half a head of the released model, so 128 programs at one row.
 
     Args:
         head_dim: channels of a head.
         state: numbers of a channel's state.
+        dtype: "bf16" or "fp32"; float32 products are made of scalar ones and need more registers.
         update: see `needs_update`. Without, 128 registers a thread do, and a multiprocessor holds
             four programs.
     """
+    wide = dtype == "fp32"
     constants = {
         "BLOCK_L": CHUNK,
-        "BLOCK_P": min(32, max(16, triton.next_power_of_2(head_dim))),
+        "BLOCK_P": 16 if wide else min(32, max(16, triton.next_power_of_2(head_dim))),
         "BLOCK_N": max(16, triton.next_power_of_2(state)),
     }
+    if wide:
+        return Launch(constants, num_warps=8)
     return Launch(constants, num_warps=4, max_registers=None if update else 128)
 
 
@@ -392,7 +396,8 @@ def mamba_block_step(
         tiles,
     )
     update = needs_update(L, states=states)
-    tiles = scan_launch(P, N, update=update)
+    dtype = "fp32" if projected.dtype == torch.float32 else "bf16"
+    tiles = scan_launch(P, N, dtype, update=update)
     launch(
         mamba_scan,
         (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B),
@@ -435,7 +440,7 @@ def specs(sizes: Sizes) -> list[KernelSpec]:
         update = needs_update(sizes.block, states=states)
         wanted = {**dims, "STATES": states}
         constants = {**wanted, "UPDATE": update, "UPCAST": False}
-        scan = scan_launch(sizes.head_dim, sizes.state, update=update)
+        scan = scan_launch(sizes.head_dim, sizes.state, sizes.dtype, update=update)
         made += [
             KernelSpec(f"mamba_conv{suffix}", mamba_conv, conv_types, wanted, conv_launch()),
             KernelSpec(f"mamba_scan{suffix}", mamba_scan, scan_types, constants, scan),

@@ -329,7 +329,8 @@ def decision_launch(block: int, split_count: int) -> Launch:
         "BLOCK_S": triton.next_power_of_2(block),
         "BLOCK_P": triton.next_power_of_2(split_count),
     }
-    return Launch(constants, num_warps=4)
+    tile = constants["BLOCK_S"] * constants["BLOCK_P"]
+    return Launch(constants, num_warps=4 if tile <= 1024 else 8)
 
 
 def refine_block(
