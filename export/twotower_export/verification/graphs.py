@@ -192,6 +192,8 @@ class GraphSide:
         # Shapes change from call to call; the arena would keep the largest of everything.
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = False
+        # Threads that wait would take the cores from the other side.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(
             self.part.model.SerializeToString(), options, ["CPUExecutionProvider"]
         )
