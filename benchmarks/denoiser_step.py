@@ -23,6 +23,7 @@ from typing import Any
 
 import kernels as bench
 import torch
+from kernel_cases import routed
 from torch import Tensor
 from torch.nn import functional
 
@@ -214,7 +215,7 @@ def block_inputs(model: Model, rows: int, device: str) -> dict[str, Any]:
     row = torch.ones(rows, device=device)
     used = distinct_experts("denoiser block", rows, s.block, s.experts, s.experts_per_token)
     routing = [
-        bench.routed(rows * s.block, used, s, seed=index).to(device) if kind == "E" else None
+        routed(rows * s.block, used, s, seed=index).to(device) if kind == "E" else None
         for index, kind in enumerate(model.pattern)
     ]
     return {

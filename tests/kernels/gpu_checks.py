@@ -19,9 +19,9 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1] / "benchmarks")]
 
 import eager  # noqa: E402
 import kernel_reference as reference  # noqa: E402
-import kernels as bench  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from kernel_cases import routed  # noqa: E402
 from kernel_inputs import (  # noqa: E402
     MASK,
     block,
@@ -102,7 +102,7 @@ def check_experts() -> dict[str, Any]:
     equal = True
     for tokens, used in ((1, 6), (16, 34), (64, 71), (1024, 118)):
         x = torch.randn(tokens, SIZES.hidden, device="cuda").bfloat16()
-        indices = bench.routed(tokens, used, SIZES).cuda()
+        indices = routed(tokens, used, SIZES).cuda()
         indices[tokens // 2, 1] = -1
         weights = torch.rand(tokens, SIZES.experts_per_token, device="cuda")
         got = experts.sparse_experts(x, indices, weights, up, down)

@@ -108,3 +108,12 @@ def test_a_block_in_two_calls_is_the_block() -> None:
     torch.testing.assert_close(torch.cat(halves, dim=1), whole[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states[0], whole[1], rtol=0, atol=0)
     torch.testing.assert_close(states[1], whole[2], rtol=1e-5, atol=1e-5)
+
+
+def test_nonsense_lengths_stay_inside() -> None:
+    """TensorRT times a plugin's node alone, on lengths that no request has."""
+    args = draw_mamba(np.random.default_rng(7), 16, [-(2**31), 2**31 - 1, -1])
+    got = mamba.mamba_block_step(*args, G, EPSILON)
+    args[3] = torch.tensor([0, 16, 0], dtype=torch.int32)
+    for mine, theirs in zip(got, mamba.mamba_block_step(*args, G, EPSILON), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)

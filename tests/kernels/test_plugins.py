@@ -22,7 +22,7 @@ from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row
 
 from twotower_engines import plugins
 from twotower_engines.errors import BuildError
-from twotower_engines.flavours.tensorrt_rtx import find_library
+from twotower_engines.flavours.rtx_library import find_library
 from twotower_engines.kernels import nodes
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import sparse_experts

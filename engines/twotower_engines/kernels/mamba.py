@@ -119,7 +119,7 @@ def mamba_conv(
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     time = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     row = tl.program_id(2).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + row), L)
+    length = tl.maximum(tl.minimum(tl.load(lengths + row), L), 0)
     xbc = projected + row * L * STRIDE + H * P
     history = conv_state + row * (TAPS - 1) * CONV_DIM
     real = channel < CONV_DIM
@@ -225,7 +225,7 @@ def mamba_scan(
     rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
     step_bias = tl.load(dt_bias + head).to(tl.float32)
     skip = tl.load(D + head).to(tl.float32)
-    length = tl.minimum(tl.load(lengths + row), L)
+    length = tl.maximum(tl.minimum(tl.load(lengths + row), L), 0)
 
     lane = tl.arange(0, BLOCK_L)
     causal = lane[:, None] >= lane[None, :]
