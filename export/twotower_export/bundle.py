@@ -219,7 +219,7 @@ def _take_place(partial: Path, out: Path) -> None:
     out.resolve().rename(aside / "old")
     try:
         partial.rename(out.resolve())
-    except OSError:
+    except BaseException:  # Ctrl-C between the two renames included
         (aside / "old").rename(out.resolve())
         raise
     finally:

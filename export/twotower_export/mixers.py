@@ -217,11 +217,6 @@ class Expert(nn.Module):
         """Maps ``x`` (..., hidden) in its own dtype."""
         return project(relu(project(x, self.up_proj)).square(), self.down_proj)
 
-    def accumulate(self, x: Tensor) -> Tensor:
-        """Maps ``x``, but returns float32: only the activation is rounded to the dtype of ``x``."""
-        up = relu(linear(x.float(), self.up_proj.weight.float())).square()
-        return linear(up.to(x.dtype).float(), self.down_proj.weight.float())
-
 
 class SparseExperts(nn.Module):
     """Routed experts plus one shared expert on the same input (``NemotronHMoE``)."""
@@ -244,8 +239,7 @@ class SparseExperts(nn.Module):
             rows, places = (indices == number).nonzero(as_tuple=True)
             if rows.numel():
                 share = weights[rows, places, None]
-                result = cast(Expert, expert).accumulate(tokens[rows])
-                routed = routed.index_add(0, rows, result * share)
+                routed = routed.index_add(0, rows, expert(tokens[rows]).float() * share)
         return routed.to(x.dtype).view_as(x) + cast(Tensor, self.shared_experts(x))
 
 

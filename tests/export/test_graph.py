@@ -139,6 +139,30 @@ def test_an_inactive_row_keeps_its_states(model):
         assert not np.array_equal(value[0], before[0])
 
 
+def test_states_are_exact_however_fast_they_decay():
+    """Long calls of several rows with large steps: the end of the decay must cancel itself."""
+    config = tiny_config("M", 32, "float32")
+    tensors = random_tensors(config, seed=9)
+    for name, tensor in tensors.items():
+        if name.endswith("dt_bias"):
+            tensor += 6.0
+    generator = np.random.default_rng(9)
+    ids = generator.integers(4, config.vocab_size, (3, 200)).astype(np.int32)
+    rows = {"lengths": np.array([200, 64, 199], np.int32), "context_lengths": np.zeros(3, np.int32)}
+    states = random_states(config, 3, generator)
+    weights = weights_of(config, "context", tensors)
+    runner = session(build_context_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
+    name = "context.layers.0.ssm_state_new"
+    (got,) = runner.run([name], {"ids": ids, **rows, **states, **weights})
+
+    tower = loaded(ContextTower(config), tensors).double()
+    given = {name: torch.from_numpy(value).double() for name, value in states.items()}
+    order = (torch.from_numpy(rows[name]) for name in ROWS)
+    with torch.no_grad():
+        _, new = tower(torch.from_numpy(ids), *order, given)
+    assert difference(got, new[name].numpy()) < TOLERANCE / 3
+
+
 @pytest.mark.parametrize("rounding", ["float32", "bfloat16"])
 def test_denoiser_graph_equals_the_pytorch_tower(model, rounding):
     config, tensors = model

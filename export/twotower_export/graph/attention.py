@@ -1,7 +1,9 @@
 """Attention over cached context and the block: grouped queries, no positional encoding.
 
 The cache is read where it lies: scores over it and over the block are computed apart and meet in
-one softmax, because concatenating keys would copy the whole cache at every step.
+one softmax, because concatenating keys would copy the whole cache at every step. In bfloat16 the
+scores are therefore rounded to it before the softmax, and both parts of the result before their
+sum; the PyTorch tower, like NVIDIA's fused attention, keeps them in float32.
 """
 
 from __future__ import annotations

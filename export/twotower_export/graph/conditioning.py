@@ -59,12 +59,15 @@ def time_embedding(
     features = rounded(b.op.Concat(b.op.Cos(angle), b.op.Sin(angle), axis=1))
 
     def dense(x: ir.Value, weight: ir.Value, bias: ir.Value) -> ir.Value:
-        made: ir.Value = b.op.Add(b.linear(x, weight), bias)
+        made: ir.Value = b.op.Gemm(x, weight, bias, transB=1)  # rounded once, bias included
         return made
 
+    def activated(x: ir.Value) -> ir.Value:
+        return b.down(b.silu(b.up(x)))
+
     hidden = dense(b.down(features), *weights[0:2])
-    hidden = dense(b.silu(hidden), *weights[2:4])
-    embedding = dense(b.silu(hidden), *weights[4:6])
+    hidden = dense(activated(hidden), *weights[2:4])
+    embedding = dense(activated(hidden), *weights[4:6])
     output = b.reshape(embedding, 0, 3, config.hidden_size)
     return b.function(
         "TimeEmbedding", args, {"embedding": output}, "Masked fraction -> (shift, scale, gate)."

@@ -52,11 +52,11 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     dt = b.op.Softplus(b.op.Add(b.up(dt), b.cast(dt_bias, FLOAT)))
     dt = b.op.Mul(dt, b.unsqueeze(b.cast(valid, FLOAT), 2))  # [B, L, H]
     rate = b.op.Neg(b.op.Exp(b.cast(a_log, FLOAT)))  # A [H]
-    log_decay = b.op.Mul(dt, rate)
-    end = b.op.ReduceSum(log_decay, b.i64([1]), keepdims=1)  # of the whole block
-    end = b.reshape(end, 0, G, J, 1)
-    total = b.op.CumSum(log_decay, b.i64(1))  # since the block began
+    total = b.op.CumSum(b.op.Mul(dt, rate), b.i64(1))  # log of the decay since the block began
     total = b.transpose(b.reshape(total, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
+    # Of the whole block: the last sum, which is the least. A sum of its own, added in another
+    # order, would not cancel in exp(end - total).
+    end = b.op.ReduceMin(total, b.i64([3]), keepdims=1)
     dt = b.transpose(b.reshape(dt, 0, -1, G, J), 0, 2, 3, 1)
     dx = b.op.Mul(x, b.unsqueeze(dt, 4))  # [B, G, J, L, P]
 
