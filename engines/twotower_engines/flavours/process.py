@@ -28,6 +28,21 @@ Progress = Callable[[str, str], None]
 Job = dict[str, Any]
 STDERR_LINES = 8
 
+ALLOCATOR = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mxfast=0",
+        "glibc.malloc.tcache_count=60000",
+        "glibc.malloc.tcache_max=1032",
+    )
+)
+"""Settings of glibc's malloc for a compiler that makes millions of small objects: a third less time
+than with the defaults, of which a quarter went into consolidating free lists. Others ignore it."""
+
+MEMORY_TO_SHARE = 1_500_000_000
+"""Bytes that workers may hold together and all keep running. A full-size tower ends with a peak of
+1.2 GB; paused half-way, the next one holds 0.7 GB, so that two stay below 2 GB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Library:
@@ -109,7 +124,8 @@ def _follow(
                     worker = waiting.pop(0)
                     selector.register(worker.start(), selectors.EVENT_READ, worker)
                     running[worker] = None
-                for key, _ in selector.select(timeout=0.2):
+                _share_memory(list(running))
+                for key, _ in selector.select(timeout=0.1):
                     worker = key.data
                     if not worker.read(progress):
                         selector.unregister(key.fileobj)
@@ -119,6 +135,13 @@ def _follow(
         for worker in workers:
             worker.end()
     return results
+
+
+def _share_memory(running: Sequence[_Worker]) -> None:
+    """Pause all workers but the oldest while they hold much memory together."""
+    is_much = sum(worker.resident() for worker in running) > MEMORY_TO_SHARE
+    for index, worker in enumerate(running):
+        worker.pause(is_much and index > 0)
 
 
 class _Worker:
@@ -135,6 +158,7 @@ class _Worker:
         self._pending = ""
         self._said: dict[str, Any] = {}
         self._phase = "loading the library"
+        self._is_paused = False
 
     def start(self) -> int:
         """Start the process; returns the descriptor on which it reports."""
@@ -143,7 +167,7 @@ class _Worker:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(self._job_file), str(writing)],
-                env={**os.environ, **self._library.environment},
+                env={"GLIBC_TUNABLES": ALLOCATOR, **os.environ, **self._library.environment},
                 pass_fds=[writing],
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,  # the library prints on both
@@ -170,6 +194,22 @@ class _Worker:
             else:
                 self._said |= event
         return bool(chunk)
+
+    def resident(self) -> int:
+        """Return the bytes of memory that the process holds."""
+        assert self._process is not None
+        try:
+            fields = Path(f"/proc/{self._process.pid}/statm").read_text().split()
+        except OSError:
+            return 0
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def pause(self, is_wanted: bool) -> None:
+        """Stop the process, or let it go on."""
+        assert self._process is not None
+        if is_wanted != self._is_paused:
+            self._process.send_signal(signal.SIGSTOP if is_wanted else signal.SIGCONT)
+            self._is_paused = is_wanted
 
     def result(self) -> dict[str, Any]:
         """Return what the worker made.
