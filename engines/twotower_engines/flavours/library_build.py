@@ -33,8 +33,9 @@ def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, An
     Args:
         trt: The API's module.
         job: `graph`, `plan` (where to write), `inputs` (name to dims), `profiles` (list of name to
-            three shapes), `flags` (names of builder flags), and optionally `hardware`
-            (a hardware compatibility level), `compute_capabilities`, `timing_cache` (a file).
+            three shapes), `flags` (names of builder flags), and optionally `kernels` (the compute
+            capability to compile our kernels for), `hardware` (a hardware compatibility level),
+            `compute_capabilities`, `timing_cache` (a file).
         report: Called from the library's threads.
 
     Returns:
@@ -46,7 +47,7 @@ def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, An
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    _parse(trt, network, log, Path(job["graph"]))
+    _parse(trt, network, log, Path(job["graph"]), job.get("kernels"))
     _check_inputs(network, job["inputs"])
     config = builder.create_builder_config()
     for shapes in job["profiles"]:
@@ -143,13 +144,28 @@ def _monitor(trt: Any, report: Report) -> Any:
     return Monitor()
 
 
-def _parse(trt: Any, network: Any, log: Any, graph: Path) -> None:
+def _parse(trt: Any, network: Any, log: Any, graph: Path, kernels: str | None) -> None:
     parser = trt.OnnxParser(network, log)
-    if parser.parse_from_file(str(graph)):
+    if kernels is None:
+        is_parsed = parser.parse_from_file(str(graph))
+    else:
+        is_parsed = parser.parse(_graph_with_plugins(graph, kernels))
+    if is_parsed:
         return
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     said = [f"{e.node_operator() or 'graph'} {e.node_name()}: {e.desc()}" for e in errors]
     raise RefusedError("; ".join(said[:MESSAGES]) or log.text() or "the parser gave no reason")
+
+
+def _graph_with_plugins(graph: Path, compute_capability: str) -> bytes:
+    """Return a graph whose ops are plugin nodes, and register the plugins with TensorRT."""
+    import onnx
+
+    from twotower_engines.plugins import register_plugins, with_plugins
+
+    register_plugins(compute_capability)
+    model = with_plugins(onnx.load(str(graph), load_external_data=False))
+    return bytes(model.SerializeToString())
 
 
 def _check_inputs(network: Any, wanted: Mapping[str, Sequence[int | str]]) -> None:

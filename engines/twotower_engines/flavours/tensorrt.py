@@ -8,6 +8,7 @@ caches, hardware compatibility, the search for the GPU) needs a GPU to be seen a
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,8 @@ class TensorRtFlavour:
             raise BuildError(f"{TITLE} is not installed; {INSTALL}")
         if not OLDEST <= _minor(found) <= NEWEST:
             raise BuildError(f"{TITLE} {found} is installed, 10.13 to 11.x is needed; {INSTALL}")
-        return {"tensorrt": found}
+        kernels = {"triton": importlib.metadata.version("triton")} if _has_kernels() else {}
+        return {"tensorrt": found, **kernels}
 
     def graphs(self, precision: str) -> str:
         """The checkpoint's own dtype."""
@@ -51,8 +53,8 @@ class TensorRtFlavour:
         """Refuse a machine that has no GPU which can build for the target."""
         sku = target.sku
         where = (
-            f"run `twotower build BUNDLE --sku {sku.name} ENGINES` on a machine with a {sku.title}"
-            f"{_relatives(sku)}, with the bundle copied there (it holds no weights)"
+            f"copy the bundle, which holds no weights, to a machine with {_builders(sku)} and run "
+            f"`twotower build BUNDLE --sku {sku.name} ENGINES` there"
         )
         if "tensorrt-rtx" in sku.flavours:
             where += ", or build here with --flavour tensorrt-rtx"
@@ -60,8 +62,8 @@ class TensorRtFlavour:
             present = local_sku()
         except PlanError as problem:
             raise BuildError(
-                f"engines for {sku.name} are tuned on the GPU itself, and this machine has none "
-                f"that can: {problem}; {where}"
+                f"engines for {sku.name} are tuned on the GPU itself, and no GPU that twotower "
+                f"knows was found here; {where}"
             ) from problem
         same = present.compute_capability == sku.compute_capability
         if not same or (present.name != sku.name and not _is_shared(sku)):
@@ -71,11 +73,17 @@ class TensorRtFlavour:
             )
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
-        """Profiles for each kind of call; one plan for all GPUs of a compute capability."""
+        """Profiles for each kind of call; one plan for all GPUs of a compute capability.
+
+        With the extra `[kernels]` installed, the three ops become plugins whose PTX the plan
+        carries; a server needs neither the plugins nor the extra.
+        """
         capability = target.sku.compute_capability
         return {
             "profiles": profiles_as_json(narrow_profiles(tower, target.limits)),
             "flags": [],
+            # our kernels in place of the ops' bodies: see plugins.py
+            "kernels": capability if _has_kernels() else None,
             "hardware": "SAME_COMPUTE_CAPABILITY" if _is_shared(target.sku) else None,
             # not an argument of the builder, but of what it makes
             "built_for": capability if _is_shared(target.sku) else target.sku.name,
@@ -110,6 +118,11 @@ def _installed() -> str | None:
     return None
 
 
+def _has_kernels() -> bool:
+    """Whether the compiler of our kernels is installed; without it plans run the ops' bodies."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _minor(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
@@ -117,17 +130,19 @@ def _minor(version: str) -> tuple[int, int]:
 
 def _is_shared(sku: Sku) -> bool:
     """Whether the table has another GPU of this compute capability, which can use the same plan."""
-    return any(
-        one.compute_capability == sku.compute_capability and one.name != sku.name
-        for one in known_skus().values()
-    )
+    return bool(_relatives(sku))
 
 
-def _relatives(sku: Sku) -> str:
-    """Name the other GPUs on which a plan for this one can be built."""
-    names = [
+def _relatives(sku: Sku) -> list[str]:
+    """Return the titles of the other GPUs of a compute capability."""
+    return [
         one.title
         for one in known_skus().values()
         if one.compute_capability == sku.compute_capability and one.name != sku.name
     ]
-    return f" (or a {', '.join(names)}: one plan serves them all)" if names else ""
+
+
+def _builders(sku: Sku) -> str:
+    """Name the GPUs that can build for one: their plans serve each other."""
+    *others, last = [sku.title, *_relatives(sku)]
+    return f"{', '.join(others)} or {last}" if others else last
