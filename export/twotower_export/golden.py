@@ -82,7 +82,10 @@ def golden_for(
             "pip install 'twotower[reference]', and export again"
         )
     else:
-        return compute_golden(checkpoint, mode), None
+        try:
+            return compute_golden(checkpoint, mode), None
+        except FloatingPointError as problem:
+            reason = f"{problem}: compare the checkpoint with the one that was released"
     return None, {"reason": reason, "request": _request(checkpoint, mode)}
 
 
@@ -130,6 +133,9 @@ def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict
     Args:
         checkpoint: small enough for memory.
         mode: `mask_diffusion`, or `ar` where there is no denoiser.
+
+    Raises:
+        FloatingPointError: the logits hold NaN or infinity.
     """
     import torch
 
@@ -220,8 +226,7 @@ class _LoadedTowers:
             logits, new = self._context(torch.tensor([list(ids)]), lengths, before, self._states)
         self._states = advance_states(self._states, new, lengths, before)
         self._length += len(ids)
-        found: npt.NDArray[np.float32] = logits[0].numpy()
-        return found
+        return _finite(logits[0].numpy(), "context")
 
     def denoise(self, block: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Logits of a block against the context, (block, vocab)."""
@@ -231,8 +236,13 @@ class _LoadedTowers:
         rows = [torch.tensor([value]) for value in (len(block), self._length, 1)]
         with torch.no_grad():
             logits = self._denoiser(torch.from_numpy(block[None]), *rows, self._states)
-        found: npt.NDArray[np.float32] = logits[0].numpy()
-        return found
+        return _finite(logits[0].numpy(), "denoiser")
+
+
+def _finite(logits: npt.NDArray[np.float32], tower: str) -> npt.NDArray[np.float32]:
+    if not np.isfinite(logits).all():
+        raise FloatingPointError(f"the {tower} tower's logits hold NaN or infinity")
+    return logits
 
 
 def _mask_diffusion(towers: _LoadedTowers, prompt: Sequence[int]) -> tuple[list[int], int]:

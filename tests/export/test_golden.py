@@ -16,7 +16,13 @@ from twotower_export.checkpoint import open_checkpoint
 from twotower_export.errors import ExportError
 from twotower_export.golden import compute_golden, golden_for, main, read_golden, write_golden
 from twotower_export.refinement import POLICIES, Rule, gumbel, refine
-from twotower_export.tiny import copy_pretrained, write_random_checkpoint
+from twotower_export.tiny import (
+    copy_pretrained,
+    random_tensors,
+    tiny_config,
+    write_checkpoint,
+    write_random_checkpoint,
+)
 
 MASK_ID = reference.MASK_ID
 
@@ -68,6 +74,18 @@ def test_a_checkpoint_brings_its_own(checkpoint, monkeypatch):
     assert golden is None
     assert "PyTorch is not installed" in missing["reason"]
     assert missing["request"]["mode"] == "ar"
+
+
+@pytest.mark.parametrize("tower", ["context", "denoiser"])
+def test_weights_that_are_no_numbers_give_no_answer(tmp_path, tower):
+    folder = tmp_path / "checkpoint"
+    config = tiny_config("ME*", 32)
+    tensors = random_tensors(config, seed=3)
+    tensors[{"context": "context_lm_head", "denoiser": "lm_head"}[tower] + ".weight"][7] = np.nan
+    write_checkpoint(folder, config, tensors)
+    golden, missing = golden_for(open_checkpoint(folder))
+    assert golden is None
+    assert f"the {tower} tower's logits hold NaN" in missing["reason"]
 
 
 def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
