@@ -284,6 +284,9 @@ def main(arguments: Sequence[str]) -> int:
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except FloatingPointError as error:
+        print(f"error: {arguments[0]}: {error}; there is no golden answer", file=sys.stderr)
+        return ExportError.exit_code
     return 0
 
 

@@ -77,7 +77,7 @@ def test_a_checkpoint_brings_its_own(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("tower", ["context", "denoiser"])
-def test_weights_that_are_no_numbers_give_no_answer(tmp_path, tower):
+def test_weights_that_are_no_numbers_give_no_answer(tmp_path, capsys, tower):
     folder = tmp_path / "checkpoint"
     config = tiny_config("ME*", 32)
     tensors = random_tensors(config, seed=3)
@@ -86,6 +86,9 @@ def test_weights_that_are_no_numbers_give_no_answer(tmp_path, tower):
     golden, missing = golden_for(open_checkpoint(folder))
     assert golden is None
     assert f"the {tower} tower's logits hold NaN" in missing["reason"]
+    assert main([str(folder)]) == 2
+    assert "logits hold NaN" in capsys.readouterr().err
+    assert not (folder / "golden.json").exists()
 
 
 def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
