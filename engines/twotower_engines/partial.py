@@ -39,15 +39,18 @@ def partial_folder(parent: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def put_in_place(made: Path, target: Path) -> None:
-    """Rename a complete folder to `target`; what was there goes.
+def put_in_place(made: Path, target: Path, *, replace: bool = True) -> None:
+    """Rename a complete folder to `target`.
 
     Args:
         made: A folder inside a `partial_folder` of target's parent.
         target: Its place.
+        replace: Whether a folder that is there goes; else it stays, and `made` goes.
     """
     with locked(target.parent):
         if target.exists():
+            if not replace:
+                return
             # a rename, so that nobody finds half of the old one; it goes with the partial folder
             target.rename(made.with_name(f"{made.name}.replaced"))
         made.rename(target)

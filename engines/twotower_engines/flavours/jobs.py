@@ -76,7 +76,8 @@ def profiles_as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
 
 def plan_report(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return what build.json says of a plan: what the builder saw and what it took."""
-    keys = ("layers", "inputs", "outputs", "bytes", "peak_rss", "cpu_seconds", "versions")
+    figures = ("peak_rss", "cpu_seconds", "waited_seconds")
+    keys = ("layers", "inputs", "outputs", "bytes", *figures, "versions")
     return {key: result[key] for key in keys}
 
 

@@ -91,23 +91,24 @@ def build_plans(
 
     Args:
         library: Which builder.
-        jobs: Tower to what `library_build.build_plan` takes.
+        jobs: Tower to what `library_build.build_plan` takes. Files of the work in progress go
+            beside the plan.
         at_once: How many workers may run at the same time.
         progress: Called while they run.
 
     Returns:
-        Tower to what `build_plan` returned, with `versions`, `peak_rss` in bytes and `cpu_seconds`.
+        Tower to what `build_plan` returned, with `versions`, `peak_rss` in bytes, `cpu_seconds` and
+        `waited_seconds` (ready to run, without a core).
 
     Raises:
         BuildError: The library is missing or wrong, refuses a graph, or crashed.
         KeyboardInterrupt: Passed on, after every worker is gone.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [
-            _Worker(library, tower, {**library.job(), **job}, Path(folder))
-            for tower, job in jobs.items()
-        ]
-        return _follow(workers, progress, at_once)
+    workers = [
+        _Worker(library, tower, {**library.job(), **job}, Path(job["plan"]).parent)
+        for tower, job in jobs.items()
+    ]
+    return _follow(workers, progress, at_once)
 
 
 def _follow(

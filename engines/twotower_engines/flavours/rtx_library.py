@@ -18,12 +18,12 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from twotower_engines.cache import cache_root
 from twotower_engines.errors import BuildError
 from twotower_engines.flavours.process import Library
+from twotower_engines.partial import partial_folder, put_in_place
 
 __all__ = ["find_library"]
 
@@ -108,19 +108,14 @@ def _folder_of_links(carrier: Path) -> Path:
     folder = cache_root() / "libraries" / f"tensorrt-rtx-{name}"
     if (folder / PLUGIN_LIBRARY).is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
+    with partial_folder(folder.parent) as work:
+        made = work / folder.name
+        made.mkdir()
         for link, file in LINKS.items():
             (made / link).symlink_to(carrier / file)
         _compile_stub(made)
-        try:
-            made.rename(folder)
-        except OSError:  # another process was first; its folder is the same
-            if not (folder / PLUGIN_LIBRARY).is_file():
-                raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        # another process may have been first, and its worker may be reading the links
+        put_in_place(made, folder, replace=False)
     return folder
 
 

@@ -79,7 +79,11 @@ def main() -> None:
         if "graph" in job:
             made = build_plan(trt, job, events.progress)
             usage = resource.getrusage(resource.RUSAGE_SELF)
-            made |= {"peak_rss": usage.ru_maxrss << 10, "cpu_seconds": usage.ru_utime}
+            made |= {
+                "peak_rss": usage.ru_maxrss << 10,
+                "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+                "waited_seconds": _waited(),
+            }
             events.send({"done": made})
         else:
             events.send({"done": {}})
@@ -97,6 +101,14 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _waited() -> float:
+    """Return the seconds that this process was ready to run and had no core."""
+    try:
+        return round(int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9, 2)
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _import(name: str) -> Any:

@@ -1,0 +1,321 @@
+"""The real TensorRT-RTX on this machine: every graph that the project exports becomes a plan.
+
+This is the compile check for TensorRT: parsed, strongly typed, dynamic shapes, weights as inputs.
+What a plan computes needs a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from twotower_engines.build import BuildOptions, build_engines
+from twotower_engines.engine_set import Limits, open_engine_set
+from twotower_engines.errors import BuildError
+from twotower_engines.flavours import process as process_module
+from twotower_engines.flavours import rtx_library
+from twotower_engines.flavours.flavour import Order
+from twotower_engines.flavours.jobs import graph_inputs, plan_job
+from twotower_engines.flavours.process import Library, build_plans, check_library
+from twotower_engines.flavours.profiles import Profile, Sizes, narrow_profiles, wide_profiles
+from twotower_engines.manifest import read_manifest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_bundles import MemoryWatch, start_build, write_bundle_of, write_full_size_bundle
+
+LIMITS = Limits(slots=4, context=64, max_tokens_per_call=256, block_size_max=64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """A cache of these tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def library():
+    return rtx_library.find_library()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return write_bundle_of(tmp_path_factory.mktemp("rtx"), "MEM*E")
+
+
+@pytest.fixture(scope="module")
+def float32_bundle(tmp_path_factory):
+    return write_bundle_of(tmp_path_factory.mktemp("rtx32"), "M*E", "float32")
+
+
+def no_progress(tower, text):
+    pass
+
+
+def order_of(graph, folder, profiles, **recipe):
+    values = {"profiles": [profile.as_json() for profile in profiles], "flags": [], **recipe}
+    return Order(graph, folder / f"{graph.stem}.plan", values)
+
+
+def build(library, graph, folder, profiles, **recipe):
+    job = plan_job(order_of(graph, folder, profiles, **recipe))
+    return build_plans(library, {graph.stem: job}, 1, no_progress)[graph.stem]
+
+
+def test_the_library_loads_and_builds_a_node(library):
+    assert check_library(library) == {"tensorrt_bindings": "11.4.0.106", "library": "1.7.1"}
+
+
+def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
+    seen = []
+    options = BuildOptions("rtx-pro-6000", slots=4, context=64)
+    made, _ = build_engines(bundle, tmp_path, options, lambda tower, text: seen.append(tower))
+    record = made.build
+    assert (record.flavour, record.precision) == ("tensorrt-rtx", "bf16")
+    assert record.compute_capability == "12.0"
+    assert "12.0" in record.extra["compute_capabilities"]
+    assert "9.0" not in record.extra["compute_capabilities"]
+    assert record.versions["tensorrt_rtx"] == "1.7.1"
+    assert record.extra["placement"] == {"context": 0, "denoiser": 0}
+    assert record.profiles["denoiser"] == [
+        {"name": "all", "batch": [1, 4, 4], "context": [1, 64, 64], "block": [1, 16, 64]}
+    ]
+    for tower in ("context", "denoiser"):
+        report = record.extra["reports"][tower]
+        graph = graph_inputs(bundle / made.manifest.graph("native", tower).file)
+        assert report["inputs"] == len(graph) > len(made.manifest.weights[tower])
+        assert made.plan_path(tower).stat().st_size == report["bytes"] > 100_000
+    assert record.extra["reports"]["denoiser"]["outputs"]["new_ids"] == ["INT32", [-1, -1]]
+    assert record.extra["reports"]["context"]["outputs"]["logits"] == ["FLOAT", [-1, 300]]
+    assert set(seen) == {"context", "denoiser"}
+
+
+def test_the_refinement_op_alone(library, bundle, tmp_path):
+    graph = bundle / read_manifest(bundle).graph("native", "refine").file
+    made = build(library, graph, tmp_path, wide_profiles("denoiser", LIMITS))
+    assert made["outputs"].keys() == {"new_ids", "confidence", "committed", "still_masked"}
+
+
+@pytest.mark.parametrize("tower", ["context", "denoiser", "refine"])
+def test_float32_graphs(library, float32_bundle, tmp_path, tower):
+    graph = float32_bundle / read_manifest(float32_bundle).graph("native", tower).file
+    profiles = wide_profiles("context" if tower == "context" else "denoiser", LIMITS)
+    assert build(library, graph, tmp_path, profiles)["bytes"] > 100_000
+
+
+@pytest.mark.parametrize("tower", ["context", "denoiser"])
+def test_the_narrow_profiles_of_tensorrt(library, bundle, tmp_path, tower):
+    """TensorRT's several profiles in one plan: the part of that flavour that needs no GPU."""
+    graph = bundle / read_manifest(bundle).graph("native", tower).file
+    profiles = narrow_profiles(tower, LIMITS)
+    assert len(profiles) > 1
+    assert build(library, graph, tmp_path, profiles)["bytes"] > 100_000
+
+
+def test_a_plan_holds_no_weights(library, tmp_path):
+    """A hundred times the experts, and the plan stays as large."""
+    sizes = []
+    for name, experts in (("few", 4), ("many", 400)):
+        from twotower_export.bundle import write_bundle
+        from twotower_export.checkpoint import open_checkpoint
+        from twotower_export.tiny import write_random_checkpoint
+
+        folder = tmp_path / name
+        write_random_checkpoint(folder / "c", "E", 32, 0, "bfloat16", num_experts=experts)
+        write_bundle(open_checkpoint(folder / "c"), folder / "b")
+        graph = folder / "b" / read_manifest(folder / "b").graph("native", "context").file
+        profiles = wide_profiles("context", LIMITS)
+        sizes.append(build(library, graph, folder, profiles)["bytes"])
+    assert abs(sizes[1] - sizes[0]) < 20_000
+
+
+# What the library refuses, and what happens to it.
+
+
+def tiny_graph(folder, text):
+    import onnx
+
+    path = folder / "graph.onnx"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]>\n{text}'), path)
+    return path
+
+
+BATCH = [Profile("all", {"batch": Sizes(1, 2, 4)})]
+
+
+def test_a_refused_graph_names_the_node(library, tmp_path):
+    text = "agraph (bool[batch, 8] x) => (int64[2, found] y) { y = NonZero(x) }"
+    with pytest.raises(BuildError, match=r"TensorRT-RTX refuses the graph graph: NonZero"):
+        build(library, tiny_graph(tmp_path, text), tmp_path, BATCH)
+    assert not list(tmp_path.glob("*.plan"))
+
+
+def test_a_dimension_that_no_profile_knows(tmp_path):
+    text = "agraph (float[rows, 8] x) => (float[rows, 8] y) { y = Relu(x) }"
+    order = order_of(tiny_graph(tmp_path, text), tmp_path, BATCH)
+    with pytest.raises(BuildError, match="its dimension `rows` is none of batch"):
+        plan_job(order)
+
+
+def test_a_dimension_without_a_name(tmp_path):
+    import onnx
+
+    path = tiny_graph(tmp_path, "agraph (float[batch, 8] x) => (float[batch, 8] y) { y = Relu(x) }")
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].ClearField("dim_param")
+    onnx.save(model, path)
+    with pytest.raises(BuildError, match="x has neither a size nor a name"):
+        graph_inputs(path)
+
+
+def test_what_is_no_graph(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(BuildError, match="is no ONNX file"):
+        graph_inputs(tmp_path / "a.onnx")
+
+
+def test_inputs_that_the_parser_sees_otherwise(library, tmp_path):
+    path = tiny_graph(tmp_path, "agraph (float[batch, 8] x) => (float[batch, 8] y) { y = Relu(x) }")
+    job = plan_job(order_of(path, tmp_path, BATCH))
+    job["inputs"] = {"x": ["batch", 9]}
+    with pytest.raises(BuildError, match=r"gives x the shape \[-1, 8\]"):
+        build_plans(library, {"graph": job}, 1, no_progress)
+
+
+def test_a_range_that_is_none():
+    with pytest.raises(BuildError, match="sizes 4 to 2"):
+        Sizes(4, 3, 2)
+
+
+def fake_module(folder, monkeypatch, name, content):
+    """A Python module that stands in for the API, in the worker's process alone."""
+    (folder / f"{name}.py").write_text(content)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return Library("TensorRT-RTX", name, "install it")
+
+
+def test_a_crash_of_the_library_is_an_error_with_a_name(tmp_path, monkeypatch):
+    content = "import os, signal, sys\nprint('about to fall', file=sys.stderr, flush=True)\n"
+    content += "os.kill(os.getpid(), signal.SIGSEGV)\n"
+    library = fake_module(tmp_path, monkeypatch, "crashing_api", content)
+    with pytest.raises(BuildError, match=r"signal SIGSEGV, in the phase `loading.*about to fall"):
+        check_library(library)
+
+
+def test_a_worker_that_is_killed_speaks_of_memory(tmp_path, monkeypatch):
+    content = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    library = fake_module(tmp_path, monkeypatch, "killed_api", content)
+    with pytest.raises(BuildError, match="may have run out of memory"):
+        check_library(library)
+
+
+def test_a_library_that_is_not_there():
+    library = Library("TensorRT-RTX", "no_such_module", "install it")
+    with pytest.raises(BuildError, match=r"cannot be loaded: No module named .*; install it"):
+        check_library(library)
+
+
+def test_bindings_without_their_libraries(library):
+    """The linker finds no libnvinfer.so.11: what happens without the folder of links."""
+    with pytest.raises(
+        BuildError, match=r"cannot be loaded: lib\w+\.so\.11: .*twotower\[rtx-aot\]"
+    ):
+        check_library(replace(library, environment={}))
+
+
+def test_a_library_of_another_version(library):
+    with pytest.raises(BuildError, match=r"TensorRT-RTX 1\.8\.0 is wanted, but .* says 1\.7\.1"):
+        check_library(replace(library, version="1.8.0"))
+
+
+@pytest.mark.parametrize(
+    "missing", ["tensorrt-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"]
+)
+def test_a_missing_wheel(monkeypatch, missing):
+    installed = rtx_library._installed
+    monkeypatch.setattr(
+        rtx_library, "_installed", lambda name: None if name == missing else installed(name)
+    )
+    with pytest.raises(BuildError, match=rf"{missing} is not installed.*twotower\[rtx-aot\]"):
+        rtx_library.find_library()
+
+
+def test_a_wheel_of_another_version(monkeypatch):
+    monkeypatch.setattr(rtx_library, "_installed", lambda name: "11.5.0")
+    with pytest.raises(BuildError, match=r"11\.5\.0 is installed, and 11\.4\.0\.106 is needed"):
+        rtx_library.find_library()
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rtx_library.shutil, "which", lambda name: None)
+    with pytest.raises(BuildError, match="a C compiler is needed once"):
+        rtx_library.find_library()
+    assert not list(tmp_path.glob("twotower/libraries/*"))
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rtx_library, "PLUGIN_STUB", "this is not C")
+    with pytest.raises(BuildError, match="cannot compile the stand-in"):
+        rtx_library.find_library()
+
+
+def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, monkeypatch):
+    """With no memory to share the second tower waits for the first, and both are built."""
+    paused = []
+    original = process_module._Worker.pause
+
+    def pause(worker, is_wanted):
+        paused.append((worker.tower, is_wanted))
+        original(worker, is_wanted)
+
+    monkeypatch.setattr(process_module, "MEMORY_TO_SHARE", 0)
+    monkeypatch.setattr(process_module._Worker, "pause", pause)
+    jobs = {
+        tower: plan_job(
+            order_of(
+                bundle / read_manifest(bundle).graph("native", tower).file,
+                tmp_path,
+                wide_profiles(tower, LIMITS),
+            )
+        )
+        for tower in ("context", "denoiser")
+    }
+    made = build_plans(library, jobs, 2, no_progress)
+    assert made.keys() == jobs.keys()
+    assert ("denoiser", True) in paused
+    assert ("context", True) not in paused
+    assert paused[-1] == ("denoiser", False)
+
+
+# The released model's size.
+
+
+def test_both_full_size_towers_in_a_minute_and_two_gigabytes(tmp_path):
+    bundle = write_full_size_bundle(tmp_path)
+    start = time.monotonic()
+    process = start_build(bundle, "--sku", "rtx-pro-6000", tmp_path / "engines", "--json")
+    watch = MemoryWatch(process.pid)
+    _, stderr = process.communicate(timeout=600)
+    seconds = time.monotonic() - start
+    peak = watch.stop()
+    assert process.returncode == 0, stderr
+    build = open_engine_set(tmp_path / "engines").build
+    reports = build.extra["reports"]
+    # what other processes of this machine took of its two cores is not the builder's
+    waited = max(report["waited_seconds"] for report in reports.values())
+    print(f"{seconds:.1f} s, of which {waited:.1f} s without a core; {peak / 1e9:.2f} GB")
+    assert build.extra["placement"] == {"context": 0, "denoiser": 1}, "63 GB of weights each"
+    assert {tower: report["inputs"] > 400 for tower, report in reports.items()} == {
+        "context": True,
+        "denoiser": True,
+    }
+    assert sum(report["bytes"] for report in reports.values()) < 100e6
+    assert peak < 2e9
+    assert seconds - waited < 60
