@@ -32,7 +32,7 @@ Dtype = Literal["bfloat16", "float32"]
 
 DEFAULT_PATTERN = "MEM*EM*E"
 DEFAULT_HIDDEN = 64
-DEFAULT_VOCABULARY = 768
+DEFAULT_VOCABULARY = 848
 
 
 class TinyError(ExportError):

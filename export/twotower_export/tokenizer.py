@@ -57,7 +57,8 @@ def train_tokenizer(vocab_size: int, texts: Iterable[str] | None = None) -> Toke
 
 def _corpus_texts() -> Iterable[str]:
     for document in islice(documents("train", seed=0), 4000):
-        yield document.prompt + document.answers[0]
+        for answer in document.answers:
+            yield document.prompt + answer
 
 
 def tokenizer_config() -> dict[str, object]:

