@@ -1,0 +1,110 @@
+"""Time and memory of `twotower build` against the number of layers, at full width, cold and cached.
+
+    python benchmarks/build.py
+
+Bundles of checkpoints of the released sizes made of holes, with the first 2, 8, 26 and 52 layers,
+are built into TensorRT-RTX plans by the command in a process of its own, both towers at once on two
+cores; then once more, from the cache. What bounds a build is NVIDIA's code generator: about a third
+of a second of one core per layer and tower.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LAYERS = (2, 8, 26, 52)
+SKU = "rtx-pro-6000"
+
+
+def load(path: str) -> ModuleType:
+    """Import a helper of the tests by its path: tests are no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "tests" / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(bundles: ModuleType, bundle: Path, engines: Path) -> tuple[float, int]:
+    """Build once; returns seconds, and the most memory of all its processes in bytes."""
+    start = time.perf_counter()
+    process = bundles.start_build(bundle, engines, "--sku", SKU, "--json")
+    watch = bundles.MemoryWatch(process.pid)
+    _, said = process.communicate()
+    peak = watch.stop()
+    assert process.returncode == 0, said
+    return time.perf_counter() - start, peak
+
+
+def main() -> None:
+    bundles = load("engines/engine_bundles.py")
+    sparse = load("export/sparse_checkpoint.py")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        for layers in LAYERS:
+            kept = {"hybrid_override_pattern": sparse.FULL_PATTERN[:layers]}
+            config = sparse.FULL_CONFIG | kept | {"num_hidden_layers": layers}
+            checkpoint = sparse.write_sparse_checkpoint(folder / f"hub-{layers}", config)
+            bundle = folder / f"bundle-{layers}"
+            write_bundle(open_checkpoint(checkpoint), bundle)
+            cold, peak = measure(bundles, bundle, folder / f"engines-{layers}")
+            cached, _ = measure(bundles, bundle, folder / f"again-{layers}")
+            plans = sum(p.stat().st_size for p in (folder / f"engines-{layers}").rglob("*.plan"))
+            rows.append(
+                {
+                    "layers": layers,
+                    "cold_seconds": round(cold, 1),
+                    "cached_seconds": round(cached, 2),
+                    "peak_gb": round(peak / 1e9, 2),
+                    "plans_mb": round(plans / 1e6, 1),
+                }
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    report(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print the table and write it to `results/`."""
+    today = datetime.date.today().isoformat()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    lines = [
+        "# Building TensorRT-RTX plans",
+        "",
+        f"`python benchmarks/build.py`, {today}, {machine}; full width, both towers,",
+        f"`--sku {SKU}`. The plans were not run: that needs the GPU.",
+        "",
+        "| layers | cold, s | cached, s | ratio | peak memory, GB | plans, MB |",
+        "|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {r['layers']} | {r['cold_seconds']} | {r['cached_seconds']} "
+            f"| {r['cold_seconds'] / r['cached_seconds']:.0f}x | {r['peak_gb']} | {r['plans_mb']} |"
+            for r in rows
+        ),
+    ]
+    print("\n".join(lines))
+    stem = RESULTS / f"build-rtx-{today}"
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {"date": today, "machine": machine, "sku": SKU, "rows": rows}
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The documents say what is there: the map of the code, links, verbs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from twotower_client.cli import VERBS
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("export/twotower_export", "engines/twotower_engines", "client/twotower_client")
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def first_sentence(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.split("\n\n")[0].split())
+
+
+def test_the_map_names_every_module_and_no_other():
+    text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w/.]+\.py)` \|", text, re.M))
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert named == modules
+
+
+def test_every_module_says_what_it_is():
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            assert first_sentence(path), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+        if not re.match(r"\w+:", target):
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_documents_are_verbs(document):
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", text, re.S)
+    verbs = re.findall(r"^\s*(?:\$ )?twotower ([a-z]+)", "\n".join(blocks), re.M)
+    assert set(verbs) <= set(VERBS)
