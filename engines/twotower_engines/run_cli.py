@@ -124,6 +124,9 @@ def _request(
     if prompt is not None:
         assert tokenizer is not None, "made above for a prompt of text"
         ids = tokenizer.encode(prompt)
+        if engines.manifest.mask_token_id in ids:
+            # harmless to the towers, which mask by position, but surely not what was meant
+            print("warning: the prompt spells the mask token and is read as such", file=sys.stderr)
     else:
         ids = _parse_ids(prompt_ids or "")
     request = Request("run", ids, **options)

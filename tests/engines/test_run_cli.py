@@ -84,6 +84,13 @@ def test_a_prompt_of_text_is_its_ids(made):
     assert by_text["output_ids"] == by_ids["output_ids"]
 
 
+def test_a_prompt_that_spells_the_mask_is_warned_about(made):
+    mask = Tokenizer(made.folder).decode([made.engines.manifest.mask_token_id]) or "<mask>"
+    options = [made.folder, "--max-new-tokens", 4, "--prompt"]
+    assert "spells the mask token" in invoke(*options, f"Nora {mask} boat").stderr
+    assert "warning" not in invoke(*options, "Nora has a boat").stderr
+
+
 def test_people_get_the_text_and_a_line_of_figures(made):
     options = [made.folder, "--prompt", "Nora", "--max-new-tokens", 40]
     result = invoke(*options)
