@@ -38,6 +38,7 @@ from twotower_engines.flavours.library_build import (
 __all__ = ["main"]
 
 PROGRESS_SECONDS = 0.1
+TRIM_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
 
 
@@ -71,6 +72,7 @@ class _Events:
 def main() -> None:
     """Do the job; exit code 0 unless the library ends the process."""
     _die_with_parent()
+    threading.Thread(target=_give_back_memory, daemon=True).start()
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     events = _Events(int(sys.argv[2]))
     try:
@@ -101,6 +103,18 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system again and again.
+
+    The compiler's many small objects leave holes all over the heap, which malloc keeps: a fifth of
+    the peak.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    while trim is not None:
+        time.sleep(TRIM_SECONDS)
+        trim(0)
 
 
 def _waited() -> float:
