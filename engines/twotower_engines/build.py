@@ -194,7 +194,7 @@ def _wanted(
     graphs: Mapping[str, Path],
 ) -> _Wanted:
     """Describe an engine set in full, before anything is built."""
-    versions = flavour.versions()
+    versions = {"twotower": importlib.metadata.version("twotower"), **flavour.versions()}
     recipes = {tower: flavour.recipe(tower, target) for tower in graphs}
     digests = {tower: file_sha256(path) for tower, path in graphs.items()}
     keys = {
@@ -215,7 +215,6 @@ def _wanted(
         "weights": "inputs of the plans, by name; manifest.json says which bytes of which shard",
         "placement": {tower: i for i, gpu in enumerate(plan.gpus) for tower in gpu.towers},
     }
-    versions = {"twotower": importlib.metadata.version("twotower"), **versions}
     copied = {path.name: file_sha256(path) for path in _copied(bundle)}
     key = digest_of(
         {

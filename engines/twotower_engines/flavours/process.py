@@ -43,6 +43,7 @@ MEMORY_TO_SHARE = 1_750_000_000
 """Bytes that workers may hold together and all keep running. A full-size tower holds 0.8 GB for
 most of its time and 1.1 GB at its end; two that do not end at the same moment stay below 2 GB."""
 
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """One of NVIDIA's builders, and how a process comes to have it.

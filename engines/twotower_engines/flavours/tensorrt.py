@@ -7,9 +7,11 @@ caches, hardware compatibility, the search for the GPU) needs a GPU to be seen a
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from twotower_engines.cache import cache_root
@@ -84,6 +86,7 @@ class TensorRtFlavour:
             "flags": [],
             # our kernels in place of the ops' bodies: see plugins.py
             "kernels": capability if _has_kernels() else None,
+            "kernels_sha256": _kernels_digest() if _has_kernels() else None,
             "hardware": "SAME_COMPUTE_CAPABILITY" if _is_shared(target.sku) else None,
             # not an argument of the builder, but of what it makes
             "built_for": capability if _is_shared(target.sku) else target.sku.name,
@@ -121,6 +124,15 @@ def _installed() -> str | None:
 def _has_kernels() -> bool:
     """Whether the compiler of our kernels is installed; without it plans run the ops' bodies."""
     return importlib.util.find_spec("triton") is not None
+
+
+def _kernels_digest() -> str:
+    """Return a digest of the kernels' sources: a plan carries what they compile to."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in [package / "plugins.py", *sorted((package / "kernels").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _minor(version: str) -> tuple[int, int]:

@@ -1,0 +1,289 @@
+"""TensorRT proper: what can be seen without a GPU, and, on one, that it builds.
+
+Parsing, profiles, the worker process and its failures are the same code as TensorRT-RTX's and are
+tested there with the real library. Where a GPU is said to be present below, its name is made up:
+nothing is built then.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from twotower_engines.build import FLAVOURS, BuildOptions, build_engines
+from twotower_engines.engine_set import Limits
+from twotower_engines.errors import BuildError, PlanError
+from twotower_engines.flavours import tensorrt as module
+from twotower_engines.flavours.flavour import Order, Target
+from twotower_engines.flavours.library_build import _configure
+from twotower_engines.flavours.profiles import narrow_profiles, wide_profiles
+from twotower_engines.flavours.tensorrt import TensorRtFlavour
+from twotower_engines.manifest import read_manifest
+from twotower_engines.skus import find_sku, known_skus
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_bundles import write_bundle_of
+
+LIMITS = Limits(slots=16, context=8192, max_tokens_per_call=256, block_size_max=64)
+SHARED_9_0 = ("h100-sxm", "h100-pcie", "h100-nvl", "h200", "gh200")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return write_bundle_of(tmp_path_factory.mktemp("tensorrt"))
+
+
+@pytest.fixture
+def present(monkeypatch):
+    """Make the machine believe that it has a GPU, or none."""
+
+    def pretend(name):
+        def local():
+            if name is None:
+                raise PlanError("no GPU")
+            return find_sku(name)
+
+        monkeypatch.setattr(module, "local_sku", local)
+
+    return pretend
+
+
+def target(name, limits=LIMITS):
+    return Target(find_sku(name), limits, "bf16")
+
+
+@pytest.mark.parametrize("sku", [one for one in known_skus() if one != "cpu"])
+def test_without_a_gpu_it_says_what_to_run_where(present, sku):
+    present(None)
+    with pytest.raises(BuildError) as refused:
+        TensorRtFlavour().check(target(sku))
+    text = str(refused.value)
+    assert f"`twotower build BUNDLE --sku {sku} ENGINES`" in text
+    assert find_sku(sku).title in text
+    assert ("--flavour tensorrt-rtx" in text) == ("tensorrt-rtx" in find_sku(sku).flavours)
+
+
+def test_the_refusal_comes_before_anything_is_written(bundle, tmp_path, present):
+    present(None)
+    with pytest.raises(BuildError, match="tuned on the GPU itself"):
+        build_engines(bundle, tmp_path / "engines", BuildOptions("h200"))
+    assert not (tmp_path / "engines").exists()
+
+
+@pytest.mark.parametrize("here", SHARED_9_0)
+def test_gpus_of_one_compute_capability_build_for_each_other(present, here):
+    present(here)
+    for sku in SHARED_9_0:
+        TensorRtFlavour().check(target(sku))
+
+
+@pytest.mark.parametrize(("here", "sku"), [("h100-sxm", "b200"), ("a10", "l4"), ("b300", "b200")])
+def test_another_gpu_is_refused_by_name(present, here, sku):
+    present(here)
+    with pytest.raises(
+        BuildError, match=f"engines for {sku} .*this machine's {find_sku(here).title}"
+    ):
+        TensorRtFlavour().check(target(sku))
+
+
+def test_one_plan_serves_the_gpus_of_a_compute_capability():
+    recipes = [TensorRtFlavour().recipe("denoiser", target(sku)) for sku in SHARED_9_0]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    assert recipes[0]["hardware"] == "SAME_COMPUTE_CAPABILITY"
+    assert recipes[0]["built_for"] == "9.0"
+
+
+def test_a_gpu_without_relatives_gets_a_plan_of_its_own():
+    recipe = TensorRtFlavour().recipe("denoiser", target("a10"))
+    assert recipe["hardware"] is None
+    assert recipe["built_for"] == "a10"
+
+
+def test_the_kernels_are_part_of_the_recipe(monkeypatch):
+    with_kernels = TensorRtFlavour().recipe("denoiser", target("h200"))
+    monkeypatch.setattr(module, "_has_kernels", lambda: False)
+    without = TensorRtFlavour().recipe("denoiser", target("h200"))
+    assert with_kernels["kernels"] == "9.0"
+    assert len(with_kernels["kernels_sha256"]) == 64
+    assert without["kernels"] is without["kernels_sha256"] is None
+    monkeypatch.setattr(module, "_installed", lambda: "11.4.0.106")
+    assert TensorRtFlavour().versions() == {"tensorrt": "11.4.0.106"}
+
+
+def test_no_tensorrt(monkeypatch):
+    monkeypatch.setattr(module, "_installed", lambda: None)
+    with pytest.raises(BuildError, match=r"TensorRT is not installed; .*twotower\[tensorrt\]"):
+        TensorRtFlavour().versions()
+
+
+@pytest.mark.parametrize(("version", "fits"), [
+    ("10.12.0.36", False), ("10.13.0.35", True), ("11.4.0.106", True), ("12.0.0", False),
+])  # fmt: skip
+def test_which_versions_of_tensorrt_fit(monkeypatch, version, fits):
+    monkeypatch.setattr(module, "_installed", lambda: version)
+    if fits:
+        assert TensorRtFlavour().versions()["tensorrt"] == version
+    else:
+        with pytest.raises(BuildError, match=r"10\.13 to 11\.x is needed"):
+            TensorRtFlavour().versions()
+
+
+def takes(profile, **sizes):
+    return all(profile.sizes[dim].least <= n <= profile.sizes[dim].most for dim, n in sizes.items())
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 5, 16, 17, 64, 100, 256])
+def test_every_call_has_a_profile(slots):
+    limits = Limits(slots, 4096, 256, 64)
+    for make in (narrow_profiles, wide_profiles):
+        for batch in range(1, slots + 1):
+            for tokens in (1, 16, 64, 256):
+                assert any(
+                    takes(one, batch=batch, tokens=tokens, context=4096)
+                    for one in make("context", limits)
+                )
+            for block in (1, 16, 64):
+                found = [
+                    one
+                    for one in make("denoiser", limits)
+                    if takes(one, batch=batch, block=block, context=4096)
+                ]
+                assert len(found) == 1
+
+
+def test_the_first_profile_that_fits_is_the_narrow_one():
+    names = []
+    for tokens in (1, 16, 64, 65, 256):
+        profiles = narrow_profiles("context", LIMITS)
+        names.append(next(one.name for one in profiles if takes(one, batch=2, tokens=tokens)))
+    assert names == ["token", "block", "block", "chunk", "chunk"]
+
+
+def test_blocks_as_long_as_a_chunk_are_a_profile_still():
+    for make in (narrow_profiles, wide_profiles):
+        make("context", Limits(1, 1, 32, 64))
+        make("denoiser", Limits(1, 1, 32, 1))
+
+
+class RecordingApi:
+    """Stands in for TensorRT's API, to see what it is told: the real one wants a GPU here."""
+
+    class BuilderFlag:
+        REFIT = "refit"
+
+    class HardwareCompatibilityLevel:
+        SAME_COMPUTE_CAPABILITY = "same"
+
+    class ComputeCapability:
+        SM89 = "sm89"
+        SM120 = "sm120"
+
+
+class RecordingConfig:
+    """Refuses the timing cache of another machine, as TensorRT does."""
+
+    def __init__(self):
+        self.told = []
+        self.hardware_compatibility_level = None
+
+    def set_flag(self, flag):
+        self.told.append(flag)
+
+    def set_compute_capability(self, capability, index):
+        self.told.append((capability, index))
+
+    def create_timing_cache(self, content):
+        return None if content == b"of another GPU" else content
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        self.told.append((cache, ignore_mismatch))
+        return True
+
+
+def configured(**job):
+    config = RecordingConfig()
+    _configure(RecordingApi, config, {"flags": [], **job})
+    return config
+
+
+def test_what_the_builder_is_told(tmp_path):
+    assert configured(flags=["REFIT"]).told == ["refit"]
+    assert configured(hardware=None).hardware_compatibility_level is None
+    level = configured(hardware="SAME_COMPUTE_CAPABILITY").hardware_compatibility_level
+    assert level == "same"
+    aimed = configured(compute_capabilities=["8.9", "12.0"])
+    assert aimed.num_compute_capabilities == 2
+    assert aimed.told == [("sm89", 0), ("sm120", 1)]
+
+
+def test_a_timing_cache_is_used_and_one_of_another_gpu_is_not(tmp_path):
+    path = tmp_path / "timing"
+    assert configured(timing_cache=str(path)).told == [(b"", False)]
+    path.write_bytes(b"of this GPU")
+    assert configured(timing_cache=str(path)).told == [(b"of this GPU", False)]
+    path.write_bytes(b"of another GPU")
+    assert configured(timing_cache=str(path)).told == [(b"", False)]
+
+
+def test_both_towers_share_one_timing_cache(bundle, tmp_path, monkeypatch):
+    """What the flavour hands to its workers; none is started here."""
+    jobs = {}
+
+    def record(library, given, at_once, progress):
+        jobs.update(given, library=library, at_once=at_once)
+        figures = dict.fromkeys(("layers", "inputs", "bytes", "peak_rss", "cpu_seconds"), 0)
+        figures |= {"waited_seconds": 0, "outputs": {}, "versions": {}}
+        return dict.fromkeys(given, figures)
+
+    monkeypatch.setattr(module, "_installed", lambda: "11.4.0.106")
+    monkeypatch.setattr(module, "build_plans", record)
+    monkeypatch.setattr(module, "local_sku", lambda: find_sku("h200"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flavour = TensorRtFlavour()
+    orders = {
+        tower: Order(
+            bundle / read_manifest(bundle).graph("native", tower).file,
+            tmp_path / f"{tower}.plan",
+            flavour.recipe(tower, target("h200")),
+        )
+        for tower in ("context", "denoiser")
+    }
+    flavour.build(orders, target("h200"), lambda tower, text: None)
+    expected = str(tmp_path / "twotower" / "timing" / "h200-11.4.0.106.cache")
+    assert [jobs[tower]["timing_cache"] for tower in orders] == [expected, expected]
+    assert jobs["at_once"] == 1, "two builds at once would disturb each other's timings"
+    assert jobs["library"].module == "tensorrt"
+    assert len(jobs["context"]["profiles"]) == 3
+    assert jobs["context"]["profiles"][0]["ids"] == ([1, 1], [4, 1], [16, 1])
+
+
+def test_what_the_loader_is_told():
+    assert FLAVOURS["tensorrt"].loader(target("h200")) == {"compute_capabilities": ["9.0"]}
+
+
+@pytest.mark.gpu
+def test_engines_on_this_machines_gpu(bundle, tmp_path, monkeypatch):
+    """Cold, from the timing cache, and from the build cache."""
+    pytest.importorskip("tensorrt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = BuildOptions("local", slots=2, context=64, flavour="tensorrt")
+    made, is_new = build_engines(bundle, tmp_path / "engines", options)
+    assert is_new
+    assert made.build.flavour == "tensorrt"
+    assert {len(profiles) for profiles in made.build.profiles.values()} == {2, 3}
+    assert list((tmp_path / "cache" / "twotower" / "timing").glob("*.cache"))
+    _, is_new = build_engines(bundle, tmp_path / "engines", options)
+    assert not is_new
+
+
+@pytest.mark.gpu
+def test_a_plan_of_this_machines_gpu_is_loaded_by_it(bundle, tmp_path, monkeypatch):
+    trt = pytest.importorskip("tensorrt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = BuildOptions("local", slots=2, context=64, flavour="tensorrt")
+    made, _ = build_engines(bundle, tmp_path / "engines", options)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    engine = runtime.deserialize_cuda_engine(made.plan_path("denoiser").read_bytes())
+    assert engine.num_optimization_profiles == len(made.build.profiles["denoiser"])
