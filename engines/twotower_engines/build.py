@@ -142,8 +142,8 @@ def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> 
     """Return the memory plan of what is asked.
 
     Raises:
-        PlanError: It does not fit, or asks for what the SKU has not.
-        BuildError: It fits in a precision that cannot be built yet.
+        PlanError: It does not fit in what can be built, or asks for what the SKU has not.
+        BuildError: It asks for a precision that cannot be built yet.
     """
     if options.precision in PRECISIONS and options.precision not in BUILT:
         raise BuildError(
@@ -167,8 +167,7 @@ def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> 
 
     plan = planned(options.precision)
     if plan.fits and plan.precision not in BUILT:
-        as_released = refusal(planned("bf16"))
-        raise PlanError(f"{as_released}. It fits in {plan.precision}, which is not built yet")
+        raise PlanError(refusal(planned("bf16")))
     return require_fit(plan)
 
 

@@ -147,6 +147,18 @@ def test_what_does_not_fit_is_refused_with_what_does(bundle, tmp_path, small_gpu
     assert not (tmp_path / "engines").exists()
 
 
+def test_what_fits_only_in_a_precision_to_come_is_refused(bundle, tmp_path, small_gpu):
+    """As the full-size model on an L40S: the manifest's sizes alone decide."""
+    wide = shutil.copytree(bundle, tmp_path / "wide")
+    manifest = json.loads((wide / "manifest.json").read_text())
+    manifest["model"] |= {"num_experts": 128, "moe_intermediate_size": 8192, "hidden_size": 2688}
+    (wide / "manifest.json").write_text(json.dumps(manifest))
+    small_gpu.write_text(small_gpu.read_text().replace("0.5", "22"))  # fp8 takes 17, bf16 27
+    with pytest.raises(PlanError, match=r"in bf16 do not fit .* --precision fp8 .*not built yet"):
+        build_engines(wide, tmp_path / "engines", BuildOptions(str(small_gpu)))
+    assert not (tmp_path / "engines").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(bundle, tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "thesis.tex").write_text("years of work")

@@ -39,10 +39,9 @@ ALLOCATOR = ":".join(
 """Settings of glibc's malloc for a compiler that makes millions of small objects: with the defaults
 a quarter of its time goes into consolidating free lists. Another libc ignores them."""
 
-MEMORY_TO_SHARE = 1_750_000_000
-"""Bytes that workers may hold together and all keep running. A full-size tower holds 0.8 GB for
-most of its time and 1.1 GB at its end; two that do not end at the same moment stay below 2 GB."""
-
+MEMORY_TO_SHARE = 1_950_000_000
+"""Bytes that workers may hold together and all keep running; 0.1 GB of each is the library, which
+they share. A full-size tower holds 0.9 GB for most of its time and 1.1 GB at its end."""
 
 @dataclass(frozen=True, slots=True)
 class Library:
