@@ -222,7 +222,18 @@ def _build(one: Mapping[str, Any]) -> Iterable[str]:
     yield f"    limits: {limits}"
     for name, plan in build["plans"].items():
         size = "missing" if plan["bytes"] is None else f"{plan['bytes'] / 1e6:.1f} MB"
-        yield f"    {name}: {plan['file']}, {size}"
+        yield f"    {name}: {plan['file']}, {size}{_builder_saw(build, name)}"
+        for profile in build.get("profiles", {}).get(name, ()):
+            ranges = (f"{k} {' to '.join(map(str, v))}" for k, v in profile.items() if k != "name")
+            yield f"      profile {profile.get('name')} (least, usual, most): {', '.join(ranges)}"
+
+
+def _builder_saw(build: Mapping[str, Any], tower: str) -> str:
+    """What the builder reported of a plan, where its flavour reports."""
+    report = build.get("extra", {}).get("reports", {}).get(tower, {})
+    if "layers" not in report:
+        return ""
+    return f", {report['layers']:,} layers, {report['inputs']:,} inputs"
 
 
 def _table(sizes: Mapping[str, Any]) -> Iterable[str]:

@@ -143,6 +143,8 @@ def test_inspect_engines(tmp_path):
     (engines / "context.onnx").write_bytes(b"12345")
     plans = {"context": {"file": "context.onnx", "sha256": "0"}}
     build = {"format": "twotower-engines", "sku": "cpu", "flavour": "onnxruntime", "plans": plans}
+    build["profiles"] = {"context": [{"name": "all", "batch": [1, 4, 16], "tokens": [1, 16, 256]}]}
+    build["extra"] = {"reports": {"context": {"layers": 1199, "inputs": 74}}}
     (engines / "build.json").write_text(json.dumps(build))
     for source in (engines, engines.parent):
         result = CliRunner().invoke(inspect_command, [str(source), "--json"])
@@ -150,4 +152,6 @@ def test_inspect_engines(tmp_path):
         assert one["build"]["sku"] == "cpu"
         assert one["build"]["plans"]["context"]["bytes"] == 5
     text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
+    assert "profile all (least, usual, most): batch 1 to 4 to 16, tokens 1 to 16 to 256" in text
+    assert "1,199 layers, 74 inputs" in text
     assert "cpu: onnxruntime" in text
