@@ -100,7 +100,8 @@ def build_engines(
     sku = find_sku(options.sku)
     plan = _plan(bundle, manifest, sku, options)
     flavour = FLAVOURS[plan.flavour]
-    limits = Limits(plan.slots, plan.context, plan.max_tokens_per_call, plan.block_size_max)
+    chunk = min(plan.max_tokens_per_call, manifest.max_tokens_per_call)
+    limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
     target = Target(sku, limits, plan.precision)
     flavour.check(target)
     graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
