@@ -106,7 +106,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         "|---:|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {r['layers']} | {r['cold_seconds']} | {r['waited_seconds']} "
-            f"| {r['cached_seconds']} | {r['cold_seconds'] / r['cached_seconds']:.0f}x | {r['peak_gb']} | {r['plans_mb']} |"
+            f"| {r['cached_seconds']} | {r['cold_seconds'] / r['cached_seconds']:.0f}x "
+            f"| {r['peak_gb']} | {r['plans_mb']} |"
             for r in rows
         ),
     ]

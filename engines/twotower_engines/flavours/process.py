@@ -43,6 +43,7 @@ MEMORY_TO_SHARE = 1_950_000_000
 """Bytes that workers may hold together and all keep running; 0.1 GB of each is the library, which
 they share. A full-size tower holds 0.9 GB for most of its time and 1.1 GB at its end."""
 
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """One of NVIDIA's builders, and how a process comes to have it.
