@@ -91,6 +91,13 @@ def main() -> None:
     report(rows)
 
 
+def table_row(row: dict[str, Any]) -> str:
+    ratio = f"{row['cold_seconds'] / row['cached_seconds']:.0f}x"
+    keys = ("layers", "cold_seconds", "waited_seconds", "cached_seconds")
+    cells = [*(row[key] for key in keys), ratio, row["peak_gb"], row["plans_mb"]]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the table and write it to `results/`."""
     today = datetime.date.today().isoformat()
@@ -104,12 +111,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         "",
         "| layers | cold, s | waited, s | cached, s | ratio | peak memory, GB | plans, MB |",
         "|---:|---:|---:|---:|---:|---:|---:|",
-        *(
-            f"| {r['layers']} | {r['cold_seconds']} | {r['waited_seconds']} "
-            f"| {r['cached_seconds']} | {r['cold_seconds'] / r['cached_seconds']:.0f}x "
-            f"| {r['peak_gb']} | {r['plans_mb']} |"
-            for r in rows
-        ),
+        *map(table_row, rows),
     ]
     print("\n".join(lines))
     stem = RESULTS / f"build-rtx-{today}"

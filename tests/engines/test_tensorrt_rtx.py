@@ -18,11 +18,13 @@ from twotower_engines.engine_set import Limits, open_engine_set
 from twotower_engines.errors import BuildError
 from twotower_engines.flavours import process as process_module
 from twotower_engines.flavours import rtx_library
-from twotower_engines.flavours.flavour import Order
+from twotower_engines.flavours.flavour import Order, Target
 from twotower_engines.flavours.jobs import graph_inputs, plan_job
 from twotower_engines.flavours.process import Library, build_plans, check_library
 from twotower_engines.flavours.profiles import Profile, Sizes, narrow_profiles, wide_profiles
+from twotower_engines.flavours.tensorrt_rtx import TensorRtRtxFlavour
 from twotower_engines.manifest import read_manifest
+from twotower_engines.skus import find_sku
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_bundles import MemoryWatch, start_build, write_bundle_of, write_full_size_bundle
@@ -45,12 +47,7 @@ def library():
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return write_bundle_of(tmp_path_factory.mktemp("rtx"), "MEM*E")
-
-
-@pytest.fixture(scope="module")
-def float32_bundle(tmp_path_factory):
-    return write_bundle_of(tmp_path_factory.mktemp("rtx32"), "M*E", "float32")
+    return write_bundle_of(tmp_path_factory.mktemp("rtx"))
 
 
 def no_progress(tower, text):
@@ -95,17 +92,36 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     assert set(seen) == {"context", "denoiser"}
 
 
-def test_the_refinement_op_alone(library, bundle, tmp_path):
-    graph = bundle / read_manifest(bundle).graph("native", "refine").file
+@pytest.mark.parametrize("name", ["context", "denoiser", "refine"])
+@pytest.mark.parametrize("precision", ["native", "float32"])
+def test_every_graph_of_a_bundle(library, bundle, tmp_path, precision, name):
+    graph = bundle / read_manifest(bundle).graph(precision, name).file
+    profiles = wide_profiles("context" if name == "context" else "denoiser", LIMITS)
+    made = build(library, graph, tmp_path, profiles)
+    assert made["bytes"] > 100_000
+    if name != "context":
+        outputs = {"new_ids", "confidence", "committed", "still_masked"}
+        assert outputs <= made["outputs"].keys()
+
+
+def test_a_checkpoint_of_float32(library, tmp_path):
+    """Its native graphs compute in float32, with no cast at any input."""
+    bundle = write_bundle_of(tmp_path, dtype="float32")
+    graph = bundle / read_manifest(bundle).graph("native", "denoiser").file
     made = build(library, graph, tmp_path, wide_profiles("denoiser", LIMITS))
-    assert made["outputs"].keys() == {"new_ids", "confidence", "committed", "still_masked"}
+    assert made["outputs"]["logits"] == ["FLOAT", [-1, -1, 300]]
 
 
-@pytest.mark.parametrize("tower", ["context", "denoiser", "refine"])
-def test_float32_graphs(library, float32_bundle, tmp_path, tower):
-    graph = float32_bundle / read_manifest(float32_bundle).graph("native", tower).file
-    profiles = wide_profiles("context" if tower == "context" else "denoiser", LIMITS)
-    assert build(library, graph, tmp_path, profiles)["bytes"] > 100_000
+def test_nvidias_own_package_is_taken_where_it_is_installed(monkeypatch, tmp_path):
+    """A package of its name stands in for it: the real one cannot be had here."""
+    (tmp_path / "tensorrt_rtx").mkdir()
+    (tmp_path / "tensorrt_rtx" / "__init__.py").write_text("__version__ = '1.7.1.1'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert rtx_library.find_library().module == "tensorrt_rtx"
+    flavour = TensorRtRtxFlavour()
+    target = Target(find_sku("rtx-pro-6000"), LIMITS, "bf16")
+    assert flavour.recipe("denoiser", target)["compute_capabilities"] == ["12.0"]
+    assert flavour.loader(target) == {"compute_capabilities": ["12.0"]}
 
 
 @pytest.mark.parametrize("tower", ["context", "denoiser"])

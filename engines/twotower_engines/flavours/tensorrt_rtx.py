@@ -38,7 +38,7 @@ class TensorRtRtxFlavour:
         """Return the versions of the API and of the library, without loading either."""
         library = find_library()
         if library.module == "tensorrt_rtx":
-            return {"tensorrt_rtx": importlib.metadata.version("tensorrt_rtx")}
+            return {"tensorrt_rtx": _nvidias_version()}
         bindings = importlib.metadata.version("tensorrt-cu13-bindings")
         return {"tensorrt_rtx": LIBRARY_VERSION, "tensorrt_bindings": bindings}
 
@@ -71,6 +71,15 @@ class TensorRtRtxFlavour:
     def loader(self, target: Target) -> dict[str, Any]:
         """Return the GPUs that the plans run on."""
         return {"compute_capabilities": _aimed_at(target) or list(CAPABILITIES)}
+
+
+def _nvidias_version() -> str:
+    """Return the version of NVIDIA's own package, whatever distribution brought it."""
+    try:
+        return importlib.metadata.version("tensorrt_rtx")
+    except importlib.metadata.PackageNotFoundError:
+        found = importlib.metadata.packages_distributions().get("tensorrt_rtx", [])
+        return importlib.metadata.version(found[0]) if found else "unknown"
 
 
 def _aimed_at(target: Target) -> list[str]:
