@@ -99,8 +99,11 @@ def test_the_order_of_the_sum_is_that_of_k() -> None:
 
 
 def test_results_do_not_depend_on_tiles_of_tokens() -> None:
-    """On whole numbers, whose sums are exact in every order: a matrix product's own order is the
-    processor's (in the interpreter, of whichever routine NumPy picks for a shape)."""
+    """On whole numbers, whose sums are exact in every order.
+
+    A matrix product's own order is the processor's: in the interpreter, that of whichever routine
+    NumPy picks for a shape.
+    """
     args = draw_experts(np.random.default_rng(7), 24, 2, 4, 32, 32)
     for number in (0, 3, 4):
         args[number].mul_(8).round_().clamp_(-4, 4)
