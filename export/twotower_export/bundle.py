@@ -117,6 +117,7 @@ def manifest_of(checkpoint: Checkpoint, towers: Sequence[Tower]) -> dict[str, An
                 "size": shard.size,
                 "data_start": shard.data_start,
                 "sample_sha256": shard.sample_sha256,
+                "sha256": shard.sha256,
             }
             for shard in checkpoint.shards
         ],
