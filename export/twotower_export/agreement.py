@@ -10,7 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from twotower_export.checkpoint import Checkpoint, fingerprint, listed
+from twotower_export.checkpoint import (
+    Checkpoint,
+    Progress,
+    fingerprint,
+    listed,
+    with_full_digests,
+)
 from twotower_export.errors import BundleError
 from twotower_export.layout import HEADS
 from twotower_export.shards import Tensor
@@ -40,6 +46,29 @@ def check_agreement(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> None
         f"{_difference(manifest, recorded, checkpoint)}; name the checkpoint that was exported "
         f"({_named(manifest['checkpoint'])}), or export this one"
     )
+
+
+def check_every_byte(
+    manifest: Mapping[str, Any], checkpoint: Checkpoint, progress: Progress | None = None
+) -> None:
+    """Refuse a checkpoint whose shards are not, byte for byte, those that were exported.
+
+    Args:
+        manifest: the bundle's.
+        checkpoint: one that agrees with it.
+        progress: told the megabytes that were hashed.
+
+    Raises:
+        BundleError: a digest is another one, or was not recorded at export.
+        CheckpointError: a shard cannot be read, or a cache names it by another digest.
+    """
+    missing = [one["file"] for one in manifest["shards"] if not one.get("sha256")]
+    if missing:
+        raise BundleError(
+            f"the bundle records no sha256 of {listed(missing)}, so its content cannot be proved; "
+            "export it again with --full, or from a Hugging Face cache, whose files are named by it"
+        )
+    check_agreement(manifest, with_full_digests(checkpoint, progress))
 
 
 def _check_files(

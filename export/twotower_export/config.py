@@ -45,6 +45,9 @@ _SIZES_OF_KIND: Final = {
 
 _DTYPES: Final = ("bfloat16", "float32")
 
+# Fields that a manifest has beside its `model` block.
+_OUTSIDE_BLOCK: Final = ("mask_token_id", "bos_token_id", "pad_token_id", "eos_token_ids", "dtype")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -152,6 +155,21 @@ class ModelConfig:
             )
         return config
 
+    @classmethod
+    def from_block(cls, block: Mapping[str, Any], source: str, **others: Any) -> ModelConfig:
+        """The inverse of `model_block`; `others` are the fields that a manifest has beside it.
+
+        Raises:
+            ConfigError: a field is missing, unknown, of the wrong type or value.
+        """
+        types = _types_in_block()
+        for name in [*types, *block]:
+            if (name in types) != (name in block):
+                state = "is missing" if name in types else "is unknown"
+                raise ConfigError(f"{source}: the field `model: {name}` {state}")
+        read = {name: _typed(block[name], type_, name, source) for name, type_ in types.items()}
+        return cls(**read, **others, source=source)
+
     @property
     def num_layers(self) -> int:
         """Layers of each tower."""
@@ -189,9 +207,7 @@ class ModelConfig:
 
     def model_block(self) -> dict[str, Any]:
         """The `model` block of a bundle's manifest."""
-        outside = {"mask_token_id", "bos_token_id", "pad_token_id", "eos_token_ids", "dtype"}
-        outside.add("source")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in outside}
+        return {name: getattr(self, name) for name in _types_in_block()}
 
     def _check_pattern(self) -> None:
         if not self.pattern:
@@ -325,6 +341,12 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         del values["time_frequency_dim"]
     del values["bidirectional_mamba"]
     return dict(sorted(values.items()))
+
+
+def _types_in_block() -> dict[str, str]:
+    """Fields of a manifest's `model` block, with the names of their types."""
+    outside = (*_OUTSIDE_BLOCK, "source")
+    return {f.name: str(f.type) for f in fields(ModelConfig) if f.name not in outside}
 
 
 def _letters() -> str:

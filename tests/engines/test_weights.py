@@ -311,3 +311,10 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="is no safetensors file, or was truncated"):
             read_header(path)
+
+
+def test_endless_nesting_is_no_header(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        read_header(path)
