@@ -138,7 +138,7 @@ def read_json(path: Path, error: type[EnginesError]) -> Document:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror})") from problem
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path}: is not valid JSON ({problem})") from problem
     if not isinstance(values, dict):
         raise error(f"{path}: should hold a JSON object, found {type(values).__name__}")

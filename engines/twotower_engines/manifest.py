@@ -104,13 +104,15 @@ class Shard:
         file: Path relative to the checkpoint.
         size: Bytes of the whole file.
         data_start: Offset of the first tensor byte: 8 + length of the header.
-        sample_sha256: Digest of samples of the content; see `weights.sample_digest`.
+        sample_sha256: Digest of samples of the content; see `shard_file.sample_digest`.
+        sha256: Of the whole content, where the exporter knew it; see `shard_file.named_sha256`.
     """
 
     file: str
     size: int
     data_start: int
     sample_sha256: str
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ class TensorEntry:
 
     Attributes:
         sample: Digest of a part of its content, where the exporter took one; see
-            `weights.tensor_sample`.
+            `shard_file.tensor_sample`.
     """
 
     shard: int
@@ -266,6 +268,7 @@ def _shard(document: Document) -> Shard:
         size=document.integer("size"),
         data_start=document.integer("data_start"),
         sample_sha256=document.text("sample_sha256"),
+        sha256=document.optional_text("sha256"),
     )
 
 

@@ -288,7 +288,7 @@ def _stored_parameters(folder: Path) -> int | None:
             for name, tensor in header.items():
                 if name != "__metadata__":
                     total += _product(tensor["shape"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
     return total if shards else None
 

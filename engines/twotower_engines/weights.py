@@ -8,12 +8,8 @@ nor safetensors: the format is a length, a JSON header, and raw little-endian by
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import struct
 from collections.abc import Callable, Iterator
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +18,13 @@ import numpy.typing as npt
 
 from .errors import CheckpointError
 from .manifest import Manifest, Shard, WeightInput
+from .moved_tensors import explain_difference, listed
+from .shard_file import named_sha256, read_header, sample_digest, tensor_sample
 
 __all__ = ["Progress", "WeightStore", "read_header", "sample_digest", "tensor_sample"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
-
-SAMPLES = 16
-SAMPLE_BYTES = 4096
-TENSOR_SAMPLE_BYTES = 512
-LISTED_AT_MOST = 10
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 
 
 class WeightStore:
@@ -56,7 +48,8 @@ class WeightStore:
 
         Raises:
             CheckpointError: The folder or a shard is missing, or a shard's size, header or sampled
-                content is not what it was at export.
+                content is not what it was at export. Where tensors only changed places, the
+                message says how.
         """
         if not self.folder.is_dir():
             raise CheckpointError(
@@ -64,7 +57,16 @@ class WeightStore:
                 "if it was moved, say where it is with --checkpoint PATH"
             )
         for index, shard in enumerate(self.manifest.shards):
-            self._check_shard(index, shard)
+            try:
+                self._check_shard(index, shard)
+            except CheckpointError as error:
+                reason = explain_difference(self.manifest, self.folder)
+                if reason is None:
+                    raise
+                raise CheckpointError(
+                    f"{self.folder}: is not the checkpoint of these engines as it was exported: "
+                    f"{reason}; restore its files, or export this checkpoint and build again"
+                ) from error
 
     def raw(self, tensor: str) -> npt.NDArray[Any]:
         """Return a checkpoint tensor as it is stored, without a copy.
@@ -145,7 +147,7 @@ class WeightStore:
                 problems.append(name)
         if problems:
             raise CheckpointError(
-                f"{path}: its header changed since export: {_listed(problems)}; "
+                f"{path}: its header changed since export: {listed(problems)}; "
                 "export the checkpoint again"
             )
         self._check_content(index, path, shard)
@@ -161,70 +163,19 @@ class WeightStore:
                 if tensor_sample(stream, shard.data_start + entry.begin, entry.end - entry.begin)
                 != entry.sample
             ]
+        named = named_sha256(path)
+        if named and shard.sha256 and named != shard.sha256:
+            raise CheckpointError(
+                f"{path}: is another file than at export: the cache names it {named}, then "
+                f"{shard.sha256}; name the snapshot that was exported with --checkpoint PATH, or "
+                "export this one"
+            )
         if changed or sample_digest(path) != shard.sample_sha256:
             raise CheckpointError(
                 f"{path}: its content changed since export (same size and header, other bytes"
-                f"{' in ' + _listed(changed) if changed else ''}); "
+                f"{' in ' + listed(changed) if changed else ''}); "
                 "restore the file, or export the checkpoint again"
             )
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Read the header of a safetensors file.
-
-    Returns:
-        The header's entries, and the offset of the first tensor byte.
-
-    Raises:
-        CheckpointError: The file is too short, or its header is no JSON object.
-    """
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
-        content = stream.read(length) if length <= MAX_HEADER_BYTES else b""
-    try:
-        header = json.loads(content) if len(content) == length else None
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: is no safetensors file, or was truncated; restore it")
-    return header, 8 + length
-
-
-def sample_digest(path: Path) -> str:
-    """Return a sha256 in hex of a shard's size and 16 samples of 4 KiB, evenly spread.
-
-    The exporter writes the same into the manifest.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb", buffering=0) as stream:
-        for index in range(SAMPLES):
-            stream.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
-            digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def tensor_sample(stream: FileIO, offset: int, length: int) -> str:
-    """Return 16 hex digits of the sha256 of a tensor, or of 512 bytes in its middle.
-
-    The exporter writes the same into the manifest.
-
-    Args:
-        stream: The shard.
-        offset: Of the tensor's first byte in the file.
-        length: Of the tensor in bytes; up to 4 KiB are taken whole.
-    """
-    if length > SAMPLE_BYTES:
-        offset += length // 2 // TENSOR_SAMPLE_BYTES * TENSOR_SAMPLE_BYTES
-        length = TENSOR_SAMPLE_BYTES
-    stream.seek(offset)
-    return hashlib.sha256(stream.read(length)).hexdigest()[:16]
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - LISTED_AT_MOST
-    return ", ".join(names[:LISTED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _widen(source: npt.NDArray[Any], target: npt.NDArray[np.float32]) -> None:

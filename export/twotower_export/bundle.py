@@ -22,6 +22,7 @@ from twotower_export.config import read_json
 from twotower_export.errors import BundleError, ConfigError
 from twotower_export.golden import golden_for
 from twotower_export.layout import Tower, WeightSource, graph_weights
+from twotower_export.manifest_check import check_manifest
 from twotower_export.tokens import tokenizer_files
 
 FORMAT: Final = "twotower-bundle"
@@ -117,6 +118,7 @@ def manifest_of(checkpoint: Checkpoint, towers: Sequence[Tower]) -> dict[str, An
                 "size": shard.size,
                 "data_start": shard.data_start,
                 "sample_sha256": shard.sample_sha256,
+                "sha256": shard.sha256,
             }
             for shard in checkpoint.shards
         ],
@@ -145,7 +147,7 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     """Read a bundle's manifest.
 
     Raises:
-        BundleError: there is none, or it has another format or version.
+        BundleError: there is none, it has another format or version, or it is malformed.
     """
     path = bundle / MANIFEST_FILE
     try:
@@ -157,6 +159,7 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
             f"{path}: is {manifest.get('format')!r} version {manifest.get('format_version')!r}, "
             f"not {FORMAT!r} version {FORMAT_VERSION}; write it again with `twotower export`"
         )
+    check_manifest(manifest, str(path))
     return manifest
 
 

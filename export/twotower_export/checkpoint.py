@@ -14,15 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from twotower_export.config import ModelConfig, read_config, read_json
+from twotower_export.config import ModelConfig, read_config
 from twotower_export.errors import CheckpointError, ConfigError
+from twotower_export.json_file import read_json
 from twotower_export.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
-from twotower_export.shards import Shard, Tensor, read_shard
+from twotower_export.shards import Shard, Tensor, read_shard, refuse_dangling, whole_sha256
 from twotower_export.tokens import eos_token_ids
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
 CONFIG_FILE: Final = "config.json"
+SMALL_FILES: Final = (".json", ".jinja")
+"""What a checkpoint has beside its shards: configuration, index, tokenizer."""
 
 STORED_DTYPES: Final = ("BF16", "F32")
 LISTED_AT_MOST: Final = 10
@@ -87,6 +90,9 @@ def open_checkpoint(
         HubError: it could not be fetched.
     """
     folder, identity, warnings = _locate(source, revision, local_only)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in SMALL_FILES:
+            refuse_dangling(file)
     if not (folder / CONFIG_FILE).exists():
         raise CheckpointError(
             f"{folder}: is no checkpoint: it has no {CONFIG_FILE}"
@@ -129,6 +135,36 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkpoint:
+    """The checkpoint with the sha256 of every shard, read from its first to its last byte.
+
+    Args:
+        checkpoint: an open checkpoint.
+        progress: told the megabytes that were hashed.
+
+    Raises:
+        CheckpointError: a shard's content is not what a Hugging Face cache names it by.
+    """
+    total = sum(shard.size for shard in checkpoint.shards)
+    before = 0
+    hashed = []
+    for shard in checkpoint.shards:
+
+        def told(done: int, before: int = before) -> None:
+            if progress is not None:
+                progress("hashing megabytes", (before + done) // 10**6, total // 10**6)
+
+        digest = whole_sha256(shard.path, told)
+        if shard.sha256 not in (None, digest):
+            raise CheckpointError(
+                f"{shard.path}: its content has sha256 {digest}, but the cache names it "
+                f"{shard.sha256}: it was damaged; delete it and fetch the checkpoint again"
+            )
+        hashed.append(replace(shard, sha256=digest))
+        before += shard.size
+    return replace(checkpoint, shards=tuple(hashed))
+
+
 def _locate(
     source: str | Path, revision: str | None, local_only: bool
 ) -> tuple[Path, tuple[str | None, str | None], list[str]]:
@@ -137,18 +173,7 @@ def _locate(
 
     folder = Path(source).expanduser()
     if folder.is_dir():
-        if revision is not None and hub.cached_identity(folder)[1] is None:
-            raise CheckpointError(
-                f"{folder}: --revision {revision} cannot be checked: this is a plain folder, not a "
-                "snapshot in a Hugging Face cache; leave --revision out or name the hub id"
-            )
-        identity = hub.cached_identity(folder)
-        if revision is not None and not hub.is_same_commit(revision, identity[1]):
-            raise CheckpointError(
-                f"{folder}: is revision {identity[1]}, not {revision}; name the other snapshot, "
-                "or the hub id"
-            )
-        return folder.resolve(), identity, []
+        return folder.resolve(), hub.cached_identity(folder), _check_revision(folder, revision)
     if folder.exists():
         raise CheckpointError(
             f"{folder}: is a file, not a checkpoint; name the folder that it lies in"
@@ -164,6 +189,33 @@ def _locate(
             f"{source}: names revision {pinned!r}, but --revision says {revision!r}; give one"
         )
     return hub.fetch(name, (pinned if at else None) or revision, local_only=local_only)
+
+
+def _check_revision(folder: Path, revision: str | None) -> list[str]:
+    """Refuse a folder of another revision than was asked for; warnings about an unknown one."""
+    from twotower_export import hub
+
+    commit = hub.cached_identity(folder)[1]
+    if revision is None and commit is None:
+        return [
+            f"{folder}: its revision is unknown: this is a plain folder, not a snapshot in a "
+            "Hugging Face cache; the bundle is tied to its content, but cannot name its commit"
+        ]
+    if revision is None:
+        return []
+    if commit is None:
+        raise CheckpointError(
+            f"{folder}: --revision {revision} cannot be checked: this is a plain folder, not a "
+            "snapshot in a Hugging Face cache; leave --revision out or name the hub id"
+        )
+    meant = hub.cached_reference(folder, revision)
+    if not hub.is_same_commit(meant or revision, commit):
+        raise CheckpointError(
+            f"{folder}: is revision {commit}, not {revision}"
+            + (f", which is {meant} in this cache" if meant else "")
+            + "; name the other snapshot, or the hub id"
+        )
+    return []
 
 
 def _hint_of_another_kind(folder: Path) -> str:

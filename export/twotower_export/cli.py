@@ -24,6 +24,7 @@ INSPECT_EPILOG = """\b
 Examples:
   twotower inspect checkpoint
   twotower inspect bundle --checkpoint /models/moved-here
+  twotower inspect bundle --full
   twotower inspect engines --json
 """
 
@@ -58,14 +59,13 @@ class StepMeter:
 
 @click.command(epilog=EXPORT_EPILOG)
 @click.argument("checkpoint", metavar="CHECKPOINT")
-@click.argument("out", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--mask-token-id", type=int, help="Id of the mask.  [the checkpoint's, or 3]")
 @click.option(
     "--towers",
     type=click.Choice(["both", "context"]),
-    default="both",
-    show_default=True,
-    help="`context` for autoregressive generation only, as from a single-tower base checkpoint.",
+    help="`context` for autoregressive generation only, as from a single-tower base checkpoint.  "
+    "[both]",
 )
 @click.option("--revision", help="Commit, tag or branch on the hub.  [main, with a warning]")
 @click.option(
@@ -75,36 +75,48 @@ class StepMeter:
     show_default=True,
     help="`tensorrt-llm` writes the context tower as a standard Nemotron-H checkpoint.",
 )
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Hash every shard and record its sha256, for `inspect --full`; a Hugging Face cache names "
+    "it without.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export_command(
     checkpoint: str,
     out: Path,
     mask_token_id: int | None,
-    towers: str,
+    towers: str | None,
     revision: str | None,
     target: str,
+    full: bool,
     as_json: bool,
 ) -> None:
-    """Write the BUNDLE of a CHECKPOINT: a folder or a hub id, ORGANISATION/NAME[@REVISION].
+    """Write the bundle of a CHECKPOINT to the folder OUT.
 
-    A bundle that is there already is replaced; any other folder is refused.
+    CHECKPOINT is a folder or a hub id, ORGANISATION/NAME[@REVISION]. A bundle that is there already
+    is replaced; any other folder is refused.
     """
-    from twotower_export.checkpoint import open_checkpoint
+    from twotower_export.checkpoint import open_checkpoint, with_full_digests
     from twotower_export.layout import TOWERS, Tower
 
+    if target != "bundle":
+        _refuse_options_of_bundles(target, towers, full)
+        towers = "context"
     start = time.monotonic()
     meter = StepMeter()
-    chosen: tuple[Tower, ...] = TOWERS if towers == "both" else ("context",)
-    needed = chosen if target == "bundle" else ("context",)
+    chosen: tuple[Tower, ...] = ("context",) if towers == "context" else TOWERS
     opened = open_checkpoint(
         checkpoint,
         revision=revision,
         mask_token_id=mask_token_id,
-        towers=needed,
+        towers=chosen,
         progress=meter,
     )
     for warning in opened.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if full:
+        opened = with_full_digests(opened, meter)
     if target == "bundle":
         from twotower_export.bundle import write_bundle
 
@@ -143,6 +155,18 @@ def export_command(
         click.echo(f"next: twotower build {out} --sku cpu ENGINES")
 
 
+def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> None:
+    """Refuse what would be ignored: a standard checkpoint has one tower and no manifest."""
+    from twotower_export.errors import ExportError
+
+    for option, is_given in {"--towers both": towers == "both", "--full": full}.items():
+        if is_given:
+            raise ExportError(
+                f"{option} means nothing with --target {target}, which writes the context tower "
+                "only, as a standard checkpoint: leave it out"
+            )
+
+
 @click.command(epilog=INSPECT_EPILOG)
 @click.argument("source", metavar="CHECKPOINT|BUNDLE|ENGINES")
 @click.option(
@@ -150,15 +174,24 @@ def export_command(
     type=click.Path(path_type=Path),
     help="Check a BUNDLE against this checkpoint; another one is refused, with what differs.",
 )
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Read every byte of the checkpoint, and compare it with the sha256 that were recorded: of "
+    "a bundle by its export, of a CHECKPOINT by the Hugging Face cache.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect_command(source: str, checkpoint: Path | None, as_json: bool) -> None:
+def inspect_command(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> None:
     """Say what a checkpoint, bundle or engine set holds, weighs, and which GPUs could hold it.
 
     Nothing is downloaded: a hub id is looked up in the local cache.
     """
-    from twotower_export.inspection import inspect_source, report
+    from twotower_export.inspection import inspect_source
+    from twotower_export.inspection_text import report
 
     meter = StepMeter()
-    found: dict[str, Any] = inspect_source(source, checkpoint, progress=meter)
+    found: dict[str, Any] = inspect_source(source, checkpoint, progress=meter, full=full)
     meter.finish()
+    for warning in found.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
     click.echo(json.dumps(found) if as_json else report(found))

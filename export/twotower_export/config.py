@@ -6,7 +6,6 @@ mathematics and that the towers do not implement is refused here, by name, befor
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from twotower_export.errors import ConfigError
+from twotower_export.json_file import read_json as read_json  # part of this module's interface
 from twotower_export.settings import IMPLEMENTED, check_settings
 
 DEFAULT_MASK_TOKEN_ID: Final = 3
@@ -44,6 +44,9 @@ _SIZES_OF_KIND: Final = {
 }
 
 _DTYPES: Final = ("bfloat16", "float32")
+
+# Fields that a manifest has beside its `model` block.
+_OUTSIDE_BLOCK: Final = ("mask_token_id", "bos_token_id", "pad_token_id", "eos_token_ids", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,7 @@ class ModelConfig:
             )
         check_settings(values, source)
         read = _read_fields(values, pattern, source)
-        read["eos_token_ids"] = _eos_ids(values.get("eos_token_id", 2), source)
+        read["eos_token_ids"] = token_ids(values.get("eos_token_id", 2), source)
         read["dtype"] = _dtype(values)
         if mask_token_id is not None:
             read["mask_token_id"] = mask_token_id
@@ -151,6 +154,21 @@ class ModelConfig:
                 f"{pattern!r} has {len(pattern)} letters; take config.json of the same revision"
             )
         return config
+
+    @classmethod
+    def from_block(cls, block: Mapping[str, Any], source: str, **others: Any) -> ModelConfig:
+        """The inverse of `model_block`; `others` are the fields that a manifest has beside it.
+
+        Raises:
+            ConfigError: a field is missing, unknown, of the wrong type or value.
+        """
+        types = _types_in_block()
+        for name in [*types, *block]:
+            if (name in types) != (name in block):
+                state = "is missing" if name in types else "is unknown"
+                raise ConfigError(f"{source}: the field `model: {name}` {state}")
+        read = {name: _typed(block[name], type_, name, source) for name, type_ in types.items()}
+        return cls(**read, **others, source=source)
 
     @property
     def num_layers(self) -> int:
@@ -189,9 +207,7 @@ class ModelConfig:
 
     def model_block(self) -> dict[str, Any]:
         """The `model` block of a bundle's manifest."""
-        outside = {"mask_token_id", "bos_token_id", "pad_token_id", "eos_token_ids", "dtype"}
-        outside.add("source")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in outside}
+        return {name: getattr(self, name) for name in _types_in_block()}
 
     def _check_pattern(self) -> None:
         if not self.pattern:
@@ -229,6 +245,12 @@ class ModelConfig:
                 f"{self.source}: num_experts_per_tok {self.num_experts_per_tok} exceeds "
                 f"n_routed_experts {self.num_experts}"
             )
+        for name in ("norm_eps", "routed_scaling_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{self.source}: {_KEYS.get(name, name)} is {getattr(self, name)}, not a "
+                    "finite number above 0; take config.json of the released checkpoint"
+                )
         if self.time_frequency_dim % 2:
             raise ConfigError(f"{self.source}: time_frequency_dim must be even: cosines and sines")
 
@@ -236,11 +258,17 @@ class ModelConfig:
         ids = {f"eos_token_id[{i}]": id_ for i, id_ in enumerate(self.eos_token_ids)}
         for name, value in {"mask_token_id": self.mask_token_id, **ids}.items():
             if not 0 <= value < self.vocab_size:
-                remedy = "--mask-token-id" if name == "mask_token_id" else "config.json"
+                remedy = "with --mask-token-id" if name == "mask_token_id" else "in this file"
                 raise ConfigError(
                     f"{self.source}: {name} {value} is outside the vocabulary "
-                    f"(0 to {self.vocab_size - 1}); correct it with {remedy}"
+                    f"(0 to {self.vocab_size - 1}); correct it {remedy}"
                 )
+        if self.mask_token_id in self.eos_token_ids:
+            raise ConfigError(
+                f"{self.source}: token {self.mask_token_id} is both the mask and an end of text "
+                "(eos_token_id), so no answer could ever end with it; name the mask with "
+                "--mask-token-id, or correct eos_token_id"
+            )
 
 
 def read_config(path: Path, *, mask_token_id: int | None = None) -> ModelConfig:
@@ -253,27 +281,18 @@ def read_config(path: Path, *, mask_token_id: int | None = None) -> ModelConfig:
     return ModelConfig.from_json(values, mask_token_id=mask_token_id, source=str(path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, with `Infinity` and `NaN` as NVIDIA's file has them.
-
-    transformers 5 writes such numbers as `{"__float__": "Infinity"}`: read as the number, too.
+def token_ids(value: Any, source: str) -> tuple[int, ...]:
+    """The ids of an `eos_token_id`: one, a list of them, or null for none.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, or holds no object.
+        ConfigError: it is something else.
     """
-
-    def special(pairs: list[tuple[str, Any]]) -> Any:
-        return float(pairs[0][1]) if pairs and pairs[0][0] == "__float__" else dict(pairs)
-
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=special)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not JSON: {error}; copy or download it again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds a {type(values).__name__}, not an object")
-    return values
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
+        raise ConfigError(
+            f"{source}: eos_token_id is {value!r:.80}, not a token id or a list of them"
+        )
+    return tuple(ids)
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
@@ -324,6 +343,12 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
+def _types_in_block() -> dict[str, str]:
+    """Fields of a manifest's `model` block, with the names of their types."""
+    outside = (*_OUTSIDE_BLOCK, "source")
+    return {f.name: str(f.type) for f in fields(ModelConfig) if f.name not in outside}
+
+
 def _letters() -> str:
     return ", ".join(f"{letter!r} ({kind})" for letter, kind in LAYER_KINDS.items())
 
@@ -367,13 +392,8 @@ def _typed(value: Any, type_name: str, key: str, source: str) -> Any:
     return float(value) if type_name == "float" else value
 
 
-def _eos_ids(value: Any, source: str) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
-        raise ConfigError(f"{source}: eos_token_id is {value!r}, not a token id or a list of them")
-    return tuple(ids)
-
-
 def _dtype(values: Mapping[str, Any]) -> str:
-    value = values.get("torch_dtype", values.get("dtype"))
+    value = values.get("torch_dtype")
+    if value is None:  # the name of newer transformers
+        value = values.get("dtype")
     return "bfloat16" if value is None else str(value).removeprefix("torch.")

@@ -49,6 +49,24 @@ def cached_identity(folder: Path) -> tuple[str | None, str | None]:
     return repository.removeprefix("models--").replace("--", "/", 1), resolved.name
 
 
+def cached_reference(folder: Path, name: str) -> str | None:
+    """Commit that a branch or tag had when a snapshot's cache was last updated.
+
+    Args:
+        folder: a snapshot folder, as for `cached_identity`.
+        name: for example `main`, or `refs/pr/1`.
+
+    Returns:
+        None where the cache knows no such name.
+    """
+    references = folder.resolve().parent.parent / "refs"
+    path = (references / name).resolve()
+    if not path.is_relative_to(references) or not path.is_file():
+        return None
+    commit = path.read_text(encoding="utf-8", errors="replace").strip()
+    return commit if is_commit(commit) else None
+
+
 def fetch(
     id_: str, revision: str | None, *, local_only: bool = False
 ) -> tuple[Path, tuple[str, str], list[str]]:

@@ -1,24 +1,45 @@
-"""What `twotower inspect` finds out, as data, and the same as text."""
+"""What `twotower inspect` finds out about a checkpoint, a bundle or engine sets, as data."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from twotower_export.agreement import check_agreement
+from twotower_export.agreement import check_agreement, check_every_byte
 from twotower_export.bundle import FORMAT, MANIFEST_FILE, read_manifest
-from twotower_export.checkpoint import Checkpoint, Progress, open_checkpoint
-from twotower_export.config import ModelConfig, read_json
+from twotower_export.checkpoint import Checkpoint, Progress, open_checkpoint, with_full_digests
+from twotower_export.config import ModelConfig
 from twotower_export.errors import BundleError, ConfigError, ExportError
 from twotower_export.inventory import Inventory, fitting_skus, take_inventory
+from twotower_export.json_file import read_json
+from twotower_export.manifest_check import WrongFieldError, check_fields, config_of
 
 BUILD_FILE: Final = "build.json"
 
+# What is read of a build record; only the first four are in every one.
+_BUILD_FIELDS: Final[dict[str, Any]] = {
+    "format": str,
+    "sku": str,
+    "flavour": str,
+    "plans": {"*": {"file": str, "sha256": str}},
+    "precision": str,
+    "limits": {},
+    "versions": {},
+    "profiles": {"*": [{}]},
+    "graph_sha256": {"*": str},
+    "extra": {},
+}
+_BUILD_REQUIRED: Final = ("format", "sku", "flavour", "plans")
+
 
 def inspect_source(
-    source: str, checkpoint: Path | None = None, progress: Progress | None = None
+    source: str,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    full: bool = False,
 ) -> dict[str, Any]:
     """Recognise a folder or hub id and describe it.
 
@@ -26,6 +47,7 @@ def inspect_source(
         source: a checkpoint, a bundle, or an engine set or the folder of several.
         checkpoint: for a bundle, the checkpoint to compare it with.
         progress: told about each shard.
+        full: of a checkpoint, or a bundle's: hash every shard from its first to its last byte.
 
     Returns:
         A dictionary with `kind`: `checkpoint`, `bundle` or `engines`.
@@ -37,11 +59,18 @@ def inspect_source(
     builds = _builds(folder)
     if checkpoint is not None and (builds or not _is_bundle(folder)):
         raise BundleError(f"{source}: is no bundle, so --checkpoint means nothing: leave it out")
+    if builds and full:
+        raise BundleError(
+            f"{source}: is an engine set, so --full means nothing: give it with the bundle or the "
+            "checkpoint"
+        )
     if builds:
         return _engines(folder, builds)
     if _is_bundle(folder):
-        return _bundle(folder, checkpoint, progress)
+        return _bundle(folder, checkpoint, progress, full)
     opened = open_checkpoint(source, local_only=True, progress=progress)
+    if full:
+        opened = with_full_digests(opened, progress)
     return {"kind": "checkpoint", **_checkpoint(opened)}
 
 
@@ -70,25 +99,34 @@ def _checkpoint(opened: Checkpoint) -> dict[str, Any]:
         "base": opened.base,
         "shards": len(opened.shards),
         "tensors": len(opened.tensors),
+        "sha256": {shard.file: shard.sha256 for shard in opened.shards},
+        "warnings": list(opened.warnings),
         **_model(opened.config),
         **_sizes(take_inventory(opened.config, tensors)),
     }
 
 
-def _bundle(folder: Path, checkpoint: Path | None, progress: Progress | None) -> dict[str, Any]:
+def _bundle(
+    folder: Path, checkpoint: Path | None, progress: Progress | None, full: bool
+) -> dict[str, Any]:
     manifest = read_manifest(folder)
+    entries = {one["file"]: one for some in manifest["graphs"].values() for one in some.values()}
     found = {
         "kind": "bundle",
         "path": str(folder.resolve()),
         **_manifest(manifest),
-        "graphs": _graph_files(folder, manifest),
+        "graphs": [_digested(folder, entry) for entry in entries.values()],
     }
     source = checkpoint or Path(manifest["checkpoint"]["path"])
     try:
-        check_agreement(manifest, open_checkpoint(source, local_only=True, progress=progress))
+        opened = open_checkpoint(source, local_only=True, progress=progress)
+        check_agreement(manifest, opened)
         state = "is there and unchanged"
+        if full:
+            check_every_byte(manifest, opened, progress)
+            state = "is there and unchanged, every byte of it"
     except ExportError as error:
-        if checkpoint is not None:
+        if checkpoint is not None or full:
             raise
         state = str(error)
     found["checkpoint"] = {**manifest["checkpoint"], "path": str(source), "state": state}
@@ -96,51 +134,70 @@ def _bundle(folder: Path, checkpoint: Path | None, progress: Progress | None) ->
 
 
 def _engines(folder: Path, builds: Sequence[Path]) -> dict[str, Any]:
-    sets = []
+    """Engine sets, each with its state, and the models that they are of: usually one."""
+    sets: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
     for path in builds:
-        build = read_json(path)
-        plans = {
-            name: {**plan, "bytes": _size(path.parent / plan["file"])}
-            for name, plan in build.get("plans", {}).items()
-        }
-        sets.append({"path": str(path.parent), "build": {**build, "plans": plans}})
-    manifest = read_manifest(builds[0].parent)
-    return {
+        manifest = read_manifest(path.parent)
+        model = {"checkpoint": manifest["checkpoint"], **_manifest(manifest)}
+        keys = [_identity(one) for one in models]
+        if _identity(model) not in keys:
+            models.append(model)
+            keys.append(_identity(model))
+        number = keys.index(_identity(model))
+        build = _build(path, manifest)
+        sets.append({"path": str(path.parent), "model": number, "build": build})
+    found = {
         "kind": "engines",
         "path": str(folder.resolve()),
         "engines": sets,
-        "checkpoint": manifest["checkpoint"],
-        **_manifest(manifest),
+        "models": models,
     }
+    return found if len(models) > 1 else found | models[0]
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _identity(model: Mapping[str, Any]) -> list[Any]:
+    """What makes two engine sets ones of the same model."""
+    return [model[key] for key in ("fingerprint", "towers", "mask_token_id", "eos_token_ids")]
 
 
-def _graph_files(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each graph file once, with its size and whether it is as it was written."""
-    entries = {one["file"]: one for some in manifest["graphs"].values() for one in some.values()}
-    found = []
-    for file, entry in entries.items():
-        content = (folder / file).read_bytes() if (folder / file).is_file() else None
-        state = "missing"
-        if content is not None:
-            same = hashlib.sha256(content).hexdigest() == entry["sha256"]
-            state = "ok" if same else "changed"
-        found.append({"file": file, "bytes": len(content or b""), "state": state})
-    return found
+def _build(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A build record, with size and state of each plan and of the graph that it was built from.
+
+    Raises:
+        BundleError: a field is missing or of another kind.
+    """
+    try:
+        build = read_json(path)
+        kinds = {n: k for n, k in _BUILD_FIELDS.items() if n in build or n in _BUILD_REQUIRED}
+        check_fields(build, kinds)
+    except (ConfigError, WrongFieldError) as error:
+        raise BundleError(
+            f"{path}: {str(error).removeprefix(f'{path}: ')}; build the engines again"
+        ) from error
+    graphs = {one["sha256"] for some in manifest["graphs"].values() for one in some.values()}
+    plans = {}
+    for name, plan in build["plans"].items():
+        graph = build.get("graph_sha256", {}).get(name)
+        state = "unknown" if graph is None else "ok" if graph in graphs else "changed"
+        plans[name] = {**plan, **_digested(path.parent, plan), "graph": state}
+    return {**build, "plans": plans}
+
+
+def _digested(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A file with its size and whether it is as it was written: `ok`, `changed` or `missing`."""
+    path = folder / entry["file"]
+    if not path.is_file():
+        return {"file": entry["file"], "bytes": None, "state": "missing"}
+    with path.open("rb") as stream:
+        same = hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
+    state = "ok" if same else "changed"
+    return {"file": entry["file"], "bytes": path.stat().st_size, "state": state}
 
 
 def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a manifest says of its model; sizes count the towers that were exported."""
-    model = dict(manifest["model"])
-    config = ModelConfig(
-        **model,
-        mask_token_id=manifest["mask_token_id"],
-        eos_token_ids=tuple(manifest["eos_token_ids"]),
-        dtype=manifest["dtype"],
-    )
+    config = config_of(manifest)
     used = {
         source
         for inputs in manifest["weights"].values()
@@ -178,105 +235,3 @@ def _sizes(inventory: Inventory) -> dict[str, Any]:
         "sizes": inventory.as_json(),
         "skus": None if fit is None else {"one": fit.one, "one_per_tower": fit.one_per_tower},
     }
-
-
-def report(found: Mapping[str, Any]) -> str:
-    """The text that `twotower inspect` prints."""
-    lines = [*_head(found), "", *_table(found["sizes"]), "", *_context(found)]
-    return "\n".join(lines)
-
-
-def _head(found: Mapping[str, Any]) -> Iterable[str]:
-    what = {"checkpoint": "TwoTower checkpoint", "bundle": "bundle", "engines": "engines"}
-    kind = "single-tower base checkpoint" if found.get("base") else what[found["kind"]]
-    yield f"{found['path']}: {kind}, {' and '.join(found['towers'])}"
-    if found.get("id"):
-        yield f"  {found['id']}@{found['revision']}"
-    yield f"  fingerprint {found['fingerprint'][:16]}, {found['shards']} shards"
-    model = found["model"]
-    dtypes = ", ".join(f"{n} {dtype}" for dtype, n in found["sizes"]["dtypes"].items())
-    yield f"  {len(model['pattern'])} layers {model['pattern']}"
-    yield f"  computes in {found['dtype']}; tensors: {dtypes}"
-    yield f"  mask {found['mask_token_id']}, ends with {found['eos_token_ids']}"
-    source = found.get("checkpoint")
-    if source is not None:
-        revision = f" at {source['revision']}" if source["revision"] else ""
-        state = source.get("state")
-        yield f"  of {source['id'] or source['path']}{revision}" + (f": {state}" if state else "")
-    for graph in found.get("graphs", ()):
-        yield f"  {graph['file']:32} {graph['bytes'] / 1e6:8.2f} MB  {graph['state']}"
-    for one in found.get("engines", ()):
-        yield from _build(one)
-
-
-def _build(one: Mapping[str, Any]) -> Iterable[str]:
-    build = one["build"]
-    versions = ", ".join(f"{k} {v}" for k, v in build.get("versions", {}).items())
-    capability = build.get("compute_capability")
-    yield (
-        f"  {build.get('sku')}: {build.get('flavour')}, {build.get('precision')}"
-        + (f", compute capability {capability}" if capability else "")
-        + (f" ({versions})" if versions else "")
-    )
-    limits = ", ".join(f"{k} {v}" for k, v in build.get("limits", {}).items())
-    yield f"    limits: {limits}"
-    for name, plan in build["plans"].items():
-        size = "missing" if plan["bytes"] is None else f"{plan['bytes'] / 1e6:.1f} MB"
-        yield f"    {name}: {plan['file']}, {size}{_builder_saw(build, name)}"
-        for profile in build.get("profiles", {}).get(name, ()):
-            ranges = (f"{k} {' to '.join(map(str, v))}" for k, v in profile.items() if k != "name")
-            yield f"      profile {profile.get('name')} (least, usual, most): {', '.join(ranges)}"
-
-
-def _builder_saw(build: Mapping[str, Any], tower: str) -> str:
-    """What the builder reported of a plan, where its flavour reports."""
-    report = build.get("extra", {}).get("reports", {}).get(tower, {})
-    if "layers" not in report:
-        return ""
-    return f", {report['layers']:,} layers, {report['inputs']:,} inputs"
-
-
-def _table(sizes: Mapping[str, Any]) -> Iterable[str]:
-    def row(name: str, one: Mapping[str, Any]) -> str:
-        tensors = f"{one['tensors']:,}" if "tensors" in one else ""
-        return f"  {name:28}{tensors:>10}{one['parameters']:>18,}{one['bytes']:>18,}"
-
-    yield f"  {'':28}{'tensors':>10}{'parameters':>18}{'bytes':>18}"
-    for tower, one in sizes["towers"].items():
-        for name, part in one["parts"].items():
-            yield row(f"{tower} {name}", part)
-        yield row(f"{tower} tower", {"parameters": one["parameters"], "bytes": one["bytes"]})
-    yield row("all", {"parameters": sizes["parameters"], "bytes": sizes["bytes"]})
-
-
-def _context(found: Mapping[str, Any]) -> Iterable[str]:
-    sizes = found["sizes"]
-    for tower, one in sizes["towers"].items():
-        yield (
-            f"  {tower}: {_scaled(one['active_parameters_per_token'])} parameters active per "
-            f"token; reads {_scaled(one['bytes_read_per_token'])}B for a token, "
-            f"{_scaled(one['bytes_read_per_16_tokens'])}B for 16 (uniform routing)"
-        )
-    tokens = sizes["tokens_per_context_gigabyte"]
-    yield (
-        f"  context: {sizes['kv_bytes_per_token']:,} bytes per token"
-        + (f", {tokens:,} tokens per gigabyte" if tokens else "")
-        + f", and {_scaled(sizes['state_bytes_per_sequence'])}B of states per sequence"
-    )
-    skus = found["skus"]
-    if skus is None:
-        yield "  GPUs: install twotower's engines to see which could hold it"
-        return
-    yield f"  one GPU could hold it: {', '.join(skus['one']) or 'none'}"
-    if skus["one_per_tower"]:
-        yield f"  one GPU per tower: {', '.join(skus['one_per_tower'])}"
-    yield "  (weights, 4,096 tokens of context, 5% for workspace; `twotower plan` counts slots)"
-
-
-def _scaled(value: float) -> str:
-    """Three digits and a decimal prefix: `62.5 G`."""
-    for prefix in ("", "k", "M"):
-        if value < 1000:
-            return f"{value:.3g} {prefix}"
-        value /= 1000
-    return f"{value:.3g} G"

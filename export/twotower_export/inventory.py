@@ -25,6 +25,10 @@ SSM_BYTES: Final = 4  # the SSM state is float32 whatever the weights are
 BLOCK: Final = 16
 GIB: Final = 2**30
 WORKSPACE_SHARE: Final = 0.05
+CONTEXTS: Final = (4096, 32768, 131072, 262144)
+EXPERTS_SEEN: Final = (60, 90)
+"""Distinct experts per layer that 16 tokens of real text were routed to, least and most, of 128
+(measured by drowzeys on two DGX Spark)."""
 
 _MIXERS: Final = {"M": "mamba", "*": "attention"}
 _EXPERT_PARTS: Final = (
@@ -99,39 +103,120 @@ class Inventory:
         return 2 * len(c.layers_of_kind["*"]) * c.kv_width * CACHE_BYTES[c.dtype]
 
     @property
-    def state_bytes_per_sequence(self) -> int:
-        """Mamba states of one sequence: SSM in float32, and the raw columns of the convolution."""
+    def ssm_bytes_per_sequence(self) -> int:
+        """SSM states of one sequence, in float32."""
         c = self.config
-        ssm = c.d_inner * c.ssm_state_size * SSM_BYTES
-        conv = c.conv_dim * (c.conv_kernel - 1) * CACHE_BYTES[c.dtype]
-        return len(c.layers_of_kind["M"]) * (ssm + conv)
+        return len(c.layers_of_kind["M"]) * c.d_inner * c.ssm_state_size * SSM_BYTES
+
+    @property
+    def conv_bytes_per_sequence(self) -> int:
+        """The newest raw columns of every convolution: one fewer than its kernel has."""
+        c = self.config
+        columns = len(c.layers_of_kind["M"]) * (c.conv_kernel - 1)
+        return columns * c.conv_dim * CACHE_BYTES[c.dtype]
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        """Mamba states of one sequence."""
+        return self.ssm_bytes_per_sequence + self.conv_bytes_per_sequence
 
     @property
     def tokens_per_gigabyte(self) -> int | None:
         """Context tokens whose keys and values fill 10^9 bytes; None without attention."""
         return 10**9 // self.kv_bytes_per_token if self.kv_bytes_per_token else None
 
-    def active_parameters(self, tower: Tower, *, head: bool = True) -> int:
-        """Parameters that one token uses, without the embeddings."""
+    def layer_parameters(self) -> dict[str, int]:
+        """Parameters of one layer of each kind that there is, without its norm, and of one expert.
+
+        Keys are `mamba`, `attention`, `mixture of experts` and `expert`.
+        """
+        first = self.parts[0].tower
+        size = {part.name: part.parameters for part in self.parts if part.tower == first}
+        layers = {kind: len(found) for kind, found in self.config.layers_of_kind.items()}
+        per: dict[str, int] = {}
+        for kind, name in _MIXERS.items():
+            if layers[kind]:
+                per[name] = size.get(name, 0) // layers[kind]
+        if layers["E"]:
+            mixture = sum(size.get(name, 0) for _, name in _EXPERT_PARTS)
+            per["mixture of experts"] = mixture // layers["E"]
+            routed = size.get("routed experts", 0)
+            per["expert"] = routed // (layers["E"] * self.config.num_experts)
+        return per
+
+    def active_parameters(
+        self, tower: Tower, *, head: bool = True, embeddings: bool = False
+    ) -> int:
+        """Parameters that one token uses; of the embeddings all or none are counted."""
         c = self.config
         size = {part.name: part.parameters for part in self.parts if part.tower == tower}
+        active = sum(size.values()) - size.get("time conditioning", 0)
         routed = size.get("routed experts", 0)
-        active = sum(size.values()) - size.get("embeddings", 0) - size.get("time conditioning", 0)
         if routed:
             active -= routed - routed * c.num_experts_per_tok // c.num_experts
-        return active if head else active - size.get("head", 0)
+        active -= 0 if embeddings else size.get("embeddings", 0)
+        return active - (0 if head else size.get("head", 0))
 
-    def bytes_per_step(self, tower: Tower, tokens: int) -> int:
-        """Weights that a pass over some tokens reads, if routing were uniform and independent.
+    def flops_per_pass(self, tower: Tower, tokens: int) -> int:
+        """Multiplications and additions with weights, head included; no attention, no scan."""
+        return 2 * tokens * self.active_parameters(tower)
 
-        Each expert is missed by all tokens with probability (1 - k/E)^tokens. Embeddings are
-        looked up, not read. Real routing is more concentrated.
+    def expected_experts(self, tokens: int) -> float:
+        """Distinct experts per layer, if routing were uniform and independent; 0 without any.
+
+        Each expert is missed by all tokens with probability (1 - k/E)^tokens. Real routing is more
+        concentrated.
         """
         c = self.config
+        if not c.layers_of_kind["E"]:
+            return 0.0
+        return c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens)
+
+    def bytes_per_pass(self, tower: Tower, experts: float) -> int:
+        """Weights that a pass reads, if every layer uses this many of its experts.
+
+        Embeddings are looked up, not read.
+        """
         size = {part.name: part.bytes for part in self.parts if part.tower == tower}
         routed = size.pop("routed experts", 0)
-        used = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens if routed else 0.0
-        return sum(size.values()) - size.get("embeddings", 0) + round(routed * used)
+        rest = sum(size.values()) - size.get("embeddings", 0)
+        return rest + (round(routed * experts / self.config.num_experts) if routed else 0)
+
+    def bytes_per_step(self, tower: Tower, tokens: int) -> int:
+        """Weights that a pass over some tokens reads, if routing were uniform and independent."""
+        return self.bytes_per_pass(tower, self.expected_experts(tokens))
+
+    def bytes_by_experts(self, tower: Tower) -> dict[int, int]:
+        """Weights that a pass over 16 tokens reads, by the distinct experts per layer.
+
+        For what real text needs, for uniform routing (rounded), and for all; empty without experts.
+        """
+        every = self.config.num_experts if self.config.layers_of_kind["E"] else 0
+        counts = {round(self.expected_experts(BLOCK)), every} - {0}
+        counts |= {count for count in EXPERTS_SEEN if count < every}
+        return {count: self.bytes_per_pass(tower, count) for count in sorted(counts)}
+
+    def _tower_as_json(self, tower: Tower) -> dict[str, Any]:
+        parts = [part for part in self.parts if part.tower == tower]
+        return {
+            "bytes": self.bytes_of_tower(tower),
+            "parameters": sum(part.parameters for part in parts),
+            "active_parameters_per_token": self.active_parameters(tower),
+            "active_parameters_without_head": self.active_parameters(tower, head=False),
+            "active_parameters_with_embeddings": self.active_parameters(tower, embeddings=True),
+            "bytes_read_per_token": self.bytes_per_step(tower, 1),
+            "bytes_read_per_16_tokens": self.bytes_per_step(tower, BLOCK),
+            "bytes_read_per_16_tokens_by_experts": self.bytes_by_experts(tower),
+            "flops_per_16_tokens": self.flops_per_pass(tower, BLOCK),
+            "parts": {
+                part.name: {
+                    "tensors": part.tensors,
+                    "parameters": part.parameters,
+                    "bytes": part.bytes,
+                }
+                for part in parts
+            },
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Every figure, for programs; bytes and parameters are integers."""
@@ -140,28 +225,13 @@ class Inventory:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "dtypes": dict(self.dtypes),
-            "towers": {
-                tower: {
-                    "bytes": self.bytes_of_tower(tower),
-                    "parameters": sum(p.parameters for p in self.parts if p.tower == tower),
-                    "active_parameters_per_token": self.active_parameters(tower),
-                    "active_parameters_without_head": self.active_parameters(tower, head=False),
-                    "bytes_read_per_token": self.bytes_per_step(tower, 1),
-                    "bytes_read_per_16_tokens": self.bytes_per_step(tower, BLOCK),
-                    "parts": {
-                        part.name: {
-                            "tensors": part.tensors,
-                            "parameters": part.parameters,
-                            "bytes": part.bytes,
-                        }
-                        for part in self.parts
-                        if part.tower == tower
-                    },
-                }
-                for tower in towers
-            },
+            "towers": {tower: self._tower_as_json(tower) for tower in towers},
+            "parameters_per_layer": self.layer_parameters(),
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_bytes_by_context": {n: n * self.kv_bytes_per_token for n in CONTEXTS},
             "state_bytes_per_sequence": self.state_bytes_per_sequence,
+            "ssm_bytes_per_sequence": self.ssm_bytes_per_sequence,
+            "conv_bytes_per_sequence": self.conv_bytes_per_sequence,
             "tokens_per_context_gigabyte": self.tokens_per_gigabyte,
             "logits_bytes_per_block": BLOCK * self.config.vocab_size * 4,
         }

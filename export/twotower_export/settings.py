@@ -60,7 +60,7 @@ def _check_time_step_limit(limit: Any, source: str) -> None:
             f"{source}: time_step_limit is {limit!r}, not two numbers [low, high]"
         ) from None
     # softplus is positive: any low bound <= 0 clamps nothing
-    if low > 0 or high != math.inf:
+    if not low <= 0 or high != math.inf:  # NaN is refused, too
         raise ConfigError(
             f"{source}: time_step_limit is [{low}, {high}], which clamps Mamba's time step; "
             "the released model has [0, Infinity] and the towers implement no clamp"

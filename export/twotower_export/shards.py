@@ -8,17 +8,19 @@ small reads, whatever the size of the file.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
+import re
+import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from twotower_export.errors import CheckpointError
+from twotower_export.errors import CheckpointError, ConfigError
+from twotower_export.json_file import parse_object
 
 ITEM_SIZES: Final[Mapping[str, int]] = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -34,6 +36,7 @@ SHARD_SAMPLES: Final = 16
 SHARD_SAMPLE_BYTES: Final = 4096
 TENSOR_SAMPLE_BYTES: Final = 512
 WHOLE_TENSOR_BYTES: Final = 4096
+PIECE_BYTES: Final = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class Shard:
         size: bytes of the whole file.
         data_start: offset of the first tensor byte, 8 + the header's length.
         sample_sha256: digest of its size and of spread samples; see `shard_sample`.
+        sha256: of the whole content, in hex, where it is known without reading it; see
+            `named_sha256`.
     """
 
     file: str
@@ -78,6 +83,7 @@ class Shard:
     size: int
     data_start: int
     sample_sha256: str
+    sha256: str | None = None
 
 
 def read_shard(path: Path, file: str, index: int) -> tuple[Shard, dict[str, Tensor]]:
@@ -112,7 +118,42 @@ def read_shard(path: Path, file: str, index: int) -> tuple[Shard, dict[str, Tens
             for name, (dtype, shape, begin, end) in entries.items()
         }
         sample = shard_sample(descriptor, size)
-    return Shard(file, path, size, data_start, sample), tensors
+    return Shard(file, path, size, data_start, sample, named_sha256(path)), tensors
+
+
+def named_sha256(path: Path) -> str | None:
+    """The sha256 that a Hugging Face cache names a large file by, or None outside of one.
+
+    A snapshot's files are links into `blobs`, where a file of Git LFS is called by its sha256 (and
+    a small one by a digest of 40 digits). The hub's client does not hash what it downloads.
+    """
+    blob = path.resolve()
+    is_named = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
+    return blob.name if is_named else None
+
+
+def whole_sha256(path: Path, progress: Callable[[int], None]) -> str:
+    """sha256 in hex of a whole file.
+
+    Args:
+        path: the file.
+        progress: told the bytes that were read, after each piece.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                digest.update(buffer[:count])
+                done += count
+                progress(done)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def shard_sample(descriptor: int, size: int) -> str:
@@ -140,18 +181,33 @@ def tensor_sample(descriptor: int, offset: int, length: int) -> str:
     return hashlib.sha256(os.pread(descriptor, length, offset)).hexdigest()[:16]
 
 
+def refuse_dangling(path: Path) -> None:
+    """Refuse a link to nothing: what an interrupted download, or a cache cut short, leaves.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(
+            f"{path}: is a link to {path.readlink()}, which is not there: the download did "
+            "not finish; fetch the checkpoint again, finished files are kept"
+        )
+
+
 def _size(path: Path) -> int:
+    refuse_dangling(path)
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:
-        if path.is_symlink():
-            raise CheckpointError(
-                f"{path}: is a link to {path.readlink()}, which is not there: the download did "
-                "not finish; fetch the checkpoint again, finished files are kept"
-            ) from None
         raise CheckpointError(
             f"{path}: this shard is missing; restore it or download the checkpoint again"
         ) from None
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file"
+        raise CheckpointError(
+            f"{path}: is {what}, not a shard; restore the file or download the checkpoint again"
+        )
+    return found.st_size
 
 
 @contextmanager
@@ -185,11 +241,9 @@ def _header(descriptor: int, path: Path, size: int) -> tuple[dict[str, Any], int
             "restore it or download it again"
         )
     try:
-        header = json.loads(os.pread(descriptor, length, 8))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is no JSON object")
+        header = parse_object(os.pread(descriptor, length, 8), f"{path}: its header")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     return header, 8 + length
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from twotower_export.config import ModelConfig, read_json
+from twotower_export.config import ModelConfig, token_ids
 from twotower_export.errors import ConfigError
+from twotower_export.json_file import read_json
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -26,19 +28,36 @@ def eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     """Ids that end an answer: the configuration's, the generation defaults' and the tokenizer's.
 
     NVIDIA's `inference.py` stops at the tokenizer's end, which is not the id in `config.json`.
+
+    Raises:
+        ConfigError: a file is unreadable, or names something that cannot end an answer.
     """
     ids = set(config.eos_token_ids)
-    if (folder / "generation_config.json").is_file():
-        value = read_json(folder / "generation_config.json").get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    for file, id_ in _ids_of_files(folder):
+        if not 0 <= id_ < config.vocab_size:
+            raise ConfigError(
+                f"{file}: eos_token_id {id_} is outside the vocabulary "
+                f"(0 to {config.vocab_size - 1}); take this file and config.json of the same "
+                "revision"
+            )
+        if id_ == config.mask_token_id:
+            raise ConfigError(
+                f"{file}: eos_token_id {id_} is the mask; name another mask with "
+                "--mask-token-id, or correct this file"
+            )
+        ids.add(id_)
+    return tuple(sorted(ids))
+
+
+def _ids_of_files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Ends of text beside the configuration, with the file that names each."""
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        for id_ in token_ids(read_json(generation).get("eos_token_id"), str(generation)):
+            yield generation, id_
     of_tokenizer = _tokenizer_eos(folder)
     if of_tokenizer is not None:
-        ids.add(of_tokenizer)
-    if not all(isinstance(id_, int) for id_ in ids):
-        raise ConfigError(
-            f"{folder / 'generation_config.json'}: eos_token_id is no token id or list of them"
-        )
-    return tuple(sorted(ids))
+        yield folder / "tokenizer.json", of_tokenizer
 
 
 def _tokenizer_eos(folder: Path) -> int | None:
@@ -58,8 +77,9 @@ def _tokenizer_eos(folder: Path) -> int | None:
                 return int(one["id"])
         known = content["model"]["vocab"]
         # a unigram model has a list of pairs; its special tokens are all among the added ones
-        return known.get(token) if isinstance(known, dict) else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        id_ = known.get(token) if isinstance(known, dict) else None
+        return None if id_ is None else int(id_)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ConfigError(
-            f"{vocabulary}: is no tokenizer: {error!r}; copy or download it again"
+            f"{vocabulary}: is no tokenizer: {error!r:.200}; copy or download it again"
         ) from error

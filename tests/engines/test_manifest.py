@@ -222,3 +222,9 @@ def test_plans_are_checked_by_digest(engines):
         opened.check_plans()
     with pytest.raises(EngineSetError, match=r"no engine of the denoiser tower \(only context\)"):
         opened.plan_path("denoiser")
+
+
+def test_endless_nesting_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="is not valid JSON"):
+        read_manifest(tmp_path)

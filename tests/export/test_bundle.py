@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 
 import numpy as np
 import onnx
 import pytest
-from checkpoint_files import random_raw, random_tensors, write_checkpoint
+from checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
 from click.testing import CliRunner
 from sparse_checkpoint import write_sparse_checkpoint
 
@@ -188,20 +189,69 @@ class TestAgreement:
     def test_its_own(self, bundle, checkpoint):
         check_agreement(read_manifest(bundle), checkpoint)
 
-    def test_its_own_with_other_shards(self, tmp_path, bundle, tensors):
-        opened = open_checkpoint(write_checkpoint(tmp_path / "c", CONFIG, tensors, shards=5))
-        check_agreement(read_manifest(bundle), opened)
+    def test_its_own_in_other_files(self, tmp_path, bundle, tensors):
+        """The runtime maps bytes where the manifest says, so equal tensors are not enough."""
+        other = write_checkpoint(tmp_path / "c", CONFIG, tensors, shards=5)
+        message = "holds the weights of this bundle, but in other files: .* export .* again"
+        with pytest.raises(BundleError, match=message):
+            check_agreement(read_manifest(bundle), open_checkpoint(other))
+        padded = write_checkpoint(tmp_path / "p", CONFIG, tensors)
+        shard = padded / "model-00001-of-00003.safetensors"
+        content = shard.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        header, data = content[8 : 8 + length] + b" " * 8, content[8 + length :]
+        shard.write_bytes(struct.pack("<Q", len(header)) + header + data)
+        with pytest.raises(BundleError, match=message):
+            check_agreement(read_manifest(bundle), open_checkpoint(padded))
+
+    def test_content_between_the_samples_of_tensors(self, tmp_path, bundle, tensors):
+        """The runtime takes samples of the files, too: what it refuses is refused here."""
+        name = "context_tower.embeddings.weight"
+        raw = tensors[name]
+        flipped = RawTensor(raw.dtype, raw.shape, bytes([raw.data[0] ^ 1]) + raw.data[1:])
+        other = write_checkpoint(tmp_path / "c", CONFIG, tensors | {name: flipped})
+        with pytest.raises(BundleError, match="but not the whole content of model-00001-of-00003"):
+            check_agreement(read_manifest(bundle), open_checkpoint(other))
+
+    def test_names_of_a_cache_are_compared(self, tmp_path):
+        """The cache calls a shard by its sha256: so every byte counts, for nothing."""
+        snapshot = write_sparse_checkpoint(tmp_path, config_json(CONFIG), shards=2)
+        manifest = write_bundle(open_checkpoint(snapshot), tmp_path / "bundle")
+        shard = snapshot / "model-00002-of-00002.safetensors"
+        assert manifest["shards"][1]["sha256"] == shard.resolve().name
+        check_agreement(manifest, open_checkpoint(snapshot))
+        other = shard.resolve().rename(shard.resolve().with_name("d" * 64))
+        shard.unlink()
+        shard.symlink_to(other)
+        with pytest.raises(BundleError, match=f"{shard.name} .sha256 {'d' * 64}, at export "):
+            check_agreement(manifest, open_checkpoint(snapshot))
+        shard.unlink()
+        other.rename(shard)  # a plain file has no digest to compare
+        check_agreement(manifest, open_checkpoint(snapshot))
 
     def test_swapped_towers(self, refusal, tensors):
-        def other(name):
-            for one, two in (("context_", "denoiser_"), ("denoiser_", "context_")):
-                if name.startswith(one + "tower"):
-                    return name.replace(one, two, 1)
-            heads = {"lm_head.weight": "context_lm_head.weight"}
-            return (heads | {b: a for a, b in heads.items()}).get(name, name)
+        message = refusal({name: tensors[in_other_tower(name)] for name in tensors})
+        assert "its towers are swapped: each tower has the other one's tensors; " in message
 
-        message = refusal({name: tensors[other(name)] for name in tensors})
-        assert "its towers are swapped" in message
+    def test_swapped_towers_with_their_own_heads(self, refusal, tensors):
+        swapped = {n: tensors[in_other_tower(n)] for n in tensors if "lm_head" not in n}
+        message = refusal(tensors | swapped)
+        assert "its towers are swapped: each tower has the other one's tensors, but its" in message
+
+    @pytest.mark.parametrize("name", ["lm_head.weight", "denoiser_tower.layers.0.mixer.A_log"])
+    def test_one_pair_is_no_swap_of_towers(self, refusal, tensors, name):
+        other = in_other_tower(name)
+        message = refusal(tensors | {name: tensors[other], other: tensors[name]})
+        assert "towers are swapped" not in message
+        assert "tensors changed places with the other tower's: " in message
+        assert name in message
+        assert other in message
+
+    def test_towers_that_are_equal_are_not_swapped(self, refusal, tensors):
+        both = {n: tensors[in_other_tower(n)] for n in tensors if n.startswith("denoiser_tower")}
+        message = refusal(tensors | both)
+        assert "swapped" not in message
+        assert "other values in" in message
 
     def test_shuffled_experts(self, refusal, tensors):
         order = np.random.default_rng(3).permutation(CONFIG.num_experts)
@@ -240,6 +290,15 @@ class TestAgreement:
         opened = open_checkpoint(write_checkpoint(tmp_path / "c", CONFIG, other))
         with pytest.raises(BundleError, match="contradicts itself"):
             check_agreement(manifest, opened)
+
+
+def in_other_tower(name):
+    """The name of a tensor's counterpart; its own if it has none."""
+    for one, two in (("context_", "denoiser_"), ("denoiser_", "context_")):
+        if name.startswith(one + "tower"):
+            return name.replace(one, two, 1)
+    heads = {"lm_head.weight": "context_lm_head.weight"}
+    return (heads | {b: a for a, b in heads.items()}).get(name, name)
 
 
 FLOAT32_OF_HOLES = ("A_log", "mixer.D", "dt_bias", "e_score_correction_bias")

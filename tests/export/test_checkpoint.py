@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import struct
 
@@ -20,7 +22,7 @@ from checkpoint_files import (
 )
 from sparse_checkpoint import HUB_ID, REVISION, write_sparse_checkpoint
 
-from twotower_export.checkpoint import open_checkpoint
+from twotower_export.checkpoint import open_checkpoint, with_full_digests
 from twotower_export.config import config_json
 from twotower_export.errors import CheckpointError, ConfigError
 from twotower_export.tiny import tiny_config
@@ -90,6 +92,30 @@ def test_end_of_text_is_the_configurations_and_the_tokenizers(folder):
     assert open_checkpoint(folder).config.eos_token_ids == (2, 5, 11)
 
 
+@pytest.mark.parametrize(
+    ("eos", "message"),
+    [
+        ([[2]], r"eos_token_id is \[\[2\]\], not a token id"),
+        ({"a": 1}, "eos_token_id is {'a': 1}, not a token id"),
+        (True, "eos_token_id is True, not a token id"),
+        (99_999, "eos_token_id 99999 is outside the vocabulary"),
+        (-1, "eos_token_id -1 is outside the vocabulary"),
+        ([2, 3], "eos_token_id 3 is the mask"),
+    ],
+)
+def test_end_of_text_is_refused_by_the_file_that_names_it(folder, eos, message):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: {message}"):
+        open_checkpoint(folder)
+
+
+def test_broken_tokenizer_is_refused(folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (folder / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: is no tokenizer: RecursionError"):
+        open_checkpoint(folder)
+
+
 def test_huggingface_cache_names_itself(tmp_path):
     snapshot = write_sparse_checkpoint(tmp_path, config_json(CONFIG), shards=2)
     assert (snapshot / "config.json").is_symlink()
@@ -104,6 +130,36 @@ def test_wrong_revision_is_refused(tmp_path, folder):
         open_checkpoint(snapshot, revision="b" * 40)
     with pytest.raises(CheckpointError, match="cannot be checked: this is a plain folder"):
         open_checkpoint(folder, revision="b" * 40)
+
+
+def test_branch_of_a_snapshot_is_the_caches(tmp_path):
+    """`refs/main` names the commit that main had when the cache was filled."""
+    snapshot = write_sparse_checkpoint(tmp_path, config_json(CONFIG), shards=1)
+    assert open_checkpoint(snapshot, revision="main").revision == REVISION
+    main = snapshot.parent.parent / "refs" / "main"
+    main.write_text("c" * 40)
+    with pytest.raises(CheckpointError, match=f"{REVISION}, not main, which is {'c' * 40} in this"):
+        open_checkpoint(snapshot, revision="main")
+    for unknown in ("dev", "../refs/main/..", f"../snapshots/{REVISION}/config.json", str(main)):
+        with pytest.raises(CheckpointError, match=f"is revision {REVISION}, not "):
+            open_checkpoint(snapshot, revision=unknown)
+
+
+def test_unknown_revision_is_warned_about(tmp_path, folder):
+    (warning,) = open_checkpoint(folder).warnings
+    assert f"{folder}: its revision is unknown" in warning
+    snapshot = write_sparse_checkpoint(tmp_path / "cache", config_json(CONFIG), shards=1)
+    assert open_checkpoint(snapshot).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", INDEX, "generation_config.json", "tokenizer.json", "chat.jinja"]
+)
+def test_unfinished_download_of_a_small_file_is_named(folder, file):
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to(f"../../blobs/{'0' * 40}")
+    with pytest.raises(CheckpointError, match=f"{file}: is a link to .*download did not finish"):
+        open_checkpoint(folder)
 
 
 def test_unfinished_download_is_told_from_a_missing_shard(tmp_path):
@@ -148,6 +204,63 @@ def test_truncated_shard_is_refused(folder, kept):
     (folder / FIRST).write_bytes(content[:kept])
     with pytest.raises(CheckpointError, match=f"{FIRST}: is (truncated|no safetensors file)"):
         open_checkpoint(folder)
+
+
+def test_folder_or_pipe_in_the_place_of_a_shard_is_refused(folder):
+    (folder / FIRST).unlink()
+    (folder / FIRST).mkdir()
+    with pytest.raises(CheckpointError, match=f"{FIRST}: is a folder, not a shard"):
+        open_checkpoint(folder)
+    (folder / FIRST).rmdir()
+    os.mkfifo(folder / FIRST)
+    with pytest.raises(CheckpointError, match=f"{FIRST}: is no ordinary file"):
+        open_checkpoint(folder)
+
+
+def test_key_that_comes_twice_is_refused_by_name(folder, tensors):
+    """Python's parser would take the last one in silence."""
+    index = (folder / INDEX).read_text()
+    twice = index.replace('{"weight_map": {', f'{{"weight_map": {{"{EXPERT}": "x.safetensors", ')
+    (folder / INDEX).write_text(twice)
+    with pytest.raises(CheckpointError, match=f"{INDEX}: has the key '{EXPERT}' twice"):
+        open_checkpoint(folder)
+    (folder / INDEX).write_text(index)
+    content = (folder / FIRST).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = content[8 : 8 + length]
+    name = next(iter(json.loads(header)))
+    entry = json.dumps({name: json.loads(header)[name]})[1:-1].encode()
+    header = b"{" + entry + b", " + header[1:]
+    data = content[8 + length :]
+    (folder / FIRST).write_bytes(struct.pack("<Q", len(header)) + header + data)
+    with pytest.raises(CheckpointError, match=f"{FIRST}: its header has the key '{name}' twice"):
+        open_checkpoint(folder)
+
+
+def test_full_digests_are_of_the_whole_content(folder):
+    seen = []
+    hashed = with_full_digests(open_checkpoint(folder), lambda *now: seen.append(now))
+    assert [shard.sha256 for shard in open_checkpoint(folder).shards] == [None] * 3
+    for shard in hashed.shards:
+        assert shard.sha256 == hashlib.sha256(shard.path.read_bytes()).hexdigest()
+    assert {what for what, _, _ in seen} == {"hashing megabytes"}
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_cache_names_the_digest_and_a_damaged_blob_is_found(tmp_path):
+    snapshot = write_sparse_checkpoint(tmp_path, config_json(CONFIG), shards=2)
+    opened = open_checkpoint(snapshot)
+    for shard in opened.shards:
+        assert shard.sha256 == shard.path.resolve().name
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.*but the cache names it .*damaged"):
+        with_full_digests(opened)  # holes are not what their names say
+    for shard in opened.shards:
+        blob = shard.path.resolve()
+        renamed = blob.rename(blob.with_name(hashlib.sha256(blob.read_bytes()).hexdigest()))
+        shard.path.unlink()
+        shard.path.symlink_to(renamed)
+    opened = open_checkpoint(snapshot)
+    assert with_full_digests(opened) == opened
 
 
 def test_lengthened_shard_is_refused(folder):

@@ -120,6 +120,15 @@ def test_dtype_has_two_names(name):
         ({"eos_token_id": 131072}, r"eos_token_id\[0\] 131072 is outside"),
         ({"eos_token_id": "</s>"}, "not a token id or a list"),
         ({"mask_token_id": -1}, "mask_token_id -1 is outside .* --mask-token-id"),
+        ({"eos_token_id": [2, 3]}, "token 3 is both the mask and an end of text"),
+        ({"layer_norm_epsilon": math.inf}, "layer_norm_epsilon is inf, not a finite number"),
+        ({"layer_norm_epsilon": math.nan}, "layer_norm_epsilon is nan, not a finite number"),
+        ({"layer_norm_epsilon": -1}, "layer_norm_epsilon is -1.0, not a finite number above 0"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0.0, not a finite number above 0"),
+        ({"routed_scaling_factor": math.inf}, "routed_scaling_factor is inf, not a finite"),
+        ({"routed_scaling_factor": math.nan}, "routed_scaling_factor is nan, not a finite"),
+        ({"time_step_limit": [math.nan, math.inf]}, "which clamps Mamba's time step"),
+        ({"torch_dtype": None, "dtype": "float16"}, "'float16', but only bfloat16 and float32"),
     ],
 )
 def test_refusals_name_the_key_and_the_value(changes, message):
@@ -152,7 +161,17 @@ def test_infinity_is_read_as_it_is_written(tmp_path, written):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is not JSON"), (b"\xff\xfe{}", "is not JSON"), (b"[1]", "holds a list")],
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[1]", "holds a list"),
+        (b"[" * 100_000, "nests too deeply"),
+        (b'{"x": {"__float__": null}}', "__float__ is None, not a number"),
+        (b'{"x": {"__float__": "abc"}}', "is not JSON: could not convert"),
+        (b'{"n_groups": 8, "hidden_size": 1, "n_groups": 4}', "has the key 'n_groups' twice"),
+        (b'{"x": [{"a": 1, "a": 1}]}', "has the key 'a' twice"),
+    ],
+    ids=range(8),
 )
 def test_unreadable_files_are_named(tmp_path, content, message):
     path = tmp_path / "config.json"

@@ -9,9 +9,9 @@ from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
 from sparse_checkpoint import full_config
 
-from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli import inspect_command
+from twotower_export.inspection_text import report
 from twotower_export.inventory import fitting_skus, take_inventory
 from twotower_export.layout import expected_tensors
 from twotower_export.tiny import tiny_config
@@ -76,6 +76,63 @@ def test_what_a_token_reads(released):
     assert round(released.bytes_per_step("context", 16) / 1e9, 1) == 35.2
 
 
+def test_one_layer_of_each_kind(released):
+    assert released.layer_parameters() == {
+        "mamba": 38_742_208,
+        "attention": 23_396_352,
+        "mixture of experts": 1_297_465_344 + 128,  # with the router's bias
+        "expert": 9_977_856,
+    }
+
+
+def test_active_parameters_with_embeddings_and_head(released):
+    for tower in ("context", "denoiser"):
+        assert round(released.active_parameters(tower, embeddings=True) / 1e9, 3) == 3.580
+
+
+@pytest.mark.parametrize(("experts", "gigabytes"), [(60, 31), (69, 35), (90, 45), (128, 62)])
+def test_what_a_pass_over_a_block_reads(released, experts, gigabytes):
+    assert list(released.bytes_by_experts("context")) == [60, 69, 90, 128]
+    assert round(released.bytes_by_experts("context")[experts] / 1e9) == gigabytes
+    assert round(released.expected_experts(16), 1) == 68.6
+
+
+def test_operations_of_a_pass_over_a_block(released):
+    assert round(released.flops_per_pass("denoiser", 16) / 1e12, 2) == 0.10
+
+
+def test_memory_of_a_sequence(released):
+    sizes = released.as_json()
+    mib = {tokens: size / 2**20 for tokens, size in sizes["kv_bytes_by_context"].items()}
+    assert mib == {4096: 24, 32768: 192, 131072: 768, 262144: 1.5 * 1024}
+    assert sizes["ssm_bytes_per_sequence"] == 46 * 2**20
+    # three of the four columns of the released cache are kept: 1.08 MiB
+    assert round(sizes["conv_bytes_per_sequence"] * 4 / 3 / 2**20, 2) == 1.08
+    assert sizes["logits_bytes_per_block"] == 8 * 2**20
+
+
+def test_text_has_the_same_figures(released):
+    """The table as people read it."""
+    found = {
+        **{"kind": "checkpoint", "path": "x", "towers": ["context", "denoiser"], "skus": None},
+        **{"fingerprint": "0" * 64, "shards": 24, "model": {"pattern": "M"}, "dtype": "bfloat16"},
+        **{"mask_token_id": 3, "eos_token_ids": [2], "sizes": released.as_json()},
+    }
+    text = report(json.loads(json.dumps(found)))
+    for figure in (
+        "mamba 38,742,208, attention 23,396,352, mixture of experts 1,297,465,472, expert 9,977,",
+        "a token uses 3.58 G parameters, 3.228 G without embeddings, 2.875 G without embeddings",
+        "reads 6.456 GB for a token",
+        "103.3 GFLOP for 16",
+        "60: 31.24 GB, 69: 35.37 GB, 90: 45.01 GB, 128: 62.45 GB",
+        "24 MiB at 4K, 192 MiB at 32K, 768 MiB at 128K, 1.5 GiB at 256K",
+        "46 MiB of Mamba, 828 KiB of convolutions",
+        "logits of a block of 16: 8 MiB",
+        "126,371,805,696    117.69",
+    ):
+        assert figure in text, figure
+
+
 def test_float32_tensors_weigh_twice(released):
     config = released.config
     tensors = {
@@ -130,28 +187,3 @@ def test_inspect_of_the_base_checkpoint_counts_one_tower(tmp_path):
     assert found["base"] is True
     assert list(found["sizes"]["towers"]) == ["context"]
     assert found["sizes"]["towers"]["context"]["parts"]["head"]["tensors"] == 1
-
-
-def test_inspect_engines(tmp_path):
-    """An engine set as the builders write it, made by hand: only its two records matter here."""
-    config = tiny_config("ME*", hidden=16)
-    folder = write_checkpoint(tmp_path / "c", config, random_tensors(config))
-    manifest = write_bundle(open_checkpoint(folder), tmp_path / "bundle")
-    engines = tmp_path / "engines" / "cpu"
-    engines.mkdir(parents=True)
-    (engines / "manifest.json").write_text(json.dumps(manifest))
-    (engines / "context.onnx").write_bytes(b"12345")
-    plans = {"context": {"file": "context.onnx", "sha256": "0"}}
-    build = {"format": "twotower-engines", "sku": "cpu", "flavour": "onnxruntime", "plans": plans}
-    build["profiles"] = {"context": [{"name": "all", "batch": [1, 4, 16], "tokens": [1, 16, 256]}]}
-    build["extra"] = {"reports": {"context": {"layers": 1199, "inputs": 74}}}
-    (engines / "build.json").write_text(json.dumps(build))
-    for source in (engines, engines.parent):
-        result = CliRunner().invoke(inspect_command, [str(source), "--json"])
-        (one,) = json.loads(result.stdout)["engines"]
-        assert one["build"]["sku"] == "cpu"
-        assert one["build"]["plans"]["context"]["bytes"] == 5
-    text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
-    assert "profile all (least, usual, most): batch 1 to 4 to 16, tokens 1 to 16 to 256" in text
-    assert "1,199 layers, 74 inputs" in text
-    assert "cpu: onnxruntime" in text

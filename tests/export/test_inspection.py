@@ -1,0 +1,266 @@
+"""`twotower inspect` on bundles and engine sets: states, other models, damaged records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from checkpoint_files import random_tensors, write_checkpoint
+from click.testing import CliRunner
+
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint, with_full_digests
+from twotower_export.cli import export_command, inspect_command
+from twotower_export.errors import BundleError, CheckpointError, ExportError
+from twotower_export.inspection import inspect_source
+from twotower_export.tiny import tiny_config
+from twotower_export.verification.target import open_target
+
+CONFIG = tiny_config("ME*", hidden=16)
+
+
+def inspected(*arguments):
+    """What the verb printed as JSON."""
+    result = CliRunner().invoke(inspect_command, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.exception
+    return json.loads(result.stdout)
+
+
+def refused(*arguments):
+    """The sentence that a refusal prints."""
+    result = CliRunner().invoke(inspect_command, [*map(str, arguments)])
+    assert isinstance(result.exception, ExportError), result.exception
+    assert result.exception.exit_code == 2
+    return str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspected") / "checkpoint"
+    return write_checkpoint(folder, CONFIG, random_tensors(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("inspected") / "bundle"
+    write_bundle(with_full_digests(open_checkpoint(checkpoint)), out)
+    return out
+
+
+def write_engines(folder, bundle, sku="cpu", **changes):
+    """An engine set as the builders write it, made by hand of a bundle's graphs."""
+    folder.mkdir(parents=True)
+    shutil.copyfile(bundle / "manifest.json", folder / "manifest.json")
+    graphs = json.loads((bundle / "manifest.json").read_text())["graphs"]["float32"]
+    plans, digests = {}, {}
+    for tower in ("context", "denoiser"):
+        shutil.copyfile(bundle / graphs[tower]["file"], folder / f"{tower}.onnx")
+        digests[tower] = graphs[tower]["sha256"]
+        plans[tower] = {"file": f"{tower}.onnx", "sha256": digests[tower]}
+    build = {"format": "twotower-engines", "sku": sku, "flavour": "onnxruntime", "plans": plans}
+    build["graph_sha256"] = digests
+    build["profiles"] = {"context": [{"name": "all", "batch": [1, 4, 16], "tokens": [1, 16, 256]}]}
+    build["extra"] = {"reports": {"context": {"layers": 1199, "inputs": 74}}}
+    (folder / "build.json").write_text(json.dumps(build | changes))
+    return folder
+
+
+def test_engines(tmp_path, bundle):
+    engines = write_engines(tmp_path / "engines" / "cpu", bundle)
+    for source in (engines, engines.parent):
+        (one,) = inspected(source)["engines"]
+        assert one["build"]["sku"] == "cpu"
+        for tower, plan in one["build"]["plans"].items():
+            assert (plan["state"], plan["graph"]) == ("ok", "ok")
+            assert plan["bytes"] == (engines / f"{tower}.onnx").stat().st_size
+    text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
+    assert "profile all (least, usual, most): batch 1 to 4 to 16, tokens 1 to 16 to 256" in text
+    assert "1,199 layers, 74 inputs" in text
+    assert "cpu: onnxruntime" in text
+
+
+def test_engines_that_changed(tmp_path, bundle):
+    engines = write_engines(tmp_path / "cpu", bundle, graph_sha256={"denoiser": "0" * 64})
+    with (engines / "context.onnx").open("ab") as stream:
+        stream.write(b"0")
+    (engines / "denoiser.onnx").unlink()
+    plans = inspected(engines)["engines"][0]["build"]["plans"]
+    assert (plans["context"]["state"], plans["context"]["graph"]) == ("changed", "unknown")
+    assert (plans["denoiser"]["state"], plans["denoiser"]["graph"]) == ("missing", "changed")
+    text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
+    assert "denoiser: denoiser.onnx, missing, built from another graph than the manifest's" in text
+
+
+def test_engine_sets_of_two_checkpoints_show_their_own_model(tmp_path, bundle):
+    config = tiny_config("MM", hidden=32)
+    other = write_checkpoint(tmp_path / "other", config, random_tensors(config))
+    write_bundle(open_checkpoint(other), tmp_path / "other-bundle")
+    write_engines(tmp_path / "engines" / "l4", bundle, "l4")
+    write_engines(tmp_path / "engines" / "l40s", bundle, "l40s")
+    write_engines(tmp_path / "engines" / "t4", tmp_path / "other-bundle", "t4")
+    found = inspected(tmp_path / "engines")
+    patterns = {
+        one["build"]["sku"]: found["models"][one["model"]]["model"]["pattern"]
+        for one in found["engines"]
+    }
+    assert patterns == {"l4": "ME*", "l40s": "ME*", "t4": "MM"}
+    assert len(found["models"]) == 2
+    assert "model" not in found
+    text = CliRunner().invoke(inspect_command, [str(tmp_path / "engines")]).stdout
+    first, second = text.split("\nt4: engines")
+    assert "engines of 2 models" in first
+    assert "l4, l40s: engines, context and denoiser" in first
+    assert "3 layers ME*" in first
+    assert "2 layers MM" in second
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plans": {"context": {"file": "context.onnx"}}}, "plans: context: sha256` is missing"),
+        ({"plans": 3}, "`plans` should be an object, found 3"),
+        ({"sku": None}, "`sku` should be of type str, found None"),
+        ({"limits": []}, "`limits` should be an object"),
+        ({"profiles": {"context": 7}}, "`profiles: context` should be a list, found 7"),
+    ],
+)
+def test_malformed_build_record(tmp_path, bundle, changes, message):
+    engines = write_engines(tmp_path / "cpu", bundle, **changes)
+    assert message in refused(engines)
+
+
+SOME = "context_tower.layers.0.mixer.A_log"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda m: m.pop("model"), "the field `model` is missing"),
+        (lambda m: m.pop("weights"), "the field `weights` is missing"),
+        (lambda m: m.pop("graphs"), "the field `graphs` is missing"),
+        (lambda m: m["graphs"].pop("float32"), "the field `graphs: float32` is missing"),
+        (lambda m: m.update(graphs=[]), "the field `graphs` should be an object, found []"),
+        (lambda m: m["model"].update(foo=1), "the field `model: foo` is unknown"),
+        (lambda m: m["model"].pop("n_groups"), "the field `model: n_groups` is missing"),
+        (lambda m: m["model"].update(vocab_size="x"), "vocab_size is 'x', not of type int"),
+        (lambda m: m["model"].update(pattern="MXX"), "letter 'X' at layer 1"),
+        (lambda m: m.update(dtype="float16"), "float16"),
+        (lambda m: m["tensors"].clear(), "which is not among the tensors"),
+        (lambda m: m["tensors"][SOME].update(dtype="F16"), f"{SOME} has dtype 'F16', not BF16"),
+        (lambda m: m["tensors"][SOME].update(shard=9), f"{SOME} lies at bytes"),
+        (lambda m: m["tensors"][SOME].update(end=-1), f"{SOME} lies at bytes"),
+        (lambda m: m["tensors"][SOME].pop("sample"), f"`tensors: {SOME}: sample` is missing"),
+        (lambda m: m["shards"][1].pop("size"), "the field `shards[1]: size` is missing"),
+        (lambda m: m.update(towers=[]), "the field `towers` is []"),
+        (lambda m: m["weights"].update(context={}), "`weights: context` is missing or empty"),
+        (
+            lambda m: m["weights"]["context"]["context_lm_head.weight"].update(sources=["x.y"]),
+            "the weight `context: context_lm_head.weight` is made of x.y",
+        ),
+        (lambda m: m["checkpoint"].update(path=None), "`checkpoint: path` should be of type str"),
+    ],
+)
+def test_malformed_manifest_is_one_sentence(tmp_path, bundle, damage, message):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    path = tmp_path / "bundle" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    damage(manifest)
+    path.write_text(json.dumps(manifest))
+    sentence = refused(tmp_path / "bundle")
+    assert sentence.startswith(f"{path}: ")
+    assert message in sentence
+    assert sentence.count(str(path)) == 1
+    with pytest.raises(BundleError) as caught:  # what `twotower verify` starts with
+        open_target(tmp_path / "bundle")
+    assert str(caught.value) == sentence
+
+
+class TestFull:
+    """Every byte, compared with the digests that the export recorded."""
+
+    def test_digests_are_recorded(self, bundle, checkpoint):
+        for shard in json.loads((bundle / "manifest.json").read_text())["shards"]:
+            content = (checkpoint / shard["file"]).read_bytes()
+            assert shard["sha256"] == hashlib.sha256(content).hexdigest()
+
+    def test_same(self, bundle):
+        assert inspected(bundle, "--full")["checkpoint"]["state"].endswith("every byte of it")
+
+    def test_what_no_sample_meets_is_found(self, tmp_path):
+        config = tiny_config("MM", hidden=64)
+        folder = write_checkpoint(tmp_path / "c", config, random_tensors(config), shards=1)
+        write_bundle(with_full_digests(open_checkpoint(folder)), tmp_path / "bundle")
+        path = folder / "model-00001-of-00001.safetensors"
+        content = bytearray(path.read_bytes())
+        content[10_000] ^= 1  # in the embeddings, before their middle and the file's second sample
+        path.write_bytes(content)
+        state = inspected(tmp_path / "bundle")["checkpoint"]["state"]
+        assert state == "is there and unchanged"
+        sentence = refused(tmp_path / "bundle", "--full")
+        assert "not the whole content of model-00001-of-00001.safetensors (sha256 " in sentence
+
+    def test_nothing_to_compare_with(self, tmp_path, checkpoint):
+        write_bundle(open_checkpoint(checkpoint), tmp_path / "bundle")
+        sentence = refused(tmp_path / "bundle", "--full")
+        assert "records no sha256 of model-00001-of-00003.safetensors" in sentence
+        assert "export it again with --full" in sentence
+
+    def test_export_records_on_demand(self, tmp_path, checkpoint):
+        arguments = [str(checkpoint), str(tmp_path / "bundle"), "--full"]
+        assert CliRunner().invoke(export_command, arguments).exit_code == 0
+        assert inspected(tmp_path / "bundle", "--full")["kind"] == "bundle"
+
+    def test_checkpoint_alone(self, checkpoint):
+        found = inspected(checkpoint, "--full")
+        for file, digest in found["sha256"].items():
+            assert digest == hashlib.sha256((checkpoint / file).read_bytes()).hexdigest()
+        assert "its revision is unknown" in found["warnings"][0]
+
+    def test_engines_have_no_weights(self, tmp_path, bundle):
+        engines = write_engines(tmp_path / "cpu", bundle)
+        assert "is an engine set, so --full means nothing" in refused(engines, "--full")
+
+    def test_progress(self, bundle):
+        seen = []
+        inspect_source(str(bundle), progress=lambda *now: seen.append(now), full=True)
+        assert "hashing megabytes" in {what for what, _, _ in seen}
+
+
+def test_unfinished_checkpoint_of_a_bundle(tmp_path, bundle, checkpoint):
+    folder = shutil.copytree(checkpoint, tmp_path / "c")
+    (folder / "tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="the download did not finish"):
+        inspect_source(str(bundle), folder)
+
+
+def test_same_weights_in_other_files_are_not_unchanged(tmp_path, bundle):
+    other = write_checkpoint(tmp_path / "other", CONFIG, random_tensors(CONFIG), shards=2)
+    assert "but in other files: " in refused(bundle, "--checkpoint", other)
+
+
+class TestTensorRtLlm:
+    """What `--target tensorrt-llm` would ignore is refused."""
+
+    @pytest.mark.parametrize("options", [["--towers", "both"], ["--full"]])
+    def test_options_without_meaning(self, tmp_path, checkpoint, options):
+        arguments = [str(checkpoint), str(tmp_path / "out"), "--target", "tensorrt-llm", *options]
+        result = CliRunner().invoke(export_command, arguments)
+        assert isinstance(result.exception, ExportError)
+        assert f"{' '.join(options)} means nothing with --target" in str(result.exception)
+        assert not (tmp_path / "out").exists()
+
+    def test_the_context_tower_may_be_named(self, tmp_path, checkpoint):
+        arguments = [str(checkpoint), str(tmp_path / "out"), "--target", "tensorrt-llm"]
+        result = CliRunner().invoke(export_command, [*arguments, "--towers", "context"])
+        assert result.exit_code == 0, result.exception
+        usage = CliRunner().invoke(export_command, ["--help"]).stdout
+        assert "CHECKPOINT OUT" in usage
+
+
+def test_a_plain_folder_is_warned_about_by_export(tmp_path, checkpoint):
+    arguments = [str(checkpoint), str(tmp_path / "bundle"), "--json"]
+    result = CliRunner().invoke(export_command, arguments)
+    assert f"warning: {checkpoint}: its revision is unknown" in result.stderr
+    assert "its revision is unknown" in json.loads(result.stdout)["warnings"][0]
