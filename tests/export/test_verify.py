@@ -280,6 +280,13 @@ def test_the_command_verifies_engines_and_fails_with_a_reason(copied):
     assert "'tail' is neither embeddings, head nor a layer's number" in done.stderr
 
 
+def test_plans_have_no_parts_to_choose(tmp_path):
+    (tmp_path / "build.json").write_text('{"flavour": "tensorrt-rtx"}')
+    done = command(tmp_path, tmp_path, "--part", "head")
+    assert done.returncode == 2
+    assert "plans cannot be read layer by layer; verify the bundle with --layers" in done.stderr
+
+
 def test_ties_of_the_router_are_drawn_again_and_that_is_said(exported, monkeypatch):
     """A mismatch is believed only where no token's routing was nearly a tie."""
     from twotower_export import verify as module

@@ -40,10 +40,10 @@ class Tolerance:
 TOLERANCES: Final = {
     # Orders of summation differ; nothing else may.
     "float32": Tolerance(element=1e-4, rms=1e-4),
-    # Two and one units in the last of bfloat16's eight bits. A sum in another order may round to
-    # the next number; attention rounds its weights and two parts of its result, where the modules
-    # round once. The other parts agree to the last bit, mostly.
-    "bfloat16": Tolerance(element=8e-3, rms=4e-3),
+    # Four units, and one, in the last of bfloat16's eight bits. A sum in another order may round
+    # to the next number; attention rounds its weights and two parts of its result, where the
+    # modules round once. Other parts mostly agree to the last bit.
+    "bfloat16": Tolerance(element=1.6e-2, rms=4e-3),
 }
 """By what the graph computes in; both sides compute in it."""
 
