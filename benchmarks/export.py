@@ -5,8 +5,9 @@
 Checkpoints of the released sizes made of holes (real names, headers and layout, no weights), with
 the first 2, 8, 26 and 52 layers; each is exported by the command in a process of its own. For
 comparison, PyTorch's exporter traces a context tower of Mamba and attention layers of the same
-sizes on the meta device (it cannot trace the experts' loop, which depends on data). At last, three
-layers of the 52-layer bundle are verified.
+sizes on the meta device (it cannot trace the experts' loop, which depends on data).
+What `twotower verify` takes of the 52 layers, on random weights, is measured by
+`tests/export/test_full_size_verify.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = (2, 8, 26, 52)
 REPEATS = 3
 TRACED = ("M", "MM*MM*")
-VERIFIED = (0, 1, 5)
 
 sys.path.insert(0, str(ROOT / "tests" / "export"))
 
@@ -102,14 +102,6 @@ def measure_trace(pattern: str) -> dict[str, Any]:
     return {"pattern": pattern, "seconds": round(run.seconds, 2), "peak_bytes": run.peak}
 
 
-def measure_verify(folder: Path) -> dict[str, Any]:
-    """Verify some layers of the full-size bundle, against holes: the cost is that of weights."""
-    layers = [word for layer in VERIFIED for word in ("--layer", str(layer))]
-    snapshot = next((folder / f"cache-{LAYERS[-1]}").glob("*/snapshots/*"))
-    run = measure(twotower("verify", folder / f"bundle-{LAYERS[-1]}", snapshot, *layers))
-    return {"layers": VERIFIED, "seconds": round(run.seconds, 1), "peak_bytes": run.peak}
-
-
 def main() -> None:
     exports, traces = [], []
     with tempfile.TemporaryDirectory() as name:
@@ -120,14 +112,10 @@ def main() -> None:
         for pattern in TRACED:
             print(f"tracing {pattern}", file=sys.stderr)
             traces.append(measure_trace(pattern))
-        print(f"verifying layers {VERIFIED}", file=sys.stderr)
-        verified = measure_verify(folder)
-    report(exports, traces, verified)
+    report(exports, traces)
 
 
-def report(
-    exports: list[dict[str, Any]], traces: list[dict[str, Any]], verified: dict[str, Any]
-) -> None:
+def report(exports: list[dict[str, Any]], traces: list[dict[str, Any]]) -> None:
     """Print the tables and write them to `results/`."""
     today = datetime.date.today().isoformat()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
@@ -155,10 +143,6 @@ def report(
         "| layers | seconds | peak MB |",
         "|---|---:|---:|",
         *(f"| `{t['pattern']}` | {t['seconds']} | {t['peak_bytes'] / 1e6:.0f} |" for t in traces),
-        "",
-        f"`twotower verify --layer {' --layer '.join(map(str, VERIFIED))}` of the"
-        f" {LAYERS[-1]}-layer bundle, both towers: {verified['seconds']} s,"
-        f" {verified['peak_bytes'] / 1e9:.2f} GB at most.",
     ]
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
@@ -169,7 +153,6 @@ def report(
         "machine": machine,
         "exports": exports,
         "traces": traces,
-        "verified": verified,
     }
     stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

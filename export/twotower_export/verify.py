@@ -1,19 +1,18 @@
 """Compares exported graphs with the PyTorch towers, output by output.
 
-A small model is verified whole: every output of both graphs for a prefill chunk, a block and a
-single token. A model that does not fit into memory in float32 is verified part by part (embeddings,
-each layer, head with refinement): the nodes of one part are cut out of the exported file, and both
-sides get the same random hidden states.
-
-What runs here is the float32 graphs. Of the graphs in the checkpoint's own dtype, which ONNX
-Runtime cannot run on a CPU, it is checked that they are the same nodes.
+The float32 graphs of a small model are verified whole: every output of both for a prefill chunk, a
+block and a single token. Those of a model that does not fit into memory in float32, and the graphs
+in the checkpoint's own dtype of any model, are verified part by part (embeddings, each layer, head
+with refinement): the nodes of one part are cut out of the exported file, and both sides get the
+same random hidden states. How the parts are joined, and that the graphs in both precisions are the
+same but for casts, is read from the files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +24,7 @@ import onnx
 from twotower_export.agreement import check_agreement
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.config import ModelConfig
-from twotower_export.errors import ExportError
+from twotower_export.errors import BundleError, ExportError
 from twotower_export.layout import Tower, graph_weights
 from twotower_export.refinement import POLICIES, Rule, refine
 from twotower_export.verification.calls import (
@@ -35,18 +34,11 @@ from twotower_export.verification.calls import (
     random_feed,
     random_hidden,
 )
-from twotower_export.verification.comparison import Comparison, Side, compare
-from twotower_export.verification.graphs import (
-    HIDDEN,
-    GraphPart,
-    GraphSide,
-    ManifestWeights,
-    Part,
-    graph_part,
-    whole_graph,
-)
+from twotower_export.verification.comparison import Comparison, compare
+from twotower_export.verification.graphs import HIDDEN, Part
+from twotower_export.verification.pairs import Pair, Planned, by_part, whole
 from twotower_export.verification.target import Target, native_problems, structure_problems
-from twotower_export.verification.towers import NamedTensors, TowerPartSide, TowerSide
+from twotower_export.verification.wiring import wiring_problems
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
@@ -54,13 +46,34 @@ Progress = Callable[[str], None]
 WHOLE_BYTES: Final = 2_000_000_000
 """A tower of at most so many bytes in float32 is verified whole."""
 
-PART_CHUNK: Final = 24
-"""Prefill chunk for one MoE layer on its own: the graphs' reference body computes all experts."""
-
-CLEAR_MARGIN: Final = 1e-5
-"""Router scores closer than this may be ordered differently by sums in another order."""
+CLEAR_MARGINS: Final = {"float32": 1e-5, "bfloat16": 1e-4}
+"""Router scores closer than this may be ordered differently by sums in another order, and in
+bfloat16 by an input that was rounded the other way."""
 
 ATTEMPTS: Final = 4
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """A part that was compared on other inputs, because the first ones differed near a tie.
+
+    Attributes:
+        part: which.
+        precision: what it computes in.
+        draws: how often inputs were drawn; the last ones count.
+        margin: least distance of a chosen expert to a refused one in the draws before.
+    """
+
+    part: str
+    precision: str
+    draws: int
+    margin: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.part} in {self.precision}: the router was within {self.margin:.0e} of another "
+            f"choice where something differed; draw {self.draws} of the inputs counts"
+        )
 
 
 @dataclass
@@ -69,8 +82,9 @@ class Report:
 
     Attributes:
         target, checkpoint: what was compared with what.
-        by_part: whether it was done part by part.
+        by_part: whether the float32 graphs were done part by part.
         outcome: every tensor that was compared, and what failed.
+        redraws: parts for which other inputs were drawn.
         notes: what was not verified, and why.
     """
 
@@ -78,6 +92,7 @@ class Report:
     checkpoint: Path
     by_part: bool
     outcome: Comparison = field(default_factory=Comparison)
+    redraws: list[Redraw] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -91,6 +106,7 @@ class Report:
             "by_part": self.by_part,
             "worst": None if worst is None else worst.as_json(),
             "problems": self.outcome.problems,
+            "redraws": [asdict(redraw) for redraw in self.redraws],
             "notes": self.notes,
             "tensors": [tensor.as_json() for tensor in self.outcome.tensors],
         }
@@ -101,6 +117,7 @@ def verify(
     checkpoint: Path,
     *,
     layers: Sequence[int] = (),
+    parts: Sequence[Part] = (),
     whole_bytes: int = WHOLE_BYTES,
     progress: Progress = lambda line: None,
 ) -> Report:
@@ -111,6 +128,7 @@ def verify(
         checkpoint: folder or hub id.
         layers: whose hidden states to compare as well. Of a model that is verified part by part,
             only these layers are then verified.
+        parts: the only parts to verify, whatever the size of the model.
         whole_bytes: see `WHOLE_BYTES`.
         progress: told what is being compared.
 
@@ -122,118 +140,93 @@ def verify(
         checkpoint, mask_token_id=target.manifest["mask_token_id"], towers=towers
     )
     check_agreement(target.manifest, opened)
-    for layer in layers:
+    for layer in (*layers, *(part for part in parts if isinstance(part, int))):
         if not 0 <= layer < opened.config.num_layers:
             raise ExportError(
                 f"there is no layer {layer}: the model has {opened.config.num_layers}, from 0"
             )
     largest = max(_float32_bytes(opened.config, tower) for tower in towers)
-    report = Report(target.folder, opened.path, by_part=largest > whole_bytes)
+    report = Report(target.folder, opened.path, by_part=bool(parts) or largest > whole_bytes)
     for tower in towers:
-        model = onnx.load(str(target.graphs[tower]))
-        problems = structure_problems(target, tower, model, opened.config)
-        report.outcome.problems += problems + native_problems(target, tower, model)
-        if problems:
-            continue
-        sides = _by_part if report.by_part else _whole
-        for part, chunk, make in sides(target, opened, tower, model, layers):
-            progress(f"{part}")
-            _compare_clearly(report.outcome, part, opened.config, tower, chunk, make)
-    report.notes += _notes(target, layers, report.by_part)
+        for planned in _plan(report, target, opened, tower, layers, parts):
+            progress(f"{planned.part} in {planned.precision}")
+            _compare_clearly(report, opened.config, planned)
+    report.notes += _notes(target, [*parts, *layers], report)
     return report
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The two sides of a comparison.
+def _plan(
+    report: Report,
+    target: Target,
+    checkpoint: Checkpoint,
+    tower: Tower,
+    layers: Sequence[int],
+    parts: Sequence[Part],
+) -> list[Planned]:
+    """What is to be run of a tower; what can be read from its graphs goes into the report.
 
-    Attributes:
-        graph, reference: the sides.
-        layers: whose states they take.
-        wants_hidden: whether they start from hidden states.
+    A graph with another interface, or whose parts are joined wrongly, is not run: its parts are not
+    those of the reference.
     """
-
-    graph: Side
-    reference: TowerSide | TowerPartSide
-    layers: Sequence[int]
-    wants_hidden: bool
-
-
-_Comparisons = Iterator[tuple[str, int, Callable[[], _Pair]]]
-"""Name of the part, tokens of its prefill chunk, and what makes its two sides."""
-
-
-def _whole(
-    target: Target,
-    checkpoint: Checkpoint,
-    tower: Tower,
-    model: onnx.ModelProto,
-    layers: Sequence[int],
-) -> _Comparisons:
-    def make() -> _Pair:
-        part = whole_graph(model, tower, layers)
-        tensors = NamedTensors(checkpoint.path)
-        reference = TowerSide("torch", checkpoint.config, tower, tensors, layers)
-        graph = _graph_side(target, checkpoint, tower, part)
-        return _Pair(graph, reference, range(checkpoint.config.num_layers), wants_hidden=False)
-
-    yield tower, int(target.manifest["max_tokens_per_call"]), make
+    problems, planned = report.outcome.problems, list[Planned]()
+    selected: list[Part] = list(dict.fromkeys([*parts, *layers]))
+    model = onnx.load(str(target.graphs[tower]))
+    found = structure_problems(target, tower, model, checkpoint.config)
+    if not found:
+        wrong = wiring_problems(model, tower, checkpoint.config)
+        found = [f"{tower} graph in float32: {problem}" for problem in wrong]
+    problems += found
+    if not found and report.by_part:
+        planned += by_part(target, checkpoint, tower, "float32", selected)
+    elif not found:
+        planned += whole(target, checkpoint, tower, layers)
+    if tower in target.native:
+        native = onnx.load(str(target.native[tower]))
+        where = f"{tower} graph in {checkpoint.config.dtype}"
+        wrong = wiring_problems(native, tower, checkpoint.config)
+        problems += [f"{where}: {p}" for p in native_problems(target, tower, native, model)]
+        problems += [f"{where}: {problem}" for problem in wrong]
+        if not wrong:
+            only = selected if report.by_part else []
+            planned += by_part(target, checkpoint, tower, "native", only)
+    return planned
 
 
-def _by_part(
-    target: Target,
-    checkpoint: Checkpoint,
-    tower: Tower,
-    model: onnx.ModelProto,
-    layers: Sequence[int],
-) -> _Comparisons:
-    def make(part: Part) -> _Pair:
-        cut = graph_part(model, tower, part)
-        tensors = NamedTensors(checkpoint.path)
-        reference = TowerPartSide("torch", checkpoint.config, tower, tensors, part)
-        graph = _graph_side(target, checkpoint, tower, cut)
-        own = [part] if isinstance(part, int) else []
-        return _Pair(graph, reference, own, wants_hidden=part != "embeddings")
-
-    chunk = int(target.manifest["max_tokens_per_call"])
-    parts: list[Part] = ["embeddings", *range(checkpoint.config.num_layers), "head"]
-    for part in layers or parts:
-        dense = part in checkpoint.config.layers_of_kind["E"]
-        name = f"{tower}.layers.{part}" if isinstance(part, int) else f"{tower}.{part}"
-        yield name, min(PART_CHUNK, chunk) if dense else chunk, partial(make, part)
-
-
-def _graph_side(target: Target, checkpoint: Checkpoint, tower: Tower, part: GraphPart) -> GraphSide:
-    weights = ManifestWeights(target.manifest, checkpoint.path, tower)
-    return GraphSide("onnxruntime", part, weights)
-
-
-def _compare_clearly(
-    outcome: Comparison,
-    part: str,
-    config: ModelConfig,
-    tower: Tower,
-    chunk: int,
-    make: Callable[[], _Pair],
-) -> None:
+def _compare_clearly(report: Report, config: ModelConfig, planned: Planned) -> None:
     """Compare on random inputs; on others where a mismatch could be a tie in the router.
 
     A token whose sixth and seventh expert score the same but for rounding is a coin toss in any
     implementation: a mismatch on such inputs proves nothing.
     """
+    unclear: list[float] = []
     for attempt in range(ATTEMPTS):
-        pair = make()
-        feeds: dict[str, Feed] = {}
-        for shape in call_shapes(tower, chunk):
-            feeds[shape.name] = _feed(config, tower, shape, attempt, pair)
-        complete = partial(_refined, config) if tower == "denoiser" else None
-        found = compare(part, pair.graph, pair.reference, feeds, complete)
-        if found.passed or min(pair.reference.margins, default=math.inf) > CLEAR_MARGIN:
+        try:
+            found, margin = _compare(config, planned, attempt)
+        except BundleError as error:
+            what = f"{planned.part} in {planned.precision}"
+            report.outcome.problems.append(f"{what} cannot be run: {error}")
+            return
+        if found.passed or margin > CLEAR_MARGINS[planned.precision]:
             break
-    outcome.add(found)
+        unclear.append(margin)
+    report.outcome.add(found)
+    if unclear:
+        draws = attempt + 1
+        report.redraws.append(Redraw(planned.part, planned.precision, draws, min(unclear)))
 
 
-def _feed(config: ModelConfig, tower: Tower, shape: CallShape, seed: int, pair: _Pair) -> Feed:
+def _compare(config: ModelConfig, planned: Planned, seed: int) -> tuple[Comparison, float]:
+    """Compare on inputs of a seed; returns also how near the router came to another choice."""
+    pair = planned.make()
+    feeds: dict[str, Feed] = {}
+    for shape in call_shapes(planned.tower, planned.chunk):
+        feeds[shape.name] = _feed(config, planned.tower, shape, seed, pair)
+    complete = partial(_refined, config) if planned.tower == "denoiser" else None
+    found = compare(planned.part, pair.graph, pair.reference, feeds, complete, planned.precision)
+    return found, min(pair.reference.margins, default=math.inf)
+
+
+def _feed(config: ModelConfig, tower: Tower, shape: CallShape, seed: int, pair: Pair) -> Feed:
     feed = random_feed(config, tower, shape, seed, pair.layers)
     if pair.wants_hidden:
         feed[HIDDEN] = random_hidden(config, shape, seed)
@@ -273,17 +266,17 @@ def _refined(
     }
 
 
-def _notes(target: Target, layers: Sequence[int], by_part: bool) -> list[str]:
-    notes = []
+def _notes(target: Target, selected: Sequence[Part], report: Report) -> list[str]:
+    notes = [str(redraw) for redraw in report.redraws]
     if target.native:
         dtype = target.manifest["dtype"]
         notes.append(
-            f"the {dtype} graphs were not run (ONNX Runtime has no {dtype} on a CPU); they have "
-            "the same nodes as the float32 graphs, which were"
+            f"the {dtype} graphs were run part by part, on a CPU: every operator in float32, every "
+            f"{dtype} value rounded; what a GPU's kernels do beside that is not known here"
         )
-    if by_part and layers:
-        notes.append(f"only layers {', '.join(map(str, layers))} of each tower were verified")
-    elif by_part:
+    if report.by_part and selected:
+        notes.append(f"only {', '.join(map(str, selected))} of each tower were verified")
+    elif report.by_part:
         notes.append("verified part by part, each on random hidden states: never end to end")
     return notes
 

@@ -6,14 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from twotower_export.errors import ExportError
 
 if TYPE_CHECKING:
-    from twotower_export.verification.comparison import Comparison
+    from twotower_export.verification.comparison import Comparison, TensorDifference
+    from twotower_export.verification.graphs import Part
     from twotower_export.verify import Report
 
 EPILOG = """\b
@@ -21,14 +22,32 @@ Examples:
   twotower verify bundle checkpoint                  every output of both graphs
   twotower verify bundle checkpoint --layers         the hidden states after every layer as well
   twotower verify bundle checkpoint --layer 5        after layer 5; of a large model, only layer 5
+  twotower verify bundle checkpoint --part head      only the head and the refinement
   twotower verify engines checkpoint --json          an engine set; one JSON object
   twotower verify engines checkpoint --bundle bundle   engines for a GPU, on any machine
 
 A model whose towers do not fit into memory in float32 is verified part by part, in less than 8 GB.
+Graphs in bfloat16 always are, with every value rounded as it says.
 Exits with 1 where something differs. Engines for a GPU are verified as far as this machine can.
 """
 
 LISTED_AT_MOST = 10
+
+
+class _PartType(click.ParamType[int | str]):
+    """`embeddings`, `head` or the number of a layer."""
+
+    name = "PART"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value in ("embeddings", "head"):
+            return str(value)
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither embeddings, head nor a layer's number", param, ctx)
 
 
 class VerificationError(ExportError):
@@ -45,10 +64,17 @@ class VerificationError(ExportError):
     type=click.Choice(["torch"]),
     default="torch",
     show_default=True,
-    help="What to compare with: the towers as PyTorch modules, in float32.",
+    help="What to compare with: the towers as PyTorch modules, in each graph's precision.",
 )
 @click.option("--layers", "every_layer", is_flag=True, help="Compare after every layer as well.")
 @click.option("--layer", "layers", type=int, multiple=True, help="... after this one. Repeatable.")
+@click.option(
+    "--part",
+    "parts",
+    type=_PartType(),
+    multiple=True,
+    help="Verify only this part of each tower: embeddings, head or a layer's number. Repeatable.",
+)
 @click.option("--sku", help="Which engines, where ENGINES holds several.")
 @click.option(
     "--bundle",
@@ -68,6 +94,7 @@ def verify(
     reference: str,
     every_layer: bool,
     layers: tuple[int, ...],
+    parts: tuple[Part, ...],
     sku: str | None,
     bundle: Path | None,
     against: Path | None,
@@ -83,6 +110,11 @@ def verify(
 
     engines = engine_folder(target, sku)
     if engines is not None and _flavour(engines).startswith("tensorrt"):
+        if every_layer or layers or parts:
+            raise ExportError(
+                f"{engines}: plans cannot be read layer by layer; verify the bundle with --layers, "
+                "--layer or --part"
+            )
         _verify_device_engines(engines, checkpoint, bundle, against, as_json)
         return
     if bundle is not None or against is not None:
@@ -97,13 +129,13 @@ def verify(
     def say(part: str) -> None:
         click.echo(f"comparing {part}", err=True)
 
-    report = compare(opened, checkpoint, layers=layers, progress=say)
+    report = compare(opened, checkpoint, layers=layers, parts=parts, progress=say)
     if as_json:
         click.echo(json.dumps(report.as_json()))
     else:
         _print(report)
     if not report.outcome.passed:
-        raise VerificationError(_reason(report, bool(layers)))
+        raise VerificationError(_reason(report, bool(layers or parts)))
 
 
 def _verify_device_engines(
@@ -126,18 +158,23 @@ def _flavour(engines: Path) -> str:
 
 
 def _print(report: Report) -> None:
-    """Print one line per part, what failed, the worst tensor, and what was not verified."""
+    """Print one line per part, what failed, the worst tensor, and what was not verified.
+
+    Of a model whose float32 graphs were verified whole, the parts in its own dtype share a line.
+    """
     outcome = report.outcome
-    click.echo(f"{report.target} against {report.checkpoint} (PyTorch, float32)")
-    parts = dict.fromkeys(tensor.part for tensor in outcome.tensors)
-    for part in parts:
-        tensors = [tensor for tensor in outcome.tensors if tensor.part == part]
+    click.echo(f"{report.target} against {report.checkpoint} (PyTorch)")
+    lines: dict[tuple[str, str], list[TensorDifference]] = {}
+    for tensor in outcome.tensors:
+        part = tensor.part if report.by_part else tensor.part.partition(".")[0]
+        lines.setdefault((part, tensor.precision), []).append(tensor)
+    for (part, precision), tensors in lines.items():
         calls = len({tensor.call for tensor in tensors})
         failed = sum(not tensor.passed for tensor in tensors)
         worst = max(tensors, key=lambda tensor: tensor.severity)
         state = f"{failed} FAILED" if failed else "ok"
         click.echo(
-            f"  {part:24} {len(tensors):4} tensors of {calls} calls  {state:10} "
+            f"  {part:22} {precision:9} {len(tensors):4} tensors of {calls} calls  {state:10} "
             f"worst {worst.max_rel:.1e} ({worst.tensor}, {worst.call})"
         )
     for line in _failures(outcome)[:LISTED_AT_MOST]:

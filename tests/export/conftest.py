@@ -1,8 +1,36 @@
-"""Makes `reference` and `torch_generation` importable here: tests are no package."""
+"""Makes `reference` and its like importable here, as tests are no package; a bundle to verify."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A checkpoint with tensors in both dtypes, and its bundle."""
+    from sabotage import PATTERN
+
+    from twotower_export.bundle import write_bundle
+    from twotower_export.checkpoint import open_checkpoint
+    from twotower_export.tiny import write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("verify")
+    write_random_checkpoint(
+        folder / "checkpoint", PATTERN, 32, seed=5, float32_suffixes=("A_log", "gate.weight")
+    )
+    write_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle")
+    return folder
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """The same, to be damaged."""
+    shutil.copytree(exported / "bundle", tmp_path / "bundle")
+    (tmp_path / "checkpoint").symlink_to(exported / "checkpoint")
+    return tmp_path

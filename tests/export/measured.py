@@ -32,11 +32,11 @@ class Finished:
     peak_bytes: int
 
 
-def run_measured(*arguments: object) -> Finished:
-    """Run `twotower ARGUMENTS`, which must succeed."""
+def run_measured(*arguments: object, timeout: float = 300) -> Finished:
+    """Run `twotower ARGUMENTS`, which must succeed within seconds."""
     start = time.monotonic()
     command = [sys.executable, "-c", _PROGRAM, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr
     return Finished(done.stdout, seconds, int(done.stderr.split()[-1]) * 1024)

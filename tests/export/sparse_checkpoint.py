@@ -17,6 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from twotower_export.checkpoint import open_checkpoint
 from twotower_export.config import ModelConfig
 from twotower_export.layout import expected_tensors
 
@@ -149,6 +152,51 @@ def write_sparse_checkpoint(
         blob.write_text(text)
         (snapshot / file).symlink_to(Path("../../blobs") / blob.name)
     return snapshot
+
+
+def fill_random(snapshot: Path, layers: tuple[int, ...]) -> int:
+    """Fill parts of a checkpoint of holes with random weights, in both towers.
+
+    Embeddings, heads, final norms, time conditioning and these layers; some gigabytes where they
+    hold a MoE layer.
+
+    Args:
+        snapshot: from `write_sparse_checkpoint`.
+        layers: numbers of layers.
+
+    Returns:
+        Bytes written.
+    """
+    checkpoint = open_checkpoint(snapshot)
+    block = np.random.default_rng(0).standard_normal(4_000_037, dtype=np.float32)
+    filled = 0
+    for name, tensor in checkpoint.tensors.items():
+        layer = name.partition(".layers.")[2].partition(".")[0]
+        layer = layer or name.partition("scale_shift_tables.")[2]
+        if layer and int(layer) not in layers:
+            continue
+        # The same numbers over and over, from another place in each tensor: no two are equal.
+        values = np.roll(block, -(filled // 2) % block.size) * np.float32(0.1)
+        if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
+            values += 1
+        elif name.endswith(("A_log", "dt_bias")):
+            values = 10 * values - 1
+        elif "embeddings" in name:
+            values *= 10
+        elif name.endswith(".weight"):
+            deviation = 4.0 if "lm_head" in name else 1.0
+            values *= np.float32(10 * deviation / math.sqrt(math.prod(tensor.shape[1:])))
+        content = values.tobytes()
+        if tensor.dtype == "BF16":  # cut off, which is a rounding as good as any here
+            content = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+        shard = checkpoint.shards[tensor.shard]
+        with shard.path.open("r+b") as file:
+            file.seek(shard.data_start + tensor.begin)
+            left = tensor.end - tensor.begin
+            filled += left
+            while left:
+                left -= file.write(content[:left])
+    return filled
 
 
 def _stored(

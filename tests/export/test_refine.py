@@ -12,6 +12,8 @@ from scipy import stats
 
 from twotower_export.graph import build_refine_graph
 from twotower_export.graph.refine import POLICIES
+from twotower_export.refinement import Rule
+from twotower_export.refinement import refine as rules_refine
 from twotower_export.tiny import tiny_config
 
 MASK = 3
@@ -108,6 +110,45 @@ def test_the_threshold_is_strict_and_the_first_step_commits_at_least_one(refine)
     got = refine(logits, ids, threshold=1.0, steps_left=16)
     assert got["still_masked"] == [3]
     assert refine(logits, ids, threshold=0.999, steps_left=16)["still_masked"] == [0]
+
+
+def logits_near(refine, confidence):
+    """Logits whose confidence is exactly this float32, and such whose is the next one above.
+
+    Two tokens share the probability: the distance of their logits is searched among neighbours.
+    """
+    distance = np.float32(math.log(confidence / (1 - float(confidence))))
+    steps = np.arange(-200, 200).astype(np.int32)
+    distances = (distance.view(np.int32) + steps).view(np.float32)
+    logits = np.full((len(steps), 1, V), -1e30, np.float32)
+    logits[:, 0, 9], logits[:, 0, 10] = distances, 0
+    got = refine(logits, np.full((len(steps), 1), MASK), threshold=0.5, steps_left=1)["confidence"]
+    found = []
+    for wanted in (confidence, np.nextafter(confidence, np.float32(1))):
+        (at, *_) = np.flatnonzero(got[:, 0] == wanted)
+        found.append(logits[at, 0])
+    return found
+
+
+@pytest.mark.parametrize("threshold", [0.8, 0.9])
+def test_a_confidence_equal_to_the_float32_threshold_is_not_above_it(refine, threshold):
+    """0.8 is above its double in float32, 0.9 below: comparing in float64 would take the first."""
+    rounded = np.float32(threshold)
+    assert (float(rounded) > threshold) == (threshold == 0.8)
+    ids = np.full((1, 16), MASK)
+    for row, still in zip(logits_near(refine, rounded), (15, 0), strict=True):
+        logits = np.tile(row, (1, 16, 1))
+        got = refine(logits, ids, threshold=threshold, steps_left=16)
+        assert got["still_masked"] == [still]
+        rules = rules_refine(
+            logits[0],
+            ids[0],
+            Rule(threshold=threshold, steps_left=16),
+            mask_id=MASK,
+            confidence=got["confidence"][0],
+        )
+        assert rules.still_masked == still
+        assert (rules.committed == got["committed"][0]).all()
 
 
 def test_of_equal_confidences_the_later_position_goes_first(refine):

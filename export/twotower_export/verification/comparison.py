@@ -22,10 +22,30 @@ from twotower_export.verification.calls import Feed, cleared
 
 Array = npt.NDArray[Any]
 
-TOLERANCE: Final = 1e-4
-"""float32 against float32: an element fails when it is off by more than this share both of the
-tensor's largest magnitude and of itself. Orders of summation differ; nothing else may. Whole
-numbers must be equal."""
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a tensor may be from the reference. Whole numbers must be equal.
+
+    Attributes:
+        element: share of an element that it may be off by, and as much of the tensor's largest
+            magnitude beside it.
+        rms: root mean square of what all elements are off by, as a share of the tensor's own.
+    """
+
+    element: float
+    rms: float
+
+
+TOLERANCES: Final = {
+    # Orders of summation differ; nothing else may.
+    "float32": Tolerance(element=1e-4, rms=1e-4),
+    # Four units, and one, in the last of bfloat16's eight bits. A sum in another order may round
+    # to the next number; attention rounds its weights and two parts of its result, where the
+    # modules round once. Other parts mostly agree to the last bit.
+    "bfloat16": Tolerance(element=1.6e-2, rms=4e-3),
+}
+"""By what the graph computes in; both sides compute in it."""
 
 
 class Side(Protocol):
@@ -53,24 +73,33 @@ class TensorDifference:
 
     Attributes:
         part: which graph, or which part of it.
+        precision: what it computes in.
         call: shape of the call.
         tensor: the output.
         max_abs: largest absolute difference.
         max_rel: the same, as a share of the largest magnitude in the reference.
+        rms: root mean square of all differences, as a share of the reference's.
         passed: whether every element is within the tolerance.
     """
 
     part: str
+    precision: str
     call: str
     tensor: str
     max_abs: float
     max_rel: float
+    rms: float
     passed: bool
 
     @property
     def severity(self) -> tuple[bool, float]:
-        """Sorts the worst last: what failed, then what is furthest off; no number is worst."""
-        return (not self.passed, np.inf if np.isnan(self.max_rel) else self.max_rel)
+        """Sorts the worst last: what failed, then what is furthest off for its tolerance.
+
+        No number is worst.
+        """
+        tolerance = TOLERANCES[self.precision]
+        share = max(self.max_rel / tolerance.element, self.rms / tolerance.rms)
+        return (not self.passed, np.inf if np.isnan(share) else share)
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -78,8 +107,9 @@ class TensorDifference:
 
     def __str__(self) -> str:
         return (
-            f"{self.part}, call `{self.call}`: {self.tensor} is off by {self.max_abs:.2e} at most, "
-            f"{self.max_rel:.1e} of its largest value"
+            f"{self.part} in {self.precision}, call `{self.call}`: {self.tensor} is off by "
+            f"{self.max_abs:.2e} at most, {self.max_rel:.1e} of its largest value, and by "
+            f"{self.rms:.1e} in the mean"
         )
 
 
@@ -117,7 +147,7 @@ def compare(
     reference: Side,
     feeds: Mapping[str, Feed],
     complete: Completion | None = None,
-    tolerance: float = TOLERANCE,
+    precision: str = "float32",
 ) -> Comparison:
     """Run both sides on the same calls, one side after the other, and compare every output.
 
@@ -127,7 +157,7 @@ def compare(
         reference: the side that is right.
         feeds: inputs by name of the call.
         complete: further reference outputs; see `Completion`.
-        tolerance: see `TOLERANCE`.
+        precision: what both compute in, of `TOLERANCES`.
     """
     calls = list(feeds.values())
     with _quiet():
@@ -143,11 +173,15 @@ def compare(
         comparison.problems += problems
         if not problems:
             our_cleared, expected = cleared(feed, our), cleared(feed, expected)
-            verdicts = _verdicts(our_cleared, expected, tolerance)
-            comparison.tensors += [
-                _difference(part, call, name, our_cleared[name], expected[name], verdicts[name])
-                for name in expected
-            ]
+            tolerance = TOLERANCES[precision]
+            verdicts = _verdicts(our_cleared, expected, tolerance.element)
+            for name, value in expected.items():
+                max_abs, rms = _distance(our_cleared[name], value)
+                max_rel = max_abs / max(_largest(value), 1e-12)
+                passed = verdicts[name] and rms <= tolerance.rms
+                comparison.tensors.append(
+                    TensorDifference(part, precision, call, name, max_abs, max_rel, rms, passed)
+                )
     return comparison
 
 
@@ -191,15 +225,13 @@ def _verdicts(
     return {name: bool(iteration[name]) for name in expected}
 
 
-def _difference(
-    part: str, call: str, name: str, ours: Array, expected: Array, passed: bool
-) -> TensorDifference:
+def _distance(ours: Array, expected: Array) -> tuple[float, float]:
+    """Largest difference, and the root of the sum of their squares over that of the reference."""
     a, b = ours.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         off = np.where(a == b, 0.0, np.abs(a - b))  # equal infinities do not differ
-    max_abs = float(off.max(initial=0.0))
-    max_rel = max_abs / max(_largest(expected), 1e-12)
-    return TensorDifference(part, call, name, max_abs, max_rel, passed)
+    size = np.linalg.norm(b[np.isfinite(b)])
+    return float(off.max(initial=0.0)), float(np.linalg.norm(off)) / max(float(size), 1e-12)
 
 
 def _largest(values: Array) -> float:

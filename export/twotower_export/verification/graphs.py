@@ -7,7 +7,8 @@ with weights that are read where the manifest says they lie.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,6 +27,9 @@ Part = Literal["embeddings", "head"] | int
 HIDDEN: Final = "hidden"
 """Input of a part that starts behind another: the other's hidden states."""
 
+FLOAT: Final = onnx.TensorProto.FLOAT
+BFLOAT16: Final = onnx.TensorProto.BFLOAT16
+
 _PIECE: Final = 1 << 22
 """Elements that are read at a time."""
 
@@ -37,10 +41,12 @@ class GraphPart:
     Attributes:
         model: the graph.
         outputs: name of each output in the graph -> name to report it by.
+        optimised: whether ONNX Runtime may rewrite it.
     """
 
     model: onnx.ModelProto
     outputs: dict[str, str]
+    optimised: bool = True
 
 
 def whole_graph(model: onnx.ModelProto, tower: Tower, layers: Sequence[int]) -> GraphPart:
@@ -48,12 +54,20 @@ def whole_graph(model: onnx.ModelProto, tower: Tower, layers: Sequence[int]) -> 
     marked = onnx.ModelProto()
     marked.CopyFrom(model)
     for name in hidden_names(tower, layers):
-        marked.graph.output.append(_floats(name))
+        marked.graph.output.append(_value(name, FLOAT))
     return GraphPart(marked, {output.name: output.name for output in marked.graph.output})
 
 
-def graph_part(model: onnx.ModelProto, tower: Tower, part: Part) -> GraphPart:
+def graph_part(model: onnx.ModelProto, tower: Tower, part: Part, dtype: int = FLOAT) -> GraphPart:
     """One part of a graph: the embeddings, a layer, or the final norm, head and refinement.
+
+    That a part reads the part before it is for `wiring` to check.
+
+    Args:
+        model: the graph.
+        tower: which tower's.
+        part: which part.
+        dtype: of its hidden states, as ONNX numbers types.
 
     Raises:
         BundleError: the graph has no such layer.
@@ -65,11 +79,11 @@ def graph_part(model: onnx.ModelProto, tower: Tower, part: Part) -> GraphPart:
     if layer is None:
         raise BundleError(f"the {tower} graph has no node {tower}.layers.{wanted}; export it again")
     if part == "embeddings":
-        return _cut(model, {layer.input[0]: embeddings_name(tower)}, None)
+        return _cut(model, {layer.input[0]: embeddings_name(tower)}, None, dtype)
     if part == "head":
         outputs = [output.name for output in model.graph.output if ".layers." not in output.name]
-        return _cut(model, {name: name for name in outputs}, layer.output[0])
-    return _cut(model, {name: name for name in layer.output}, layer.input[0])
+        return _cut(model, {name: name for name in outputs}, layer.output[0], dtype)
+    return _cut(model, {name: name for name in layer.output}, layer.input[0], dtype)
 
 
 def hidden_names(tower: Tower, layers: Sequence[int]) -> list[str]:
@@ -82,11 +96,13 @@ def embeddings_name(tower: Tower) -> str:
     return f"{tower}.embeddings"
 
 
-def _floats(name: str) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+def _value(name: str, dtype: int) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(name, dtype, None)
 
 
-def _cut(model: onnx.ModelProto, outputs: dict[str, str], start: str | None) -> GraphPart:
+def _cut(
+    model: onnx.ModelProto, outputs: dict[str, str], start: str | None, dtype: int
+) -> GraphPart:
     """The nodes that make `outputs`, back to the value `start`: that is the input `hidden`."""
     producers = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
     needed: set[int] = set()
@@ -110,14 +126,32 @@ def _cut(model: onnx.ModelProto, outputs: dict[str, str], start: str | None) -> 
                 node.input[place] = HIDDEN
     cut.graph.input.extend(given for given in model.graph.input if given.name in values)
     if start is not None:
-        cut.graph.input.append(_floats(HIDDEN))
+        cut.graph.input.append(_value(HIDDEN, dtype))
     types = {output.name: output for output in model.graph.output}
-    cut.graph.output.extend(types.get(name, _floats(name)) for name in outputs)
+    cut.graph.output.extend(types.get(name, _value(name, dtype)) for name in outputs)
     return GraphPart(cut, outputs)
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What ONNX Runtime says of a graph that it cannot take, as an error of the bundle."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    refusals = (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.NotImplemented,
+        state.RuntimeException,
+    )
+    try:
+        yield
+    except refusals as error:
+        raise BundleError(f"ONNX Runtime refuses it: {error}") from error
+
+
 class ManifestWeights:
-    """Weight inputs in float32, read where a manifest says that they lie.
+    """Weight inputs, read where a manifest says that they lie.
 
     Reads pieces instead of mapping: of the experts of a full-size layer only their float32 copy is
     in memory.
@@ -133,15 +167,39 @@ class ManifestWeights:
         self.inputs: Mapping[str, Any] = manifest["weights"][tower]
 
     def float32(self, name: str) -> Array:
-        """A weight input, float32, in the shape of the graph's input."""
-        weight = self.inputs[name]
-        made = np.empty(weight["shape"], np.float32)
-        sources = weight["sources"]
-        for target, source in zip(made.reshape(len(sources), -1), sources, strict=True):
-            self._read(source, target)
+        """A weight input in float32, in the shape of the graph's input."""
+        made = np.empty(self.inputs[name]["shape"], np.float32)
+        for target, source in self._sources(name, made):
+            for piece, values in self._pieces(source, target):
+                if values.itemsize == 2:  # bfloat16 is the upper half of a float32
+                    np.left_shift(values, 16, out=piece.view(np.uint32), dtype=np.uint32)
+                else:
+                    piece[...] = values
         return made
 
-    def _read(self, source: str, target: Array) -> None:
+    def bfloat16(self, name: str) -> Array:
+        """A weight input that is stored in bfloat16, as uint16, in the shape of the graph's input.
+
+        Raises:
+            BundleError: it is stored in float32.
+        """
+        made = np.empty(self.inputs[name]["shape"], np.uint16)
+        for target, source in self._sources(name, made):
+            for piece, values in self._pieces(source, target):
+                if values.itemsize != 2:
+                    raise BundleError(
+                        f"{source} is float32, but the graph takes {name} in bfloat16"
+                    )
+                piece[...] = values
+        return made
+
+    def _sources(self, name: str, made: Array) -> Iterator[tuple[Array, str]]:
+        """Each tensor that a weight input is made of, and where it goes."""
+        sources = self.inputs[name]["sources"]
+        return zip(made.reshape(len(sources), -1), sources, strict=True)
+
+    def _pieces(self, source: str, target: Array) -> Iterator[tuple[Array, Array]]:
+        """Pieces of a tensor's place, and the elements as they are stored."""
         entry = self._manifest["tensors"][source]
         shard = self._manifest["shards"][entry["shard"]]
         path = self._checkpoint / shard["file"]
@@ -160,11 +218,7 @@ class ManifestWeights:
                 content = os.pread(file.fileno(), size, at)
                 if len(content) != size:
                     raise CheckpointError(f"{path}: ends inside {source}; restore the file")
-                values = np.frombuffer(content, stored)
-                if stored.itemsize == 2:  # bfloat16 is the upper half of a float32
-                    np.left_shift(values, 16, out=piece.view(np.uint32), dtype=np.uint32)
-                else:
-                    piece[...] = values
+                yield piece, np.frombuffer(content, stored)
 
 
 @dataclass
@@ -184,7 +238,11 @@ class GraphSide:
     _held: dict[str, Any] = field(default_factory=dict)
 
     def open(self) -> None:
-        """Load the graph and its weights."""
+        """Load the graph and its weights.
+
+        Raises:
+            BundleError: ONNX Runtime refuses the graph.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -194,18 +252,32 @@ class GraphSide:
         options.enable_cpu_mem_arena = False
         # Threads that wait would take the cores from the other side.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            self.part.model.SerializeToString(), options, ["CPUExecutionProvider"]
-        )
-        of = onnxruntime.OrtValue.ortvalue_from_numpy
+        if not self.part.optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            # The default order casts the experts of both projections before it multiplies: 2.5 GB.
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        content = self.part.model.SerializeToString()
+        with _refusals():
+            self._session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+        of = onnxruntime.OrtValue
         for given in self._session.get_inputs():
-            if given.name in self.weights.inputs:
+            if given.name not in self.weights.inputs:
+                continue
+            if given.type == "tensor(bfloat16)":
+                array = self.weights.bfloat16(given.name)
+                value = of.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+            else:
                 array = self.weights.float32(given.name)
-                # The value does not keep the array behind it alive.
-                self._held[given.name] = (of(array), array)
+                value = of.ortvalue_from_numpy(array)
+            # The value does not keep the array behind it alive.
+            self._held[given.name] = (value, array)
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a call; inputs that the part lacks are left out."""
+        """Run a call; inputs that the part lacks are left out.
+
+        Raises:
+            BundleError: ONNX Runtime stops at a node.
+        """
         binding = self._session.io_binding()
         for name, (value, _) in self._held.items():
             binding.bind_ortvalue_input(name, value)
@@ -214,7 +286,8 @@ class GraphSide:
                 binding.bind_cpu_input(given.name, feed[given.name])
         for name in self.part.outputs:
             binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
+        with _refusals():
+            self._session.run_with_iobinding(binding)
         return dict(zip(self.part.outputs.values(), binding.copy_outputs_to_cpu(), strict=True))
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ Digests and the sets of names are compared here, before anything runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from twotower_export.config import ModelConfig, read_json
 from twotower_export.errors import BundleError
 from twotower_export.layout import TOWERS, Tower, graph_weights
 from twotower_export.verification.calls import inputs_of, outputs_of
+from twotower_export.verification.structure import differences
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,18 @@ def structure_problems(
     return problems
 
 
-def native_problems(target: Target, tower: Tower, model: onnx.ModelProto) -> list[str]:
-    """Whether the graph in the checkpoint's dtype has other nodes than the one that runs here."""
-    native = target.native.get(tower)
-    if native is None or _skeleton(onnx.load(str(native))) == _skeleton(model):
-        return []
-    return [
-        f"{tower} graph: the one in {target.manifest['dtype']} has other nodes than the float32 one"
-    ]
+def native_problems(
+    target: Target, tower: Tower, native: onnx.ModelProto, float32: onnx.ModelProto
+) -> list[str]:
+    """Where the graph in the checkpoint's dtype is not the float32 one with casts added."""
+    problems = differences(native, float32)
+    stored = {"BF16": onnx.TensorProto.BFLOAT16, "F32": onnx.TensorProto.FLOAT}
+    inputs = {given.name: given.type.tensor_type.elem_type for given in native.graph.input}
+    for name, weight in target.manifest["weights"][tower].items():
+        dtypes = {target.manifest["tensors"][source]["dtype"] for source in weight["sources"]}
+        if name in inputs and {stored[dtype] for dtype in dtypes} != {inputs[name]}:
+            problems.append(f"it takes {name} as other than {' and '.join(sorted(dtypes))}")
+    return problems
 
 
 def _set_problems(what: str, found: set[str], expected: set[str]) -> list[str]:
@@ -116,17 +121,6 @@ def _set_problems(what: str, found: set[str], expected: set[str]) -> list[str]:
     return problems + [
         f"{what} {name} is not one of the model's" for name in sorted(found - expected)
     ]
-
-
-def _skeleton(model: onnx.ModelProto) -> list[object]:
-    """What a graph has in any dtype: its interface, its layers, and the operators of each."""
-
-    def operators(nodes: Sequence[onnx.NodeProto]) -> list[tuple[str, str]]:
-        return [(node.op_type, node.domain) for node in nodes if node.op_type != "Cast"]
-
-    interface = [value.name for value in (*model.graph.input, *model.graph.output)]
-    functions = {function.name: operators(function.node) for function in model.functions}
-    return [interface, operators(model.graph.node), functions]
 
 
 def _check_digest(path: Path, expected: str, name: str) -> None:

@@ -1,8 +1,9 @@
 """The PyTorch towers' side of a comparison: a whole tower, or one part of it.
 
 Tensors are read by name through safetensors, not through the manifest, so that a wrong offset or a
-swapped tensor in it shows up as a difference. A part computes in float32 on weights as they are
-stored, mapped: of a full-size layer only the experts that are routed to are ever read.
+swapped tensor in it shows up as a difference. A part computes on weights as they are stored,
+mapped: of a full-size layer only the experts that are routed to are ever read. In bfloat16 the
+modules round where NVIDIA's do.
 """
 
 from __future__ import annotations
@@ -69,6 +70,16 @@ def load_module(module: nn.Module, names: Mapping[str, str], tensors: NamedTenso
     state = {parameter: tensors.read(name) for parameter, name in names.items()}
     module.load_state_dict(state, strict=False, assign=True)
     module.requires_grad_(False).eval()
+
+
+def as_given(feed: Mapping[str, Array], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A call's inputs as a tower takes them that computes in a dtype."""
+    given = {name: torch.from_numpy(value) for name, value in feed.items()}
+    narrow = (HIDDEN, "conv_state", "k_cache", "v_cache")
+    return {
+        name: value.to(dtype) if name.rpartition(".")[2] in narrow else value
+        for name, value in given.items()
+    }
 
 
 def load_tower(config: ModelConfig, tower: Tower, tensors: NamedTensors) -> nn.Module:
@@ -159,9 +170,10 @@ class TowerSide:
 
 @dataclass
 class TowerPartSide:
-    """One part of a tower, in float32 on weights as they are stored.
+    """One part of a tower, on weights as they are stored.
 
-    Attributes as of `TowerSide`, and `part`: which.
+    Attributes as of `TowerSide`, and `part`: which; `dtype`: what it computes in, where the modules
+    do not say float32.
     """
 
     name: str
@@ -169,6 +181,7 @@ class TowerPartSide:
     tower: Tower
     tensors: NamedTensors
     part: Part
+    dtype: torch.dtype = torch.float32
     margins: list[float] = field(default_factory=list)
     _module: Any = None
 
@@ -190,15 +203,16 @@ class TowerPartSide:
             single = replace(self.config, pattern=self.config.pattern[part])
             self._module = on_meta(lambda: Denoiser(single))
             load_module(self._module, self._denoiser_names(part), self.tensors)
+            # The modulation takes its dtype from the embeddings, which stay on meta.
+            self._module.denoiser_tower.embeddings.to(self.dtype)
         if isinstance(self._module, nn.Module):
             watch_routing(self._module, self.margins)
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a call of the part."""
-        given = {name: torch.from_numpy(value) for name, value in feed.items()}
+        """Run a call of the part; all outputs come in float32."""
         with torch.no_grad():
-            outputs = self._run(given)
-        return {name: value.numpy() for name, value in outputs.items()}
+            outputs = self._run(as_given(feed, self.dtype))
+        return {name: value.float().numpy() for name, value in outputs.items()}
 
     def close(self) -> None:
         """Unmap the weights."""
@@ -206,7 +220,7 @@ class TowerPartSide:
 
     def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.part == "embeddings":
-            rows = embedding(given["ids"].long(), self._module).float()
+            rows = embedding(given["ids"].long(), self._module).to(self.dtype)
             return {embeddings_name(self.tower): rows}
         hidden = given[HIDDEN]
         if self.part == "head":

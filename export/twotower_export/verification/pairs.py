@@ -1,0 +1,121 @@
+"""The two sides of each comparison: a whole graph or one of its parts, and the same in PyTorch.
+
+In float32, which small models run whole; and in the checkpoint's dtype, always part by part: where
+every value is rounded to eight bits, a router deep in a tower takes other decisions for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal
+
+import onnx
+
+from twotower_export.checkpoint import Checkpoint
+from twotower_export.layout import Tower
+from twotower_export.towers import DTYPES
+from twotower_export.verification.comparison import Side
+from twotower_export.verification.emulation import emulated
+from twotower_export.verification.graphs import (
+    BFLOAT16,
+    FLOAT,
+    GraphPart,
+    GraphSide,
+    ManifestWeights,
+    Part,
+    graph_part,
+    whole_graph,
+)
+from twotower_export.verification.target import Target
+from twotower_export.verification.towers import NamedTensors, TowerPartSide, TowerSide
+
+Kind = Literal["float32", "native"]
+"""Which of a bundle's two graphs of a tower."""
+
+PART_CHUNK: Final = 24
+"""Prefill chunk for one MoE layer on its own: the graphs' reference body computes all experts."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two sides of a comparison.
+
+    Attributes:
+        graph, reference: the sides.
+        layers: whose states they take.
+        wants_hidden: whether they start from hidden states.
+    """
+
+    graph: Side
+    reference: TowerSide | TowerPartSide
+    layers: Sequence[int]
+    wants_hidden: bool
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A comparison that is to be made.
+
+    Attributes:
+        part: name of the graph or part.
+        tower: whose it is.
+        precision: what both sides compute in.
+        chunk: tokens of its prefill chunk.
+        make: makes the two sides.
+    """
+
+    part: str
+    tower: Tower
+    precision: str
+    chunk: int
+    make: Callable[[], Pair]
+
+
+def whole(
+    target: Target, checkpoint: Checkpoint, tower: Tower, layers: Sequence[int]
+) -> Iterator[Planned]:
+    """The float32 graph of a tower at once, with the hidden states after some layers."""
+
+    def make() -> Pair:
+        part = whole_graph(onnx.load(str(target.graphs[tower])), tower, layers)
+        tensors = NamedTensors(checkpoint.path)
+        reference = TowerSide("torch", checkpoint.config, tower, tensors, layers)
+        graph = _graph_side(target, checkpoint, tower, part)
+        return Pair(graph, reference, range(checkpoint.config.num_layers), wants_hidden=False)
+
+    chunk = int(target.manifest["max_tokens_per_call"])
+    yield Planned(tower, tower, "float32", chunk, make)
+
+
+def by_part(
+    target: Target, checkpoint: Checkpoint, tower: Tower, kind: Kind, parts: Sequence[Part]
+) -> Iterator[Planned]:
+    """Parts of a tower's graph, all of them where none is named."""
+    config = checkpoint.config
+    precision = "float32" if kind == "float32" else config.dtype
+    model = onnx.load(str((target.graphs if kind == "float32" else target.native)[tower]))
+
+    def make(part: Part) -> Pair:
+        cut = graph_part(model, tower, part, FLOAT if precision == "float32" else BFLOAT16)
+        if kind == "native":
+            cut = emulated(cut, target.manifest["weights"][tower])
+        tensors, dtype = NamedTensors(checkpoint.path), DTYPES[precision]
+        reference = TowerPartSide("torch", config, tower, tensors, part, dtype)
+        graph = _graph_side(target, checkpoint, tower, cut)
+        own = [part] if isinstance(part, int) else []
+        return Pair(graph, reference, own, wants_hidden=part != "embeddings")
+
+    chunk = int(target.manifest["max_tokens_per_call"])
+    every: list[Part] = ["embeddings", *range(config.num_layers), "head"]
+    for part in parts or every:
+        dense = part in config.layers_of_kind["E"]
+        name = f"{tower}.layers.{part}" if isinstance(part, int) else f"{tower}.{part}"
+        tokens = min(PART_CHUNK, chunk) if dense else chunk
+        yield Planned(name, tower, precision, tokens, partial(make, part))
+
+
+def _graph_side(target: Target, checkpoint: Checkpoint, tower: Tower, part: GraphPart) -> GraphSide:
+    weights = ManifestWeights(target.manifest, checkpoint.path, tower)
+    return GraphSide("onnxruntime", part, weights)
