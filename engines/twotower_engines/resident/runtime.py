@@ -145,7 +145,8 @@ class ResidentRuntime:
         if any(row.logits for row in rows):
             prepared.outputs.download()
         else:
-            self._context.device.synchronize()  # the staging memory is written again next time
+            # the staging memory is written again next time, and the denoiser's GPU reads the states
+            self._context.device.synchronize()
         logits = prepared.outputs.arrays["logits"]
         return [logits[row.slot - first].copy() if row.logits else None for row in rows]
 
@@ -225,8 +226,6 @@ class ResidentRuntime:
             states.take(self._context.device, prepared.landed, taken)
         for row in rows:
             self._lengths[row.slot] += row.ids.size
-        if self._denoiser is not None:
-            self._denoiser.device.follow(self._context.device)
 
     def _run(self, prepared: _Prepared) -> None:
         """Run a denoiser call, and wait for what it says."""
