@@ -7,6 +7,7 @@ lack: they are from NVIDIA's API reference for `tensorrt_rtx`, and not checked.
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 API = {
@@ -132,3 +133,10 @@ class FakeTensorRt:
     def names(self):
         """Methods that were called on contexts and caches, in order."""
         return [name for _, name, _ in self.calls]
+
+
+def install(monkeypatch, **options):
+    """Put a fake in the place of NVIDIA's module, and return it."""
+    fake = FakeTensorRt(**options)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx" if fake.is_rtx else "tensorrt", fake)
+    return fake
