@@ -20,9 +20,8 @@ from typing import Self
 from .engine_set import EngineSet
 from .errors import GenerationError
 from .request import BlockEvent, FinishReason, Mode, Request, RequestLimits
-from .runtime import open_runtime
+from .runtime import LoadProgress, open_runtime
 from .scheduler import Scheduler
-from .weights import Progress
 
 __all__ = [
     "BlockEvent",
@@ -65,7 +64,7 @@ class Generator:
         engines: The engine set.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: CPU threads; None for one per core.
-        progress: Told how many bytes of weights are bound.
+        progress: Told of the weights that are bound and of the calls that are prepared.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Generator:
         engines: EngineSet,
         checkpoint: Path | None = None,
         threads: int | None = None,
-        progress: Progress | None = None,
+        progress: LoadProgress | None = None,
     ) -> None:
         self._runtime = open_runtime(engines, checkpoint, threads, progress)
         self._scheduler = Scheduler(self._runtime, slots=1)

@@ -1,6 +1,7 @@
-"""A line on standard error that says how far a long work is.
+"""Lines on standard error that say how far a long load is.
 
-Nothing appears for work that ends within two seconds, nor where standard error is no terminal.
+On a terminal a line is drawn again and again; elsewhere (a log, a Triton server) one line says at
+the end what it took. Nothing appears for work that ends within two seconds.
 """
 
 from __future__ import annotations
@@ -22,21 +23,59 @@ class ByteMeter:
     """
 
     def __init__(self, what: str) -> None:
-        self._what = what
-        self._start = time.monotonic()
-        self._drawn = 0.0
+        self._bytes = _Line(what)
+        self._calls = _Line("preparing calls")
 
     def __call__(self, done: int, total: int) -> None:
         """Draw the line again, if it is time."""
-        now = time.monotonic()
-        elapsed = now - self._start
-        if elapsed < QUIET_SECONDS or not sys.stderr.isatty():
+        seconds = self._bytes.seconds(done, total)
+        if seconds is None:
             return
-        if now - self._drawn < REDRAW_SECONDS and done < total:
-            return
-        self._drawn = now
+        rate = (done - self._bytes.first) / seconds / 1e9
         share = done / total if total else 1.0
-        rate = done / elapsed / 1e9
-        end = "\n" if done >= total else ""
-        line = f"\r{self._what}: {share:4.0%} of {total / 1e9:.1f} GB, {rate:.1f} GB/s"
-        print(line, end=end, file=sys.stderr, flush=True)
+        self._bytes.draw(f"{share:4.0%} of {total / 1e9:.1f} GB, {rate:.1f} GB/s")
+
+    def prepared(self, done: int, total: int) -> None:
+        """Draw the line of prepared calls again, if it is time."""
+        seconds = self._calls.seconds(done, total)
+        if seconds is not None:
+            self._calls.draw(f"{done} of {total}, {seconds:.0f} s")
+
+
+class _Line:
+    """One line, and when it is time to draw it.
+
+    Attributes:
+        first: What was done at the first call, when the time begins.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._start: float | None = None
+        self._drawn = 0.0
+        self._is_last = False
+        self.first = 0
+
+    def seconds(self, done: int, total: int) -> float | None:
+        """Return the seconds since the first call, or None where nothing is to be drawn now."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start, self.first = now, done
+        self._is_last = done >= total
+        if now - self._start < QUIET_SECONDS:
+            return None
+        due = now - self._drawn >= REDRAW_SECONDS and sys.stderr.isatty()
+        if not (due or self._is_last):
+            return None
+        self._drawn = now
+        return now - self._start
+
+    def draw(self, text: str) -> None:
+        """Write the line; over the last one on a terminal."""
+        is_terminal = sys.stderr.isatty()
+        print(
+            f"{chr(13) * is_terminal}{self._what}: {text}",
+            end="\n" if self._is_last or not is_terminal else "",
+            file=sys.stderr,
+            flush=True,
+        )

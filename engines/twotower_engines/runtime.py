@@ -6,8 +6,8 @@ slots take part in a call; the runtime gathers their states into a batch, runs o
 the results back. Rows of a call may differ in everything but the engine.
 
 The interface leaves the layout to the flavour: on the CPU a slot's states are arrays of their own;
-on a GPU they are rows of resident buffers, of which a context call writes the other half
-(ping-pong).
+on a GPU they are rows of resident buffers, and a context call writes the new states to a landing
+place from which those of the rows that took part are copied home.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .engine_set import EngineSet, Limits
-from .weights import Progress
 
 __all__ = [
     "POLICIES",
     "DenoiseRow",
     "Denoised",
     "ExtendRow",
+    "LoadProgress",
     "PredictRow",
     "Runtime",
     "open_runtime",
@@ -151,11 +151,21 @@ class Runtime(Protocol):
         """Free the engines, the weights and the states."""
 
 
+class LoadProgress(Protocol):
+    """Told how far loading is."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes of all weights are bound."""
+
+    def prepared(self, done: int, total: int) -> None:
+        """So many calls of all are prepared; only where a flavour prepares calls."""
+
+
 def open_runtime(
     engines: EngineSet,
     checkpoint: Path | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
 ) -> Runtime:
     """Load an engine set: check its files and the checkpoint, then bind the weights.
 
@@ -163,7 +173,7 @@ def open_runtime(
         engines: The engine set.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: CPU threads; None for one per core.
-        progress: Told how many bytes of weights are bound.
+        progress: Told of the weights that are bound and of the calls that are prepared.
 
     Raises:
         RuntimeLoadError: This flavour cannot run here.

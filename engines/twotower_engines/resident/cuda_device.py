@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.errors import RuntimeLoadError
-from twotower_engines.resident.device import Device, Fence
+from twotower_engines.errors import EnginesError, RuntimeLoadError
+from twotower_engines.resident.device import Box, Device, Fence
 
-__all__ = ["CudaDevice", "CudaError", "check_peers"]
+__all__ = ["CudaDevice", "CudaError", "check_peers", "cuda_version", "driver_cuda", "usable_gpus"]
 
 
-class CudaError(RuntimeError):
-    """A CUDA call failed: a bug of ours, or a device that is lost."""
+class CudaError(EnginesError):
+    """A CUDA call failed: a device that is lost, a driver in trouble, or a bug of ours."""
+
+    exit_code = 1
 
 
 def _runtime() -> Any:
@@ -39,8 +41,52 @@ def _done(result: tuple[Any, ...]) -> Any:
     if int(status) != 0:
         _, name = _runtime().cudaGetErrorName(status)
         _, text = _runtime().cudaGetErrorString(status)
+        _forget_error()
         raise CudaError(f"{name.decode()}: {text.decode()}")
     return values[0] if values else None
+
+
+def _forget_error() -> None:
+    """Clear CUDA's last error, which TensorRT would find after its next launch and take as its."""
+    _runtime().cudaGetLastError()
+
+
+def cuda_version(number: int) -> str:
+    """Return a version as CUDA gives it, for example 13010, as `13.1`."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def driver_cuda() -> int:
+    """Return the newest CUDA that the driver serves, for example 13010; 0 without a driver."""
+    return int(_done(_runtime().cudaDriverGetVersion()))
+
+
+def usable_gpus() -> int:
+    """Return how many GPUs CUDA can use.
+
+    Raises:
+        RuntimeLoadError: There is no driver, or it is too old for cuda-python.
+    """
+    cuda = _runtime()
+    status, count = cuda.cudaGetDeviceCount()
+    if int(status) == 0:
+        return int(count)
+    _forget_error()
+    driver = driver_cuda()
+    if status == cuda.cudaError_t.cudaErrorInsufficientDriver and driver:
+        needed = cuda_version(int(_done(cuda.cudaRuntimeGetVersion())))
+        raise RuntimeLoadError(
+            f"the NVIDIA driver serves CUDA {cuda_version(driver)}, but cuda-python is for CUDA "
+            f"{needed}; update the driver, or install the cuda-python of its CUDA version"
+        )
+    if not driver:
+        raise RuntimeLoadError(
+            "this machine has no NVIDIA driver; run on the machine of the SKU, or build for the "
+            "CPU with --sku cpu"
+        )
+    if status != cuda.cudaError_t.cudaErrorNoDevice:
+        _done((status,))
+    return 0
 
 
 class _Event:
@@ -55,7 +101,8 @@ class _Event:
         _done(self._cuda.cudaEventSynchronize(self.handle))
 
     def __del__(self) -> None:
-        self._cuda.cudaEventDestroy(self.handle)
+        if hasattr(self, "handle"):
+            self._cuda.cudaEventDestroy(self.handle)
 
 
 class CudaDevice:
@@ -65,60 +112,71 @@ class CudaDevice:
         index: Which GPU.
 
     Raises:
-        RuntimeLoadError: There is no such GPU, or no driver.
+        RuntimeLoadError: There is no such GPU, or no driver that serves it.
     """
 
     def __init__(self, index: int = 0) -> None:
         self._cuda = cuda = _runtime()
         self.index = index
         self.name = f"cuda:{index}"
-        status, count = cuda.cudaGetDeviceCount()
-        if int(status) != 0 or index >= (count or 0):
+        count = usable_gpus()
+        if index >= count:
             raise RuntimeLoadError(
-                f"{self.name}: this machine has {count or 0} usable GPUs ({status.name}); run on "
-                "the machine of the SKU, or build for the CPU with --sku cpu"
+                f"{self.name}: this machine has {count} usable GPUs; run on the machine of the "
+                "SKU, or build for the CPU with --sku cpu"
             )
         properties = _done(cuda.cudaGetDeviceProperties(index))
         self.model = properties.name.decode()
         self.compute_capability = f"{properties.major}.{properties.minor}"
-        self._use()
+        self.use()
         self.stream = _done(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
+        self._is_closed = False
         self._allocated: list[int] = []
-        self._pinned: list[int] = []
+        self._pinned: set[int] = set()
         self._graphs: list[Any] = []
 
-    def _use(self) -> None:
+    def use(self) -> None:
+        """Make this the thread's current device: what has no stream of its own happens there."""
         _done(self._cuda.cudaSetDevice(self.index))
 
     def free_memory(self) -> int:
         """Return how many bytes can still be allocated."""
-        self._use()
+        self.use()
         status, free, _ = self._cuda.cudaMemGetInfo()
         _done((status,))
         return int(free)
 
     def allocate(self, size: int) -> int:
         """Return the address of `size` new bytes; CUDA aligns them to 256."""
-        self._use()
+        self.use()
         status, address = self._cuda.cudaMalloc(size)
-        if int(status) != 0:
+        if status == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+            _forget_error()
             raise RuntimeLoadError(
                 f"{self.name} ({self.model}): no room for {size / 1e9:.2f} GB, "
-                f"{self.free_memory() / 1e9:.2f} GB are free; build with fewer --slots or a "
-                "shorter --context, and see `twotower plan`"
+                f"{self.free_memory() / 1e9:.2f} GB are free; end what else uses this GPU, or "
+                "build with fewer --slots or a shorter --context (see `twotower plan`)"
             )
+        _done((status,))
         self._allocated.append(int(address))
         return int(address)
 
     def staging(self, size: int) -> npt.NDArray[Any]:
         """Return pinned host memory, (size,) uint8, filled with 0."""
-        self._use()
+        self.use()
         address = int(_done(self._cuda.cudaMallocHost(size)))
-        self._pinned.append(address)
+        self._pinned.add(address)
         pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
         array: npt.NDArray[Any] = np.ctypeslib.as_array(pointer, (size,))
         array[:] = 0
         return array
+
+    def free_staging(self, memory: npt.NDArray[Any]) -> None:
+        """Free pinned memory."""
+        self.use()
+        address = memory.ctypes.data
+        self._pinned.remove(address)
+        _done(self._cuda.cudaFreeHost(address))
 
     def upload(self, target: int, source: npt.NDArray[Any]) -> None:
         """Copy a contiguous host array to an address, in the stream's order."""
@@ -129,35 +187,43 @@ class CudaDevice:
         self._copy(target.ctypes.data, source, target.nbytes)
         self.synchronize()
 
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Copy bytes between addresses, also between devices (unified addressing)."""
-        self._copy(target, source, size)
-
     def _copy(self, target: int, source: int, size: int) -> None:
-        self._use()
+        self.use()
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDefault
         _done(self._cuda.cudaMemcpyAsync(target, source, size, kind, self.stream))
 
-    def copy_strided(
-        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+    def copy_box(
+        self, target: Box, source: Box, width: int, rows: int, layers: int, to: Device
     ) -> None:
-        """Copy `rows` runs of `width` bytes."""
-        self._use()
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDefault
-        _done(
-            self._cuda.cudaMemcpy2DAsync(
-                target, target_pitch, source, source_pitch, width, rows, kind, self.stream
-            )
-        )
+        """Copy rows of layers, to another GPU peer to peer.
 
-    def zero(self, target: int, size: int) -> None:
-        """Fill bytes with 0."""
-        self._use()
-        _done(self._cuda.cudaMemsetAsync(target, 0, size, self.stream))
+        Between GPUs without peer access CUDA takes such a copy through host memory, which it
+        promises for its peer calls alone.
+        """
+        cuda = self._cuda
+        self.use()
+        is_here = to is self
+        copy = cuda.cudaMemcpy3DParms() if is_here else cuda.cudaMemcpy3DPeerParms()
+        copy.srcPtr = cuda.make_cudaPitchedPtr(source.address, source.pitch, width, source.height)
+        copy.dstPtr = cuda.make_cudaPitchedPtr(target.address, target.pitch, width, target.height)
+        copy.extent = cuda.make_cudaExtent(width, rows, layers)
+        if is_here:
+            copy.kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            _done(cuda.cudaMemcpy3DAsync(copy, self.stream))
+            return
+        if not isinstance(to, CudaDevice):
+            raise TypeError(f"{self.name} copies to CUDA devices only, not to {to.name}")
+        copy.srcDevice, copy.dstDevice = self.index, to.index
+        _done(cuda.cudaMemcpy3DPeerAsync(copy, self.stream))
+
+    def zero(self, target: int, pitch: int, width: int, rows: int) -> None:
+        """Fill rows with 0."""
+        self.use()
+        _done(self._cuda.cudaMemset2DAsync(target, pitch, 0, width, rows, self.stream))
 
     def fence(self) -> Fence:
         """Mark this point of the stream."""
-        self._use()
+        self.use()
         return _Event(self._cuda, self.stream)
 
     def follow(self, other: Device) -> None:
@@ -165,58 +231,88 @@ class CudaDevice:
         if not isinstance(other, CudaDevice) or other is self:
             return
         event = other.fence()
-        self._use()
+        self.use()
         _done(self._cuda.cudaStreamWaitEvent(self.stream, event.handle, 0))  # type: ignore[attr-defined]
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work` once, record it as a CUDA graph, and return the graph's launch."""
         cuda = self._cuda
-        self._use()
+        self.use()
         work()  # what an engine sets up lazily may not happen inside a capture
         self.synchronize()
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _done(cuda.cudaStreamBeginCapture(self.stream, mode))
         try:
             work()
+        except BaseException:
+            # what went wrong inside has spoiled the capture, and EndCapture would only say so
+            _, graph = cuda.cudaStreamEndCapture(self.stream)
+            if graph is not None and int(graph):
+                cuda.cudaGraphDestroy(graph)
+            _forget_error()
+            raise
+        graph = _done(cuda.cudaStreamEndCapture(self.stream))
+        try:
+            launchable = _done(cuda.cudaGraphInstantiate(graph, 0))
         finally:
-            graph = _done(cuda.cudaStreamEndCapture(self.stream))
-        launchable = _done(cuda.cudaGraphInstantiate(graph, 0))
-        _done(cuda.cudaGraphDestroy(graph))
+            cuda.cudaGraphDestroy(graph)
         self._graphs.append(launchable)
 
         def launch() -> None:
-            self._use()
+            self.use()
             _done(cuda.cudaGraphLaunch(launchable, self.stream))
 
         return launch
 
+    def drop_captures(self) -> None:
+        """Free the graphs."""
+        for graph in self._graphs:
+            self._cuda.cudaGraphExecDestroy(graph)
+        self._graphs.clear()
+
     def synchronize(self) -> None:
         """Wait until all that was asked is done."""
-        self._use()
+        self.use()
         _done(self._cuda.cudaStreamSynchronize(self.stream))
 
     def close(self) -> None:
-        """Free graphs, memory and stream."""
-        self._use()
+        """Free graphs, memory and stream.
+
+        Statuses are not looked at: on a lost device each call fails for the reason that was raised
+        when it was lost, and there is nothing to be done about it.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        cuda = self._cuda
+        cuda.cudaSetDevice(self.index)
+        cuda.cudaStreamSynchronize(self.stream)
         for graph in self._graphs:
-            _done(self._cuda.cudaGraphExecDestroy(graph))
+            cuda.cudaGraphExecDestroy(graph)
         for address in self._allocated:
-            _done(self._cuda.cudaFree(address))
+            cuda.cudaFree(address)
         for address in self._pinned:
-            _done(self._cuda.cudaFreeHost(address))
-        _done(self._cuda.cudaStreamDestroy(self.stream))
-        self._graphs, self._allocated, self._pinned = [], [], []
+            cuda.cudaFreeHost(address)
+        cuda.cudaStreamDestroy(self.stream)
+        self._graphs, self._allocated, self._pinned = [], [], set()
+        _forget_error()
 
 
-def check_peers(first: CudaDevice, second: CudaDevice) -> None:
-    """Let two GPUs read each other's memory, where the machine can.
+def check_peers(first: CudaDevice, second: CudaDevice) -> bool:
+    """Let two GPUs read each other's memory, where the machine can; returns whether it can.
 
     Without peer access the same copies go through the host: slower, not wrong.
     """
     cuda = _runtime()
+    can = True
     for one, other in ((first, second), (second, first)):
-        if _done(cuda.cudaDeviceCanAccessPeer(one.index, other.index)):
-            _done(cuda.cudaSetDevice(one.index))
-            status = cuda.cudaDeviceEnablePeerAccess(other.index, 0)[0]
-            if status != cuda.cudaError_t.cudaErrorPeerAccessAlreadyEnabled:
-                _done((status,))
+        if not _done(cuda.cudaDeviceCanAccessPeer(one.index, other.index)):
+            can = False
+            continue
+        one.use()
+        (status,) = cuda.cudaDeviceEnablePeerAccess(other.index, 0)
+        if status == cuda.cudaError_t.cudaErrorPeerAccessAlreadyEnabled:
+            _forget_error()
+        else:
+            _done((status,))
+    return can

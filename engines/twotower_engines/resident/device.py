@@ -7,11 +7,44 @@ and with the engines that run on the same device; only `synchronize` and `downlo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
-__all__ = ["Device", "Fence"]
+__all__ = ["ALIGNMENT", "Box", "Device", "Fence", "aligned"]
+
+ALIGNMENT = 256
+"""Bytes to which allocations are aligned, and tensors inside them: what TensorRT asks for."""
+
+
+def aligned(size: int) -> int:
+    """Return the next multiple of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Bytes in three dimensions: layers of rows of bytes.
+
+    Attributes:
+        address: The first byte.
+        pitch: Bytes from one row to the next.
+        height: Rows from one layer to the next, whether they take part in a copy or not.
+    """
+
+    address: int
+    pitch: int
+    height: int
+
+    @property
+    def layer(self) -> int:
+        """Bytes from one layer to the next."""
+        return self.pitch * self.height
+
+    def moved(self, size: int) -> Box:
+        """Return a box that begins `size` bytes later."""
+        return Box(self.address + size, self.pitch, self.height)
 
 
 class Fence(Protocol):
@@ -34,7 +67,7 @@ class Device(Protocol):
         """Return how many bytes can still be allocated."""
 
     def allocate(self, size: int) -> int:
-        """Return the address of `size` new bytes, aligned to 256.
+        """Return the address of `size` new bytes, aligned.
 
         Raises:
             RuntimeLoadError: The device has no such room.
@@ -43,22 +76,31 @@ class Device(Protocol):
     def staging(self, size: int) -> npt.NDArray[Any]:
         """Return host memory, (size,) uint8, from which uploads need no copy of their own."""
 
+    def free_staging(self, memory: npt.NDArray[Any]) -> None:
+        """Free what `staging` returned, before the device is closed."""
+
     def upload(self, target: int, source: npt.NDArray[Any]) -> None:
         """Copy a contiguous host array to an address; the array must stay as it is until then."""
 
     def download(self, target: npt.NDArray[Any], source: int) -> None:
         """Copy to a contiguous host array, and wait for it."""
 
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Copy bytes between addresses of this device, or to one of another."""
-
-    def copy_strided(
-        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+    def copy_box(
+        self, target: Box, source: Box, width: int, rows: int, layers: int, to: Device
     ) -> None:
-        """Copy `rows` runs of `width` bytes, each `pitch` bytes after the one before."""
+        """Copy `width` bytes of each of `rows` rows of `layers` layers, in one call.
 
-    def zero(self, target: int, size: int) -> None:
-        """Fill bytes with 0."""
+        Args:
+            target: On the device `to`.
+            source: On this device, in whose order the copy happens.
+            width: No more than either pitch.
+            rows: No more than either height.
+            layers: How many.
+            to: This device or another.
+        """
+
+    def zero(self, target: int, pitch: int, width: int, rows: int) -> None:
+        """Fill `width` bytes of each of `rows` rows, which begin `pitch` bytes apart, with 0."""
 
     def fence(self) -> Fence:
         """Mark this point of the stream."""
@@ -69,8 +111,11 @@ class Device(Protocol):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` asks of this device, and return what repeats it."""
 
+    def drop_captures(self) -> None:
+        """Free what `capture` recorded: before the engines go that it runs."""
+
     def synchronize(self) -> None:
         """Wait until all that was asked is done."""
 
     def close(self) -> None:
-        """Free all memory, and the stream."""
+        """Free all memory, and the stream. Once; later calls do nothing."""

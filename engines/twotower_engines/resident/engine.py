@@ -16,6 +16,9 @@ class Call(Protocol):
     def bind(self, addresses: Mapping[str, int]) -> None:
         """Say where inputs and outputs lie; what was bound before stays bound."""
 
+    def can_capture(self) -> bool:
+        """Return whether the bound call can become part of a CUDA graph."""
+
     def enqueue(self) -> None:
         """Run on the device's stream, without waiting."""
 

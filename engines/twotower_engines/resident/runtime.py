@@ -1,33 +1,49 @@
 """The runtime of a device: fixed slots, row buckets, and nothing but ids crossing to the host.
 
 A call covers a window of neighbouring slots, so that states are read where they lie; slots inside
-the window that take no part have length 0. Denoise calls always begin at slot 0 and come in a few
-sizes (row buckets), so that each is captured once and replayed: one launch per step instead of some
-thousand.
+the window that take no part have length 0. Rows and tokens of calls come in a few sizes, and all
+calls are prepared when the runtime is made. Denoiser calls begin at slot 0, so that each can be
+captured then and is replayed later: one launch per step instead of some thousand.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from twotower_engines.engine_set import Limits
 from twotower_engines.manifest import ITEM_SIZES, Manifest
-from twotower_engines.resident.device import Device
+from twotower_engines.resident.calls import (
+    REFINE_ROWS,
+    CallMemory,
+    CallSize,
+    Tensors,
+    bucket,
+    call_sizes,
+    packed,
+    token_bucket,
+    unseen_sizes,
+)
+from twotower_engines.resident.device import Box, Device
 from twotower_engines.resident.engine import Call, Engine, Shape
-from twotower_engines.resident.states import SlotStates, state_buffers
+from twotower_engines.resident.states import (
+    Landing,
+    SlotStates,
+    StateKind,
+    Taken,
+    state_kinds,
+    window_step,
+)
 from twotower_engines.runtime import Denoised, DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.weights import Progress
 
-__all__ = ["ResidentRuntime", "Tower", "bucket"]
+__all__ = ["ResidentRuntime", "Tower"]
 
-FLOATS = ("threshold", "temperature")
-REFINE_ROWS = ("steps_left", "policy", "seed", "threshold", "temperature")
-Array = npt.NDArray[Any]
-Ids = npt.NDArray[np.int32]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,74 +55,16 @@ class Tower:
     weights: Mapping[str, int]
 
 
-def bucket(count: int, most: int) -> int:
-    """Return the smallest power of two that holds `count` rows, at most `most`."""
-    return min(most, 1 << (count - 1).bit_length())
-
-
-class _Rows:
-    """The small inputs and outputs of one kind of call, in one piece on host and device.
-
-    One upload and one download per call, whatever the number of tensors.
-    """
-
-    def __init__(self, device: Device, layout: Mapping[str, tuple[Shape, type]]) -> None:
-        self._device = device
-        sizes = {name: _bytes(shape, kind) for name, (shape, kind) in layout.items()}
-        offsets, total = _packed(sizes)
-        self._host = device.staging(total)
-        self._start = device.allocate(total)
-        self.addresses = {name: self._start + offset for name, offset in offsets.items()}
-        self.arrays: dict[str, Array] = {
-            name: self._host[offsets[name] : offsets[name] + sizes[name]].view(kind).reshape(shape)
-            for name, (shape, kind) in layout.items()
-        }
-
-    def upload(self) -> None:
-        self._device.upload(self._start, self._host)
-
-    def download(self) -> None:
-        self._device.download(self._host, self._start)
-
-
-class _Scratch:
-    """Memory for outputs that are read, if at all, before the next call of the same device.
-
-    All calls share it, since calls of one stream never overlap. A call that needs more than any
-    before makes a new piece; earlier calls keep the old one, whose address they were captured with,
-    and as calls come in powers of two, all pieces together are at most twice the largest.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._start = self._size = 0
-
-    def place(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Return an address for each output, by its size in bytes."""
-        offsets, total = _packed(sizes)
-        if total > self._size:
-            self._start, self._size = self._device.allocate(total), total
-        return {name: self._start + offset for name, offset in offsets.items()}
-
-
-def _packed(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Return an offset for each size, one after the other, and the sum.
-
-    Aligned to 256 bytes, as engines ask of every tensor.
-    """
-    ends = np.cumsum([0, *(-(-size // 256) * 256 for size in sizes.values())]).tolist()
-    return dict(zip(sizes, ends[:-1], strict=True)), ends[-1]
-
-
 @dataclass(frozen=True)
 class _Prepared:
-    """A call, its small tensors, and where its states land."""
+    """A call, its small tensors, how to run it, and where its new states land."""
 
     call: Call
-    inputs: _Rows
-    outputs: _Rows
-    landed: Mapping[str, int]
+    inputs: Tensors
+    outputs: Tensors
     launch: Callable[[], None]
+    landed: dict[StateKind, Box] = field(default_factory=dict)
+    is_captured: bool = False
 
 
 class ResidentRuntime:
@@ -117,10 +75,19 @@ class ResidentRuntime:
         limits: Of the engine set.
         context: The context tower; the states of its slots live on its device.
         denoiser: The denoiser tower, or None. On another device it gets a copy of the states.
+        progress: Told how many calls of all are prepared.
+
+    Raises:
+        RuntimeLoadError: A device has no room, or no profile of an engine takes a call.
     """
 
     def __init__(
-        self, manifest: Manifest, limits: Limits, context: Tower, denoiser: Tower | None
+        self,
+        manifest: Manifest,
+        limits: Limits,
+        context: Tower,
+        denoiser: Tower | None,
+        progress: Progress | None = None,
     ) -> None:
         self.limits = limits
         self.vocab_size = manifest.model.vocab_size
@@ -128,17 +95,24 @@ class ResidentRuntime:
         self.has_denoiser = denoiser is not None
         self._context, self._denoiser = context, denoiser
         item = ITEM_SIZES["BF16" if manifest.dtype == "bfloat16" else "F32"]
-        buffers = state_buffers(manifest.model, limits, item)
-        self._states = SlotStates(context.device, buffers, limits.slots)
+        self._kinds = state_kinds(manifest.model, limits, item)
+        self._step = window_step(self._kinds)
+        has_mirror = denoiser is not None and denoiser.device is not context.device
+        self._states = SlotStates(
+            context.device,
+            self._kinds,
+            limits.slots,
+            keeps_previous=denoiser is not None and not has_mirror,
+        )
         self._mirror = self._states
-        if denoiser is not None and denoiser.device is not context.device:
-            self._mirror = SlotStates(denoiser.device, buffers, limits.slots)
-        self._landing = _Scratch(context.device)
-        self._unseen = _Scratch(self._mirror.device)
+        if denoiser is not None and has_mirror:
+            self._mirror = SlotStates(
+                denoiser.device, self._kinds, limits.slots, keeps_previous=True
+            )
         self._lengths = [0] * limits.slots
-        self._extends: dict[tuple[int, int], _Prepared] = {}
-        self._denoises: dict[tuple[int, int], _Prepared] = {}
-        self._predicts: dict[int, _Prepared] = {}
+        self._calls: dict[CallSize, _Prepared] = {}
+        self._is_closed = False
+        self._prepare_all(progress)
 
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
@@ -153,59 +127,44 @@ class ResidentRuntime:
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine."""
         first, count = self._window(row.slot for row in rows)
-        tokens = self._token_bucket(max(row.ids.size for row in rows))
-        prepared = self._extends.get((count, tokens)) or self._prepare_extend(count, tokens)
+        tokens = token_bucket("extend", max(row.ids.size for row in rows), self.limits)
+        prepared = self._calls[CallSize("extend", count, tokens)]
         arrays = prepared.inputs.arrays
-        arrays["lengths"][:] = 0
+        prepared.inputs.clear()
         arrays["context_lengths"][:] = self._lengths[first : first + count]
         for row in rows:
             arrays["ids"][row.slot - first, : row.ids.size] = row.ids
             arrays["lengths"][row.slot - first] = row.ids.size
-            if row.keep_previous:
-                for states in self._all_states():
-                    states.keep_previous(row.slot)
+        self._mirror.keep_previous(sorted(row.slot for row in rows if row.keep_previous))
         prepared.call.bind(self._states.addresses(first))
         prepared.inputs.upload()
         if self._denoiser is not None:
             self._context.device.follow(self._denoiser.device)
         prepared.launch()
-        for row in rows:
-            for states in self._all_states():
-                states.take(
-                    self._context.device,
-                    prepared.landed,
-                    row=row.slot - first,
-                    slot=row.slot,
-                    tokens=tokens,
-                    length=self._lengths[row.slot],
-                    valid=row.ids.size,
-                )
-            self._lengths[row.slot] += row.ids.size
-        if self._denoiser is not None:
-            self._denoiser.device.follow(self._context.device)
+        self._take(prepared, first, rows)
         if any(row.logits for row in rows):
             prepared.outputs.download()
         else:
-            self._context.device.synchronize()  # the staging memory is written again next time
+            # the staging memory is written again next time, and the denoiser's GPU reads the states
+            self._context.device.synchronize()
         logits = prepared.outputs.arrays["logits"]
         return [logits[row.slot - first].copy() if row.logits else None for row in rows]
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
         count = bucket(max(row.slot for row in rows) + 1, self.limits.slots)
-        block = max(row.ids.size for row in rows)
-        prepared = self._denoises.get((count, block)) or self._prepare_denoise(count, block)
+        tokens = token_bucket("denoise", max(row.ids.size for row in rows), self.limits)
+        prepared = self._calls[CallSize("denoise", count, tokens)]
         arrays = prepared.inputs.arrays
-        arrays["lengths"][:] = 0
+        prepared.inputs.clear()
+        arrays["conditioned"][:] = 1
         arrays["context_lengths"][:] = self._lengths[:count]
         for row in rows:
             arrays["ids"][row.slot, : row.ids.size] = row.ids
             arrays["lengths"][row.slot] = row.ids.size
             for name in REFINE_ROWS:
                 arrays[name][row.slot] = getattr(row, name)
-        prepared.inputs.upload()
-        prepared.launch()
-        prepared.outputs.download()
+        self._run(prepared)
         ids, still = (prepared.outputs.arrays[name] for name in ("new_ids", "still_masked"))
         return [
             Denoised(ids[row.slot, : row.ids.size].copy(), int(still[row.slot])) for row in rows
@@ -214,127 +173,134 @@ class ResidentRuntime:
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
         """Run the denoiser tower on each slot's last token to predict the next."""
         count = bucket(max(row.slot for row in rows) + 1, self.limits.slots)
-        prepared = self._predicts.get(count) or self._prepare_predict(count)
+        prepared = self._calls[CallSize("predict", count, 1)]
         arrays = prepared.inputs.arrays
-        arrays["lengths"][:] = 0
+        prepared.inputs.clear()
+        arrays["steps_left"][:] = 1
         arrays["context_lengths"][:] = [max(0, length - 1) for length in self._lengths[:count]]
         for row in rows:
             arrays["ids"][row.slot, 0] = row.id
             arrays["lengths"][row.slot] = 1
-        prepared.inputs.upload()
-        prepared.launch()
-        prepared.outputs.download()
+        self._run(prepared)
         logits = prepared.outputs.arrays["logits"]
         return np.stack([logits[row.slot, 0] for row in rows])
 
     def close(self) -> None:
         """Free the engines, the weights and the states."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._calls.clear()
         towers = [self._context, *([self._denoiser] if self._denoiser else [])]
-        for prepared in (self._extends, self._denoises, self._predicts):
-            prepared.clear()
+        devices = list({id(tower.device): tower.device for tower in towers}.values())
+        for device in devices:
+            device.drop_captures()
         for tower in towers:
             tower.engine.close()
-        for tower in towers:
-            tower.device.close()
+        for device in devices:
+            device.close()
 
     def _all_states(self) -> list[SlotStates]:
         return [self._states] if self._mirror is self._states else [self._states, self._mirror]
 
     def _window(self, slots: Iterable[int]) -> tuple[int, int]:
-        """Return the first slot and the number of rows of a call that covers all of `slots`."""
+        """Return the first slot and the number of rows of a call that covers all of `slots`.
+
+        The first slot's states are aligned; for a tiny model that may leave slot 0 alone.
+        """
         asked = list(slots)
         low, high = min(asked), max(asked)
         count = bucket(high - low + 1, self.limits.slots)
-        return min(low, self.limits.slots - count), count
+        first = min(low, self.limits.slots - count) // self._step * self._step
+        if first + count <= high:
+            return 0, bucket(high + 1, self.limits.slots)
+        return first, count
 
-    def _token_bucket(self, tokens: int) -> int:
-        """Return the number of tokens that a context call is padded to."""
-        sizes = (1, self.limits.block_size_max, self.limits.max_tokens_per_call)
-        return next(size for size in sorted(sizes) if size >= tokens)
+    def _take(self, prepared: _Prepared, first: int, rows: Sequence[ExtendRow]) -> None:
+        """Bring a context call's new states to their slots, on each device that has them."""
+        taken = [
+            Taken(row.slot - first, row.slot, self._lengths[row.slot], row.ids.size)
+            for row in sorted(rows, key=lambda row: row.slot)
+        ]
+        for states in self._all_states():
+            states.take(self._context.device, prepared.landed, taken)
+        for row in rows:
+            self._lengths[row.slot] += row.ids.size
 
-    def _prepare_extend(self, count: int, tokens: int) -> _Prepared:
+    def _run(self, prepared: _Prepared) -> None:
+        """Run a denoiser call, and wait for what it says."""
+        prepared.inputs.upload()
+        prepared.launch()
+        prepared.outputs.download()
+
+    def _prepare_all(self, progress: Progress | None) -> None:
+        """Prepare every call that a request can ask for, so that none pays for it."""
+        extends = call_sizes("extend", self.limits)
+        landings = {size: Landing(self._kinds, size.rows, size.tokens) for size in extends}
+        unseen = max(landing.size for landing in landings.values())
+        memory = CallMemory(self._context.device, extends, self.vocab_size, unseen)
+        refines: list[CallSize] = []
+        if self._denoiser is not None:
+            refines = call_sizes("denoise", self.limits) + call_sizes("predict", self.limits)
+        total = len(extends) + len(refines)
+        for size in extends:
+            self._calls[size] = self._prepare_extend(size, memory, landings[size])
+            _tell(progress, len(self._calls), total)
+        if self._denoiser is None:
+            return
+        stay = {size: packed(unseen_sizes(size, self.vocab_size)) for size in refines}
+        unseen = max(end for _, end in stay.values())
+        memory = CallMemory(self._denoiser.device, refines, self.vocab_size, unseen)
+        for size in refines:
+            self._calls[size] = self._prepare_refine(self._denoiser, size, memory, stay[size][0])
+            _tell(progress, len(self._calls), total)
+        if not all(self._calls[size].is_captured for size in refines):
+            log.warning(
+                "%s: TensorRT says that this denoiser cannot be captured as a CUDA graph, so its "
+                "kernels are launched one by one: the same answers, slower",
+                self._denoiser.device.name,
+            )
+
+    def _prepare_extend(self, size: CallSize, memory: CallMemory, landing: Landing) -> _Prepared:
+        """Prepare a context call; its states are bound anew each time, so it is not captured."""
         tower = self._context
-        inputs = _Rows(tower.device, _row_layout(count, tokens, ("lengths", "context_lengths")))
-        layout: dict[str, tuple[Shape, type]] = {"logits": ((count, self.vocab_size), np.float32)}
-        outputs = _Rows(tower.device, layout)
-        landed = self._landing.place(
-            {one.new_name: count * one.new_row_bytes(tokens) for one in self._states.buffers}
-        )
-        call = tower.engine.prepare(self._shapes(inputs, count, self._states))
+        inputs, outputs = memory.inputs(size), memory.outputs(size)
+        call = tower.engine.prepare(self._shapes(inputs, size.rows))
+        landed = landing.addresses(memory.unseen)
         call.bind({**tower.weights, **inputs.addresses, **outputs.addresses, **landed})
-        made = _Prepared(call, inputs, outputs, landed, call.enqueue)
-        self._extends[count, tokens] = made
-        return made
+        call.bind(self._states.addresses())
+        inputs.clear()
+        inputs.upload()
+        call.enqueue()  # what an engine sets up at its first run is not a request's to wait for
+        tower.device.synchronize()
+        return _Prepared(call, inputs, outputs, call.enqueue, landing.boxes(memory.unseen))
 
-    def _prepare_denoise(self, count: int, block: int) -> _Prepared:
-        layout: dict[str, tuple[Shape, type]] = {
-            "new_ids": ((count, block), np.int32),
-            "still_masked": ((count,), np.int32),
-        }
-        extra: dict[str, tuple[Shape, type]] = {
-            "confidence": ((count, block), np.float32),
-            "committed": ((count, block), np.int32),
-            "logits": ((count, block, self.vocab_size), np.float32),
-        }
-        made = self._prepare_denoiser(count, block, layout, extra, previous=False)
-        made.inputs.arrays["conditioned"][:] = 1
-        self._denoises[count, block] = made
-        return made
-
-    def _prepare_predict(self, count: int) -> _Prepared:
-        extra: dict[str, tuple[Shape, type]] = {
-            "new_ids": ((count, 1), np.int32),
-            "still_masked": ((count,), np.int32),
-            "confidence": ((count, 1), np.float32),
-            "committed": ((count, 1), np.int32),
-        }
-        layout: dict[str, tuple[Shape, type]] = {
-            "logits": ((count, 1, self.vocab_size), np.float32)
-        }
-        made = self._prepare_denoiser(count, 1, layout, extra, previous=True)
-        made.inputs.arrays["conditioned"][:] = 0
-        made.inputs.arrays["steps_left"][:] = 1
-        self._predicts[count] = made
-        return made
-
-    def _prepare_denoiser(
-        self,
-        count: int,
-        block: int,
-        wanted: Mapping[str, tuple[Shape, type]],
-        extra: Mapping[str, tuple[Shape, type]],
-        *,
-        previous: bool,
+    def _prepare_refine(
+        self, tower: Tower, size: CallSize, memory: CallMemory, unseen: Mapping[str, int]
     ) -> _Prepared:
-        """Prepare and capture a denoiser call; outputs in `extra` stay on the device."""
-        tower = self._denoiser
-        assert tower is not None, "an engine set of the context tower alone cannot denoise"
-        names = ("lengths", "context_lengths", "conditioned", *REFINE_ROWS)
-        inputs = _Rows(tower.device, _row_layout(count, block, names))
-        outputs = _Rows(tower.device, wanted)
-        unseen = self._unseen.place(
-            {name: _bytes(shape, kind) for name, (shape, kind) in extra.items()}
-        )
-        call = tower.engine.prepare(self._shapes(inputs, count, self._mirror))
-        states = self._mirror.addresses(previous=previous)
-        call.bind({**tower.weights, **states, **inputs.addresses, **outputs.addresses, **unseen})
-        inputs.upload()  # zeros: capturing runs the call once, and it must not read just anything
-        launch = tower.device.capture(call.enqueue)
-        return _Prepared(call, inputs, outputs, {}, launch)
+        """Prepare a denoiser call and capture it, where the engine lets it be captured."""
+        inputs, outputs = memory.inputs(size), memory.outputs(size)
+        call = tower.engine.prepare(self._shapes(inputs, size.rows))
+        states = self._mirror.addresses(previous=size.verb == "predict")
+        stay = {name: memory.unseen + offset for name, offset in unseen.items()}
+        call.bind({**tower.weights, **states, **inputs.addresses, **outputs.addresses, **stay})
+        inputs.clear()  # capturing runs the call once, and it must not read just anything
+        inputs.upload()
+        is_captured = call.can_capture()
+        if is_captured:
+            launch = tower.device.capture(call.enqueue)
+        else:
+            launch = call.enqueue
+            launch()
+        tower.device.synchronize()
+        return _Prepared(call, inputs, outputs, launch, is_captured=is_captured)
 
-    def _shapes(self, inputs: _Rows, count: int, states: SlotStates) -> dict[str, Shape]:
+    def _shapes(self, inputs: Tensors, rows: int) -> dict[str, Shape]:
         """Return the shapes of all inputs that are not weights."""
         small = {name: tuple(array.shape) for name, array in inputs.arrays.items()}
-        return small | {one.name: (count, *one.row) for one in states.buffers}
+        return small | {name: (rows, *kind.row) for kind in self._kinds for name in kind.names}
 
 
-def _bytes(shape: Shape, kind: type) -> int:
-    return int(np.prod(shape)) * np.dtype(kind).itemsize
-
-
-def _row_layout(count: int, tokens: int, names: Iterable[str]) -> dict[str, tuple[Shape, type]]:
-    """Return shape and dtype of the ids and of the inputs with one value per row."""
-    layout: dict[str, tuple[Shape, type]] = {"ids": ((count, tokens), np.int32)}
-    for name in names:
-        layout[name] = ((count,), np.float32 if name in FLOATS else np.int32)
-    return layout
+def _tell(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)

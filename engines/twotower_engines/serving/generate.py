@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from twotower_engines.errors import EnginesError
+from twotower_engines.progress import ByteMeter
 from twotower_engines.request import BlockEvent
 from twotower_engines.runtime import open_runtime
 from twotower_engines.scheduler import Scheduler
@@ -91,7 +92,9 @@ class TritonPythonModel:
         self._triton = triton
         settings = Settings.of_model(arguments)
         engines = settings.engines()
-        self._runtime = open_runtime(engines, settings.checkpoint, threads=settings.threads)
+        self._runtime = open_runtime(
+            engines, settings.checkpoint, settings.threads, ByteMeter("twotower: binding weights")
+        )
         tested = check(engines, self._runtime)
         print(f"twotower: golden self-test {tested.status}: {tested.reason}", file=sys.stderr)
         tested.require()
