@@ -73,12 +73,15 @@ class BuildRecord:
         plans: Tower (`context`, `denoiser`) to engine file. No `denoiser` where only the context
             tower was exported.
         compute_capability: As `9.0`; None for the CPU.
+        machine: CPU architecture that the engines run on, as `platform.machine()` says it; None for
+            any.
+        cuda: CUDA version that the driver must know, as `12.0`; None where unknown.
         versions: Name of each tool that took part to its version.
         graph_sha256: Tower to the digest of the graph that its engine was built from.
         profiles: Tower to the optimization profiles, as the flavour describes them.
         memory: The memory plan, in bytes.
         key: The build cache's key.
-        bundle_fingerprint: Digest of the bundle that was built.
+        bundle_fingerprint: Fingerprint of the checkpoint that the bundle was exported from.
         extra: Anything else that the flavour's loader needs.
     """
 
@@ -88,6 +91,8 @@ class BuildRecord:
     limits: Limits
     plans: dict[str, PlanFile]
     compute_capability: str | None = None
+    machine: str | None = None
+    cuda: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     graph_sha256: dict[str, str] = field(default_factory=dict)
     profiles: dict[str, Any] = field(default_factory=dict)
@@ -207,6 +212,8 @@ def _record(document: Document) -> BuildRecord:
             for tower, plan in document.sections("plans").items()
         },
         compute_capability=document.optional_text("compute_capability"),
+        machine=document.optional_text("machine"),
+        cuda=document.optional_text("cuda"),
         versions=dict(document.section("versions").values),
         graph_sha256=dict(document.section("graph_sha256").values),
         profiles=dict(document.section("profiles").values),
