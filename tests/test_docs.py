@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from twotower_client.cli import VERBS
+from twotower_engines.plan_cli import plan
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("export/twotower_export", "engines/twotower_engines", "client/twotower_client")
@@ -51,3 +53,17 @@ def test_commands_in_documents_are_verbs(document):
     blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", text, re.S)
     verbs = re.findall(r"^\s*(?:\$ )?twotower ([a-z]+)", "\n".join(blocks), re.M)
     assert set(verbs) <= set(VERBS)
+
+
+def test_the_table_of_plans_is_what_the_command_prints():
+    """But for the last SKU, which is the machine that prints it."""
+    text = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```\n(63\.19 B parameters.*?)```", text, re.S)
+    done = CliRunner().invoke(plan, [str(ROOT / "tests/engines/full_size"), "--sku", "all"])
+    printed = done.output.partition("\n\nWhat would fit instead")[0]
+
+    def lines(table):
+        return [line.split() for line in table.splitlines() if line and not line.startswith("cpu")]
+
+    assert len(lines(shown)) > 20
+    assert lines(shown) == lines(printed)

@@ -2,8 +2,8 @@
 
 In order: what is asked must fit (`plan_memory`) and be buildable here (the flavour's `check`); an
 engine set that is there already and was built from the same is kept; plans come from the cache or
-from the flavour; the set is put together beside its place and renamed. Nothing here knows how a
-plan is made.
+from the flavour; what TensorRT asks for must fit as well, where it is known; the set is put
+together beside its place and takes it in one step. Nothing here knows how a plan is made.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.build_cache import CachedPlan, PlanCache, digest_of
+from twotower_engines.build_cache import CachedPlan, PlanCache, code_digest, digest_of
 from twotower_engines.engine_set import (
     BUILD_FILE,
     BuildRecord,
@@ -28,8 +29,8 @@ from twotower_engines.engine_set import (
     write_build_record,
 )
 from twotower_engines.errors import BuildError, EnginesError, PlanError
-from twotower_engines.fit import refusal, require_fit
-from twotower_engines.flavours.flavour import Flavour, Order, Target
+from twotower_engines.fit import gib, refusal, require_fit
+from twotower_engines.flavours.flavour import Flavour, Order, Target, layers_file
 from twotower_engines.flavours.onnxruntime import OnnxRuntimeFlavour
 from twotower_engines.flavours.process import Progress
 from twotower_engines.flavours.tensorrt import TensorRtFlavour
@@ -37,7 +38,7 @@ from twotower_engines.flavours.tensorrt_rtx import TensorRtRtxFlavour
 from twotower_engines.manifest import MANIFEST_FILE, Manifest, read_manifest
 from twotower_engines.model_size import read_model_size
 from twotower_engines.partial import partial_folder, put_in_place
-from twotower_engines.plan import MemoryPlan, plan_memory
+from twotower_engines.plan import MemoryPlan, PlanRequest, plan_memory
 from twotower_engines.precisions import BUILT, PRECISIONS
 from twotower_engines.skus import Sku, find_sku
 
@@ -50,6 +51,9 @@ FLAVOURS: dict[str, Flavour] = {
 TOKENIZER_FILES = "*token*.json"
 BLOCK_SIZE_MAX = 64
 CONTEXT = 8192
+PLAN_CODE = ("flavours/*.py",)
+SET_CODE = ("build.py", "engine_set.py")
+"""Sources that decide what a plan is, and what a set is besides; a recipe knows the kernels'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,8 @@ def build_engines(
     flavour = FLAVOURS[plan.flavour]
     chunk = min(plan.max_tokens_per_call, manifest.max_tokens_per_call)
     limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
-    target = Target(sku, limits, plan.precision)
+    workspace = {tower: size for gpu in plan.gpus for tower, size in gpu.workspace.items()}
+    target = Target(sku, limits, plan.precision, workspace)
     flavour.check(target)
     graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
     wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
@@ -111,6 +116,7 @@ def build_engines(
     if present is not None:
         return present, False
     with partial_folder(engines) as work, _plans(flavour, wanted, progress) as plans:
+        _check_device_memory(plan, plans)
         made = work / sku.name
         made.mkdir()
         _write_set(made, bundle, flavour, wanted, plans)
@@ -153,18 +159,19 @@ def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> 
         )
     if options.flavour not in ("auto", *FLAVOURS):
         raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
+    flavour = None if options.flavour == "auto" else options.flavour
+    request = PlanRequest(
+        sku,
+        options.gpus,
+        options.slots,
+        options.context or min(CONTEXT, manifest.model.max_position_embeddings),
+        flavour=flavour,
+        block_size_max=options.block_size_max,
+        kernels=FLAVOURS[flavour or sku.flavour].has_kernels(),
+    )
 
     def planned(precision: str) -> MemoryPlan:
-        return plan_memory(
-            read_model_size(bundle),
-            sku,
-            options.gpus,
-            options.slots,
-            options.context or min(CONTEXT, manifest.model.max_position_embeddings),
-            precision,
-            flavour=None if options.flavour == "auto" else options.flavour,
-            block_size_max=options.block_size_max,
-        )
+        return plan_memory(read_model_size(bundle), replace(request, precision=precision))
 
     plan = planned(options.precision)
     if plan.fits and plan.precision not in BUILT:
@@ -193,7 +200,11 @@ def _wanted(
     plan: MemoryPlan,
     graphs: Mapping[str, Path],
 ) -> _Wanted:
-    """Describe an engine set in full, before anything is built."""
+    """Describe an engine set in full, before anything is built.
+
+    Raises:
+        BuildError: What builds is missing.
+    """
     versions = {"twotower": importlib.metadata.version("twotower"), **flavour.versions()}
     recipes = {tower: flavour.recipe(tower, target) for tower in graphs}
     digests = {tower: file_sha256(path) for tower, path in graphs.items()}
@@ -203,6 +214,7 @@ def _wanted(
                 "graph": digests[tower],
                 "flavour": flavour.name,
                 "versions": versions,
+                "code": code_digest(*PLAN_CODE),
                 "recipe": recipes[tower],
             }
         )
@@ -215,13 +227,16 @@ def _wanted(
         "weights": "inputs of the plans, by name; manifest.json says which bytes of which shard",
         "placement": {tower: i for i, gpu in enumerate(plan.gpus) for tower in gpu.towers},
     }
+    needs = flavour.needs(target)
     copied = {path.name: file_sha256(path) for path in _copied(bundle)}
     key = digest_of(
         {
             "plans": keys,
             "limits": asdict(target.limits),
             "sku": [target.sku.name, target.sku.compute_capability],
+            "needs": asdict(needs),
             "versions": versions,
+            "code": code_digest(*SET_CODE),
             "memory": memory,
             "extra": extra,
             "copied": copied,
@@ -234,6 +249,8 @@ def _wanted(
         limits=target.limits,
         plans={},
         compute_capability=target.sku.compute_capability,
+        machine=needs.machine,
+        cuda=needs.cuda,
         versions=versions,
         graph_sha256=digests,
         profiles={tower: recipe["profiles"] for tower, recipe in recipes.items()},
@@ -261,7 +278,7 @@ def _plans(
 ) -> Iterator[dict[str, CachedPlan]]:
     """Give the plans: from the cache, or built now and, where the flavour says so, kept there."""
     cache = PlanCache()
-    with cache.workplace() as work, cache.holding(wanted.keys.values()):
+    with cache.workplace() as work, cache.holding(wanted.keys.values(), _say_waiting):
         plans = {tower: cache.find(key) for tower, key in wanted.keys.items()}
         orders = {
             tower: Order(
@@ -280,6 +297,36 @@ def _plans(
         yield found
 
 
+def _say_waiting() -> None:
+    print("waiting for another build of the same plan to end", file=sys.stderr, flush=True)
+
+
+def _check_device_memory(plan: MemoryPlan, plans: Mapping[str, CachedPlan]) -> None:
+    """Compare what the opened engines take for intermediates with what the plan left for them.
+
+    Raises:
+        BuildError: A GPU would not hold it all; never where the builder could not open a plan.
+    """
+    for gpu in plan.gpus:
+        engines = {tower: plans[tower].report.get("engine") or {} for tower in gpu.towers}
+        taken = {
+            tower: engine["device_memory"]
+            for tower, engine in engines.items()
+            if "device_memory" in engine
+        }
+        more = sum(size - gpu.workspace[tower] for tower, size in taken.items())
+        if more > gpu.free:
+            sizes = ", ".join(
+                f"{tower} {gib(size)} (planned {gib(gpu.workspace[tower])})"
+                for tower, size in taken.items()
+            )
+            raise BuildError(
+                f"the engines for {plan.sku.name} take more device memory for intermediates than "
+                f"was planned: {sizes}, and only {gib(gpu.free)} were left free; build with fewer "
+                "--slots, a shorter --context or a smaller --block-size-max"
+            )
+
+
 def _write_set(
     folder: Path, bundle: Path, flavour: Flavour, wanted: _Wanted, plans: Mapping[str, CachedPlan]
 ) -> None:
@@ -290,6 +337,8 @@ def _write_set(
         path = folder / f"{tower}{flavour.suffix}"
         shutil.copyfile(plan.path, path)
         files[tower] = PlanFile(path.name, plan.sha256)
+        if plan.layers is not None:
+            shutil.copyfile(plan.layers, layers_file(path))
     for path in _copied(bundle):
         shutil.copyfile(path, folder / path.name)
     extra = {**wanted.record.extra, "reports": {t: plan.report for t, plan in plans.items()}}

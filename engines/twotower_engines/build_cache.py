@@ -1,9 +1,11 @@
 """Plans that were built before: `$XDG_CACHE_HOME/twotower/builds/<key>/{plan,record.json}`.
 
+Where the builder could open a plan, `layers.json` lies beside it.
+
 A key is a digest of everything that decides a plan's bytes: the graph, the flavour, the versions of
-its tools, flags and profiles, and the GPUs that it is for. So a SKU may find what was built for
-another one. Whoever builds holds the key's lock, and a second process waits and finds the result.
-Delete the folder to empty the cache.
+its tools, the builder's code, flags and profiles, and the machines that it is for. So a SKU may
+find what was built for another one. Whoever builds holds the key's lock, and a second process waits
+and finds the result. Delete the folder to empty the cache.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,32 @@ from .cache import cache_root
 from .document import read_json, write_json
 from .engine_set import file_sha256
 from .errors import BuildError
+from .flavours.flavour import layers_file
 from .partial import locked, partial_folder, put_in_place
 
-__all__ = ["CachedPlan", "PlanCache", "digest_of"]
+__all__ = ["CachedPlan", "PlanCache", "code_digest", "digest_of"]
 
 PLAN_FILE = "plan"
 RECORD_FILE = "record.json"
+LAYERS_FILE = "layers.json"
+PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
 class CachedPlan:
-    """A finished plan: where it lies, its sha256 in hex, and what its builder reported."""
+    """A finished plan.
+
+    Attributes:
+        path: Where it lies.
+        sha256: In hex.
+        report: What its builder reported.
+        layers: Where its layers are described; None where the builder could not open it.
+    """
 
     path: Path
     sha256: str
     report: dict[str, Any]
+    layers: Path | None = None
 
 
 class PlanCache:
@@ -48,15 +61,20 @@ class PlanCache:
         self.root = cache_root() / "builds" if root is None else root
 
     @contextlib.contextmanager
-    def holding(self, keys: Iterable[str]) -> Iterator[None]:
-        """Keep other processes from building these keys; waits for one that does."""
+    def holding(self, keys: Iterable[str], waiting: Callable[[], None]) -> Iterator[None]:
+        """Keep other processes from building these keys; waits for one that does.
+
+        Args:
+            keys: Of the plans that may be built.
+            waiting: Called before a wait.
+        """
         locks = self.root / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             for key in sorted(set(keys)):  # in one order everywhere, so that no two can block
                 path = locks / key
                 path.touch()
-                stack.enter_context(locked(path))
+                stack.enter_context(locked(path, waiting))
             yield
 
     def find(self, key: str) -> CachedPlan | None:
@@ -70,7 +88,7 @@ class PlanCache:
         path = folder / PLAN_FILE
         if not path.is_file() or file_sha256(path) != digest:
             return None
-        return CachedPlan(path, digest, report)
+        return _cached(folder, digest, report)
 
     @contextlib.contextmanager
     def workplace(self) -> Iterator[Path]:
@@ -82,11 +100,30 @@ class PlanCache:
         """Take a plan over from a `workplace`; the caller holds the key."""
         made = plan.parent / key
         made.mkdir()
+        if layers_file(plan).is_file():
+            layers_file(plan).rename(made / LAYERS_FILE)
         plan.rename(made / PLAN_FILE)
         digest = file_sha256(made / PLAN_FILE)
         write_json(made / RECORD_FILE, {"sha256": digest, "report": dict(report)})
         put_in_place(made, self.root / key)
-        return CachedPlan(self.root / key / PLAN_FILE, digest, dict(report))
+        return _cached(self.root / key, digest, dict(report))
+
+
+def _cached(folder: Path, digest: str, report: dict[str, Any]) -> CachedPlan:
+    layers = folder / LAYERS_FILE
+    return CachedPlan(folder / PLAN_FILE, digest, report, layers if layers.is_file() else None)
+
+
+def code_digest(*patterns: str) -> str:
+    """Return a digest of sources of this package: a version alone gives developers stale plans.
+
+    Args:
+        patterns: As of `Path.glob`, from the package's folder.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in PACKAGE.glob(pattern)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def digest_of(parts: Mapping[str, Any]) -> str:

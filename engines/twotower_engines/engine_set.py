@@ -81,7 +81,7 @@ class BuildRecord:
         profiles: Tower to the optimization profiles, as the flavour describes them.
         memory: The memory plan, in bytes.
         key: The build cache's key.
-        bundle_fingerprint: Digest of the bundle that was built.
+        bundle_fingerprint: Fingerprint of the checkpoint that the bundle was exported from.
         extra: Anything else that the flavour's loader needs.
     """
 

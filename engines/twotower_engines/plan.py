@@ -2,7 +2,7 @@
 
 `plan_memory` adds up, per GPU, what the runtime allocates: weights, states, the buffers of its
 calls, and the engines' workspace. A plan says whether it fits; `fit.py` says what would. All of it
-is arithmetic: no GPU is touched.
+is arithmetic: no GPU is touched. (`build.py` compares what TensorRT then asks for with it.)
 
 What is assumed rather than known is in `ASSUMPTIONS`, and every report prints it.
 """
@@ -25,6 +25,7 @@ __all__ = [
     "MAX_SLOTS",
     "GpuMemory",
     "MemoryPlan",
+    "PlanRequest",
     "gpu_counts",
     "plan_memory",
     "resolve_precision",
@@ -45,9 +46,10 @@ ASSUMPTIONS = (
     "per GPU 1 GiB for the CUDA context, libraries and captured graphs (0.5 GiB on the CPU), and "
     "2% of the memory stays free",
     "workspace: the largest layer's intermediates in the largest call, elementwise chains fused, "
-    "plus a quarter; `tensorrt` runs our kernels (routed experts only), the other flavours run "
-    "function bodies (all experts, quadratic scan)",
-    "attention scores are written out: float32 and once more in the weights' dtype",
+    "plus a quarter; `tensorrt` with the extra [kernels] runs our kernels (routed experts only), "
+    "else function bodies run (all experts, quadratic scan)",
+    "attention scores are written out: float32 and once more in the weights' dtype; and the keys "
+    "of one layer once more in float32",
     "calls share one place where new states land and one for the denoiser's logits, counted twice: "
     "it grows with the largest call so far",
     "a second copy of the Mamba states for mock_ar; with two GPUs each holds all context states",
@@ -108,24 +110,77 @@ class GpuMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a plan is asked for.
+
+    Attributes:
+        sku: From `find_sku`.
+        gpus: 1: both towers on one; 2: one tower on each. None: the fewest that fit.
+        slots: Requests in flight.
+        context: Tokens of a request, prompt and answer together.
+        precision: A name of `PRECISIONS`; `auto`: the widest that fits and that the SKU computes
+            in, the weights as released where none fits.
+        flavour: Of the engines; None for the SKU's default.
+        max_tokens_per_call: Tokens of one row in one context call; None: the largest of 256, 128,
+            64 and 32 with which the plan fits.
+        block_size_max: Largest block of the denoiser.
+        kernels: Whether `tensorrt` has our kernels (the extra [kernels]) or runs function bodies,
+            which other flavours always do.
+    """
+
+    sku: Sku
+    gpus: int | None = None
+    slots: int = 16
+    context: int = 8192
+    precision: str = "auto"
+    flavour: str | None = None
+    max_tokens_per_call: int | None = None
+    block_size_max: int = BLOCK_SIZE_MAX
+    kernels: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """A plan: what was asked, and what each GPU would hold.
 
     Attributes:
+        asked: The request as it came, `auto` and all.
+        precision: The precision that was chosen.
         max_tokens_per_call: Tokens of one row in one context call: what was asked, or else the
             largest chunk with which the plan fits. Engines are to be built with it.
-        block_size_max: Largest block of the denoiser.
+        gpus: One for each GPU.
     """
 
     model: ModelSize
-    sku: Sku
-    flavour: str
-    slots: int
-    context: int
+    asked: PlanRequest
     precision: str
     max_tokens_per_call: int
-    block_size_max: int
     gpus: tuple[GpuMemory, ...]
+
+    @property
+    def sku(self) -> Sku:
+        """What it is planned for."""
+        return self.asked.sku
+
+    @property
+    def flavour(self) -> str:
+        """Of the engines."""
+        return self.asked.flavour or self.sku.flavour
+
+    @property
+    def slots(self) -> int:
+        """Requests in flight."""
+        return self.asked.slots
+
+    @property
+    def context(self) -> int:
+        """Tokens of a request, prompt and answer together."""
+        return self.asked.context
+
+    @property
+    def block_size_max(self) -> int:
+        """Largest block of the denoiser."""
+        return self.asked.block_size_max
 
     @property
     def fits(self) -> bool:
@@ -156,6 +211,7 @@ class MemoryPlan:
             "precision": self.precision,
             "max_tokens_per_call": self.max_tokens_per_call,
             "block_size_max": self.block_size_max,
+            "kernels": self.flavour == "tensorrt" and self.asked.kernels,
             "placement": self.placement,
             "gpus": [gpu.as_json() for gpu in self.gpus],
             "fits": self.fits,
@@ -164,49 +220,26 @@ class MemoryPlan:
         }
 
 
-def plan_memory(
-    model: ModelSize,
-    sku: Sku,
-    gpus: int | None = None,
-    slots: int = 16,
-    context: int = 8192,
-    precision: str = "auto",
-    *,
-    flavour: str | None = None,
-    max_tokens_per_call: int | None = None,
-    block_size_max: int = BLOCK_SIZE_MAX,
-) -> MemoryPlan:
-    """Plan the memory of a model on a SKU.
-
-    Args:
-        model: From `read_model_size`.
-        sku: From `find_sku`.
-        gpus: 1: both towers on one; 2: one tower on each. None: the fewest that fit.
-        slots: Requests in flight.
-        context: Tokens of a request, prompt and answer together.
-        precision: A name of `PRECISIONS`; `auto`: the widest that fits and that the SKU computes
-            in, the weights as released where none fits.
-        flavour: Of the engines; the SKU's default where not given.
-        max_tokens_per_call: Tokens of one row in one context call; None: the largest of 256, 128,
-            64 and 32 with which the plan fits.
-        block_size_max: Largest block of the denoiser.
+def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
+    """Plan the memory of a model.
 
     Raises:
         PlanError: Something is asked for that cannot be: no such precision on this SKU, two GPUs
             where there is one, a context beyond the model's, fewer than one slot.
     """
-    _check_request(model, sku, gpus, slots, context, flavour)
-    wide = resolve_precision(model, sku, precision)
-    several = precision == "auto" and len(sku.precisions) > 1 and wide == sku.precisions[0]
+    _check_request(model, request)
+    sku = request.sku
+    wide = resolve_precision(model, sku, request.precision)
+    several = request.precision == "auto" and len(sku.precisions) > 1 and wide == sku.precisions[0]
+    chunks = (request.max_tokens_per_call,) if request.max_tokens_per_call else CHUNKS
+    counts = (request.gpus,) if request.gpus else gpu_counts(model, sku)
     plans = (
-        _plan(model, sku, count, slots, context, name, flavour, chunk, block_size_max)
-        for name in (sku.precisions if several else (wide,))
-        for count in ((gpus,) if gpus else gpu_counts(model, sku))
-        for chunk in ((max_tokens_per_call,) if max_tokens_per_call else CHUNKS)
+        _plan(model, request, _Choice(count, precision, chunk))
+        for precision in (sku.precisions if several else (wide,))
+        for count in counts
+        for chunk in chunks
     )
-    fewest = gpus or gpu_counts(model, sku)[-1]
-    chunk = max_tokens_per_call or CHUNKS[-1]
-    tight = _plan(model, sku, fewest, slots, context, wide, flavour, chunk, block_size_max)
+    tight = _plan(model, request, _Choice(counts[-1], wide, chunks[-1]))
     return next((plan for plan in plans if plan.fits), tight)
 
 
@@ -237,39 +270,38 @@ def gpu_counts(model: ModelSize, sku: Sku) -> tuple[int, ...]:
     return tuple(range(1, min(sku.max_gpus, len(model.towers)) + 1))
 
 
-def _check_request(
-    model: ModelSize, sku: Sku, gpus: int | None, slots: int, context: int, flavour: str | None
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a request may leave open: GPUs, precision, and tokens of a row in one context call."""
+
+    gpus: int
+    precision: str
+    chunk: int
+
+
+def _check_request(model: ModelSize, request: PlanRequest) -> None:
+    sku, gpus = request.sku, request.gpus
     if gpus is not None and gpus not in (1, 2):
         raise PlanError(f"--gpus is {gpus}: a model runs on 1 GPU or on 2, one tower on each")
     if gpus == 2 and len(model.towers) < 2:
         raise PlanError(f"--gpus is 2, but {model.source} has only the context tower; use --gpus 1")
     if gpus == 2 and sku.max_gpus < 2:
         raise PlanError(f"--gpus is 2, but a machine with {sku.title} has one; use --gpus 1")
-    if not 1 <= slots <= MAX_SLOTS:
-        raise PlanError(f"--slots is {slots}; 1 to {MAX_SLOTS} can be planned")
+    if not 1 <= request.slots <= MAX_SLOTS:
+        raise PlanError(f"--slots is {request.slots}; 1 to {MAX_SLOTS} can be planned")
     limit = model.config.max_position_embeddings
-    if not 1 <= context <= limit:
-        raise PlanError(f"--context is {context}; this model takes 1 to {limit} tokens")
-    if flavour is not None and flavour not in sku.flavours:
+    if not 1 <= request.context <= limit:
+        raise PlanError(f"--context is {request.context}; this model takes 1 to {limit} tokens")
+    if request.flavour is not None and request.flavour not in sku.flavours:
         raise PlanError(
-            f"--flavour is {flavour!r}; {sku.name} is served by {' or '.join(sku.flavours)}"
+            f"--flavour is {request.flavour!r}; {sku.name} is served by {' or '.join(sku.flavours)}"
         )
 
 
-def _plan(
-    model: ModelSize,
-    sku: Sku,
-    gpus: int,
-    slots: int,
-    context: int,
-    precision: str,
-    flavour: str | None,
-    chunk: int,
-    block: int,
-) -> MemoryPlan:
-    groups = [(tower,) for tower in model.towers] if gpus == 2 else [model.towers]
-    sizes = _Sizes(model, precision, flavour or sku.flavour, slots, context, chunk, block)
+def _plan(model: ModelSize, request: PlanRequest, choice: _Choice) -> MemoryPlan:
+    groups = [(tower,) for tower in model.towers] if choice.gpus == 2 else [model.towers]
+    sizes = _Sizes(model, request, choice)
+    sku = request.sku
     shares = tuple(
         GpuMemory(
             towers=towers,
@@ -282,7 +314,7 @@ def _plan(
         )
         for towers in groups
     )
-    return MemoryPlan(model, sku, sizes.flavour, slots, context, precision, chunk, block, shares)
+    return MemoryPlan(model, request, choice.precision, choice.chunk, shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,30 +322,37 @@ class _Sizes:
     """The arithmetic: bytes of everything, for one choice of limits."""
 
     model: ModelSize
-    precision: str
-    flavour: str
-    slots: int
-    context: int
-    chunk: int
-    block: int
+    request: PlanRequest
+    choice: _Choice
+
+    @property
+    def flavour(self) -> str:
+        return self.request.flavour or self.request.sku.flavour
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether our kernels run in place of the ops' function bodies."""
+        return self.flavour == "tensorrt" and self.request.kernels
 
     @property
     def item(self) -> int:
         """Bytes of an activation, a key or a value: weights may be narrower, these are not."""
-        return FLOAT32 if self.precision == "float32" else 2
+        return FLOAT32 if self.choice.precision == "float32" else 2
 
     def weights(self, tower: str) -> dict[str, int]:
-        precision = PRECISIONS[self.precision]
+        precision = PRECISIONS[self.choice.precision]
         parts = self.model.parts(tower).items()
         return {part: precision.size(part, count) for part, count in parts if count}
 
     def states(self) -> dict[str, int]:
         mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
         return {
-            "keys and values": self.slots * self.context * self.model.kv_bytes_per_token(self.item),
-            "ssm": self.slots * self.model.ssm_bytes,
-            "conv": self.slots * self.model.conv_bytes(self.item),
-            "mock_ar copy": self.slots * mamba,
+            "keys and values": self.request.slots
+            * self.request.context
+            * self.model.kv_bytes_per_token(self.item),
+            "ssm": self.request.slots * self.model.ssm_bytes,
+            "conv": self.request.slots * self.model.conv_bytes(self.item),
+            "mock_ar copy": self.request.slots * mamba,
         }
 
     def buffers(self, tower: str) -> Iterator[tuple[str, int]]:
@@ -324,22 +363,24 @@ class _Sizes:
         """
         logits = self.model.config.vocab_size * FLOAT32
         if tower == "denoiser":
-            yield "denoiser logits", 2 * self.slots * self.block * logits
+            yield "denoiser logits", 2 * self.request.slots * self.request.block_size_max * logits
             return
         mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
         token = self.model.kv_bytes_per_token(self.item)
-        yield "new states", 2 * self.slots * (mamba + self.chunk * token)
-        lengths = {1, self.block, self.chunk}
-        yield "context logits", sum(_buckets(self.slots)) * len(lengths) * logits
+        yield "new states", 2 * self.request.slots * (mamba + self.choice.chunk * token)
+        lengths = {1, self.request.block_size_max, self.choice.chunk}
+        yield "context logits", sum(_buckets(self.request.slots)) * len(lengths) * logits
 
     def workspace(self, tower: str) -> int:
         """The largest layer's intermediates in the largest call of a tower."""
-        length = self.chunk if tower == "context" else self.block
-        tokens = self.slots * length
+        length = self.choice.chunk if tower == "context" else self.request.block_size_max
+        tokens = self.request.slots * length
         kinds = {"M": self._mamba, "*": self._attention, "E": self._experts}
         pattern = set(self.model.config.pattern)
         largest = max(size(tokens, length) for kind, size in kinds.items() if kind in pattern)
-        head = (tokens if tower == "denoiser" else self.slots) * self.model.config.vocab_size
+        head = (
+            tokens if tower == "denoiser" else self.request.slots
+        ) * self.model.config.vocab_size
         residual = 4 * tokens * self.model.config.hidden_size * self.item
         return int(WORKSPACE_SLACK * (max(largest, head * self.item) + residual))
 
@@ -347,18 +388,22 @@ class _Sizes:
         c = self.model.config
         inner = c.mamba_num_heads * c.mamba_head_dim
         size = tokens * (2 * inner + c.conv_dim + c.mamba_num_heads) * self.item
-        if self.flavour != "tensorrt":
+        if not self.has_kernels:
             decay = tokens * length * c.mamba_num_heads  # [B, heads, L, L], and its product
             size += (2 * decay + tokens * (c.conv_dim + 3 * inner)) * FLOAT32
         return size
 
     def _attention(self, tokens: int, length: int) -> int:
-        scores = tokens * self.model.config.num_attention_heads * (self.context + length)
-        return scores * (FLOAT32 + self.item)
+        c = self.model.config
+        seen = self.request.context + length
+        scores = tokens * c.num_attention_heads * seen * (FLOAT32 + self.item)
+        # scores are float32 products: narrower keys are cast first, and may be written out so
+        keys = 0 if self.item == FLOAT32 else tokens // length * seen * c.num_key_value_heads
+        return scores + keys * c.head_dim * FLOAT32
 
     def _experts(self, tokens: int, length: int) -> int:
         c = self.model.config
-        if self.flavour == "tensorrt":
+        if self.has_kernels:
             inner = c.num_experts_per_tok * c.moe_intermediate_size * self.item
             return tokens * (inner + c.hidden_size * FLOAT32)
         # [E, n, inner] and [E, n, hidden], the products of the dense body

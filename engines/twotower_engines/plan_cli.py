@@ -9,6 +9,7 @@ import click
 
 from .errors import PlanError
 from .model_size import read_model_size
+from .plan import PlanRequest
 from .plan_report import plan_report
 from .plan_text import text_of_many, text_of_one
 from .precisions import PRECISIONS
@@ -96,7 +97,8 @@ def plan(
     problems = []
     for sku in chosen:
         try:
-            reports.append(plan_report(model, sku, gpus, slots, context, precision, threshold))
+            request = PlanRequest(sku, gpus, slots, context, precision)
+            reports.append(plan_report(model, request, threshold))
         except PlanError as problem:
             if not several:
                 raise

@@ -6,7 +6,7 @@ expected tokens per second of one SKU. `as_json` is for programs; `plan_text.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from . import roofline
 from .acceptance import Acceptance, load_acceptance
 from .fit import largest_context, largest_slots, nearest_fits, refusal
 from .model_size import ModelSize
-from .plan import MemoryPlan, plan_memory, resolve_precision
+from .plan import MemoryPlan, PlanRequest, plan_memory, resolve_precision
 from .precisions import BUILT, PRECISIONS
 from .roofline import ROWS, CallCost, Throughput, ar_throughput, context_call, denoiser_step
 from .skus import Sku
@@ -55,29 +55,33 @@ class PlanReport:
     @cached_property
     def nearest(self) -> tuple[str, ...]:
         """What would fit instead; nothing where the plan can be built."""
-        return () if self.refused is None else tuple(nearest_fits(self.wide))
+        return () if self.refused is None else tuple(map(str, nearest_fits(self.wide)))
+
+    @property
+    def _settled(self) -> PlanRequest:
+        """The request with what was left open as the plan settled it."""
+        plan = self.plan
+        return replace(plan.asked, gpus=len(plan.gpus), precision=plan.precision)
 
     @cached_property
     def slots_by_context(self) -> dict[int, int]:
         """Slots that fit beside each context that the model takes."""
-        plan = self.plan
+        model = self.plan.model
         return {
-            context: largest_slots(plan.model, plan.sku, len(plan.gpus), context, plan.precision)
+            context: largest_slots(model, replace(self._settled, context=context))
             for context in CONTEXTS
-            if context <= plan.model.config.max_position_embeddings
+            if context <= model.config.max_position_embeddings
         }
 
     @cached_property
     def most_slots(self) -> int:
         """Slots that fit beside the context that was asked for."""
-        plan = self.plan
-        return largest_slots(plan.model, plan.sku, len(plan.gpus), plan.context, plan.precision)
+        return largest_slots(self.plan.model, self._settled)
 
     @cached_property
     def most_context(self) -> int:
         """Tokens of context that fit beside the slots that were asked for."""
-        plan = self.plan
-        return largest_context(plan.model, plan.sku, len(plan.gpus), plan.slots, plan.precision)
+        return largest_context(self.plan.model, self._settled)
 
     def denoiser(self, rows: int, routing: roofline.RoutingKind = "measured") -> CallCost:
         """Return the cost of a denoiser step."""
@@ -124,7 +128,7 @@ class PlanReport:
             fitting = (
                 count
                 for count in memory_plan.gpu_counts(plan.model, plan.sku)
-                if plan_memory(plan.model, plan.sku, count, plan.slots, plan.context, name).fits
+                if plan_memory(plan.model, replace(plan.asked, gpus=count, precision=name)).fits
             )
             rows.append(
                 {
@@ -189,15 +193,7 @@ class PlanReport:
         return {"threshold": self.threshold, "source": self.acceptance.source, "tasks": tasks}
 
 
-def plan_report(
-    model: ModelSize,
-    sku: Sku,
-    gpus: int | None,
-    slots: int,
-    context: int,
-    precision: str,
-    threshold: float,
-) -> PlanReport:
+def plan_report(model: ModelSize, request: PlanRequest, threshold: float) -> PlanReport:
     """Plan a model on a SKU and say whether it can be built.
 
     Raises:
@@ -205,7 +201,8 @@ def plan_report(
     """
     acceptance = load_acceptance()
     acceptance.burst_rate(acceptance.tasks[0], threshold)  # refuses a threshold without data
-    plan = wide = plan_memory(model, sku, gpus, slots, context, precision)
-    if plan.fits and precision == "auto" and not plan.buildable:
-        wide = plan_memory(model, sku, gpus, slots, context, resolve_precision(model, sku, "auto"))
+    plan = wide = plan_memory(model, request)
+    if plan.fits and request.precision == "auto" and not plan.buildable:
+        widest = resolve_precision(model, request.sku, "auto")
+        wide = plan_memory(model, replace(request, precision=widest))
     return PlanReport(plan, wide, None if wide.fits else refusal(wide), threshold, acceptance)

@@ -60,6 +60,7 @@ def text_of_one(report: PlanReport) -> str:
         _heading(plan.model, plan),
         f"{sku.title} ({capability}, {plan.flavour}): {gib(sku.memory)} of memory, {peak}, "
         f"{sku.flops / 1e12:,.4g} TFLOPS",
+        *([f"note: {sku.note}"] if sku.note else []),
         *(f"warning: {warning}" for warning in plan.model.warnings),
         "",
         _verdict(report),

@@ -4,7 +4,8 @@ A denoiser step or a context extension is taken apart into parts; each part take
 bytes over the achieved bandwidth and its operations over the achieved rate. The parts follow each
 other, so their times add up, and each kernel and each call costs a little besides. What a batch
 reads of the routed experts comes from the measured routing (`routing.py`), how many steps a block
-takes from the measured acceptance (`acceptance.py`).
+takes from the measured acceptance (`acceptance.py`). Only the denoiser's calls are captured as CUDA
+graphs: the host enqueues a context call kernel by kernel, and short kernels wait for it.
 
 This is a floor for the time and a ceiling for tokens per second: real engines stay above and below.
 """
@@ -39,7 +40,10 @@ __all__ = [
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 FLOAT32 = 4
 MATRIX_EFFICIENCY = 0.6
-LAUNCH_SECONDS = {"tensorrt": 2e-6, "tensorrt-rtx": 2e-6, "onnxruntime": 5e-6}
+KERNEL_SECONDS = {"tensorrt": 2e-6, "tensorrt-rtx": 2e-6, "onnxruntime": 5e-6}
+"""From the end of a kernel to the begin of the next."""
+ENQUEUE_SECONDS = 5e-6
+"""What the host takes to enqueue a kernel that is no part of a captured graph."""
 CALL_SECONDS = 300e-6
 # Kernels per layer of each kind, and before and after all layers. With our kernels a Mamba layer is
 # norm, projection, three of ours, projection, residual; an MoE layer has four of ours, and function
@@ -53,8 +57,13 @@ KERNELS: Mapping[str, Mapping[str, int]] = {
 ASSUMPTIONS = (
     "memory is read at the achieved share of the specified bandwidth; matrix products reach 60% "
     "of the dense bf16 rate, whatever the width of the weights",
-    "each kernel costs 2 us besides (a captured graph of some 400; function bodies: some 1,000), "
-    "each call 300 us on the host",
+    "each kernel costs 2 us besides (some 400 of a call; function bodies: some 1,000), each call "
+    "300 us on the host; denoiser calls are captured graphs, context calls are not: their host "
+    "enqueues a kernel in 5 us, and the call takes at least as long",
+    "calls are counted as large as they are asked for: the runtime pads rows to a power of two and "
+    "a block's extension to the largest block, which costs time that is not counted here",
+    "new states are written, and read and written once more to reach their slot; ids and logits "
+    "that cross to the host are not counted",
     "`tensorrt` reads the experts that a batch is routed to, once; `tensorrt-rtx` and "
     "`onnxruntime` run function bodies, which read and compute all experts",
     "routing as measured on arithmetic prompts, rows of a batch independent; `uniform` is the "
@@ -276,7 +285,7 @@ class _Parts:
         routing: RoutingKind,
     ) -> None:
         self.model, self.machine, self.rows, self.tokens = model, machine, rows, tokens
-        self.context = context
+        self.context, self.tower = context, tower
         self.count = rows * tokens
         self.parameters = model.parts(tower)
         precision = PRECISIONS[machine.precision]
@@ -306,12 +315,18 @@ class _Parts:
             part: max(size / self.bandwidth, flops.get(part, 0.0) / rate)
             for part, size in sizes.items()
         }
-        kernels = KERNELS[self.machine.flavour]
-        launches = kernels["ends"] + sum(kernels[kind] for kind in self.model.config.pattern)
-        seconds["launches"] = launches * LAUNCH_SECONDS[self.machine.flavour] + CALL_SECONDS
+        seconds["launches"] = self._launches(sum(seconds.values())) + CALL_SECONDS
         if copies:
             seconds["state copies"] = copies
         return CallCost(self.rows, self.tokens, self.distinct, sizes, flops, seconds)
+
+    def _launches(self, busy: float) -> float:
+        """Return the seconds in which kernels wait to begin, in a call that is busy for so long."""
+        kernels = KERNELS[self.machine.flavour]
+        count = kernels["ends"] + sum(kernels[kind] for kind in self.model.config.pattern)
+        gaps = count * KERNEL_SECONDS[self.machine.flavour]
+        is_captured = self.tower == "denoiser" or self.machine.flavour == "onnxruntime"
+        return gaps if is_captured else max(gaps, count * ENQUEUE_SECONDS - busy)
 
     def _bytes(self, logits: int, written: float) -> dict[str, float]:
         model, c, item, n = self.model, self.model.config, self.machine.item, self.count

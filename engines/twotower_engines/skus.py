@@ -1,7 +1,7 @@
 """The GPUs that engines are planned and built for.
 
 `skus.json` is the table, each number with its source. `find_sku` takes a name of that table,
-`local` for the GPU of this machine, or the path of a SKU file of the user's own:
+`local` for the GPU of this machine (`local_gpu.py`), or the path of a SKU file of the user's own:
 
 ```toml
 name = "rtx-6000-ada"
@@ -11,6 +11,8 @@ bandwidth_gb_s = 960         # of the datasheet, in 10^9 bytes per second
 bf16_tflops = 182.1          # dense
 # optional
 title = "NVIDIA RTX 6000 Ada"
+arch = "x86_64"              # CPU architecture of its machines, or "aarch64"; x86_64 where absent
+device_names = ["RTX 6000 Ada Generation"]  # what nvidia-smi calls it, without "NVIDIA"
 achieved_bandwidth = 0.9     # share of the bandwidth that kernels reach; 0.85 where absent
 reserved_gib = 0             # what this memory holds besides, on unified memory
 peer_gb_s = 25               # to a second GPU of the machine; absent: two GPUs cannot be used
@@ -26,9 +28,8 @@ import difflib
 import functools
 import json
 import os
+import platform
 import re
-import shutil
-import subprocess
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -39,23 +40,31 @@ from .document import read_json
 from .errors import PlanError
 from .precisions import PRECISIONS
 
-__all__ = ["GIB", "Sku", "find_sku", "known_skus", "local_sku", "precisions_of", "resolve_skus"]
+__all__ = ["GIB", "Sku", "find_sku", "known_skus", "precisions_of", "resolve_skus"]
 
 GIB = 1 << 30
 TABLE_FILE = Path(__file__).with_name("skus.json")
 FLAVOURS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 DEFAULT_ACHIEVED = 0.85
 FILE_SUFFIXES = (".toml", ".json")
+ARCHES = ("x86_64", "aarch64")
+"""CPU architectures as `platform.machine()` names them on Linux."""
 
 REQUIRED_KEYS = ("name", "compute_capability", "memory_gib", "bandwidth_gb_s", "bf16_tflops")
 OPTIONAL_KEYS = (
     "title",
+    "arch",
+    "device_names",
     "achieved_bandwidth",
     "reserved_gib",
     "peer_gb_s",
     "precisions",
     "flavours",
 )
+
+
+WORDS = ("title", "device_names", "note")
+"""Keys of the table's rows that are no numbers and need no source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,8 @@ class Sku:
         name: As `--sku` takes it; the folder of its engines.
         title: For people.
         compute_capability: As `9.0`; None for the CPU.
+        arch: CPU architecture of the machines that have it, as `platform.machine()` says it: a
+            plan runs only on the architecture that built it.
         memory: Bytes that CUDA sees; for the CPU, of this machine.
         reserved: Bytes of these that are never free: the system's part of unified memory.
         bandwidth: Bytes per second, as specified.
@@ -75,12 +86,14 @@ class Sku:
         precisions: What the hardware computes in, widest first.
         flavours: Which can serve it; the first is the default.
         device_names: What the driver calls it, without "NVIDIA".
+        note: What its siblings have otherwise, for people; may be empty.
         sources: Field of the table to the source of its number.
     """
 
     name: str
     title: str
     compute_capability: str | None
+    arch: str
     memory: int
     reserved: int
     bandwidth: float
@@ -90,6 +103,7 @@ class Sku:
     precisions: tuple[str, ...]
     flavours: tuple[str, ...]
     device_names: tuple[str, ...] = ()
+    note: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -108,6 +122,7 @@ class Sku:
             "name": self.name,
             "title": self.title,
             "compute_capability": self.compute_capability,
+            "arch": self.arch,
             "memory_bytes": self.memory,
             "reserved_bytes": self.reserved,
             "bandwidth_bytes_per_s": self.bandwidth,
@@ -117,6 +132,7 @@ class Sku:
             "precisions": list(self.precisions),
             "flavour": self.flavour,
             "flavours": list(self.flavours),
+            "note": self.note,
             "sources": dict(self.sources),
         }
 
@@ -146,6 +162,8 @@ def find_sku(name: str) -> Sku:
         return _sku_of_file(Path(name))
     spelled = name.lower().replace("_", "-").replace(" ", "-")
     if spelled == "local":
+        from .local_gpu import local_sku  # it compares with this module's table
+
         return local_sku()
     if spelled in known_skus():
         return known_skus()[spelled]
@@ -173,29 +191,6 @@ def resolve_skus(text: str) -> list[Sku]:
     return list(found.values())
 
 
-def local_sku() -> Sku:
-    """Return the SKU of this machine's first GPU, with the memory that its driver reports.
-
-    Raises:
-        PlanError: There is no GPU, or it is none of the table.
-    """
-    device = _query_device()
-    if device is None:
-        raise PlanError(
-            "--sku local: no NVIDIA GPU was found (nvidia-smi is missing or failed); name the SKU "
-            "that you plan for, or `cpu` for this machine"
-        )
-    product, memory, capability = device
-    for sku in known_skus().values():
-        if product in sku.device_names:
-            return sku if memory is None else replace(sku, memory=min(memory, sku.memory))
-    raise PlanError(
-        f"--sku local: this machine's GPU is a {product!r} (compute capability {capability}), "
-        "which is not in the table; describe it in a SKU file (name, compute_capability, "
-        "memory_gib, bandwidth_gb_s, bf16_tflops) and give its path as --sku"
-    )
-
-
 def precisions_of(capability: str) -> tuple[str, ...]:
     """Return what a compute capability computes in, by TensorRT's support matrix."""
     number = tuple(int(part) for part in capability.split("."))
@@ -207,21 +202,6 @@ def precisions_of(capability: str) -> tuple[str, ...]:
     if number >= (8, 6):
         found.append("int4")
     return tuple(found)
-
-
-def _query_device() -> tuple[str, int | None, str] | None:
-    """Return name without "NVIDIA", bytes of memory (None on unified memory) and capability."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    fields = "name,memory.total,compute_cap"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        product, memory, capability = answer.stdout.splitlines()[0].rsplit(", ", 2)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-    size = int(memory) << 20 if memory.strip().isdigit() else None  # "[N/A]" on a DGX Spark
-    return product.removeprefix("NVIDIA").strip(), size, capability.strip()
 
 
 def _machine_memory() -> int:
@@ -236,12 +216,14 @@ def _machine_memory() -> int:
 
 
 def _sku_of_table(name: str, row: Mapping[str, Any], sources: Mapping[str, Any]) -> Sku:
-    values = {key: pair[0] for key, pair in row.items() if key not in ("title", "device_names")}
+    values = {key: pair[0] for key, pair in row.items() if key not in WORDS}
     where = {key: str(sources[pair[1]]) for key, pair in row.items() if key in values}
-    values |= {"name": name, "title": row["title"]}
+    values |= {"name": name, **{key: row[key] for key in WORDS if key in row}}
     if values["memory_gib"] is None:
         values["memory_gib"] = _machine_memory() / GIB
-    return replace(_sku(values), device_names=tuple(row["device_names"]), sources=where)
+    if values["arch"] is None:
+        values["arch"] = platform.machine()
+    return replace(_sku(values), sources=where)
 
 
 def _sku_of_file(path: Path) -> Sku:
@@ -259,6 +241,7 @@ def _sku_of_file(path: Path) -> Sku:
     is_rtx = capability in ("8.6", "8.9", "12.0")
     values.setdefault("flavours", ["tensorrt-rtx", "tensorrt"] if is_rtx else ["tensorrt"])
     values.setdefault("precisions", list(precisions_of(capability)))
+    values.setdefault("arch", ARCHES[0])
     return replace(_sku(values), sources=dict.fromkeys(values, str(path)))
 
 
@@ -291,6 +274,11 @@ def _check_value(path: Path, key: str, value: Any) -> None:
         wanted = 'a text, as "8.9"'
     elif key == "title":
         is_right, wanted = isinstance(value, str), "a text"
+    elif key == "arch":
+        is_right, wanted = value in ARCHES, " or ".join(ARCHES)
+    elif key == "device_names":
+        is_right = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        wanted = "a list of texts"
     else:
         least = 0 if key == "reserved_gib" else 1e-9
         most = 1.0 if key == "achieved_bandwidth" else 1e9
@@ -308,6 +296,7 @@ def _sku(values: Mapping[str, Any]) -> Sku:
         name=values["name"],
         title=values.get("title", values["name"]),
         compute_capability=values["compute_capability"],
+        arch=values["arch"],
         memory=int(values["memory_gib"] * GIB),
         reserved=int(values.get("reserved_gib", 0) * GIB),
         bandwidth=values["bandwidth_gb_s"] * 1e9,
@@ -316,4 +305,6 @@ def _sku(values: Mapping[str, Any]) -> Sku:
         peer=None if peer is None else peer * 1e9,
         precisions=tuple(values["precisions"]),
         flavours=tuple(values["flavours"]),
+        device_names=tuple(values.get("device_names", ())),
+        note=values.get("note", ""),
     )

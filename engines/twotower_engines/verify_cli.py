@@ -28,7 +28,7 @@ class VerificationError(EnginesError):
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--sku", help="Which engines, where ENGINES holds several.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="What ENGINES was built from.")
-@click.option("--against", type=click.Path(path_type=Path), help="CPU engines of the same model.")
+@click.option("--against", type=click.Path(path_type=Path), help="CPU engines to compare with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify_engine_set(
     engines: Path,

@@ -1,31 +1,27 @@
 """Verifies an engine set for a GPU: what this machine can check, and what it cannot.
 
 Anywhere: digests, the checkpoint, the profiles, and the inputs and outputs that TensorRT's own
-parser found in the graphs. On the GPU: the golden answer, and logits against an engine set of the
-CPU flavour. What was not verified is said, never passed over.
+parser found in the graphs. On the GPU: what the engines compute (`verify_running.py`). What was not
+verified is said, never passed over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .compare_runtimes import TOLERANCES, Difference, compare_runtimes
 from .document import Document
 from .engine_set import BUILD_FILE, EngineSet, Limits, file_sha256
 from .errors import BuildError, EnginesError, EngineSetError, PlanError
 from .interface import Interface, TensorSpec, differences, interface_of
 from .manifest import read_manifest
-from .runtime import Runtime, open_runtime
-from .self_test import check
-from .skus import find_sku, local_sku
+from .skus import find_sku
+from .verification import Sources, Verification
+from .verify_running import verify_running
 from .weights import WeightStore
 
-__all__ = ["Verification", "verify_engines"]
-
-LISTED_AT_MOST = 5
+__all__ = ["verify_engines"]
 
 # Which dimension of a profile is bounded by which limit, for each tower.
 BOUNDS: Mapping[str, Mapping[str, Callable[[Limits], int]]] = {
@@ -42,50 +38,6 @@ BOUNDS: Mapping[str, Mapping[str, Callable[[Limits], int]]] = {
 }
 
 
-@dataclass(slots=True)
-class Verification:
-    """What was found.
-
-    Attributes:
-        engines: Folder of the engine set.
-        verified: What was checked and is right, a sentence for each.
-        problems: What is wrong.
-        not_verified: What could not be checked here, and why.
-        differences: Outputs that were compared on the GPU.
-    """
-
-    engines: Path
-    verified: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    not_verified: list[str] = field(default_factory=list)
-    differences: list[Difference] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether something was verified and nothing is wrong."""
-        return bool(self.verified) and not self.problems
-
-    def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        return {
-            "target": str(self.engines),
-            "passed": self.passed,
-            "verified": self.verified,
-            "problems": self.problems,
-            "notes": self.not_verified,
-            "tensors": [asdict(one) for one in self.differences],
-        }
-
-    def take(self, what: str, found: list[str]) -> None:
-        """Note that `what` is right, or what is wrong with it."""
-        if not found:
-            self.verified.append(what)
-        shown = found[:LISTED_AT_MOST]
-        if len(found) > len(shown):
-            shown.append(f"{len(found) - len(shown)} more like these")
-        self.problems += shown
-
-
 def verify_engines(
     engines: EngineSet,
     checkpoint: Path | None = None,
@@ -98,7 +50,8 @@ def verify_engines(
         engines: An engine set of a flavour that needs a GPU.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         bundle: What the engines were built from, so that TensorRT parses its graphs again.
-        against: An engine set of the CPU flavour of the same model, to compare logits with.
+        against: An engine set of the CPU flavour of the same model, to compare with on the GPU;
+            found or built where not given.
 
     Raises:
         BundleError: The bundle is none.
@@ -116,7 +69,7 @@ def verify_engines(
             _profile_problems(engines, tower),
         )
         _verify_interface(found, engines, tower, bundle)
-    _verify_running(found, engines, checkpoint, against)
+    verify_running(found, engines, Sources(checkpoint, bundle, against))
     return found
 
 
@@ -193,25 +146,31 @@ def _verify_interface(
         else:
             found.take(f"{counts} graph, as {title} parses it", differences(parsed, expected))
         return
-    reported = engines.build.extra.get("reports", {}).get(tower, {})
-    outputs = reported.get("outputs")
-    if not isinstance(outputs, dict):
+    report = engines.build.extra.get("reports", {}).get(tower, {})
+    reported = _reported(report.get("parsed"))
+    if reported is None:
         found.not_verified.append(
             f"inputs and outputs of the {tower} plan: its builder reported none; --bundle lets "
             "TensorRT parse the graph again"
         )
         return
-    specs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in outputs.items()}
-    problems = differences(Interface({}, specs), Interface({}, expected.outputs))
-    if reported.get("inputs") != len(expected.inputs):
-        problems.append(
-            f"the {tower} plan has {reported.get('inputs')} inputs, not {len(expected.inputs)}"
-        )
-    found.take(f"{counts} plan, as its builder reported them", problems)
-    found.not_verified.append(
-        f"names and shapes of the inputs of the {tower} plan: --bundle lets TensorRT parse the "
-        "graph again"
-    )
+    found.take(f"{counts} plan, as its builder parsed them", differences(reported, expected))
+
+
+def _reported(parsed: Any) -> Interface | None:
+    """Return the interface that a builder wrote into build.json; None where it wrote none."""
+    if not isinstance(parsed, dict) or not {"inputs", "outputs"} <= parsed.keys():
+        return None
+
+    def specs(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in values.items()}
+
+    try:
+        return Interface(specs(parsed["inputs"]), specs(parsed["outputs"]))
+    except (AttributeError, TypeError, ValueError) as problem:
+        raise EngineSetError(
+            f"{BUILD_FILE}: the builder's report of inputs and outputs is malformed; build again"
+        ) from problem
 
 
 def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interface]:
@@ -235,74 +194,3 @@ def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interfac
         f"{bundle}: has no {tower} graph with sha256 {str(digest)[:12]}, from which the plan was "
         "built; name the bundle that the engines were built from"
     )
-
-
-def _verify_running(
-    found: Verification, engines: EngineSet, checkpoint: Path | None, against: EngineSet | None
-) -> None:
-    """On a GPU, load the engines, ask for the golden answer and compare logits."""
-    try:
-        present = local_sku()
-    except PlanError:
-        found.not_verified.append(
-            "that the plans load and what they compute: no GPU of the table was found here; run "
-            f"the same on a machine with one for {engines.build.sku}"
-        )
-        return
-    if present.compute_capability != engines.build.compute_capability:
-        found.not_verified.append(
-            f"that the plans load and what they compute: they are for compute capability "
-            f"{engines.build.compute_capability}, this machine's {present.title} has "
-            f"{present.compute_capability}"
-        )
-        return
-    try:
-        runtime = open_runtime(engines, checkpoint)
-    except EnginesError as problem:
-        found.problems.append(f"the engines cannot be loaded: {problem}")
-        return
-    try:
-        verify_loaded(found, engines, runtime, checkpoint, against)
-    finally:
-        runtime.close()
-
-
-def verify_loaded(
-    found: Verification,
-    engines: EngineSet,
-    runtime: Runtime,
-    checkpoint: Path | None = None,
-    against: EngineSet | None = None,
-) -> None:
-    """Verify what loaded engines compute.
-
-    Args:
-        found: Receives what is found.
-        engines: The engine set.
-        runtime: The same, loaded.
-        checkpoint: As of `verify_engines`.
-        against: As of `verify_engines`.
-    """
-    golden = check(engines, runtime)
-    if golden.status == "unavailable":
-        found.not_verified.append(f"the golden answer: {golden.reason}")
-    else:
-        found.take(f"golden answer: {golden.reason}", [] if golden.ok else [golden.reason])
-    if against is None:
-        found.not_verified.append(
-            "logits: --against CPU_ENGINES compares them with those of the CPU flavour"
-        )
-        return
-    if engines.build.precision not in TOLERANCES:
-        found.not_verified.append(f"logits: no tolerance is known for {engines.build.precision}")
-        return
-    if against.manifest.checkpoint.fingerprint != engines.manifest.checkpoint.fingerprint:
-        found.problems.append(f"{against.folder}: is of another checkpoint; build it from the same")
-        return
-    reference = open_runtime(against, checkpoint)
-    try:
-        found.differences = compare_runtimes(runtime, reference, engines.build.precision)
-    finally:
-        reference.close()
-    wrong = [str(one) for one in found.differences if not one.passed]
-    found.take(f"logits against {against.folder}", wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 GIB: Final = 2**30
@@ -73,9 +74,8 @@ def _build(one: Mapping[str, Any]) -> Iterable[str]:
     for name, plan in build["plans"].items():
         size = "" if plan["bytes"] is None else f" {plan['bytes'] / 1e6:.1f} MB,"
         graph = ", built from another graph than the manifest's" * (plan["graph"] == "changed")
-        yield (
-            f"    {name}: {plan['file']},{size} {plan['state']}{graph}{_builder_saw(build, name)}"
-        )
+        yield f"    {name}: {plan['file']},{size} {plan['state']}{graph}"
+        yield from _builder_saw(build, name, plan)
         for profile in build.get("profiles", {}).get(name, ()):
             ranges = (
                 f"{k} {' to '.join(map(str, v))}" for k, v in profile.items() if isinstance(v, list)
@@ -83,12 +83,19 @@ def _build(one: Mapping[str, Any]) -> Iterable[str]:
             yield f"      profile {profile.get('name')} (least, usual, most): {', '.join(ranges)}"
 
 
-def _builder_saw(build: Mapping[str, Any], tower: str) -> str:
-    """What the builder reported of a plan, where its flavour reports."""
+def _builder_saw(build: Mapping[str, Any], tower: str, plan: Mapping[str, Any]) -> Iterable[str]:
+    """What the builder reported of a graph and of the engine made of it, where it reported."""
     report = build.get("extra", {}).get("reports", {}).get(tower, {})
-    if "layers" not in report:
-        return ""
-    return f", {report['layers']:,} layers, {report['inputs']:,} inputs"
+    parsed, engine = report.get("parsed"), report.get("engine")
+    if parsed:
+        yield f"      graph: {parsed['layers']:,} parsed layers, {len(parsed['inputs']):,} inputs"
+    if engine:
+        types = ", ".join(f"{count:,} {kind}" for kind, count in engine["types"].items())
+        memory = f"{_scaled(engine['device_memory'])}B of device memory"
+        yield f"      engine: {engine['layers']:,} layers ({types}), {memory}"
+        yield f"        all of them: {Path(plan['file']).with_suffix('.layers.json')}"
+    elif parsed:
+        yield "      engine: its layers are not known, for a plan is opened on its GPU only"
 
 
 def _table(sizes: Mapping[str, Any]) -> Iterable[str]:

@@ -85,7 +85,7 @@ class VerificationError(ExportError):
     "--against",
     metavar="CPU_ENGINES",
     type=click.Path(path_type=Path),
-    help="Engines for a GPU, on that GPU: CPU engines of the same model to compare logits with.",
+    help="Engines for a GPU, on that GPU: CPU engines of the same model to compare every output with.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(
@@ -114,6 +114,12 @@ def verify(
             raise ExportError(
                 f"{engines}: plans cannot be read layer by layer; verify the bundle with --layers, "
                 "--layer or --part"
+            )
+        given = click.get_current_context().get_parameter_source("reference")
+        if given is click.core.ParameterSource.COMMANDLINE:
+            raise ExportError(
+                f"{engines}: plans are compared with the CPU flavour; leave out --reference, or "
+                "verify the bundle with it"
             )
         _verify_device_engines(engines, checkpoint, bundle, against, as_json)
         return

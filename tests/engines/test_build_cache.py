@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,13 @@ from pathlib import Path
 import pytest
 
 from twotower_engines import build as build_module
+from twotower_engines import build_cache as build_cache_module
+from twotower_engines import partial as partial_module
 from twotower_engines.build import BuildOptions, build_engines
 from twotower_engines.build_cache import PlanCache, digest_of
 from twotower_engines.engine_set import BUILD_FILE, file_sha256, open_engine_set
-from twotower_engines.errors import EngineSetError
+from twotower_engines.errors import BuildError, EngineSetError
+from twotower_engines.flavours.flavour import Needs, layers_file
 from twotower_engines.partial import locked, partial_folder, put_in_place
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,9 +62,14 @@ class CountingFlavour:
         self.built = []
         self.version = "1.0"
         self.flags = []
+        self.machine = "x86_64"
+        self.engine = {"layers": 1, "types": {"gemm": 1}, "device_memory": 1000}
 
     def versions(self):
         return {"tensorrt_rtx": self.version}
+
+    def has_kernels(self):
+        return False
 
     def graphs(self, precision):
         return "native"
@@ -75,7 +84,11 @@ class CountingFlavour:
         for tower, order in orders.items():
             self.built.append(tower)
             shutil.copyfile(order.graph, order.plan)
-        return {tower: {"layers": 1} for tower in orders}
+            layers_file(order.plan).write_text('{"Layers": []}')
+        return {tower: {"engine": self.engine} for tower in orders}
+
+    def needs(self, target):
+        return Needs(self.machine)
 
     def loader(self, target):
         return {"compute_capabilities": [target.sku.compute_capability]}
@@ -84,6 +97,7 @@ class CountingFlavour:
 @pytest.fixture
 def counting(monkeypatch):
     flavour = CountingFlavour()
+    flavour.patch = monkeypatch
     monkeypatch.setitem(build_module.FLAVOURS, flavour.name, flavour)
     return flavour
 
@@ -119,6 +133,13 @@ def other_flags(counting, bundle):
     counting.flags = ["REFIT"]
 
 
+def other_code(counting, bundle):
+    """As a developer changes the builder without changing its version."""
+    counting.patch.setattr(build_cache_module, "PACKAGE", bundle)
+    (bundle / "flavours").mkdir()
+    (bundle / "flavours" / "worker.py").write_text("better = True")
+
+
 def other_graph(counting, bundle):
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -132,7 +153,13 @@ def other_graph(counting, bundle):
 
 
 @pytest.mark.parametrize(
-    ("change", "built"), [(other_version, BOTH), (other_flags, BOTH), (other_graph, ["context"])]
+    ("change", "built"),
+    [
+        (other_version, BOTH),
+        (other_flags, BOTH),
+        (other_code, BOTH),
+        (other_graph, ["context"]),
+    ],
 )
 def test_what_decides_the_plans_builds_them_anew(copied, tmp_path, counting, change, built):
     build_engines(copied, tmp_path / "engines", OPTIONS)
@@ -149,6 +176,38 @@ def test_other_profiles_build_plans_anew(bundle, tmp_path, counting):
     assert counting.built == BOTH + BOTH
     build_engines(bundle, tmp_path / "engines", OPTIONS)
     assert counting.built == BOTH + BOTH, "the first plans were still in the cache"
+
+
+def test_layers_of_an_opened_plan_come_along(bundle, tmp_path, counting):
+    for folder in ("engines", "from-the-cache"):
+        made, _ = build_engines(bundle, tmp_path / folder, OPTIONS)
+        for tower in BOTH:
+            assert layers_file(made.plan_path(tower)).read_text() == '{"Layers": []}'
+    assert counting.built == BOTH
+
+
+def test_a_set_of_another_cpu_is_written_anew(bundle, tmp_path, counting):
+    made, _ = build_engines(bundle, tmp_path / "engines", OPTIONS)
+    assert made.build.machine == "x86_64"
+    counting.machine = "aarch64"
+    made, is_new = build_engines(bundle, tmp_path / "engines", OPTIONS)
+    assert (is_new, made.build.machine) == (True, "aarch64")
+
+
+def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, counting):
+    """On a GPU of 2 GiB; what the plan left free may be used."""
+    path = tmp_path / "small.toml"
+    path.write_text(
+        'name = "small"\ncompute_capability = "8.9"\nmemory_gib = 2\n'
+        "bandwidth_gb_s = 100\nbf16_tflops = 10\n"
+    )
+    options = replace(OPTIONS, sku=str(path))
+    counting.engine = {**counting.engine, "device_memory": 100 << 20}
+    build_engines(bundle, tmp_path / "engines", options)
+    counting.engine = {**counting.engine, "device_memory": 1 << 30}
+    with pytest.raises(BuildError, match=r"context 1\.0 GiB \(planned .*fewer --slots"):
+        build_engines(bundle, tmp_path / "engines", replace(options, slots=3))
+    assert open_engine_set(tmp_path / "engines").build.limits.slots == 2
 
 
 def test_what_decides_the_set_alone_writes_only_the_set(copied, tmp_path, counting):
@@ -233,6 +292,74 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+def replaced_by(folder, content):
+    """A folder `target` that holds a file of this name, put in place of what was there."""
+    with partial_folder(folder) as work:
+        (work / "made").mkdir()
+        (work / "made" / content).touch()
+        put_in_place(work / "made", folder / "target")
+
+
+def test_a_reader_finds_the_old_or_the_new_and_never_nothing(tmp_path):
+    replaced_by(tmp_path, "0")
+    missing, done = [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            if not (tmp_path / "target").exists():
+                missing.append(1)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for number in range(200):
+        replaced_by(tmp_path, str(number))
+    done.set()
+    thread.join()
+    assert not missing
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["199"]
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_where_names_cannot_be_exchanged_nothing_is_lost(tmp_path, monkeypatch, killed_at):
+    """A file system like NFS, and a process that is killed before each of three renames."""
+    replaced_by(tmp_path, "old")
+    monkeypatch.setattr(partial_module, "_exchange", lambda one, other: False)
+    rename, count = Path.rename, []
+
+    def rename_or_die(path, target):
+        count.append(path)
+        if len(count) == killed_at:
+            raise SystemExit("killed")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_die)
+    with pytest.raises(SystemExit):
+        replaced_by(tmp_path, "new")
+    monkeypatch.setattr(Path, "rename", rename)
+    with partial_folder(tmp_path):
+        found = [path.name for path in (tmp_path / "target").iterdir()]
+    assert found == (["new"] if killed_at == 3 else ["old"])
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_waiting_for_a_lock_is_said(tmp_path):
+    said = []
+    with locked(tmp_path, lambda: said.append("no")):
+        release = threading.Timer(0.2, lambda: said.append("released"))
+        other = threading.Thread(target=lambda: take(tmp_path, said))
+        other.start()
+        wait_for(lambda: said)
+        release.start()
+        release.join()
+    other.join()
+    assert said == ["waiting", "released", "taken"]
+
+
+def take(folder, said):
+    with locked(folder, lambda: said.append("waiting")):
+        said.append("taken")
+
+
 def test_a_folder_that_is_to_stay_stays(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "old").touch()
@@ -278,6 +405,8 @@ def test_two_real_builds_at_once(bundle, tmp_path, cache):
         assert process.returncode == 0, process.stderr_text
     open_engine_set(tmp_path / "engines").check_plans()
     assert [path.name for path in (tmp_path / "engines").iterdir()] == [RTX]
+    said = [process.stderr_text for process in processes]
+    assert sum("waiting for another build of the same plan" in text for text in said) == 1
     assert partial_leftovers(cache) == []
     assert len(list(cache.glob("*/plan"))) == 2
 

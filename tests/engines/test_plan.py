@@ -1,6 +1,7 @@
 """Sizes of the released model, and the memory plans made of them, against hand calculations."""
 
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from twotower_engines.errors import PlanError
 from twotower_engines.fit import largest_context, largest_slots, refusal, require_fit
 from twotower_engines.model_size import ModelSize, read_model_size
-from twotower_engines.plan import plan_memory, resolve_precision
+from twotower_engines.plan import PlanRequest, plan_memory, resolve_precision
 from twotower_engines.precisions import PRECISIONS, Precision
 from twotower_engines.skus import GIB, find_sku, known_skus
 
@@ -85,16 +86,16 @@ def test_a_single_tower_checkpoint(config):
     single = read_model_size(config(architectures=["NemotronHForCausalLM"]))
     assert single.towers == ("context",)
     assert single.parameters == 31_577_940_288
-    plan = plan_memory(single, find_sku("h100-sxm"))
+    plan = plan_memory(single, PlanRequest(find_sku("h100-sxm")))
     assert (plan.fits, len(plan.gpus), plan.placement) == (True, 1, "context tower on one GPU")
     with pytest.raises(PlanError, match="has only the context tower"):
-        plan_memory(single, find_sku("h100-sxm"), gpus=2)
+        plan_memory(single, PlanRequest(find_sku("h100-sxm"), gpus=2))
 
 
 def test_a_pattern_needs_only_its_own_sizes(config):
     model = read_model_size(config(hybrid_override_pattern="M*", n_routed_experts=None))
     assert model.parts("context")["routed experts"] == 0
-    assert plan_memory(model, find_sku("l4")).fits
+    assert plan_memory(model, PlanRequest(find_sku("l4"))).fits
 
 
 @pytest.mark.parametrize(
@@ -170,21 +171,23 @@ def test_sizes_agree_with_a_measured_quantization(model):
 
 
 def test_auto_takes_the_widest_that_fits(model):
-    names = {name: plan_memory(model, sku).precision for name, sku in known_skus().items()}
+    names = {
+        name: plan_memory(model, PlanRequest(sku)).precision for name, sku in known_skus().items()
+    }
     assert names["h200"] == names["h100-sxm"] == names["rtx-pro-6000"] == "bf16"
     assert names["l40s"] == names["dgx-spark"] == names["gh200"] == "fp8"
     assert names["rtx-5090"] == "nvfp4"
     assert names["a10"] == "bf16"  # nothing fits: the weights as released
-    assert not plan_memory(model, find_sku("l40s")).buildable
+    assert not plan_memory(model, PlanRequest(find_sku("l40s"))).buildable
 
 
 def test_precisions_that_cannot_be(model):
     with pytest.raises(PlanError, match="none of auto, float32, bf16"):
         resolve_precision(model, find_sku("h200"), "fp16")
-    with pytest.raises(PlanError, match="A100 80 GB does not compute in fp8, only in bf16"):
-        plan_memory(model, find_sku("a100-80"), precision="fp8")
+    with pytest.raises(PlanError, match="A100 80 GB SXM does not compute in fp8, only in bf16"):
+        plan_memory(model, PlanRequest(find_sku("a100-80"), precision="fp8"))
     with pytest.raises(PlanError, match="does not compute in nvfp4"):
-        plan_memory(model, find_sku("h200"), precision="nvfp4")
+        plan_memory(model, PlanRequest(find_sku("h200"), precision="nvfp4"))
 
 
 def test_the_cpu_and_fp32_checkpoints_are_fp32(model):
@@ -192,7 +195,7 @@ def test_the_cpu_and_fp32_checkpoints_are_fp32(model):
     for precision in ("auto", "bf16"):
         assert resolve_precision(model, find_sku("cpu"), precision) == "float32"
         assert resolve_precision(fp32, find_sku("h200"), precision) == "float32"
-    weights = plan_memory(fp32, find_sku("b300"), 1).gpus[0].weight_bytes
+    weights = plan_memory(fp32, PlanRequest(find_sku("b300"), 1)).gpus[0].weight_bytes
     assert weights == 4 * model.parameters
 
 
@@ -200,7 +203,7 @@ def test_the_cpu_and_fp32_checkpoints_are_fp32(model):
 
 
 def test_one_h200_holds_both_towers(model):
-    plan = plan_memory(model, find_sku("h200"), gpus=1, slots=16, context=8192)
+    plan = plan_memory(model, PlanRequest(find_sku("h200"), gpus=1, slots=16, context=8192))
     (gpu,) = plan.gpus
     assert plan.fits
     assert plan.buildable
@@ -217,8 +220,9 @@ def test_one_h200_holds_both_towers(model):
     assert gpu.buffers["denoiser logits"] == 2 * 16 * 64 * 131072 * 4
     # rows 1 + 2 + 4 + 8 + 16, of 1, 64 and 256 tokens
     assert gpu.buffers["context logits"] == 31 * 3 * 131072 * 4
-    # scores in float32 and weights in bf16 of 16 rows x 256 tokens x 32 heads
-    scores = 16 * 256 * 32 * (8192 + 256) * 6
+    # scores in float32 and weights in bf16 of 16 rows x 256 tokens x 32 heads; one layer's keys of
+    # 2 heads x 128 once more in float32
+    scores = 16 * 256 * 32 * (8192 + 256) * 6 + 16 * (8192 + 256) * 2 * 128 * 4
     assert gpu.workspace["context"] == int(1.25 * (scores + 4 * 16 * 256 * 2688 * 2))
     assert gpu.total == gpu.weight_bytes + gpu.overhead + sum(
         sum(group.values()) for group in (gpu.states, gpu.buffers, gpu.workspace)
@@ -229,8 +233,8 @@ def test_one_h200_holds_both_towers(model):
 
 def test_two_h100_hold_a_tower_each(model):
     sku = find_sku("h100-sxm")
-    assert not plan_memory(model, sku, gpus=1, precision="bf16").fits
-    plan = plan_memory(model, sku)
+    assert not plan_memory(model, PlanRequest(sku, gpus=1, precision="bf16")).fits
+    plan = plan_memory(model, PlanRequest(sku))
     assert plan.fits
     first, second = plan.gpus
     assert (first.towers, second.towers) == (("context",), ("denoiser",))
@@ -244,7 +248,8 @@ def test_two_h100_hold_a_tower_each(model):
 def test_chunks_shrink_before_a_plan_is_refused(model):
     def plan(slots, chunk=None):
         return plan_memory(
-            model, find_sku("h200"), 1, slots, precision="bf16", max_tokens_per_call=chunk
+            model,
+            PlanRequest(find_sku("h200"), 1, slots, precision="bf16", max_tokens_per_call=chunk),
         )
 
     assert plan(8).max_tokens_per_call == 256
@@ -255,31 +260,47 @@ def test_chunks_shrink_before_a_plan_is_refused(model):
 
 def test_function_bodies_need_more_workspace(model):
     sku = find_sku("a100-80")
-    ours, bodies = (
-        plan_memory(model, sku, 2, 16, 256, flavour=flavour, max_tokens_per_call=256)
-        for flavour in ("tensorrt", "tensorrt-rtx")
+    small = PlanRequest(sku, 2, 16, 512, flavour="tensorrt", max_tokens_per_call=256)
+    ours, bodies, without = (
+        plan_memory(model, request).gpus[0].workspace["context"]
+        for request in (
+            small,
+            replace(small, flavour="tensorrt-rtx"),
+            replace(small, kernels=False),
+        )
     )
-    assert bodies.gpus[0].workspace["context"] > 3 * ours.gpus[0].workspace["context"]
+    assert bodies > 3 * ours
+    assert without == bodies, "TensorRT without our kernels runs the same bodies"
     with pytest.raises(PlanError, match="h200 is served by tensorrt"):
-        plan_memory(model, find_sku("h200"), flavour="tensorrt-rtx")
+        plan_memory(model, PlanRequest(find_sku("h200"), flavour="tensorrt-rtx"))
+
+
+def test_a_float32_graph_casts_no_keys(model):
+    fp32 = replace(model, dtype="float32")
+    request = PlanRequest(find_sku("b300"), 1, max_tokens_per_call=256)
+    scores = 16 * 256 * 32 * (8192 + 256) * 8
+    expected = int(1.25 * (scores + 4 * 16 * 256 * 2688 * 4))
+    assert plan_memory(fp32, request).gpus[0].workspace["context"] == expected
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("h200", 1), ("h100-nvl", 2), ("b200", 1)])
 def test_the_largest_that_fit_are_the_largest(model, name, gpus):
     sku = find_sku(name)
-    slots = largest_slots(model, sku, gpus, 8192)
-    assert plan_memory(model, sku, gpus, slots, 8192, "bf16").fits
-    assert not plan_memory(model, sku, gpus, slots + 1, 8192, "bf16").fits
-    context = largest_context(model, sku, gpus, 16)
-    assert plan_memory(model, sku, gpus, 16, context, "bf16").fits
-    assert not plan_memory(model, sku, gpus, 16, context + 256, "bf16").fits
+    slots = largest_slots(model, PlanRequest(sku, gpus, precision="bf16"))
+    assert plan_memory(model, PlanRequest(sku, gpus, slots, 8192, "bf16")).fits
+    assert not plan_memory(model, PlanRequest(sku, gpus, slots + 1, 8192, "bf16")).fits
+    context = largest_context(model, PlanRequest(sku, gpus, precision="bf16"))
+    assert plan_memory(model, PlanRequest(sku, gpus, 16, context, "bf16")).fits
+    assert not plan_memory(model, PlanRequest(sku, gpus, 16, context + 256, "bf16")).fits
 
 
 def test_more_of_anything_never_takes_less(model):
     sku = find_sku("b200")
 
     def total(slots, context):
-        plan = plan_memory(model, sku, 1, slots, context, "bf16", max_tokens_per_call=64)
+        plan = plan_memory(
+            model, PlanRequest(sku, 1, slots, context, "bf16", max_tokens_per_call=64)
+        )
         return plan.gpus[0].total
 
     by_slots = [total(slots, 8192) for slots in range(1, 70)]
@@ -289,48 +310,84 @@ def test_more_of_anything_never_takes_less(model):
 
 
 def test_a_refusal_names_what_fits(model):
-    plan = plan_memory(model, find_sku("h200"), 1, 64, 32768, "bf16")
+    plan = plan_memory(model, PlanRequest(find_sku("h200"), 1, 64, 32768, "bf16"))
     with pytest.raises(PlanError) as refused:
         require_fit(plan)
     text = str(refused.value)
     assert "64 slots x 32768 tokens in bf16 do not fit on 1 x h200" in text
-    slots = largest_slots(model, find_sku("h200"), 1, 32768)
+    slots = largest_slots(model, PlanRequest(find_sku("h200"), 1, context=32768, precision="bf16"))
     assert f"--slots {slots} (same context)" in text
-    assert "--gpus 2, one tower on each" in text
+    assert "--gpus 2 (one tower on each)" in text
     assert "--sku b300 --gpus 1" in text
     assert "--precision fp8" in text
     assert "not built yet" in text
-    fewer = plan_memory(model, find_sku("h200"), 1, slots, 32768, "bf16")
+    fewer = plan_memory(model, PlanRequest(find_sku("h200"), 1, slots, 32768, "bf16"))
     assert require_fit(fewer) is fewer
 
 
 def test_a_refusal_of_a_small_gpu_names_another(model):
-    text = refusal(plan_memory(model, find_sku("a10")))
+    text = refusal(plan_memory(model, PlanRequest(find_sku("a10"))))
     assert "GPU 1 of a10 would hold" in text
     assert "--sku h200 --gpus 1; --sku h100-sxm --gpus 2" in text
     assert "--precision int4 --gpus 2 --slots" in text
     assert "--slots 0" not in text
 
 
-@pytest.mark.parametrize("name", ["a10", "a100-40", "l40s", "gh200", "dgx-spark", "rtx-5090"])
-def test_every_suggestion_fits(model, name):
-    """Follow the suggestions of a refusal literally."""
-    plan = plan_memory(model, find_sku(name), precision="bf16")
+REFUSED = [
+    *(PlanRequest(find_sku(name)) for name in ("a10", "a100-40", "l4")),
+    *(
+        PlanRequest(find_sku(name), precision="bf16")
+        for name in ("a10", "a100-40", "l40s", "gh200", "dgx-spark", "rtx-5090")
+    ),
+    PlanRequest(find_sku("h200"), 1, 64, 32768, "bf16"),
+    PlanRequest(find_sku("rtx-pro-6000"), slots=64, context=32768, precision="bf16"),
+    # function bodies and large blocks take more than the defaults
+    PlanRequest(find_sku("a100-80"), slots=64, precision="bf16", flavour="tensorrt-rtx"),
+    PlanRequest(find_sku("rtx-pro-6000"), slots=96, precision="bf16", block_size_max=256),
+    PlanRequest(find_sku("h200"), 1, 48, precision="bf16", block_size_max=256),
+    PlanRequest(find_sku("h100-sxm"), None, 80, 512, "bf16", kernels=False),
+    PlanRequest(find_sku("l40s"), precision="fp8", slots=128),
+]
+
+
+@pytest.mark.parametrize("request_", REFUSED, ids=lambda one: f"{one.sku.name}-{one.slots}")
+def test_every_suggestion_fits(model, request_):
+    """Follow the suggestions of a refusal literally; what they do not name stays."""
+    plan = plan_memory(model, request_)
     assert not plan.fits
     suggestions = refusal(plan).split("What fits: ")[1].split("; ")
     assert suggestions
     for suggestion in suggestions:
-        words = suggestion.removesuffix(" (not built yet)").split()
-        options = dict(zip(words[::2], words[1::2], strict=True))
-        again = plan_memory(
-            model,
-            find_sku(options.get("--sku", name)),
-            int(options.get("--gpus", len(plan.gpus))),
-            int(options.get("--slots", plan.slots)),
-            int(options.get("--context", plan.context)),
-            options.get("--precision", "bf16"),
-        )
-        assert again.fits, suggestion
+        words = re.sub(r" \(.*\)$", "", suggestion).split()
+        if words[:2] == ["pip", "install"]:
+            again = replace(request_, kernels=True)
+        else:
+            options = dict(zip(words[::2], words[1::2], strict=True))
+            flavour = options.get("--flavour", request_.flavour)
+            again = replace(
+                request_,
+                sku=find_sku(options.get("--sku", request_.sku.name)),
+                gpus=int(options.get("--gpus", len(plan.gpus))),
+                slots=int(options.get("--slots", request_.slots)),
+                context=int(options.get("--context", request_.context)),
+                precision=options.get("--precision", request_.precision),
+                flavour=None if flavour == "auto" else flavour,
+            )
+        made = plan_memory(model, again)
+        assert made.fits, suggestion
+        assert made.buildable or "not built yet" in suggestion or request_.precision == "fp8"
+
+
+def test_suggestions_keep_what_was_asked(model):
+    """A smaller number of slots fits with large blocks than without."""
+    request = PlanRequest(find_sku("h200"), 1, 48, precision="bf16")
+    large = replace(request, block_size_max=256)
+    assert largest_slots(model, large) < largest_slots(model, request)
+    assert f"--slots {largest_slots(model, large)} " in refusal(plan_memory(model, large))
+    without = PlanRequest(find_sku("h100-sxm"), None, 80, 512, "bf16", kernels=False)
+    assert not plan_memory(model, without).fits
+    assert plan_memory(model, replace(without, kernels=True)).fits
+    assert "pip install 'twotower[kernels]' (same limits)" in refusal(plan_memory(model, without))
 
 
 @pytest.mark.parametrize(
@@ -345,31 +402,31 @@ def test_every_suggestion_fits(model, name):
 )
 def test_impossible_requests(model, arguments, message):
     with pytest.raises(PlanError, match=message):
-        plan_memory(model, find_sku("h200"), **arguments)
+        plan_memory(model, PlanRequest(find_sku("h200"), **arguments))
 
 
 def test_one_gpu_machines_have_one(model):
     for name in ("gh200", "dgx-spark", "cpu"):
         with pytest.raises(PlanError, match="has one; use --gpus 1"):
-            plan_memory(model, find_sku(name), gpus=2)
+            plan_memory(model, PlanRequest(find_sku(name), gpus=2))
 
 
 def test_unified_memory_is_not_all_ours(model):
     spark = find_sku("dgx-spark")
-    plan = plan_memory(model, spark, precision="bf16")
+    plan = plan_memory(model, PlanRequest(spark, precision="bf16"))
     assert plan.gpus[0].capacity < 102 * GIB < spark.memory
 
 
 def test_a_tiny_checkpoint_on_the_cpu(random_engines):
     model = read_model_size(random_engines("MEM*E").checkpoint)
-    plan = plan_memory(model, find_sku("cpu"), context=512, slots=4)
+    plan = plan_memory(model, PlanRequest(find_sku("cpu"), context=512, slots=4))
     assert plan.fits
     assert plan.precision == "float32"
     assert plan.gpus[0].weight_bytes == 4 * model.parameters
 
 
 def test_as_json_is_json(model):
-    values = json.loads(json.dumps(plan_memory(model, find_sku("h100-sxm")).as_json()))
+    values = json.loads(json.dumps(plan_memory(model, PlanRequest(find_sku("h100-sxm"))).as_json()))
     assert values["gpus"][0]["weights"]["context"]["routed experts"] == 2 * 29_374_808_064
     assert values["max_tokens_per_call"] == 256
     assert values["assumptions"]

@@ -9,7 +9,7 @@ import pytest
 from twotower_engines import routing
 from twotower_engines.acceptance import Calls, load_acceptance
 from twotower_engines.model_size import read_model_size
-from twotower_engines.plan import plan_memory
+from twotower_engines.plan import PlanRequest, plan_memory
 from twotower_engines.roofline import (
     ROWS,
     Machine,
@@ -148,6 +148,19 @@ def test_time_of_one_step_on_an_h200():
     assert step.total_seconds - launches == pytest.approx(4.5e-3, rel=0.03)
 
 
+def test_a_context_call_is_enqueued_kernel_by_kernel():
+    """Long kernels hide it, short ones wait for the host; a captured call does not."""
+    count = 23 * 7 + 6 * 8 + 23 * 11 + 13
+    fast = replace(H200, sku=find_sku("b300"))
+    long, short = context_call(MODEL, fast, 16, 8192), context_call(MODEL, fast, 1, 8192, 1)
+    assert long.seconds["launches"] == pytest.approx(count * 2e-6 + 300e-6)
+    busy = short.total_seconds - short.seconds["launches"] - short.seconds["state copies"]
+    assert busy < count * 3e-6
+    assert busy + short.seconds["launches"] == pytest.approx(count * 5e-6 + 300e-6)
+    one_token = denoiser_step(MODEL, fast, 1, 8192, 1)
+    assert one_token.seconds["launches"] == pytest.approx(count * 2e-6 + 300e-6)
+
+
 def test_a_part_takes_the_longer_of_bytes_and_operations():
     bodies = Machine(find_sku("rtx-pro-6000"), "tensorrt-rtx", "bf16")
     step = denoiser_step(MODEL, bodies, 64, 8192)
@@ -183,7 +196,7 @@ def test_uniform_routing_is_the_slow_end():
 
 def test_tokens_per_second_of_one_request():
     """A block: as many steps as its calls, and one extension."""
-    plan = plan_memory(MODEL, find_sku("h200"), 1)
+    plan = plan_memory(MODEL, PlanRequest(find_sku("h200"), 1))
     calls = Calls(16, (0.0, 0.0, 0.0, 1.0))  # always four calls
     step = denoiser_step(MODEL, H200, 1, 8192).total_seconds
     extension = context_call(MODEL, H200, 1, 8192).total_seconds
@@ -195,7 +208,7 @@ def test_tokens_per_second_of_one_request():
 
 def test_tokens_per_second_of_two_requests():
     """Two rows that end a block every other turn share an extension half of the time."""
-    plan = plan_memory(MODEL, find_sku("h200"), 1)
+    plan = plan_memory(MODEL, PlanRequest(find_sku("h200"), 1))
     step = denoiser_step(MODEL, H200, 2, 8192).total_seconds
     one, two = (context_call(MODEL, H200, rows, 8192).total_seconds for rows in (1, 2))
     turn = step + 0.5 * one + 0.25 * two
@@ -205,7 +218,7 @@ def test_tokens_per_second_of_two_requests():
 
 
 def test_batches_give_more():
-    plan = plan_memory(MODEL, find_sku("h200"), 1)
+    plan = plan_memory(MODEL, PlanRequest(find_sku("h200"), 1))
     calls = load_acceptance().calls("code", 0.8)
     rates = [throughput(plan, rows, calls).tokens_per_second for rows in ROWS]
     assert rates == sorted(rates)
@@ -219,7 +232,7 @@ def test_batches_give_more():
 
 def test_faster_than_the_reference_on_its_own_gpus():
     """NVIDIA's code on two A100 80 GB: 439 ms a call, 6.1 tokens/s at 0.8, 4.2 autoregressive."""
-    plan = plan_memory(MODEL, find_sku("a100-80"), 2)
+    plan = plan_memory(MODEL, PlanRequest(find_sku("a100-80"), 2))
     assert plan.fits
     acceptance = load_acceptance()
     machine = Machine(plan.sku, "tensorrt", "bf16")
@@ -241,7 +254,7 @@ def test_near_the_best_that_was_measured_on_two_dgx_spark():
 
 def test_other_shapes_and_the_cpu(random_engines):
     model = read_model_size(random_engines("MEM*E").checkpoint)
-    plan = plan_memory(model, find_sku("cpu"), context=512, slots=4)
+    plan = plan_memory(model, PlanRequest(find_sku("cpu"), context=512, slots=4))
     machine = Machine(plan.sku, plan.flavour, plan.precision)
     step = denoiser_step(model, machine, 2, 512)
     assert step.distinct == model.config.num_experts

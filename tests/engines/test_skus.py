@@ -1,10 +1,13 @@
 """The SKU table, SKU files, and the detection of this machine's GPU."""
 
 import json
+import platform
+from dataclasses import replace
 
 import pytest
 
 from twotower_engines.errors import PlanError
+from twotower_engines.local_gpu import LocalGpu, local_gpu
 from twotower_engines.skus import GIB, find_sku, known_skus, precisions_of, resolve_skus
 
 NAMES = [
@@ -30,7 +33,7 @@ def test_the_table_has_exactly_the_promised_names():
 def test_every_number_has_a_source(name):
     sku = known_skus()[name]
     numbers = {"compute_capability", "memory_gib", "bandwidth_gb_s", "achieved_bandwidth"}
-    numbers |= {"bf16_tflops", "peer_gb_s", "precisions", "flavours"}
+    numbers |= {"arch", "bf16_tflops", "peer_gb_s", "precisions", "flavours"}
     assert numbers <= set(sku.sources)
     assert all(len(source) > 10 or source == "of the machine" for source in sku.sources.values())
 
@@ -125,14 +128,16 @@ def smi(tmp_path, monkeypatch):
 def test_local_is_found_by_name_with_the_smaller_memory(smi):
     smi("NVIDIA H200, 143771, 9.0")
     sku = find_sku("local")
-    assert sku == known_skus()["h200"]  # nvidia-smi counts memory that CUDA does not give
+    here = replace(known_skus()["h200"], arch=platform.machine())
+    assert sku == here  # nvidia-smi counts memory that CUDA does not give
     smi("NVIDIA H200, 71885, 9.0")
     assert find_sku("local").memory == 71885 << 20  # half of one: a virtual GPU
 
 
 def test_local_on_unified_memory_takes_the_tables(smi):
     smi("NVIDIA GB10, [N/A], 12.1")
-    assert find_sku("local") == known_skus()["dgx-spark"]
+    here = replace(known_skus()["dgx-spark"], arch=platform.machine())
+    assert find_sku("local") == here
 
 
 def test_local_without_a_gpu_says_what_to_do(smi):
@@ -147,10 +152,42 @@ def test_local_with_a_broken_driver_is_no_gpu(smi):
         find_sku("local")
 
 
-def test_local_with_an_unknown_gpu_asks_for_a_file(smi):
+def test_local_with_an_unknown_card_is_planned_as_its_relative(smi):
+    smi("NVIDIA H200 NVL, 143771, 9.0")
+    sku = find_sku("local")
+    assert (sku.name, sku.title) == ("h200-nvl", "NVIDIA H200 NVL")
+    assert sku.memory == int((143771 << 20) * 0.975)
+    assert (sku.compute_capability, sku.arch) == ("9.0", platform.machine())
+    assert sku.bandwidth == known_skus()["h200"].bandwidth
+    assert "assumed: as NVIDIA H200" in sku.sources["bandwidth_gb_s"]
+    assert sku.sources["memory_gib"].startswith("nvidia-smi")
+    smi("NVIDIA RTX 6000 Ada Generation, 49140, 8.9")
+    sku = find_sku("local")
+    assert (sku.name, sku.bandwidth) == ("rtx-6000-ada-generation", known_skus()["l40s"].bandwidth)
+
+
+def test_local_with_a_capability_of_its_own_asks_for_a_file(smi):
     smi("NVIDIA GeForce GTX 1080, 8192, 6.1")
     with pytest.raises(PlanError, match=r"'GeForce GTX 1080' \(compute capability 6.1\).*SKU file"):
         find_sku("local")
+
+
+def test_whether_a_gpu_is_a_sku(smi):
+    smi("NVIDIA H200 NVL, 143771, 9.0")
+    gpu = local_gpu()
+    assert str(gpu) == "NVIDIA H200 NVL (compute capability 9.0, 140 GiB)"
+    assert not gpu.is_a(known_skus()["h200"]), "by its name"
+    mine = replace(known_skus()["h200"], name="mine", device_names=())
+    assert gpu.is_a(mine)
+    assert not gpu.is_a(replace(mine, memory=94 * GIB))
+    assert not gpu.is_a(replace(mine, compute_capability="8.9"))
+    assert LocalGpu("GB10", None, "12.1").is_a(replace(known_skus()["dgx-spark"], device_names=()))
+
+
+def test_the_cpus_of_the_machines():
+    arm = {name for name, sku in known_skus().items() if sku.arch == "aarch64" and name != "cpu"}
+    assert arm == {"gh200", "gb200", "dgx-spark"}
+    assert known_skus()["cpu"].arch == platform.machine()
 
 
 # --- SKU files ---
@@ -166,6 +203,7 @@ def test_a_toml_file_adds_a_sku(tmp_path):
     assert (sku.name, sku.memory, sku.bandwidth) == ("rtx-6000-ada", int(47.4 * GIB), 960e9)
     assert (sku.achieved, sku.max_gpus, sku.flavour) == (0.9, 2, "tensorrt-rtx")
     assert sku.precisions == ("bf16", "fp8", "int4")
+    assert (sku.arch, sku.device_names) == ("x86_64", ())
     assert sku.sources["memory_gib"] == str(path)
     assert resolve_skus(f"all,{path}")[-1] == sku
 
@@ -194,6 +232,8 @@ def test_a_json_file_does_as_well(tmp_path):
         ({"name": "h200"}, "`name` is 'h200', which is taken"),
         ({"name": "../h200"}, "small letters, digits"),
         ({"title": 3}, "`title` is 3"),
+        ({"arch": "arm64"}, "`arch` is 'arm64', but x86_64 or aarch64"),
+        ({"device_names": "H200"}, "`device_names` is 'H200', but a list of texts"),
     ],
 )
 def test_a_wrong_file_is_refused_by_key(tmp_path, change, message):

@@ -7,27 +7,35 @@ nothing is built then.
 
 from __future__ import annotations
 
+import json
+import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from twotower_engines import build as build_module
 from twotower_engines.build import FLAVOURS, BuildOptions, build_engines
 from twotower_engines.engine_set import Limits
-from twotower_engines.errors import BuildError, PlanError
+from twotower_engines.errors import BuildError
 from twotower_engines.flavours import tensorrt as module
-from twotower_engines.flavours.flavour import Order, Target
-from twotower_engines.flavours.library_build import _configure
+from twotower_engines.flavours.flavour import Needs, Order, Target
+from twotower_engines.flavours.jobs import plan_recipe
+from twotower_engines.flavours.library_build import RefusedError, _configure, _opened
 from twotower_engines.flavours.profiles import narrow_profiles, wide_profiles
 from twotower_engines.flavours.tensorrt import TensorRtFlavour
+from twotower_engines.local_gpu import LocalGpu
 from twotower_engines.manifest import read_manifest
-from twotower_engines.skus import find_sku, known_skus
+from twotower_engines.plan import plan_memory
+from twotower_engines.skus import GIB, find_sku, known_skus
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_bundles import write_bundle_of
 
 LIMITS = Limits(slots=16, context=8192, max_tokens_per_call=256, block_size_max=64)
-SHARED_9_0 = ("h100-sxm", "h100-pcie", "h100-nvl", "h200", "gh200")
+SHARED_9_0 = ("h100-sxm", "h100-pcie", "h100-nvl", "h200")
+ARM = ("gh200", "gb200", "dgx-spark")
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +45,19 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def present(monkeypatch):
-    """Make the machine believe that it has a GPU, or none."""
+    """Make the machine believe that it has a GPU of the table, or none, and the CPU beside it."""
 
-    def pretend(name):
-        def local():
-            if name is None:
-                raise PlanError("no GPU")
-            return find_sku(name)
-
-        monkeypatch.setattr(module, "local_sku", local)
+    def pretend(name, arch=None):
+        sku = None if name is None else find_sku(name)
+        machine(monkeypatch, arch or (sku.arch if sku else "x86_64"))
+        gpu = sku and LocalGpu(sku.device_names[0], sku.memory, sku.compute_capability)
+        monkeypatch.setattr(module, "local_gpu", lambda: gpu)
 
     return pretend
+
+
+def machine(monkeypatch, arch):
+    monkeypatch.setattr(platform, "machine", lambda: arch)
 
 
 def target(name, limits=LIMITS):
@@ -56,8 +66,8 @@ def target(name, limits=LIMITS):
 
 @pytest.mark.parametrize("sku", [one for one in known_skus() if one != "cpu"])
 def test_without_a_gpu_it_says_what_to_run_where(present, sku):
-    present(None)
-    with pytest.raises(BuildError) as refused:
+    present(None, find_sku(sku).arch)
+    with pytest.raises(BuildError, match="no NVIDIA GPU was found here") as refused:
         TensorRtFlavour().check(target(sku))
     text = str(refused.value)
     assert f"`twotower build BUNDLE --sku {sku} ENGINES`" in text
@@ -79,12 +89,65 @@ def test_gpus_of_one_compute_capability_build_for_each_other(present, here):
         TensorRtFlavour().check(target(sku))
 
 
+@pytest.mark.parametrize("sku", ARM)
+def test_another_cpu_is_refused_by_name(present, sku):
+    """A plan of an x86-64 machine does not load on a Grace CPU, whatever the GPU."""
+    present("h200")
+    flavours = {"tensorrt": TensorRtFlavour()}
+    if "tensorrt-rtx" in find_sku(sku).flavours:
+        flavours["tensorrt-rtx"] = FLAVOURS["tensorrt-rtx"]
+    for flavour in flavours.values():
+        with pytest.raises(
+            BuildError, match=f"engines for {sku} must be built on aarch64.*this machine is x86_64"
+        ):
+            flavour.check(target(sku))
+
+
+def test_the_same_gpu_on_another_cpu_is_another_plan(present, monkeypatch):
+    present("h200")
+    x86 = TensorRtFlavour().recipe("denoiser", target("h200"))
+    assert FLAVOURS["tensorrt"].needs(target("h200")).machine == x86["machine"] == "x86_64"
+    assert FLAVOURS["onnxruntime"].needs(target("cpu")) == Needs()
+    present("h200", "aarch64")
+    arm = TensorRtFlavour().recipe("denoiser", replace_arch(target("h200"), "aarch64"))
+    assert FLAVOURS["tensorrt-rtx"].needs(target("l40s")) == Needs("aarch64")
+    assert (arm["machine"], x86["built_for"]) == ("aarch64", "9.0")
+
+
+def replace_arch(wanted, arch):
+    return replace(wanted, sku=replace(wanted.sku, arch=arch))
+
+
+def file_sku(**changes):
+    """As a SKU file gives it: in no table, and without device names."""
+    return replace(find_sku("a10"), name="mine", title="mine", device_names=(), **changes)
+
+
+def test_a_sku_file_is_compared_with_what_the_driver_reports(monkeypatch):
+    machine(monkeypatch, "x86_64")
+    gpu = LocalGpu("RTX A6000", 48 * GIB, "8.6")
+    monkeypatch.setattr(module, "local_gpu", lambda: gpu)
+    mine = replace(target("a10"), sku=file_sku(compute_capability="8.7", memory=47 * GIB))
+    monkeypatch.setattr(module, "local_gpu", lambda: replace(gpu, compute_capability="8.7"))
+    TensorRtFlavour().check(mine)
+    with pytest.raises(BuildError, match=r"this machine's NVIDIA RTX A6000 .*8\.7, 48 GiB"):
+        TensorRtFlavour().check(replace(mine, sku=replace(mine.sku, memory=22 * GIB)))
+    monkeypatch.setattr(module, "local_gpu", lambda: gpu)
+    with pytest.raises(BuildError, match=r"mine \(compute capability 8\.7\) cannot be"):
+        TensorRtFlavour().check(mine)
+
+
+def test_an_unknown_card_builds_for_its_relatives(monkeypatch):
+    machine(monkeypatch, "x86_64")
+    monkeypatch.setattr(module, "local_gpu", lambda: LocalGpu("H200 NVL", 140 * GIB, "9.0"))
+    TensorRtFlavour().check(target("h200"))
+
+
 @pytest.mark.parametrize(("here", "sku"), [("h100-sxm", "b200"), ("a10", "l4"), ("b300", "b200")])
 def test_another_gpu_is_refused_by_name(present, here, sku):
     present(here)
-    with pytest.raises(
-        BuildError, match=f"engines for {sku} .*this machine's {find_sku(here).title}"
-    ):
+    name = find_sku(here).device_names[0]
+    with pytest.raises(BuildError, match=f"engines for {sku} .*this machine's NVIDIA {name}"):
         TensorRtFlavour().check(target(sku))
 
 
@@ -99,17 +162,47 @@ def test_a_gpu_without_relatives_gets_a_plan_of_its_own():
     recipe = TensorRtFlavour().recipe("denoiser", target("a10"))
     assert recipe["hardware"] is None
     assert recipe["built_for"] == "a10"
+    # an H100 is of the same compute capability, but has another CPU beside it
+    assert TensorRtFlavour().recipe("denoiser", target("gh200"))["built_for"] == "gh200"
+    assert TensorRtFlavour().recipe("denoiser", target("b200"))["hardware"] is None
 
 
 def test_the_kernels_are_part_of_the_recipe(monkeypatch):
-    with_kernels = TensorRtFlavour().recipe("denoiser", target("h200"))
-    monkeypatch.setattr(module, "_has_kernels", lambda: False)
-    without = TensorRtFlavour().recipe("denoiser", target("h200"))
+    flavour = TensorRtFlavour()
+    with_kernels, needs = flavour.recipe("denoiser", target("h200")), flavour.needs(target("b200"))
+    monkeypatch.setattr(TensorRtFlavour, "has_kernels", lambda self: False)
+    without = flavour.recipe("denoiser", target("h200"))
     assert with_kernels["kernels"] == "9.0"
     assert len(with_kernels["kernels_sha256"]) == 64
+    assert needs.cuda == "12.7", "of the PTX that the plan carries"
     assert without["kernels"] is without["kernels_sha256"] is None
+    assert flavour.needs(target("b200")).cuda is None
     monkeypatch.setattr(module, "_installed", lambda: "11.4.0.106")
-    assert TensorRtFlavour().versions() == {"tensorrt": "11.4.0.106"}
+    assert flavour.versions() == {"tensorrt": "11.4.0.106"}
+
+
+def test_without_kernels_more_memory_is_planned(bundle, tmp_path, monkeypatch, present):
+    """What reaches the planner: the build is refused only after its plan was made."""
+    present("h200")
+    plans = []
+
+    def record(model, request):
+        plans.append(request.kernels)
+        return plan_memory(model, request)
+
+    monkeypatch.setattr(build_module, "plan_memory", record)
+    monkeypatch.setattr(module, "_installed", lambda: None)
+    for has in (True, False):
+        monkeypatch.setattr(TensorRtFlavour, "has_kernels", lambda self, has=has: has)
+        with pytest.raises(BuildError, match="TensorRT is not installed"):
+            build_engines(bundle, tmp_path, BuildOptions("h200", 2, 64))
+    assert plans == [True, False]
+
+
+def test_the_memory_plan_limits_the_workspace():
+    planned = replace(target("h200"), workspace={"context": 3 << 30, "denoiser": 1 << 30})
+    assert TensorRtFlavour().recipe("context", planned)["workspace"] == 3 << 30
+    assert TensorRtFlavour().recipe("denoiser", planned)["workspace"] == 1 << 30
 
 
 def test_no_tensorrt(monkeypatch):
@@ -172,6 +265,13 @@ class RecordingApi:
 
     class BuilderFlag:
         REFIT = "refit"
+        TF32 = "tf32"
+
+    class ProfilingVerbosity:
+        DETAILED = "detailed"
+
+    class MemoryPoolType:
+        WORKSPACE = "workspace"
 
     class HardwareCompatibilityLevel:
         SAME_COMPUTE_CAPABILITY = "same"
@@ -191,6 +291,12 @@ class RecordingConfig:
     def set_flag(self, flag):
         self.told.append(flag)
 
+    def clear_flag(self, flag):
+        self.told.append(f"no {flag}")
+
+    def set_memory_pool_limit(self, pool, size):
+        self.told.append((pool, size))
+
     def set_compute_capability(self, capability, index):
         self.told.append((capability, index))
 
@@ -204,12 +310,14 @@ class RecordingConfig:
 
 def configured(**job):
     config = RecordingConfig()
-    _configure(RecordingApi, config, {"flags": [], **job})
+    _configure(RecordingApi, config, {"flags": {}, "verbosity": "DETAILED", **job})
     return config
 
 
 def test_what_the_builder_is_told(tmp_path):
-    assert configured(flags=["REFIT"]).told == ["refit"]
+    assert configured(flags={"REFIT": True, "TF32": False}).told == ["refit", "no tf32"]
+    assert configured().profiling_verbosity == "detailed"
+    assert configured(workspace=1 << 20).told == [("workspace", 1 << 20)]
     assert configured(hardware=None).hardware_compatibility_level is None
     level = configured(hardware="SAME_COMPUTE_CAPABILITY").hardware_compatibility_level
     assert level == "same"
@@ -227,19 +335,19 @@ def test_a_timing_cache_is_used_and_one_of_another_gpu_is_not(tmp_path):
     assert configured(timing_cache=str(path)).told == [(b"", False)]
 
 
-def test_both_towers_share_one_timing_cache(bundle, tmp_path, monkeypatch):
+def test_both_towers_share_the_timing_cache_of_this_gpu(bundle, tmp_path, monkeypatch, present):
     """What the flavour hands to its workers; none is started here."""
     jobs = {}
 
     def record(library, given, at_once, progress):
         jobs.update(given, library=library, at_once=at_once)
-        figures = dict.fromkeys(("layers", "inputs", "bytes", "peak_rss", "cpu_seconds"), 0)
-        figures |= {"waited_seconds": 0, "outputs": {}, "versions": {}}
+        figures = dict.fromkeys(("bytes", "peak_rss", "cpu_seconds", "waited_seconds"), 0)
+        figures |= {"parsed": {}, "flags": [], "engine": None, "versions": {}}
         return dict.fromkeys(given, figures)
 
     monkeypatch.setattr(module, "_installed", lambda: "11.4.0.106")
     monkeypatch.setattr(module, "build_plans", record)
-    monkeypatch.setattr(module, "local_sku", lambda: find_sku("h200"))
+    present("h100-sxm")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flavour = TensorRtFlavour()
     orders = {
@@ -251,12 +359,56 @@ def test_both_towers_share_one_timing_cache(bundle, tmp_path, monkeypatch):
         for tower in ("context", "denoiser")
     }
     flavour.build(orders, target("h200"), lambda tower, text: None)
-    expected = str(tmp_path / "twotower" / "timing" / "h200-11.4.0.106.cache")
+    expected = str(tmp_path / "twotower" / "timing" / "h100-80gb-hbm3-11.4.0.106.cache")
     assert [jobs[tower]["timing_cache"] for tower in orders] == [expected, expected]
+    assert jobs["context"]["layers"] == str(tmp_path / "context.layers.json")
     assert jobs["at_once"] == 1, "two builds at once would disturb each other's timings"
     assert jobs["library"].module == "tensorrt"
     assert len(jobs["context"]["profiles"]) == 3
     assert jobs["context"]["profiles"][0]["ids"] == ([1, 1], [4, 1], [16, 1])
+
+
+class InspectingApi:
+    """Stands in for a TensorRT that can open plans; the real one needs a GPU for it."""
+
+    class LayerInformationFormat:
+        JSON = "json"
+
+    class Runtime:
+        def __init__(self, log):
+            pass
+
+        def deserialize_cuda_engine(self, plan):
+            return self if plan else None
+
+        def create_engine_inspector(self):
+            return self
+
+        device_memory_size_v2 = 12345
+
+        def get_engine_information(self, form):
+            layers = [{"LayerType": "gemm"}, {"LayerType": "kgen"}, {"LayerType": "gemm"}]
+            return json.dumps({"Layers": layers, "Bindings": []})
+
+
+class Log:
+    def text(self):
+        return "no driver"
+
+
+def test_what_an_opened_engine_tells(tmp_path):
+    path = tmp_path / "context.layers.json"
+    found = _opened(InspectingApi, Log(), b"plan", path)
+    assert found == {"layers": 3, "types": {"gemm": 2, "kgen": 1}, "device_memory": 12345}
+    assert len(json.loads(path.read_text())["Layers"]) == 3
+    with pytest.raises(RefusedError, match="cannot be opened: no driver"):
+        _opened(InspectingApi, Log(), b"", path)
+
+
+def test_a_recipe_clears_tf32_and_names_the_cpu():
+    recipe = plan_recipe(wide_profiles("context", LIMITS))
+    assert recipe["flags"] == {"TF32": False}
+    assert (recipe["verbosity"], recipe["machine"]) == ("DETAILED", platform.machine())
 
 
 def test_what_the_loader_is_told():
@@ -274,6 +426,11 @@ def test_engines_on_this_machines_gpu(bundle, tmp_path, monkeypatch):
     assert made.build.flavour == "tensorrt"
     assert {len(profiles) for profiles in made.build.profiles.values()} == {2, 3}
     assert list((tmp_path / "cache" / "twotower" / "timing").glob("*.cache"))
+    for tower, plan in made.build.plans.items():
+        engine = made.build.extra["reports"][tower]["engine"]
+        assert 0 < engine["device_memory"] <= made.build.memory["per_gpu"][0]["workspace"][tower]
+        layers = json.loads((made.folder / plan.file).with_suffix(".layers.json").read_text())
+        assert len(layers["Layers"]) == engine["layers"] > 0
     _, is_new = build_engines(bundle, tmp_path / "engines", options)
     assert not is_new
 

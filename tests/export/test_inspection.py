@@ -62,7 +62,8 @@ def write_engines(folder, bundle, sku="cpu", **changes):
     build = {"format": "twotower-engines", "sku": sku, "flavour": "onnxruntime", "plans": plans}
     build["graph_sha256"] = digests
     build["profiles"] = {"context": [{"name": "all", "batch": [1, 4, 16], "tokens": [1, 16, 256]}]}
-    build["extra"] = {"reports": {"context": {"layers": 1199, "inputs": 74}}}
+    parsed = {"layers": 1199, "inputs": {key: ["FLOAT", [1]] for key in "abc"}, "outputs": {}}
+    build["extra"] = {"reports": {"context": {"parsed": parsed, "engine": None}}}
     (folder / "build.json").write_text(json.dumps(build | changes))
     return folder
 
@@ -77,8 +78,19 @@ def test_engines(tmp_path, bundle):
             assert plan["bytes"] == (engines / f"{tower}.onnx").stat().st_size
     text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
     assert "profile all (least, usual, most): batch 1 to 4 to 16, tokens 1 to 16 to 256" in text
-    assert "1,199 layers, 74 inputs" in text
+    assert "graph: 1,199 parsed layers, 3 inputs" in text
+    assert "engine: its layers are not known, for a plan is opened on its GPU only" in text
     assert "cpu: onnxruntime" in text
+
+
+def test_engine_as_its_builder_saw_it(tmp_path, bundle):
+    parsed = {"layers": 1199, "inputs": {"a": ["FLOAT", [1]]}, "outputs": {}}
+    engine = {"layers": 412, "types": {"gemm": 400, "kgen": 12}, "device_memory": 7_000_000_000}
+    extra = {"reports": {"context": {"parsed": parsed, "engine": engine}}}
+    engines = write_engines(tmp_path / "h200", bundle, sku="h200", extra=extra)
+    text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
+    assert "engine: 412 layers (400 gemm, 12 kgen), 7 GB of device memory" in text
+    assert "all of them: context.layers.json" in text
 
 
 def test_engines_that_changed(tmp_path, bundle):

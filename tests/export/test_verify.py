@@ -285,6 +285,9 @@ def test_plans_have_no_parts_to_choose(tmp_path):
     done = command(tmp_path, tmp_path, "--part", "head")
     assert done.returncode == 2
     assert "plans cannot be read layer by layer; verify the bundle with --layers" in done.stderr
+    done = command(tmp_path, tmp_path, "--reference", "torch")
+    assert done.returncode == 2
+    assert "leave out --reference" in done.stderr
 
 
 def test_ties_of_the_router_are_drawn_again_and_that_is_said(exported, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from twotower_engines.engine_set import Limits
 from twotower_engines.flavours.process import Progress
 from twotower_engines.skus import Sku
 
-__all__ = ["Flavour", "Order", "Target"]
+__all__ = ["Flavour", "Needs", "Order", "Target", "layers_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,26 @@ class Target:
         sku: The GPU, or `cpu`.
         limits: What the engines must take.
         precision: Of the weights: `float32` or `bf16`.
+        workspace: Tower to the bytes that the memory plan leaves its engine for intermediates.
     """
 
     sku: Sku
     limits: Limits
     precision: str
+    workspace: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a machine must have to load the plans; build.json says it at its top level.
+
+    Attributes:
+        machine: CPU architecture as `platform.machine()` says it; None for any.
+        cuda: CUDA version that the driver must know, as `12.0`; None where unknown.
+    """
+
+    machine: str | None = None
+    cuda: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +57,11 @@ class Order:
     graph: Path
     plan: Path
     recipe: Mapping[str, Any]
+
+
+def layers_file(plan: Path) -> Path:
+    """Return where the layers of a plan are described, in the form of TensorRT's inspector."""
+    return plan.with_suffix(".layers.json")
 
 
 class Flavour(Protocol):
@@ -64,6 +84,9 @@ class Flavour(Protocol):
             BuildError: Something is not installed.
         """
 
+    def has_kernels(self) -> bool:
+        """Whether plans built here run our kernels rather than the ops' function bodies."""
+
     def graphs(self, precision: str) -> str:
         """Return which of the bundle's graphs it builds from: `native` or `float32`."""
 
@@ -82,8 +105,17 @@ class Flavour(Protocol):
     ) -> dict[str, dict[str, Any]]:
         """Build plans, by tower; returns for each what build.json says of it.
 
+        Beside a plan its layers may be written, as `layers_file` names them.
+
         Raises:
             BuildError: The builder is missing, refuses a graph, or crashed.
+        """
+
+    def needs(self, target: Target) -> Needs:
+        """Return what a machine must have to load the plans.
+
+        Raises:
+            BuildError: There are no kernels for the target's compute capability.
         """
 
     def loader(self, target: Target) -> dict[str, Any]:

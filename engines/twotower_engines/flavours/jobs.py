@@ -6,6 +6,7 @@ dimensions, and the profiles give these their sizes.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,37 @@ from twotower_engines.errors import BuildError
 from twotower_engines.flavours.flavour import Order
 from twotower_engines.flavours.process import Job
 from twotower_engines.flavours.profiles import Profile, Sizes
+from twotower_engines.skus import Sku
 
-__all__ = ["graph_inputs", "plan_job", "plan_report", "profiles_as_json"]
+__all__ = ["check_arch", "graph_inputs", "plan_job", "plan_recipe", "plan_report"]
+
+FLAGS = {"TF32": False}
+"""Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
+to TF32's ten bits; here float32 in a graph (scan, router, scores) means float32."""
+
+
+def check_arch(sku: Sku, where: str) -> None:
+    """Refuse a SKU whose machines have another CPU than this one.
+
+    Args:
+        sku: Of the target.
+        where: What to do instead.
+
+    Raises:
+        BuildError: A plan built here would not load there.
+    """
+    if sku.arch != platform.machine():
+        raise BuildError(
+            f"engines for {sku.name} must be built on {sku.arch}, because plans run only on the "
+            f"CPU architecture that built them, and this machine is {platform.machine()}; {where}"
+        )
 
 
 def plan_job(order: Order) -> Job:
     """Return the job that builds an order's plan.
 
     Args:
-        order: Its recipe has `profiles` and `flags`, and may have `hardware` and
+        order: Its recipe is that of `plan_recipe`, and may have `hardware`, `workspace` and
             `compute_capabilities`; see `library_build.build_plan`.
 
     Raises:
@@ -69,15 +92,23 @@ def graph_inputs(path: Path) -> dict[str, list[int | str]]:
     return found
 
 
-def profiles_as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
-    """Return profiles as recipes and build.json hold them."""
-    return [profile.as_json() for profile in profiles]
+def plan_recipe(profiles: Sequence[Profile]) -> dict[str, Any]:
+    """Return what the recipes of both flavours have in common.
+
+    A plan runs only on the CPU architecture that it was built on, so that is part of it.
+    """
+    return {
+        "profiles": [profile.as_json() for profile in profiles],
+        "flags": FLAGS,
+        "verbosity": "DETAILED",  # so that an inspector can name layers, tactics and shapes
+        "machine": platform.machine(),
+    }
 
 
 def plan_report(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return what build.json says of a plan: what the builder saw and what it took."""
     figures = ("peak_rss", "cpu_seconds", "waited_seconds")
-    keys = ("layers", "inputs", "outputs", "bytes", *figures, "versions")
+    keys = ("parsed", "flags", "engine", "bytes", *figures, "versions")
     return {key: result[key] for key in keys}
 
 

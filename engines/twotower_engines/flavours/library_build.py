@@ -10,15 +10,17 @@ are named by the graph, and no tensor is asked for more than its name, dtype and
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["RefusedError", "build_plan", "library_version", "one_node_plan"]
 
-Report = Callable[[str, int, int], None]
-"""Told of progress: name of the phase, steps done, steps in all."""
+Report = Callable[[str, int, int], bool]
+"""Told of progress: name of the phase, steps done, steps in all. False ends the build."""
 
 MESSAGES = 5
 
@@ -33,13 +35,16 @@ def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, An
     Args:
         trt: The API's module.
         job: `graph`, `plan` (where to write), `inputs` (name to dims), `profiles` (list of name to
-            three shapes), `flags` (names of builder flags), and optionally `kernels` (the compute
-            capability to compile our kernels for), `hardware` (a hardware compatibility level),
-            `compute_capabilities`, `timing_cache` (a file).
+            three shapes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
+            profiling), and optionally `kernels` (the compute capability to compile our kernels
+            for), `hardware` (a hardware compatibility level), `compute_capabilities`,
+            `workspace` (bytes that a layer may take), `timing_cache` (a file), `layers` (a file:
+            the plan is opened on this machine's GPU, and its layers are described there).
         report: Called from the library's threads.
 
     Returns:
-        What the library saw: layers, outputs, and the plan's size.
+        What the library saw: of the graph (`parsed`), of itself (`flags` that were set), of the
+        plan (`bytes`), and of the opened engine (`engine`; None where it was not opened).
 
     Raises:
         RefusedError: The library said no.
@@ -56,17 +61,54 @@ def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, An
     monitor = _monitor(trt, report)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
+    if job.get("timing_cache"):  # of a failed or interrupted build too: timings are what takes long
+        _write(Path(job["timing_cache"]), config.get_timing_cache().serialize())
     if plan is None:
         raise RefusedError(log.text() or "no plan came back, and no message")
     _write(Path(job["plan"]), plan)
-    if job.get("timing_cache"):
-        _write(Path(job["timing_cache"]), config.get_timing_cache().serialize())
+    flags = trt.BuilderFlag.__members__
+    return {
+        "parsed": _parsed(network),
+        "flags": [name for name, flag in flags.items() if config.get_flag(flag)],
+        "bytes": plan.nbytes,
+        "engine": _opened(trt, log, plan, Path(job["layers"])) if job.get("layers") else None,
+    }
+
+
+def _parsed(network: Any) -> dict[str, Any]:
+    """Describe the network as the parser made it of the graph: the builder fuses its layers."""
+
+    def described(one: Any) -> list[Any]:
+        return [one.dtype.name, [int(size) for size in one.shape]]
+
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     return {
         "layers": network.num_layers,
-        "inputs": network.num_inputs,
-        "outputs": {one.name: [one.dtype.name, list(one.shape)] for one in outputs},
-        "bytes": plan.nbytes,
+        "inputs": {one.name: described(one) for one in inputs},
+        "outputs": {one.name: described(one) for one in outputs},
+    }
+
+
+def _opened(trt: Any, log: Any, plan: Any, layers: Path) -> dict[str, Any]:
+    """Open a finished plan on this machine's GPU; its layers are written to a file.
+
+    Returns:
+        How many layers the engine has, how many of each type, and the bytes of device memory that
+        its largest profile takes.
+    """
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RefusedError(f"the finished plan cannot be opened: {log.text()}")
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    _write(layers, text.encode())
+    found = json.loads(text)["Layers"]
+    types = Counter(one["LayerType"] if isinstance(one, dict) else "unknown" for one in found)
+    return {
+        "layers": len(found),
+        "types": dict(types.most_common()),
+        "device_memory": int(engine.device_memory_size_v2),
     }
 
 
@@ -135,11 +177,10 @@ def _monitor(trt: Any, report: Report) -> Any:
 
         def phase_finish(self, phase: str) -> None:
             steps = self._steps.pop(phase, 0)
-            report(phase, steps, steps)
+            report(phase, steps, steps)  # a step that follows tells whether to go on
 
         def step_complete(self, phase: str, step: int) -> bool:
-            report(phase, step + 1, self._steps.get(phase, 0))
-            return True
+            return report(phase, step + 1, self._steps.get(phase, 0))
 
     return Monitor()
 
@@ -190,8 +231,12 @@ def _add_profile(builder: Any, config: Any, shapes: Mapping[str, Sequence[Sequen
 
 
 def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
-    for name in job["flags"]:
-        config.set_flag(getattr(trt.BuilderFlag, name))
+    for name, is_set in job["flags"].items():
+        flag = getattr(trt.BuilderFlag, name)
+        (config.set_flag if is_set else config.clear_flag)(flag)
+    config.profiling_verbosity = getattr(trt.ProfilingVerbosity, job["verbosity"])
+    if job.get("workspace"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
     if job.get("hardware"):
         level = getattr(trt.HardwareCompatibilityLevel, job["hardware"])
         config.hardware_compatibility_level = level

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_engines.errors import BuildError
-from twotower_engines.flavours.flavour import Order, Target
+from twotower_engines.flavours.flavour import Needs, Order, Target
 from twotower_engines.flavours.process import Progress
 
 __all__ = ["OnnxRuntimeFlavour"]
@@ -33,6 +33,10 @@ class OnnxRuntimeFlavour:
             raise BuildError(
                 "ONNX Runtime is not installed; install it with: pip install 'twotower[build]'"
             ) from problem
+
+    def has_kernels(self) -> bool:
+        """No: they are for GPUs."""
+        return False
 
     def graphs(self, precision: str) -> str:
         """Float32 always: the CPU provider has no bf16 products."""
@@ -55,6 +59,10 @@ class OnnxRuntimeFlavour:
             shutil.copyfile(order.graph, order.plan)
             made[tower] = _opened(order.plan, order.graph)
         return made
+
+    def needs(self, target: Target) -> Needs:
+        """Nothing: an ONNX file is the same everywhere."""
+        return Needs()
 
     def loader(self, target: Target) -> dict[str, Any]:
         """Nothing that the runtime does not see."""

@@ -27,6 +27,8 @@ Progress = Callable[[str, str], None]
 
 Job = dict[str, Any]
 STDERR_LINES = 8
+GRACE_SECONDS = 10.0
+"""How long an interrupted worker may take to reach its next step and write its timing cache."""
 
 ALLOCATOR = ":".join(
     (
@@ -151,6 +153,7 @@ class _Worker:
     def __init__(self, library: Library, tower: str, job: Job, folder: Path) -> None:
         self.tower = tower
         self._library = library
+        self._has_timings = bool(job.get("timing_cache"))
         self._job_file = folder / f"{tower}.json"
         self._job_file.write_text(json.dumps(job), encoding="utf-8")
         self._errors = (folder / f"{tower}.stderr").open("w+", encoding="utf-8", errors="replace")
@@ -231,10 +234,21 @@ class _Worker:
         )
 
     def end(self) -> None:
-        """Kill the process, if it still runs, and close what was open."""
+        """End the process, if it still runs, and close what was open.
+
+        One that has timings is asked first, and writes them; all others are killed.
+        """
         if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+            try:
+                if self._has_timings:
+                    self.pause(False)
+                    self._process.terminate()
+                    self._process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:  # also where a second interrupt ends the wait
+                self._process.kill()
+                self._process.wait()
         if self._events is not None:
             self._events.close()
         self._errors.close()

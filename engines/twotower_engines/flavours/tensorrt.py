@@ -10,17 +10,21 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from twotower_engines.cache import cache_root
-from twotower_engines.errors import BuildError, PlanError
-from twotower_engines.flavours.flavour import Order, Target
-from twotower_engines.flavours.jobs import plan_job, plan_report, profiles_as_json
+from twotower_engines.errors import BuildError
+from twotower_engines.flavours.flavour import Needs, Order, Target, layers_file
+from twotower_engines.flavours.jobs import check_arch, plan_job, plan_recipe, plan_report
 from twotower_engines.flavours.process import Library, Progress, build_plans
 from twotower_engines.flavours.profiles import narrow_profiles
-from twotower_engines.skus import Sku, known_skus, local_sku
+from twotower_engines.kernels.targets import target as kernel_target
+from twotower_engines.local_gpu import local_gpu
+from twotower_engines.skus import Sku, known_skus
 
 __all__ = ["TensorRtFlavour"]
 
@@ -44,8 +48,12 @@ class TensorRtFlavour:
             raise BuildError(f"{TITLE} is not installed; {INSTALL}")
         if not OLDEST <= _minor(found) <= NEWEST:
             raise BuildError(f"{TITLE} {found} is installed, 10.13 to 11.x is needed; {INSTALL}")
-        kernels = {"triton": importlib.metadata.version("triton")} if _has_kernels() else {}
+        kernels = {"triton": importlib.metadata.version("triton")} if self.has_kernels() else {}
         return {"tensorrt": found, **kernels}
+
+    def has_kernels(self) -> bool:
+        """Whether the compiler of our kernels is installed; plans run the ops' bodies else."""
+        return importlib.util.find_spec("triton") is not None
 
     def graphs(self, precision: str) -> str:
         """The checkpoint's own dtype."""
@@ -60,18 +68,18 @@ class TensorRtFlavour:
         )
         if "tensorrt-rtx" in sku.flavours:
             where += ", or build here with --flavour tensorrt-rtx"
-        try:
-            present = local_sku()
-        except PlanError as problem:
+        check_arch(sku, where)
+        gpu = local_gpu()
+        if gpu is None:
             raise BuildError(
-                f"engines for {sku.name} are tuned on the GPU itself, and no GPU that twotower "
-                f"knows was found here; {where}"
-            ) from problem
-        same = present.compute_capability == sku.compute_capability
-        if not same or (present.name != sku.name and not _is_shared(sku)):
+                f"engines for {sku.name} are tuned on the GPU itself, and no NVIDIA GPU was found "
+                f"here; {where}"
+            )
+        same = gpu.compute_capability == sku.compute_capability
+        if not same or not (gpu.is_a(sku) or _is_shared(sku)):
             raise BuildError(
                 f"engines for {sku.name} (compute capability {sku.compute_capability}) cannot be "
-                f"built on this machine's {present.title} ({present.compute_capability}); {where}"
+                f"built on this machine's {gpu}; {where}"
             )
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
@@ -80,16 +88,17 @@ class TensorRtFlavour:
         With the extra `[kernels]` installed, the three ops become plugins whose PTX the plan
         carries; a server needs neither the plugins nor the extra.
         """
-        capability = target.sku.compute_capability
+        sku, has_kernels = target.sku, self.has_kernels()
         return {
-            "profiles": profiles_as_json(narrow_profiles(tower, target.limits)),
-            "flags": [],
+            **plan_recipe(narrow_profiles(tower, target.limits)),
             # our kernels in place of the ops' bodies: see plugins.py
-            "kernels": capability if _has_kernels() else None,
-            "kernels_sha256": _kernels_digest() if _has_kernels() else None,
-            "hardware": "SAME_COMPUTE_CAPABILITY" if _is_shared(target.sku) else None,
+            "kernels": sku.compute_capability if has_kernels else None,
+            "kernels_sha256": _kernels_digest() if has_kernels else None,
+            "hardware": "SAME_COMPUTE_CAPABILITY" if _is_shared(sku) else None,
+            # unlimited, a layer's tactic may take what the plan gave to the weights
+            "workspace": target.workspace.get(tower),
             # not an argument of the builder, but of what it makes
-            "built_for": capability if _is_shared(target.sku) else target.sku.name,
+            "built_for": sku.compute_capability if _is_shared(sku) else sku.name,
         }
 
     def build(
@@ -98,14 +107,25 @@ class TensorRtFlavour:
         """Build plans one after the other: two at once would disturb each other's timings."""
         folder = cache_root() / "timing"
         folder.mkdir(parents=True, exist_ok=True)
-        cache = folder / f"{target.sku.name}-{self.versions()['tensorrt']}.cache"
+        cache = folder / f"{_timed_on()}-{self.versions()['tensorrt']}.cache"
         jobs = {
-            tower: {**plan_job(order), "timing_cache": str(cache)}
+            tower: {
+                **plan_job(order),
+                "timing_cache": str(cache),
+                "layers": str(layers_file(order.plan)),
+            }
             for tower, order in orders.items()
         }
         library = Library(TITLE, "tensorrt", INSTALL)
         results = build_plans(library, jobs, 1, progress)
         return {tower: plan_report(result) for tower, result in results.items()}
+
+    def needs(self, target: Target) -> Needs:
+        """Return the CPU architecture of this machine, and a driver that takes the kernels' PTX."""
+        capability = target.sku.compute_capability
+        if not self.has_kernels() or capability is None:
+            return Needs(platform.machine())
+        return Needs(platform.machine(), kernel_target(capability).cuda)
 
     def loader(self, target: Target) -> dict[str, Any]:
         """Return the GPUs that the plans run on."""
@@ -121,9 +141,11 @@ def _installed() -> str | None:
     return None
 
 
-def _has_kernels() -> bool:
-    """Whether the compiler of our kernels is installed; without it plans run the ops' bodies."""
-    return importlib.util.find_spec("triton") is not None
+def _timed_on() -> str:
+    """Return the GPU that timings are measured on, which need not be the one that is built for."""
+    gpu = local_gpu()
+    name = "unknown" if gpu is None else gpu.name
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
 def _kernels_digest() -> str:
@@ -141,16 +163,17 @@ def _minor(version: str) -> tuple[int, int]:
 
 
 def _is_shared(sku: Sku) -> bool:
-    """Whether the table has another GPU of this compute capability, which can use the same plan."""
+    """Whether the table has another GPU that can use the same plan."""
     return bool(_relatives(sku))
 
 
 def _relatives(sku: Sku) -> list[str]:
-    """Return the titles of the other GPUs of a compute capability."""
+    """Return the titles of the other GPUs of a compute capability and CPU architecture."""
+    same = (sku.compute_capability, sku.arch)
     return [
         one.title
         for one in known_skus().values()
-        if one.compute_capability == sku.compute_capability and one.name != sku.name
+        if (one.compute_capability, one.arch) == same and one.name != sku.name
     ]
 
 

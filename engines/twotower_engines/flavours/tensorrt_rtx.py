@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 from collections.abc import Mapping
 from typing import Any
 
 from twotower_engines.errors import BuildError
-from twotower_engines.flavours.flavour import Order, Target
-from twotower_engines.flavours.jobs import plan_job, plan_report, profiles_as_json
+from twotower_engines.flavours.flavour import Needs, Order, Target
+from twotower_engines.flavours.jobs import check_arch, plan_job, plan_recipe, plan_report
 from twotower_engines.flavours.process import Progress, build_plans
 from twotower_engines.flavours.profiles import wide_profiles
 from twotower_engines.flavours.rtx_library import LIBRARY_VERSION, find_library
@@ -42,23 +43,31 @@ class TensorRtRtxFlavour:
         bindings = importlib.metadata.version("tensorrt-cu13-bindings")
         return {"tensorrt_rtx": LIBRARY_VERSION, "tensorrt_bindings": bindings}
 
+    def has_kernels(self) -> bool:
+        """No: the library takes no plugin without a GPU."""
+        return False
+
     def graphs(self, precision: str) -> str:
         """The checkpoint's own dtype."""
         return "native"
 
     def check(self, target: Target) -> None:
-        """Refuse a GPU that TensorRT-RTX does not serve."""
+        """Refuse a GPU that TensorRT-RTX does not serve, or whose machines have another CPU.
+
+        NVIDIA promises plans that are portable between GPUs, not between CPU architectures.
+        """
         capability = target.sku.compute_capability
         if capability not in CAPABILITIES:
             raise BuildError(
                 f"TensorRT-RTX does not serve {target.sku.title} (compute capability {capability}),"
                 f" only {', '.join(CAPABILITIES)}; build with --flavour tensorrt on that GPU"
             )
+        check_arch(target.sku, "any such machine will do, without a GPU")
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
         """One wide profile; the GPU itself only where the API can aim at it."""
-        profiles = profiles_as_json(wide_profiles(tower, target.limits))
-        return {"profiles": profiles, "flags": [], "compute_capabilities": _aimed_at(target)}
+        recipe = plan_recipe(wide_profiles(tower, target.limits))
+        return {**recipe, "compute_capabilities": _aimed_at(target)}
 
     def build(
         self, orders: Mapping[str, Order], target: Target, progress: Progress
@@ -67,6 +76,10 @@ class TensorRtRtxFlavour:
         jobs = {tower: plan_job(order) for tower, order in orders.items()}
         results = build_plans(find_library(), jobs, _at_once(), progress)
         return {tower: plan_report(result) for tower, result in results.items()}
+
+    def needs(self, target: Target) -> Needs:
+        """Return this machine's CPU architecture; kernels are compiled at run time."""
+        return Needs(platform.machine())
 
     def loader(self, target: Target) -> dict[str, Any]:
         """Return the GPUs that the plans run on."""

@@ -8,6 +8,8 @@ one JSON object per line, to a pipe that its parent passed:
     {"done": {...}}                        the plan is written
     {"failed": kind, "message": text}      kind: import, version, check, build
 
+Where the job has a timing cache, SIGTERM ends the build at its next step, and the cache is written.
+
 A process of its own, because the library may terminate it, because the names of its shared objects
 are resolved from `LD_LIBRARY_PATH` as it starts, and because it can be killed at any time.
 """
@@ -51,9 +53,14 @@ class _FailedError(Exception):
 
 
 class _Events:
-    """Writes events, from any thread; progress at most ten times a second."""
+    """Writes events, from any thread; progress at most ten times a second.
+
+    Attributes:
+        stopped: Set when the build is to end at its next step.
+    """
 
     def __init__(self, descriptor: int) -> None:
+        self.stopped = threading.Event()
         self._stream = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
         self._last = 0.0
@@ -62,19 +69,22 @@ class _Events:
         with self._lock, contextlib.suppress(BrokenPipeError):
             self._stream.write(json.dumps(event) + "\n")
 
-    def progress(self, phase: str, done: int, total: int) -> None:
+    def progress(self, phase: str, done: int, total: int) -> bool:
         now = time.monotonic()
         if now - self._last >= PROGRESS_SECONDS:
             self._last = now
             self.send({"progress": [phase, done, total]})
+        return not self.stopped.is_set()
 
 
 def main() -> None:
     """Do the job; exit code 0 unless the library ends the process."""
     _die_with_parent()
-    threading.Thread(target=_give_back_memory, daemon=True).start()
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     events = _Events(int(sys.argv[2]))
+    if job.get("timing_cache"):
+        _stop_on_sigterm(events.stopped)
+    threading.Thread(target=_give_back_memory, daemon=True).start()
     try:
         trt = _import(job["module"])
         events.send({"versions": _versions(trt, job)})
@@ -103,6 +113,21 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _stop_on_sigterm(stopped: threading.Event) -> None:
+    """Set an event at SIGTERM, even while the main thread is deep inside the library.
+
+    Python runs handlers in the main thread only, so a thread waits for the signal; called before
+    there are others, which inherit the blocked signal.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        stopped.set()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _give_back_memory() -> None:
