@@ -27,6 +27,7 @@ from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.config import ModelConfig
 from twotower_export.errors import ExportError
 from twotower_export.layout import Tower, graph_weights
+from twotower_export.mapped import NamedTensors
 from twotower_export.refinement import POLICIES, Rule, refine
 from twotower_export.verification.calls import (
     CallShape,
@@ -46,7 +47,7 @@ from twotower_export.verification.graphs import (
     whole_graph,
 )
 from twotower_export.verification.target import Target, native_problems, structure_problems
-from twotower_export.verification.towers import NamedTensors, TowerPartSide, TowerSide
+from twotower_export.verification.towers import TowerPartSide, TowerSide
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
