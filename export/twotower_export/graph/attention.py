@@ -4,6 +4,10 @@ The cache is read where it lies: scores over it and over the block are computed 
 one softmax, because concatenating keys would copy the whole cache at every step. In bfloat16 the
 scores are therefore rounded to it before the softmax, and both parts of the result before their
 sum; the PyTorch tower, like NVIDIA's fused attention, keeps them in float32.
+
+Sources: NVIDIA's `modeling_nemotron_h.py`, `NemotronHAttention` (it applies no rotary embedding,
+whatever `rope_theta` in config.json), and `modeling_nemotron_twotower.py`,
+`_denoiser_block_attention`.
 """
 
 from __future__ import annotations
