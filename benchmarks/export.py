@@ -5,8 +5,9 @@
 Checkpoints of the released sizes made of holes (real names, headers and layout, no weights), with
 the first 2, 8, 26 and 52 layers; each is exported by the command in a process of its own. For
 comparison, PyTorch's exporter traces a context tower of Mamba and attention layers of the same
-sizes on the meta device (it cannot trace the experts' loop, which depends on data).
-What `twotower verify` takes of the 52 layers, on random weights, is measured by
+sizes on the meta device (it cannot trace the experts' loop, which depends on data). The graphs of
+the 52-layer bundle are loaded as they are, one function per kind of layer, and with all functions
+inlined. What `twotower verify` takes of the 52 layers, on random weights, is measured by
 `tests/export/test_full_size_verify.py`.
 """
 
@@ -47,6 +48,29 @@ with torch.device("meta"):
 torch.onnx.export(
     tower, (ids, rows, rows), kwargs={"states": states}, dynamo=True, verbose=False, optimize=False
 )
+"""
+
+
+# Both print the seconds that the graph in their first argument takes, without the library's start.
+LOAD = """
+import sys, time
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+start = time.perf_counter()
+onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+print(time.perf_counter() - start)
+"""
+PARSE = """
+import importlib, sys, time
+trt = importlib.import_module(sys.argv[2])
+log = trt.Logger(trt.Logger.ERROR)
+flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+network = trt.Builder(log).create_network(0 if flag is None else 1 << int(flag))
+parser = trt.OnnxParser(network, log)
+start = time.perf_counter()
+assert parser.parse_from_file(sys.argv[1]), parser.get_error(0).desc()
+print(time.perf_counter() - start)
 """
 
 
@@ -102,6 +126,53 @@ def measure_trace(pattern: str) -> dict[str, Any]:
     return {"pattern": pattern, "seconds": round(run.seconds, 2), "peak_bytes": run.peak}
 
 
+def printed_seconds(
+    program: str, *arguments: str, environment: dict[str, str] | None = None
+) -> float:
+    """The best of some runs of a program that prints seconds."""
+    command = [sys.executable, "-c", program, *arguments]
+    found = []
+    for _ in range(REPEATS):
+        given = {**os.environ, **(environment or {})}
+        done = subprocess.run(command, capture_output=True, text=True, env=given)
+        if done.returncode:
+            raise RuntimeError(f"{arguments}: {done.stderr[-2000:]}")
+        found.append(float(done.stdout))
+    return round(min(found), 2)
+
+
+def measure_functions(folder: Path) -> list[dict[str, Any]]:
+    """Load each graph of the largest bundle, with its functions and with all of them inlined."""
+    import onnx
+    from onnx.inliner import inline_local_functions
+
+    from twotower_engines.flavours.rtx_library import find_library
+
+    library = find_library()
+    rows = []
+    for tower in ("context", "denoiser"):
+        for form in ("functions", "inlined"):
+            row: dict[str, Any] = {"tower": tower, "form": form}
+            for precision in ("float32", "native"):
+                within = "graphs" if precision == "native" else "graphs/float32"
+                graph = folder / f"bundle-{LAYERS[-1]}" / within / f"{tower}.onnx"
+                model = onnx.load(graph)
+                if form == "inlined":
+                    model = inline_local_functions(model)
+                    graph = folder / f"{tower}-{precision}-inlined.onnx"
+                    onnx.save(model, graph)
+                if precision == "float32":
+                    row["nodes"] = len(model.graph.node)
+                    row["bytes"] = graph.stat().st_size
+                    row["onnxruntime_seconds"] = printed_seconds(LOAD, str(graph))
+                else:
+                    row["tensorrt_rtx_seconds"] = printed_seconds(
+                        PARSE, str(graph), library.module, environment=library.environment
+                    )
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
     exports, traces = [], []
     with tempfile.TemporaryDirectory() as name:
@@ -112,10 +183,14 @@ def main() -> None:
         for pattern in TRACED:
             print(f"tracing {pattern}", file=sys.stderr)
             traces.append(measure_trace(pattern))
-    report(exports, traces)
+        print("loading graphs with functions and inlined", file=sys.stderr)
+        loaded = measure_functions(folder)
+    report(exports, traces, loaded)
 
 
-def report(exports: list[dict[str, Any]], traces: list[dict[str, Any]]) -> None:
+def report(
+    exports: list[dict[str, Any]], traces: list[dict[str, Any]], loaded: list[dict[str, Any]]
+) -> None:
     """Print the tables and write them to `results/`."""
     today = datetime.date.today().isoformat()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
@@ -143,6 +218,18 @@ def report(exports: list[dict[str, Any]], traces: list[dict[str, Any]]) -> None:
         "| layers | seconds | peak MB |",
         "|---|---:|---:|",
         *(f"| `{t['pattern']}` | {t['seconds']} | {t['peak_bytes'] / 1e6:.0f} |" for t in traces),
+        "",
+        f"Graphs of {LAYERS[-1]} layers with one function per kind of layer, and with all functions"
+        " inlined (`onnx.inliner`). Seconds for ONNX Runtime to make a session (float32) and for"
+        f" TensorRT-RTX's parser (bf16), start of the library left out; best of {REPEATS}:",
+        "",
+        "| tower | form | nodes on top | MB | ONNX Runtime s | TensorRT-RTX parser s |",
+        "|---|---|---:|---:|---:|---:|",
+        *(
+            f"| {row['tower']} | {row['form']} | {row['nodes']} | {row['bytes'] / 1e6:.2f}"
+            f" | {row['onnxruntime_seconds']} | {row['tensorrt_rtx_seconds']} |"
+            for row in loaded
+        ),
     ]
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
@@ -153,6 +240,7 @@ def report(exports: list[dict[str, Any]], traces: list[dict[str, Any]]) -> None:
         "machine": machine,
         "exports": exports,
         "traces": traces,
+        "functions": loaded,
     }
     stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -12,8 +12,23 @@ waiting -> prefilling -> stepping <-> committing
                           done: length, eos, cancelled, or failed
 ```
 The rules of generation are NVIDIA's `generate_mask_diffusion`, `generate_mock_ar` and `generate_ar`
-(`modeling_nemotron_twotower.py`), per row. One thing is left out: the context is not extended by
-the last block or token of a request, which nothing would read.
+(`modeling_nemotron_twotower.py`). For one request whose length is a multiple of the block they give
+the same tokens. What differs:
+
+- Every row is on its own: the masked fraction t, the count of committed positions, the end. NVIDIA
+  takes one t for a batch, of prompts of one length, and stops all rows when one meets an end token.
+- `max_new_tokens` need not be a multiple of the block: the last block is denoised whole and its ids
+  are cut, as in Megatron's `DiffusionEngine`. NVIDIA asserts. An end token ends the request only
+  if it is among the ids that are left.
+- The context is not extended by the last block or token of a request, which nothing would read, and
+  mock_ar's prefill keeps the states before the last token by extending by it alone (`mamba_s2`).
+- The mask token has probability 0, not that of a logit of -1e12. It is never predicted.
+- Logits that hold a NaN fail the request; NVIDIA commits such positions first. (Infinity fails one
+  in ar and mock_ar.)
+- Noise and draws depend on the request's seed, the position, the step and the token, and not on a
+  generator that a batch shares (`sampling`).
+- Prompts of one token work: the states before it are zero. NVIDIA's prefill of no tokens fails.
+- Policies besides `threshold` are not NVIDIA's; see the exporter's `graph/refine.py`.
 """
 
 from __future__ import annotations

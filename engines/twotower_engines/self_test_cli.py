@@ -21,10 +21,12 @@ Examples:
   twotower selftest engines --sku h200 --json
   twotower selftest engines --record checkpoint/golden.json
 
-Exits with 1 where the answer is wrong, with 2 where there is no golden answer to compare with. A
-server runs the same test when it starts. --record is for a model whose towers are too large for
-PyTorch in float32: its next export takes the answer from CHECKPOINT/golden.json. Record on engines
-that `twotower verify` passed: the file says which they were.
+Exits with 1 where the answer is wrong. Without a golden answer it says PLAUSIBLE where nothing is
+plainly wrong (and exits with 0), or UNAVAILABLE where nothing could be tested (with 2). A server
+runs the same test when it starts. `python -m twotower_export.golden CHECKPOINT` computes the golden
+answer of a model of any size; --record is for where that takes too long, on engines that `twotower
+verify` passed: the file says which they were. The next export takes the answer from
+CHECKPOINT/golden.json.
 """
 
 
@@ -95,19 +97,21 @@ def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> 
     """Write what these engines answer, unless it is plainly no answer.
 
     Raises:
-        SelfTestError: They gave one token per denoiser call.
+        SelfTestError: It has what no right answer has.
     """
     from .document import write_json
-    from .self_test import golden_request, run_request
+    from .self_test import golden_request
+    from .self_test_invariants import objections, run_request
 
     request = golden_request(engines)
     result = run_request(runtime, request)
     ids = result.output_ids[len(request.prompt_ids) :]
     calls = result.denoiser_calls
-    if calls and calls >= len(ids):
+    found = objections(runtime, request, result)
+    if found:
         raise SelfTestError(
-            f"{engines.folder}: exactly one token per denoiser call is what broken engines give, "
-            "and was not recorded; compare them with `twotower verify` first"
+            f"{engines.folder}: {'; '.join(found)}. Nothing was recorded; compare these engines "
+            "with `twotower verify` first"
         )
     build = engines.build
     versions = ", ".join(f"{name} {version}" for name, version in build.versions.items())

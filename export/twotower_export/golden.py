@@ -3,11 +3,13 @@
 Any deployment can run it at start. It catches what users of the reference code met: an answer that
 is word salad, one token per denoiser call, and no error anywhere.
 
-The expected answer is computed with the PyTorch towers in float32, where they fit, and stored in
-the bundle. A checkpoint may bring it along as `golden.json`, for where PyTorch is missing or the
-towers do not fit:
+The expected answer is computed with the PyTorch towers in float32 and stored in the bundle: by the
+export itself where they fit into memory, otherwise beforehand by
 
     python -m twotower_export.golden CHECKPOINT
+
+which streams them layer by layer, whatever their size, and leaves the answer in the checkpoint's
+`golden.json`, where every export finds it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,15 +26,19 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
-from twotower_export.config import ModelConfig, read_json
+from twotower_export.config import read_json
 from twotower_export.errors import ExportError
+from twotower_export.inventory import take_inventory
 from twotower_export.layout import TOWERS, Tower, expected_tensors
 from twotower_export.refinement import Rule, refine
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from twotower_export.cli import StepMeter
+    from twotower_export.sequence import SequenceTowers
 
 GOLDEN_FILE: Final = "golden.json"
+MODULE: Final = "twotower_export.golden"
+INTERRUPTED: Final = 130
 FORMAT: Final = "twotower-golden"
 FORMAT_VERSION: Final = 1
 
@@ -72,9 +79,9 @@ def golden_for(
     size = 4 * sum(map(math.prod, expected_tensors(checkpoint.config, checkpoint.towers).values()))
     if size > FLOAT32_BOUND:
         reason = (
-            f"the towers take {size / 1e9:.0f} GB in float32, and the answer is computed up to "
-            f"{FLOAT32_BOUND / 1e9:.0f} GB only; record it where the engines run, with "
-            f"`twotower selftest ENGINES --record CHECKPOINT/{GOLDEN_FILE}`, and export again"
+            f"the towers take {size / 1e9:.0f} GB in float32, too much to answer during an export; "
+            f"compute the answer with `python -m {MODULE} {checkpoint.path}`, which streams them "
+            "through a few GB of memory, and export again"
         )
     elif importlib.util.find_spec("torch") is None:
         reason = (
@@ -128,7 +135,7 @@ def write_golden(checkpoint: Checkpoint, golden: Mapping[str, Any]) -> Path:
 
 
 def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict[str, Any]:
-    """Generate the golden answer with the PyTorch towers in float32.
+    """Generate the golden answer with the PyTorch towers in float32, held in memory.
 
     Args:
         checkpoint: small enough for memory.
@@ -137,12 +144,74 @@ def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict
     Raises:
         FloatingPointError: the logits hold NaN or infinity.
     """
-    import torch
+    from twotower_export.sequence import LoadedTowers
 
     request = _request(checkpoint, mode)
-    prompt = request["prompt_ids"]
-    towers = _LoadedTowers(checkpoint, len(prompt) + MAX_NEW_TOKENS, mode)
+    towers: Sequence[Tower] = ("context",) if mode == "ar" else TOWERS
+    return _answered(LoadedTowers(checkpoint, _capacity(request), towers), request)
+
+
+def stream_golden(
+    checkpoint: Checkpoint, mode: str = "mask_diffusion", progress: StepMeter | None = None
+) -> dict[str, Any]:
+    """The same answer, with one layer of the towers in memory at a time.
+
+    Args:
+        checkpoint: of any size.
+        mode: as of `compute_golden`.
+        progress: told about each layer.
+
+    Raises:
+        FloatingPointError: the logits hold NaN or infinity.
+    """
+    from twotower_export.sequence import StreamedTowers
+
+    request = _request(checkpoint, mode)
+    most = _calls(mode)[1]
+
+    def tell(tower: Tower, layer: int, layers: int) -> None:
+        if progress is not None:
+            read = f"{towers.bytes_read / 1e9:.1f} GB read"
+            what = f"call {towers.calls} of at most {most}, {read}; {tower} layer"
+            progress(what, layer, layers)
+
+    towers = StreamedTowers(checkpoint, _capacity(request), tell)
+    return _answered(towers, request)
+
+
+def expected_work(checkpoint: Checkpoint, mode: str) -> str:
+    """One line on what streaming will read: how many calls, and bytes for each."""
+    tensors = {name: (one.dtype, one.shape) for name, one in checkpoint.tensors.items()}
+    inventory = take_inventory(checkpoint.config, tensors)
+    tower: Tower = "context" if mode == "ar" else "denoiser"
+    tokens = 1 if mode == "ar" else BLOCK_SIZE
+    each = inventory.bytes_per_step(tower, tokens) / 1e9
+    least, most = _calls(mode)
+    calls = f"{most} calls" if least == most else f"{least} to {most} calls"
+    return (
+        f"streaming {checkpoint.path} layer by layer: {calls} that read about {each:.1f} GB of "
+        f"weights each, {least * each:.0f} to {most * each:.0f} GB in all"
+    )
+
+
+def _calls(mode: str) -> tuple[int, int]:
+    """The least and the most calls of both towers together that an answer takes."""
     if mode == "ar":
+        return MAX_NEW_TOKENS, MAX_NEW_TOKENS
+    blocks = MAX_NEW_TOKENS // BLOCK_SIZE  # each is preceded by one call of the context tower
+    return 2 * blocks, (STEPS + 1) * blocks
+
+
+def _capacity(request: Mapping[str, Any]) -> int:
+    return len(request["prompt_ids"]) + MAX_NEW_TOKENS
+
+
+def _answered(towers: SequenceTowers, request: dict[str, Any]) -> dict[str, Any]:
+    """A request with its answer."""
+    import torch
+
+    prompt = request["prompt_ids"]
+    if request["mode"] == "ar":
         ids, calls = _autoregressive(towers, prompt), 0
     else:
         ids, calls = _mask_diffusion(towers, prompt)
@@ -191,67 +260,17 @@ def _encoded(tokenizer: Path) -> list[int]:
         return []
 
 
-class _LoadedTowers:
-    """The PyTorch towers and the states of one sequence.
+def _mask_diffusion(towers: SequenceTowers, prompt: Sequence[int]) -> tuple[list[int], int]:
+    """New ids and denoiser calls, by the rules of `generate_mask_diffusion`.
 
-    Args:
-        checkpoint: whose.
-        capacity: tokens that the sequence can reach.
-        mode: `ar` needs no denoiser.
+    (NVIDIA's `modeling_nemotron_twotower.py`; the context is not extended by the last block.)
     """
-
-    def __init__(self, checkpoint: Checkpoint, capacity: int, mode: str) -> None:
-        import torch
-
-        from twotower_export.towers import empty_states
-        from twotower_export.verification.towers import NamedTensors, load_tower
-
-        self.config: ModelConfig = checkpoint.config
-        tensors = NamedTensors(checkpoint.path)
-        self._context = load_tower(self.config, "context", tensors)
-        self._denoiser = None
-        if mode != "ar":
-            self._denoiser = load_tower(self.config, "denoiser", tensors)
-        self._states = empty_states(self.config, 1, capacity, torch.float32)
-        self._length = 0
-
-    def extend(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append tokens to the context; returns the logits of the last, (vocab,)."""
-        import torch
-
-        from twotower_export.towers import advance_states
-
-        lengths, before = torch.tensor([len(ids)]), torch.tensor([self._length])
-        with torch.no_grad():
-            logits, new = self._context(torch.tensor([list(ids)]), lengths, before, self._states)
-        self._states = advance_states(self._states, new, lengths, before)
-        self._length += len(ids)
-        return _finite(logits[0].numpy(), "context")
-
-    def denoise(self, block: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Logits of a block against the context, (block, vocab)."""
-        import torch
-
-        assert self._denoiser is not None
-        rows = [torch.tensor([value]) for value in (len(block), self._length, 1)]
-        with torch.no_grad():
-            logits = self._denoiser(torch.from_numpy(block[None]), *rows, self._states)
-        return _finite(logits[0].numpy(), "denoiser")
-
-
-def _finite(logits: npt.NDArray[np.float32], tower: str) -> npt.NDArray[np.float32]:
-    if not np.isfinite(logits).all():
-        raise FloatingPointError(f"the {tower} tower's logits hold NaN or infinity")
-    return logits
-
-
-def _mask_diffusion(towers: _LoadedTowers, prompt: Sequence[int]) -> tuple[list[int], int]:
-    """New ids and denoiser calls, by the rules of NVIDIA's `generate_mask_diffusion`."""
     mask_id = towers.config.mask_token_id
-    towers.extend(prompt)
+    pending = list(prompt)
     ids: list[int] = []
     calls = 0
     while len(ids) < MAX_NEW_TOKENS:
+        towers.extend(pending)
         block = np.full(BLOCK_SIZE, mask_id, np.int32)
         for step in range(STEPS):
             if not (block == mask_id).any():
@@ -259,13 +278,13 @@ def _mask_diffusion(towers: _LoadedTowers, prompt: Sequence[int]) -> tuple[list[
             rule = Rule(threshold=THRESHOLD, steps_left=STEPS - step)
             block = refine(towers.denoise(block), block, rule, mask_id=mask_id).ids
             calls += 1
-        ids += map(int, block)
-        towers.extend(block.tolist())
+        pending = block.tolist()
+        ids += pending
     return ids, calls
 
 
-def _autoregressive(towers: _LoadedTowers, prompt: Sequence[int]) -> list[int]:
-    """New ids, greedily, by the rules of NVIDIA's `generate_ar`."""
+def _autoregressive(towers: SequenceTowers, prompt: Sequence[int]) -> list[int]:
+    """New ids, greedily, by the rules of `generate_ar` (`modeling_nemotron_twotower.py`)."""
     ids = [int(towers.extend(prompt).argmax())]
     while len(ids) < MAX_NEW_TOKENS:
         ids.append(int(towers.extend(ids[-1:]).argmax()))
@@ -278,16 +297,41 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m twotower_export.golden CHECKPOINT", file=sys.stderr)
         return 2
     try:
-        checkpoint = open_checkpoint(arguments[0])
-        mode = "mask_diffusion" if "denoiser" in checkpoint.towers else "ar"
-        print(write_golden(checkpoint, compute_golden(checkpoint, mode)))
+        print(_write_streamed(arguments[0]))
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except FloatingPointError as error:
         print(f"error: {arguments[0]}: {error}; there is no golden answer", file=sys.stderr)
         return ExportError.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def _write_streamed(name: str) -> Path:
+    """Compute a checkpoint's answer and write it; what can be refused is refused before the work.
+
+    Raises:
+        ExportError: the checkpoint cannot be opened or written to, or PyTorch is missing.
+        FloatingPointError: the logits hold NaN or infinity.
+    """
+    from twotower_export.cli import StepMeter
+
+    checkpoint = open_checkpoint(name)
+    if importlib.util.find_spec("torch") is None:
+        raise ExportError("PyTorch is not installed; pip install 'twotower[reference]'")
+    if not os.access(checkpoint.path, os.W_OK):
+        raise ExportError(f"{checkpoint.path}: is not writable; run this where it is")
+    mode = "mask_diffusion" if "denoiser" in checkpoint.towers else "ar"
+    print(expected_work(checkpoint, mode), file=sys.stderr)
+    meter = StepMeter()
+    try:
+        golden = stream_golden(checkpoint, mode, meter)
+    finally:
+        meter.finish()
+    return write_golden(checkpoint, golden)
 
 
 if __name__ == "__main__":

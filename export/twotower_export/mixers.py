@@ -1,7 +1,8 @@
 """The layers of a tower as PyTorch modules: norm, Mamba-2, attention, mixture of experts.
 
 Each mixer takes and returns its states explicitly. Rounding points are those of the released
-bfloat16 model. Sources: NVIDIA's ``modeling_nemotron_h.py``, class named at each mixer.
+bfloat16 model. Sources: NVIDIA's ``modeling_nemotron_h.py``, class named at each mixer, and its
+``modeling_nemotron_twotower.py`` where a function is named that begins with ``_denoiser``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def split_dim(x: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm: float32 inside, weight included, then back to the input's dtype."""
+    """Root mean square norm: float32 inside, weight included, then back to the input's dtype.
+
+    ``NemotronHRMSNorm``; with groups, the norm inside ``MambaRMSNormGated``.
+    """
 
     def __init__(self, size: int, epsilon: float, groups: int = 1) -> None:
         super().__init__()
@@ -50,7 +54,9 @@ def selective_scan(
     """Runs the Mamba-2 recurrence S_t = exp(dt_t a) S_{t-1} + dt_t x_t b_t^T, y_t = S_t c_t.
 
     Within a chunk the sum over earlier tokens is written out as a masked matrix product; between
-    chunks the state is carried. Exact for every chunk size (up to rounding).
+    chunks the state is carried. Exact for every chunk size (up to rounding). Dao and Gu,
+    "Transformers are SSMs" (2024), section 6; ``mamba_chunk_scan_combined`` on float32, as
+    ``_denoiser_block_mamba`` calls it.
 
     Args:
         x: (batch, length, heads, head_dim), float32.
@@ -87,7 +93,7 @@ def selective_scan(
 
 
 class MambaMixer(nn.Module):
-    """Mamba-2 mixer with a seeded state (``NemotronHMamba2Mixer``)."""
+    """Mamba-2 mixer with a seeded state (``NemotronHMamba2Mixer``, ``_denoiser_block_mamba``)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -116,6 +122,7 @@ class MambaMixer(nn.Module):
         inputs, b, c = torch.split(convolved.float(), sizes, dim=-1)
         inputs = split_dim(inputs, -1, (self.heads, self.head_dim))
         b, c = (split_dim(part, -1, (self.groups, self.state_size)) for part in (b, c))
+        # No clamp: time_step_limit is (0, inf). (transformers' own class clamps at time_step_min.)
         steps = softplus(dt.float() + self.dt_bias.float())
         valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         # A step of zero neither decays the state nor adds to it: padding leaves no trace.
@@ -124,11 +131,16 @@ class MambaMixer(nn.Module):
             inputs, steps, -self.A_log.float().exp(), b, c, ssm_state.float()
         )
         y = (y + self.D.float()[:, None] * inputs).flatten(-2).to(x.dtype)
-        # norm_before_gate is false: gate first, then normalise each group.
+        # `MambaRMSNormGated`, norm_before_gate is false: gate first, then normalise each group.
         gated = self.norm(y.float() * silu(z.float())).to(x.dtype)
         return project(gated, self.out_proj), conv_state_new, ssm_state_new
 
     def _convolve(self, xbc: Tensor, lengths: Tensor, conv_state: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the convolution's result as ``xbc`` (batch, length, conv_dim), and the new state.
+
+        ``causal_conv1d_fn`` with ``initial_states``; the state is raw, from before convolution and
+        SiLU (``new_conv`` of ``_denoiser_block_mamba``).
+        """
         history = torch.cat([conv_state.to(xbc.dtype), xbc], dim=1)
         kernel = self.conv1d.weight.float().squeeze(1)  # (conv_dim, 4); column 3: current token
         convolved = cast(Tensor, self.conv1d.bias).float()
@@ -142,7 +154,10 @@ class MambaMixer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention without positions, bias or QK norm (``NemotronHAttention``)."""
+    """Grouped-query attention without positions, bias or QK norm (``NemotronHAttention``).
+
+    ``_denoiser_block_attention`` in the denoiser. ``rope_theta`` of config.json is not used there.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -182,7 +197,12 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses the experts of each token (``NemotronHTopkRouter``)."""
+    """Chooses the experts of each token (``NemotronHTopkRouter``).
+
+    In float32, as in the base model. The release computes it in float64 (revision a203471), which
+    chooses the same unless two experts are within float32's rounding of each other at the last
+    place; their input was rounded to bfloat16 before. One expert group: no group selection.
+    """
 
     e_score_correction_bias: Tensor
 
@@ -206,7 +226,7 @@ class Router(nn.Module):
 
 
 class Expert(nn.Module):
-    """down(relu(up(x))^2), the expert of every MoE layer."""
+    """down(relu(up(x))^2), the expert of every MoE layer (``NemotronHMLP``, relu2)."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
@@ -219,7 +239,10 @@ class Expert(nn.Module):
 
 
 class SparseExperts(nn.Module):
-    """Routed experts plus one shared expert on the same input (``NemotronHMoE``)."""
+    """Routed experts plus one shared expert on the same input (``NemotronHMOE``).
+
+    The routed sum is float32, the router weights' dtype, and rounded once.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -244,7 +267,7 @@ class SparseExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: one norm and one mixer, named by its letter M, * or E."""
+    """One layer: one norm and one mixer, named by its letter M, * or E (``NemotronHBlock``)."""
 
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
 """One refinement step of a block in NumPy, float64: the rules, written as they are said.
 
 What golden answers are made with, and what the graphs' `twotower::RefineBlock` is checked against.
-The rules are NVIDIA's `generate_mask_diffusion` (policy `threshold`); `factor` is Fast-dLLM's
-dynamic threshold (Wu et al. 2025, section 3.3), `entropy` the bound of EB-Sampler (Ben-Hamu et al.
-2025).
+The rules are those of a step of NVIDIA's `generate_mask_diffusion`
+(`modeling_nemotron_twotower.py`; policy `threshold`), with its variables named at each; `factor` is
+Fast-dLLM's dynamic threshold (Wu et al. 2025, section 3.3), `entropy` the bound of EB-Sampler
+(Ben-Hamu et al. 2025). `twotower_export.graph.refine` lists what differs from NVIDIA's.
 """
 
 from __future__ import annotations
@@ -84,22 +85,24 @@ def refine(
     inside = np.arange(len(ids)) < (len(ids) if length is None else length)
     masked = np.flatnonzero(inside & (ids == mask_id))
     scores = np.array(logits, np.float64)
-    scores[:, mask_id] = -np.inf
+    scores[:, mask_id] = -np.inf  # `_mdlm_forward`, where it is -1e12
     certain = np.full(len(ids), np.inf)
     if np.isnan(scores[masked]).any():
         return Refined(ids, certain, np.zeros(len(ids), bool), -1)
     log_p = scores[masked] - _logsumexp(scores[masked])[:, None]
+    # `predicted`: the most likely token, or Gumbel-max at the temperature (`_gumbel_sample`).
     predicted = ids.copy()
     noisy = scores[masked]
     if rule.temperature > 0:
         noisy = noisy / rule.temperature + gumbel(rule.seed, masked, scores.shape[1])
     predicted[masked] = noisy.argmax(axis=1)
+    # `confidence`: of the unscaled distribution; infinite where a token is decided.
     certain[masked] = np.exp(np.take_along_axis(log_p, predicted[masked, None], 1)[:, 0])
     entropy = -(np.exp(log_p) * np.maximum(log_p, -1e12)).sum(axis=1)  # 0 * -inf is no number
     order, count = _order(rule, masked, certain if confidence is None else confidence, entropy)
-    if rule.steps_left <= 1:
+    if rule.steps_left <= 1:  # `is_last_step`
         count = len(masked)
-    else:
+    else:  # `tokens_to_commit`: those above the threshold or one, `min_commit` at least
         count = min(len(masked), max(count, 1, math.ceil(len(masked) / rule.steps_left)))
     committed = np.zeros(len(ids), bool)
     committed[order[:count]] = True
@@ -131,9 +134,11 @@ def _order(rule: Rule, masked: Array, confidence: Array, entropy: Array) -> tupl
         ranked = sorted(range(len(masked)), key=lambda j: (entropy[j], -j))
         before = np.cumsum([0.0, *(entropy[j] for j in ranked)])[:-1]
         return [int(masked[j]) for j in ranked], int((before <= rule.threshold).sum())
+    # `masked_conf.sort()`, ascending, stable on the CPU: its first ones are masked again, so of
+    # equal confidences the later position is committed first.
     order = sorted((int(i) for i in masked), key=lambda i: (-confidence[i], -i))
     sorted_confidence = confidence[order]
-    if rule.policy == "threshold":
+    if rule.policy == "threshold":  # `num_above`: strictly
         return order, int((sorted_confidence > rule.threshold).sum())
     if rule.policy == "factor":
         ranks = np.arange(1, len(order) + 1)

@@ -14,9 +14,10 @@ and for every attention layer
 Rows are ragged: row ``b`` has ``lengths[b]`` valid tokens in this call and ``context_lengths[b]``
 tokens before it; what lies beyond is ignored. Everything is differentiable.
 
-Sources: NVIDIA's ``modeling_nemotron_twotower.py`` and ``modeling_nemotron_h.py``, named at each
-rule. Rounding points are those of the released bfloat16 model, so the same modules run in
-bfloat16 and float32.
+Sources: NVIDIA's ``modeling_nemotron_twotower.py`` (whose functions and classes are named at each
+rule), ``modeling_nemotron_h.py`` (names that begin with ``NemotronH``) and Megatron-LM's
+``megatron/diffusion/two_tower``. Rounding points are those of the released bfloat16 model, so the
+same modules run in bfloat16 and float32.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ class Call:
     modulation: list[Tensor] | None = None
 
     def visible(self, length: int, capacity: int) -> Tensor:
-        """Returns which keys each token sees, (batch, length, capacity + length)."""
+        """Returns which keys each token sees, (batch, length, capacity + length).
+
+        All of the context, whatever the tower; of the call itself, the context tower those up to
+        the token (``_extend_context_cache``), the denoiser all (``_denoiser_block_attention``).
+        """
         device = self.lengths.device
         here = torch.arange(length, device=device)
         past = torch.arange(capacity, device=device) < self.context_lengths[:, None]
@@ -73,7 +78,7 @@ class Call:
 
 
 class Tower(nn.Module):
-    """Embeddings, layers and final norm: the part that both towers share."""
+    """Embeddings, layers and final norm: the part that both towers share (``NemotronHModel``)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -110,12 +115,12 @@ def run_layer(
         states: See the module's description.
         emitted: Receives the layer's new states.
     """
-    if call.modulation is None:
+    if call.modulation is None:  # `NemotronHBlock`; the residual is not widened
         return hidden + _mix(layer, index, layer.norm(hidden), call, states, emitted)
     shift, scale, gate = (part[:, None] for part in call.modulation[index].unbind(1))
-    # In Megatron the norm of M and * is fused into their input projection and therefore comes
-    # after the modulation; the norm of E stands alone and comes before it
-    # (`_run_denoiser_step_diffusion`).
+    # `_modulate`, in the order of `_run_denoiser_step_diffusion`: in Megatron the norm of M and *
+    # is fused into their input projection and therefore comes after the modulation; the norm of E
+    # stands alone and comes before it. The residual is not modulated; the gate is used as it is.
     if layer.kind == "E":
         inputs = layer.norm(hidden) * (1 + scale) + shift
     else:
@@ -150,7 +155,12 @@ def _mix(
 
 
 class ContextTower(nn.Module):
-    """The frozen autoregressive tower and its head."""
+    """The frozen autoregressive tower and its head.
+
+    ``_build_context_cache`` and ``_extend_context_cache``: prefill and extension are one rule here.
+    NVIDIA's prefill runs the last token by itself, to keep the Mamba states before it for mock-AR
+    (``mamba_s2``), and scans in bfloat16 where the extension scans in float32.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -189,11 +199,12 @@ class ContextTower(nn.Module):
         hidden, emitted = self.every_position(ids, lengths, context_lengths, states)
         last = (lengths.long() - 1).clamp(min=0)
         newest = hidden[torch.arange(len(last), device=last.device), last]
+        # In the model's dtype, then float32: `_forward_tower_with_cache`.
         return project(newest, self.context_lm_head).float(), emitted
 
 
 class TimeEmbedder(nn.Module):
-    """Sinusoid of t x 1000, then two linear layers (``modeling_nemotron_twotower.py``)."""
+    """Sinusoid of t x 1000, then two linear layers (``TimestepEmbedder``)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -214,7 +225,8 @@ class TimeEmbedder(nn.Module):
         angle = (t.to(rounding) * 1000).float()
         half = self.dimension // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        # 10000 is the base of the sinusoid; frequencies and products are float32 in every dtype.
+        # 10000 is the base of the sinusoid; frequencies and products are float32 in every dtype
+        # (`timestep_embedding`), cosines come first.
         # Libraries differ in the last bit of float32's exp, which the cosine of a large angle makes
         # visible: take the correctly rounded one.
         frequencies = (-math.log(10000.0) * steps / half).double().exp().float()
@@ -248,7 +260,9 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Predicts the tokens of a block, each at its own position.
 
-        The states are the context tower's and are only read; nothing of the block is kept.
+        ``_run_denoiser_step_diffusion`` on the context tower's states of the same layers
+        (``_build_denoiser_cache_diffusion``), which are only read; nothing of the block is kept.
+        Not conditioned: ``_run_denoiser_step_mock_ar``.
 
         Args:
             ids: (batch, block), integer, the mask id where a token is still unknown.
@@ -270,15 +284,15 @@ class Denoiser(nn.Module):
     def masked_fraction(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Returns each row's fraction of masked positions (batch,), float32.
 
-        Per row, as Megatron does; NVIDIA's ``modeling_nemotron_twotower.py`` takes one mean over
-        the batch, which is the same for one row.
+        Per row, as Megatron does; ``generate_mask_diffusion`` takes one mean over the batch, which
+        is the same for one row.
         """
         valid = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         masked = ((ids == self.mask_id) & valid).sum(-1)
         return masked.float() / lengths.clamp(min=1).float()
 
     def modulation(self, t: Tensor, conditioned: Tensor) -> list[Tensor]:
-        """Returns each layer's shift, scale and gate, (batch, 3, hidden).
+        """Returns each layer's shift, scale and gate, (batch, 3, hidden) (``_get_mod_params``).
 
         Rows that are not conditioned get 0, 0, 1, which leaves the plain layer exactly.
         """
@@ -364,7 +378,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def empty_states(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> States:
-    """Returns the states before any token: zeros.
+    """Returns the states before any token: zeros (``FixedHybridCache``).
+
+    The convolution's history has the three columns that a continuation reads, as Megatron's; NVIDIA
+    keeps four.
 
     Args:
         config: The model.
@@ -396,6 +413,8 @@ def advance_states(
     context_lengths: Tensor,
 ) -> States:
     """Returns the states after a call: what the runtime does between two calls.
+
+    ``_extend_context_cache``: Mamba states are replaced, keys and values appended.
 
     Args:
         states: States that went into the call; unchanged.

@@ -5,7 +5,8 @@ its copy, with neutral time conditioning, and learns masked diffusion: of each b
 drawn share of positions is masked, and the cross-entropy of the masked tokens is minimised, given
 the rest of the block and the context tower's states of strictly earlier tokens.
 
-Source: the TwoTower paper (arXiv 2606.26493), section on training.
+Sources: the TwoTower paper (arXiv 2606.26493), section on training, and its code in Megatron-LM,
+`megatron/diffusion/two_tower/diffusion_process.py`, `MaskDiffusionProcess`.
 """
 
 from __future__ import annotations
@@ -204,7 +205,12 @@ class Blocks(NamedTuple):
 
 
 def denoiser_loss(towers: Towers, blocks: Blocks, draws: torch.Generator) -> Tensor:
-    """Returns the mean cross-entropy of the masked tokens, masks drawn anew."""
+    """Returns the mean cross-entropy of the masked tokens, masks drawn anew.
+
+    `corrupt_suffix` and `training_loss` of Megatron's `MaskDiffusionProcess` (the mean is not
+    weighted by 1/t). There t is drawn from [0.001, 1] and each position is masked with probability
+    t; here the number of masked positions is drawn.
+    """
     count, size = blocks.ids.shape
     # t is uniform, and is what the denoiser sees at inference: a share of the block's positions.
     masks = torch.randint(1, size + 1, (count, 1), generator=draws)
@@ -224,6 +230,9 @@ def context_of_blocks(
     towers: Towers, ids: Tensor, lengths: Tensor, offsets: Tensor, block: int
 ) -> Blocks:
     """Cuts documents into blocks and gives each the context tower's states before it.
+
+    A block sees the context of strictly earlier blocks, and the first one zero states (Megatron's
+    `mamba_model.py`).
 
     Args:
         towers: Both towers.
@@ -335,7 +344,8 @@ class _Optimiser:
     def _balance(self) -> None:
         """Moves the correction of each expert towards an equal load.
 
-        No auxiliary loss is needed: the correction only selects, so it may be moved by hand.
+        No auxiliary loss is needed: the correction only selects, so it may be moved by hand
+        (Wang et al. 2024, "Auxiliary-loss-free load balancing").
         """
         loads: dict[Router, Tensor] = {}
         for router, chosen in self.chosen:

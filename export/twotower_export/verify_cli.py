@@ -85,7 +85,7 @@ class VerificationError(ExportError):
     "--against",
     metavar="CPU_ENGINES",
     type=click.Path(path_type=Path),
-    help="Engines for a GPU, on that GPU: CPU engines of the same model to compare every output with.",
+    help="Engines for a GPU, on that GPU: CPU engines of the same model to compare with.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(

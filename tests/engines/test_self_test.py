@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -14,13 +15,15 @@ from twotower_engines.engine_set import open_engine_set
 from twotower_engines.errors import BundleError, GenerationError
 from twotower_engines.generation import Result
 from twotower_engines.request import Request
-from twotower_engines.runtime import open_runtime
+from twotower_engines.runtime import POLICIES, Denoised, open_runtime
 from twotower_engines.self_test import GoldenAnswer, check, golden_request, judge
 from twotower_engines.self_test_cli import selftest
 from twotower_export import golden as exporter
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.tiny import copy_pretrained, write_random_checkpoint
+
+REQUEST_KEYS = ("prompt_ids", "mode", "max_new_tokens", "block_size", "steps", "threshold")
 
 
 @pytest.fixture(scope="module")
@@ -92,29 +95,125 @@ def test_an_autoregressive_answer_is_tested_too(tmp_path):
     assert result.denoiser_calls == 0
 
 
-def test_no_golden_answer_is_no_failure_and_says_why(engines, monkeypatch):
-    request = golden_request(open_engine_set(engines))
-
-    def forget(manifest):
-        # the exporter's own words, not a copy of them
-        monkeypatch.setattr(exporter, "FLOAT32_BOUND", 0)
-        monkeypatch.setattr(exporter, "read_golden", lambda checkpoint: None)
+def forget_the_answer(manifest):
+    """The golden block of a model that is too large for an export to answer: the exporter's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "FLOAT32_BOUND", 0)
+        patch.setattr(exporter, "read_golden", lambda checkpoint: None)
         checkpoint = open_checkpoint(manifest["checkpoint"]["path"])
         manifest["golden"], manifest["golden_missing"] = exporter.golden_for(checkpoint)
 
-    change_manifest(engines, forget)
+
+def test_without_a_golden_answer_right_engines_are_plausible(engines):
+    request = golden_request(open_engine_set(engines))
+    change_manifest(engines, forget_the_answer)
     result = outcome_of(engines)
-    assert result.status == "unavailable"
+    assert result.status == "plausible", result.reason
     assert result.ok
-    assert "twotower selftest ENGINES --record" in result.reason
+    assert "python -m twotower_export.golden" in result.reason
+    assert (result.tokens, result.equal_tokens) == (48, 0)
+    assert 0 < result.denoiser_calls < 24
     assert golden_request(open_engine_set(engines)) == request
 
 
-def test_engines_too_small_for_the_request_say_so(built, tmp_path):
-    small, _ = build_engines(built / "bundle", tmp_path / "small", BuildOptions(context=32))
+def test_without_a_golden_answer_word_salad_fails(engines):
+    """These give two tokens in three calls and many words: only the context tower knows better."""
+    change_manifest(engines, forget_the_answer)
+    change_manifest(engines, swap_sources)
+    result = outcome_of(engines)
+    assert result.status == "failed"
+    assert result.denoiser_calls < result.tokens
+    assert result.reason.startswith("word salad: the context tower finds the answer unlikely")
+
+
+class Broken:
+    """A runtime of right engines, one call of which is replaced."""
+
+    def __init__(self, runtime):
+        self.runtime = runtime
+
+    def __getattr__(self, name):
+        return getattr(self.runtime, name)
+
+
+class Blind(Broken):
+    """The denoiser sees an empty context."""
+
+    def denoise(self, rows):
+        self.runtime.reset(1)
+        return self.runtime.denoise([replace(row, slot=1) for row in rows])
+
+
+class Stuck(Broken):
+    """The denoiser has one answer, all at once."""
+
+    def denoise(self, rows):
+        return [Denoised(np.full_like(row.ids, self.token), 0) for row in rows]
+
+    token = 7
+
+
+class Masking(Stuck):
+    @property
+    def token(self):
+        return self.mask_token_id
+
+
+class Slow(Broken):
+    """The denoiser commits one position per call."""
+
+    def denoise(self, rows):
+        return self.runtime.denoise([replace(row, policy=POLICIES["quota"]) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (Blind, "another prompt has the same answer: the context is not seen"),
+        (Stuck, "the answer is token 7, 48 times"),
+        (Masking, "the answer holds the mask token"),
+        (Slow, "exactly one token per denoiser call (48 calls for 48 tokens)"),
+    ],
+)
+def test_each_invariant_has_its_name(engines, broken, message):
+    change_manifest(engines, forget_the_answer)
+    opened = open_engine_set(engines)
+    runtime = open_runtime(opened, threads=1)
+    try:
+        result = check(opened, broken(runtime))
+    finally:
+        runtime.close()
+    assert result.status == "failed"
+    assert message in result.reason
+
+
+def test_engines_too_small_for_the_request_are_asked_for_less(built, tmp_path):
+    small, _ = build_engines(built / "bundle", tmp_path / "small", BuildOptions(context=40))
     result = outcome_of(small.folder)
+    assert result.status == "plausible", result.reason
+    assert result.tokens == 16
+    assert "these engines hold 40" in result.reason
+    tiny, _ = build_engines(built / "bundle", tmp_path / "tiny", BuildOptions(context=24))
+    result = outcome_of(tiny.folder)
     assert result.status == "unavailable"
-    assert "context" in result.reason
+    assert result.ok
+    assert "no answer of two blocks fits" in result.reason
+
+
+def test_without_a_golden_answer_the_context_tower_is_tested_alone(tmp_path):
+    write_random_checkpoint(tmp_path / "checkpoint", "M*E", 32, seed=1)
+    write_bundle(open_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", towers=("context",))
+    built, _ = build_engines(tmp_path / "bundle", tmp_path / "engines", BuildOptions(slots=1))
+
+    def forget(manifest):
+        request = {name: manifest["golden"][name] for name in REQUEST_KEYS}
+        missing = {"reason": "lost", "request": request}
+        manifest |= {"golden": None, "golden_missing": missing}
+
+    change_manifest(built.folder, forget)
+    result = outcome_of(built.folder)
+    assert result.status == "plausible", result.reason
+    assert result.denoiser_calls == 0
 
 
 def test_a_malformed_golden_block_is_refused(engines):
@@ -192,6 +291,19 @@ def test_the_command_reports_and_records(engines, tmp_path):
     done = run(selftest, [str(engines)])
     assert done.stdout.startswith("FAILED: ")
     assert done.exception.exit_code == 1
+    refused = tmp_path / "refused.json"
+    done = run(selftest, [str(engines), "--record", str(refused)])
+    assert done.exception.exit_code == 1
+    assert "word salad" in str(done.exception)
+    assert "Nothing was recorded" in str(done.exception)
+    assert not refused.exists()
+
+
+def test_the_command_reports_engines_without_a_golden_answer(engines):
+    change_manifest(engines, forget_the_answer)
+    done = CliRunner().invoke(selftest, [str(engines), "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("PLAUSIBLE: 48 tokens in ")
 
 
 def test_a_recorded_answer_is_taken_by_the_next_export(built, tmp_path):

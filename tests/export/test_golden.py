@@ -11,10 +11,20 @@ import reference
 from reference import ReferenceModel, generate_ar, generate_mask_diffusion
 
 from twotower_export import golden as module
+from twotower_export import sequence
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.errors import ExportError
-from twotower_export.golden import compute_golden, golden_for, main, read_golden, write_golden
+from twotower_export.golden import (
+    BLOCK_SIZE,
+    MAX_NEW_TOKENS,
+    compute_golden,
+    golden_for,
+    main,
+    read_golden,
+    stream_golden,
+    write_golden,
+)
 from twotower_export.refinement import POLICIES, Rule, gumbel, refine
 from twotower_export.tiny import (
     copy_pretrained,
@@ -95,7 +105,8 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
     monkeypatch.setattr(module, "FLOAT32_BOUND", 1000)
     golden, missing = golden_for(checkpoint)
     assert golden is None
-    assert "twotower selftest ENGINES --record" in missing["reason"]
+    assert f"python -m twotower_export.golden {checkpoint.path}" in missing["reason"]
+    assert "\n" not in missing["reason"]
     monkeypatch.undo()
     computed = golden_for(checkpoint)[0]
     assert missing["request"].items() <= computed.items()
@@ -116,12 +127,46 @@ def test_a_file_of_something_else_is_refused(checkpoint, change, message):
         golden_for(checkpoint)
 
 
-def test_the_command_writes_the_file(checkpoint, capsys):
+def test_the_command_streams_and_gives_the_answer_of_the_towers_in_memory(checkpoint, capsys):
+    """Its towers are streamed whatever their size: equal to those that are loaded, all of it."""
     assert main([str(checkpoint.path)]) == 0
-    assert capsys.readouterr().out.strip() == str(checkpoint.path / "golden.json")
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(checkpoint.path / "golden.json")
+    assert "6 to 51 calls that read about 0.0 GB" in printed.err
     assert read_golden(checkpoint) == compute_golden(checkpoint)
     assert main([str(checkpoint.path / "nothing")]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_an_autoregressive_answer_is_streamed_too(checkpoint):
+    assert stream_golden(checkpoint, "ar") == compute_golden(checkpoint, "ar")
+
+
+def test_progress_counts_calls_layers_and_bytes(checkpoint):
+    told = []
+    golden = stream_golden(checkpoint, progress=lambda *what: told.append(what))
+    calls = golden["denoiser_calls"] + MAX_NEW_TOKENS // BLOCK_SIZE
+    assert len(told) == calls * checkpoint.config.num_layers
+    assert told[0] == ("call 1 of at most 51, 0.0 GB read; context layer", 0, 3)
+    assert told[-1][0].startswith(f"call {calls} of at most 51, ")
+    assert told[-1][0].endswith("denoiser layer")
+
+
+def test_an_interrupted_command_leaves_nothing(checkpoint, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    before = sorted(checkpoint.path.iterdir())
+    monkeypatch.setattr(sequence, "run_layer", interrupt)
+    assert main([str(checkpoint.path)]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
+    assert sorted(checkpoint.path.iterdir()) == before
+
+
+def test_the_command_needs_pytorch(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([str(checkpoint.path)]) == 2
+    assert "error: PyTorch is not installed" in capsys.readouterr().err
 
 
 def test_the_trained_checkpoint_ships_a_golden_answer_that_is_still_right(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from twotower_export.graph import build_context_graph, build_denoiser_graph
+from twotower_export.graph.body import Body, in_section, inputs
 from twotower_export.graph.layers import FLOAT_WEIGHTS
 from twotower_export.layout import graph_weights
 from twotower_export.tiny import random_tensors, tiny_config
@@ -244,3 +245,60 @@ def test_a_graph_reads_as_an_architecture():
     }
     assert all(function.doc_string for function in graph.functions.values())
     onnx.checker.check_model(ir.to_proto(graph))
+
+
+@pytest.fixture(params=["context", "denoiser"])
+def graph(request):
+    config = tiny_config("MEM*EM*E", 32, "bfloat16")
+    weights = graph_weights(config, request.param)
+    stored = {name: "F32" if name.endswith(FLOAT_WEIGHTS) else "BF16" for name in weights}
+    build = {"context": build_context_graph, "denoiser": build_denoiser_graph}[request.param]
+    return ir.to_proto(build(config, "float32", stored, {}))
+
+
+def test_inputs_and_outputs_say_their_shape_and_meaning(graph):
+    for value in (*graph.graph.input, *graph.graph.output):
+        sizes = [dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim]
+        shape, _, meaning = value.doc_string.partition("] ")
+        assert shape == f"[{', '.join(sizes)}", value.name
+        dtype, _, meaning = meaning.partition(". ")
+        assert dtype == onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+        assert len(meaning) > 10, value.name
+
+
+def test_node_names_say_where_a_node_belongs(graph):
+    names = [node.name for node in graph.graph.node]
+    for function in graph.functions:
+        inside = [node.name for node in function.node]
+        assert all(name.startswith(f"{function.name}/") for name in inside)
+        names += inside
+    assert len(names) == len(set(names))
+    assert {"MambaBlockStep/decay.exp", "ExpertsMixer/router.scores.sigmoid"} <= set(names)
+    tower = graph.graph.name
+    assert {f"{tower}/embeddings.gather", f"{tower}.layers.3", f"{tower}/head.matmul"} <= set(names)
+
+
+def test_a_node_more_renames_none_in_another_section():
+    @in_section("part")
+    def part(b, x):
+        b.begin("inner")
+        return b.op.Exp(x)
+
+    def names(extra):
+        b = Body(ir.DataType.FLOAT)
+        given = inputs("x")
+        (x,) = given
+        b.begin("first")
+        for _ in range(extra):
+            x = b.op.Exp(x)
+        b.begin("second")
+        x = part(b, b.op.Mul(b.op.Exp(x), b.f32(2.0)))
+        x = b.op.Exp(x)
+        b.begin("third")
+        function = b.function("F", given, {"y": b.op.Neg(b.op.Exp(x))}, "")
+        return [node.name for node in function if node.op_type != "Constant"]
+
+    rest = ["second.exp", "second.mul", "second.part.inner.exp", "second.exp_1", "third.exp"]
+    rest = [f"F/{name}" for name in [*rest, "third.neg"]]
+    assert names(0) == rest
+    assert names(2) == ["F/first.exp", "F/first.exp_1", *rest]

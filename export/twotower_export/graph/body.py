@@ -3,14 +3,18 @@
 A thin layer over `onnx_ir.tape.Tape` that adds what writing a model by hand needs: shared
 constants, named values, casts that vanish where the dtype already fits, and calls of functions
 written before. It knows nothing about towers.
+
+Nodes are named after the section of the body that they are written in: `decay.exp` is the first Exp
+of section `decay`, `decay.exp_1` the second. A node more in one section renames none in another.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -27,22 +31,44 @@ INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
 
 
+_SECTION = "section"
+"""Key of a node's metadata that only exists until nodes are named."""
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
 class Operators:
     """`op.Mul(x, y)` writes a node to the tape and returns its output.
 
     Keywords are attributes; `_outputs=n` asks for a tuple of n outputs.
+
+    Attributes:
+        tape: the nodes.
+        section: that nodes belong to which are written now.
     """
 
     def __init__(self) -> None:
         self.tape = ir.tape.Tape()
+        self.section = ""
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         def write(*args: ir.Value, _outputs: int | None = None, **attributes: Any) -> Any:
             if _outputs is None:
-                return self.tape.op(op_type, args, attributes)
-            return self.tape.op_multi_out(op_type, args, attributes, num_outputs=_outputs)
+                value = self.tape.op(op_type, args, attributes)
+                self.mark(value)
+                return value
+            values = self.tape.op_multi_out(op_type, args, attributes, num_outputs=_outputs)
+            self.mark(values[0])
+            return values
 
         return write
+
+    def mark(self, output: ir.Value) -> None:
+        """Note which section the node of an output belongs to."""
+        node = output.producer()
+        assert node is not None, "the output of a node that was just written"
+        node.meta[_SECTION] = self.section
 
 
 @dataclass
@@ -57,6 +83,11 @@ class Body:
     dtype: ir.DataType
     op: Operators = field(default_factory=Operators)
     _constants: dict[str, ir.Value] = field(default_factory=dict)
+    _outer: str = ""
+
+    def begin(self, section: str) -> None:
+        """Name the part of the body that begins here; it ends where the next one begins."""
+        self.op.section = self._outer + section
 
     def const(self, value: Any, dtype: ir.DataType) -> ir.Value:
         """A constant; equal ones are one node."""
@@ -158,6 +189,7 @@ class Body:
             version=1,
             name=name,
         )
+        self.op.mark(made[0])
         for value, value_name in zip(made, outputs or (), strict=bool(outputs)):
             value.name = value_name
         return made
@@ -194,16 +226,51 @@ class Body:
         return ir.Function(DOMAIN, name, graph=graph, attributes=attrs)
 
 
+def in_section(
+    name: str,
+) -> Callable[[Callable[Concatenate[Body, Given], Made]], Callable[Concatenate[Body, Given], Made]]:
+    """Decorates a function that writes a part of a body: its nodes get a section of their own.
+
+    Within a section, this is a part of that section; sections that the function begins are parts of
+    its own.
+    """
+
+    def decorate(
+        build: Callable[Concatenate[Body, Given], Made],
+    ) -> Callable[Concatenate[Body, Given], Made]:
+        @functools.wraps(build)
+        def inside(b: Body, /, *args: Given.args, **kwargs: Given.kwargs) -> Made:
+            outer, section = b._outer, b.op.section
+            b.op.section = f"{section}.{name}" if section else name
+            b._outer = f"{b.op.section}."
+            try:
+                return build(b, *args, **kwargs)
+            finally:
+                b._outer, b.op.section = outer, section
+
+        return inside
+
+    return decorate
+
+
 def prefixed(nodes: Sequence[ir.Node], prefix: str) -> list[ir.Node]:
-    """Gives nameless nodes and values stable names: `<op>_<n>`, counted per operator."""
+    """Gives nameless nodes and values their names: `<prefix>/<section>.<op>`, then `.._1`, ...
+
+    Constants are named after what they hold.
+    """
     counts: dict[str, int] = {}
     for node in nodes:
-        count = counts.get(node.op_type, 0)
-        counts[node.op_type] = count + 1
-        stem = f"{node.op_type.lower()}_{count}"
+        section = node.meta.pop(_SECTION, "")
+        if node.op_type == "Constant":
+            node.name = f"{prefix}/{node.outputs[0].name}"
+            continue
+        stem = f"{section}.{node.op_type.lower()}".removeprefix(".")
+        count = counts.get(stem, 0)
+        counts[stem] = count + 1
+        stem = f"{stem}_{count}" if count else stem
         node.name = node.name or f"{prefix}/{stem}"
         for index, value in enumerate(node.outputs):
-            value.name = value.name or (stem if len(node.outputs) == 1 else f"{stem}_{index}")
+            value.name = value.name or (stem if len(node.outputs) == 1 else f"{stem}.{index}")
     return list(nodes)
 
 

@@ -1,4 +1,7 @@
-"""Mixture of experts: router, routed experts and the shared expert."""
+"""Mixture of experts: router, routed experts and the shared expert.
+
+NVIDIA's `modeling_nemotron_h.py`: `NemotronHMOE`, `NemotronHTopkRouter`, `NemotronHMLP`.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,10 @@ MIXER_WEIGHTS = (
 def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     """`twotower::SparseExperts`: the routed experts' weighted sum, down(relu(up(x))^2).
 
-    The body is dense: every expert sees every token and the weight of one not routed is 0. A kernel
-    of this name reads the routed experts only.
+    `NemotronHMLP` without gate projection (`mlp_hidden_act` relu2); the sum is taken in the router
+    weights' dtype and then rounded, as by `NemotronHMOE.moe`. The body is dense: every expert sees
+    every token and the weight of one not routed is 0. A kernel of this name reads only the routed
+    experts.
 
     Inputs: x [n, hidden] T; indices [n, k] int32 (-1: none); weights [n, k] float32; up
     [E, inner, hidden]; down [E, hidden, inner]. Output: y [n, hidden] T, summed in float32.
@@ -31,13 +36,17 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     b = Body(dtype)
     args = inputs("x", "indices", "weights", "up", "down")
     x, indices, weights, up, down = args
+    b.begin("share")
     every = np.arange(config.num_experts, dtype=np.int32).reshape(1, 1, -1)
     routed = b.cast(b.op.Equal(b.unsqueeze(indices, 2), b.i32(every)), FLOAT)  # [n, k, E]
     share = b.op.ReduceSum(
         b.op.Mul(routed, b.unsqueeze(weights, 2)), b.i64([1]), keepdims=0
     )  # [n, E]
+    b.begin("up")
     inner = b.op.Relu(b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1)))  # [E, n, inner]
+    b.begin("down")
     each = b.up(b.op.MatMul(b.op.Mul(inner, inner), b.transpose(down, 0, 2, 1)))  # [E, n, hidden]
+    b.begin("sum")
     share = b.unsqueeze(b.transpose(share, 1, 0), 2)
     y = b.down(b.op.ReduceSum(b.op.Mul(each, share), b.i64([0]), keepdims=0))
     return b.function(
@@ -52,9 +61,14 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
 def experts_mixer(config: ModelConfig, dtype: ir.DataType, routed: ir.Function) -> ir.Function:
     """`twotower::ExpertsMixer`: router, routed experts and the shared expert on the same input.
 
-    The router works in float32: sigmoid scores, selection by corrected scores, weights from the
-    uncorrected ones (NVIDIA's `modeling_nemotron_h.py`, `NemotronHTopkRouter`). With one expert
-    group, group selection is no operation.
+    Sigmoid scores, selection by corrected scores (`get_topk_indices`), weights from the uncorrected
+    ones, divided by their sum + 1e-20, then scaled (`NemotronHTopkRouter.forward`). With one expert
+    group, group selection is no operation. The shared expert takes the same input, unscaled.
+
+    The router works in float32, as `NemotronHTopkRouter` does in the base model. TwoTower's release
+    has float64 there (revision a203471, to match Megatron's `--moe-router-dtype fp64`). The choice
+    is the same unless the last chosen and the first refused expert are within float32's rounding of
+    each other, some 1e-6 of a score; the router's input was rounded to bfloat16, 4e-3, before.
 
     Inputs: x [B, L, hidden] T; lengths [B] int32; `MIXER_WEIGHTS`. Output: y [B, L, hidden] T.
     Padding is routed nowhere, so that it costs no expert its weights.
@@ -62,25 +76,34 @@ def experts_mixer(config: ModelConfig, dtype: ir.DataType, routed: ir.Function) 
     b = Body(dtype)
     args = inputs("x", "lengths", *MIXER_WEIGHTS)
     x, lengths, gate, correction, up, down, shared_up, shared_down = args
+    b.begin("tokens")
     tokens = b.reshape(x, -1, config.hidden_size)
 
+    b.begin("router.scores")
     scores = b.op.Sigmoid(b.linear(b.cast(tokens, FLOAT), b.cast(gate, FLOAT)))  # [n, E]
     corrected = b.op.Add(scores, b.cast(correction, FLOAT))
+    b.begin("router.choice")
     k = b.i64([config.num_experts_per_tok])
     _, chosen = b.op.TopK(corrected, k, axis=1, _outputs=2)
+    b.begin("router.weights")
     weights = b.op.GatherElements(scores, chosen, axis=1)
     if config.norm_topk_prob:
         total = b.op.ReduceSum(weights, b.i64([1]), keepdims=1)
         weights = b.op.Div(weights, b.op.Add(total, b.f32(1e-20)))
     weights = b.op.Mul(weights, b.f32(config.routed_scaling_factor))
 
+    b.begin("padding")
     steps = b.arange(b.size(x, 1))
     valid = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))  # [B, L]
     valid = b.op.Reshape(valid, b.i64([-1, 1]))
     indices = b.op.Where(valid, b.cast(chosen, INT32), b.i32(-1))
 
+    b.begin("routed")
     (y,) = b.call(routed, [tokens, indices, weights, up, down])
+    b.begin("shared")
     inner = b.op.Relu(b.linear(tokens, shared_up))
-    y = b.op.Add(y, b.linear(b.op.Mul(inner, inner), shared_down))
+    shared = b.linear(b.op.Mul(inner, inner), shared_down)
+    b.begin("sum")
+    y = b.op.Add(y, shared)
     y = b.op.Reshape(y, b.op.Shape(x))
     return b.function("ExpertsMixer", args, {"y": y}, "Mixture of experts with a shared expert.")

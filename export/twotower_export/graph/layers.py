@@ -1,8 +1,10 @@
 """Layers: norm, mixer and residual, one ONNX function per tower and kind.
 
-Context: x + mixer(norm(x)). Denoiser (NVIDIA's `_run_denoiser_step_diffusion`): Mamba and attention
-layers modulate and then norm, MoE layers norm and then modulate; the mixer's result is gated and
-added to the hidden state as it was before modulation.
+Context: x + mixer(norm(x)), the residual in T (NVIDIA's `modeling_nemotron_h.py`, `NemotronHBlock`;
+`residual_in_fp32` is false). Denoiser (`modeling_nemotron_twotower.py`,
+`_run_denoiser_step_diffusion`): Mamba and attention layers modulate and then norm, MoE layers norm
+and then modulate; the mixer's result is gated and added to the hidden state as it was before
+modulation. The order is Megatron's, where the former have their norm fused into the projection.
 """
 
 from __future__ import annotations
@@ -111,8 +113,11 @@ def _context_layer(
     args = inputs("hidden", *letter.states, *letter.row_inputs, *weight_suffixes(kind))
     hidden, *states_and_rows = args[: 1 + len(letter.states) + len(letter.row_inputs)]
     norm_weight, *weights = args[1 + len(states_and_rows) :]
+    b.begin("norm")
     (x,) = b.call(norm, [hidden, norm_weight])
+    b.begin("mixer")
     y, *new = b.call(mixer, [x, *states_and_rows, *weights])
+    b.begin("residual")
     outputs = {"hidden_out": b.op.Add(hidden, y), **dict(zip(letter.outputs, new, strict=True))}
     doc = f"Context tower, {letter.name} layer: hidden + mixer(norm(hidden))."
     return b.function(f"Context{letter.name}Layer", args, outputs, doc)
@@ -133,17 +138,23 @@ def _denoiser_layer(
     hidden, embedding, conditioned, *rest = args
     count = len(letter.states) + len(letter.row_inputs)
     states_and_rows, (table, norm_weight, *weights) = rest[:count], rest[count:]
+    b.begin("modulation")
     scale, shift, gate = b.call(modulate, [embedding, table, conditioned])
 
     def modulated(x: ir.Value) -> ir.Value:
+        """`_modulate`: x * (1 + scale) + shift."""
+        b.begin("modulated")
         made: ir.Value = b.op.Add(b.op.Mul(x, scale), shift)
         return made
 
     def normed(x: ir.Value) -> ir.Value:
+        b.begin("norm")
         return b.call(norm, [x, norm_weight])[0]
 
     x = modulated(normed(hidden)) if kind == "E" else normed(modulated(hidden))
+    b.begin("mixer")
     y = b.call(mixer, [x, *states_and_rows, *weights])[0]
+    b.begin("residual")
     outputs = {"hidden_out": b.op.Add(hidden, b.op.Mul(gate, y))}
     order = "modulate(norm(hidden))" if kind == "E" else "norm(modulate(hidden))"
     doc = f"Denoiser tower, {letter.name} layer: hidden + gate * mixer({order})."

@@ -2,8 +2,13 @@
 
 The scan over a block is written as one masked matrix product, quadratic in the block, because it is
 exact in float32 and made of ordinary operators (Dao and Gu, "Transformers are SSMs", section 6:
-the dual form). Rounding points follow NVIDIA's `modeling_nemotron_h.py` in block mode: everything
-inside the scan is float32, its result is rounded to T before the gated norm.
+the dual form).
+
+Sources: NVIDIA's `modeling_nemotron_twotower.py`, `_denoiser_block_mamba` (which also serves
+`_extend_context_cache`), and `modeling_nemotron_h.py`, `NemotronHMamba2Mixer`. Rounding points are
+those of the former: everything inside the scan is float32, its result is rounded to T before the
+gated norm. So it is for prefill and the single step here; NVIDIA's prefill (`_build_context_cache`)
+scans inputs in T, which is less exact.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from twotower_export.config import ModelConfig
-from twotower_export.graph.body import FLOAT, Body, inputs
+from twotower_export.graph.body import FLOAT, Body, in_section, inputs
 
 NEVER = -1e30
 """Exponent of what may not be seen: exp gives an exact 0, and no arithmetic on it gives NaN."""
@@ -21,7 +26,8 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     """`twotower::MambaBlockStep`: convolution, scan and gated norm over one block.
 
     Inputs: projected [B, L, d_inner + conv_dim + H] T (z | xBC | dt); conv_state [B, 3, conv_dim] T
-    (raw xBC, newest last); ssm_state [B, H, P, N] float32; lengths [B] int32; conv_weight
+    (raw xBC, newest last: NVIDIA's cache keeps four columns, of which a continuation reads three;
+    Megatron's keeps three); ssm_state [B, H, P, N] float32; lengths [B] int32; conv_weight
     [conv_dim, 4]; conv_bias [conv_dim]; dt_bias, A_log, D [H]; norm_weight [d_inner].
     Outputs: y [B, L, d_inner] T; both new states. Positions at or past a row's length leave the
     states as they are (dt = 0).
@@ -38,41 +44,53 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     G, N = config.n_groups, config.ssm_state_size
     J = H // G  # heads that share one group's B and C
 
+    b.begin("split")
     z, xbc, dt = b.op.Split(projected, b.i64([d_inner, conv_dim, H]), axis=2, _outputs=3)
 
+    b.begin("history")
     history = b.op.Concat(conv_state, xbc, axis=1)
+    b.begin("steps")
     steps = b.arange(b.size(projected, 1))  # [L]
+    b.begin("")
     convolved = _convolve(b, history, steps, conv_weight, conv_bias)
+    b.begin("inputs")
     x, B, C = b.op.Split(convolved, b.i64([d_inner, G * N, G * N]), axis=2, _outputs=3)
     x = b.transpose(b.reshape(x, 0, -1, G, J, P), 0, 2, 3, 1, 4)  # [B, G, J, L, P]
     B = b.transpose(b.reshape(B, 0, -1, G, N), 0, 2, 1, 3)  # [B, G, L, N]
     C = b.transpose(b.reshape(C, 0, -1, G, N), 0, 2, 1, 3)
 
+    b.begin("dt")
     valid = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))  # [B, L]
+    # No clamp: `time_step_limit` is (0, inf); min, max and floor in config.json are for training.
     dt = b.op.Softplus(b.op.Add(b.up(dt), b.cast(dt_bias, FLOAT)))
     dt = b.op.Mul(dt, b.unsqueeze(b.cast(valid, FLOAT), 2))  # [B, L, H]
+    b.begin("decay")
     rate = b.op.Neg(b.op.Exp(b.cast(a_log, FLOAT)))  # A [H]
     total = b.op.CumSum(b.op.Mul(dt, rate), b.i64(1))  # log of the decay since the block began
     total = b.transpose(b.reshape(total, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
     # Of the whole block: the last sum, which is the least. A sum of its own, added in another
     # order, would not cancel in exp(end - total).
     end = b.op.ReduceMin(total, b.i64([3]), keepdims=1)
+    b.begin("gain")
     dt = b.transpose(b.reshape(dt, 0, -1, G, J), 0, 2, 3, 1)
     dx = b.op.Mul(x, b.unsqueeze(dt, 4))  # [B, G, J, L, P]
 
+    b.begin("scan")
     seed = b.reshape(ssm_state, 0, G, J * P, N)
     y = b.op.Add(_within_block(b, B, C, total, steps, dx), _from_seed(b, C, seed, total, (G, J, P)))
     y = b.op.Add(y, b.op.Mul(b.reshape(b.cast(d_skip, FLOAT), G, J, 1, 1), x))
     y = b.down(b.reshape(b.transpose(y, 0, 3, 1, 2, 4), 0, -1, d_inner))
     ssm_state_new = _end_state(b, B, seed, total, end, dx, (G, J, P))
+    ssm_state_new = b.reshape(ssm_state_new, 0, H, P, N)
 
+    b.begin("")
     return b.function(
         "MambaBlockStep",
         args,
         {
             "y": _gated_norm(b, y, z, norm_weight, config),
             "conv_state_new": _newest(b, history, lengths),
-            "ssm_state_new": b.reshape(ssm_state_new, 0, H, P, N),
+            "ssm_state_new": ssm_state_new,
         },
         "Mamba-2 over one block of at most 256 tokens: causal convolution with a history of three, "
         "selective scan seeded by ssm_state, gated group norm.",
@@ -80,10 +98,13 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     )
 
 
+@in_section("convolution")
 def _convolve(
     b: Body, history: ir.Value, steps: ir.Value, weight: ir.Value, bias: ir.Value
 ) -> ir.Value:
     """Depthwise causal convolution and SiLU; [B, 3 + L, conv_dim] T -> [B, L, conv_dim] float32.
+
+    `causal_conv1d_fn` with `initial_states` in `_denoiser_block_mamba`: float32 inside, gives T.
 
     Each token's four columns are gathered at once: TensorRT's parser turns every slice of a dynamic
     axis into some fifteen layers of shape arithmetic.
@@ -95,6 +116,7 @@ def _convolve(
     return b.up(b.down(b.silu(b.op.Add(convolved, b.cast(bias, FLOAT)))))
 
 
+@in_section("within_block")
 def _within_block(
     b: Body, B: ir.Value, C: ir.Value, total: ir.Value, steps: ir.Value, dx: ir.Value
 ) -> ir.Value:
@@ -107,6 +129,7 @@ def _within_block(
     return made
 
 
+@in_section("from_seed")
 def _from_seed(
     b: Body, C: ir.Value, seed: ir.Value, total: ir.Value, sizes: tuple[int, int, int]
 ) -> ir.Value:
@@ -118,6 +141,7 @@ def _from_seed(
     return made
 
 
+@in_section("end_state")
 def _end_state(
     b: Body,
     B: ir.Value,
@@ -137,18 +161,24 @@ def _end_state(
     return made
 
 
+@in_section("newest")
 def _newest(b: Body, history: ir.Value, lengths: ir.Value) -> ir.Value:
-    """The three raw columns that end at each row's length; [B, 3 + L, conv_dim] -> [B, 3, ...]."""
+    """The three raw columns that end at each row's length; [B, 3 + L, conv_dim] -> [B, 3, ...].
+
+    `new_conv` of `_denoiser_block_mamba`: before convolution and SiLU; of history and block where
+    the block is shorter.
+    """
     columns = b.op.Add(b.unsqueeze(lengths, 1), b.i32([[0, 1, 2]]))
     index = b.unsqueeze(b.cast(columns, ir.DataType.INT64), 2)
     made: ir.Value = b.op.GatherND(history, index, batch_dims=1)
     return made
 
 
+@in_section("gated_norm")
 def _gated_norm(
     b: Body, y: ir.Value, z: ir.Value, weight: ir.Value, config: ModelConfig
 ) -> ir.Value:
-    """u = y * silu(z), then RMS norm within each group (norm_before_gate is false)."""
+    """u = y * silu(z), then RMS norm within each group (`MambaRMSNormGated`: gate before norm)."""
     gated = b.op.Mul(b.up(y), b.silu(b.up(z)))
     groups = b.reshape(gated, 0, -1, config.n_groups, config.d_inner // config.n_groups)
     mean = b.op.ReduceMean(b.op.Mul(groups, groups), b.i64([-1]), keepdims=1)
@@ -179,8 +209,11 @@ def mamba_mixer(config: ModelConfig, dtype: ir.DataType, step: ir.Function) -> i
     b = Body(dtype)
     args = inputs("x", "conv_state", "ssm_state", "lengths", *MIXER_WEIGHTS)
     x, conv_state, ssm_state, lengths, in_proj, *inner, out_proj = args
+    b.begin("in_proj")
     projected = b.linear(x, in_proj)
+    b.begin("step")
     y, conv_new, ssm_new = b.call(step, [projected, conv_state, ssm_state, lengths, *inner])
+    b.begin("out_proj")
     outputs = {
         "y": b.linear(y, out_proj),
         "conv_state_new": conv_new,

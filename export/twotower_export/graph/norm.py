@@ -1,4 +1,8 @@
-"""RMS norm, float32 inside and multiplied by its weight before it is rounded."""
+"""RMS norm, float32 inside and multiplied by its weight before it is rounded.
+
+NVIDIA's `modeling_nemotron_h.py`, `NemotronHRMSNorm`. (The native class of transformers rounds
+before the multiplication in its gated norm.)
+"""
 
 from __future__ import annotations
 

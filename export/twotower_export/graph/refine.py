@@ -1,8 +1,13 @@
 """`twotower::RefineBlock`: one step of iterative refinement, from logits to block ids.
 
-The rules are NVIDIA's `generate_mask_diffusion` (policy `threshold`); `factor` is Fast-dLLM's
-dynamic threshold (Wu et al. 2025, section 3.3), `entropy` the bound of EB-Sampler (Ben-Hamu et al.
-2025). This body is the reference: kernels must take the same decisions.
+The rules are those of a step of NVIDIA's `generate_mask_diffusion`
+(`modeling_nemotron_twotower.py`), each named where it is written; `factor` is Fast-dLLM's dynamic
+threshold (Wu et al. 2025, section 3.3), `entropy` the bound of EB-Sampler (Ben-Hamu et al. 2025).
+This body is the reference: kernels must take the same decisions.
+
+Where it differs from NVIDIA's: the mask token has logit -inf and not -1e12; noise is drawn by
+(seed, position, token) and not by `torch.rand_like`; and a NaN fails the row, where NVIDIA's sort
+would commit that position first.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from twotower_export.graph.body import FLOAT, INT32, INT64, Body, inputs
+from twotower_export.graph.body import FLOAT, INT32, INT64, Body, in_section, inputs
 
 POLICIES = ("threshold", "quota", "factor", "entropy", "leftmost")
 """Policies by number, as the input `policy` gives them."""
@@ -21,7 +26,7 @@ PRIME = 2**31 - 1
 """The noise is computed in the field of this many elements: products of two fit an int64."""
 
 EXCLUDED = -np.inf
-"""Logit of the mask token. (NVIDIA's -1e12 would predict it where all others are lower still.)"""
+"""Logit of the mask token. (`_mdlm_forward`'s -1e12 would predict it where all are lower still.)"""
 
 LEAST_LOG_P = -1e12
 """Bound on the log probability of what has no probability: 0 * -inf is not a number."""
@@ -45,30 +50,38 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
     b = Body(dtype)
     args = inputs("logits", "ids", *ROW_INPUTS)
     logits, ids, lengths, threshold, steps_left, temperature, policy, seed = args
+    b.begin("masked")
     steps = b.arange(b.size(ids, 1))  # [S]
     inside = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))
     masked = b.op.And(inside, b.op.Equal(ids, b.i32(mask_id)))  # [B, S]
 
+    b.begin("logits")
     vocabulary = b.unsqueeze(b.arange(b.size(logits, 2)), 0, 1)  # [1, 1, V]
     is_mask = b.op.Equal(vocabulary, b.i32(mask_id))
     logits = b.op.Where(is_mask, b.f32(EXCLUDED), b.cast(logits, FLOAT))
+    b.begin("")
     prediction = _predict(b, logits, b.cast(vocabulary, INT64), temperature, seed, steps)
     log_p, entropy = _statistics(b, logits, prediction)
 
+    b.begin("failed")
     bad = b.op.And(masked, b.op.Or(b.op.IsNaN(log_p), b.op.IsNaN(entropy)))
     failed = b.op.Greater(_count(b, bad), b.i32(0))  # [B]
     masked_ok = b.op.And(masked, b.op.Not(b.unsqueeze(failed, 1)))
+    b.begin("confidence")
     confidence = b.op.Exp(log_p)
 
+    b.begin("order")
     key = _sort_key(b, masked_ok, confidence, entropy, steps, policy)
     before = _precedes(b, key, steps)  # [B, S, S]: j is committed before i
     rank = b.op.ReduceSum(b.cast(before, INT32), b.i64([2]), keepdims=0)
+    b.begin("commit")
     n = _count(b, masked_ok)
     wanted = _wanted(b, confidence, entropy, before, rank, masked_ok, threshold, policy)
     quota = _ceil_div(b, n, steps_left)
     commit = b.op.Min(n, b.op.Max(wanted, quota))
-    commit = b.op.Where(b.op.LessOrEqual(steps_left, b.i32(1)), n, commit)
+    commit = b.op.Where(b.op.LessOrEqual(steps_left, b.i32(1)), n, commit)  # `is_last_step`
 
+    b.begin("outputs")
     committed = b.op.And(masked_ok, b.op.Less(rank, b.unsqueeze(commit, 1)))
     still = b.op.Where(failed, b.i32(-1), b.op.Sub(n, commit))
     outputs = {
@@ -87,6 +100,7 @@ def _count(b: Body, flags: ir.Value) -> ir.Value:
     return made
 
 
+@in_section("predict")
 def _predict(
     b: Body,
     logits: ir.Value,
@@ -95,7 +109,10 @@ def _predict(
     seed: ir.Value,
     steps: ir.Value,
 ) -> ir.Value:
-    """argmax(logits / temperature + gumbel), or argmax(logits) at temperature 0; [B, S] int32."""
+    """argmax(logits / temperature + gumbel), or argmax(logits) at temperature 0; [B, S] int32.
+
+    `predicted` of `generate_mask_diffusion`; `_gumbel_sample`. (A softmax does not move an argmax.)
+    """
     row = b.unsqueeze(temperature, 1, 2)
     sampled = b.op.Greater(row, b.f32(0.0))
     divisor = b.op.Where(sampled, row, b.f32(1.0))
@@ -104,6 +121,7 @@ def _predict(
     return b.cast(b.op.ArgMax(scores, axis=2, keepdims=0), INT32)
 
 
+@in_section("noise")
 def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> ir.Value:
     """Gumbel noise as a function of (seed, position, token); [B, S, V] float32.
 
@@ -129,20 +147,33 @@ def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> i
         made: ir.Value = b.op.ReduceMax(b.unsqueeze(x, 0), b.i64([0]), keepdims=0)
         return made
 
+    b.begin("key")
     place = b.op.Add(b.op.Mul(b.cast(steps, INT64), b.i64(7919)), b.i64(7919 + 1))
     key = add(b.unsqueeze(b.cast(seed, INT64), 1), b.unsqueeze(place, 0))  # [B, S]
+    b.begin("first_key")
     first = apart(fifth_power(key))
+    b.begin("second_key")
     second = apart(fifth_power(add(first, b.i64(104729))))
+    b.begin("first_round")
     mixed = apart(fifth_power(add(vocabulary, b.unsqueeze(first, 2))))
+    b.begin("second_round")
     mixed = fifth_power(add(mixed, b.unsqueeze(second, 2)))
+    b.begin("uniform")
     top = b.cast(b.op.Div(mixed, b.i64(256)), FLOAT)  # 23 bits: U below is exact in float32
     uniform = b.op.Mul(b.op.Add(top, b.f32(0.5)), b.f32(2.0**-23))
+    b.begin("gumbel")
     made: ir.Value = b.op.Neg(b.op.Log(b.op.Neg(b.op.Log(uniform))))
     return made
 
 
+@in_section("statistics")
 def _statistics(b: Body, logits: ir.Value, prediction: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """log p(prediction) and entropy in nats at temperature 1, each [B, S] float32."""
+    """log p(prediction) and entropy in nats at temperature 1, each [B, S] float32.
+
+    `confidence` of `generate_mask_diffusion` is taken from the unscaled distribution, after
+    `_mdlm_forward` has removed the mask token.
+    """
+    b.begin("log_p")
     top = b.op.ReduceMax(logits, b.i64([2]), keepdims=1)
     shifted = b.op.Sub(logits, top)
     weight = b.op.Exp(shifted)
@@ -150,6 +181,7 @@ def _statistics(b: Body, logits: ir.Value, prediction: ir.Value) -> tuple[ir.Val
     log_total = b.op.Log(total)
     chosen = b.op.GatherElements(shifted, b.unsqueeze(b.cast(prediction, INT64), 2), axis=2)
     log_p = b.op.Squeeze(b.op.Sub(chosen, log_total), b.i64([2]))
+    b.begin("entropy")
     share = b.op.Mul(weight, b.op.Max(shifted, b.f32(LEAST_LOG_P)))
     mean = b.op.Div(b.op.ReduceSum(share, b.i64([2]), keepdims=1), total)
     entropy = b.op.Squeeze(b.op.Sub(log_total, mean), b.i64([2]))
@@ -165,6 +197,7 @@ def _chosen(b: Body, policy: ir.Value, cases: Sequence[ir.Value], axes: int) -> 
     return result
 
 
+@in_section("key")
 def _sort_key(
     b: Body,
     masked: ir.Value,
@@ -181,8 +214,13 @@ def _sort_key(
     return made
 
 
+@in_section("precedes")
 def _precedes(b: Body, key: ir.Value, steps: ir.Value) -> ir.Value:
     """[B, S, S]: position j (last axis) is committed before i; of equal keys the higher index.
+
+    `generate_mask_diffusion` sorts confidences ascending and masks the first ones again: of equal
+    ones the lower index, where the sort is stable, as it is on the CPU. Megatron's
+    `MaskDiffusionProcess` argsorts the whole row in the same direction.
 
     A comparison of all pairs: S is small, and no stable sort is needed.
     """
@@ -193,6 +231,7 @@ def _precedes(b: Body, key: ir.Value, steps: ir.Value) -> ir.Value:
     return made
 
 
+@in_section("wanted")
 def _wanted(
     b: Body,
     confidence: ir.Value,
@@ -203,14 +242,21 @@ def _wanted(
     threshold: ir.Value,
     policy: ir.Value,
 ) -> ir.Value:
-    """How many positions a row's policy would commit; [B] int32."""
+    """How many positions a row's policy would commit; [B] int32.
+
+    `threshold`: `num_above` of `generate_mask_diffusion`, strictly above; where none is, the quota
+    commits at least one (`tokens_to_commit`). `quota` and `leftmost` commit only the quota.
+    """
+    b.begin("threshold")
     bound = b.unsqueeze(threshold, 1)
     confident = b.op.And(masked, b.op.Greater(confidence, bound))
 
+    b.begin("factor")
     number = b.cast(b.op.Add(rank, b.i32(1)), FLOAT)  # k of the k-th in the order
     doubt = b.op.Mul(b.op.Add(number, b.f32(1.0)), b.op.Sub(b.f32(1.0), confidence))
     within_factor = b.op.And(masked, b.op.Less(doubt, bound))
 
+    b.begin("entropy")
     earlier = b.op.And(before, b.unsqueeze(masked, 1))
     entropy_before = b.op.ReduceSum(
         b.op.Where(earlier, b.unsqueeze(entropy, 1), b.f32(0.0)), b.i64([2]), keepdims=0
@@ -222,13 +268,19 @@ def _wanted(
         made: ir.Value = b.op.ReduceMax(place, b.i64([1]), keepdims=0)
         return made
 
+    b.begin("cases")
     none = b.op.Mul(policy, b.i32(0))
     cases = [_count(b, confident), none, furthest(within_factor), furthest(within_bound), none]
     return _chosen(b, policy, cases, 0)
 
 
+@in_section("quota")
 def _ceil_div(b: Body, n: ir.Value, steps_left: ir.Value) -> ir.Value:
-    """ceil(n / steps_left), both int32; steps_left below 1 counts as 1."""
+    """ceil(n / steps_left), both int32; steps_left below 1 counts as 1.
+
+    `min_commit` and `remaining_steps` of `generate_mask_diffusion`: a row of n masked positions is
+    done when its steps are.
+    """
     steps = b.op.Max(steps_left, b.i32(1))
     made: ir.Value = b.op.Div(b.op.Add(n, b.op.Sub(steps, b.i32(1))), steps)
     return made

@@ -17,6 +17,7 @@ from twotower_export.graph.attention import last_valid
 from twotower_export.graph.body import DOMAIN, FLOAT, INT32, OPSET, Body, prefixed
 from twotower_export.graph.conditioning import WEIGHTS as TIME_WEIGHTS
 from twotower_export.graph.conditioning import time_embedding
+from twotower_export.graph.descriptions import BLOCK_IDS, describe, describe_weight
 from twotower_export.graph.layers import FLOAT_WEIGHTS, KINDS, layer_functions, weight_suffixes
 from twotower_export.graph.refine import ROW_INPUTS, refine_block
 from twotower_export.layout import graph_weights
@@ -42,22 +43,34 @@ class _Graph:
         self._weight_dtypes = weight_dtypes
         self._weights: dict[str, ir.Value] = {}
 
-    def input(self, name: str, shape: Shape, dtype: ir.DataType) -> ir.Value:
+    def input(
+        self, name: str, shape: Shape, dtype: ir.DataType, doc: str | None = None
+    ) -> ir.Value:
         value = ir.val(name, dtype, shape)
+        value.doc_string = _documented(shape, dtype, doc or describe(name))
         self.inputs[name] = value
         return value
 
-    def output(self, value: ir.Value, name: str, shape: Shape, dtype: ir.DataType) -> None:
+    def output(
+        self,
+        value: ir.Value,
+        name: str,
+        shape: Shape,
+        dtype: ir.DataType,
+        doc: str | None = None,
+    ) -> None:
         value.name = name
         value.shape = ir.Shape(shape)
         value.type = ir.TensorType(dtype)
+        value.doc_string = _documented(shape, dtype, doc or describe(name))
         self.outputs.append(value)
 
     def add_weights(self, tower: Literal["context", "denoiser"]) -> None:
         """Inputs for all weights of a tower, each cast to T where it is stored otherwise."""
         for name, source in graph_weights(self.config, tower).items():
             stored = STORED[self._weight_dtypes[name]]
-            value = self.input(name, source.shape, stored)
+            value = self.input(name, source.shape, stored, describe_weight(source))
+            self.body.begin(name)
             if stored != self.dtype and not name.endswith(FLOAT_WEIGHTS):
                 value = self.body.cast(value, self.dtype)
             self._weights[name] = value
@@ -111,6 +124,11 @@ class _Graph:
         )
 
 
+def _documented(shape: Shape, dtype: ir.DataType, doc: str) -> str:
+    """A doc string: shape and dtype, then the meaning."""
+    return f"[{', '.join(map(str, shape))}] {dtype.name.lower()}. {doc}"
+
+
 def build_context_graph(
     config: ModelConfig,
     dtype: Dtype,
@@ -118,6 +136,12 @@ def build_context_graph(
     metadata: Mapping[str, str],
 ) -> ir.Model:
     """One graph for prefill, block extension and the autoregressive step.
+
+    NVIDIA's `_build_context_cache` and `_extend_context_cache` (`modeling_nemotron_twotower.py`).
+    The former runs all tokens but the last, keeps the Mamba states for mock-AR (`mamba_s2`), and
+    then runs the last: here, whoever wants those states extends by the last token alone. Attention
+    is causal inside a call and sees the whole context; there are no positions, no masks of padding
+    beyond `lengths`, and no time conditioning.
 
     Inputs: ids [batch, tokens] int32; lengths [batch] int32, the valid tokens of this call;
     context_lengths [batch] int32; states `context.layers.{i}.{conv_state|ssm_state|k_cache|
@@ -138,6 +162,7 @@ def build_context_graph(
     g.add_weights("context")
     layers = layer_functions(config, g.dtype, denoiser=False)
 
+    b.begin("embeddings")
     hidden: ir.Value = b.op.Gather(g.weight("context_tower.embeddings.weight"), ids)
     new_shapes: dict[str, tuple[Shape, ir.DataType]] = {
         "conv_state_new": (["batch", config.conv_kernel - 1, config.conv_dim], g.dtype),
@@ -157,11 +182,17 @@ def build_context_graph(
         for output, value in zip(letter.outputs, new, strict=True):
             g.output(value, f"{name}.{output}", *new_shapes[output])
 
+    b.begin("last")
     last = b.unsqueeze(last_valid(b, hidden, rows["lengths"]), 1)
+    b.begin("norm_f")
     (normed,) = b.call(layers.norm, [last, g.weight("context_tower.norm_f.weight")])
+    b.begin("head")
+    # The product is rounded to T and only then float32, as `_forward_tower_with_cache` does: equal
+    # logits of different tokens are possible.
     logits = b.up(b.linear(normed, g.weight("context_lm_head.weight")))
     logits = b.reshape(logits, 0, config.vocab_size)
-    g.output(logits, "logits", ["batch", config.vocab_size], FLOAT)
+    meaning = "Of the token after each row's last valid one."
+    g.output(logits, "logits", ["batch", config.vocab_size], FLOAT, meaning)
     g.outputs.insert(0, g.outputs.pop())
     doc = "Context tower: tokens and states in, new states and the last token's logits out."
     return g.model("context", layers.all, doc, metadata)
@@ -175,6 +206,11 @@ def build_denoiser_graph(
 ) -> ir.Model:
     """One denoise step over a block, from block ids to block ids.
 
+    NVIDIA's `_run_denoiser_step_diffusion`, then one step of `generate_mask_diffusion`; with
+    conditioned 0, `_run_denoiser_step_mock_ar` (`modeling_nemotron_twotower.py`). The states are
+    the context tower's of the same layer (`_build_denoiser_cache_diffusion`), computed with its
+    weights; nothing of the block is kept.
+
     Inputs: ids [batch, block] int32; per row: lengths, context_lengths, conditioned (1: with time
     conditioning; 0: a plain pass, for mock-AR), threshold, steps_left, temperature, policy, seed
     (see `refine.refine_block`); the context's states, which are only read; weights.
@@ -183,7 +219,7 @@ def build_denoiser_graph(
     """
     g = _Graph(config, dtype, weight_dtypes)
     b = g.body
-    ids = g.input("ids", ["batch", "block"], INT32)
+    ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)
     rows = {
         name: g.input(name, ["batch"], FLOAT if name in ROW_FLOATS else INT32)
         for name in ("context_lengths", "conditioned", *ROW_INPUTS)
@@ -195,10 +231,12 @@ def build_denoiser_graph(
     time = time_embedding(config, g.dtype, DTYPES[config.dtype], mask_id)
     refine = refine_block(mask_id, g.dtype)
 
+    b.begin("time")
     weights = [g.weight(name) for name in TIME_WEIGHTS]
     (embedding,) = b.call(
         time, [ids, rows["lengths"], *weights], "denoiser.time", ["denoiser.time_embedding"]
     )
+    b.begin("embeddings")
     hidden: ir.Value = b.op.Gather(g.weight("denoiser_tower.embeddings.weight"), ids)
     for index, kind in enumerate(config.pattern):
         letter, name = KINDS[kind], f"denoiser.layers.{index}"
@@ -208,11 +246,14 @@ def build_denoiser_graph(
         given += g.layer_weights("denoiser_tower", index)
         (hidden,) = b.call(layers.by_kind[kind], given, name, [f"{name}.hidden"])
 
+    b.begin("norm_f")
     (normed,) = b.call(layers.norm, [hidden, g.weight("denoiser_tower.norm_f.weight")])
+    b.begin("head")
     logits = b.linear(normed, g.weight("lm_head.weight"))
     refined = b.call(refine, [logits, ids, *(rows[row] for row in ROW_INPUTS)], "denoiser.refine")
     _add_refined(g, refined)
-    g.output(b.up(logits), "logits", ["batch", "block", config.vocab_size], FLOAT)
+    meaning = "Of each position's own token; rounded to the graph's dtype before float32."
+    g.output(b.up(logits), "logits", ["batch", "block", config.vocab_size], FLOAT, meaning)
     doc = "Denoiser tower: one refinement step of a block against the context's states."
     return g.model("denoiser", [*layers.all, time, refine], doc, metadata)
 
@@ -225,8 +266,9 @@ def build_refine_graph(
 ) -> ir.Model:
     """`twotower::RefineBlock` alone, for tests and benchmarks; logits come as float32."""
     g = _Graph(config, dtype, weight_dtypes)
-    logits = g.input("logits", ["batch", "block", config.vocab_size], FLOAT)
-    ids = g.input("ids", ["batch", "block"], INT32)
+    shape: Shape = ["batch", "block", config.vocab_size]
+    logits = g.input("logits", shape, FLOAT, "Of each position's own token.")
+    ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)
     rows = [g.input(name, ["batch"], FLOAT if name in ROW_FLOATS else INT32) for name in ROW_INPUTS]
     refine = refine_block(config.mask_token_id, g.dtype)
     _add_refined(g, g.body.call(refine, [logits, ids, *rows], "refine"))

@@ -15,6 +15,7 @@ import onnx
 
 from twotower_export.checkpoint import Checkpoint
 from twotower_export.layout import Tower
+from twotower_export.mapped import NamedTensors
 from twotower_export.towers import DTYPES
 from twotower_export.verification.comparison import Side
 from twotower_export.verification.emulation import emulated
@@ -29,7 +30,7 @@ from twotower_export.verification.graphs import (
     whole_graph,
 )
 from twotower_export.verification.target import Target
-from twotower_export.verification.towers import NamedTensors, TowerPartSide, TowerSide
+from twotower_export.verification.towers import TowerPartSide, TowerSide
 
 Kind = Literal["float32", "native"]
 """Which of a bundle's two graphs of a tower."""

@@ -10,66 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from twotower_export.config import ModelConfig, read_json
-from twotower_export.errors import CheckpointError
-from twotower_export.layout import HEADS, Tower, base_name
+from twotower_export.config import ModelConfig
+from twotower_export.layout import HEADS, Tower
+from twotower_export.mapped import NamedTensors, load_module, load_tower
 from twotower_export.mixers import Layer, RMSNorm, Router, project
-from twotower_export.towers import Call, ContextTower, Denoiser, on_meta, run_layer
+from twotower_export.towers import Call, Denoiser, on_meta, run_layer
 from twotower_export.verification.graphs import HIDDEN, Part, embeddings_name, hidden_names
 
 Array = npt.NDArray[Any]
-
-
-class NamedTensors:
-    """A checkpoint's tensors by name, mapped; the base checkpoint's under the context tower's."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self._checkpoint = checkpoint
-        index = checkpoint / "model.safetensors.index.json"
-        self._files: dict[str, str] = {}
-        if index.is_file():
-            self._files = dict(read_json(index)["weight_map"])
-            return
-        from safetensors import safe_open
-
-        for path in sorted(checkpoint.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as shard:
-                self._files |= dict.fromkeys(shard.keys(), path.name)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor as it is stored.
-
-        Raises:
-            CheckpointError: the checkpoint has no tensor of this name.
-        """
-        from safetensors import safe_open
-
-        stored = name if name in self._files else base_name(name)
-        if stored not in self._files:
-            raise CheckpointError(f"{self._checkpoint}: has no tensor {name}; restore its index")
-        with safe_open(self._checkpoint / self._files[stored], framework="pt") as shard:
-            return cast(Tensor, shard.get_tensor(stored))
-
-
-def load_module(module: nn.Module, names: Mapping[str, str], tensors: NamedTensors) -> None:
-    """Fill parameters of a module made on the meta device; others stay there.
-
-    Args:
-        module: the module.
-        names: parameter -> checkpoint tensor.
-        tensors: the checkpoint.
-    """
-    state = {parameter: tensors.read(name) for parameter, name in names.items()}
-    module.load_state_dict(state, strict=False, assign=True)
-    module.requires_grad_(False).eval()
 
 
 def as_given(feed: Mapping[str, Array], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -80,14 +35,6 @@ def as_given(feed: Mapping[str, Array], dtype: torch.dtype) -> dict[str, Tensor]
         name: value.to(dtype) if name.rpartition(".")[2] in narrow else value
         for name, value in given.items()
     }
-
-
-def load_tower(config: ModelConfig, tower: Tower, tensors: NamedTensors) -> nn.Module:
-    """A whole tower in float32; the base checkpoint's names serve for a context tower."""
-    make = ContextTower if tower == "context" else Denoiser
-    module: nn.Module = on_meta(lambda: make(config))
-    load_module(module, {name: name for name in module.state_dict()}, tensors)
-    return module.float()
 
 
 def watch_routing(module: nn.Module, margins: list[float]) -> None:

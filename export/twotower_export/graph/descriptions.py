@@ -1,0 +1,56 @@
+"""What each input and output of a graph means: the doc strings that a viewer shows."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from twotower_export.layout import WeightSource
+
+BLOCK_IDS: Final = "Token ids; the mask id where nothing is decided yet."
+
+TENSORS: Final = {
+    "ids": "Ids of this call's tokens.",
+    "lengths": "Valid tokens of each row in this call; 0 leaves a row as it is.",
+    "context_lengths": "Tokens of each row that the states already hold.",
+    "conditioned": "1: denoise, with time conditioning; 0: a plain causal pass, for mock-AR.",
+    "threshold": "Confidence to commit above; policy factor: the factor; entropy: nats.",
+    "steps_left": "Denoiser calls left for the block, this one included.",
+    "temperature": "Of the predictions; 0 takes the most likely token.",
+    "policy": "0 threshold, 1 quota, 2 factor, 3 entropy, 4 leftmost.",
+    "seed": "Of the Gumbel noise, 0 to 2**31 - 1.",
+    "new_ids": "The block after this step.",
+    "confidence": "Probability of each prediction at temperature 1; inf where nothing was masked.",
+    "committed": "1 where this step decided a token.",
+    "still_masked": "Positions of each row still masked; -1: the logits held a NaN.",
+}
+"""By name, but for logits: each graph says what its are."""
+
+STATES: Final = {
+    "conv_state": "Raw x | B | C columns of the last three tokens, newest last.",
+    "ssm_state": "Mamba-2 state after the tokens of the context.",
+    "k_cache": "Keys of the context's tokens; those past context_lengths are ignored.",
+    "v_cache": "Values of the context's tokens; those past context_lengths are ignored.",
+    "conv_state_new": "conv_state after the tokens of this call.",
+    "ssm_state_new": "ssm_state after the tokens of this call.",
+    "k_new": "Keys of this call's tokens, to be appended to k_cache.",
+    "v_new": "Values of this call's tokens, to be appended to v_cache.",
+}
+"""By what follows `context.layers.{i}.`."""
+
+_HOW: Final = {
+    "as_is": "as it is stored",
+    "stack": "the tensors of all experts, stacked",
+    "squeeze": "without its axis of size one",
+}
+
+
+def describe(name: str) -> str:
+    """What a tensor that is no weight means; `name` as in the graph."""
+    return TENSORS.get(name) or STATES[name.rpartition(".")[2]]
+
+
+def describe_weight(source: WeightSource) -> str:
+    """Where a weight comes from."""
+    count = len(source.sources)
+    tensors = source.sources[0] if count == 1 else f"{source.sources[0]} and {count - 1} more"
+    return f"Weight: {tensors}, {_HOW[source.how]}."
