@@ -10,9 +10,8 @@ instead of 2 for each of their elements: at the released model's 2 heads of 128,
 per context token and row, one layer at a time (8 MiB for 8192 tokens), beside 192 bytes of float32
 scores and bfloat16 weights for each query token (3 KiB for a block of 16). Six layers write and
 read 12 KiB per context token: 0.1 GB of traffic for 8192 tokens, where a block pass reads 31 GB of
-weights or more. (TF32
-tensor cores would multiply bfloat16 values exactly, but are off for the whole plan: the scan needs
-float32.)
+weights or more. (TF32 tensor cores would multiply bfloat16 values exactly, but they are off for the
+whole plan: the scan needs float32.)
 
 Softmax weights are rounded to T for their product with the values, as in flash attention. Each
 part's result is rounded to T before the sum of the two; the PyTorch tower rounds only that sum.
