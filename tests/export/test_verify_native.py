@@ -106,13 +106,13 @@ def another_shape(model):
 
 
 CASES = {
-    epsilon: "RMSNorm: RMSNorm/add_0: another constant as input 1",
-    attribute: "BlockAttention: BlockAttention/softmax_0: other attributes",
-    swapped_inputs: "MambaBlockStep: MambaBlockStep/sub_0: another value as input 0",
-    shift_for_gate: "DenoiserAttentionLayer: DenoiserAttentionLayer/add_0: another value",
-    operator: "SparseExperts: SparseExperts/relu_0: Abs instead of Relu",
-    cast_to_double: "RMSNorm: RMSNorm/cast_0: ",
-    cast_of_indices: "ExpertsMixer/cast_",
+    epsilon: "RMSNorm: RMSNorm/add: another constant as input 1",
+    attribute: "BlockAttention: BlockAttention/softmax.softmax: other attributes",
+    swapped_inputs: "MambaBlockStep: MambaBlockStep/scan.within_block.sub: another value as input 0",
+    shift_for_gate: "DenoiserAttentionLayer: DenoiserAttentionLayer/modulated.add: another value",
+    operator: "SparseExperts: SparseExperts/up.relu: Abs instead of Relu",
+    cast_to_double: "RMSNorm: RMSNorm/cast: ",
+    cast_of_indices: "ExpertsMixer/padding.cast",
     unrounded_time: "TimeEmbedding: ",
     another_output: "MambaMixer has another output",
     another_node: "RMSNorm: more: no such node",
