@@ -108,7 +108,7 @@ def another_shape(model):
 CASES = {
     epsilon: "RMSNorm: RMSNorm/add: another constant as input 1",
     attribute: "BlockAttention: BlockAttention/softmax.softmax: other attributes",
-    swapped_inputs: "MambaBlockStep: MambaBlockStep/scan.within_block.sub: another value as input 0",
+    swapped_inputs: "MambaBlockStep/scan.within_block.sub: another value as input 0",
     shift_for_gate: "DenoiserAttentionLayer: DenoiserAttentionLayer/modulated.add: another value",
     operator: "SparseExperts: SparseExperts/up.relu: Abs instead of Relu",
     cast_to_double: "RMSNorm: RMSNorm/cast: ",
