@@ -9,7 +9,7 @@ What is assumed rather than known is in `ASSUMPTIONS`, and every report prints i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,9 @@ ASSUMPTIONS = (
     "else function bodies run (all experts, quadratic scan)",
     "attention scores are written out: float32 and once more in the weights' dtype; and the keys "
     "of one layer once more in float32",
-    "calls share one place where new states land and one for the denoiser's logits, counted twice: "
-    "it grows with the largest call so far",
-    "a second copy of the Mamba states for mock_ar; with two GPUs each holds all context states",
+    "calls of a tower take turns in memory for the largest: where new states land, and its logits",
+    "with two GPUs each holds all context states; beside the denoiser, the Mamba states a second "
+    "time for mock_ar",
 )
 
 
@@ -306,7 +306,7 @@ def _plan(model: ModelSize, request: PlanRequest, choice: _Choice) -> MemoryPlan
         GpuMemory(
             towers=towers,
             weights={tower: sizes.weights(tower) for tower in towers},
-            states=sizes.states(),
+            states=sizes.states(towers),
             buffers={name: size for tower in towers for name, size in sizes.buffers(tower)},
             workspace={tower: sizes.workspace(tower) for tower in towers},
             overhead=OVERHEAD[sizes.flavour],
@@ -344,32 +344,30 @@ class _Sizes:
         parts = self.model.parts(tower).items()
         return {part: precision.size(part, count) for part, count in parts if count}
 
-    def states(self) -> dict[str, int]:
+    def states(self, towers: Sequence[str]) -> dict[str, int]:
         mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
-        return {
+        states = {
             "keys and values": self.request.slots
             * self.request.context
             * self.model.kv_bytes_per_token(self.item),
             "ssm": self.request.slots * self.model.ssm_bytes,
             "conv": self.request.slots * self.model.conv_bytes(self.item),
-            "mock_ar copy": self.request.slots * mamba,
         }
+        if "denoiser" in towers:
+            states["mock_ar copy"] = self.request.slots * mamba
+        return states
 
     def buffers(self, tower: str) -> Iterator[tuple[str, int]]:
-        """What the runtime allocates for the calls of a tower.
-
-        All calls land in one place, sized by the largest; made piece by piece as larger calls
-        come, it takes twice that at most.
-        """
+        """What the runtime allocates for the calls of a tower: one place, for the largest."""
+        slots = self.request.slots
         logits = self.model.config.vocab_size * FLOAT32
         if tower == "denoiser":
-            yield "denoiser logits", 2 * self.request.slots * self.request.block_size_max * logits
+            yield "denoiser logits", slots * self.request.block_size_max * logits
             return
         mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
         token = self.model.kv_bytes_per_token(self.item)
-        yield "new states", 2 * self.request.slots * (mamba + self.choice.chunk * token)
-        lengths = {1, self.request.block_size_max, self.choice.chunk}
-        yield "context logits", sum(_buckets(self.request.slots)) * len(lengths) * logits
+        yield "new states", slots * (mamba + self.choice.chunk * token)
+        yield "context logits", slots * logits
 
     def workspace(self, tower: str) -> int:
         """The largest layer's intermediates in the largest call of a tower."""
@@ -409,9 +407,3 @@ class _Sizes:
         # [E, n, inner] and [E, n, hidden], the products of the dense body
         width = c.moe_intermediate_size + c.hidden_size
         return tokens * c.num_experts * width * self.item
-
-
-def _buckets(slots: int) -> list[int]:
-    """Row counts that calls are prepared for: powers of two, and all slots."""
-    powers = [1 << power for power in range(slots.bit_length()) if 1 << power < slots]
-    return [*powers, slots]

@@ -215,11 +215,10 @@ def test_one_h200_holds_both_towers(model):
         "conv": 16 * 847_872,
         "mock_ar copy": 16 * (46 * MIB + 847_872),
     }
-    # twice the largest call: 16 rows of 256 tokens, and of a block of 64
-    assert gpu.buffers["new states"] == 2 * 16 * (46 * MIB + 847_872 + 256 * 6144)
-    assert gpu.buffers["denoiser logits"] == 2 * 16 * 64 * 131072 * 4
-    # rows 1 + 2 + 4 + 8 + 16, of 1, 64 and 256 tokens
-    assert gpu.buffers["context logits"] == 31 * 3 * 131072 * 4
+    # the largest call: 16 rows of 256 tokens, and of a block of 64
+    assert gpu.buffers["new states"] == 16 * (46 * MIB + 847_872 + 256 * 6144)
+    assert gpu.buffers["denoiser logits"] == 16 * 64 * 131072 * 4
+    assert gpu.buffers["context logits"] == 16 * 131072 * 4
     # scores in float32 and weights in bf16 of 16 rows x 256 tokens x 32 heads; one layer's keys of
     # 2 heads x 128 once more in float32
     scores = 16 * 256 * 32 * (8192 + 256) * 6 + 16 * (8192 + 256) * 2 * 128 * 4
@@ -239,7 +238,8 @@ def test_two_h100_hold_a_tower_each(model):
     first, second = plan.gpus
     assert (first.towers, second.towers) == (("context",), ("denoiser",))
     assert plan.placement == "context tower on GPU 0, denoiser tower on GPU 1"
-    assert first.states == second.states  # the denoiser's GPU mirrors them
+    # the denoiser's GPU mirrors them, and keeps those before the last token for mock_ar
+    assert second.states == {**first.states, "mock_ar copy": 16 * (46 * MIB + 847_872)}
     assert first.weight_bytes == 63_155_880_576
     assert "time conditioning" in second.weights["denoiser"]
     assert "new states" not in second.buffers
@@ -345,7 +345,7 @@ REFUSED = [
     PlanRequest(find_sku("a100-80"), slots=64, precision="bf16", flavour="tensorrt-rtx"),
     PlanRequest(find_sku("rtx-pro-6000"), slots=96, precision="bf16", block_size_max=256),
     PlanRequest(find_sku("h200"), 1, 48, precision="bf16", block_size_max=256),
-    PlanRequest(find_sku("h100-sxm"), None, 80, 512, "bf16", kernels=False),
+    PlanRequest(find_sku("h100-sxm"), None, 112, 512, "bf16", kernels=False),
     PlanRequest(find_sku("l40s"), precision="fp8", slots=128),
 ]
 
@@ -384,7 +384,7 @@ def test_suggestions_keep_what_was_asked(model):
     large = replace(request, block_size_max=256)
     assert largest_slots(model, large) < largest_slots(model, request)
     assert f"--slots {largest_slots(model, large)} " in refusal(plan_memory(model, large))
-    without = PlanRequest(find_sku("h100-sxm"), None, 80, 512, "bf16", kernels=False)
+    without = PlanRequest(find_sku("h100-sxm"), None, 112, 512, "bf16", kernels=False)
     assert not plan_memory(model, without).fits
     assert plan_memory(model, replace(without, kernels=True)).fits
     assert "pip install 'twotower[kernels]' (same limits)" in refusal(plan_memory(model, without))
