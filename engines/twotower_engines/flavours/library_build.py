@@ -38,8 +38,9 @@ def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, An
             three shapes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
             profiling), and optionally `kernels` (the compute capability to compile our kernels
             for), `hardware` (a hardware compatibility level), `compute_capabilities`,
-            `workspace` (bytes that a layer may take), `timing_cache` (a file), `layers` (a file:
-            the plan is opened on this machine's GPU, and its layers are described there).
+            `flags_if_known` (builder flags to set where the library has them), `workspace` (bytes
+            that a layer may take), `timing_cache` (a file), `layers` (a file: the plan is opened on
+            this machine's GPU, and its layers are described there).
         report: Called from the library's threads.
 
     Returns:
@@ -234,6 +235,9 @@ def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
     for name, is_set in job["flags"].items():
         flag = getattr(trt.BuilderFlag, name)
         (config.set_flag if is_set else config.clear_flag)(flag)
+    for name in job.get("flags_if_known", ()):
+        if hasattr(trt.BuilderFlag, name):
+            config.set_flag(getattr(trt.BuilderFlag, name))
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, job["verbosity"])
     if job.get("workspace"):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])

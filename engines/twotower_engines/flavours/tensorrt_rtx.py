@@ -27,6 +27,11 @@ CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 BUILDER_MEMORY = 3 << 29
 """Bytes that one full-size tower takes, rounded up: 1.2 GB was seen."""
 
+CAPTURE_FLAGS = ("REQUIRE_USER_ALLOCATION",)
+"""Builder flags without which NVIDIA's runtime does not let a CUDA graph capture an engine's call.
+They are of its own `tensorrt_rtx` API; the bindings from PyPI lack them, and plans that those build
+are launched call by call."""
+
 
 class TensorRtRtxFlavour:
     """See `flavour.Flavour`."""
@@ -67,7 +72,8 @@ class TensorRtRtxFlavour:
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
         """One wide profile; the GPU itself only where the API can aim at it."""
         recipe = plan_recipe(wide_profiles(tower, target.limits))
-        return {**recipe, "compute_capabilities": _aimed_at(target)}
+        aimed = _aimed_at(target)
+        return {**recipe, "compute_capabilities": aimed, "flags_if_known": list(CAPTURE_FLAGS)}
 
     def build(
         self, orders: Mapping[str, Order], target: Target, progress: Progress
