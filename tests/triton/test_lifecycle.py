@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,16 +55,59 @@ def test_ready_line_and_ctrl_c(packaged, alive) -> None:
     assert alive(ready["pid"]) == []
 
 
+def open_stream(address: str) -> subprocess.Popen:
+    """Start `twotower generate` on an answer of many minutes; return it when it has begun."""
+    command = [sys.executable, "-m", "twotower_client.cli", "generate", "--prompt-ids", "5"]
+    command += ["--url", address, "--stream", "--max-new-tokens", "4000", "--threshold", "1"]
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asking.stdout.read(1)
+    return asking
+
+
 @pytest.mark.server
-def test_nothing_outlives_a_killed_command(packaged, alive) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_open_stream_is_told_and_does_not_hold_the_server(packaged, alive, how) -> None:
+    before = remains()
     running, ready = start(packaged.repository)
+    asking = open_stream(ready["grpc"])
     assert len(alive(ready["pid"])) >= 4  # the server and three models
-    running.kill()
-    running.communicate()
-    end = time.monotonic() + 30
-    while alive(ready["pid"]) and time.monotonic() < end:
+    assert remains() != before
+    running.send_signal(how)
+    start_of_end = time.monotonic()
+    _, said = asking.communicate(timeout=20)
+    assert asking.returncode == 1
+    assert b"the server is shutting down" in said
+    running.communicate(timeout=20)
+    assert running.returncode == (0 if how == signal.SIGINT else -signal.SIGKILL)
+    wait_until(lambda: alive(ready["pid"]) == [] and remains() == before, 20)
+    assert time.monotonic() - start_of_end < 14
+
+
+@pytest.mark.server
+def test_a_server_that_hangs_is_killed(packaged, alive) -> None:
+    """Stopped processes stand for anything that hangs; the time that they get is the real one."""
+    before = remains()
+    servers = [(how, *start(packaged.repository)) for how in (signal.SIGINT, signal.SIGKILL)]
+    for how, running, ready in servers:
+        os.killpg(ready["pid"], signal.SIGSTOP)
+        running.send_signal(how)
+    for _, running, ready in servers:
+        running.communicate(timeout=20)
+        wait_until(lambda pid=ready["pid"]: alive(pid) == [], 20)
+    wait_until(lambda: remains() == before, 5)
+
+
+def remains() -> tuple[list[Path], list[Path]]:
+    """What servers leave when nobody cleans up: shared memory and folders of links."""
+    folders = Path(os.environ["TMPDIR"]).glob("twotower-serve-*")
+    return sorted(Path("/dev/shm").glob("twotower_*")), sorted(folders)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
         time.sleep(0.1)
-    assert alive(ready["pid"]) == []
 
 
 @pytest.mark.server

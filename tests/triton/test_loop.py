@@ -208,4 +208,10 @@ def test_closing_answers_what_is_open(runtime, death) -> None:
     assert running.begun.wait(SECONDS)
     loop.close()
     assert running.wait().failures[0][0] == "busy"
+    after = Answer()
+    loop.put(job(), after)
+    [(failure, message)] = after.wait().failures
+    assert failure == "busy"
+    assert "shutting down" in message
+    loop.close()  # the lifeline and Triton both ask for it
     assert not death.is_set()
