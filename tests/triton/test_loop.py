@@ -11,8 +11,9 @@ from twotower_engines.engine_set import open_engine_set
 from twotower_engines.request import Request
 from twotower_engines.runtime import open_runtime
 from twotower_engines.scheduler import Scheduler
-from twotower_engines.serving.loop import PREVIOUS_IDS, EngineLoop
+from twotower_engines.serving.loop import EngineLoop
 from twotower_engines.serving.wire import Job, Stop
+from twotower_engines.tokenizer import PREVIOUS_IDS
 
 SECONDS = 20
 

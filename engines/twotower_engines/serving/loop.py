@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 from twotower_engines.errors import EnginesError
 from twotower_engines.request import BlockEvent, Request
 from twotower_engines.scheduler import Scheduler
+from twotower_engines.tokenizer import PREVIOUS_IDS
 
 from .wire import Job, Stop
 
@@ -30,11 +31,6 @@ __all__ = ["EngineLoop", "Failure", "Part", "Reply"]
 Failure = Literal["refused", "busy", "late", "failed"]
 """Why there is no (more) answer: the request must change; the same may work later; the time that
 was allowed is over; something broke."""
-
-
-# Tokens before a block that its decoder is given. A character has at most four bytes, so at most
-# four tokens; the rest is for special tokens, which have no text, between them.
-PREVIOUS_IDS = 32
 
 
 @dataclass(frozen=True, slots=True)
