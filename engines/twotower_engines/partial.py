@@ -52,8 +52,15 @@ def put_in_place(made: Path, target: Path, *, replace: bool = True) -> None:
             if not replace:
                 return
             # a rename, so that nobody finds half of the old one; it goes with the partial folder
-            target.rename(made.with_name(f"{made.name}.replaced"))
-        made.rename(target)
+            old = made.with_name(f"{made.name}.replaced")
+            target.rename(old)
+            try:
+                made.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+        else:
+            made.rename(target)
 
 
 @contextlib.contextmanager
