@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -198,6 +199,32 @@ def test_no_repository_and_no_server(tmp_path, packaged, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServingError, match=r"twotower\[serve\]"):
         TritonServer(packaged.repository, options)
+
+
+def test_a_numpy_that_empties_answers_is_refused(packaged, monkeypatch) -> None:
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.1.0" if name == "numpy" else version(name)
+    )
+    with pytest.raises(ServingError, match=r"numpy is 2\.1\.0.*numpy==1\.26\.4"):
+        TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None))
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path, packaged) -> None:
+    (tmp_path / "file").touch()
+    before = remains()
+    for log in ("/proc/x.log", str(tmp_path / "file" / "x.log")):
+        command = [*COMMAND, str(packaged.repository), "--grpc-port", "0", "--http-port", "0"]
+        ran = subprocess.run(
+            [*command, "--metrics-port", "0", "--log", log],
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert ran.returncode == 2
+        assert ran.stderr.startswith(f"error: {log}: the log cannot be written (")
+        assert ran.stderr.count("\n") == 1
+    assert remains() == before
 
 
 def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:

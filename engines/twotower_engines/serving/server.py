@@ -13,6 +13,7 @@ even when we are killed (see `lifeline`).
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import secrets
@@ -26,11 +27,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from twotower_engines.errors import ServingError
 
-from .installation import find_server, link_backends
+from .installation import find_server, link_backends, numpy_problem
 from .lifeline import VARIABLE, remove_left, start_keeper
 from .ports import choose_ports
 from .repository import MODELS, check_repository
@@ -69,7 +70,8 @@ class TritonServer:
         models: Models that must be ready.
 
     Raises:
-        ServingError: The folder is no model repository, no server is installed, or a port is taken.
+        ServingError: The folder is no model repository, no server is installed, its numpy would
+            give empty answers, a port is taken, or the log cannot be written.
     """
 
     def __init__(
@@ -82,6 +84,9 @@ class TritonServer:
         self._repository, self._models = repository.absolute(), models
         check_repository(self._repository, models)
         self._installation = find_server()
+        problem = numpy_problem(self._installation, importlib.metadata.version("numpy"))
+        if problem is not None:
+            raise ServingError(problem)
         self._ports = choose_ports(self._options.host, self._wanted_ports())
         self._started = time.monotonic()
         # Two servers with one prefix would read each other's shared memory.
@@ -249,6 +254,16 @@ class TritonServer:
                 arguments.append(f"--allow-{name}=false")
         return arguments
 
+    def _open_log(self) -> BinaryIO:
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            return self._log.open("wb")
+        except OSError as problem:
+            raise ServingError(
+                f"{self._log}: the log cannot be written ({problem.strerror}); name another file "
+                "with --log"
+            ) from problem
+
     def _start(self, lifeline: int) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
         """Start the server and its keeper."""
         environment = {**os.environ, VARIABLE: str(lifeline)}
@@ -256,8 +271,7 @@ class TritonServer:
         scripts = str(Path(sys.executable).parent)
         environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
         command = [str(self._installation.binary), *self._arguments()]
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("wb") as log:
+        with self._open_log() as log:
             server = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
