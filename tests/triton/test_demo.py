@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_the_whole_path(tmp_path) -> None:
         assert serving.stdout.readline().startswith("ready grpc=")
         again = subprocess.run([*COMMAND, *steps[5]], capture_output=True, text=True, timeout=60)
     finally:
-        serving.terminate()
+        serving.send_signal(signal.SIGINT)
+        serving.terminate()  # the second signal ends the server at once
         serving.communicate(timeout=30)
     assert again.stdout == "".join(blocks) + "\n"
 

@@ -85,17 +85,20 @@ def test_an_open_stream_is_told_and_does_not_hold_the_server(packaged, alive, ho
 
 
 @pytest.mark.server
-def test_a_server_that_hangs_is_killed(packaged, alive) -> None:
-    """Stopped processes stand for anything that hangs; the time that they get is the real one."""
+def test_a_server_that_hangs_is_killed(packaged, alive, monkeypatch) -> None:
+    """Stopped processes stand for anything that hangs; only the time that they get is shorter."""
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    monkeypatch.setattr("twotower_engines.serving.server.KILL_SECONDS", 0.5)
     before = remains()
-    servers = [(how, *start(packaged.repository)) for how in (signal.SIGINT, signal.SIGKILL)]
-    for how, running, ready in servers:
-        os.killpg(ready["pid"], signal.SIGSTOP)
-        running.send_signal(how)
-    for _, running, ready in servers:
-        running.communicate(timeout=20)
-        wait_until(lambda pid=ready["pid"]: alive(pid) == [], 20)
-    wait_until(lambda: remains() == before, 5)
+    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None)) as server:
+        server.wait_until_ready(60)
+        os.killpg(server.pid, signal.SIGSTOP)
+        start_of_end = time.monotonic()
+        server.request_stop()
+        assert server.wait() == -signal.SIGKILL
+        assert time.monotonic() - start_of_end < 5
+        wait_until(lambda: alive(server.pid) == [] and remains() == before, 5)
 
 
 def remains() -> tuple[list[Path], list[Path]]:

@@ -77,16 +77,14 @@ def remove_left(prefix: str, folder: Path) -> None:
 
 def _keep(server: int, seconds: float, prefix: str, folder: Path) -> None:
     """Be the keeper; the lifeline is standard input."""
-    try:
-        process: int | None = os.pidfd_open(server)
-    except ProcessLookupError:
-        process = None
+    ends = []
+    with contextlib.suppress(OSError):  # it has ended already, or the kernel is older than 5.3
+        ends.append(os.pidfd_open(server))
     sys.stdin.buffer.read()
-    if process is not None:
-        select.select([process], [], [], SECONDS_TO_TELL)
+    if not select.select(ends, [], [], SECONDS_TO_TELL)[0]:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, signal.SIGTERM)
-        select.select([process], [], [], seconds)
+            os.kill(server, signal.SIGTERM)
+        select.select(ends, [], [], seconds)
     # The Python models' processes are in the same group.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server, signal.SIGKILL)
