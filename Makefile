@@ -1,5 +1,8 @@
 # Each target sets up what it needs the first time; a second run starts at once.
-PYTHON ?= python3.11
+# The first that runs and is one of those that the bundled Triton server has a stub for. (A name on
+# PATH may be a launcher without its Python.) What is tested is 3.11.
+PYTHON ?= $(shell for one in python3.11 python3.12 python3.13 python3; do \
+	$$one -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$one; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # Pip's own bar is the progress; PIP_ARGS lets a mirror or a cache be named.
@@ -12,7 +15,7 @@ help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.base:
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11, or name another with make PYTHON=..." >&2; exit 2; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no Python of version 3.11 to 3.13 found (looked for: $(or $(PYTHON),python3.11 python3.12 python3.13 python3)): install one, or name one with make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 

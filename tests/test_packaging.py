@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -73,3 +74,30 @@ twotower_client.cli.main()
     assert asked.returncode == 1
     assert "localhost:1" in asked.stderr
     assert "Traceback" not in asked.stderr
+
+
+def test_make_takes_the_first_python_that_runs_and_is_new_enough(tmp_path):
+    for tool in ("make", "sh"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    launcher = 'echo "not installed" >&2; exit 127'  # as pyenv's for a version that is not chosen
+    old = "exit 1"  # what our question gets from a Python that is too old
+    new = f'exec {sys.executable} "$@"'
+    for name, does in {"python3.11": launcher, "python3.12": old, "python3": new}.items():
+        (tmp_path / name).write_text(f"#!{tmp_path / 'sh'}\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def steps(*options):
+        command = ["make", "-n", "--no-print-directory", *options, "VENV=none", "none/.base"]
+        return subprocess.run(
+            command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True
+        ).stdout.splitlines()
+
+    assert "python3 -m venv none" in steps()
+    assert "python3.11 -m venv none" in steps("PYTHON=python3.11")  # a wish is not argued with
+    (tmp_path / "python3").unlink()
+    ran = subprocess.run(
+        ["make", "VENV=none", "none/.base"],
+        cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "error: no Python of version 3.11 to 3.13 found" in ran.stderr

@@ -6,12 +6,13 @@ is this package's own.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,9 +24,16 @@ from .errors import ClientError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .result import Answer
+
 __all__ = ["demo"]
 
 MARK = ".twotower-demo"
+MAX_NEW_TOKENS = 2048  # with as long a prompt, what the engines hold: 4096 tokens
+MAX_PROMPT_BYTES = 2048  # no token is shorter than a byte
+# What the steps import beyond the client's own packages; a server on PATH does as well as pytriton.
+NEEDED = ("ml_dtypes", "onnx", "onnx_ir", "onnxruntime", "tokenizers")
+BLOCK_END = "|"
 PROMPT = "Mia the fox lived by the river. Mia had a red kite and loved it more than anything."
 EPILOG = """\b
 Examples:
@@ -35,7 +43,11 @@ Examples:
 """
 
 
-class DemoError(ClientError):
+class DemoRefusedError(ClientError):
+    """The demo cannot be given on this machine, in this folder or with this prompt."""
+
+
+class StepFailedError(ClientError):
     """A step of the demo failed; its own message stands above."""
 
     exit_code = 1
@@ -50,9 +62,17 @@ class DemoError(ClientError):
     help="Where the artifacts go; made anew each time.",
 )
 @click.option("--prompt", default=PROMPT, help="What the answer continues.  [a story's opening]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1, MAX_NEW_TOKENS),
+    default=128,
+    show_default=True,
+    help="Length of the answer.",
+)
 def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
     """Export, build, package and serve the small checkpoint, and stream an answer from it."""
+    _check_prompt(prompt)
+    _check_installed()
     _make_folder(folder)
     paths = {name: str(folder / name) for name in ("checkpoint", "bundle", "engines", "repository")}
     checkpoint, bundle, engines, repository = paths.values()
@@ -65,33 +85,86 @@ def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
     for number, step in enumerate(steps, 1):
         _say(number, *step)
         if _verb(*step).wait():
-            raise DemoError(f"`twotower {step[0]}` failed; what it said stands above")
-    _say(5, "serve", repository)
-    with _server(repository) as url:
+            raise StepFailedError(f"`twotower {step[0]}` failed; what it said stands above")
+    port = _free_port()
+    serve = ("serve", repository, "--grpc-port", str(port), "--no-http", "--no-metrics")
+    _say(5, *serve)
+    with _server(serve):
         manifest = json.loads((Path(bundle) / "manifest.json").read_text(encoding="utf-8"))
         eos_ids = manifest["eos_token_ids"]
         stops = [word for token in eos_ids for word in ("--eos-id", str(token))]
-        _say(6, "generate", prompt, "--url", url, "--stream", *stops)
+        url = f"127.0.0.1:{port}"
+        options = ("--url", url, "--stream", "--max-new-tokens", str(max_new_tokens), *stops)
+        _say(6, "generate", *options, *(("--",) if prompt.startswith("-") else ()), prompt)
         _ask(url, prompt, max_new_tokens, eos_ids)
     click.echo(f"\nThe artifacts are in {folder.resolve()}:")
     for name, path in paths.items():
         click.echo(f"  {name:<11} {_size(Path(path)):>8}  {path}")
 
 
+def _check_prompt(prompt: str) -> None:
+    """Refuse a prompt that only the last step would.
+
+    Raises:
+        DemoRefusedError: It is empty, too long or not Unicode.
+    """
+    if not prompt:
+        raise DemoRefusedError("--prompt is empty; give some text, or leave it out")
+    try:
+        size = len(prompt.encode())
+    except UnicodeEncodeError as problem:
+        raise DemoRefusedError(
+            f"--prompt is not valid UTF-8 at character {problem.start}; give it as UTF-8"
+        ) from problem
+    if size > MAX_PROMPT_BYTES:
+        raise DemoRefusedError(
+            f"--prompt has {size} bytes; the demo takes {MAX_PROMPT_BYTES} at most: shorten it"
+        )
+
+
+def _check_installed() -> None:
+    """Look for the packages of every step, without importing them.
+
+    Raises:
+        DemoRefusedError: Naming those that are missing, and how to get them.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if shutil.which("tritonserver") is None and importlib.util.find_spec("pytriton") is None:
+        missing.append("pytriton")
+    if missing:
+        raise DemoRefusedError(
+            f"the demo needs packages that are not installed: {', '.join(missing)}; install them "
+            "with: pip install 'twotower[export,serve]'"
+        )
+
+
 def _make_folder(folder: Path) -> None:
     """Make an empty folder, or empty one of an earlier demo.
 
     Raises:
-        DemoError: The folder holds something else.
+        DemoRefusedError: The folder holds something else, or cannot be written.
     """
-    if (folder / MARK).is_file():
-        shutil.rmtree(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise DemoError(
-            f"{folder}: is not empty and no earlier demo's; choose another with --folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
+    try:
+        if (folder / MARK).is_file():
+            shutil.rmtree(folder)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise DemoRefusedError(
+                f"{folder}: is not empty and no earlier demo's; choose another with --folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
+    except OSError as problem:
+        raise DemoRefusedError(
+            f"{folder}: cannot be written ({problem.strerror}); choose another with --folder"
+        ) from problem
+
+
+def _free_port() -> int:
+    """Return a free port. Naming it lets the commands that are shown be given again as they are."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
 
 
 def _verb(*arguments: str, **options: object) -> subprocess.Popen[str]:
@@ -104,42 +177,47 @@ def _say(number: int, *arguments: str) -> None:
 
 
 @contextmanager
-def _server(repository: str) -> Iterator[str]:
-    """Run `twotower serve` on free ports, and give the address of gRPC once it is ready."""
-    ports = ("--grpc-port", "0", "--no-http", "--no-metrics")
-    process = _verb("serve", repository, *ports, "--json", stdout=subprocess.PIPE)
+def _server(serve: tuple[str, ...]) -> Iterator[None]:
+    """Run `twotower serve` until the end of the `with` block, which begins when it is ready."""
+    process = _verb(*serve, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
         if not line:
-            raise DemoError("`twotower serve` ended before it was ready; what it said stands above")
-        ready = json.loads(line)
-        click.echo(f"ready after {ready['seconds']} s at {ready['grpc']}, process {ready['pid']}")
-        yield ready["grpc"]
+            raise StepFailedError(
+                "`twotower serve` ended before it was ready; what it said stands above"
+            )
+        click.echo(line, nl=False)
+        yield
     finally:
         process.terminate()
         process.wait()
 
 
 def _ask(url: str, prompt: str, max_new_tokens: int, eos_ids: list[int]) -> None:
-    """Stream an answer: the text as it grows, a mark between blocks, figures at the end."""
+    """Stream an answer: the text as it grows, a mark after each block, figures at the end."""
     from .client import TwoTowerClient
 
-    click.echo(prompt, nl=False)
+    click.echo(f"(each {BLOCK_END} ends a block)\n{prompt}", nl=False)
     with TwoTowerClient(url) as client:
-        started = time.monotonic()
         stream = client.stream(prompt, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
         for number, block in enumerate(stream):
-            # blocks are told apart by colour where there is colour
             click.secho(block.text, nl=False, fg=("cyan", "green")[number % 2])
-        seconds = time.monotonic() - started
+            click.secho(BLOCK_END, nl=False, dim=True)
         answer = stream.answer()
-    sizes = ", ".join(str(len(block.masked_counts)) for block in answer.blocks)
-    click.echo(
-        f"\n\n{len(answer.ids)} tokens in {seconds:.2f} s: {len(answer.ids) / seconds:.0f} tokens/s"
-        f", {answer.tokens_per_denoiser_call:.1f} tokens per denoiser call, "
+    click.echo(f"\n\n{_figures(answer, eos_ids)}")
+
+
+def _figures(answer: Answer, eos_ids: list[int]) -> str:
+    """Return what the answer cost. What fills its last block after the end token does not count."""
+    ends = [number for number, token in enumerate(answer.ids, 1) if token in eos_ids]
+    count = ends[0] if ends else len(answer.ids)
+    calls = ", ".join(str(len(block.masked_counts)) for block in answer.blocks)
+    return (
+        f"{count} tokens in {answer.seconds:.2f} s: {count / answer.seconds:.0f} tokens/s, "
+        f"{count / answer.denoiser_calls:.1f} tokens per denoiser call, "
         f"finished by {answer.finish_reason}\n"
-        f"denoiser calls per block of 16: {sizes}"
+        f"denoiser calls per block: {calls}"
     )
 
 

@@ -148,19 +148,16 @@ def _missing_rtx() -> tuple[str, ...]:
 
 def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
     """Return where the Triton server is, and what keeps it from serving."""
-    from twotower_engines.serving.installation import find_server
+    from twotower_engines.serving.installation import find_server, numpy_problem
 
     try:
         found = find_server()
     except EnginesError as problem:
         return None, [str(problem)]
     problems = []
-    numpy = packages.get("numpy", "")
-    if found.wheel is not None and numpy and int(numpy.partition(".")[0]) >= 2:
-        problems.append(
-            f"numpy is {numpy}, with which this server's Python backend gives empty answers: "
-            "pip install 'numpy==1.26.4'"
-        )
+    unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
+    if unusable is not None:
+        problems.append(unusable)
     free = _free_shared_memory()
     if free is not None and free < SHARED_MEMORY_NEEDED:
         problems.append(

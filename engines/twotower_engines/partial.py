@@ -65,7 +65,11 @@ def put_in_place(made: Path, target: Path, *, replace: bool = True) -> None:
                 return  # the old one, under the new one's name, goes with the partial folder
             aside = target.with_name(f"{REPLACED}{target.name}")
             target.rename(aside)
-            made.rename(target)
+            try:
+                made.rename(target)
+            except BaseException:
+                aside.rename(target)
+                raise
             aside.rename(made)
         else:
             made.rename(target)

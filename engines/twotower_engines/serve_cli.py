@@ -124,6 +124,8 @@ def serve(
     )
     with _Interrupted() as interrupted, TritonServer(repo, options) as server:
         interrupted.server = server
+        if interrupted.count:
+            return
         show = _Status()
         show(f"starting the Triton server of {server.source}")
         try:
@@ -151,8 +153,8 @@ class _Interrupted:
 
     def _handle(self, number: int, frame: object) -> None:
         self.count += 1
-        if self.server is None:
-            raise KeyboardInterrupt
+        if self.server is None:  # it is being started, which takes no time; see `serve`
+            return
         if self.count == 1:
             print("ending the server", file=sys.stderr)
             self.server.request_stop()

@@ -13,10 +13,13 @@ from typing import Any
 
 from .errors import TokenizerError
 
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["PREVIOUS_IDS", "TextStream", "Tokenizer", "added_text"]
 
 TOKENIZER_FILE = "tokenizer.json"
 INCOMPLETE = "\ufffd"  # what decoders put for bytes that are no character, or not yet
+# Tokens before a piece that its decoder is given. A character has at most four bytes, so at most
+# four tokens; the rest is for special tokens, which have no text, between them.
+PREVIOUS_IDS = 32
 
 
 class Tokenizer:
@@ -72,11 +75,30 @@ class Tokenizer:
         return text
 
 
-class TextStream:
-    """The text of an answer as its ids arrive.
+def added_text(
+    tokenizer: Tokenizer, previous: Sequence[int], ids: Sequence[int], is_last: bool
+) -> str:
+    """Return the text that some ids add to an answer; the pieces together are the whole text.
 
-    All pieces together are the text of all ids. Characters whose bytes are not complete are held
-    back until they are, or until the end.
+    A character whose bytes have begun but not ended decodes to one replacement character at the
+    very end. So one of those is held back there, and comes with the next piece, as itself or as
+    part of what it became.
+
+    Args:
+        tokenizer: Of the model.
+        previous: The end of the answer before: its last `PREVIOUS_IDS` tokens, or all.
+        ids: The new ids.
+        is_last: Whether no more ids come, so that nothing may be held back.
+    """
+    before = tokenizer.decode(previous).removesuffix(INCOMPLETE)
+    text = tokenizer.decode([*previous, *ids])
+    return (text if is_last else text.removesuffix(INCOMPLETE))[len(before) :]
+
+
+class TextStream:
+    """The text of an answer as its ids arrive, where one process sees all of them.
+
+    All pieces together are the text of all ids.
 
     Args:
         tokenizer: Of the model.
@@ -84,35 +106,14 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # from the last place where the text was complete before `_read`
-        self._read = 0  # ids in front whose text was given in an earlier window
-        self._given = 0  # characters given of the window's text
+        self._previous: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:
         """Take more ids, and return the text that they complete."""
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        complete = text.rstrip(INCOMPLETE)
-        piece = complete[self._given :]
-        self._given = max(self._given, len(complete))
-        if complete == text and len(self._ids) > self._read:
-            self._forget()
+        piece = added_text(self._tokenizer, self._previous, ids, is_last=False)
+        self._previous = [*self._previous, *ids][-PREVIOUS_IDS:]
         return piece
 
     def finish(self) -> str:
         """Return what was held back: its bytes will not become a character any more."""
-        text = self._tokenizer.decode(self._ids)
-        piece = text[self._given :]
-        self._given = len(text)
-        return piece
-
-    def _forget(self) -> None:
-        """Drop the ids before the newest ones, whose text is kept as what joins the next.
-
-        A decoder may treat the first token of a text in a way of its own (dropping a space, for
-        instance), so the window always starts at tokens that were given before.
-        """
-        newest = self._ids[self._read :]
-        text = self._tokenizer.decode(newest)
-        if text:  # special tokens alone have no text to start a window with
-            self._ids, self._read, self._given = newest, len(newest), len(text)
+        return added_text(self._tokenizer, self._previous, (), is_last=True)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from twotower_engines.errors import TokenizerError
-from twotower_engines.tokenizer import TextStream, Tokenizer
+from twotower_engines.tokenizer import PREVIOUS_IDS, TextStream, Tokenizer, added_text
 
 TEXTS = [
     "Nora had a small boat.",
@@ -61,7 +61,15 @@ def test_any_ids_in_any_pieces_give_the_text_of_all(tokenizer, seed):
     if seed % 2:  # some real text in it
         ids[7:7] = tokenizer.encode(draw.choice(TEXTS))
     cuts = sorted(draw.choices(range(len(ids) + 1), k=draw.randint(0, 12)))
-    assert "".join(pieces(tokenizer, ids, cuts)) == tokenizer.decode(ids)
+    parts = pieces(tokenizer, ids, cuts)
+    assert "".join(parts) == tokenizer.decode(ids)
+    # a server, which decodes each piece on its own, says the same piece by piece
+    borders = zip([0, *cuts], [*cuts, len(ids)], strict=True)
+    alone = [
+        added_text(tokenizer, ids[max(0, a - PREVIOUS_IDS) : a], ids[a:b], False)
+        for a, b in borders
+    ]
+    assert alone == parts[:-1]
 
 
 def test_the_window_stays_short(tokenizer):
@@ -70,7 +78,7 @@ def test_the_window_stays_short(tokenizer):
     ids = tokenizer.encode("Nora had a small boat. ")
     for _ in range(50):
         stream.push(ids)
-    assert len(stream._ids) <= 2 * len(ids)
+    assert len(stream._previous) <= PREVIOUS_IDS < 50 * len(ids)
 
 
 def test_text_that_is_no_unicode_is_refused(tokenizer):

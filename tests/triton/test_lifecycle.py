@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,16 +56,62 @@ def test_ready_line_and_ctrl_c(packaged, alive) -> None:
     assert alive(ready["pid"]) == []
 
 
+def open_stream(address: str) -> subprocess.Popen:
+    """Start `twotower generate` on an answer of many minutes; return it when it has begun."""
+    command = [sys.executable, "-m", "twotower_client.cli", "generate", "--prompt-ids", "5"]
+    command += ["--url", address, "--stream", "--max-new-tokens", "4000", "--threshold", "1"]
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asking.stdout.read(1)
+    return asking
+
+
 @pytest.mark.server
-def test_nothing_outlives_a_killed_command(packaged, alive) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_open_stream_is_told_and_does_not_hold_the_server(packaged, alive, how) -> None:
+    before = remains()
     running, ready = start(packaged.repository)
+    asking = open_stream(ready["grpc"])
     assert len(alive(ready["pid"])) >= 4  # the server and three models
-    running.kill()
-    running.communicate()
-    end = time.monotonic() + 30
-    while alive(ready["pid"]) and time.monotonic() < end:
+    assert remains() != before
+    running.send_signal(how)
+    start_of_end = time.monotonic()
+    _, said = asking.communicate(timeout=20)
+    assert asking.returncode == 1
+    assert b"the server is shutting down" in said
+    running.communicate(timeout=20)
+    assert running.returncode == (0 if how == signal.SIGINT else -signal.SIGKILL)
+    wait_until(lambda: alive(ready["pid"]) == [] and remains() == before, 20)
+    assert time.monotonic() - start_of_end < 14
+
+
+@pytest.mark.server
+def test_a_server_that_hangs_is_killed(packaged, alive, monkeypatch) -> None:
+    """Stopped processes stand for anything that hangs; only the time that they get is shorter."""
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    monkeypatch.setattr("twotower_engines.serving.server.KILL_SECONDS", 0.5)
+    before = remains()
+    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None)) as server:
+        server.wait_until_ready(60)
+        os.killpg(server.pid, signal.SIGSTOP)
+        start_of_end = time.monotonic()
+        server.request_stop()
+        assert server.wait() == -signal.SIGKILL
+        assert time.monotonic() - start_of_end < 5
+        wait_until(lambda: alive(server.pid) == [] and remains() == before, 5)
+
+
+def remains() -> tuple[list[Path], list[Path]]:
+    """What servers leave when nobody cleans up: shared memory and folders of links."""
+    folders = Path(os.environ["TMPDIR"]).glob("twotower-serve-*")
+    return sorted(Path("/dev/shm").glob("twotower_*")), sorted(folders)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
         time.sleep(0.1)
-    assert alive(ready["pid"]) == []
 
 
 @pytest.mark.server
@@ -154,6 +202,32 @@ def test_no_repository_and_no_server(tmp_path, packaged, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServingError, match=r"twotower\[serve\]"):
         TritonServer(packaged.repository, options)
+
+
+def test_a_numpy_that_empties_answers_is_refused(packaged, monkeypatch) -> None:
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.1.0" if name == "numpy" else version(name)
+    )
+    with pytest.raises(ServingError, match=r"numpy is 2\.1\.0.*numpy==1\.26\.4"):
+        TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None))
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path, packaged) -> None:
+    (tmp_path / "file").touch()
+    before = remains()
+    for log in ("/proc/x.log", str(tmp_path / "file" / "x.log")):
+        command = [*COMMAND, str(packaged.repository), "--grpc-port", "0", "--http-port", "0"]
+        ran = subprocess.run(
+            [*command, "--metrics-port", "0", "--log", log],
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert ran.returncode == 2
+        assert ran.stderr.startswith(f"error: {log}: the log cannot be written (")
+        assert ran.stderr.count("\n") == 1
+    assert remains() == before
 
 
 def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:

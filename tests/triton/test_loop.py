@@ -11,8 +11,9 @@ from twotower_engines.engine_set import open_engine_set
 from twotower_engines.request import Request
 from twotower_engines.runtime import open_runtime
 from twotower_engines.scheduler import Scheduler
-from twotower_engines.serving.loop import PREVIOUS_IDS, EngineLoop
+from twotower_engines.serving.loop import EngineLoop
 from twotower_engines.serving.wire import Job, Stop
+from twotower_engines.tokenizer import PREVIOUS_IDS
 
 SECONDS = 20
 
@@ -208,4 +209,10 @@ def test_closing_answers_what_is_open(runtime, death) -> None:
     assert running.begun.wait(SECONDS)
     loop.close()
     assert running.wait().failures[0][0] == "busy"
+    after = Answer()
+    loop.put(job(), after)
+    [(failure, message)] = after.wait().failures
+    assert failure == "busy"
+    assert "shutting down" in message
+    loop.close()  # the lifeline and Triton both ask for it
     assert not death.is_set()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from twotower_client import cli as root
 from twotower_engines.engine_set import open_engine_set
 from twotower_engines.errors import EnginesError, ServingError
+from twotower_engines.partial import partial_folder, put_in_place
 from twotower_engines.serving import preprocess
 from twotower_engines.serving.package import package, templates_folder
 from twotower_engines.serving.repository import MODELS, check_configs, check_repository, read_config
@@ -82,10 +85,28 @@ def test_a_write_that_fails_leaves_the_old_one(packaged, tmp_path, monkeypatch) 
         raise OSError("disk full")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ServingError, match=r"cannot be written \(disk full\); name another place"):
         package(engines, repository, Settings(packaged.engines, slots=2))
     assert 'string_value: "1"' in (repository / "generate" / "config.pbtxt").read_text()
     assert [one.name for one in tmp_path.iterdir()] == ["repository"]
+
+
+def test_a_new_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path) -> None:
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "here").touch()
+    with partial_folder(tmp_path) as work, pytest.raises(FileNotFoundError):
+        put_in_place(work / "repository", tmp_path / "repository")
+    assert [one.name for one in tmp_path.rglob("*")] == ["repository", "here"]
+
+
+def test_a_place_that_cannot_be_written_is_named(packaged, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "x" / "y", Path("/proc/zz")):
+        command = [sys.executable, "-m", "twotower_client.cli", "package", str(packaged.engines)]
+        ran = subprocess.run([*command, str(place)], capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 2
+        assert ran.stderr.startswith(f"error: {place}: cannot be written (")
+        assert ran.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("slots", [0, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import struct
@@ -9,9 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 
+import grpc
 import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
 import twotower_client as tt
 from twotower_client.request import _Message
@@ -73,6 +78,42 @@ def test_server_refuses(client, tensors, said) -> None:
         ask(client, **(prompt if prompt is not None else {"input_ids": [1]}), **tensors)
     assert said in str(refusal.value)
     assert "ensemble" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"text_input": ""}, "the prompt is empty"),
+        ({"text_input": "hi", "max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+    ids=["prompt", "max_new_tokens"],
+)
+def test_a_refusal_over_http_is_a_bad_request(server, path, inputs, said) -> None:
+    url = f"http://{server.http_address}/v2/models/twotower/{path}"
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(url, json.dumps(inputs).encode(), timeout=20)
+    assert refusal.value.code == 400
+    body = refusal.value.read().decode().removeprefix("data: ")
+    assert f"request refused: {said}" in json.loads(body)["error"]
+
+
+def test_a_refusal_over_grpc_is_told_as_documented(server) -> None:
+    """A stream carries a message, no code; a call of `preprocess` has the code."""
+    message = _Message("raw")
+    message.array("input_ids", [1], np.int32)
+    message.array("max_new_tokens", [0], np.int32)
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        [part] = stub.ModelStreamInfer(iter([message.message]), timeout=20)
+        words = "in ensemble 'twotower', request refused: max_new_tokens is 0"
+        assert part.error_message.startswith(words)
+        assert part.infer_response.parameters["triton_final_response"].bool_param
+        message.message.model_name = "preprocess"
+        with pytest.raises(grpc.RpcError) as refusal:
+            stub.ModelInfer(message.message, timeout=20)
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refusal.value.details().startswith("request refused: max_new_tokens is 0")
 
 
 def test_a_prompt_of_one_token_works_in_every_mode(client) -> None:

@@ -12,11 +12,9 @@ import pytest
 from twotower_engines.engine_set import open_engine_set
 from twotower_engines.errors import EnginesError, RequestError
 from twotower_engines.request import Request
-from twotower_engines.serving.loop import PREVIOUS_IDS
-from twotower_engines.serving.postprocess import added_text
 from twotower_engines.serving.preprocess import Preprocessor
 from twotower_engines.serving.wire import Job, Stop, decode, encode
-from twotower_engines.tokenizer import Tokenizer
+from twotower_engines.tokenizer import PREVIOUS_IDS, Tokenizer, added_text
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from twotower_engines.runtime import open_runtime
 from twotower_engines.scheduler import Scheduler
 from twotower_engines.self_test import check
 
+from .lifeline import on_cut
 from .loop import EngineLoop, Failure, Part
 from .settings import Settings
 from .wire import decode
@@ -101,6 +102,8 @@ class TritonPythonModel:
         slots = settings.slots or self._runtime.limits.slots
         scheduler = Scheduler(self._runtime, slots)
         self._loop = EngineLoop(scheduler, slots + settings.max_waiting, _end_process)
+        # Triton itself would wait for the answers under way, which may take minutes.
+        on_cut(self._loop.close)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand the requests to the engine's thread. Inputs are copied: Triton frees them."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from twotower_engines.errors import ServingError
 
-__all__ = ["ServerInstallation", "find_server", "link_backends"]
+__all__ = ["ServerInstallation", "find_server", "link_backends", "numpy_problem"]
 
 STUB = "triton_python_backend_stub"
 
@@ -68,6 +68,21 @@ def find_server() -> ServerInstallation:
         )
     version = importlib.metadata.version("nvidia-pytriton")
     return ServerInstallation(binary, f"nvidia-pytriton {version}", wheel)
+
+
+def numpy_problem(installation: ServerInstallation, numpy: str) -> str | None:
+    """Return why a server cannot work with this interpreter's numpy, or None if it can.
+
+    Args:
+        installation: As found. What numpy a server on PATH uses is its own affair.
+        numpy: Version of numpy, for example `1.26.4`.
+    """
+    if installation.wheel is None or int(numpy.partition(".")[0]) < 2:
+        return None
+    return (
+        f"numpy is {numpy}, with which the Python backend of {installation.source} gives empty "
+        "answers; install an older one with: pip install 'numpy==1.26.4'"
+    )
 
 
 def link_backends(installation: ServerInstallation, folder: Path) -> Path | None:

@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 from twotower_engines.errors import EnginesError
 from twotower_engines.request import BlockEvent, Request
 from twotower_engines.scheduler import Scheduler
+from twotower_engines.tokenizer import PREVIOUS_IDS
 
 from .wire import Job, Stop
 
@@ -30,11 +31,6 @@ __all__ = ["EngineLoop", "Failure", "Part", "Reply"]
 Failure = Literal["refused", "busy", "late", "failed"]
 """Why there is no (more) answer: the request must change; the same may work later; the time that
 was allowed is over; something broke."""
-
-
-# Tokens before a block that its decoder is given. A character has at most four bytes, so at most
-# four tokens; the rest is for special tokens, which have no text, between them.
-PREVIOUS_IDS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +90,7 @@ class EngineLoop:
         self._open: dict[str, _Open] = {}
         self._count = 0
         self._closing = False
-        self._dead = False
+        self._ended: tuple[str, Failure] | None = None  # what requests are told from then on
         self._lock = threading.Lock()  # between the last look into the inbox and what comes later
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -102,13 +98,13 @@ class EngineLoop:
     def put(self, message: Job | Stop, reply: Reply) -> None:
         """Take a job, or a wish to stop one. Returns at once; the reply hears the rest."""
         with self._lock:
-            if not self._dead:
+            if self._ended is None:
                 self._inbox.put((message, reply))
                 return
-        reply.fail("the engine has stopped; restart the server", "failed")
+        reply.fail(*self._ended)
 
     def close(self) -> None:
-        """Fail what is open and end the thread."""
+        """Fail what is open and end the thread; a second time does nothing."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -119,10 +115,15 @@ class EngineLoop:
                 self._give_up()
                 for event in self._scheduler.turn():
                     self._deliver(event)
-            self._end("the server is shutting down; send the request again later", "busy")
+            message = "the server is shutting down; send the request again later"
+            self._end(message, message, "busy")
         except BaseException as problem:
             traceback.print_exc(file=sys.stderr)
-            self._end(f"the engine failed: {type(problem).__name__}: {problem}", "failed")
+            self._end(
+                f"the engine failed: {type(problem).__name__}: {problem}",
+                "the engine has stopped; restart the server",
+                "failed",
+            )
             self._on_death()
 
     def _take_in(self) -> None:
@@ -204,10 +205,10 @@ class EngineLoop:
             one.reply.send(Part(event, tuple(one.sent), prompt))
             one.sent = [*one.sent, *event.ids][-PREVIOUS_IDS:]
 
-    def _end(self, message: str, failure: Failure) -> None:
-        """Fail every request that is open or still in the inbox, and refuse later ones."""
+    def _end(self, message: str, later: str, failure: Failure) -> None:
+        """Fail every request that is open or still in the inbox, and those that come later."""
         with self._lock:
-            self._dead = True
+            self._ended = later, failure
         replies = [one.reply for one in self._open.values()]
         self._open.clear()
         while not self._inbox.empty():

@@ -7,13 +7,15 @@ Engines and weights are not copied.
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from twotower_engines.engine_set import EngineSet
 from twotower_engines.errors import ServingError
+from twotower_engines.partial import partial_folder, put_in_place
 from twotower_engines.weights import WeightStore
 
 from .repository import CONFIG_FILE, MODELS, check_configs, read_config
@@ -52,7 +54,7 @@ def package(engines: EngineSet, repository: Path, settings: Settings) -> None:
 
     Raises:
         EnginesError: The engines or their checkpoint are missing or changed, the slots are more
-            than the engines have, or something else lies at `repository`.
+            than the engines have, something else lies at `repository`, or it cannot be written.
     """
     engines.check_plans()
     WeightStore(engines.manifest, settings.checkpoint).check()
@@ -64,17 +66,25 @@ def package(engines: EngineSet, repository: Path, settings: Settings) -> None:
         for key, value in settings.parameters().items():
             configs[name].parameters[key].string_value = value
     check_configs(configs)
-    partial = repository.with_name(f"{repository.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        for name, config in configs.items():
-            (partial / name / "1").mkdir(parents=True)
-            (partial / name / CONFIG_FILE).write_text(_as_text(config), encoding="utf-8")
-        for name in MODELS_WITH_CODE:
-            shutil.copyfile(templates / name / "1/model.py", partial / name / "1/model.py")
-        _replace(repository, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with partial_folder(repository.parent) as work:
+            made = work / repository.name
+            _write(made, configs, templates)
+            put_in_place(made, repository)
+    except OSError as problem:
+        raise ServingError(
+            f"{repository}: cannot be written ({problem.strerror or problem}); name another place "
+            "for the repository"
+        ) from problem
+
+
+def _write(folder: Path, configs: Mapping[str, Any], templates: Path) -> None:
+    """Write the configurations, and the code of the models that have any."""
+    for name, config in configs.items():
+        (folder / name / "1").mkdir(parents=True)
+        (folder / name / CONFIG_FILE).write_text(_as_text(config), encoding="utf-8")
+    for name in MODELS_WITH_CODE:
+        shutil.copyfile(templates / name / "1/model.py", folder / name / "1/model.py")
 
 
 def _check_slots(engines: EngineSet, settings: Settings) -> None:
@@ -100,17 +110,7 @@ def _check_replaceable(repository: Path) -> None:
         )
 
 
-def _replace(repository: Path, partial: Path) -> None:
-    """Put the new folder in place of the old one, which is moved aside first."""
-    repository.parent.mkdir(parents=True, exist_ok=True)
-    old = repository.with_name(f"{repository.name}.{os.getpid()}.old.partial")
-    if repository.exists():
-        repository.rename(old)
-    partial.rename(repository)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _as_text(config: object) -> str:
+def _as_text(config: Any) -> str:
     from google.protobuf import text_format
 
     return str(text_format.MessageToString(config))

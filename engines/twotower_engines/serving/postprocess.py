@@ -6,38 +6,15 @@ with it: its last tokens, and whether more is to come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from twotower_engines.tokenizer import Tokenizer
+from twotower_engines.tokenizer import Tokenizer, added_text
 
 from .settings import Settings
 
-__all__ = ["TritonPythonModel", "added_text"]
-
-INCOMPLETE = "\ufffd"  # what decoders put for bytes that are no character, or not yet
-
-
-def added_text(
-    tokenizer: Tokenizer, previous: Sequence[int], ids: Sequence[int], is_last: bool
-) -> str:
-    """Return the text that some ids add to an answer; the pieces together are the whole text.
-
-    A character whose bytes have begun but not ended decodes to one replacement character at the
-    very end. So one of those is held back there, and comes with the next piece, as itself or as
-    part of what it became.
-
-    Args:
-        tokenizer: Of the model.
-        previous: The end of the answer before, enough of it to hold a whole character.
-        ids: The new ids.
-        is_last: Whether no more ids come, so that nothing may be held back.
-    """
-    before = tokenizer.decode(previous).removesuffix(INCOMPLETE)
-    text = tokenizer.decode([*previous, *ids])
-    return (text if is_last else text.removesuffix(INCOMPLETE))[len(before) :]
+__all__ = ["TritonPythonModel"]
 
 
 class TritonPythonModel:

@@ -6,15 +6,14 @@ with TritonServer(Path("repository"), ServerOptions(grpc_port=0)) as server:
     print(server.grpc_address)
 ```
 The server runs in a session of its own, so that Ctrl-C reaches us alone and is passed on once. It
-ends with us in every case: on a signal, at the end of the `with` block, and, because the kernel
-tells it when its parent dies, even when we are killed. (The kernel means the thread that started
-it: start a server from one that lives as long.)
+ends with us in every case and in a bounded time: on a signal, at the end of the `with` block, and
+even when we are killed (see `lifeline`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import importlib.metadata
 import os
 import re
 import secrets
@@ -28,18 +27,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from twotower_engines.errors import ServingError
 
-from .installation import find_server, link_backends
+from .installation import find_server, link_backends, numpy_problem
+from .lifeline import VARIABLE, remove_left, start_keeper
 from .ports import choose_ports
 from .repository import MODELS, check_repository
 
 __all__ = ["ServerOptions", "TritonServer"]
 
 EXIT_SECONDS = 10  # how long the server may take to unload its models
-SHARED_MEMORY = Path("/dev/shm")
+KILL_SECONDS = EXIT_SECONDS + 2  # after which it is killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,8 @@ class TritonServer:
         models: Models that must be ready.
 
     Raises:
-        ServingError: The folder is no model repository, no server is installed, or a port is taken.
+        ServingError: The folder is no model repository, no server is installed, its numpy would
+            give empty answers, a port is taken, or the log cannot be written.
     """
 
     def __init__(
@@ -83,17 +84,25 @@ class TritonServer:
         self._repository, self._models = repository.absolute(), models
         check_repository(self._repository, models)
         self._installation = find_server()
+        problem = numpy_problem(self._installation, importlib.metadata.version("numpy"))
+        if problem is not None:
+            raise ServingError(problem)
         self._ports = choose_ports(self._options.host, self._wanted_ports())
         self._started = time.monotonic()
         # Two servers with one prefix would read each other's shared memory.
         self._prefix = f"twotower_{os.getpid()}_{secrets.token_hex(4)}_"
         self._folder = Path(tempfile.mkdtemp(prefix="twotower-serve-"))
         self._log = self._options.log or self._folder / "server.log"
+        # Whoever holds the reading end learns when we are gone: see `lifeline`.
+        listening, self._lifeline = os.pipe()
         try:
-            self._process = self._start()
+            self._process, self._keeper = self._start(listening)
         except BaseException:
+            self._cut()
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
+        finally:
+            os.close(listening)
 
     @property
     def source(self) -> str:
@@ -160,9 +169,11 @@ class TritonServer:
         return self._process.wait()
 
     def request_stop(self) -> None:
-        """Ask the server to end, and return at once."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        """Tell open requests and the server to end, and return at once.
+
+        The server is gone after `KILL_SECONDS` at most, whatever its clients do.
+        """
+        self._cut()
 
     def kill(self) -> None:
         """End the server and everything that it started at once."""
@@ -174,12 +185,12 @@ class TritonServer:
         """End the server and everything that it started, and remove what it left."""
         self.request_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(EXIT_SECONDS + 2)
+            self._process.wait(KILL_SECONDS)
         self.kill()
         self._process.wait()
-        for left in SHARED_MEMORY.glob(f"{self._prefix}*"):
-            left.unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._keeper.kill()
+        self._keeper.wait()
+        remove_left(self._prefix, self._folder)
 
     def log_tail(self, lines: int = 30) -> str:
         """Return the end of the server's log, without the noise of a machine that has no GPU."""
@@ -203,6 +214,12 @@ class TritonServer:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+    def _cut(self) -> None:
+        """Cut the lifeline; a second time does nothing."""
+        lifeline, self._lifeline = self._lifeline, -1
+        if lifeline >= 0:
+            os.close(lifeline)
 
     def _wanted_ports(self) -> dict[str, int]:
         wanted = {
@@ -237,41 +254,44 @@ class TritonServer:
                 arguments.append(f"--allow-{name}=false")
         return arguments
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ)
+    def _open_log(self) -> BinaryIO:
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            return self._log.open("wb")
+        except OSError as problem:
+            raise ServingError(
+                f"{self._log}: the log cannot be written ({problem.strerror}); name another file "
+                "with --log"
+            ) from problem
+
+    def _start(self, lifeline: int) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+        """Start the server and its keeper."""
+        environment = {**os.environ, VARIABLE: str(lifeline)}
         # The stub embeds Python and finds packages through the first interpreter on PATH.
         scripts = str(Path(sys.executable).parent)
         environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
         command = [str(self._installation.binary), *self._arguments()]
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("wb") as log:
-            return subprocess.Popen(
+        with self._open_log() as log:
+            server = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
+                pass_fds=(lifeline,),  # the models' processes inherit it from the server
             )
+        try:
+            keeper = start_keeper(lifeline, server.pid, KILL_SECONDS, self._prefix, self._folder)
+        except BaseException:
+            server.kill()
+            server.wait()
+            raise
+        return server, keeper
 
 
 NOISE = re.compile(r"pinned memory|CUDA driver|CudaDriver|NVML|DCGM|cudaError", re.IGNORECASE)
 ERROR = re.compile(r"E\d{4} |error:|Traceback")
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """Return what a child runs before it becomes the server: ask for SIGTERM if we die."""
-    parent = os.getpid()
-    library = ctypes.CDLL(None, use_errno=True)
-    pr_set_pdeathsig = 1  # <linux/prctl.h>
-
-    def prepare() -> None:
-        library.prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != parent:  # we died between the fork and the call above
-            os._exit(1)
-
-    return prepare
 
 
 def _is_ready(client: object, model: str) -> bool:
