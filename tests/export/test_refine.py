@@ -110,6 +110,15 @@ def test_the_threshold_is_strict_and_the_first_step_commits_at_least_one(refine)
     assert refine(logits, ids, threshold=0.999, steps_left=16)["still_masked"] == [0]
 
 
+def test_the_share_of_a_step_does_not_overflow(refine):
+    logits = np.random.default_rng(9).standard_normal((1, 5, V))
+    got = refine(logits, np.full((1, 5), MASK), threshold=1.0, steps_left=2**31 - 1)
+    assert got["still_masked"] == [4]
+    assert (
+        refine(logits, np.full((1, 5), 5), threshold=1.0, steps_left=2**31 - 1)["still_masked"]
+    ) == [0]
+
+
 def test_of_equal_confidences_the_later_position_goes_first(refine):
     logits = np.tile(np.random.default_rng(0).standard_normal(V), (1, 6, 1))
     got = refine(logits, np.full((1, 6), MASK), threshold=1.0, steps_left=3)

@@ -148,6 +148,26 @@ def test_nothing_possible_fails_the_row() -> None:
     assert got[1][1].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("mask_id", [0, MASK])
+def test_scores_that_overflow_still_give_a_token(mask_id: int) -> None:
+    """A temperature that requests may not have: every score is -inf, and so all are equal."""
+    logits = torch.full((1, 2, 5000), -20.0) - torch.arange(5000) * 0.01
+    ids = np.full((1, 2), mask_id)
+    got = step(logits, ids, [Row(2, temperature=1e-38, steps_left=1)], mask_id)
+    assert got[0].tolist() == [[int(mask_id == 0)] * 2]
+    assert got[3].tolist() == [0]
+
+
+@pytest.mark.parametrize("policy", range(5))
+def test_the_share_of_a_step_does_not_overflow(policy: int) -> None:
+    logits = torch.from_numpy(np.random.default_rng(9).normal(0, 1, (1, 5, 40))).float()
+    row = Row(5, policy=policy, threshold=1e-6, steps_left=2**31 - 1)
+    if policy == 0:
+        row.threshold = 1.0
+    got = check(logits, np.full((1, 5), MASK), [row])
+    assert got[3].tolist() == [4], "a step commits one position"
+
+
 @pytest.mark.parametrize("policy", range(5))
 def test_extreme_logits(policy: int) -> None:
     generator = np.random.default_rng(7)

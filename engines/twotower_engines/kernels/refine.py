@@ -45,6 +45,9 @@ FIELDS = 5
 """Numbers that a split leaves: maximum logit; sum of e = exp(logit - maximum); sum of
 e * (logit - maximum); best score; logit of the best token."""
 
+NO_TOKEN = tl.constexpr(2**31 - 1)
+"""The prediction where nothing can be predicted: after every token, and in no vocabulary."""
+
 PRIME = tl.constexpr(2**31 - 1)
 """The noise is computed in the field of this many elements: 2^31 = 1 there."""
 
@@ -108,19 +111,19 @@ def sample(
     PIECE: tl.constexpr = BLOCK_V if BLOCK_V < 512 else 512
     lane = tl.arange(0, PIECE)
     best = tl.full((PIECE,), float("-inf"), dtype=tl.float32)
-    token = tl.full((PIECE,), V, dtype=tl.int32)
+    token = tl.full((PIECE,), NO_TOKEN, dtype=tl.int32)
     logit = tl.full((PIECE,), float("-inf"), dtype=tl.float32)
     for start in range(0, BLOCK_V, PIECE):
         candidate = first + start + lane
         real = (candidate < V) & (candidate != MASK_ID)
         x = tl.load(logits + candidate, mask=candidate < V, other=0.0).to(tl.float32)
         score = tl.div_rn(x, tl.zeros_like(x) + heat) + gumbel(candidate, position, seed)
-        better = real & (score > best)
+        better = real & ((score > best) | (token == NO_TOKEN))  # scores may all be -inf
         best = tl.where(better, score, best)
         token = tl.where(better, candidate, token)
         logit = tl.where(better, x, logit)
     winner = tl.max(best, axis=0)
-    chosen = tl.min(tl.where(best == winner, token, V), axis=0)
+    chosen = tl.min(tl.where(best == winner, token, NO_TOKEN), axis=0)
     return winner, chosen, tl.max(tl.where(token == chosen, logit, float("-inf")), axis=0)
 
 
@@ -163,11 +166,9 @@ def refine_vocabulary(
     weight = tl.exp(shifted)
     total = tl.sum(weight, axis=0)
     mean = tl.sum(tl.where(weight > 0.0, weight * shifted, 0.0), axis=0)
-    is_nan = tl.max((x != x).to(tl.int32), axis=0) > 0  # a maximum may drop a NaN, a sum not
-    total = tl.where(is_nan, float("nan"), total)
 
     best = top
-    chosen = tl.min(tl.where(real & (x == top), token, V), axis=0)
+    chosen = tl.min(tl.where(real & (x == top), token, NO_TOKEN), axis=0)
     logit = top
     heat = tl.load(temperature + row)
     if heat > 0.0:
@@ -264,7 +265,7 @@ def refine_decision(
     mean = tl.load(field + 2 * P, mask=there, other=0.0)
     best = tl.load(field + 3 * P, mask=there, other=float("-inf"))
     logit = tl.load(field + 4 * P, mask=there, other=float("-inf"))
-    token = tl.load(partial_ids + place * P + split[None, :], mask=there, other=2147483647)
+    token = tl.load(partial_ids + place * P + split[None, :], mask=there, other=NO_TOKEN)
 
     peak = tl.max(top, axis=1)
     base = tl.where(peak == float("-inf"), 0.0, peak)[:, None]
@@ -277,13 +278,14 @@ def refine_decision(
 
     winner = tl.max(best, axis=1)
     wins = there & (best == winner[:, None])
-    prediction = tl.min(tl.where(wins, token, 2147483647), axis=1)
+    prediction = tl.min(tl.where(wins, token, NO_TOKEN), axis=1)
     chosen = tl.max(tl.where(wins & (token == prediction[:, None]), logit, float("-inf")), axis=1)
     log_p = (chosen - peak) - log_total
     confidence = tl.exp(log_p)
 
     # All logits -inf: the sum is 0 and its logarithm -inf, where the ONNX function has NaN.
     lost = masked & ((log_p != log_p) | (entropy != entropy) | (peak == float("-inf")))
+    lost = lost | (masked & (prediction == NO_TOKEN))
     failed = tl.max(lost.to(tl.int32), axis=0) > 0
     open_ = masked & (failed == 0)
 
@@ -300,8 +302,8 @@ def refine_decision(
     bound = tl.load(threshold + row)
     wanted = policy_count(rule, bound, open_, rank, confidence, entropy_before)
     steps = tl.load(steps_left + row)
-    divisor = tl.maximum(steps, 1)
-    commit = tl.minimum(n, tl.maximum(wanted, (n + divisor - 1) // divisor))
+    quota = (n - 1) // tl.maximum(steps, 1) + 1  # rounded up, where n + steps might overflow
+    commit = tl.minimum(n, tl.maximum(wanted, quota))
     commit = tl.where(steps <= 1, n, commit)
 
     committed = open_ & (rank < commit)

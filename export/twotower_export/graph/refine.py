@@ -228,7 +228,10 @@ def _wanted(
 
 
 def _ceil_div(b: Body, n: ir.Value, steps_left: ir.Value) -> ir.Value:
-    """ceil(n / steps_left), both int32; steps_left below 1 counts as 1."""
+    """ceil(n / steps_left), at least 1, both int32; steps_left below 1 counts as 1.
+
+    n + steps_left might overflow.
+    """
     steps = b.op.Max(steps_left, b.i32(1))
-    made: ir.Value = b.op.Div(b.op.Add(n, b.op.Sub(steps, b.i32(1))), steps)
+    made: ir.Value = b.op.Add(b.op.Div(b.op.Sub(n, b.i32(1)), steps), b.i32(1))
     return made
