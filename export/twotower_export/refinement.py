@@ -1,9 +1,8 @@
 """One refinement step of a block in NumPy, float64: the rules, written as they are said.
 
 What golden answers are made with, and what the graphs' `twotower::RefineBlock` is checked against.
-The rules are NVIDIA's `generate_mask_diffusion` (policy `threshold`); `factor` is Fast-dLLM's
-dynamic threshold (Wu et al. 2025, section 3.3), `entropy` the bound of EB-Sampler (Ben-Hamu et al.
-2025).
+The rules are NVIDIA's `generate_mask_diffusion`; the other policies' sources are in
+`docs/kernels.md`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 POLICIES: Final = ("threshold", "quota", "factor", "entropy", "leftmost")
-"""Policies by number, as the graphs' input `policy` gives them."""
+"""Policies by number, as the graphs' input `policy` gives them: this package's only list."""
 
 Array = npt.NDArray[Any]
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from twotower_export.graph import build_refine_graph
-from twotower_export.graph.refine import POLICIES
+from twotower_export.refinement import POLICIES
 from twotower_export.tiny import tiny_config
 
 MASK = 3

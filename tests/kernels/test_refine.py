@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,10 @@ from kernel_inputs import MASK, block, mixed_rows, row_tensors
 from kernel_reference import Row, gumbel, refine_row
 from scipy.stats import kstest
 
-from twotower_engines.kernels import jit, refine
+from twotower_engines.kernels import jit, noise, refine, vocabulary
+from twotower_engines.runtime import POLICIES
+from twotower_export.graph.policies import POLICY_RULES
+from twotower_export.refinement import POLICIES as EXPORTED
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN is on purpose here
 
@@ -49,7 +55,9 @@ def check(
         (5, 7, 300, torch.bfloat16),
         (2, 33, 64, torch.float32),
         (1, 1, 5, torch.float32),
-        (2, 2, 4097, torch.float32),  # a second split, of one token
+        (2, 2, 4097, torch.float32),  # the last tile has one token
+        (1, 2, 4097, torch.float32),  # the last split, too
+        (2, 2, 8192, torch.bfloat16),  # full tiles alone
         (2, 2, 9001, torch.bfloat16),
     ],
 )
@@ -57,6 +65,72 @@ def test_batches_of_mixed_policies(B: int, S: int, V: int, dtype: torch.dtype) -
     generator = np.random.default_rng(B * 1000 + S + V)
     logits = torch.from_numpy(generator.normal(0, 3, (B, S, V))).to(dtype)
     check(logits, block(generator, B, S, V, 0.7), mixed_rows(generator, B, S))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_sizes(seed: int) -> None:
+    """Odd vocabularies, blocks, batches, lengths, bounds and mask tokens, as they come."""
+    generator = np.random.default_rng(100 + seed)
+    B, S = (int(generator.integers(1, n)) for n in (6, 20))
+    V = int(generator.choice([generator.integers(2, 90), generator.integers(500, 5000)]))
+    S = S if V < 500 else min(S, 3)
+    mask_id = int(generator.integers(V))
+    logits = generator.normal(0, generator.choice([0.5, 3, 8]), (B, S, V))
+    ids = np.where(generator.random((B, S)) < 0.7, mask_id, (mask_id + 1) % V)
+    rows = [
+        Row(
+            length=int(generator.integers(0, S + 1)),
+            threshold=float(np.float32(generator.uniform(0.01, [1, 1, 3, 6, 1][policy]))),
+            steps_left=int(generator.integers(-1, 9)),
+            temperature=float(np.float32(generator.choice([0.0, 0.05, 0.5, 1.0, 4.0]))),
+            policy=int(policy),
+            seed=int(generator.integers(0, 2**31)),
+        )
+        for policy in generator.integers(0, 5, B)
+    ]
+    dtype = torch.float32 if seed % 2 else torch.bfloat16
+    check(torch.from_numpy(logits).to(dtype), ids, rows, mask_id)
+
+
+def test_splits_grow_with_the_batch_and_change_no_token() -> None:
+    """A row alone is cut finer than in a batch of four; noise and ties do not know of it."""
+    logits = torch.from_numpy(np.random.default_rng(10).normal(0, 2, (5, 2, 9000))).bfloat16()
+    rows = [Row(2, temperature=t, steps_left=1, seed=7) for t in (0.0, 0.05, 0.3, 1.0, 3.0)]
+    ids = np.full((5, 2), MASK)
+    together = check(logits, ids, rows)
+    for b, row in enumerate(rows):
+        alone = step(logits[b : b + 1], ids[b : b + 1], [row])
+        np.testing.assert_array_equal(alone[0][0], together[0][b])
+        np.testing.assert_allclose(alone[1][0], together[1][b], rtol=2e-6)
+
+
+@pytest.mark.parametrize("peak", [0.0, 20.0])
+def test_pieces_that_cannot_win_are_skipped_and_change_nothing(
+    peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound on the noise made infinite, nothing is skipped: the same tokens win."""
+    logits = torch.from_numpy(np.random.default_rng(11).normal(0, 2, (3, 4, 4500))).float()
+    logits[:, :, 2100] += peak
+    rows = [Row(4, temperature=t, steps_left=1, seed=3) for t in (0.1, 1.0, 2.0)]
+    ids = np.full((3, 4), MASK)
+    skipping = step(logits, ids, rows)
+    monkeypatch.setattr(vocabulary, "MOST_NOISE", tl.constexpr(float("inf")))
+    every = step(logits, ids, rows)
+    for got, want in zip(skipping, every, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_the_bound_on_the_noise_is_above_the_most_that_there_is() -> None:
+    most = -np.log(-np.log((np.float64(2**23 - 1) + 0.5) / 2**23))
+    assert most < np.float32(most + 1e-4) < noise.MOST_NOISE.value < most + 0.01
+
+
+def test_both_packages_number_the_policies_alike() -> None:
+    assert dict(enumerate(EXPORTED)) == {number: name for name, number in POLICIES.items()}
+    assert list(POLICY_RULES) == list(EXPORTED)
+    table = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    found = re.findall(r"^\| (\d) \| `(\w+)` \|", table, re.MULTILINE)
+    assert {name: int(number) for number, name in found} == POLICIES
 
 
 @pytest.mark.parametrize("policy", range(5))
@@ -201,7 +275,8 @@ def test_noise_is_a_function_of_seed_position_and_token() -> None:
 def store_noise(seed: tl.tensor, position: tl.tensor, out: tl.tensor, COUNT: tl.constexpr) -> None:
     """The noise of tokens 0 .. COUNT - 1."""
     token = tl.arange(0, COUNT)
-    tl.store(out + token, refine.gumbel(token, position, tl.load(seed)))
+    first, second = noise.noise_keys(tl.load(seed), position)
+    tl.store(out + token, noise.gumbel(token, first, second))
 
 
 @pytest.mark.parametrize(("seed", "position"), [(0, 0), (2**31 - 1, 63), (20240607, 15)])
