@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from kernel_inputs import MASK, block, mixed_rows, row_tensors
+from kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
 from kernel_reference import Row, gumbel, refine_row
 from scipy.stats import kstest
 
@@ -80,13 +80,13 @@ def test_random_sizes(seed: int) -> None:
     rows = [
         Row(
             length=int(generator.integers(0, S + 1)),
-            threshold=float(np.float32(generator.uniform(0.01, [1, 1, 3, 6, 1][policy]))),
+            threshold=float(np.float32(generator.uniform(0.01, 2 * BOUNDS[policy] + 0.1))),
             steps_left=int(generator.integers(-1, 9)),
             temperature=float(np.float32(generator.choice([0.0, 0.05, 0.5, 1.0, 4.0]))),
             policy=int(policy),
             seed=int(generator.integers(0, 2**31)),
         )
-        for policy in generator.integers(0, 5, B)
+        for policy in generator.integers(0, len(POLICIES), B)
     ]
     dtype = torch.float32 if seed % 2 else torch.bfloat16
     check(torch.from_numpy(logits).to(dtype), ids, rows, mask_id)
@@ -125,15 +125,16 @@ def test_the_bound_on_the_noise_is_above_the_most_that_there_is() -> None:
     assert most < np.float32(most + 1e-4) < noise.MOST_NOISE.value < most + 0.01
 
 
-def test_both_packages_number_the_policies_alike() -> None:
+def test_both_packages_and_the_page_number_the_policies_alike() -> None:
     assert dict(enumerate(EXPORTED)) == {number: name for name, number in POLICIES.items()}
     assert list(POLICY_RULES) == list(EXPORTED)
+    assert len(BOUNDS) == len(POLICIES), "the tests draw a bound for each"
     table = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
     found = re.findall(r"^\| (\d) \| `(\w+)` \|", table, re.MULTILINE)
     assert {name: int(number) for number, name in found} == POLICIES
 
 
-@pytest.mark.parametrize("policy", range(5))
+@pytest.mark.parametrize("policy", range(len(POLICIES)))
 @pytest.mark.parametrize("masked", [0, 1, 16])
 def test_none_one_or_all_masked(policy: int, masked: int) -> None:
     generator = np.random.default_rng(policy)
@@ -232,7 +233,7 @@ def test_scores_that_overflow_still_give_a_token(mask_id: int) -> None:
     assert got[3].tolist() == [0]
 
 
-@pytest.mark.parametrize("policy", range(5))
+@pytest.mark.parametrize("policy", range(len(POLICIES)))
 def test_the_share_of_a_step_does_not_overflow(policy: int) -> None:
     logits = torch.from_numpy(np.random.default_rng(9).normal(0, 1, (1, 5, 40))).float()
     row = Row(5, policy=policy, threshold=1e-6, steps_left=2**31 - 1)
@@ -242,7 +243,7 @@ def test_the_share_of_a_step_does_not_overflow(policy: int) -> None:
     assert got[3].tolist() == [4], "a step commits one position"
 
 
-@pytest.mark.parametrize("policy", range(5))
+@pytest.mark.parametrize("policy", range(len(POLICIES)))
 def test_extreme_logits(policy: int) -> None:
     generator = np.random.default_rng(7)
     logits = torch.from_numpy(generator.normal(0, 1e30, (1, 4, 60))).float()
