@@ -19,6 +19,7 @@ __all__ = ["MODEL", "Options", "check_options", "infer_request", "stop_request"]
 MODEL = "twotower"
 INT32_BOUND = 2**31
 SEED_BOUND = 2**64
+LEAST_TEMPERATURE = 2.0**-20  # 1e-6: the engines divide by it in float32
 NUMBERS: dict[str, type[np.generic]] = {
     "max_new_tokens": np.int32,
     "block_size": np.int32,
@@ -81,6 +82,10 @@ def check_options(options: Options) -> None:
     bound = math.inf if options.get("policy") in ("factor", "entropy") else 1.0
     _check_number("threshold", options.get("threshold"), bound)
     _check_number("temperature", options.get("temperature"), math.inf, zero=True)
+    if 0 < (options.get("temperature") or 0) < LEAST_TEMPERATURE:
+        raise RequestRefusedError(
+            f"temperature is {options['temperature']}; it must be 0 (greedy) or at least 1e-6"
+        )
     _check_number("top_p", options.get("top_p"), 1.0)
     _check_ids("eos_ids", options.get("eos_ids", ()))
 

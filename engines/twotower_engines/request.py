@@ -18,6 +18,7 @@ FinishReason = Literal["length", "eos", "cancelled"]
 
 SEED_BOUND = 2**64
 STEPS_BOUND = 2**31  # the graph counts steps in int32
+LEAST_TEMPERATURE = 2.0**-20  # 1e-6: below it, logits over the temperature may overflow
 BOUND_POLICIES = ("factor", "entropy")  # their threshold is no probability
 
 
@@ -69,7 +70,7 @@ class Request:
         threshold: Confidence above which a position is committed; for policy `factor` the factor,
             for `entropy` the bound in nats.
         policy: What is committed in a step: one of `runtime.POLICIES`.
-        temperature: 0 for the most likely tokens.
+        temperature: 0 for the most likely tokens; otherwise at least 1e-6.
         top_k: Restrict draws to the k most likely tokens; 0 does not. `ar` and `mock_ar` only.
         top_p: Restrict draws to this probability mass; 1 does not. `ar` and `mock_ar` only.
         seed: Of all that is drawn; it fixes the answer, whatever the request is batched with.
@@ -156,9 +157,10 @@ class Request:
             )
 
     def _check_sampling(self) -> None:
-        if not 0 <= self.temperature < math.inf:
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
             raise RequestError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or a finite number above"
+                f"temperature is {self.temperature}; it must be 0 (greedy) or a finite number of "
+                "at least 1e-6"
             )
         if self.top_k < 0:
             raise RequestError(f"top_k is {self.top_k}; it must be at least 0, which keeps all")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 POLICIES: Final = ("threshold", "quota", "factor", "entropy", "leftmost")
-"""Policies by number, as the graphs' input `policy` gives them."""
+"""Policies by number, as the graphs' input `policy` gives them: this package's only list."""
 
 Array = npt.NDArray[Any]
 

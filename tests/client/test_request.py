@@ -45,6 +45,7 @@ def client():
         ({"threshold": float("inf"), "policy": "factor"}, "threshold is inf"),
         ({"temperature": -0.1}, "temperature is -0.1; it must be 0 or more"),
         ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 1e-38}, "temperature is 1e-38; it must be 0 (greedy) or at least 1e-6"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),

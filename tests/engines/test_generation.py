@@ -273,6 +273,10 @@ LIMITS = RequestLimits(context=100, block_size_max=32, vocab_size=300)
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"mode": "ar", "top_k": -1}, "top_k is -1"),
         ({"mode": "ar", "top_p": 0.0}, "top_p is 0.0"),
+        (
+            {"temperature": 1e-38},
+            "temperature is 1e-38; it must be 0 .* at least 1e-6",
+        ),
         ({"top_p": 0.5}, "mask_diffusion draws from all"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "below 2\\*\\*64"),
@@ -288,6 +292,7 @@ def test_what_cannot_be_done_is_refused(change, message):
 def test_what_is_just_possible_is_accepted():
     Request("r", (0, 299) * 18, block_size=32, threshold=1.0, seed=2**64 - 1).check(LIMITS)
     Request("r", (5,), threshold=3.0, policy="factor").check(LIMITS)
+    Request("r", (5,), temperature=float(np.float32(1e-6))).check(LIMITS)
 
 
 def test_engines_without_a_denoiser_offer_ar_only():

@@ -11,8 +11,7 @@ import pytest
 from scipy import stats
 
 from twotower_export.graph import build_refine_graph
-from twotower_export.graph.refine import POLICIES
-from twotower_export.refinement import Rule
+from twotower_export.refinement import POLICIES, Rule
 from twotower_export.refinement import refine as rules_refine
 from twotower_export.tiny import tiny_config
 
@@ -149,6 +148,15 @@ def test_a_confidence_equal_to_the_float32_threshold_is_not_above_it(refine, thr
         )
         assert rules.still_masked == still
         assert (rules.committed == got["committed"][0]).all()
+
+
+def test_the_share_of_a_step_does_not_overflow(refine):
+    logits = np.random.default_rng(9).standard_normal((1, 5, V))
+    got = refine(logits, np.full((1, 5), MASK), threshold=1.0, steps_left=2**31 - 1)
+    assert got["still_masked"] == [4]
+    assert (
+        refine(logits, np.full((1, 5), 5), threshold=1.0, steps_left=2**31 - 1)["still_masked"]
+    ) == [0]
 
 
 def test_of_equal_confidences_the_later_position_goes_first(refine):

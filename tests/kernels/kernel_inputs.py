@@ -8,6 +8,9 @@ from kernel_reference import Row
 
 MASK = 3
 
+BOUNDS = (0.3, 0.0, 1.5, 4.0, 0.0)
+"""A threshold, factor or bound for each policy by number."""
+
 
 def row_tensors(rows: list[Row]) -> tuple[torch.Tensor, ...]:
     """What the rows ask for, in the op's order."""
@@ -30,14 +33,13 @@ def block(generator: np.random.Generator, B: int, S: int, V: int, masked: float)
 
 def mixed_rows(generator: np.random.Generator, B: int, S: int) -> list[Row]:
     """Every policy in turn, with its own meaning of the threshold, ragged lengths and noise."""
-    bounds = [0.3, 0.0, 1.5, 4.0, 0.0]
     return [
         Row(
             length=int(generator.integers(0, S + 1)) if b % 4 == 3 else S,
-            threshold=bounds[b % 5],
+            threshold=BOUNDS[b % len(BOUNDS)],
             steps_left=int(generator.integers(1, 9)),
             temperature=[0.0, 0.7, 1.0][b % 3],
-            policy=b % 5,
+            policy=b % len(BOUNDS),
             seed=int(generator.integers(0, 2**31)),
         )
         for b in range(B)

@@ -68,34 +68,34 @@ def refine_row(
         confidence[i] = math.exp(x[prediction[i]] - peak) / total
     if broken:
         return new_ids, confidence, committed, -1
-    order = sorted(masked, key=lambda i: _order(i, row.policy, confidence, entropy))
     n = len(masked)
-    k = _wanted(order, row, confidence, entropy)
+    order, k = _policy(row, masked, confidence, entropy)
     k = n if row.steps_left <= 1 else min(n, max(k, 1, math.ceil(n / row.steps_left)))
     for i in order[:k]:
         new_ids[i], committed[i] = prediction[i], 1
     return new_ids, confidence, committed, n - k
 
 
-def _order(
-    i: int, policy: int, confidence: np.ndarray, entropy: dict[int, float]
-) -> tuple[float, int]:
-    if policy in (0, 1, 2):
-        return (-confidence[i], -i)
-    return (entropy[i], -i) if policy == 3 else (i, 0)
-
-
-def _wanted(order: list[int], row: Row, confidence: np.ndarray, entropy: dict[int, float]) -> int:
-    counts = range(1, len(order) + 1)
+def _policy(
+    row: Row, masked: list[int], confidence: np.ndarray, entropy: dict[int, float]
+) -> tuple[list[int], int]:
+    """Masked positions, first to be committed first, and how many the policy would commit."""
+    bound, counts = row.threshold, range(1, len(masked) + 1)
+    order = sorted(masked, key=lambda i: (-confidence[i], -i))
     if row.policy == 0:
-        return sum(confidence[i] > row.threshold for i in order)
+        return order, sum(confidence[i] > bound for i in order)
+    if row.policy == 1:
+        return order, 0
     if row.policy == 2:
-        fits = [k for k in counts if (k + 1) * (1 - confidence[order[k - 1]]) < row.threshold]
-        return max(fits, default=0)
+        fits = [k for k in counts if (k + 1) * (1 - confidence[order[k - 1]]) < bound]
+        return order, max(fits, default=0)
     if row.policy == 3:
-        fits = [k for k in counts if sum(entropy[i] for i in order[: k - 1]) <= row.threshold]
-        return max(fits, default=0)
-    return 0
+        order = sorted(masked, key=lambda i: (entropy[i], -i))
+        fits = [k for k in counts if sum(entropy[i] for i in order[: k - 1]) <= bound]
+        return order, max(fits, default=0)
+    if row.policy == 4:
+        return masked, 0
+    raise ValueError(f"no policy {row.policy}")
 
 
 def sparse_experts(

@@ -65,6 +65,12 @@ def compare_refine(logits: torch.Tensor, ids: np.ndarray, rows: list[Row]) -> No
     np.testing.assert_allclose(got[1], want[1], rtol=5e-6)
 
 
+def test_refine_decides_alike_where_float32_overflows() -> None:
+    logits = torch.full((2, 2, 272), -20.0) - torch.arange(272) * 0.01
+    rows = [Row(2, temperature=1e-38, steps_left=1), Row(2, threshold=1.0, steps_left=2**31 - 1)]
+    compare_refine(logits, np.full((2, 2), MASK), rows)
+
+
 @pytest.mark.parametrize(
     ("B", "S", "V", "seed"), [(10, 16, 261, 1), (5, 7, 300, 2), (5, 2, 5001, 3)]
 )

@@ -205,10 +205,10 @@ def test_what_tensorrt_is_given(check: Callable[..., Any]) -> None:
     """Arguments in TensorRT's order - inputs, integers, outputs - and the launch."""
     made = check("implementations")
     vocabulary = made["RefineVocabulary"]
-    assert vocabulary["outputs"] == [["FLOAT", [2, 16, 5, 3]], ["INT32", [2, 16, 3]]]
-    assert vocabulary["launch"][:4] == [3, 16, 2, 256]
-    assert vocabulary["integers"] == [16]
-    assert kinds(vocabulary) == "pppppipp"
+    assert vocabulary["outputs"] == [["FLOAT", [2, 16, 5, 2]], ["INT32", [2, 16, 2]]]
+    assert vocabulary["launch"][:4] == [2, 16, 2, 128]
+    assert vocabulary["integers"] == [16, 4]
+    assert kinds(vocabulary) == "ppppppiipp"
 
     up = made["ExpertsUp"]
     assert up["outputs"] == [["BF16", [80, 96]]]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from kernel_inputs import MASK, block, mixed_rows, row_tensors
+from kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
 from kernel_reference import Row, gumbel, refine_row
 from scipy.stats import kstest
 
-from twotower_engines.kernels import jit, refine
+from twotower_engines.kernels import jit, noise, refine, vocabulary
+from twotower_engines.runtime import POLICIES
+from twotower_export.graph.policies import POLICY_RULES
+from twotower_export.refinement import POLICIES as EXPORTED
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN is on purpose here
 
@@ -49,7 +55,9 @@ def check(
         (5, 7, 300, torch.bfloat16),
         (2, 33, 64, torch.float32),
         (1, 1, 5, torch.float32),
-        (2, 2, 4097, torch.float32),  # a second split, of one token
+        (2, 2, 4097, torch.float32),  # the last tile has one token
+        (1, 2, 4097, torch.float32),  # the last split, too
+        (2, 2, 8192, torch.bfloat16),  # full tiles alone
         (2, 2, 9001, torch.bfloat16),
     ],
 )
@@ -59,7 +67,74 @@ def test_batches_of_mixed_policies(B: int, S: int, V: int, dtype: torch.dtype) -
     check(logits, block(generator, B, S, V, 0.7), mixed_rows(generator, B, S))
 
 
-@pytest.mark.parametrize("policy", range(5))
+@pytest.mark.parametrize("seed", range(12))
+def test_random_sizes(seed: int) -> None:
+    """Odd vocabularies, blocks, batches, lengths, bounds and mask tokens, as they come."""
+    generator = np.random.default_rng(100 + seed)
+    B, S = (int(generator.integers(1, n)) for n in (6, 20))
+    V = int(generator.choice([generator.integers(2, 90), generator.integers(500, 5000)]))
+    S = S if V < 500 else min(S, 3)
+    mask_id = int(generator.integers(V))
+    logits = generator.normal(0, generator.choice([0.5, 3, 8]), (B, S, V))
+    ids = np.where(generator.random((B, S)) < 0.7, mask_id, (mask_id + 1) % V)
+    rows = [
+        Row(
+            length=int(generator.integers(0, S + 1)),
+            threshold=float(np.float32(generator.uniform(0.01, 2 * BOUNDS[policy] + 0.1))),
+            steps_left=int(generator.integers(-1, 9)),
+            temperature=float(np.float32(generator.choice([0.0, 0.05, 0.5, 1.0, 4.0]))),
+            policy=int(policy),
+            seed=int(generator.integers(0, 2**31)),
+        )
+        for policy in generator.integers(0, len(POLICIES), B)
+    ]
+    dtype = torch.float32 if seed % 2 else torch.bfloat16
+    check(torch.from_numpy(logits).to(dtype), ids, rows, mask_id)
+
+
+def test_splits_grow_with_the_batch_and_change_no_token() -> None:
+    """A row alone is cut finer than in a batch of four; noise and ties do not know of it."""
+    logits = torch.from_numpy(np.random.default_rng(10).normal(0, 2, (5, 2, 9000))).bfloat16()
+    rows = [Row(2, temperature=t, steps_left=1, seed=7) for t in (0.0, 0.05, 0.3, 1.0, 3.0)]
+    ids = np.full((5, 2), MASK)
+    together = check(logits, ids, rows)
+    for b, row in enumerate(rows):
+        alone = step(logits[b : b + 1], ids[b : b + 1], [row])
+        np.testing.assert_array_equal(alone[0][0], together[0][b])
+        np.testing.assert_allclose(alone[1][0], together[1][b], rtol=2e-6)
+
+
+@pytest.mark.parametrize("peak", [0.0, 20.0])
+def test_pieces_that_cannot_win_are_skipped_and_change_nothing(
+    peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound on the noise made infinite, nothing is skipped: the same tokens win."""
+    logits = torch.from_numpy(np.random.default_rng(11).normal(0, 2, (3, 4, 4500))).float()
+    logits[:, :, 2100] += peak
+    rows = [Row(4, temperature=t, steps_left=1, seed=3) for t in (0.1, 1.0, 2.0)]
+    ids = np.full((3, 4), MASK)
+    skipping = step(logits, ids, rows)
+    monkeypatch.setattr(vocabulary, "MOST_NOISE", tl.constexpr(float("inf")))
+    every = step(logits, ids, rows)
+    for got, want in zip(skipping, every, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_the_bound_on_the_noise_is_above_the_most_that_there_is() -> None:
+    most = -np.log(-np.log((np.float64(2**23 - 1) + 0.5) / 2**23))
+    assert most < np.float32(most + 1e-4) < noise.MOST_NOISE.value < most + 0.01
+
+
+def test_both_packages_and_the_page_number_the_policies_alike() -> None:
+    assert dict(enumerate(EXPORTED)) == {number: name for name, number in POLICIES.items()}
+    assert list(POLICY_RULES) == list(EXPORTED)
+    assert len(BOUNDS) == len(POLICIES), "the tests draw a bound for each"
+    table = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    found = re.findall(r"^\| (\d) \| `(\w+)` \|", table, re.MULTILINE)
+    assert {name: int(number) for number, name in found} == POLICIES
+
+
+@pytest.mark.parametrize("policy", range(len(POLICIES)))
 @pytest.mark.parametrize("masked", [0, 1, 16])
 def test_none_one_or_all_masked(policy: int, masked: int) -> None:
     generator = np.random.default_rng(policy)
@@ -148,7 +223,27 @@ def test_nothing_possible_fails_the_row() -> None:
     assert got[1][1].tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("policy", range(5))
+@pytest.mark.parametrize("mask_id", [0, MASK])
+def test_scores_that_overflow_still_give_a_token(mask_id: int) -> None:
+    """A temperature that requests may not have: every score is -inf, and so all are equal."""
+    logits = torch.full((1, 2, 5000), -20.0) - torch.arange(5000) * 0.01
+    ids = np.full((1, 2), mask_id)
+    got = step(logits, ids, [Row(2, temperature=1e-38, steps_left=1)], mask_id)
+    assert got[0].tolist() == [[int(mask_id == 0)] * 2]
+    assert got[3].tolist() == [0]
+
+
+@pytest.mark.parametrize("policy", range(len(POLICIES)))
+def test_the_share_of_a_step_does_not_overflow(policy: int) -> None:
+    logits = torch.from_numpy(np.random.default_rng(9).normal(0, 1, (1, 5, 40))).float()
+    row = Row(5, policy=policy, threshold=1e-6, steps_left=2**31 - 1)
+    if policy == 0:
+        row.threshold = 1.0
+    got = check(logits, np.full((1, 5), MASK), [row])
+    assert got[3].tolist() == [4], "a step commits one position"
+
+
+@pytest.mark.parametrize("policy", range(len(POLICIES)))
 def test_extreme_logits(policy: int) -> None:
     generator = np.random.default_rng(7)
     logits = torch.from_numpy(generator.normal(0, 1e30, (1, 4, 60))).float()
@@ -181,7 +276,8 @@ def test_noise_is_a_function_of_seed_position_and_token() -> None:
 def store_noise(seed: tl.tensor, position: tl.tensor, out: tl.tensor, COUNT: tl.constexpr) -> None:
     """The noise of tokens 0 .. COUNT - 1."""
     token = tl.arange(0, COUNT)
-    tl.store(out + token, refine.gumbel(token, position, tl.load(seed)))
+    first, second = noise.noise_keys(tl.load(seed), position)
+    tl.store(out + token, noise.gumbel(token, first, second))
 
 
 @pytest.mark.parametrize(("seed", "position"), [(0, 0), (2**31 - 1, 63), (20240607, 15)])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels import experts, mamba, refine, vocabulary
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 __all__ = ["CHAINS", "NODES", "Call", "Launching", "Link", "Node", "Output"]
@@ -118,21 +118,25 @@ def _refine_sizes(call: Call, vocab_size: int, dtype: str) -> Sizes:
     )
 
 
+def _tiles(call: Call) -> Dim:
+    return vocabulary.tiles(call.dims["logits"][0], call.minimum)
+
+
 def _splits(call: Call) -> Dim:
-    return call.cdiv(call.dims["logits"][2], refine.BLOCK_V)
+    return call.cdiv(call.dims["logits"][2], _tiles(call) * vocabulary.TILE)
 
 
 def _vocabulary_outputs(call: Call) -> tuple[Output, ...]:
     B, S, _ = call.dims["logits"]
     P = _splits(call)
-    return Output("fp32", (B, S, refine.FIELDS, P)), Output("i32", (B, S, P))
+    return Output("fp32", (B, S, vocabulary.FIELDS, P)), Output("i32", (B, S, P))
 
 
 def _vocabulary(call: Call) -> Launching:
     B, S, _ = call.dims["logits"]
     sizes = _refine_sizes(call, call.size("logits", 2), call.dtypes["logits"])
     spec = _spec("refine_vocabulary", refine.specs(sizes), call)
-    return Launching(spec, (_splits(call), S, B), {"S": S})
+    return Launching(spec, (_splits(call), S, B), {"S": S, "TILES": _tiles(call)})
 
 
 def _decision_outputs(call: Call) -> tuple[Output, ...]:
@@ -288,7 +292,7 @@ def _norm(call: Call) -> Launching:
 NODES = (
     Node(
         "RefineVocabulary",
-        ("logits", "ids", "lengths", "temperature", "seed"),
+        ("logits", "ids", "lengths", "temperature", "policy", "seed"),
         {"mask_id": int},
         _vocabulary_outputs,
         _vocabulary,
@@ -351,7 +355,7 @@ CHAINS = {
     "RefineBlock": (
         Link(
             "RefineVocabulary",
-            ("logits", "ids", "lengths", "temperature", "seed"),
+            ("logits", "ids", "lengths", "temperature", "policy", "seed"),
             ("partials", "partial_ids"),
             "nothing",
         ),

@@ -5,9 +5,9 @@
                          (split, position, row)
 
 A block has 16 positions and a GPU over a hundred multiprocessors: one program per position would
-leave most of them idle, so the vocabulary is cut into P splits of `BLOCK_V` tokens. A split leaves
-five numbers and a token; the second kernel merges them and ranks the row. Both are one launch each
-because a TensorRT plugin node is one launch.
+leave most of them idle, so the vocabulary is cut into P splits. A split leaves five numbers and a
+token; the second kernel merges them and ranks the row. Both are one launch each because a TensorRT
+plugin node is one launch. The first is in `vocabulary.py`; this file has the second, and the op.
 
 Rules, ties and noise are those of the ONNX function `twotower::RefineBlock` in a bundle's graphs:
 NVIDIA's `generate_mask_diffusion` for policy 0, see `docs/kernels.md` for the others.
@@ -22,208 +22,19 @@ import triton
 import triton.language as tl
 
 from twotower_engines.kernels.jit import Launch, kernel, launch
+from twotower_engines.kernels.policies import policy_rule
 from twotower_engines.kernels.spec import KernelSpec, Sizes
+from twotower_engines.kernels.vocabulary import (
+    FIELDS,
+    NO_TOKEN,
+    TILE,
+    VOCABULARY_TYPES,
+    refine_vocabulary,
+    tiles,
+    vocabulary_launch,
+)
 
-__all__ = [
-    "BLOCK_V",
-    "FIELDS",
-    "decision_launch",
-    "refine_block",
-    "refine_decision",
-    "refine_vocabulary",
-    "specs",
-    "splits",
-    "vocabulary_launch",
-]
-
-BLOCK_V = 4096
-"""Tokens of a split: 8 or 16 kB in flight per program, and 512 programs at one row of 16 positions,
-about four per multiprocessor of an H200. Larger splits would leave multiprocessors idle at one row;
-smaller ones spend their time starting."""
-
-FIELDS = 5
-"""Numbers that a split leaves: maximum logit; sum of e = exp(logit - maximum); sum of
-e * (logit - maximum); best score; logit of the best token."""
-
-PRIME = tl.constexpr(2**31 - 1)
-"""The noise is computed in the field of this many elements: 2^31 = 1 there."""
-
-
-@kernel
-def field_multiply(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """x * y in the field; x, y int64 below 2^31 - 1.
-
-    The product's upper and lower 31 bits add up to it, since 2^31 = 1: no division.
-    """
-    product = x * y
-    folded = (product & PRIME) + (product >> 31)
-    return tl.where(folded >= PRIME, folded - PRIME, folded)
-
-
-@kernel
-def field_add(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """x + y in the field."""
-    total = x + y
-    return tl.where(total >= PRIME, total - PRIME, total)
-
-
-@kernel
-def fifth_power(x: tl.tensor) -> tl.tensor:
-    """x^5 in the field: a permutation, since 5 does not divide 2^31 - 2."""
-    square = field_multiply(x, x)
-    return field_multiply(field_multiply(square, square), x)
-
-
-@kernel
-def gumbel(token: tl.tensor, position: tl.tensor, seed: tl.tensor) -> tl.tensor:
-    """Gumbel noise of a token at a position; float32, a function of its arguments alone.
-
-    U lies strictly inside (0, 1) and is exact in float32: 23 bits and a half.
-    """
-    place = (seed.to(tl.int64) + 7919 * (position.to(tl.int64) + 1) + 1) % PRIME
-    first = fifth_power(place)
-    second = fifth_power(field_add(first, 104729))
-    mixed = fifth_power(field_add(token.to(tl.int64), first))
-    mixed = fifth_power(field_add(mixed, second))
-    uniform = ((mixed >> 8).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
-    return -tl.log(-tl.log(uniform))
-
-
-@kernel
-def sample(
-    logits: tl.tensor,
-    first: tl.tensor,
-    position: tl.tensor,
-    heat: tl.tensor,
-    seed: tl.tensor,
-    V: tl.constexpr,
-    MASK_ID: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-) -> tl.tensor:
-    """(best score, its token, its logit) of a split, with noise; the lowest token of equal ones.
-
-    Reads the split again, from the cache and in pieces: noise takes many 64-bit registers, and a
-    kernel that samples all of its logits at once would run half as many programs at temperature 0.
-    """
-    PIECE: tl.constexpr = BLOCK_V if BLOCK_V < 512 else 512
-    lane = tl.arange(0, PIECE)
-    best = tl.full((PIECE,), float("-inf"), dtype=tl.float32)
-    token = tl.full((PIECE,), V, dtype=tl.int32)
-    logit = tl.full((PIECE,), float("-inf"), dtype=tl.float32)
-    for start in range(0, BLOCK_V, PIECE):
-        candidate = first + start + lane
-        real = (candidate < V) & (candidate != MASK_ID)
-        x = tl.load(logits + candidate, mask=candidate < V, other=0.0).to(tl.float32)
-        score = tl.div_rn(x, tl.zeros_like(x) + heat) + gumbel(candidate, position, seed)
-        better = real & (score > best)
-        best = tl.where(better, score, best)
-        token = tl.where(better, candidate, token)
-        logit = tl.where(better, x, logit)
-    winner = tl.max(best, axis=0)
-    chosen = tl.min(tl.where(best == winner, token, V), axis=0)
-    return winner, chosen, tl.max(tl.where(token == chosen, logit, float("-inf")), axis=0)
-
-
-@kernel
-def refine_vocabulary(
-    logits: tl.tensor,
-    ids: tl.tensor,
-    lengths: tl.tensor,
-    temperature: tl.tensor,
-    seed: tl.tensor,
-    S: tl.tensor,
-    partials: tl.tensor,
-    partial_ids: tl.tensor,
-    V: tl.constexpr,
-    MASK_ID: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-) -> None:
-    """One split of the vocabulary at one position; grid (splits, S, B).
-
-    Reads its logits once, all loads in flight together. Positions that are not masked are left
-    alone: their logits are not read and their partials not written.
-    """
-    split = tl.program_id(0)
-    position = tl.program_id(1)
-    row = tl.program_id(2)
-    place = row * S + position
-    if (position >= tl.load(lengths + row)) | (tl.load(ids + place) != MASK_ID):
-        return
-
-    token = split * BLOCK_V + tl.arange(0, BLOCK_V)
-    real = (token < V) & (token != MASK_ID)
-    # The load's own mask leaves the mask token in, so that it stays 16 bytes wide.
-    x = tl.load(logits + place.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
-    x = tl.where(real, x.to(tl.float32), float("-inf"))
-
-    # A split may hold nothing but -inf (a vocabulary of BLOCK_V * k + 1, whose last is the mask
-    # token): its maximum must not turn -inf - -inf into NaN. +inf does, and so is reported.
-    top = tl.max(x, axis=0)
-    shifted = x - tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp(shifted)
-    total = tl.sum(weight, axis=0)
-    mean = tl.sum(tl.where(weight > 0.0, weight * shifted, 0.0), axis=0)
-    is_nan = tl.max((x != x).to(tl.int32), axis=0) > 0  # a maximum may drop a NaN, a sum not
-    total = tl.where(is_nan, float("nan"), total)
-
-    best = top
-    chosen = tl.min(tl.where(real & (x == top), token, V), axis=0)
-    logit = top
-    heat = tl.load(temperature + row)
-    if heat > 0.0:
-        best, chosen, logit = sample(
-            logits + place.to(tl.int64) * V,
-            split * BLOCK_V,
-            position,
-            heat,
-            tl.load(seed + row),
-            V,
-            MASK_ID,
-            BLOCK_V,
-        )
-
-    count = tl.num_programs(0)
-    out = partials + place.to(tl.int64) * (5 * count) + split
-    tl.store(out, top)
-    tl.store(out + count, total)
-    tl.store(out + 2 * count, mean)
-    tl.store(out + 3 * count, best)
-    tl.store(out + 4 * count, logit)
-    tl.store(partial_ids + place.to(tl.int64) * count + split, chosen)
-
-
-@kernel
-def policy_key(
-    policy: tl.tensor, confidence: tl.tensor, entropy: tl.tensor, position: tl.tensor
-) -> tl.tensor:
-    """What a policy commits first has the lowest key. A new policy adds a line here."""
-    key = position.to(tl.float32)  # 4, leftmost
-    key = tl.where(policy == 3, entropy, key)  # entropy
-    return tl.where((policy >= 0) & (policy <= 2), -confidence, key)  # threshold, quota, factor
-
-
-@kernel
-def policy_count(
-    policy: tl.tensor,
-    bound: tl.tensor,
-    masked: tl.tensor,
-    rank: tl.tensor,
-    confidence: tl.tensor,
-    entropy_before: tl.tensor,
-) -> tl.tensor:
-    """How many positions a policy would commit. A new policy adds a line here.
-
-    rank: 0 for the position that is committed first; entropy_before: sum over those before it.
-    """
-    number = (rank + 1).to(tl.float32)
-    confident = masked & (confidence > bound)
-    within_factor = masked & ((number + 1.0) * (1.0 - confidence) < bound)
-    within_bound = masked & (entropy_before <= bound)
-    count = tl.where(policy == 0, tl.sum(confident.to(tl.int32), axis=0), 0)
-    furthest = tl.max(tl.where(within_factor, rank + 1, 0), axis=0)
-    count = tl.where(policy == 2, furthest, count)
-    furthest = tl.max(tl.where(within_bound, rank + 1, 0), axis=0)
-    return tl.where(policy == 3, furthest, count)
+__all__ = ["decision_launch", "refine_block", "refine_decision", "specs"]
 
 
 @kernel
@@ -264,7 +75,7 @@ def refine_decision(
     mean = tl.load(field + 2 * P, mask=there, other=0.0)
     best = tl.load(field + 3 * P, mask=there, other=float("-inf"))
     logit = tl.load(field + 4 * P, mask=there, other=float("-inf"))
-    token = tl.load(partial_ids + place * P + split[None, :], mask=there, other=2147483647)
+    token = tl.load(partial_ids + place * P + split[None, :], mask=there, other=NO_TOKEN)
 
     peak = tl.max(top, axis=1)
     base = tl.where(peak == float("-inf"), 0.0, peak)[:, None]
@@ -277,18 +88,23 @@ def refine_decision(
 
     winner = tl.max(best, axis=1)
     wins = there & (best == winner[:, None])
-    prediction = tl.min(tl.where(wins, token, 2147483647), axis=1)
+    prediction = tl.min(tl.where(wins, token, NO_TOKEN), axis=1)
     chosen = tl.max(tl.where(wins & (token == prediction[:, None]), logit, float("-inf")), axis=1)
     log_p = (chosen - peak) - log_total
     confidence = tl.exp(log_p)
 
     # All logits -inf: the sum is 0 and its logarithm -inf, where the ONNX function has NaN.
     lost = masked & ((log_p != log_p) | (entropy != entropy) | (peak == float("-inf")))
+    lost = lost | (masked & (prediction == NO_TOKEN))
     failed = tl.max(lost.to(tl.int32), axis=0) > 0
     open_ = masked & (failed == 0)
 
     rule = tl.load(policy + row)
-    key = tl.where(open_, policy_key(rule, confidence, entropy, position), 3e38)
+    bound = tl.load(threshold + row)
+    where = position.to(tl.float32)
+    # Twice: the second time for what depends on the order, which the first gives.
+    key, _ = policy_rule(rule, bound, confidence, entropy, where, where, where)
+    key = tl.where(open_, key, 3e38)
     other, mine = key[None, :], key[:, None]
     later = position[None, :] > position[:, None]
     before = (other < mine) | ((other == mine) & later)  # [i, j]: j is committed before i
@@ -297,11 +113,14 @@ def refine_decision(
     entropy_before = tl.sum(tl.where(earlier, entropy[None, :], 0.0), axis=1)
 
     n = tl.sum(open_.to(tl.int32), axis=0)
-    bound = tl.load(threshold + row)
-    wanted = policy_count(rule, bound, open_, rank, confidence, entropy_before)
+    number = rank + 1
+    _, fits = policy_rule(
+        rule, bound, confidence, entropy, where, number.to(tl.float32), entropy_before
+    )
+    wanted = tl.max(tl.where(open_ & fits, number, 0), axis=0)
     steps = tl.load(steps_left + row)
-    divisor = tl.maximum(steps, 1)
-    commit = tl.minimum(n, tl.maximum(wanted, (n + divisor - 1) // divisor))
+    quota = (n - 1) // tl.maximum(steps, 1) + 1  # rounded up, where n + steps might overflow
+    commit = tl.minimum(n, tl.maximum(wanted, quota))
     commit = tl.where(steps <= 1, n, commit)
 
     committed = open_ & (rank < commit)
@@ -310,17 +129,6 @@ def refine_decision(
     tl.store(confidence_out + out, tl.where(masked, confidence, float("inf")), mask=inside)
     tl.store(committed_out + out, committed.to(tl.int32), mask=inside)
     tl.store(still_masked + row, tl.where(failed, -1, n - commit))
-
-
-def splits(vocab_size: int) -> int:
-    """Programs that share one position's vocabulary."""
-    return -(-vocab_size // BLOCK_V)
-
-
-def vocabulary_launch(vocab_size: int) -> Launch:
-    """Tiles of the vocabulary pass: a split, or a smaller vocabulary whole."""
-    block = min(BLOCK_V, triton.next_power_of_2(vocab_size))
-    return Launch({"BLOCK_V": block}, num_warps=8 if block == BLOCK_V else 4)
 
 
 def decision_launch(block: int, split_count: int) -> Launch:
@@ -352,9 +160,10 @@ def refine_block(
         lengths: [B] int32, valid positions; 0 for an inactive row.
         threshold: [B] float32; the factor or the bound for policies 2 and 3.
         steps_left: [B] int32, this one included.
-        temperature: [B] float32.
+        temperature: [B] float32: 0, or at least 1e-6.
         policy: [B] int32.
-        seed: [B] int32, not negative.
+        seed: [B] int32, not negative. The noise is a function of seed, position and token: who
+            wants other noise in another step gives another seed, as `scheduler.row_seed` does.
         mask_id: token of a position that is not decided.
 
     Returns:
@@ -364,16 +173,16 @@ def refine_block(
     import torch
 
     B, S, V = logits.shape
-    config = vocabulary_launch(V)
-    P = splits(V)
+    count = tiles(max(B, 1))
+    P = -(-V // (count * TILE))
     partials = logits.new_empty((B, S, FIELDS, P), dtype=torch.float32)
     partial_ids = ids.new_empty((B, S, P))
     launch(
         refine_vocabulary,
         (P, S, B),
-        (logits, ids, lengths, temperature, seed, S, partials, partial_ids),
+        (logits, ids, lengths, temperature, policy, seed, S, count, partials, partial_ids),
         {"V": V, "MASK_ID": mask_id},
-        config,
+        vocabulary_launch(),
     )
     new_ids, committed = torch.empty_like(ids), torch.empty_like(ids)
     confidence = logits.new_empty((B, S), dtype=torch.float32)
@@ -389,15 +198,6 @@ def refine_block(
     return new_ids, confidence, committed, still_masked
 
 
-VOCABULARY_TYPES = {
-    "ids": "*i32",
-    "lengths": "*i32",
-    "temperature": "*fp32",
-    "seed": "*i32",
-    "S": "i32",
-    "partials": "*fp32",
-    "partial_ids": "*i32",
-}
 DECISION_TYPES = {
     "ids": "*i32",
     "lengths": "*i32",
@@ -416,21 +216,21 @@ DECISION_TYPES = {
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:
-    """Both kernels for one model."""
-    config = vocabulary_launch(sizes.vocab_size)
+    """Both kernels for one model, for batches of any number of rows."""
+    most_splits = -(-sizes.vocab_size // (tiles(1) * TILE))
     return [
         KernelSpec(
             "refine_vocabulary",
             refine_vocabulary,
             {"logits": f"*{sizes.dtype}", **VOCABULARY_TYPES},
             {"V": sizes.vocab_size, "MASK_ID": sizes.mask_id},
-            config,
+            vocabulary_launch(),
         ),
         KernelSpec(
             "refine_decision",
             refine_decision,
             DECISION_TYPES,
             {"MASK_ID": sizes.mask_id},
-            decision_launch(sizes.block, splits(sizes.vocab_size)),
+            decision_launch(sizes.block, most_splits),
         ),
     ]

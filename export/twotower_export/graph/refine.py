@@ -1,9 +1,8 @@
 """`twotower::RefineBlock`: one step of iterative refinement, from logits to block ids.
 
 The rules are those of a step of NVIDIA's `generate_mask_diffusion`
-(`modeling_nemotron_twotower.py`), each named where it is written; `factor` is Fast-dLLM's dynamic
-threshold (Wu et al. 2025, section 3.3), `entropy` the bound of EB-Sampler (Ben-Hamu et al. 2025).
-This body is the reference: kernels must take the same decisions.
+(`modeling_nemotron_twotower.py`), each named where it is written; the policies are in
+`policies.py`. This body is the reference: kernels must take the same decisions.
 
 Where it differs from NVIDIA's: the mask token has logit -inf and not -1e12; noise is drawn by
 (seed, position, token) and not by `torch.rand_like`; and a NaN fails the row, where NVIDIA's sort
@@ -18,9 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from twotower_export.graph.body import FLOAT, INT32, INT64, Body, in_section, inputs
-
-POLICIES = ("threshold", "quota", "factor", "entropy", "leftmost")
-"""Policies by number, as the input `policy` gives them."""
+from twotower_export.graph.policies import POLICY_RULES, Order, PolicyRule, Seen
 
 PRIME = 2**31 - 1
 """The noise is computed in the field of this many elements: products of two fit an int64."""
@@ -42,7 +39,9 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
 
     Inputs: logits [B, S, V]; ids [B, S] int32; per row [B]: lengths int32 (0: inactive), threshold
     float32 (policy `factor`: the factor; `entropy`: the bound in nats), steps_left int32,
-    temperature float32, policy int32, seed int32 (not negative).
+    temperature float32 (0, or at least 1e-6: what overflows float32 cannot be compared), policy
+    int32, seed int32 (not negative). The noise is a function of (seed, position, token) alone; the
+    host folds the step into the seed, so that each step has noise of its own.
     Outputs: new_ids [B, S] int32; confidence [B, S] float32 (+inf where nothing was masked);
     committed [B, S] int32; still_masked [B] int32, -1 where a masked position's logits hold a NaN:
     such a row commits nothing.
@@ -71,12 +70,16 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
     confidence = b.op.Exp(log_p)
 
     b.begin("order")
-    key = _sort_key(b, masked_ok, confidence, entropy, steps, policy)
+    position = b.unsqueeze(b.cast(steps, FLOAT), 0)
+    seen = Seen(confidence, entropy, position, b.unsqueeze(threshold, 1))
+    rules = [rule(b, seen) for rule in POLICY_RULES.values()]
+    key = _of_policy(b, policy, [rule.key for rule in rules])
+    key = b.op.Where(masked_ok, key, b.f32(BEFORE_ANY))
     before = _precedes(b, key, steps)  # [B, S, S]: j is committed before i
     rank = b.op.ReduceSum(b.cast(before, INT32), b.i64([2]), keepdims=0)
     b.begin("commit")
     n = _count(b, masked_ok)
-    wanted = _wanted(b, confidence, entropy, before, rank, masked_ok, threshold, policy)
+    wanted = _wanted(b, rules, policy, masked_ok, entropy, before, rank)
     quota = _ceil_div(b, n, steps_left)
     commit = b.op.Min(n, b.op.Max(wanted, quota))
     commit = b.op.Where(b.op.LessOrEqual(steps_left, b.i32(1)), n, commit)  # `is_last_step`
@@ -188,30 +191,12 @@ def _statistics(b: Body, logits: ir.Value, prediction: ir.Value) -> tuple[ir.Val
     return log_p, entropy
 
 
-def _chosen(b: Body, policy: ir.Value, cases: Sequence[ir.Value], axes: int) -> ir.Value:
-    """`cases[policy]` per row, the last for any other number."""
-    result = cases[-1]
-    row = b.unsqueeze(policy, *range(1, 1 + axes)) if axes else policy
+def _of_policy(b: Body, policy: ir.Value, cases: Sequence[ir.Value]) -> ir.Value:
+    """`cases[policy]` per row, each broadcast to [B, S]; the last for any other number."""
+    result, row = cases[-1], b.unsqueeze(policy, 1)
     for number in reversed(range(len(cases) - 1)):
         result = b.op.Where(b.op.Equal(row, b.i32(number)), cases[number], result)
     return result
-
-
-@in_section("key")
-def _sort_key(
-    b: Body,
-    masked: ir.Value,
-    confidence: ir.Value,
-    entropy: ir.Value,
-    steps: ir.Value,
-    policy: ir.Value,
-) -> ir.Value:
-    """What a policy commits first has the lowest key; [B, S] float32."""
-    by_confidence = b.op.Neg(confidence)
-    position = b.unsqueeze(b.cast(steps, FLOAT), 0)
-    cases = [by_confidence, by_confidence, by_confidence, entropy, position]
-    made: ir.Value = b.op.Where(masked, _chosen(b, policy, cases, 1), b.f32(BEFORE_ANY))
-    return made
 
 
 @in_section("precedes")
@@ -234,53 +219,43 @@ def _precedes(b: Body, key: ir.Value, steps: ir.Value) -> ir.Value:
 @in_section("wanted")
 def _wanted(
     b: Body,
-    confidence: ir.Value,
+    rules: Sequence[PolicyRule],
+    policy: ir.Value,
+    masked: ir.Value,
     entropy: ir.Value,
     before: ir.Value,
     rank: ir.Value,
-    masked: ir.Value,
-    threshold: ir.Value,
-    policy: ir.Value,
 ) -> ir.Value:
-    """How many positions a row's policy would commit; [B] int32.
+    """How many positions a row's policy would commit: up to the furthest that fits; [B] int32.
 
-    `threshold`: `num_above` of `generate_mask_diffusion`, strictly above; where none is, the quota
-    commits at least one (`tokens_to_commit`). `quota` and `leftmost` commit only the quota.
+    `num_above` of `generate_mask_diffusion`; where none fits, the quota commits at least one
+    (`tokens_to_commit`).
     """
-    b.begin("threshold")
-    bound = b.unsqueeze(threshold, 1)
-    confident = b.op.And(masked, b.op.Greater(confidence, bound))
-
-    b.begin("factor")
-    number = b.cast(b.op.Add(rank, b.i32(1)), FLOAT)  # k of the k-th in the order
-    doubt = b.op.Mul(b.op.Add(number, b.f32(1.0)), b.op.Sub(b.f32(1.0), confidence))
-    within_factor = b.op.And(masked, b.op.Less(doubt, bound))
-
-    b.begin("entropy")
+    number = b.op.Add(rank, b.i32(1))
     earlier = b.op.And(before, b.unsqueeze(masked, 1))
     entropy_before = b.op.ReduceSum(
         b.op.Where(earlier, b.unsqueeze(entropy, 1), b.f32(0.0)), b.i64([2]), keepdims=0
     )
-    within_bound = b.op.And(masked, b.op.LessOrEqual(entropy_before, bound))
-
-    def furthest(flags: ir.Value) -> ir.Value:
-        place = b.op.Where(flags, b.op.Add(rank, b.i32(1)), b.i32(0))
-        made: ir.Value = b.op.ReduceMax(place, b.i64([1]), keepdims=0)
-        return made
-
     b.begin("cases")
-    none = b.op.Mul(policy, b.i32(0))
-    cases = [_count(b, confident), none, furthest(within_factor), furthest(within_bound), none]
-    return _chosen(b, policy, cases, 0)
+    order = Order(b.cast(number, FLOAT), entropy_before)
+    none = b.op.Mul(rank, b.i32(0))  # [B, S]: a maximum is taken of it
+    cases = [
+        none
+        if rule.fits is None
+        else b.op.Where(b.op.And(masked, rule.fits(order)), number, b.i32(0))
+        for rule in rules
+    ]
+    made: ir.Value = b.op.ReduceMax(_of_policy(b, policy, cases), b.i64([1]), keepdims=0)
+    return made
 
 
 @in_section("quota")
 def _ceil_div(b: Body, n: ir.Value, steps_left: ir.Value) -> ir.Value:
-    """ceil(n / steps_left), both int32; steps_left below 1 counts as 1.
+    """ceil(n / steps_left), at least 1, both int32; steps_left below 1 counts as 1.
 
     `min_commit` and `remaining_steps` of `generate_mask_diffusion`: a row of n masked positions is
-    done when its steps are.
+    done when its steps are. n + steps_left might overflow.
     """
     steps = b.op.Max(steps_left, b.i32(1))
-    made: ir.Value = b.op.Div(b.op.Add(n, b.op.Sub(steps, b.i32(1))), steps)
+    made: ir.Value = b.op.Add(b.op.Div(b.op.Sub(n, b.i32(1)), steps), b.i32(1))
     return made

@@ -1,0 +1,64 @@
+"""Gumbel noise of `RefineBlock`: a function of (seed, position, token), and no state.
+
+A keyed permutation of the field of 2^31 - 1 elements, x -> x^5 with round keys, as in the cipher
+MiMC. The ONNX function computes the same bits with int64 products and remainders; here elements are
+uint32, a product is one wide multiplication, and 2^31 = 1 takes the place of the remainder.
+"""
+
+# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
+from __future__ import annotations
+
+import triton.language as tl
+
+from twotower_engines.kernels.jit import kernel
+
+__all__ = ["MOST_NOISE", "gumbel", "noise_keys"]
+
+PRIME = tl.constexpr(2**31 - 1)
+"""Elements of the field."""
+
+MOST_NOISE = tl.constexpr(16.64)
+"""No noise is above this: U is at most 1 - 2^-24, and -log(-log(U)) then 16.6355."""
+
+
+@kernel
+def folded(x: tl.tensor) -> tl.tensor:
+    """x less PRIME where it is at least that; uint32 below 2 * PRIME."""
+    return tl.minimum(x, x - PRIME)  # the difference wraps round to a large number otherwise
+
+
+@kernel
+def multiply(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """x * y in the field; uint32 below PRIME.
+
+    The product's upper and lower 31 bits add up to it, since 2^31 = 1: no division.
+    """
+    product = x.to(tl.uint64) * y.to(tl.uint64)
+    return folded((product.to(tl.uint32) & PRIME) + (product >> 31).to(tl.uint32))
+
+
+@kernel
+def fifth_power(x: tl.tensor) -> tl.tensor:
+    """x^5 in the field: a permutation, since 5 does not divide 2^31 - 2."""
+    square = multiply(x, x)
+    return multiply(multiply(square, square), x)
+
+
+@kernel
+def noise_keys(seed: tl.tensor, position: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The two round keys of a position; int32 scalars to uint32 ones."""
+    place = seed.to(tl.uint32) + 7919 * (position.to(tl.uint32) + 1) + 1
+    first = fifth_power(folded((place & PRIME) + (place >> 31)))
+    return first, fifth_power(folded(first + 104729))
+
+
+@kernel
+def gumbel(token: tl.tensor, first: tl.tensor, second: tl.tensor) -> tl.tensor:
+    """Gumbel noise of a token under a position's keys; float32.
+
+    U lies strictly inside (0, 1) and is exact in float32: 23 bits and a half.
+    """
+    mixed = fifth_power(folded(token.to(tl.uint32) + first))
+    mixed = fifth_power(folded(mixed + second))
+    uniform = ((mixed >> 8).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+    return -tl.log(-tl.log(uniform))
