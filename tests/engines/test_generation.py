@@ -271,6 +271,8 @@ LIMITS = RequestLimits(context=100, block_size_max=32, vocab_size=300)
         ({"policy": "best"}, "policy is 'best'; it must be one of threshold, quota"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e300}, r"temperature is 1e\+300; .* at most 3.4e\+38"),
+        ({"temperature": 1e-7}, r"temperature is 1e-07: use 0 \(greedy\) or at least 1e-6"),
         ({"mode": "ar", "top_k": -1}, "top_k is -1"),
         ({"mode": "ar", "top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 0.5}, "mask_diffusion draws from all"),
