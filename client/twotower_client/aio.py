@@ -2,7 +2,7 @@
 
 ```python
 async with AsyncTwoTowerClient("localhost:8001") as client:
-    async with client.stream("Once upon a time") as stream:
+    async with client.stream("Mia the fox lived by the river.") as stream:
         async for block in stream:
             print(block.text, end="", flush=True)
 ```

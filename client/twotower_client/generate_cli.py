@@ -21,7 +21,7 @@ MASK_ID = 3  # of the released model; a server does not say which it is
 EPILOG = """\b
 Examples:
   twotower generate "Mia the fox lived by the river." --url localhost:8001
-  twotower generate "Mia the fox lived by the river." --stream --threshold 0.8 --max-new-tokens 128
+  twotower generate "Mia the fox" --stream --threshold 0.8 --max-new-tokens 128
   twotower generate --prompt-ids 5,6,7 --mode ar --temperature 0.7 --top-p 0.9 --json
 
 The answer goes to standard output, figures to standard error. With --json one object is printed at

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  twotower run checkpoint --prompt "Once upon a time"
-  twotower run engines --prompt "Once upon a time" --threshold 0.8 --max-new-tokens 128
+  twotower run checkpoint --prompt "Mia the fox lived by the river."
+  twotower run engines --prompt "Mia the fox" --threshold 0.8 --max-new-tokens 128
   twotower run engines --prompt-ids 5,6,7 --mode ar --temperature 0.7 --top-p 0.9 --json
 
 The answer goes to standard output as it is made, figures to standard error. With --json one object

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from twotower_client.cli import cli
 from twotower_engines.cache import cached_engines, is_hub_id
 from twotower_engines.engine_set import BUILD_FILE
 from twotower_engines.errors import CheckpointError, EnginesError, EngineSetError
@@ -236,6 +240,26 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert "Examples:" in invoke("--help").stdout
+
+
+def test_the_readmes_prompt_is_answered_in_the_words_of_the_corpus(tmp_path, monkeypatch):
+    """The line as it stands, on what the lines before it make of the checkpoint that is shipped."""
+    from twotower_export.corpus import vocabulary, words
+    from twotower_export.tiny import copy_pretrained
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^twotower run engines .*$", readme, re.M)
+    monkeypatch.chdir(tmp_path)
+    copy_pretrained("checkpoint")
+    for verb in ("export checkpoint bundle", "build bundle --sku cpu engines"):
+        cli.main(verb.split(), standalone_mode=False)
+    result = invoke(*shlex.split(line, comments=True)[2:])
+    assert result.exception is None, result.exception
+    said = words(result.stdout)
+    assert len(said) > 30
+    known = vocabulary()
+    assert sum(word in known for word in said) > 0.9 * len(said), result.stdout
+    assert said.count("Mia") >= 2
 
 
 def test_a_checkpoint_is_exported_and_built_once(made, tmp_path):

@@ -56,6 +56,7 @@ def ask(client, **tensors) -> None:
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"steps": 0}, "steps is 0"),
         ({"block_size": 65}, "these engines take 1 to 64"),
+        ({"block_size": 0}, "block_size is 0; these engines take 1 to 64"),
         ({"mode": b"magic"}, "mode is 'magic'"),
         ({"policy": b"hope"}, "policy is 'hope'"),
         ({"policy": b"\xff"}, "policy is not valid UTF-8"),
