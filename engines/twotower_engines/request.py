@@ -149,10 +149,12 @@ class Request:
             )
 
     def _check_length(self, limits: RequestLimits) -> None:
-        total = len(self.prompt_ids) + self.max_new_tokens
+        count = len(self.prompt_ids)
+        total = count + self.max_new_tokens
         if total > limits.context:
+            tokens = "1 token" if count == 1 else f"{count} tokens"
             raise RequestError(
-                f"the prompt has {len(self.prompt_ids)} tokens and max_new_tokens is "
+                f"the prompt has {tokens} and max_new_tokens is "
                 f"{self.max_new_tokens}, {total} together; these engines hold {limits.context}: "
                 f"shorten one of them, or build with --context {total} or more"
             )

@@ -332,6 +332,7 @@ LIMITS = RequestLimits(context=100, block_size_max=32, vocab_size=300)
         ({"prompt_ids": (-1,)}, "token -1 at place 0"),
         ({"eos_ids": (2, 400)}, "eos_ids: token 400 at place 1"),
         ({"prompt_ids": (5,) * 37}, "37 tokens .* 101 together; .* hold 100"),
+        ({"prompt_ids": (5,), "max_new_tokens": 100}, "the prompt has 1 token and .* 101 together"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ({"mode": "diffusion"}, "mode is 'diffusion'; it must be one of mask_diffusion, mock_ar"),
         ({"block_size": 0}, "block_size is 0; these engines take 1 to 32"),
