@@ -9,18 +9,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
-    return path
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
@@ -48,32 +37,6 @@ def test_the_client_alone_needs_three_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs = {line.split(">")[0].split("[")[0] for line in project["dependencies"]}
     assert needs == {"numpy", "tritonclient", "click"}
-
-
-def test_the_wheel_works_without_extras(wheel, tmp_path):
-    """The client's verb runs where none of the extras' packages can be imported."""
-    site = tmp_path / "site"
-    sources = [str(ROOT / folder) for folder in ("export", "engines", "client")]
-    zipfile.ZipFile(wheel).extractall(site)
-    program = f"""
-import importlib.abc, sys
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in {{'onnx', 'onnx_ir', 'onnxruntime', 'torch', 'tokenizers'}}:
-            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
-sys.path[:] = [{str(site)!r}] + [p for p in sys.path if p not in {sources!r}]
-sys.meta_path.insert(0, Absent())
-import twotower_client.cli
-assert twotower_client.__file__.startswith({str(site)!r})
-sys.argv[0] = 'twotower'
-twotower_client.cli.main()
-"""
-
-    command = [sys.executable, "-c", program, "generate", "hello", "--url", "localhost:1"]
-    asked = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert asked.returncode == 1
-    assert "localhost:1" in asked.stderr
-    assert "Traceback" not in asked.stderr
 
 
 def test_make_takes_the_first_python_that_runs_and_is_new_enough(tmp_path):

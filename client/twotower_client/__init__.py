@@ -4,7 +4,7 @@
 from twotower_client import TwoTowerClient
 
 with TwoTowerClient("localhost:8001") as client:
-    print(client.generate("Once upon a time").text)
+    print(client.generate("Mia the fox lived by the river.").text)
 ```
 Needs numpy and tritonclient only. The client itself is loaded when it is first asked for, so that
 `twotower --help` answers at once.

@@ -2,7 +2,7 @@
 
 ```python
 async with AsyncTwoTowerClient("localhost:8001") as client:
-    async with client.stream("Once upon a time") as stream:
+    async with client.stream("Mia the fox lived by the river.") as stream:
         async for block in stream:
             print(block.text, end="", flush=True)
 ```
@@ -28,6 +28,7 @@ from .connection import (
     STOP_SECONDS,
     check_address,
     check_seconds,
+    closed,
 )
 from .errors import CancelledError, ClientError, DeadlineError
 from .request import MODEL, Options, infer_request, stop_request
@@ -78,6 +79,7 @@ class AsyncTwoTowerClient:
             if credentials is None
             else grpc.aio.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
         )
+        self._is_closed = False
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def generate(
@@ -133,7 +135,7 @@ class AsyncTwoTowerClient:
             async for response in self._start(stop_request(request_id), STOP_SECONDS):
                 if response.error_message:
                     return False
-        except grpc.RpcError:
+        except (grpc.RpcError, ClientError):  # the latter where this client was closed
             return False
         return True
 
@@ -143,7 +145,9 @@ class AsyncTwoTowerClient:
         Raises:
             ServerUnavailableError: No server answers.
             ModelNotReadyError: The server does not serve the model.
+            RequestRefusedError: This client was closed.
         """
+        self._check_open()
         try:
             request = service_pb2.ModelReadyRequest(name=MODEL)
             response = await self._stub.ModelReady(request, timeout=LOOK_SECONDS)
@@ -153,7 +157,8 @@ class AsyncTwoTowerClient:
             raise not_ready(self.url, "")
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection. Open streams end with an error, as do later calls."""
+        self._is_closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -167,7 +172,13 @@ class AsyncTwoTowerClient:
     ) -> None:
         await self.close()
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed()
+
     def _start(self, request: Any, timeout: float) -> Any:
+        self._check_open()
+
         async def requests() -> AsyncIterator[Any]:
             yield request
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import io
+import os
 import sys
 from dataclasses import dataclass
 
@@ -140,13 +142,13 @@ EPILOG = """
 Examples, from a checkpoint to an answer:
 
 \b
-  twotower tiny checkpoint
+  twotower tiny checkpoint --pretrained
   twotower export checkpoint bundle
   twotower build bundle --sku cpu engines
-  twotower run engines --prompt "Once upon a time"
+  twotower run engines --prompt "Mia the fox lived by the river."
   twotower package engines repository
   twotower serve repository --grpc-port 8001
-  twotower generate "Once upon a time" --url localhost:8001 --stream
+  twotower generate "Mia the fox lived by the river." --url localhost:8001 --stream
 
 `twotower VERB --help` shows a verb's options and more examples.
 """
@@ -212,12 +214,20 @@ def missing_extra(problem: ModuleNotFoundError, verb: str | None) -> str | None:
     return f"{what} needs the package {module}; install it with: pip install 'twotower[{extra}]'"
 
 
+def refused_file(problem: OSError) -> str:
+    """Return what to tell a user whose file or folder the system refused."""
+    path = os.fsdecode(problem.filename) if not isinstance(problem.filename, int) else "a file"
+    return f"{path}: {problem.strerror}; name another path, or change what is at this one"
+
+
 def main() -> None:
     """Run the command line; the console script `twotower`.
 
-    Errors that a user can repair carry an `exit_code`: they are printed without a traceback.
-    Everything else is a bug and keeps its traceback.
+    Errors that a user can repair carry an `exit_code`, or name a file that the system refused: they
+    are printed without a traceback. Everything else is a bug and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may hold what the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         cli.main(prog_name="twotower")
     except Exception as problem:
@@ -225,6 +235,8 @@ def main() -> None:
         message: str | None = str(problem)
         if isinstance(problem, ModuleNotFoundError):
             message, code = missing_extra(problem, _verb(sys.argv[1:])), 2
+        elif isinstance(problem, OSError) and problem.filename is not None:
+            message, code = refused_file(problem), 2
         if message is None or not isinstance(code, int):
             raise
         print(f"error: {message}", file=sys.stderr)

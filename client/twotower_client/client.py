@@ -24,6 +24,7 @@ from .connection import (
     STOP_SECONDS,
     check_address,
     check_seconds,
+    closed,
 )
 from .errors import (
     CancelledError,
@@ -82,6 +83,7 @@ class TwoTowerClient:
             if credentials is None
             else grpc.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
         )
+        self._is_closed = False
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(
@@ -145,7 +147,7 @@ class TwoTowerClient:
             for response in self._start(stop_request(request_id), STOP_SECONDS):
                 if response.error_message:
                     return False
-        except grpc.RpcError:
+        except (grpc.RpcError, ClientError):  # the latter where this client was closed
             return False
         return True
 
@@ -155,7 +157,9 @@ class TwoTowerClient:
         Raises:
             ServerUnavailableError: No server answers.
             ModelNotReadyError: The server does not serve the model.
+            RequestRefusedError: This client was closed.
         """
+        self._check_open()
         try:
             request = service_pb2.ModelReadyRequest(name=MODEL)
             ready = self._stub.ModelReady(request, timeout=LOOK_SECONDS).ready
@@ -181,7 +185,8 @@ class TwoTowerClient:
                 time.sleep(0.2)
 
     def close(self) -> None:
-        """Close the connection. Open streams end with an error."""
+        """Close the connection. Open streams end with an error, as do later calls."""
+        self._is_closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -195,7 +200,12 @@ class TwoTowerClient:
     ) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed()
+
     def _start(self, request: Any, timeout: float) -> Any:
+        self._check_open()
         return self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
 
 
@@ -215,12 +225,12 @@ class AnswerStream(Iterator[Block]):
         self._client = client
         self._timeout = timeout
         self._start = time.monotonic()
-        self._ended: ClientError | None = None
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._call = client._start(request, timeout + GRACE_SECONDS)
         # A thread waits for the server, so that we can wait for the thread with a limit.
         self._reader = threading.Thread(target=_read, args=(self._call, self._arrived), daemon=True)
         self._reader.start()
+        self._ended: ClientError | None = None  # last: __del__ stops what got this far
 
     @property
     def is_done(self) -> bool:

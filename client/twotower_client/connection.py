@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import numpy as np
 
 from .errors import RequestRefusedError
 
@@ -13,12 +13,15 @@ __all__ = [
     "STOP_SECONDS",
     "check_address",
     "check_seconds",
+    "closed",
 ]
 
 CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 LOOK_SECONDS = 5.0  # for calls that only look
 STOP_SECONDS = 2.0  # for telling a server to stop; it may be the one that hangs
 GRACE_SECONDS = 2.0  # for a call to end by itself
+MOST_SECONDS = 1e9  # 30 years; what threads and gRPC can wait for is a little more
+MOST_PORT = 65535
 
 
 def check_address(url: str) -> str:
@@ -27,9 +30,12 @@ def check_address(url: str) -> str:
     Raises:
         RequestRefusedError: It is something else.
     """
-    if "://" in url or not url.rpartition(":")[2].isdigit():
+    host, _, port = url.rpartition(":") if isinstance(url, str) else ("", "", "")
+    is_port = port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= MOST_PORT
+    if not host or "://" in host or not is_port:
         raise RequestRefusedError(
-            f"url is {url!r}; give host:port of the gRPC endpoint, as localhost:8001"
+            f"url is {url!r}; give host:port of the gRPC endpoint, as localhost:8001 "
+            f"(ports go from 1 to {MOST_PORT})"
         )
     return url
 
@@ -38,8 +44,19 @@ def check_seconds(name: str, value: float) -> float:
     """Return a duration as it is.
 
     Raises:
-        RequestRefusedError: It is not positive, or too long to wait for.
+        RequestRefusedError: It is no number, not positive, or too long to wait for.
     """
-    if not 0 < value < threading.TIMEOUT_MAX:
-        raise RequestRefusedError(f"{name} is {value}; it must be a positive number of seconds")
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 < value < MOST_SECONDS:
+        raise RequestRefusedError(
+            f"{name} is {value!r}; it must be a number of seconds, more than 0 and "
+            f"below {MOST_SECONDS:.0e}"
+        )
     return float(value)
+
+
+def closed() -> RequestRefusedError:
+    """Return the exception for a call of a client that was closed."""
+    return RequestRefusedError(
+        "the client was closed; make a new one, and close it after this call"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
+MASK_ID = 3  # of the released model; a server does not say which it is
+
 EPILOG = """\b
 Examples:
-  twotower generate "Once upon a time" --url localhost:8001
-  twotower generate "Once upon a time" --stream --threshold 0.8 --max-new-tokens 128
+  twotower generate "Mia the fox lived by the river." --url localhost:8001
+  twotower generate "Mia the fox" --stream --threshold 0.8 --max-new-tokens 128
   twotower generate --prompt-ids 5,6,7 --mode ar --temperature 0.7 --top-p 0.9 --json
 
 The answer goes to standard output, figures to standard error. With --json one object is printed at
@@ -70,7 +73,7 @@ def generate(
     from .client import TwoTowerClient
 
     options = {name: value for name, value in given.items() if value not in (None, ())}
-    ids = None if prompt_ids is None else _parse_ids(prompt_ids)
+    prompt, ids = _prompt(prompt, prompt_ids)
     with (
         TwoTowerClient(url, timeout=timeout, inactivity_timeout=inactivity_timeout) as client,
         client.stream(prompt, prompt_ids=ids, **options) as stream,
@@ -82,11 +85,40 @@ def generate(
             elif streamed:
                 print(block.text, end="", flush=True)
         answer = stream.answer()
+    if MASK_ID in answer.prompt_ids:
+        # harmless to the towers, which mask by position, but surely not what was meant
+        print("warning: the prompt holds the mask token and is read as such", file=sys.stderr)
     if as_json:
         print(json.dumps(_as_json(answer)))
     else:
         print("" if streamed else answer.text)
         print(_summary(answer), file=sys.stderr)
+
+
+def _prompt(text: str | None, ids: str | None) -> tuple[str | None, list[int] | None]:
+    """Return the prompt as text or as ids, whichever was given."""
+    if text is None and ids is None:
+        raise RequestRefusedError("there is no prompt; give PROMPT or --prompt-ids 5,6,7")
+    if text is not None and ids is not None:
+        raise RequestRefusedError("PROMPT and --prompt-ids are both given; leave one of them out")
+    return (None, _parse_ids(ids)) if ids is not None else (_as_utf8(text or ""), None)
+
+
+def _as_utf8(argument: str) -> str:
+    """Return what a terminal sent as the UTF-8 that it is, whatever the locale calls it.
+
+    Python keeps the bytes of an argument that its locale (C, for one) cannot read as surrogates.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(argument).decode()
+        except UnicodeError as problem:
+            raise RequestRefusedError(
+                f"PROMPT is not valid UTF-8 ({problem}); give it as UTF-8"
+            ) from None
+    return argument
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -114,12 +146,17 @@ def _summary(answer: Answer) -> str:
     """Return one line of figures for people."""
     count = len(answer.ids)
     parts = [
-        f"{count} tokens in {answer.seconds:.2f} s ({count / answer.seconds:.1f} tokens/s)",
-        f"{answer.denoiser_calls} denoiser calls",
-        f"{answer.context_calls} context calls",
+        f"{_number(count, 'token')} in {answer.seconds:.2f} s "
+        f"({count / answer.seconds:.1f} tokens/s)",
+        _number(answer.denoiser_calls, "denoiser call"),
+        _number(answer.context_calls, "context call"),
         f"ended by {answer.finish_reason}",
     ]
     rate = answer.tokens_per_denoiser_call
     if rate is not None:
         parts[1] += f" ({rate:.2f} tokens per call)"
     return ", ".join(parts)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -5,9 +5,8 @@ The names, types and shapes of the tensors are those of `triton_repo/twotower/co
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict, cast
 
 import numpy as np
@@ -19,7 +18,8 @@ __all__ = ["MODEL", "Options", "check_options", "infer_request", "stop_request"]
 MODEL = "twotower"
 INT32_BOUND = 2**31
 SEED_BOUND = 2**64
-LEAST_TEMPERATURE = 2.0**-20  # 1e-6: the engines divide by it in float32
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+TEMPERATURE_MIN = 2.0**-20  # 1e-6, also as float32; below it logits divided by it overflow
 NUMBERS: dict[str, type[np.generic]] = {
     "max_new_tokens": np.int32,
     "block_size": np.int32,
@@ -33,7 +33,7 @@ NUMBERS: dict[str, type[np.generic]] = {
 
 
 class Options(TypedDict, total=False):
-    """How to generate. What is left out is the server's choice, whose defaults are NVIDIA's.
+    """How to generate. What is left out or None is the server's choice; its defaults are NVIDIA's.
 
     Attributes:
         max_new_tokens: Length of the answer, unless an end token comes before; 64.
@@ -50,17 +50,17 @@ class Options(TypedDict, total=False):
         eos_ids: Tokens that end the answer; none.
     """
 
-    max_new_tokens: int
-    mode: str
-    block_size: int
-    steps: int
-    threshold: float
-    policy: str
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    eos_ids: Sequence[int]
+    max_new_tokens: int | None
+    mode: str | None
+    block_size: int | None
+    steps: int | None
+    threshold: float | None
+    policy: str | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    eos_ids: Sequence[int] | None
 
 
 def check_options(options: Options) -> None:
@@ -75,19 +75,19 @@ def check_options(options: Options) -> None:
         known = ", ".join(Options.__annotations__)
         raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
     _check_integer("max_new_tokens", options.get("max_new_tokens"), 1)
-    _check_integer("block_size", options.get("block_size"), 1)
+    # A server refuses less than 1 itself, and says what its engines take.
+    _check_integer("block_size", options.get("block_size"), -INT32_BOUND)
     _check_integer("steps", options.get("steps"), 1)
     _check_integer("top_k", options.get("top_k"), 0)
     _check_integer("seed", options.get("seed"), 0, SEED_BOUND)
-    bound = math.inf if options.get("policy") in ("factor", "entropy") else 1.0
+    bound = FLOAT32_MAX if options.get("policy") in ("factor", "entropy") else 1.0
     _check_number("threshold", options.get("threshold"), bound)
-    _check_number("temperature", options.get("temperature"), math.inf, zero=True)
-    if 0 < (options.get("temperature") or 0) < LEAST_TEMPERATURE:
-        raise RequestRefusedError(
-            f"temperature is {options['temperature']}; it must be 0 (greedy) or at least 1e-6"
-        )
+    _check_number("temperature", options.get("temperature"), FLOAT32_MAX, zero=True)
+    _check_temperature(options.get("temperature"))
     _check_number("top_p", options.get("top_p"), 1.0)
-    _check_ids("eos_ids", options.get("eos_ids", ()))
+    for name in ("mode", "policy"):
+        _check_name(name, options.get(name))
+    _check_ids("eos_ids", _listed("eos_ids", options.get("eos_ids")))
 
 
 def infer_request(
@@ -114,19 +114,23 @@ def infer_request(
     """
     check_options(options)
     message = _Message(request_id)
-    if (prompt is None) == (prompt_ids is None):
-        raise RequestRefusedError("give either a prompt or prompt_ids, and not both")
+    if prompt is None and prompt_ids is None:
+        raise RequestRefusedError("there is no prompt; give a prompt or prompt_ids")
+    if prompt is not None and prompt_ids is not None:
+        raise RequestRefusedError("prompt and prompt_ids are both given; leave one of them out")
     if prompt is not None:
         message.text("text_input", _utf8(prompt))
     else:
-        ids = list(prompt_ids or ())
+        ids = _listed("prompt_ids", prompt_ids)
         if not ids:
             raise RequestRefusedError("the prompt is empty; give at least one token id")
         _check_ids("prompt_ids", ids)
         message.array("input_ids", ids, np.int32)
     for name, value in options.items():
+        if value is None:
+            continue
         if name == "eos_ids":
-            message.array(name, list(options["eos_ids"]), np.int32)
+            message.array(name, _listed(name, value), np.int32)
         elif name in ("mode", "policy"):
             message.text(name, str(value).encode())
         else:
@@ -192,11 +196,34 @@ def _check_number(name: str, value: object, high: float, zero: bool = False) -> 
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise RequestRefusedError(f"{name} is {value!r}; it must be a number")
-    number = float(value)
-    if not (0 < number <= high or (zero and number == 0)) or math.isinf(number):
+    if not (0 < value <= high or (zero and value == 0)):
         low = "0 or more" if zero else "more than 0"
-        most = "" if math.isinf(high) else f" and at most {high:g}"
-        raise RequestRefusedError(f"{name} is {number:g}; it must be {low}{most}")
+        raise RequestRefusedError(f"{name} is {value}; it must be {low} and at most {high:.3g}")
+
+
+def _check_temperature(value: float | None) -> None:
+    if value is not None and 0 < value < TEMPERATURE_MIN:
+        raise RequestRefusedError(f"temperature is {value}: use 0 (greedy) or at least 1e-6")
+
+
+def _check_name(name: str, value: object) -> None:
+    """Refuse what is no word; which words there are is the server's to say."""
+    if value is None:
+        return
+    if not isinstance(value, str) or not value.isascii():
+        raise RequestRefusedError(f"{name} is {value!r}; it must be the name of a {name}")
+
+
+def _listed(name: str, ids: object) -> list[int]:
+    """Return ids that came as any iterable, an array for one; None has none."""
+    if ids is None:
+        return []
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise RequestRefusedError(f"{name} is {ids!r}; it must be a list of token ids")
+    try:
+        return list(ids)
+    except TypeError:  # an array without dimensions
+        raise RequestRefusedError(f"{name} is {ids!r}; it must be a list of token ids") from None
 
 
 def _check_ids(name: str, ids: Sequence[int]) -> None:

@@ -146,13 +146,14 @@ def too_late(timeout: float, left: float, inactivity_timeout: float, blocks: int
         inactivity_timeout: Seconds that may pass without anything new.
         blocks: How many had arrived.
     """
+    arrived = "1 block had arrived" if blocks == 1 else f"{blocks} blocks had arrived"
     if left <= inactivity_timeout:
         return DeadlineError(
-            f"the answer was not complete after {timeout:g} s ({blocks} blocks had arrived); "
+            f"the answer was not complete after {timeout:g} s ({arrived}); "
             "allow more with timeout, or ask for fewer tokens"
         )
     return InactivityError(
-        f"nothing came from the server for {inactivity_timeout:g} s ({blocks} blocks had arrived); "
+        f"nothing came from the server for {inactivity_timeout:g} s ({arrived}); "
         "it may be overloaded, or its model process may have died: look at its log"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,8 +16,9 @@ MODES: tuple[str, ...] = get_args(Mode)
 FinishReason = Literal["length", "eos", "cancelled"]
 
 SEED_BOUND = 2**64
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # temperatures and thresholds are float32 in the graphs
+TEMPERATURE_MIN = 2.0**-20  # 1e-6, also as float32; below it logits divided by it overflow
 STEPS_BOUND = 2**31  # the graph counts steps in int32
-LEAST_TEMPERATURE = 2.0**-20  # 1e-6: below it, logits over the temperature may overflow
 BOUND_POLICIES = ("factor", "entropy")  # their threshold is no probability
 
 
@@ -97,15 +97,30 @@ class Request:
         Raises:
             RequestError: Naming the value and the remedy.
         """
-        self._check_mode(limits)
         self._check_ids(limits)
-        self._check_lengths(limits)
+        self._check_block_size(limits)
+        self.check_options()
+        self._check_mode(limits)
+        self._check_length(limits)
+
+    def check_options(self) -> None:
+        """Refuse what no engines can do, whatever the prompt: it needs no engines to be there.
+
+        Raises:
+            RequestError: Naming the value and the remedy.
+        """
+        if self.mode not in MODES:
+            raise RequestError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        for name, count in (
+            ("max_new_tokens", self.max_new_tokens),
+            ("block_size", self.block_size),
+        ):
+            if count < 1:
+                raise RequestError(f"{name} is {count}; it must be at least 1")
         self._check_refinement()
         self._check_sampling()
 
     def _check_mode(self, limits: RequestLimits) -> None:
-        if self.mode not in MODES:
-            raise RequestError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         if self.mode not in limits.modes:
             raise RequestError(
                 f"mode {self.mode} needs the denoiser tower, and these engines have none; "
@@ -127,17 +142,19 @@ class Request:
                     f"ids go from 0 to {limits.vocab_size - 1}"
                 )
 
-    def _check_lengths(self, limits: RequestLimits) -> None:
-        if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+    def _check_block_size(self, limits: RequestLimits) -> None:
         if not 1 <= self.block_size <= limits.block_size_max:
             raise RequestError(
                 f"block_size is {self.block_size}; these engines take 1 to {limits.block_size_max}"
             )
-        total = len(self.prompt_ids) + self.max_new_tokens
+
+    def _check_length(self, limits: RequestLimits) -> None:
+        count = len(self.prompt_ids)
+        total = count + self.max_new_tokens
         if total > limits.context:
+            tokens = "1 token" if count == 1 else f"{count} tokens"
             raise RequestError(
-                f"the prompt has {len(self.prompt_ids)} tokens and max_new_tokens is "
+                f"the prompt has {tokens} and max_new_tokens is "
                 f"{self.max_new_tokens}, {total} together; these engines hold {limits.context}: "
                 f"shorten one of them, or build with --context {total} or more"
             )
@@ -149,18 +166,22 @@ class Request:
             raise RequestError(
                 f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}"
             )
-        upper = math.inf if self.policy in BOUND_POLICIES else 1.0
-        if not 0 < self.threshold <= upper or math.isinf(self.threshold):
-            allowed = "more than 0" if upper > 1 else "more than 0 and at most 1"
+        upper = FLOAT32_MAX if self.policy in BOUND_POLICIES else 1.0
+        if not 0 < self.threshold <= upper:
             raise RequestError(
-                f"threshold is {self.threshold}; with policy {self.policy} it must be {allowed}"
+                f"threshold is {self.threshold}; with policy {self.policy} it must be more than 0 "
+                f"and at most {upper:.3g}"
             )
 
     def _check_sampling(self) -> None:
-        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+        if not 0 <= self.temperature <= FLOAT32_MAX:
             raise RequestError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or a finite number of "
-                "at least 1e-6"
+                f"temperature is {self.temperature}; it must be 0 (greedy) or more, and at most "
+                f"{FLOAT32_MAX:.3g}"
+            )
+        if 0 < self.temperature < TEMPERATURE_MIN:
+            raise RequestError(
+                f"temperature is {self.temperature}: use 0 (greedy) or at least 1e-6"
             )
         if self.top_k < 0:
             raise RequestError(f"top_k is {self.top_k}; it must be at least 0, which keeps all")

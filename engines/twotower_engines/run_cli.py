@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import EngineSetError, RequestError
+from .errors import EngineSetError, RequestError, TokenizerError
 
 if TYPE_CHECKING:
     from .engine_set import EngineSet
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  twotower run checkpoint --prompt "Once upon a time"
-  twotower run engines --prompt "Once upon a time" --threshold 0.8 --max-new-tokens 128
+  twotower run checkpoint --prompt "Mia the fox lived by the river."
+  twotower run engines --prompt "Mia the fox" --threshold 0.8 --max-new-tokens 128
   twotower run engines --prompt-ids 5,6,7 --mode ar --temperature 0.7 --top-p 0.9 --json
 
 The answer goes to standard output as it is made, figures to standard error. With --json one object
@@ -78,13 +79,50 @@ def run(
 
     A CHECKPOINT (folder or hub id) is exported and built for the CPU first, into a cache.
     """
+    prompt, ids = _prompt(prompt, prompt_ids)
+    _check_options(options)
     engines, checkpoint = _engines_of(source, sku, checkpoint)
-    request, tokenizer = _request(engines, prompt, prompt_ids, options)
+    request, tokenizer = _request(engines, prompt, ids, options)
     result, text = _answer(engines, request, tokenizer, checkpoint, threads, echo=not as_json)
     if as_json:
         print(json.dumps(_as_json(result, text)))
     else:
         print(_summary(request, result), file=sys.stderr)
+
+
+def _prompt(text: str | None, ids: str | None) -> tuple[str | None, tuple[int, ...]]:
+    """Return the prompt as text, or else as ids; refuse one that is empty before any work."""
+    if text is None and ids is None:
+        raise RequestError("there is no prompt; give --prompt TEXT or --prompt-ids 5,6,7")
+    if text is not None and ids is not None:
+        raise RequestError("--prompt and --prompt-ids are both given; leave one of them out")
+    if not (text or (ids or "").strip()):
+        raise RequestError("the prompt is empty; give at least one token")
+    return (None, _parse_ids(ids)) if ids is not None else (_as_utf8(text or ""), ())
+
+
+def _as_utf8(argument: str) -> str:
+    """Return what a terminal sent as the UTF-8 that it is, whatever the locale calls it.
+
+    Python keeps the bytes of an argument that its locale (C, for one) cannot read as surrogates.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(argument).decode()
+        except UnicodeError as problem:
+            raise RequestError(
+                f"--prompt is not valid UTF-8 ({problem}); give it as UTF-8"
+            ) from None
+    return argument
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options that no engines take, before a checkpoint is exported and built for them."""
+    from .request import Request
+
+    Request("run", (), **options).check_options()
 
 
 def _engines_of(
@@ -110,28 +148,36 @@ def _engines_of(
 
 
 def _request(
-    engines: EngineSet, prompt: str | None, prompt_ids: str | None, options: dict[str, Any]
+    engines: EngineSet, prompt: str | None, ids: tuple[int, ...], options: dict[str, Any]
 ) -> tuple[Request, Tokenizer | None]:
     """Make and check the request before anything heavy is loaded."""
     from .generation import Request, RequestLimits
-    from .tokenizer import Tokenizer
 
-    if (prompt is None) == (prompt_ids is None):
-        raise RequestError("give either --prompt TEXT or --prompt-ids 5,6,7")
-    tokenizer = Tokenizer(engines.folder) if prompt is not None else None
-    if tokenizer is None and Tokenizer.exists(engines.folder):
-        tokenizer = Tokenizer(engines.folder)
+    tokenizer = _tokenizer(engines, is_needed=prompt is not None)
     if prompt is not None:
-        assert tokenizer is not None, "made above for a prompt of text"
+        assert tokenizer is not None, "one that is needed is there, or refused"
         ids = tokenizer.encode(prompt)
-        if engines.manifest.mask_token_id in ids:
-            # harmless to the towers, which mask by position, but surely not what was meant
-            print("warning: the prompt spells the mask token and is read as such", file=sys.stderr)
-    else:
-        ids = _parse_ids(prompt_ids or "")
     request = Request("run", ids, **options)
     request.check(RequestLimits.of_engines(engines))
+    if engines.manifest.mask_token_id in ids:
+        # harmless to the towers, which mask by position, but surely not what was meant
+        print("warning: the prompt holds the mask token and is read as such", file=sys.stderr)
     return request, tokenizer
+
+
+def _tokenizer(engines: EngineSet, is_needed: bool) -> Tokenizer | None:
+    """Return the tokenizer; None where ids are given and there is none that can be read."""
+    from .tokenizer import Tokenizer
+
+    if not is_needed and not Tokenizer.exists(engines.folder):
+        return None
+    try:
+        return Tokenizer(engines.folder)
+    except TokenizerError as problem:
+        if is_needed:
+            raise
+        print(f"warning: the answer has no text: {problem}", file=sys.stderr)
+        return None
 
 
 def _parse_ids(text: str) -> tuple[int, ...]:
@@ -193,11 +239,16 @@ def _summary(request: Request, result: Result) -> str:
     """Return one line of figures for people."""
     count = len(result.output_ids) - len(request.prompt_ids)
     parts = [
-        f"{count} tokens in {result.seconds:.2f} s ({count / result.seconds:.1f} tokens/s)",
-        f"{result.denoiser_calls} denoiser calls",
-        f"{result.context_calls} context calls",
+        f"{_number(count, 'token')} in {result.seconds:.2f} s "
+        f"({count / result.seconds:.1f} tokens/s)",
+        _number(result.denoiser_calls, "denoiser call"),
+        _number(result.context_calls, "context call"),
         f"ended by {result.finish_reason}",
     ]
     if result.denoiser_calls:
         parts[1] += f" ({count / result.denoiser_calls:.2f} tokens per call)"
     return ", ".join(parts)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

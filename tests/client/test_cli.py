@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,8 @@ def test_help_lists_every_verb_and_shows_examples_without_importing_them() -> No
     assert ran.stdout.splitlines()[-1] == "[]"
     for verb in root.VERBS:
         assert f"\n  {verb}  " in ran.stdout, verb
-    assert 'twotower generate "Once upon a time" --url localhost:8001' in ran.stdout
+    assert 'twotower generate "Mia the fox lived by the river." --url localhost' in ran.stdout
+    assert "twotower tiny checkpoint --pretrained\n" in ran.stdout
 
 
 def test_version() -> None:
@@ -129,6 +131,56 @@ def test_user_error_is_one_line_and_bug_is_a_traceback() -> None:
     bug = run_verb("raise ValueError('oops')")
     assert bug.returncode == 1
     assert "Traceback" in bug.stderr
+
+
+def test_a_file_that_the_system_refuses_is_one_line() -> None:
+    ran = run_verb("open('/no/such/file')")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: /no/such/file: No such file or directory; name another")
+    assert ran.stderr.count("\n") == 1
+    nameless = run_verb("raise OSError('oops')")
+    assert nameless.returncode == 1
+    assert "Traceback" in nameless.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tiny", "/proc/zz", "--pretrained"],
+        ["tiny", "/proc/zz", "--random", "--pattern", "M", "--hidden", "8"],
+        ["build", "{bundle}", "{file}"],
+        ["export", "{checkpoint}", "/proc/zz"],
+        ["run", "{checkpoint}", "--prompt-ids", "5"],
+    ],
+    ids=" ".join,
+)
+def test_places_that_cannot_be_written_are_named(tmp_path: Path, arguments: list[str]) -> None:
+    from twotower_export.bundle import write_bundle
+    from twotower_export.checkpoint import open_checkpoint
+    from twotower_export.tiny import copy_pretrained
+
+    places = {name: str(tmp_path / name) for name in ("checkpoint", "bundle", "file")}
+    copy_pretrained(places["checkpoint"])
+    write_bundle(open_checkpoint(places["checkpoint"]), Path(places["bundle"]))
+    Path(places["file"]).write_text("")
+    ran = subprocess.run(
+        [sys.executable, "-m", "twotower_client.cli", *(a.format(**places) for a in arguments)],
+        capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": "/proc/zz"},
+    )  # fmt: skip
+    assert ran.returncode == 2, ran.stderr
+    said = ran.stderr.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert "/proc/" in said or places["file"] in said
+    assert "Traceback" not in ran.stderr
+
+
+def test_an_answer_is_printed_where_the_terminal_has_not_its_letters() -> None:
+    code = BLOCKED.format(body=r"print('\u0141\xf3d\u017a')", modules={""})
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, **locale}
+    )
+    assert ran.stdout == rb"\u0141\xf3d\u017a" + b"\n", ran.stderr
 
 
 def test_every_third_party_import_is_in_the_table() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import struct
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import twotower_client as tt
-from twotower_client.request import infer_request, stop_request
+from twotower_client.generate_cli import _as_utf8, generate
+from twotower_client.request import Options, infer_request, stop_request
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +25,8 @@ def client():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({}, "either a prompt or prompt_ids"),
-        ({"prompt": "a", "prompt_ids": [1]}, "either a prompt or prompt_ids"),
+        ({}, "there is no prompt; give a prompt or prompt_ids"),
+        ({"prompt": "a", "prompt_ids": [1]}, "both given; leave one of them out"),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt_ids": []}, "prompt is empty"),
         ({"prompt": b"a"}, "prompt is bytes; it must be text"),
@@ -32,10 +36,17 @@ def client():
         ({"prompt_ids": [1, "x"]}, "'x' at place 1"),
         ({"prompt_ids": [1, 1.5]}, "1.5 at place 1"),
         ({"prompt_ids": [True]}, "True at place 0"),
+        ({"prompt_ids": 5}, "prompt_ids is 5; it must be a list of token ids"),
+        ({"prompt_ids": "567"}, "prompt_ids is '567'; it must be a list of token ids"),
+        ({"prompt_ids": np.array(5)}, "prompt_ids is array(5); it must be a list of token ids"),
+        ({"prompt_ids": np.array([[5, 6]])}, "array([5, 6]) at place 0"),
+        ({"prompt_ids": np.array([5.0])}, "at place 0 is no token id"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 to"),
         ({"max_new_tokens": 2**31}, "max_new_tokens is 2147483648"),
         ({"max_new_tokens": 1.0}, "max_new_tokens is 1.0; it must be a whole number"),
-        ({"block_size": 0}, "block_size is 0"),
+        ({"block_size": 2**31}, "block_size is 2147483648"),
+        ({"mode": 5}, "mode is 5; it must be the name of a mode"),
+        ({"mode": "\udcff"}, "it must be the name of a mode"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": -1}, "steps is -1"),
         ({"threshold": 0}, "threshold is 0; it must be more than 0 and at most 1"),
@@ -45,21 +56,33 @@ def client():
         ({"threshold": float("inf"), "policy": "factor"}, "threshold is inf"),
         ({"temperature": -0.1}, "temperature is -0.1; it must be 0 or more"),
         ({"temperature": float("inf")}, "temperature is inf"),
-        ({"temperature": 1e-38}, "temperature is 1e-38; it must be 0 (greedy) or at least 1e-6"),
+        ({"temperature": 1e300}, "temperature is 1e+300; it must be 0 or more and at most 3.4e+38"),
+        ({"temperature": 10**400}, "it must be 0 or more and at most 3.4e+38"),
+        ({"temperature": 1e-7}, "temperature is 1e-07: use 0 (greedy) or at least 1e-6"),
+        ({"threshold": 1e300, "policy": "factor"}, "threshold is 1e+300"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"eos_ids": [-1]}, "eos_ids: -1 at place 0"),
+        ({"eos_ids": 5}, "eos_ids is 5; it must be a list of token ids"),
         ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": "5"}, "timeout is '5'; it must be a number of seconds"),
+        (
+            {"timeout": 1e30},
+            "timeout is 1e+30; it must be a number of seconds, more than 0 and below 1e+09",
+        ),
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"timeout": float("inf")}, "timeout is inf"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refused_before_anything_is_sent(client, arguments, said) -> None:
-    if not {"prompt", "prompt_ids"} & set(arguments) and not said.startswith("either"):
+    if (
+        not {"prompt", "prompt_ids"} & set(arguments)
+        and said != "there is no prompt; give a prompt or prompt_ids"
+    ):
         arguments = {"prompt": "a", **arguments}
     with pytest.raises(tt.RequestRefusedError) as refusal:
         client.stream(**arguments)
@@ -71,10 +94,95 @@ def test_an_unknown_option_is_a_mistake_of_the_caller(client) -> None:
         client.stream("a", treshold=0.9)
 
 
-@pytest.mark.parametrize("url", ["localhost", "http://localhost:8000", "grpc://a:1", "a:", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost",
+        "http://localhost:8000",
+        "grpc://a:1",
+        "a:",
+        "",
+        ":8001",
+        "localhost:99999",
+        "localhost:0",
+        "localhost:²",
+        "a:" + "9" * 5000,
+        None,
+        8001,
+    ],
+)
 def test_a_url_that_is_no_address(url) -> None:
     with pytest.raises(tt.RequestRefusedError, match="give host:port"):
         tt.TwoTowerClient(url)
+
+
+@pytest.mark.parametrize("url", ["localhost:1", "127.0.0.1:65535", "[::1]:8001"])
+def test_a_url_that_is_an_address(url) -> None:
+    assert tt.TwoTowerClient(url).url == url
+
+
+@pytest.mark.parametrize("ids", [np.array([5, 6, 7]), (5, 6, 7), range(5, 8), iter([5, 6, 7])])
+def test_ids_come_as_any_sequence(ids) -> None:
+    message = infer_request(None, ids, {}, "name", 1.5)
+    assert message.raw_input_contents[0] == struct.pack("<3i", 5, 6, 7)
+    assert list(message.inputs[0].shape) == [3]
+
+
+def test_an_option_that_is_none_is_left_out() -> None:
+    message = infer_request("a", None, dict.fromkeys(Options.__annotations__), "name", 1.5)
+    assert [tensor.name for tensor in message.inputs] == ["text_input", "timeout_seconds"]
+
+
+def test_a_closed_client_says_so() -> None:
+    client = tt.TwoTowerClient("127.0.0.1:9")
+    client.close()
+    for call in (client.check_ready, client.wait_until_ready, lambda: client.generate("a")):
+        with pytest.raises(tt.ClientError, match="the client was closed; make a new one"):
+            call()
+    assert client.stop("name") is False
+
+
+def test_an_async_client_that_was_closed_says_so() -> None:
+    async def calls() -> None:
+        client = tt.AsyncTwoTowerClient("127.0.0.1:9")
+        await client.close()
+        for call in (client.check_ready, lambda: client.generate("a")):
+            with pytest.raises(tt.ClientError, match="the client was closed; make a new one"):
+                await call()
+        assert await client.stop("name") is False
+
+    asyncio.run(calls())
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_stream_that_was_never_begun_is_dropped_quietly() -> None:
+    client = tt.TwoTowerClient("127.0.0.1:9")
+    client.close()
+    with pytest.raises(tt.ClientError):
+        client.stream("a")
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "there is no prompt; give PROMPT or --prompt-ids 5,6,7"),
+        (["a", "--prompt-ids", "5"], "PROMPT and --prompt-ids are both given"),
+        (["--prompt-ids", "5,x"], "--prompt-ids is '5,x'; give whole numbers"),
+        (["a\udcff"], "PROMPT is not valid UTF-8"),
+        (["a", "--timeout", "1e30"], "below 1e+09"),
+        (["a", "--url", ":8001"], "url is ':8001'; give host:port"),
+    ],
+)
+def test_the_command_refuses_in_its_own_words(arguments, said) -> None:
+    problem = CliRunner().invoke(generate, arguments).exception
+    assert isinstance(problem, tt.RequestRefusedError)
+    assert said in str(problem)
+
+
+def test_the_command_reads_a_prompt_as_utf8_whatever_the_locale() -> None:
+    assert _as_utf8("Łódź") == "Łódź"
+    assert _as_utf8("Łódź".encode().decode("ascii", "surrogateescape")) == "Łódź"
 
 
 def test_what_is_sent() -> None:

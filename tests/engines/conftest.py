@@ -60,16 +60,16 @@ def reference() -> ModuleType:
 def random_engines(tmp_path_factory):
     """A function that makes engines of a random checkpoint, once for the same arguments.
 
-    Args of the function: those of `write_random_checkpoint`, and `poison`, a token whose embedding
-    is made NaN.
+    Args of the function: those of `write_random_checkpoint`; `poison`, a token whose embedding is
+    made NaN; and `equal_towers`, whether the denoiser has the context tower's weights.
     """
     made: dict[str, RandomEngines] = {}
 
     def make(
         pattern: str = "MEM*EM*E", hidden: int = 32, seed: int = 0, dtype: str = "float32",
-        poison: int | None = None, **sizes: Any,
+        poison: int | None = None, equal_towers: bool = False, **sizes: Any,
     ) -> RandomEngines:  # fmt: skip
-        key = repr((pattern, hidden, seed, dtype, poison, sorted(sizes.items())))
+        key = repr((pattern, hidden, seed, dtype, poison, equal_towers, sorted(sizes.items())))
         if key not in made:
             from twotower_export.tiny import write_random_checkpoint
 
@@ -78,6 +78,8 @@ def random_engines(tmp_path_factory):
             write_random_checkpoint(folder / "checkpoint", pattern, hidden, seed, dtype, **sizes)
             if poison is not None:
                 _poison(folder / "checkpoint", poison, hidden)
+            if equal_towers:
+                _equal_towers(folder / "checkpoint")
             made[key] = _engines_of(folder)
         return made[key]
 
@@ -108,3 +110,19 @@ def _poison(checkpoint: Path, token: int, hidden: int) -> None:
                 begin = start + entry["data_offsets"][0] + 4 * hidden * token
                 content[begin : begin + 4 * hidden] = b"\xff" * (4 * hidden)
         path.write_bytes(content)
+
+
+def _equal_towers(checkpoint: Path) -> None:
+    """Give the denoiser the context tower's weights."""
+    from safetensors.torch import load_file, save_file
+
+    shards = {path: load_file(path) for path in checkpoint.glob("*.safetensors")}
+    whole = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    copied = 0
+    for path, tensors in shards.items():
+        for name in tensors:
+            if name.startswith(("denoiser_tower.", "lm_head.")):
+                tensors[name] = whole["context_" + name.removeprefix("denoiser_")].clone()
+                copied += 1
+        save_file(tensors, path, metadata={"format": "pt"})
+    assert copied == sum(name.startswith("context_") for name in whole)

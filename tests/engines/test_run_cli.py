@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from twotower_client.cli import cli
 from twotower_engines.cache import cached_engines, is_hub_id
 from twotower_engines.engine_set import BUILD_FILE
 from twotower_engines.errors import CheckpointError, EnginesError, EngineSetError
@@ -84,11 +88,14 @@ def test_a_prompt_of_text_is_its_ids(made):
     assert by_text["output_ids"] == by_ids["output_ids"]
 
 
-def test_a_prompt_that_spells_the_mask_is_warned_about(made):
+def test_a_prompt_that_holds_the_mask_is_warned_about(made):
     mask = Tokenizer(made.folder).decode([made.engines.manifest.mask_token_id]) or "<mask>"
     options = [made.folder, "--max-new-tokens", 4, "--prompt"]
-    assert "spells the mask token" in invoke(*options, f"Nora {mask} boat").stderr
+    assert "holds the mask token" in invoke(*options, f"Nora {mask} boat").stderr
     assert "warning" not in invoke(*options, "Nora has a boat").stderr
+    options[-1] = "--prompt-ids"
+    assert "holds the mask token" in invoke(*options, "5,3,6").stderr
+    assert "warning" not in invoke(*options, "5,6").stderr
 
 
 def test_people_get_the_text_and_a_line_of_figures(made):
@@ -96,6 +103,9 @@ def test_people_get_the_text_and_a_line_of_figures(made):
     result = invoke(*options)
     assert result.stdout == answer(*options)["text"] + "\n"
     assert "40 tokens in " in result.stderr
+    single = invoke(*options[:-1], 1, "--steps", 1).stderr
+    assert "1 token in " in single
+    assert "1 denoiser call (1.00 tokens per call), 1 context call, " in single
     assert "tokens per call)" in result.stderr
 
 
@@ -108,6 +118,15 @@ def test_without_a_tokenizer_ids_go_in_and_out(made, tmp_path):
     assert [int(word) for word in printed.split()] == found["output_ids"][2:]
     refused = invoke(tmp_path, "--prompt", "text").exception
     assert "the checkpoint had no tokenizer" in str(refused)
+
+
+def test_a_broken_tokenizer_matters_to_text_only(made, tmp_path):
+    shutil.copytree(made.folder, tmp_path / "cpu")
+    (tmp_path / "cpu" / "tokenizer.json").write_text("garbage")
+    options = [tmp_path, "--max-new-tokens", 4]
+    assert answer(*options, "--prompt-ids", "5,6")["text"] is None
+    assert "the answer has no text: " in invoke(*options, "--prompt-ids", "5,6").stderr
+    assert "cannot be read as a tokenizer" in str(invoke(*options, "--prompt", "text").exception)
 
 
 def test_a_moved_checkpoint_is_named(made, tmp_path):
@@ -125,8 +144,8 @@ def test_a_moved_checkpoint_is_named(made, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either --prompt TEXT or --prompt-ids"),
-        (["--prompt", "a", "--prompt-ids", "5"], "give either --prompt TEXT or --prompt-ids"),
+        ([], "there is no prompt; give --prompt TEXT or --prompt-ids 5,6,7"),
+        (["--prompt", "a", "--prompt-ids", "5"], "both given; leave one of them out"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt-ids", ""], "the prompt is empty"),
         (["--prompt-ids", "5,x"], "--prompt-ids is '5,x'; give whole numbers"),
@@ -144,6 +163,52 @@ def test_bad_requests_are_refused_before_engines_are_loaded(made, monkeypatch, a
     assert isinstance(problem, EnginesError)
     assert message in str(problem)
     assert problem.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no prompt"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt-ids", "5,x"], "give whole numbers"),
+        (["--prompt", "a", "--threshold", "9"], "threshold is 9.0"),
+        (["--prompt", "a", "--policy", "best"], "policy is 'best'"),
+        (["--prompt", "a", "--mode", "fast"], "mode is 'fast'"),
+        (["--prompt", "a", "--block-size", "0"], "block_size is 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "a", "--temperature", "1e-7"], "use 0 (greedy) or at least 1e-6"),
+        (["--prompt", "a", "--seed", "-1"], "seed is -1"),
+    ],
+)
+def test_bad_requests_are_refused_before_a_checkpoint_is_exported(
+    made, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("twotower_engines.cache.cached_engines", None)
+    problem = invoke(made.checkpoint, *arguments).exception
+    assert isinstance(problem, EnginesError)
+    assert message in str(problem)
+
+
+def test_a_prompt_is_utf8_whatever_the_locale(made):
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [
+        *COMMAND,
+        made.folder,
+        "--max-new-tokens",
+        "4",
+        "--json",
+        "--prompt",
+        "Łódź".encode(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **locale})
+    assert done.returncode == 0, done.stderr
+    expected = answer(made.folder, "--max-new-tokens", 4, "--prompt", "Łódź")
+    assert json.loads(done.stdout)["output_ids"] == expected["output_ids"]
+    done = subprocess.run(
+        [*command[:-1], b"a\xff"], capture_output=True, text=True, env={**os.environ, **locale}
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --prompt is not valid UTF-8")
 
 
 def test_what_is_no_source_is_refused(made, tmp_path):
@@ -175,6 +240,26 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert "Examples:" in invoke("--help").stdout
+
+
+def test_the_readmes_prompt_is_answered_in_the_words_of_the_corpus(tmp_path, monkeypatch):
+    """The line as it stands, on what the lines before it make of the checkpoint that is shipped."""
+    from twotower_export.corpus import vocabulary, words
+    from twotower_export.tiny import copy_pretrained
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^twotower run engines .*$", readme, re.M)
+    monkeypatch.chdir(tmp_path)
+    copy_pretrained("checkpoint")
+    for verb in ("export checkpoint bundle", "build bundle --sku cpu engines"):
+        cli.main(verb.split(), standalone_mode=False)
+    result = invoke(*shlex.split(line, comments=True)[2:])
+    assert result.exception is None, result.exception
+    said = words(result.stdout)
+    assert len(said) > 30
+    known = vocabulary()
+    assert sum(word in known for word in said) > 0.9 * len(said), result.stdout
+    assert said.count("Mia") >= 2
 
 
 def test_a_checkpoint_is_exported_and_built_once(made, tmp_path):

@@ -19,7 +19,7 @@ from twotower_export.corpus.facts import fact_pairs
 from twotower_export.errors import ConfigError, ExportError
 from twotower_export.layout import expected_tensors
 from twotower_export.tiny import TinyError, copy_pretrained, tiny_config, write_random_checkpoint
-from twotower_export.tiny_cli import tiny
+from twotower_export.tiny_cli import LineMeter, tiny
 from twotower_export.tokenizer import train_tokenizer
 
 
@@ -201,12 +201,33 @@ def test_command_writes_a_random_checkpoint(tmp_path):
         (["--random", "--pattern", "M-"], ["'-'"]),
         (["--random", "--hidden", "2"], ["2", "at least 8"]),
         (["--pretrained", "--seed", "3"], ["--seed", "--pretrained"]),
+        (["--pretrained", "--random"], ["--random and --pretrained are both given"]),
+        (["--random", "--hidden", "100000"], ["--hidden 100000", "smaller --hidden"]),
+        (["--hidden", "100000"], ["--hidden 100000", "smaller --hidden"]),
+        (["--random", "--pattern", "E" * 9000], ["9000 layers", "shorter --pattern"]),
     ],
 )
 def test_command_refuses_what_makes_no_sense(tmp_path, arguments, words):
     result = CliRunner().invoke(tiny, [str(tmp_path / "out"), *arguments])
     assert isinstance(result.exception, ExportError)
     assert all(word in str(result.exception) for word in words)
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-1", str(2**63)])
+def test_command_refuses_a_seed_that_torch_cannot_take(tmp_path, seed):
+    result = CliRunner().invoke(tiny, [str(tmp_path / "out"), "--random", "--seed", seed])
+    assert result.exit_code == 2
+    assert f"{seed} is not in the range 0<=x<=9223372036854775807" in result.stderr
+
+
+def test_training_says_in_a_log_how_far_it_is(capsys):
+    silent, talkative = LineMeter(3, seconds=1000), LineMeter(3, seconds=0)
+    for meter in (silent, talkative):
+        for loss in (3.0, 2.0, 1.0):
+            meter("denoiser", loss)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "training: step 3 of 3, denoiser, loss 1.00"
+    assert [line[:20] for line in others] == [f"training: step {n} of " for n in (1, 2, 3)]
 
 
 def test_command_leaves_a_used_folder_alone(tmp_path):

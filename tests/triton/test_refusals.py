@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -61,6 +62,7 @@ def ask(client, **tensors) -> None:
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"steps": 0}, "steps is 0"),
         ({"block_size": 65}, "these engines take 1 to 64"),
+        ({"block_size": 0}, "block_size is 0; these engines take 1 to 64"),
         ({"mode": b"magic"}, "mode is 'magic'"),
         ({"policy": b"hope"}, "policy is 'hope'"),
         ({"policy": b"\xff"}, "policy is not valid UTF-8"),
@@ -128,6 +130,24 @@ def test_triton_refuses_an_unknown_tensor_and_a_wrong_type(client) -> None:
     message._add("input_ids", "INT64", 1, struct.pack("<q", 5))
     with pytest.raises(tt.RequestFailedError, match="data-type"):
         list(tt.AnswerStream(client, message.message, 20))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_closing_a_client_ends_its_streams(server, client) -> None:
+    closing = tt.TwoTowerClient(server.grpc_address)
+    read, dropped = (closing.stream(prompt_ids=[5], **LONG) for _ in range(2))
+    next(read)
+    next(dropped)
+    names = [read.request_id, dropped.request_id]
+    closing.close()
+    with pytest.raises(tt.ClientError):
+        list(read)
+    del dropped
+    gc.collect()
+    for name in names:  # the closed client could not tell the server
+        assert client.stop(name)
+    client.generate(prompt_ids=[5], max_new_tokens=4, timeout=10)
 
 
 def test_deadline_frees_the_slot(client) -> None:
