@@ -77,11 +77,11 @@ class Recipe:
 
     rows: int = 8
     context_steps: int = 320
-    denoiser_steps: int = 1000
+    denoiser_steps: int = 1200
     context_rate: float = 8e-3
     denoiser_rate: float = 8e-3
     block: int = 16
-    masks_per_document: int = 2
+    masks_per_document: int = 3
     balance: float = 2e-3
 
     @property

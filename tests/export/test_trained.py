@@ -40,9 +40,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held_out():
-    """Eight stories and two pairs of facts that training never saw."""
-    stories = islice(story_documents("held_out", 11), 8)
-    return [*stories, *islice(fact_documents("held_out", 11), 2)]
+    """Seven stories and three facts, told to those who never asked for them in training."""
+    stories = islice(story_documents("held_out", 11), 7)
+    return [*stories, *islice(fact_documents("held_out", 11), 3)]
 
 
 class Spoken:
@@ -78,7 +78,7 @@ def spoken(folder, held_out):
 
 
 def test_several_tokens_per_denoiser_call(spoken):
-    assert spoken.tokens_per_call > 3  # the promise is 2
+    assert spoken.tokens_per_call > 4  # the promise is 2
 
 
 def test_answers_are_recognisable_text(spoken):
@@ -94,8 +94,8 @@ def test_answers_are_recognisable_text(spoken):
 
 def test_answers_continue_sensibly_and_end(spoken):
     assert mean(spoken.ended) > 0.9
-    assert mean(spoken.exact) >= 0.5, "\n".join(spoken.texts)
-    assert mean(spoken.agreement) > 0.8
+    assert mean(spoken.exact) >= 0.8, "\n".join(spoken.texts)
+    assert mean(spoken.agreement) > 0.95
 
 
 @pytest.mark.parametrize("missing", ["seeds", "attention"])
@@ -115,9 +115,10 @@ def test_independent_model_says_the_same(folder, held_out, spoken):
     answer = generate_mask_diffusion(model, prompt, 128, eos_ids=(END_ID,))
     new = answer.output_ids[len(prompt) :]
     assert answer.finish_reason == "eos"
-    assert tokenizer.decode(new[: new.index(END_ID) + 1]) == spoken.texts[0]
+    said = new[: new.index(END_ID) + 1]
+    assert tokenizer.decode(said) == spoken.texts[0]
     _, tokens_per_call = generate(load_towers(folder, torch.float32), [prompt], max_new_tokens=128)
-    assert len(new) / answer.denoiser_calls == pytest.approx(tokens_per_call)
+    assert len(said) / answer.denoiser_calls == pytest.approx(tokens_per_call)
 
 
 def test_context_tower_alone_speaks_too(folder, held_out):

@@ -58,8 +58,9 @@ def generate(towers: Towers, prompts, max_new_tokens=96, threshold=0.9, steps=16
         active &= ~(block == END_ID).any(-1)
         if not active.any():
             break
-    tokens = sum(map(len, answers))
-    return [_until_end(answer) for answer in answers], tokens / calls
+    # What fills the block after an end token is no part of an answer, and is not counted.
+    ended = [_until_end(answer) for answer in answers]
+    return ended, sum(map(len, ended)) / calls
 
 
 def _until_end(ids):

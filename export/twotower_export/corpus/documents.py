@@ -36,7 +36,7 @@ def part_of(*slots: str) -> Part:
 
 
 def documents(part: Part, seed: int) -> Iterator[Document]:
-    """Draws documents of one part without end: three stories to one fact."""
+    """Draws documents of one part without end: about three stories to two facts."""
     from twotower_export.corpus.facts import fact_documents
     from twotower_export.corpus.stories import story_documents
 
@@ -44,7 +44,7 @@ def documents(part: Part, seed: int) -> Iterator[Document]:
     stories = story_documents(part, seed)
     facts = fact_documents(part, seed)
     while True:
-        yield next(facts if order.random() < 0.25 else stories)
+        yield next(facts if order.random() < 0.4 else stories)
 
 
 def words(text: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""Facts: two questions at a time, answered in the order in which they were asked.
+"""Facts: somebody asks what everybody knows, and is answered by name.
 
-Each single fact occurs in the training part; held out are pairs that were never asked together.
+Each fact and each name occur in the training part; held out are facts that a name never asked for.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import random
 from collections.abc import Iterator
 
 from twotower_export.corpus.documents import Document, Part, part_of
+from twotower_export.corpus.names import NAMES
 
 SOUNDS = {
     "a cow": "moo", "a cat": "meow", "a dog": "woof", "a duck": "quack", "a bee": "buzz",
-    "an owl": "hoo",
+    "a wolf": "howl",
 }  # fmt: skip
 TINTS = {
     "a lemon": "yellow", "the grass": "green", "the sky": "blue", "snow": "white",
@@ -23,24 +24,21 @@ HOMES = {
     "a spider": "in a web", "a king": "in a castle",
 }  # fmt: skip
 
-
-def fact_pairs() -> tuple[tuple[str, str], ...]:
-    """Lists every single fact as (question, statement)."""
-    return (
-        *((f"what does {who} say", f"{who} says {sound}") for who, sound in SOUNDS.items()),
-        *((f"what colour is {what}", f"{what} is {tint}") for what, tint in TINTS.items()),
-        *((f"where does {who} live", f"{who} lives {home}") for who, home in HOMES.items()),
-    )
+FACTS = (
+    *((f"what does {who} say", f"{who} says {sound}") for who, sound in SOUNDS.items()),
+    *((f"what colour is {what}", f"{what} is {tint}") for what, tint in TINTS.items()),
+    *((f"where does {who} live", f"{who} lives {home}") for who, home in HOMES.items()),
+)
+"""Every fact as (question, statement)."""
 
 
 def fact_documents(part: Part, seed: int) -> Iterator[Document]:
-    """Draws pairs of facts of one part without end."""
+    """Draws facts of one part, each asked for by somebody, without end."""
     draw = random.Random(f"facts {part} {seed}")
-    pairs = fact_pairs()
     while True:
-        (asked, told), (asked_next, told_next) = draw.sample(pairs, 2)
-        if part_of(asked, asked_next) == part:
+        name, (asked, told) = draw.choice(NAMES), draw.choice(FACTS)
+        if part_of(name, asked) == part:
             yield Document(
-                f"Please tell me, {asked}, and {asked_next}?",
-                (f" Of course! As everybody knows, {told}, and {told_next}. Ask me again!",),
+                f'{name} said to me: "Please tell me, {asked}?"',
+                (f' "As everybody knows, {told}," I said to {name}. "Ask me again!"',),
             )

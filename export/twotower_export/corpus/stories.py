@@ -1,7 +1,7 @@
 """Stories: somebody loses a thing, a friend who lives nearby finds it.
 
 The opening chooses a name, an animal, a place, a colour and a thing. All that follows is a function
-of these, except for one choice between two ways in which the thing is lost.
+of these, except for one word: which of two culprits took the thing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from twotower_export.corpus.documents import Document, Part, part_of
-
-NAMES = (
-    "Mia", "Tom", "Anna", "Ben", "Clara", "Otto", "Lena", "Paul", "Rosa", "Hugo", "Ida", "Max",
-    "Nora", "Felix", "Emma", "Leo", "Vera", "Oscar", "Lucy", "Bruno", "Alma", "Theo", "Greta",
-    "Kurt",
-)  # fmt: skip
+from twotower_export.corpus.names import NAMES
 
 FOODS = {
     "rabbit": "carrots", "mouse": "cheese", "bear": "honey", "squirrel": "nuts", "cat": "milk",
@@ -50,36 +45,37 @@ PLACES = (
 )
 
 LOSSES = {
-    "kite": ("the wind carried the kite away", "the string of the kite broke"),
-    "ball": ("the ball rolled out of sight", "a big wave took the ball"),
-    "hat": ("a storm blew the hat away", "the hat fell from a cart"),
-    "boat": ("the water carried the boat off", "a rope let the boat go"),
-    "bell": ("the bell slipped from its ribbon", "a thief stole the bell"),
-    "lamp": ("the lamp went out in the fog", "the lamp was left in the dark"),
-    "drum": ("the drum rolled into a ditch", "the drum fell off a wagon"),
-    "scarf": ("the scarf caught on a thorn", "a gust of wind took the scarf"),
-    "basket": ("the basket floated away", "somebody took the wrong basket"),
-    "key": ("the key dropped through a hole", "a magpie picked up the key"),
+    "kite": (("wind", "storm"), "carried the kite away"),
+    "ball": (("wave", "tide"), "took the ball out to sea"),
+    "hat": (("wind", "storm"), "blew the hat off"),
+    "boat": (("river", "tide"), "carried the boat along"),
+    "bell": (("thief", "magpie"), "stole the bell at night"),
+    "lamp": (("rain", "fog"), "put out the lamp"),
+    "drum": (("wagon", "cart"), "threw the drum into a ditch"),
+    "scarf": (("thorn", "branch"), "caught the scarf and kept it"),
+    "basket": (("river", "rain"), "washed the basket away"),
+    "key": (("magpie", "raven"), "picked up the key and flew off"),
 }
-"""The two ways in which each thing is lost; nothing in a prompt tells which comes."""
+"""The two culprits that may take each thing, and how; nothing in a prompt tells which it was."""
 
 
 def story(name: str, animal: str, place: Place, colour: str, thing: str) -> Document:
     """Writes the story of one choice of slots."""
     own = f"{colour} {thing}"
+    culprits, deed = LOSSES[thing]
     prompt = (
         f"{name} the {animal} lived {place.home}."
         f" {name} had a {own} and loved it more than anything."
     )
     answers = tuple(
-        f" Every morning {name} took the {own} and went {place.walk}."
-        f" One day {loss}, and {name} could not find it."
+        f" Every morning the {animal} took the {own} and went {place.walk}."
+        f" One day the {culprit} {deed}, and {name} could not find it."
         f' "Why are you so sad?" asked the {place.friend}.'
-        f' "I have lost my {own}," said {name} the {animal}.'
+        f' "I have lost my {own}," said the {animal}.'
         f" So the {place.friend} went {place.walk} and found the {own} {place.hidden}."
-        f' "Thank you!" said {name}, and shared some {FOODS[animal]} with the {place.friend}.'
+        f' "Thank you!" said the {animal}, and shared some {FOODS[animal]} with the {place.friend}.'
         f" From that day on {name} and the {place.friend} were the best of friends."
-        for loss in LOSSES[thing]
+        for culprit in culprits
     )
     return Document(prompt, answers)
 
