@@ -143,6 +143,7 @@ def _build_one(bundle: Path, engines: Path, options: BuildOptions) -> dict[str, 
         "built": is_new,
         "flavour": record.flavour,
         "precision": record.precision,
+        "compute_capability": record.compute_capability,
         "gpus": record.memory["gpus"],
         "slots": record.limits.slots,
         "context": record.limits.context,
@@ -156,8 +157,10 @@ def _line(result: dict[str, Any]) -> str:
         return f"{result['sku']}: not built: {result['error']}"
     size = sum(result["plans"].values()) / 1e6
     what = f"built in {result['seconds']:.1f} s" if result["built"] else "up to date"
+    gpus = f"{result['gpus']} GPU{'s' if result['gpus'] > 1 else ''}"
+    place = "CPU" if result["compute_capability"] is None else gpus
+    slots = f"{result['slots']} slot{'s' if result['slots'] > 1 else ''}"
     return (
-        f"{result['engines']}: {what}; {result['flavour']}, {result['precision']}, "
-        f"{result['gpus']} GPU{'s' if result['gpus'] > 1 else ''}, {result['slots']} slots x "
-        f"{result['context']} tokens, plans {size:.1f} MB"
+        f"{result['engines']}: {what}; {result['flavour']}, {result['precision']}, {place}, "
+        f"{slots} x {result['context']} tokens, plans {size:.1f} MB"
     )

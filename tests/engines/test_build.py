@@ -185,7 +185,7 @@ def invoke(*arguments):
 def test_the_command_says_what_it_built(bundle, tmp_path):
     first = invoke(bundle, tmp_path, "--slots", 2, "--context", 64)
     assert first.exit_code == 0, first.output
-    assert "onnxruntime, float32, 1 GPU, 2 slots x 64 tokens" in first.stdout
+    assert "onnxruntime, float32, CPU, 2 slots x 64 tokens" in first.stdout
     second = invoke(bundle, tmp_path, "--slots", 2, "--context", 64)
     assert "up to date" in second.stdout
 
