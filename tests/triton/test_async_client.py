@@ -51,7 +51,8 @@ def test_many_at_once(server, client) -> None:
 
 def test_blocks_arrive_one_by_one(server) -> None:
     async def work(client):
-        async with client.stream(prompt_ids=[7], max_new_tokens=256) as stream:
+        await client.generate(prompt_ids=[7], max_new_tokens=1)  # connects
+        async with client.stream(prompt_ids=[7], max_new_tokens=480, threshold=1.0) as stream:
             return [block async for block in stream], await stream.answer()
 
     blocks, answer = with_client(server, work)
