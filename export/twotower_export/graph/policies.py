@@ -97,4 +97,4 @@ def _leftmost(b: Body, seen: Seen) -> PolicyRule:
 POLICY_RULES: Mapping[str, Callable[[Body, Seen], PolicyRule]] = dict(
     zip(POLICIES, (_threshold, _quota, _factor, _entropy, _leftmost), strict=True)
 )
-"""By name, in the order of the numbers; an unknown number is the last."""
+"""By name, in the order of the numbers."""

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from twotower_export.graph.body import FLOAT, INT32, INT64, Body, in_section, inputs
 from twotower_export.graph.policies import POLICY_RULES, Order, PolicyRule, Seen
+from twotower_export.refinement import POLICIES
 
 PRIME = 2**31 - 1
 """The noise is computed in the field of this many elements: products of two fit an int64."""
@@ -30,6 +31,9 @@ LEAST_LOG_P = -1e12
 
 BEFORE_ANY = 3e38
 """Sort key of a position that is not to be committed: after every real one."""
+
+LEFTMOST = POLICIES.index("leftmost")
+"""What an unknown policy counts as."""
 
 ROW_INPUTS = ("lengths", "threshold", "steps_left", "temperature", "policy", "seed")
 
@@ -192,10 +196,12 @@ def _statistics(b: Body, logits: ir.Value, prediction: ir.Value) -> tuple[ir.Val
 
 
 def _of_policy(b: Body, policy: ir.Value, cases: Sequence[ir.Value]) -> ir.Value:
-    """`cases[policy]` per row, each broadcast to [B, S]; the last for any other number."""
-    result, row = cases[-1], b.unsqueeze(policy, 1)
-    for number in reversed(range(len(cases) - 1)):
-        result = b.op.Where(b.op.Equal(row, b.i32(number)), cases[number], result)
+    """`cases[policy]` per row, each broadcast to [B, S]; `leftmost` for an unknown number."""
+    row = b.unsqueeze(policy, 1)
+    result = cases[LEFTMOST]
+    for number, case in enumerate(cases):
+        if number != LEFTMOST:
+            result = b.op.Where(b.op.Equal(row, b.i32(number)), case, result)
     return result
 
 
