@@ -351,7 +351,7 @@ LIMITS = RequestLimits(context=100, block_size_max=32, vocab_size=300)
         ({"mode": "ar", "top_p": 0.0}, "top_p is 0.0"),
         (
             {"temperature": 1e-38},
-            "temperature is 1e-38; it must be 0 .* at least 1e-6",
+            "temperature is 1e-38: use 0 .* at least 1e-6",
         ),
         ({"top_p": 0.5}, "mask_diffusion draws from all"),
         ({"seed": -1}, "seed is -1"),
