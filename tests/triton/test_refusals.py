@@ -228,7 +228,11 @@ def test_the_http_port_is_no_grpc_port(server) -> None:
 
 
 def test_a_model_process_that_dies(tmp_path, packaged, alive) -> None:
-    """A server of its own, as it does not recover. It says neither data nor error, and is ready."""
+    """A server of its own, as it does not recover. It says neither data nor error, and is ready.
+
+    Now and then it ends instead: server 2.51 aborts (`boost::interprocess::lock_exception`) where
+    the process held a lock in their shared memory when it was killed.
+    """
     from twotower_engines.serving.server import ServerOptions, TritonServer
 
     options = ServerOptions("127.0.0.1", 0, None, None, log=tmp_path / "log" / "server.log")
@@ -241,8 +245,12 @@ def test_a_model_process_that_dies(tmp_path, packaged, alive) -> None:
                 with pytest.raises((tt.InactivityError, tt.RequestFailedError)):
                     stream.answer()
             # the server takes up to half a minute to notice; until then it is as silent
-            with pytest.raises((tt.InactivityError, tt.RequestFailedError)):
+            silent = (tt.InactivityError, tt.RequestFailedError)
+            gone = tt.ServerUnavailableError
+            with pytest.raises((*silent, gone)) as raised:
                 client.generate(prompt_ids=[5], max_new_tokens=4)
+            aborted = "lock_exception" in options.log.read_text()
+            assert aborted or not isinstance(raised.value, gone)
         fragile.kill()  # ending in peace would wait for the model that cannot answer
         group = fragile.pid
     assert alive(group) == []
