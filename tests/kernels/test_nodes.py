@@ -89,7 +89,7 @@ def test_mamba_chain(L: int, states: bool) -> None:
     args = draw_mamba(np.random.default_rng(L), L, [L, 9], torch.bfloat16)
     attributes = {"n_groups": 2, "epsilon": 1e-5, "states": int(states)}
     made = run_chain("MambaBlockStep", args, attributes)
-    want = mamba.mamba_block_step(*args, 2, 1e-5)
+    want = mamba.mamba_block_step(*args, 2, 1e-5, states=states)
     torch.testing.assert_close(made["y"], want[0], rtol=0, atol=0)
     if states:
         torch.testing.assert_close(made["conv_state_new"], want[1], rtol=0, atol=0)

@@ -221,20 +221,17 @@ MAMBA_INPUTS = tuple(
 )
 
 
-def _mamba_sizes(call: Call, heads: int, head_dim: int, state: int) -> Sizes:
+def _mamba_sizes(call: Call) -> Sizes:
+    """Tiles do not depend on the block's length: the scan is made for any."""
+    heads, head_dim, state = (call.size("ssm_state", axis) for axis in (1, 2, 3))
     return Sizes(
         heads=heads,
         head_dim=head_dim,
         state=state,
         groups=call.attributes["n_groups"],
-        block=call.size("projected", 1),
         dtype=call.dtypes["projected"],
         epsilon=call.attributes.get("epsilon", 0.0),
     )
-
-
-def _state_sizes(call: Call) -> Sizes:
-    return _mamba_sizes(call, *(call.size("ssm_state", axis) for axis in (1, 2, 3)))
 
 
 def _where_wanted(call: Call, name: str) -> Output:
@@ -243,36 +240,21 @@ def _where_wanted(call: Call, name: str) -> Output:
     return Output(call.dtypes[name], dims)
 
 
-def _suffix(call: Call) -> str:
-    return "_states" if call.attributes["states"] else ""
-
-
-def _conv_outputs(call: Call) -> tuple[Output, ...]:
-    B, L, _ = call.dims["projected"]
-    convolved = Output(call.dtypes["projected"], (B, L, call.dims["conv_state"][2]))
-    return convolved, _where_wanted(call, "conv_state")
-
-
-def _conv(call: Call) -> Launching:
-    B, L, _ = call.dims["projected"]
-    spec = _spec(f"mamba_conv{_suffix(call)}", mamba.specs(_state_sizes(call)), call)
-    tile = spec.launch.constants
-    channels = integer_cdiv(call.size("conv_state", 2), tile["BLOCK_C"])
-    return Launching(spec, (channels, call.cdiv(L, tile["BLOCK_L"]), B), {"L": L})
-
-
 def _scan_outputs(call: Call) -> tuple[Output, ...]:
     B, L, _ = call.dims["projected"]
     width = call.dims["ssm_state"][1] * call.dims["ssm_state"][2]
-    return Output(call.dtypes["projected"], (B, L, width)), _where_wanted(call, "ssm_state")
+    scanned = Output(call.dtypes["projected"], (B, L, width))
+    return scanned, _where_wanted(call, "conv_state"), _where_wanted(call, "ssm_state")
 
 
 def _scan(call: Call) -> Launching:
     B, L, _ = call.dims["projected"]
-    sizes = _state_sizes(call)
-    spec = _spec(f"mamba_scan{_suffix(call)}", mamba.specs(sizes), call)
+    sizes = _mamba_sizes(call)
+    name = "mamba_scan_states" if call.attributes["states"] else "mamba_scan"
+    spec = _spec(name, mamba.specs(sizes), call)
     parts = integer_cdiv(sizes.head_dim, spec.launch.constants["BLOCK_P"])
-    return Launching(spec, (sizes.heads * parts, B), {"L": L})
+    chunks = 1 if call.attributes["states"] else call.cdiv(L, mamba.CHUNK)
+    return Launching(spec, (sizes.heads * parts, B, chunks), {"L": L})
 
 
 def _norm_outputs(call: Call) -> tuple[Output, ...]:
@@ -281,7 +263,7 @@ def _norm_outputs(call: Call) -> tuple[Output, ...]:
 
 def _norm(call: Call) -> Launching:
     B, L, _ = call.dims["scanned"]
-    spec = _spec("mamba_norm", mamba.specs(_state_sizes(call)), call)
+    spec = _spec("mamba_norm", mamba.specs(_mamba_sizes(call)), call)
     return Launching(spec, (call.attributes["n_groups"], L, B), {"L": L})
 
 
@@ -310,14 +292,7 @@ NODES = (
         _sum_outputs,
         _sum,
     ),
-    Node("MambaConv", MAMBA_INPUTS, {"n_groups": int, "states": int}, _conv_outputs, _conv),
-    Node(
-        "MambaScan",
-        (*MAMBA_INPUTS, "convolved"),
-        {"n_groups": int, "states": int},
-        _scan_outputs,
-        _scan,
-    ),
+    Node("MambaScan", MAMBA_INPUTS, {"n_groups": int, "states": int}, _scan_outputs, _scan),
     Node(
         "MambaNorm",
         ("projected", "scanned", "lengths", "weight", "ssm_state"),
@@ -366,8 +341,7 @@ CHAINS = {
         Link("ExpertsSum", ("x", "indices", "weights", "up", "down", "partial"), ("y",), "op"),
     ),
     "MambaBlockStep": (
-        Link("MambaConv", MAMBA_INPUTS, ("convolved", "conv_state_new"), "op"),
-        Link("MambaScan", (*MAMBA_INPUTS, "convolved"), ("scanned", "ssm_state_new"), "op"),
+        Link("MambaScan", MAMBA_INPUTS, ("scanned", "conv_state_new", "ssm_state_new"), "op"),
         Link(
             "MambaNorm",
             ("projected", "scanned", "lengths", "norm_weight", "ssm_state"),
