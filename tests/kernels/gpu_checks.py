@@ -113,7 +113,8 @@ def check_experts() -> dict[str, Any]:
             for k in range(SIZES.experts_per_token):
                 e = int(indices[n, k])
                 if e >= 0:
-                    inner = torch.relu(up[e].double() @ x[n].double()).square().bfloat16().double()
+                    inner = torch.relu(up[e].double() @ x[n].double()).bfloat16()
+                    inner = inner.double().square().bfloat16().double()
                     want[place] += weights[n, k].double() * (down[e].double() @ inner)
         errors[f"{tokens} tokens"] = relative(got[list(some)], want)
     return {"errors": errors, "same": equal}

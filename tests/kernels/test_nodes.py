@@ -32,7 +32,8 @@ def run_node(
     tensors = dict(zip(node.inputs, inputs, strict=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
-    call = nodes.Call(shapes, shapes, dtypes, {name: attributes[name] for name in node.attributes})
+    chosen = {name: attributes[name] for name in node.attributes}
+    call = nodes.Call(shapes, shapes, dtypes, chosen, usual=shapes)
     made = [torch.empty(out.dims, dtype=TORCH[out.dtype]) for out in node.outputs(call)]
     launching = node.launching(call)
     spec = launching.spec
@@ -113,3 +114,51 @@ def test_an_unbounded_dimension_is_refused() -> None:
     call = nodes.Call({}, {"x": (-1, 4)}, {"x": "bf16"}, {})
     with pytest.raises(BuildError, match=re.escape("input x has no bound along axis 0")):
         call.size("x", 0)
+
+
+def released(node: str, rows: int, block: int, usual: dict[str, int] | None) -> nodes.Launching:
+    """A node at the released sizes: launched for a call, tuned for another, bounded by a third."""
+    E, K, h, inner = 128, 6, 2688, 1856
+
+    def shapes(tokens: int) -> dict[str, tuple[int, ...]]:
+        pairs = (tokens * K,)
+        return {
+            **{"x": (tokens, h), "indices": (tokens, K), "weights": (tokens, K), "pairs": pairs},
+            **{"up": (E, inner, h), "down": (E, h, inner), "counts": (E,)},
+            **{"inner": (*pairs, inner), "partial": (*pairs, h)},
+        }
+
+    types = {"indices": "i32", "pairs": "i32", "counts": "i32", "weights": "fp32"}
+    dtypes = {name: types.get(name, "bf16") for name in shapes(1)} | {"partial": "fp32"}
+    call = nodes.Call(
+        shapes(rows * block),
+        shapes(rows * 64),
+        dtypes,
+        {"num_experts": E},
+        usual=shapes(usual["rows"] * usual["block"]) if usual else {},
+    )
+    (found,) = [one for one in nodes.NODES if one.name == node]
+    return found.launching(call)
+
+
+@pytest.mark.parametrize("node", ["ExpertsUp", "ExpertsDown"])
+def test_tiles_are_those_of_the_usual_call(node: str) -> None:
+    """A profile allows blocks of 64; blocks are of 16 tokens, and 16 of those take small tiles."""
+    few = experts.matmul_launch(16 * 16, 128, 6, "bf16")
+    assert released(node, 16, 16, {"rows": 16, "block": 16}).spec.launch == few
+    assert released(node, 1, 16, None).spec.launch == few
+    many = released(node, 1, 2048, {"rows": 1, "block": 2048}).spec.launch
+    assert many == experts.matmul_launch(2048, 128, 6, "bf16") != few
+
+
+def test_only_the_first_dimension_of_a_grid_grows_with_tokens() -> None:
+    """A grid's other dimensions end at 65535: 256 rows of 256 tokens are 65536."""
+    grid = released("ExpertsSum", 256, 256, None).grid
+    assert grid[0] == 65536
+    assert max(grid[1:]) <= 65535
+
+
+def test_the_grid_of_a_prefill_call_fits() -> None:
+    usual = {"rows": 1, "block": 256}
+    for node in ("ExpertsUp", "ExpertsDown"):
+        assert max(released(node, 256, 256, usual).grid[1:]) <= 65535

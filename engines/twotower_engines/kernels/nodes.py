@@ -8,7 +8,7 @@ dimensions, in `twotower_engines.plugins`; nothing here imports TensorRT.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twotower_engines.errors import BuildError
@@ -40,6 +40,8 @@ class Call:
         attributes: by name.
         cdiv: division rounded up, on dimensions.
         minimum: the smaller of two dimensions.
+        usual: as `largest`, of the calls that the profile is tuned for. Tiles are chosen by it: a
+            kernel is right for any size, and as fast as it can be for this one.
     """
 
     dims: Mapping[str, Sequence[Dim]]
@@ -48,6 +50,7 @@ class Call:
     attributes: Mapping[str, Any]
     cdiv: Callable[[Dim, Any], Dim] = integer_cdiv
     minimum: Callable[[Dim, Any], Dim] = min
+    usual: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def size(self, name: str, axis: int) -> int:
         """An input's largest size along an axis.
@@ -59,6 +62,11 @@ class Call:
         if size < 0:
             raise BuildError(f"the plugin's input {name} has no bound along axis {axis}")
         return size
+
+    def tokens(self, name: str) -> int:
+        """The usual size along an input's first axis; a block's where TensorRT does not know it."""
+        known = int(self.usual[name][0]) if name in self.usual else -1
+        return known if known > 0 else Sizes().block
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,7 @@ def _up_outputs(call: Call) -> tuple[Output, ...]:
 
 def _up(call: Call) -> Launching:
     per_token = call.size("indices", 1)
-    sizes = _expert_sizes(call, call.size("x", 0), per_token, "up", transposed=False)
+    sizes = _expert_sizes(call, call.tokens("x"), per_token, "up", transposed=False)
     return _matmul(call, "experts_up", sizes, sizes.inner)
 
 
@@ -199,7 +207,7 @@ def _down_outputs(call: Call) -> tuple[Output, ...]:
 
 def _down(call: Call) -> Launching:
     per_token = call.size("indices", 1)
-    sizes = _expert_sizes(call, call.size("indices", 0), per_token, "down", transposed=True)
+    sizes = _expert_sizes(call, call.tokens("indices"), per_token, "down", transposed=True)
     return _matmul(call, "experts_down", sizes, sizes.hidden)
 
 
@@ -208,10 +216,11 @@ def _sum_outputs(call: Call) -> tuple[Output, ...]:
 
 
 def _sum(call: Call) -> Launching:
-    sizes = _expert_sizes(call, call.size("x", 0), call.size("indices", 1), "up", transposed=False)
+    per_token = call.size("indices", 1)
+    sizes = _expert_sizes(call, call.tokens("x"), per_token, "up", transposed=False)
     spec = _spec("experts_sum", experts.specs(sizes), call)
     tiles = integer_cdiv(sizes.hidden, spec.launch.constants["BLOCK_F"])
-    return Launching(spec, (tiles, call.dims["x"][0]), {})
+    return Launching(spec, (call.dims["x"][0], tiles), {})
 
 
 # MambaBlockStep
