@@ -17,7 +17,9 @@ from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row
 
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import experts, mamba, nodes, refine
+from twotower_engines.kernels.compile import all_specs
 from twotower_engines.kernels.jit import launch
+from twotower_engines.kernels.spec import Sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
 
@@ -119,26 +121,54 @@ def test_an_unbounded_dimension_is_refused() -> None:
 def released(node: str, rows: int, block: int, usual: dict[str, int] | None) -> nodes.Launching:
     """A node at the released sizes: launched for a call, tuned for another, bounded by a third."""
     E, K, h, inner = 128, 6, 2688, 1856
+    H, P, N, G = 64, 64, 128, 8
+    conv_dim = H * P + 2 * G * N
 
-    def shapes(tokens: int) -> dict[str, tuple[int, ...]]:
+    def shapes(B: int, L: int) -> dict[str, tuple[int, ...]]:
+        tokens = B * L
         pairs = (tokens * K,)
         return {
+            **{"projected": (B, L, H * P + conv_dim + H), "scanned": (B, L, H * P)},
+            **{"conv_state": (B, 3, conv_dim), "ssm_state": (B, H, P, N), "lengths": (B,)},
+            **{"weight": (conv_dim, 4), "bias": (conv_dim,)},
+            **dict.fromkeys(("dt_bias", "A_log", "D"), (H,)),
             **{"x": (tokens, h), "indices": (tokens, K), "weights": (tokens, K), "pairs": pairs},
             **{"up": (E, inner, h), "down": (E, h, inner), "counts": (E,)},
             **{"inner": (*pairs, inner), "partial": (*pairs, h)},
         }
 
-    types = {"indices": "i32", "pairs": "i32", "counts": "i32", "weights": "fp32"}
-    dtypes = {name: types.get(name, "bf16") for name in shapes(1)} | {"partial": "fp32"}
+    types = {
+        **dict.fromkeys(("indices", "pairs", "counts", "lengths"), "i32"),
+        **dict.fromkeys(("weights", "partial", "ssm_state"), "fp32"),
+    }
+    dtypes = {name: types.get(name, "bf16") for name in shapes(1, 1)}
     call = nodes.Call(
-        shapes(rows * block),
-        shapes(rows * 64),
+        shapes(rows, block),
+        shapes(rows, 64),
         dtypes,
-        {"num_experts": E},
-        usual=shapes(usual["rows"] * usual["block"]) if usual else {},
+        {"num_experts": E, "n_groups": G, "states": 0, "epsilon": 1e-5},
+        usual=shapes(usual["rows"], usual["block"]) if usual else {},
     )
     (found,) = [one for one in nodes.NODES if one.name == node]
     return found.launching(call)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_an_engine_runs_what_is_compiled_and_timed(rows: int) -> None:
+    """The denoiser's nodes, whose profile allows 64 tokens and is tuned for 16.
+
+    They are the kernels of `twotower kernels`, which `test_compile.py` assembles, and take the
+    tiles of the ops' own launchers, which `benchmarks/kernels.py` times.
+    """
+    listed = {spec.name: spec for spec in all_specs(Sizes(rows=rows, block=16))}
+    mine = [n.name for n in nodes.NODES if n.name.startswith(("Experts", "Mamba"))]
+    launchings = [released(name, rows, 16, {"rows": rows, "block": 16}) for name in mine]
+    for one in launchings:
+        assert one.spec == listed[one.spec.name]
+        assert listed[one.spec.name] == {s.name: s for s in all_specs(Sizes())}[one.spec.name]
+    assert "mamba_scan" in [one.spec.name for one in launchings]
+    scan = next(one for one in launchings if one.spec.name == "mamba_scan")
+    assert scan.grid == (64, rows, 1)
 
 
 @pytest.mark.parametrize("node", ["ExpertsUp", "ExpertsDown"])
