@@ -8,7 +8,9 @@ Our kernels for the three ops, PyTorch for everything else, the whole step in on
 an engine would run, where TensorRT cannot be had. From block ids, the context's keys, values and
 states to the next ids. Every layer's tokens are routed as many experts apart as was measured on the
 released model, since random weights would route at random. The bound is the bytes that a step must
-read, each once, over the bandwidth of a large copy; `twotower plan` says the same with launches.
+read, each once, over the bandwidth of a large copy. Beside it stands the roofline of `twotower
+plan` for this GPU, which counts operations, launches and the call's overhead on the host too. Every
+line is saved as it is measured.
 """
 
 from __future__ import annotations
@@ -17,21 +19,28 @@ import argparse
 import datetime
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import kernels as bench
 import torch
+import triton
 from kernel_cases import routed
 from torch import Tensor
 from torch.nn import functional
 
+from twotower_engines import roofline
+from twotower_engines.errors import PlanError
 from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
 from twotower_engines.kernels.refine import refine_block
 from twotower_engines.kernels.spec import Sizes
+from twotower_engines.model_size import ModelSize
 from twotower_engines.routing import distinct_experts
+from twotower_engines.skus import Sku, local_sku
+from twotower_export.config import ModelConfig
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 """Layers of the released model: Mamba, experts, attention."""
@@ -240,13 +249,51 @@ def step_bytes(denoiser: Denoiser, context: list[tuple[Tensor, ...]], used: floa
     return weights["expert bank"] * share + weights["other"] - embedding + states
 
 
-def time_step(denoiser: Denoiser, rows: int, tokens: int, bandwidth: float) -> dict[str, Any]:
-    """Microseconds of a step from a CUDA graph, with its bound."""
+def roofline_of(model: Model, sku: Sku, rows: int, tokens: int) -> roofline.CallCost:
+    """What `twotower plan` says of the same step, by engines with our kernels."""
+    s = model.sizes
+    config = ModelConfig(
+        vocab_size=s.vocab_size,
+        hidden_size=s.hidden,
+        pattern=model.pattern,
+        num_attention_heads=model.query_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        mamba_num_heads=s.heads,
+        mamba_head_dim=s.head_dim,
+        n_groups=s.groups,
+        ssm_state_size=s.state,
+        num_experts=s.experts,
+        num_experts_per_tok=s.experts_per_token,
+        moe_intermediate_size=s.inner,
+        shared_intermediate_size=model.shared_inner,
+        time_frequency_dim=model.time_features,
+        mask_token_id=s.mask_id,
+    )
+    size = ModelSize(config, "bfloat16", ("context", "denoiser"), "random weights")
+    machine = roofline.Machine(sku, "tensorrt", "bf16")
+    return roofline.denoiser_step(size, machine, rows, tokens, s.block)
+
+
+def known_gpu() -> Sku | None:
+    """The machine's GPU in the table of `twotower plan`, if it is there."""
+    try:
+        return local_sku()
+    except PlanError as error:
+        print(f"no roofline: {error}", file=sys.stderr)
+        return None
+
+
+def time_step(
+    denoiser: Denoiser, rows: int, tokens: int, bandwidth: float, sku: Sku | None
+) -> dict[str, Any]:
+    """Microseconds of a step from a CUDA graph, with its bound and the plan's roofline."""
     block = block_inputs(denoiser.model, rows, denoiser.device)
     context = denoiser.context(rows, tokens)
     moved = step_bytes(denoiser, context, block["used"])
     time = bench.microseconds(lambda: denoiser.step(block, context), [()], graph=True)
     bound = 1e6 * moved / bandwidth
+    plan = roofline_of(denoiser.model, sku, rows, tokens).as_json() if sku else None
     return {
         "rows": rows,
         "context": tokens,
@@ -255,6 +302,8 @@ def time_step(denoiser: Denoiser, rows: int, tokens: int, bandwidth: float) -> d
         "bound_us": bound,
         "step_us": time,
         "of_bound": time / bound,
+        "roofline_us": 1e6 * plan["total_seconds"] if plan else None,
+        "roofline": plan,
     }
 
 
@@ -281,19 +330,30 @@ def main() -> None:
         parser.error("timing the full-size step needs a GPU with 80 GB or more; see --tiny")
     bandwidth = bench.copy_bandwidth()
     denoiser = Denoiser(FULL, "cuda")
-    lines = [time_step(denoiser, rows, options.context, bandwidth) for rows in options.rows]
+    sku = known_gpu()
     device = torch.cuda.get_device_name()
-    document = {"device": device, "copy_bytes_per_second": bandwidth, "steps": lines}
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = f"denoiser-step-{device.lower().replace(' ', '-')}-{today}"
-    bench.save(options.output / f"{stem}.json", json.dumps(document, indent=1) + "\n")
+    path = options.output / f"denoiser-step-{device.lower().replace(' ', '-')}-{today}.json"
+    lines: list[dict[str, Any]] = []
+    document = {
+        "device": device,
+        "copy_bytes_per_second": bandwidth,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "steps": lines,
+    }
     print(f"{device}, copy {bandwidth / 1e12:.2f} TB/s")
-    print("rows  context  experts     GB  bound ms  step ms  x bound")
-    for one in lines:
+    print("rows  context  experts     GB  bound ms  step ms  x bound  roofline ms")
+    for rows in options.rows:
+        one = time_step(denoiser, rows, options.context, bandwidth, sku)
+        lines.append(one)
+        bench.save(path, json.dumps(document, indent=1) + "\n")
+        plan = f"{one['roofline_us'] / 1e3:11.2f}" if sku else f"{'-':>11}"
         print(
             f"{one['rows']:4}  {one['context']:7}  {one['experts']:7.0f}  {one['gigabytes']:5.1f}  "
-            f"{one['bound_us'] / 1e3:8.2f}  {one['step_us'] / 1e3:7.2f}  {one['of_bound']:7.2f}"
+            f"{one['bound_us'] / 1e3:8.2f}  {one['step_us'] / 1e3:7.2f}  {one['of_bound']:7.2f}  "
+            f"{plan}",
+            flush=True,
         )
 
 

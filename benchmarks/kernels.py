@@ -1,13 +1,16 @@
 """Times the kernels on this machine's GPU, against PyTorch and against the bytes they must move.
 
     python benchmarks/kernels.py                        # prints the table, writes it to results/
+    python benchmarks/kernels.py --no-compile --budget 480    # within a call of ten minutes
     python benchmarks/kernels.py --only experts --tune  # sweeps tile sizes
 
-Full-size shapes, random data. A kernel is timed as it would run in an engine: captured in a CUDA
+Every case is saved as it is measured; one that fails is recorded, and the next one runs. Full-size
+shapes, random data. A kernel is timed as it would run in an engine: captured in a CUDA
 graph, over several sets of inputs, so that the last one's are not in the cache. PyTorch is timed
 eagerly, and compiled. The bound is the bytes that any implementation must move, each once, over the
 bandwidth that a large copy reaches here. Every kernel's result is compared with PyTorch's in
-float32 before it is timed.
+float32 before it is timed. `--tune` sweeps the tiles of the experts' products alone: the other ops'
+follow from the sizes of the model.
 
 Without a GPU the bounds are listed, for the bandwidth of an H200, and the times stay empty.
 """
@@ -16,16 +19,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from kernel_cases import CASES, Case, expert_cases
 from torch import Tensor
 
@@ -38,7 +45,9 @@ H200_COPY = 4.3e12
 
 REPEATS = 30
 CACHE_BYTES = 200e6
-"""Inputs of all sets together: several times the largest L2 cache."""
+"""Inputs of all sets together: more than three times the largest L2 cache (60 MB)."""
+
+MOST_SETS = 512
 
 
 @dataclass
@@ -73,7 +82,7 @@ class Row:
     def reached(self) -> str:
         """Whether the case's goals are reached."""
         if self.kernel_us is None:
-            return "not measured"
+            return "failed" if self.notes else "not measured"
         goals = []
         if self.most_of_bound is not None and self.of_bound is not None:
             goals.append(self.of_bound <= self.most_of_bound)
@@ -115,8 +124,8 @@ def copy_bandwidth() -> float:
     """Bytes per second of a large copy on this GPU, read and written bytes together."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    time = microseconds(lambda: target.copy_(source), [()], graph=True)
-    return 2 * source.numel() / (time * 1e-6)
+    taken = microseconds(lambda: target.copy_(source), [()], graph=True)
+    return 2 * source.numel() / (taken * 1e-6)
 
 
 def relative_error(case: Case, inputs: tuple[Any, ...]) -> float:
@@ -129,9 +138,9 @@ def relative_error(case: Case, inputs: tuple[Any, ...]) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def measure(case: Case, bandwidth: float, on_gpu: bool) -> Row:
-    """One line; without a GPU only what can be counted."""
-    row = Row(
+def expected(case: Case, bandwidth: float) -> Row:
+    """A line before anything is measured: what can be counted."""
+    return Row(
         case.op,
         case.shape,
         case.bytes / 1e6,
@@ -139,46 +148,68 @@ def measure(case: Case, bandwidth: float, on_gpu: bool) -> Row:
         most_of_bound=case.most_of_bound,
         least_speedup=case.least_speedup,
     )
-    if not on_gpu:
-        return row
-    count = max(1, min(16, int(CACHE_BYTES / case.bytes)))
-    sets = [case.inputs() for _ in range(count)]
+
+
+def measure(case: Case, row: Row, compiling: bool) -> None:
+    """Fills a line; a failure becomes a note of it."""
+    try:
+        _measure(case, row, compiling)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        row.notes.append(f"{type(error).__name__}: {text[0][:200] if text else 'no message'}")
+    torch.cuda.empty_cache()
+
+
+def _measure(case: Case, row: Row, compiling: bool) -> None:
+    sets = [case.inputs() for _ in range(set_count(case.bytes))]
     if case.baseline:
         row.error = relative_error(case, sets[0])
         if not row.error <= case.tolerance:
             row.notes.append(f"WRONG: error {row.error:.1e}")
-            return row
+            return
     row.kernel_us = microseconds(case.kernel, sets, graph=True)
     if case.baseline:
         row.eager_us = microseconds(case.baseline, sets, graph=False)
-        row.compiled_us = microseconds(
-            torch.compile(case.baseline, dynamic=False), sets, graph=False
-        )
-    torch.cuda.empty_cache()
-    return row
+        if compiling:
+            compiled = torch.compile(case.baseline, dynamic=False)
+            row.compiled_us = microseconds(compiled, sets, graph=False)
 
 
-def tune(device: str) -> list[dict[str, Any]]:
-    """Times of the expert kernels over tile sizes, best first per number of tokens."""
-    found = []
-    for case in expert_cases(device):
-        sets = [case.inputs()]
-        grid = itertools.product((32, 64, 128), (16, 32, 64), (32, 64, 128), (4, 8), (2, 3, 4, 5))
-        for block_f, block_t, block_k, warps, stages in grid:
-            if (block_f + block_t) * block_k * 2 * stages > SHARED_MEMORY_LIMIT:
-                continue
-            tiles = {"BLOCK_F": block_f, "BLOCK_T": block_t, "BLOCK_K": block_k}
-            config = Launch(tiles, warps, stages)
+def set_count(size: float) -> int:
+    """Sets of inputs after which the first one's bytes have left the cache."""
+    return max(1, min(MOST_SETS, math.ceil(CACHE_BYTES / size)))
 
-            def call(*args: Any, config: Launch = config) -> Any:
-                return experts.sparse_experts(*args, config=config)
 
-            time = microseconds(call, sets, graph=True)
-            found.append(
-                {"shape": case.shape, **tiles, "warps": warps, "stages": stages, "us": time}
-            )
-            print(f"\r{len(found)} configurations", end="", file=sys.stderr, flush=True)
-    return sorted(found, key=lambda one: (one["shape"], one["us"]))
+TILES = tuple(
+    Launch({"BLOCK_F": f, "BLOCK_T": t, "BLOCK_K": k}, warps, stages)
+    for f, k, warps in ((64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 128, 4), (128, 32, 8))
+    for t in (16, 32, 64)
+    for stages in (2, 3, 4, 5)
+    if (f + t) * k * 2 * stages <= SHARED_MEMORY_LIMIT
+)
+"""Tiles of the experts' products that `--tune` tries; each takes a second or two to compile."""
+
+
+def tune(device: str, deadline: float) -> list[dict[str, Any]]:
+    """Times of the expert kernels over tile sizes, best first per number of tokens.
+
+    Each is printed as it comes; what has not begun by the deadline is left out.
+    """
+    found: list[dict[str, Any]] = []
+    for case, config in itertools.product(expert_cases(device), TILES):
+        if time.monotonic() > deadline:
+            print("out of time: not every configuration was tried", file=sys.stderr)
+            break
+        one: dict[str, Any] = {"shape": case.shape, **config.constants}
+        one |= {"warps": config.num_warps, "stages": config.num_stages}
+        try:
+            call = functools.partial(experts.sparse_experts, config=config)
+            one["us"] = microseconds(call, [case.inputs()], graph=True)
+        except Exception as error:
+            one["error"] = f"{type(error).__name__}: {error}"[:200]
+        found.append(one)
+        print(json.dumps(one), file=sys.stderr, flush=True)
+    return sorted(found, key=lambda one: (one["shape"], one.get("us", math.inf)))
 
 
 COLUMNS = (
@@ -214,7 +245,8 @@ def report(rows: Sequence[Row], device: str, bandwidth: float, on_gpu: bool) -> 
     """The page that is printed and kept."""
     if on_gpu:
         measured = (
-            f"Measured on {device}: a large copy moves {bandwidth / 1e12:.2f} TB/s, which is what "
+            f"Measured on {device} with torch {torch.__version__} and Triton "
+            f"{triton.__version__}: a large copy moves {bandwidth / 1e12:.2f} TB/s, which is what "
             "the bounds are for. Kernels in a CUDA graph, PyTorch as it launches itself; medians."
         )
     else:
@@ -239,26 +271,45 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=sorted(CASES), help="one op")
     parser.add_argument("--tune", action="store_true", help="sweep the experts' tiles instead")
+    parser.add_argument(
+        "--no-compile", dest="compiling", action="store_false", help="leave torch.compile out"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after that"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
+    deadline = time.monotonic() + options.budget
 
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else "no GPU"
     if options.tune:
         if not on_gpu:
             parser.error("--tune needs a GPU")
-        print(json.dumps(tune("cuda"), indent=1))
+        print(json.dumps(tune("cuda", deadline), indent=1))
         return
     torch.manual_seed(0)
     bandwidth = copy_bandwidth() if on_gpu else H200_COPY
     names = [options.only] if options.only else list(CASES)
-    rows = []
-    for case in itertools.chain.from_iterable(
-        CASES[name]("cuda" if on_gpu else "cpu") for name in names
-    ):
+    cases = list(
+        itertools.chain.from_iterable(CASES[name]("cuda" if on_gpu else "cpu") for name in names)
+    )
+    rows = [expected(case, bandwidth) for case in cases]
+    keep = functools.partial(write, options.output, rows, device, bandwidth, on_gpu)
+    page = keep()
+    for case, row in zip(cases, rows, strict=True):
+        if not on_gpu or time.monotonic() > deadline:
+            break
         print(f"{case.op} {case.shape}", file=sys.stderr, flush=True)
-        rows.append(measure(case, bandwidth, on_gpu))
-    page = report(rows, device, bandwidth, on_gpu)
+        measure(case, row, options.compiling)
+        page = keep()
+    print(page)
+    if any(row.notes for row in rows):
+        sys.exit(1)
+
+
+def write(output: Path, rows: Sequence[Row], device: str, bandwidth: float, on_gpu: bool) -> str:
+    """Keeps what is known so far, as JSON and as the page, which is returned."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     stem = f"kernels-{device.lower().replace(' ', '-')}-{today}"
     document = {
@@ -266,18 +317,17 @@ def main() -> None:
         "measured": on_gpu,
         "date": today,
         "copy_bytes_per_second": bandwidth,
-        "versions": {"torch": torch.__version__},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "rows": [
             asdict(row) | {"of_bound": row.of_bound, "speedup": row.speedup, "reached": row.reached}
             for row in rows
         ],
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    save(options.output / f"{stem}.json", json.dumps(document, indent=1) + "\n")
-    save(options.output / f"{stem}.md", page)
-    print(page)
-    if any(row.notes for row in rows):
-        sys.exit(1)
+    page = report(rows, device, bandwidth, on_gpu)
+    output.mkdir(parents=True, exist_ok=True)
+    save(output / f"{stem}.json", json.dumps(document, indent=1) + "\n")
+    save(output / f"{stem}.md", page)
+    return page
 
 
 if __name__ == "__main__":

@@ -164,11 +164,17 @@ def _call(node: Node, descs: Sequence[Any], attributes: dict[str, Any], *, sized
         attributes=attributes,
         cdiv=trtp.cdiv,
         minimum=trtp.min,
+        usual={name: _usual(desc.shape) for name, desc in named.items()} if sized else {},
     )
 
 
 def _largest(shape: Any) -> tuple[int, ...]:
     return tuple(shape.max if shape.is_dynamic else shape)
+
+
+def _usual(shape: Any) -> tuple[int, ...]:
+    """The optimum of the profile that TensorRT builds for."""
+    return tuple(shape.opt if shape.is_dynamic else shape)
 
 
 def _implementation(node: Node, call: Call, compiler: Callable[[Any], Any]) -> Any:

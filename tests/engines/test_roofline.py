@@ -142,7 +142,7 @@ def test_operations_of_one_step():
 
 def test_time_of_one_step_on_an_h200():
     step = denoiser_step(MODEL, H200, 1, 0)
-    launches = (23 * 7 + 6 * 8 + 23 * 11 + 13) * 2e-6 + 300e-6
+    launches = (23 * 6 + 6 * 8 + 23 * 11 + 13) * 2e-6 + 300e-6
     assert step.seconds["launches"] == pytest.approx(launches)
     assert step.total_seconds == pytest.approx(step.total_bytes / (4.8e12 * 0.896) + launches)
     assert step.total_seconds - launches == pytest.approx(4.5e-3, rel=0.03)

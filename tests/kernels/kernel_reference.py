@@ -106,13 +106,13 @@ def sparse_experts(
     down: np.ndarray,
     dtype: str,
 ) -> np.ndarray:
-    """y = sum over k of weight * down(relu(up x)^2); the activation is rounded to T."""
+    """y = sum over k of weight * down(relu(up x)^2); rounded to T before the square and after."""
     y = np.zeros_like(x)
     for n, k in np.ndindex(indices.shape):
         expert = indices[n, k]
         if expert < 0:
             continue
-        inner = rounded(np.maximum(up[expert] @ x[n], 0.0) ** 2, dtype)
+        inner = rounded(rounded(np.maximum(up[expert] @ x[n], 0.0), dtype) ** 2, dtype)
         y[n] += weights[n, k] * (down[expert] @ inner)
     return y
 

@@ -120,7 +120,6 @@ INPUTS = {
         ("bf16", (96,)),
         *[("fp32", (4,))] * 3,
         ("bf16", (32,)),
-        ("bf16", (3, 16, 96)),
     ],
 }
 ATTRIBUTES: dict[str, dict[str, Any]] = {

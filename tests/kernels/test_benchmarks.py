@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -16,6 +17,8 @@ import pytest
 import torch
 from kernel_inputs import MASK, block, draw_experts, draw_mamba, row_tensors
 from kernel_reference import Row
+
+from twotower_engines.skus import find_sku
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -65,6 +68,46 @@ def test_the_mamba_baseline_is_the_op(eager: ModuleType) -> None:
     np.testing.assert_allclose(got[2], want[2], rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`benchmarks/kernels.py`, which imports its neighbours by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    return importlib.import_module("kernels")
+
+
+def test_a_failing_case_is_recorded_and_the_next_one_runs(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "microseconds", lambda call, sets, graph: call(*sets[0]))
+
+    def broken(*_: object) -> None:
+        raise ValueError("out of resources: shared memory\nmore")
+
+    case = bench.Case("Op", "one", 1e6, lambda: (), broken, None, tolerance=0.0, most_of_bound=1.5)
+    row = bench.expected(case, 1e12)
+    assert row.reached == "not measured"
+    bench.measure(case, row, compiling=False)
+    assert row.reached == "failed"
+    page = bench.write(tmp_path, [row], "a GPU", 1e12, on_gpu=True)
+    assert "failed; ValueError: out of resources: shared memory |" in page
+    (kept,) = tmp_path.glob("kernels-a-gpu-*.json")
+    document = json.loads(kept.read_text())
+    assert document["rows"][0]["notes"] == ["ValueError: out of resources: shared memory"]
+    assert set(document["versions"]) == {"torch", "triton"}
+
+
+def test_sets_of_inputs_leave_the_cache(bench: ModuleType) -> None:
+    """One row of the small ops is 2.6 and 4.2 MB; an H200's cache holds 60."""
+    for case in (case for name in ("refine", "mamba") for case in bench.CASES[name]("cpu")):
+        assert bench.set_count(case.bytes) * case.bytes > 120e6, case.shape
+        assert case.most_of_bound is not None, case.shape
+
+
+def test_the_sweep_of_tiles_is_bounded(bench: ModuleType) -> None:
+    assert 20 < len(bench.TILES) <= 60
+
+
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     clean |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
@@ -95,6 +138,19 @@ def test_a_tiny_denoiser_step_runs_on_the_kernels() -> None:
     made = json.loads(done.stdout)
     for ids, still in zip(made["new_ids"], made["still_masked"], strict=True):
         assert ids.count(MASK) == still < 8
+
+
+def test_the_step_is_held_against_the_roofline_of_the_plan(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block reads the 34 experts of each layer that were measured, and little else."""
+    monkeypatch.delitem(sys.modules, "denoiser_step", raising=False)
+    step = importlib.import_module("denoiser_step")
+    assert step.bench is bench
+    cost = step.roofline_of(step.FULL, find_sku("h200"), 1, 8192)
+    assert cost.distinct == pytest.approx(34, abs=1)
+    assert 0.002 < cost.total_seconds < 0.02
+    assert 1e10 < cost.total_bytes < 3e10
 
 
 def test_the_full_size_step_asks_for_a_gpu() -> None:

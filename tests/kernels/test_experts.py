@@ -44,6 +44,35 @@ def test_sizes(n: int, K: int, E: int, hidden: int, inner: int, dtype: torch.dty
     check(draw_experts(np.random.default_rng(n + E), n, K, E, hidden, inner, dtype))
 
 
+def test_the_activation_is_rounded_before_the_square() -> None:
+    """As the ONNX function and NVIDIA's code do: 257 is 256 in bf16."""
+    args = draw_experts(np.random.default_rng(11), 1, 1, 2, 32, 16, torch.bfloat16)
+    x, _, weights, up, down = args
+    x.fill_(1.0), weights.fill_(1.0), up.zero_(), down.zero_()
+    up[:, 0, 0], up[:, 0, 1], down[:, :, 0] = 256.0, 1.0, 1.0
+    got = experts.sparse_experts(*args, config=SMALL)
+    assert (got == 256.0**2).all()
+
+
+def test_bf16_agrees_with_the_function_to_its_last_roundings() -> None:
+    """The function, in bf16, rounds each expert's product too; the kernels keep it in float32.
+
+    The rest is equal, so results differ by half a unit of bf16 of each expert's product.
+    """
+    args = draw_experts(np.random.default_rng(12), 24, 3, 8, 64, 48, torch.bfloat16)
+    x, indices, weights, up, down = (arg.double().numpy() for arg in args)
+    want, slack = np.zeros_like(x), np.zeros_like(x)
+    for n, k in np.ndindex(indices.shape):
+        expert = int(indices[n, k])
+        inner = reference.rounded(np.maximum(up[expert] @ x[n], 0.0), "bf16")
+        product = reference.rounded(down[expert] @ reference.rounded(inner**2, "bf16"), "bf16")
+        want[n] += weights[n, k] * product
+        slack[n] += weights[n, k] * np.abs(product) * 2.0**-8
+    got = experts.sparse_experts(*args, config=SMALL).double().numpy()
+    slack += np.abs(want) * 2.0**-7 + 1e-6
+    assert (np.abs(got - reference.rounded(want, "bf16")) <= slack).all()
+
+
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_default_tiles(tokens: int) -> None:
     tiles = experts.matmul_launch(tokens, 8, 2, "fp32")

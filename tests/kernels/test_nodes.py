@@ -17,7 +17,9 @@ from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row
 
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import experts, mamba, nodes, refine
+from twotower_engines.kernels.compile import all_specs
 from twotower_engines.kernels.jit import launch
+from twotower_engines.kernels.spec import Sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
 
@@ -32,7 +34,8 @@ def run_node(
     tensors = dict(zip(node.inputs, inputs, strict=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
-    call = nodes.Call(shapes, shapes, dtypes, {name: attributes[name] for name in node.attributes})
+    chosen = {name: attributes[name] for name in node.attributes}
+    call = nodes.Call(shapes, shapes, dtypes, chosen, usual=shapes)
     made = [torch.empty(out.dims, dtype=TORCH[out.dtype]) for out in node.outputs(call)]
     launching = node.launching(call)
     spec = launching.spec
@@ -89,7 +92,7 @@ def test_mamba_chain(L: int, states: bool) -> None:
     args = draw_mamba(np.random.default_rng(L), L, [L, 9], torch.bfloat16)
     attributes = {"n_groups": 2, "epsilon": 1e-5, "states": int(states)}
     made = run_chain("MambaBlockStep", args, attributes)
-    want = mamba.mamba_block_step(*args, 2, 1e-5)
+    want = mamba.mamba_block_step(*args, 2, 1e-5, states=states)
     torch.testing.assert_close(made["y"], want[0], rtol=0, atol=0)
     if states:
         torch.testing.assert_close(made["conv_state_new"], want[1], rtol=0, atol=0)
@@ -113,3 +116,79 @@ def test_an_unbounded_dimension_is_refused() -> None:
     call = nodes.Call({}, {"x": (-1, 4)}, {"x": "bf16"}, {})
     with pytest.raises(BuildError, match=re.escape("input x has no bound along axis 0")):
         call.size("x", 0)
+
+
+def released(node: str, rows: int, block: int, usual: dict[str, int] | None) -> nodes.Launching:
+    """A node at the released sizes: launched for a call, tuned for another, bounded by a third."""
+    E, K, h, inner = 128, 6, 2688, 1856
+    H, P, N, G = 64, 64, 128, 8
+    conv_dim = H * P + 2 * G * N
+
+    def shapes(B: int, L: int) -> dict[str, tuple[int, ...]]:
+        tokens = B * L
+        pairs = (tokens * K,)
+        return {
+            **{"projected": (B, L, H * P + conv_dim + H), "scanned": (B, L, H * P)},
+            **{"conv_state": (B, 3, conv_dim), "ssm_state": (B, H, P, N), "lengths": (B,)},
+            **{"weight": (conv_dim, 4), "bias": (conv_dim,)},
+            **dict.fromkeys(("dt_bias", "A_log", "D"), (H,)),
+            **{"x": (tokens, h), "indices": (tokens, K), "weights": (tokens, K), "pairs": pairs},
+            **{"up": (E, inner, h), "down": (E, h, inner), "counts": (E,)},
+            **{"inner": (*pairs, inner), "partial": (*pairs, h)},
+        }
+
+    types = {
+        **dict.fromkeys(("indices", "pairs", "counts", "lengths"), "i32"),
+        **dict.fromkeys(("weights", "partial", "ssm_state"), "fp32"),
+    }
+    dtypes = {name: types.get(name, "bf16") for name in shapes(1, 1)}
+    call = nodes.Call(
+        shapes(rows, block),
+        shapes(rows, 64),
+        dtypes,
+        {"num_experts": E, "n_groups": G, "states": 0, "epsilon": 1e-5},
+        usual=shapes(usual["rows"], usual["block"]) if usual else {},
+    )
+    (found,) = [one for one in nodes.NODES if one.name == node]
+    return found.launching(call)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_an_engine_runs_what_is_compiled_and_timed(rows: int) -> None:
+    """The denoiser's nodes, whose profile allows 64 tokens and is tuned for 16.
+
+    They are the kernels of `twotower kernels`, which `test_compile.py` assembles, and take the
+    tiles of the ops' own launchers, which `benchmarks/kernels.py` times.
+    """
+    listed = {spec.name: spec for spec in all_specs(Sizes(rows=rows, block=16))}
+    mine = [n.name for n in nodes.NODES if n.name.startswith(("Experts", "Mamba"))]
+    launchings = [released(name, rows, 16, {"rows": rows, "block": 16}) for name in mine]
+    for one in launchings:
+        assert one.spec == listed[one.spec.name]
+        assert listed[one.spec.name] == {s.name: s for s in all_specs(Sizes())}[one.spec.name]
+    assert "mamba_scan" in [one.spec.name for one in launchings]
+    scan = next(one for one in launchings if one.spec.name == "mamba_scan")
+    assert scan.grid == (64, rows, 1)
+
+
+@pytest.mark.parametrize("node", ["ExpertsUp", "ExpertsDown"])
+def test_tiles_are_those_of_the_usual_call(node: str) -> None:
+    """A profile allows blocks of 64; blocks are of 16 tokens, and 16 of those take small tiles."""
+    few = experts.matmul_launch(16 * 16, 128, 6, "bf16")
+    assert released(node, 16, 16, {"rows": 16, "block": 16}).spec.launch == few
+    assert released(node, 1, 16, None).spec.launch == few
+    many = released(node, 1, 2048, {"rows": 1, "block": 2048}).spec.launch
+    assert many == experts.matmul_launch(2048, 128, 6, "bf16") != few
+
+
+def test_only_the_first_dimension_of_a_grid_grows_with_tokens() -> None:
+    """A grid's other dimensions end at 65535: 256 rows of 256 tokens are 65536."""
+    grid = released("ExpertsSum", 256, 256, None).grid
+    assert grid[0] == 65536
+    assert max(grid[1:]) <= 65535
+
+
+def test_the_grid_of_a_prefill_call_fits() -> None:
+    usual = {"rows": 1, "block": 256}
+    for node in ("ExpertsUp", "ExpertsDown"):
+        assert max(released(node, 256, 256, usual).grid[1:]) <= 65535

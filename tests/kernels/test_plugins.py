@@ -173,7 +173,7 @@ def test_new_states_are_asked_for_where_the_graph_returns_them() -> None:
     for wanted in (1, 0):
         called = plugins.with_plugins(model).graph.node
         states = [a.i for node in called for a in node.attribute if a.name == "states"]
-        assert states == [wanted, wanted]
+        assert states == [wanted]
         del model.graph.output[1:]
 
 
@@ -197,7 +197,7 @@ def test_tensorrt_instantiates_ahead_of_time_plugins(check: Callable[..., Any]) 
     assert check("shapes_unknown") == {
         "RefineVocabulary": ["FLOAT", "INT32"],
         "ExpertsUp": ["BF16"],
-        "MambaScan": ["BF16", "FLOAT"],
+        "MambaScan": ["BF16", "BF16", "FLOAT"],
     }
 
 
@@ -218,9 +218,12 @@ def test_what_tensorrt_is_given(check: Callable[..., Any]) -> None:
     assert "experts_up_ignored_4" in up["ptx"]
 
     scan = made["MambaScan"]
-    assert scan["outputs"] == [["BF16", [3, 16, 32]], ["FLOAT", [3, 4, 8, 16]]]
+    assert scan["outputs"] == [
+        *[["BF16", [3, 16, 32]], ["BF16", [3, 3, 96]]],
+        ["FLOAT", [3, 4, 8, 16]],
+    ]
     assert scan["launch"][:4] == [4, 3, 1, 128]
-    assert kinds(scan) == "p" * 11 + "i" + "pp"
+    assert kinds(scan) == "p" * 10 + "i" + "ppp"
     for node in made.values():
         assert node["launch"][4] <= 48 * 1024
         assert f".visible .entry {node['entry']}(" in node["ptx"]

@@ -290,11 +290,3 @@ def test_noise_is_the_reference_s_and_gumbel_distributed(seed: int, position: in
     want = [gumbel(seed, position, token) for token in range(8192)]
     np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-6)
     assert kstest(out.numpy(), "gumbel_r").pvalue > 1e-4
-
-
-def test_two_runs_are_equal() -> None:
-    generator = np.random.default_rng(8)
-    logits = torch.from_numpy(generator.normal(0, 3, (5, 4, 100))).float()
-    rows, ids = mixed_rows(generator, 5, 4), block(generator, 5, 4, 100, 0.8)
-    for first, second in zip(step(logits, ids, rows), step(logits, ids, rows), strict=True):
-        np.testing.assert_array_equal(first, second)

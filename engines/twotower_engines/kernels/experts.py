@@ -154,7 +154,10 @@ def experts_up(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """relu(up[e] x)^2 for one tile of pairs and of features; grid (features / BLOCK_F, tiles)."""
+    """relu(up[e] x)^2 for one tile of pairs and of features; grid (features / BLOCK_F, tiles).
+
+    Rounded to T before the square and after, as the op's function is.
+    """
     expert, start, count = tile_of(tl.program_id(1), counts, PAIRS, E, BLOCK_E, BLOCK_T)
     if count <= 0:
         return
@@ -167,7 +170,7 @@ def experts_up(
     result = product_tile(
         weight, x, pair // K, used, first, INNER, HIDDEN, BLOCK_F, BLOCK_T, BLOCK_K, UPCAST
     )
-    result = tl.maximum(result, 0.0)
+    result = tl.maximum(result, 0.0).to(inner.dtype.element_ty).to(tl.float32)
     feature = first + tl.arange(0, BLOCK_F)
     out = inner + pair.to(tl.int64)[None, :] * INNER + feature[:, None]
     mask = (feature < INNER)[:, None] & used[None, :]
@@ -222,10 +225,11 @@ def experts_sum(
 ) -> None:
     """y = sum over k of weight * partial, in float32 and in the order of k.
 
-    Grid (features / BLOCK_F, n). A pair without an expert has no partial: it is not read.
+    Grid (n, features / BLOCK_F), for only the first dimension of a grid goes beyond 65535. A pair
+    without an expert has no partial: it is not read.
     """
-    token = tl.program_id(1)
-    feature = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    token = tl.program_id(0)
+    feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     real = feature < HIDDEN
     total = tl.zeros((BLOCK_F,), dtype=tl.float32)
     for k in tl.static_range(K):
@@ -323,7 +327,7 @@ def sparse_experts(
         tiles,
     )
     config = sum_launch()
-    grid = (triton.cdiv(hidden, config.constants["BLOCK_F"]), n)
+    grid = (n, triton.cdiv(hidden, config.constants["BLOCK_F"]))
     constants = {"HIDDEN": hidden, "E": experts, "K": per_token}
     launch(experts_sum, grid, (partial, indices, weights, y), constants, config)
     return y

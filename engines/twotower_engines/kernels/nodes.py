@@ -8,7 +8,7 @@ dimensions, in `twotower_engines.plugins`; nothing here imports TensorRT.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twotower_engines.errors import BuildError
@@ -40,6 +40,8 @@ class Call:
         attributes: by name.
         cdiv: division rounded up, on dimensions.
         minimum: the smaller of two dimensions.
+        usual: as `largest`, of the calls that the profile is tuned for. Tiles are chosen by it: a
+            kernel is right for any size, and as fast as it can be for this one.
     """
 
     dims: Mapping[str, Sequence[Dim]]
@@ -48,6 +50,7 @@ class Call:
     attributes: Mapping[str, Any]
     cdiv: Callable[[Dim, Any], Dim] = integer_cdiv
     minimum: Callable[[Dim, Any], Dim] = min
+    usual: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def size(self, name: str, axis: int) -> int:
         """An input's largest size along an axis.
@@ -59,6 +62,11 @@ class Call:
         if size < 0:
             raise BuildError(f"the plugin's input {name} has no bound along axis {axis}")
         return size
+
+    def tokens(self, name: str) -> int:
+        """The usual size along an input's first axis; a block's where TensorRT does not know it."""
+        known = int(self.usual[name][0]) if name in self.usual else -1
+        return known if known > 0 else Sizes().block
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ def _up_outputs(call: Call) -> tuple[Output, ...]:
 
 def _up(call: Call) -> Launching:
     per_token = call.size("indices", 1)
-    sizes = _expert_sizes(call, call.size("x", 0), per_token, "up", transposed=False)
+    sizes = _expert_sizes(call, call.tokens("x"), per_token, "up", transposed=False)
     return _matmul(call, "experts_up", sizes, sizes.inner)
 
 
@@ -203,7 +211,7 @@ def _down_outputs(call: Call) -> tuple[Output, ...]:
 
 def _down(call: Call) -> Launching:
     per_token = call.size("indices", 1)
-    sizes = _expert_sizes(call, call.size("indices", 0), per_token, "down", transposed=True)
+    sizes = _expert_sizes(call, call.tokens("indices"), per_token, "down", transposed=True)
     return _matmul(call, "experts_down", sizes, sizes.hidden)
 
 
@@ -212,10 +220,11 @@ def _sum_outputs(call: Call) -> tuple[Output, ...]:
 
 
 def _sum(call: Call) -> Launching:
-    sizes = _expert_sizes(call, call.size("x", 0), call.size("indices", 1), "up", transposed=False)
+    per_token = call.size("indices", 1)
+    sizes = _expert_sizes(call, call.tokens("x"), per_token, "up", transposed=False)
     spec = _spec("experts_sum", experts.specs(sizes), call)
     tiles = integer_cdiv(sizes.hidden, spec.launch.constants["BLOCK_F"])
-    return Launching(spec, (tiles, call.dims["x"][0]), {})
+    return Launching(spec, (call.dims["x"][0], tiles), {})
 
 
 # MambaBlockStep
@@ -225,20 +234,17 @@ MAMBA_INPUTS = tuple(
 )
 
 
-def _mamba_sizes(call: Call, heads: int, head_dim: int, state: int) -> Sizes:
+def _mamba_sizes(call: Call) -> Sizes:
+    """Tiles do not depend on the block's length: the scan is made for any."""
+    heads, head_dim, state = (call.size("ssm_state", axis) for axis in (1, 2, 3))
     return Sizes(
         heads=heads,
         head_dim=head_dim,
         state=state,
         groups=call.attributes["n_groups"],
-        block=call.size("projected", 1),
         dtype=call.dtypes["projected"],
         epsilon=call.attributes.get("epsilon", 0.0),
     )
-
-
-def _state_sizes(call: Call) -> Sizes:
-    return _mamba_sizes(call, *(call.size("ssm_state", axis) for axis in (1, 2, 3)))
 
 
 def _where_wanted(call: Call, name: str) -> Output:
@@ -247,36 +253,21 @@ def _where_wanted(call: Call, name: str) -> Output:
     return Output(call.dtypes[name], dims)
 
 
-def _suffix(call: Call) -> str:
-    return "_states" if call.attributes["states"] else ""
-
-
-def _conv_outputs(call: Call) -> tuple[Output, ...]:
-    B, L, _ = call.dims["projected"]
-    convolved = Output(call.dtypes["projected"], (B, L, call.dims["conv_state"][2]))
-    return convolved, _where_wanted(call, "conv_state")
-
-
-def _conv(call: Call) -> Launching:
-    B, L, _ = call.dims["projected"]
-    spec = _spec(f"mamba_conv{_suffix(call)}", mamba.specs(_state_sizes(call)), call)
-    tile = spec.launch.constants
-    channels = integer_cdiv(call.size("conv_state", 2), tile["BLOCK_C"])
-    return Launching(spec, (channels, call.cdiv(L, tile["BLOCK_L"]), B), {"L": L})
-
-
 def _scan_outputs(call: Call) -> tuple[Output, ...]:
     B, L, _ = call.dims["projected"]
     width = call.dims["ssm_state"][1] * call.dims["ssm_state"][2]
-    return Output(call.dtypes["projected"], (B, L, width)), _where_wanted(call, "ssm_state")
+    scanned = Output(call.dtypes["projected"], (B, L, width))
+    return scanned, _where_wanted(call, "conv_state"), _where_wanted(call, "ssm_state")
 
 
 def _scan(call: Call) -> Launching:
     B, L, _ = call.dims["projected"]
-    sizes = _state_sizes(call)
-    spec = _spec(f"mamba_scan{_suffix(call)}", mamba.specs(sizes), call)
+    sizes = _mamba_sizes(call)
+    name = "mamba_scan_states" if call.attributes["states"] else "mamba_scan"
+    spec = _spec(name, mamba.specs(sizes), call)
     parts = integer_cdiv(sizes.head_dim, spec.launch.constants["BLOCK_P"])
-    return Launching(spec, (sizes.heads * parts, B), {"L": L})
+    chunks = 1 if call.attributes["states"] else call.cdiv(L, mamba.CHUNK)
+    return Launching(spec, (sizes.heads * parts, B, chunks), {"L": L})
 
 
 def _norm_outputs(call: Call) -> tuple[Output, ...]:
@@ -285,7 +276,7 @@ def _norm_outputs(call: Call) -> tuple[Output, ...]:
 
 def _norm(call: Call) -> Launching:
     B, L, _ = call.dims["scanned"]
-    spec = _spec("mamba_norm", mamba.specs(_state_sizes(call)), call)
+    spec = _spec("mamba_norm", mamba.specs(_mamba_sizes(call)), call)
     return Launching(spec, (call.attributes["n_groups"], L, B), {"L": L})
 
 
@@ -314,14 +305,7 @@ NODES = (
         _sum_outputs,
         _sum,
     ),
-    Node("MambaConv", MAMBA_INPUTS, {"n_groups": int, "states": int}, _conv_outputs, _conv),
-    Node(
-        "MambaScan",
-        (*MAMBA_INPUTS, "convolved"),
-        {"n_groups": int, "states": int},
-        _scan_outputs,
-        _scan,
-    ),
+    Node("MambaScan", MAMBA_INPUTS, {"n_groups": int, "states": int}, _scan_outputs, _scan),
     Node(
         "MambaNorm",
         ("projected", "scanned", "lengths", "weight", "ssm_state"),
@@ -370,8 +354,7 @@ CHAINS = {
         Link("ExpertsSum", ("x", "indices", "weights", "up", "down", "partial"), ("y",), "op"),
     ),
     "MambaBlockStep": (
-        Link("MambaConv", MAMBA_INPUTS, ("convolved", "conv_state_new"), "op"),
-        Link("MambaScan", (*MAMBA_INPUTS, "convolved"), ("scanned", "ssm_state_new"), "op"),
+        Link("MambaScan", MAMBA_INPUTS, ("scanned", "conv_state_new", "ssm_state_new"), "op"),
         Link(
             "MambaNorm",
             ("projected", "scanned", "lengths", "norm_weight", "ssm_state"),

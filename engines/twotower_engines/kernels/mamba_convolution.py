@@ -1,0 +1,113 @@
+"""The convolution of `MambaBlockStep`, as parts of the scan's kernels: raw xBC to x, B and C."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from twotower_engines.kernels.jit import kernel
+
+__all__ = ["TAPS", "convolved", "keep_columns"]
+
+TAPS = tl.constexpr(4)
+"""Width of the convolution; a row's history is one less."""
+
+
+@kernel
+def four_taps(
+    weight: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr,
+) -> tl.tensor:
+    """The taps of BLOCK channels from `first` on, oldest first, each [1, BLOCK] float32.
+
+    weight: [conv_dim, 4], read as vectors; channels from `count` on get 0. AGAIN: read in every
+    turn of a loop, where the compiler would hold them in registers throughout; float32 has none to
+    spare.
+    """
+    place = tl.arange(0, TAPS * BLOCK)
+    real = place < TAPS * count
+    taps = tl.load(weight + first * TAPS + place, mask=real, other=0.0, volatile=AGAIN)
+    even, odd = tl.split(tl.reshape(taps.to(tl.float32), (2 * BLOCK, 2)))
+    first_tap, third = tl.split(tl.reshape(even, (BLOCK, 2)))
+    second, fourth = tl.split(tl.reshape(odd, (BLOCK, 2)))
+    return first_tap[None, :], second[None, :], third[None, :], fourth[None, :]
+
+
+@kernel
+def raw_columns(
+    xbc: tl.tensor,
+    history: tl.tensor,
+    time: tl.tensor,
+    length: tl.tensor,
+    channel: tl.tensor,
+    real: tl.tensor,
+    STRIDE: tl.constexpr,
+    CONV_DIM: tl.constexpr,
+) -> tl.tensor:
+    """xBC before the convolution, [times, channels] T; times below 0 are history.
+
+    xbc: the row's first token; history: the row's three columns, newest last. Times outside
+    -3 .. length - 1 give 0.
+    """
+    place = time[:, None]
+    new = xbc + place * STRIDE + channel[None, :]
+    old = history + (place + (TAPS - 1)) * CONV_DIM + channel[None, :]
+    used = (place < length) & (place >= 1 - TAPS) & real[None, :]
+    return tl.load(tl.where(place >= 0, new, old), mask=used, other=0.0)
+
+
+@kernel
+def convolved(
+    xbc: tl.tensor,
+    history: tl.tensor,
+    time: tl.tensor,
+    length: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CONV_DIM: tl.constexpr,
+) -> tl.tensor:
+    """SiLU(conv + bias) of `count` channels from `first` on, [times, BLOCK], rounded to T.
+
+    Tokens past a row's length get 0, and so do channels from `count` on.
+    """
+    IS_FLOAT: tl.constexpr = xbc.dtype.element_ty == tl.float32
+    lane = tl.arange(0, BLOCK)
+    real = lane < count
+    channel = first + lane
+    w0, w1, w2, w3 = four_taps(weight, first, count, BLOCK, IS_FLOAT)
+    shift = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    v0 = raw_columns(xbc, history, time - 3, length, channel, real, STRIDE, CONV_DIM)
+    v1 = raw_columns(xbc, history, time - 2, length, channel, real, STRIDE, CONV_DIM)
+    v2 = raw_columns(xbc, history, time - 1, length, channel, real, STRIDE, CONV_DIM)
+    v3 = raw_columns(xbc, history, time, length, channel, real, STRIDE, CONV_DIM)
+    total = shift[None, :] + v0.to(tl.float32) * w0
+    total += v1.to(tl.float32) * w1
+    total += v2.to(tl.float32) * w2
+    total += v3.to(tl.float32) * w3
+    silu = tl.where((time < length)[:, None], total / (1.0 + tl.exp(-total)), 0.0)
+    return silu.to(xbc.dtype.element_ty)
+
+
+@kernel
+def keep_columns(
+    xbc: tl.tensor,
+    history: tl.tensor,
+    length: tl.tensor,
+    out: tl.tensor,
+    channel: tl.tensor,
+    real: tl.tensor,
+    STRIDE: tl.constexpr,
+    CONV_DIM: tl.constexpr,
+) -> None:
+    """Writes a row's last three raw columns of some channels; out: the row's new history."""
+    slot = tl.arange(0, TAPS)
+    time = length - (TAPS - 1) + slot
+    newest = raw_columns(xbc, history, time, length, channel, real, STRIDE, CONV_DIM)
+    place = out + slot[:, None] * CONV_DIM + channel[None, :]
+    tl.store(place, newest, mask=(slot < TAPS - 1)[:, None] & real[None, :])
