@@ -37,9 +37,10 @@ from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
 from twotower_engines.kernels.refine import refine_block
 from twotower_engines.kernels.spec import Sizes
+from twotower_engines.local_gpu import local_sku
 from twotower_engines.model_size import ModelSize
 from twotower_engines.routing import distinct_experts
-from twotower_engines.skus import Sku, local_sku
+from twotower_engines.skus import Sku
 from twotower_export.config import ModelConfig
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"

@@ -137,7 +137,7 @@ def built(request, tmp_path_factory):
     module = MODULES[request.param]
     pytest.importorskip(module, reason=f"needs NVIDIA's {module}, from its own index")
     from twotower_engines.flavours.tensorrt_rtx import CAPABILITIES
-    from twotower_engines.skus import local_sku
+    from twotower_engines.local_gpu import local_sku
 
     if not usable_gpus():
         pytest.skip("needs an NVIDIA GPU")

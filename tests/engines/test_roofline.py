@@ -150,7 +150,7 @@ def test_time_of_one_step_on_an_h200():
 
 def test_a_context_call_is_enqueued_kernel_by_kernel():
     """Long kernels hide it, short ones wait for the host; a captured call does not."""
-    count = 23 * 7 + 6 * 8 + 23 * 11 + 13
+    count = 23 * 6 + 6 * 8 + 23 * 11 + 13
     fast = replace(H200, sku=find_sku("b300"))
     long, short = context_call(MODEL, fast, 16, 8192), context_call(MODEL, fast, 1, 8192, 1)
     assert long.seconds["launches"] == pytest.approx(count * 2e-6 + 300e-6)
