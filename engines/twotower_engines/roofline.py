@@ -57,11 +57,11 @@ KERNELS: Mapping[str, Mapping[str, int]] = {
 ASSUMPTIONS = (
     "memory is read at the achieved share of the specified bandwidth; matrix products reach 60% "
     "of the dense bf16 rate, whatever the width of the weights",
-    "each kernel costs 2 us besides (some 400 of a call; function bodies: some 1,000), each call "
+    "each kernel costs 2 us besides (some 450 of a call; function bodies: some 1,000), each call "
     "300 us on the host; denoiser calls are captured graphs, context calls are not: their host "
     "enqueues a kernel in 5 us, and the call takes at least as long",
     "calls are counted as large as they are asked for: the runtime pads rows to a power of two and "
-    "a block's extension to the largest block, which costs time that is not counted here",
+    "a row's tokens to 16, 32, 64 or a chunk, which costs time that is not counted here",
     "new states are written, and read and written once more to reach their slot; ids and logits "
     "that cross to the host are not counted",
     "`tensorrt` reads the experts that a batch is routed to, once; `tensorrt-rtx` and "

@@ -163,7 +163,7 @@ def refine_block(
         temperature: [B] float32: 0, or at least 1e-6.
         policy: [B] int32.
         seed: [B] int32, not negative. The noise is a function of seed, position and token: who
-            wants other noise in another step gives another seed, as `scheduler.row_seed` does.
+            wants other noise in another step gives another seed, as `sampling.row_seed` does.
         mask_id: token of a position that is not decided.
 
     Returns:

@@ -1,9 +1,9 @@
-"""The runtime of a device: fixed slots, row buckets, and nothing but ids crossing to the host.
+"""The runtime of a device: fixed slots, row buckets; of a denoise step, only ids cross to the host.
 
 A call covers a window of neighbouring slots, so that states are read where they lie; slots inside
 the window that take no part have length 0. Rows and tokens of calls come in a few sizes, and all
 calls are prepared when the runtime is made. Denoiser calls begin at slot 0, so that each can be
-captured then and is replayed later: one launch per step instead of some thousand.
+captured then and is replayed later: one launch per step instead of some hundreds.
 """
 
 from __future__ import annotations
