@@ -38,7 +38,7 @@ from twotower_engines.flavours.tensorrt_rtx import TensorRtRtxFlavour
 from twotower_engines.manifest import MANIFEST_FILE, Manifest, read_manifest
 from twotower_engines.model_size import read_model_size
 from twotower_engines.partial import partial_folder, put_in_place
-from twotower_engines.plan import MemoryPlan, PlanRequest, plan_memory
+from twotower_engines.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanRequest, plan_memory
 from twotower_engines.precisions import BUILT, PRECISIONS
 from twotower_engines.skus import Sku, find_sku
 
@@ -49,7 +49,6 @@ FLAVOURS: dict[str, Flavour] = {
     for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
 }
 TOKENIZER_FILES = "*token*.json"
-BLOCK_SIZE_MAX = 64
 CONTEXT = 8192
 PLAN_CODE = ("flavours/*.py",)
 SET_CODE = ("build.py", "engine_set.py")

@@ -13,6 +13,7 @@ from .errors import PlanError
 from .fit import gib
 from .plan import GpuMemory
 from .plan_report import PlanReport
+from .plan_text import thousands
 from .precisions import BUILT
 from .roofline import ROWS
 from .skus import GIB
@@ -229,7 +230,7 @@ def _draw_frontier(axes: Any, report: PlanReport) -> None:
         return
     bars = axes.bar(range(len(found)), list(found.values()), color=COLORS[0], width=0.62)
     axes.bar_label(bars, fontsize=8, color=INK)
-    axes.set_xticks(range(len(found)), [_thousands(context) for context in found])
+    axes.set_xticks(range(len(found)), [thousands(context) for context in found])
     axes.set_xlabel("tokens of context per slot")
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -301,7 +302,3 @@ def _rows_axis(axes: Any) -> None:
 def _title(report: PlanReport) -> str:
     plan = report.plan
     return f"{plan.model.parameters_in_words}, {plan.slots} slots x {plan.context} tokens"
-
-
-def _thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)

@@ -56,8 +56,9 @@ class SelfTestResult:
     Attributes:
         status: `passed`: the same tokens, of float32 engines in as many calls. `deviates`: engines
             of lower precision than the golden answer, which agree with it at first. `plausible`:
-            there is no golden answer, or the engines are too small for it, and their answer has nothing that no right
-            answer has. `failed`. `unavailable`: not even that could be tested.
+            there is no golden answer, or the engines are too small for it, and their answer has
+            nothing that no right answer has. `failed`. `unavailable`: not even that could be
+            tested.
         reason: One sentence for people.
         equal_tokens: Tokens before the first that differs.
         tokens: Of the answer.

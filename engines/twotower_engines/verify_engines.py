@@ -14,7 +14,8 @@ from typing import Any
 from .document import Document
 from .engine_set import BUILD_FILE, EngineSet, Limits, file_sha256
 from .errors import BuildError, EnginesError, EngineSetError, PlanError
-from .interface import Interface, TensorSpec, differences, interface_of
+from .flavours.parsing import parse, specs_of
+from .interface import Interface, differences, interface_of
 from .manifest import read_manifest
 from .skus import find_sku
 from .verification import Sources, Verification
@@ -162,11 +163,8 @@ def _reported(parsed: Any) -> Interface | None:
     if not isinstance(parsed, dict) or not {"inputs", "outputs"} <= parsed.keys():
         return None
 
-    def specs(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in values.items()}
-
     try:
-        return Interface(specs(parsed["inputs"]), specs(parsed["outputs"]))
+        return Interface(specs_of(parsed["inputs"]), specs_of(parsed["outputs"]))
     except (AttributeError, TypeError, ValueError) as problem:
         raise EngineSetError(
             f"{BUILD_FILE}: the builder's report of inputs and outputs is malformed; build again"
@@ -179,7 +177,6 @@ def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interfac
     Raises:
         BuildError: The graph is another one, or cannot be parsed.
     """
-    from .flavours.parsing import parse
     from .flavours.rtx_library import find_library
 
     manifest = read_manifest(bundle)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from twotower_engines.errors import BuildError
 from twotower_engines.flavours.process import Library
 from twotower_engines.interface import Interface, TensorSpec
 
-__all__ = ["parse"]
+__all__ = ["parse", "specs_of"]
 
 SECONDS = 300
 
@@ -51,10 +52,11 @@ def parse(graph: Path, library: Library) -> Interface:
                 "export the checkpoint again, and see `twotower doctor`"
             )
         found = json.loads(result.read_text(encoding="utf-8"))
-    return Interface(_specs(found["inputs"]), _specs(found["outputs"]))
+    return Interface(specs_of(found["inputs"]), specs_of(found["outputs"]))
 
 
-def _specs(values: dict[str, Any]) -> dict[str, TensorSpec]:
+def specs_of(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Return inputs or outputs as they were written: name to dtype and shape."""
     return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in values.items()}
 
 
