@@ -40,6 +40,7 @@ __all__ = ["ServerOptions", "TritonServer"]
 
 EXIT_SECONDS = 10  # how long the server may take to unload its models
 KILL_SECONDS = EXIT_SECONDS + 2  # after which it is killed
+GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +189,20 @@ class TritonServer:
             self._process.wait(KILL_SECONDS)
         self.kill()
         self._process.wait()
+        self._wait_for_models()
         self._keeper.kill()
         self._keeper.wait()
         remove_left(self._prefix, self._folder)
+
+    def _wait_for_models(self) -> None:
+        """Wait, seconds at most, until the kernel has let go of the group's killed processes."""
+        end = time.monotonic() + GONE_SECONDS
+        while time.monotonic() < end:
+            try:
+                os.killpg(self._process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.01)
 
     def log_tail(self, lines: int = 30) -> str:
         """Return the end of the server's log, without the noise of a machine that has no GPU."""
