@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent))  # cuda_fake, trt_fake: tests are no package
+
 VOCABULARY = 300
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import cuda_fake as fakes
+import host_device as host
 import numpy as np
 import pytest
 
@@ -29,17 +29,6 @@ from twotower_engines.weights import WeightStore
 
 LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
 FULL_SIZE = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-
-
-def load(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"twotower_tests_{name}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-host, fakes = load("host_device"), load("cuda_fake")
 
 
 @pytest.fixture

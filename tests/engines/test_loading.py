@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import platform
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cuda_fake as cudas
 import pytest
+import trt_fake as trts
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
@@ -23,17 +23,6 @@ from twotower_engines.resident.upload import upload_weights
 from twotower_engines.runtime import open_runtime
 
 LIMITS = Limits(slots=4, context=96, max_tokens_per_call=32, block_size_max=16)
-
-
-def load(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"twotower_tests_{name}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cudas, trts = load("cuda_fake"), load("trt_fake")
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import cuda_fake as cudas
 import pytest
+import trt_fake as trts
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
@@ -19,17 +19,6 @@ from twotower_engines.resident.cuda_device import CudaDevice, CudaError
 from twotower_engines.resident.tensorrt_engine import TensorRtEngine
 
 LIMITS = Limits(slots=4, context=96, max_tokens_per_call=32, block_size_max=16)
-
-
-def load(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"twotower_tests_{name}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cudas, trts = load("cuda_fake"), load("trt_fake")
 
 
 @pytest.fixture
