@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.build_cache import CachedPlan, PlanCache, code_digest, digest_of
+from twotower_engines.build_cache import CachedPlan, PlanCache, digest_of
+from twotower_engines.code_digest import code_digest
 from twotower_engines.engine_set import (
     BUILD_FILE,
     BuildRecord,
@@ -50,8 +51,8 @@ FLAVOURS: dict[str, Flavour] = {
 }
 TOKENIZER_FILES = "*token*.json"
 CONTEXT = 8192
-PLAN_CODE = ("flavours/*.py",)
-SET_CODE = ("build.py", "engine_set.py")
+PLAN_CODE = ("twotower_engines/flavours/*.py",)
+SET_CODE = ("twotower_engines/build.py", "twotower_engines/engine_set.py")
 """Sources that decide what a plan is, and what a set is besides; a recipe knows the kernels'."""
 
 

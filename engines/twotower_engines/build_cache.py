@@ -25,12 +25,11 @@ from .errors import BuildError
 from .flavours.flavour import layers_file
 from .partial import locked, partial_folder, put_in_place
 
-__all__ = ["CachedPlan", "PlanCache", "code_digest", "digest_of"]
+__all__ = ["CachedPlan", "PlanCache", "digest_of"]
 
 PLAN_FILE = "plan"
 RECORD_FILE = "record.json"
 LAYERS_FILE = "layers.json"
-PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +111,6 @@ class PlanCache:
 def _cached(folder: Path, digest: str, report: dict[str, Any]) -> CachedPlan:
     layers = folder / LAYERS_FILE
     return CachedPlan(folder / PLAN_FILE, digest, report, layers if layers.is_file() else None)
-
-
-def code_digest(*patterns: str) -> str:
-    """Return a digest of sources of this package: a version alone gives developers stale plans.
-
-    Args:
-        patterns: As of `Path.glob`, from the package's folder.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in PACKAGE.glob(pattern)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def digest_of(parts: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .code_digest import code_digest
 from .engine_set import BUILD_FILE
 from .errors import BuildError, CheckpointError
 from .weights import read_header, sample_digest
@@ -31,6 +31,8 @@ __all__ = ["cache_root", "cached_engines", "is_hub_id"]
 CONFIG_FILE = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 SKU = "cpu"
+CODE = ("twotower_export/**/*.py", "twotower_engines/**/*.py")
+"""Sources that make engines."""
 
 
 def cache_root() -> Path:
@@ -87,7 +89,8 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 def _key(checkpoint: str) -> str:
     """Return the name of a checkpoint's place in the cache."""
-    digest = hashlib.sha256(_installed().encode())
+    version = importlib.metadata.version("twotower")
+    digest = hashlib.sha256(f"{version} {code_digest(*CODE)}".encode())
     path = Path(checkpoint)
     if path.is_dir():
         for part in _checkpoint_parts(path):
@@ -112,20 +115,6 @@ def _checkpoint_parts(folder: Path) -> Iterator[str]:
     for path in shards:
         read_header(path)  # a truncated shard is refused here rather than after an export
         yield f"{path.name} {path.stat().st_size} {sample_digest(path)}"
-
-
-def _installed() -> str:
-    """Return the version of twotower, and a digest of the code that makes engines.
-
-    The version alone would give a developer the engines of yesterday's code.
-    """
-    digest = hashlib.sha256(importlib.metadata.version("twotower").encode())
-    for package in ("twotower_export", "twotower_engines"):
-        spec = importlib.util.find_spec(package)  # finds a package without importing it
-        for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-            for path in sorted(Path(place).rglob("*.py")):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _run_verb(arguments: Sequence[str], error: type[BuildError] | type[CheckpointError]) -> None:

@@ -7,16 +7,15 @@ caches, hardware compatibility, the search for the GPU) needs a GPU to be seen a
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import platform
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from twotower_engines.cache import cache_root
+from twotower_engines.code_digest import code_digest
 from twotower_engines.errors import BuildError
 from twotower_engines.flavours.flavour import Needs, Order, Target, layers_file
 from twotower_engines.flavours.jobs import check_arch, plan_job, plan_recipe, plan_report
@@ -31,6 +30,13 @@ __all__ = ["TensorRtFlavour"]
 TITLE = "TensorRT"
 OLDEST, NEWEST = (10, 13), (11, 99)
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+KERNEL_CODE = (
+    "twotower_engines/kernels/*.py",
+    "twotower_engines/plugins.py",
+    "twotower_engines/runtime.py",  # the numbers of the policies
+)
+"""Sources of what our plugins embed in a plan."""
+
 INSTALL = "install it from NVIDIA's index with `pip install 'twotower[tensorrt]'`"
 
 
@@ -93,7 +99,7 @@ class TensorRtFlavour:
             **plan_recipe(narrow_profiles(tower, target.limits)),
             # our kernels in place of the ops' bodies: see plugins.py
             "kernels": sku.compute_capability if has_kernels else None,
-            "kernels_sha256": _kernels_digest() if has_kernels else None,
+            "kernels_sha256": code_digest(*KERNEL_CODE) if has_kernels else None,
             "hardware": "SAME_COMPUTE_CAPABILITY" if _is_shared(sku) else None,
             # unlimited, a layer's tactic may take what the plan gave to the weights
             "workspace": target.workspace.get(tower),
@@ -146,16 +152,6 @@ def _timed_on() -> str:
     gpu = local_gpu()
     name = "unknown" if gpu is None else gpu.name
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
-
-
-def _kernels_digest() -> str:
-    """Return a digest of the kernels' sources: a plan carries what they compile to."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    others = [package / "plugins.py", package / "runtime.py"]  # the numbers of the policies
-    for path in [*others, *sorted((package / "kernels").glob("*.py"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _minor(version: str) -> tuple[int, int]:
