@@ -2,7 +2,7 @@
 
 Input: runs of NVIDIA's code on the released checkpoint and traces of masked counts, recorded by
 junze-eng/twotower-repro on two A100 80 GB in bf16 at batch 1. Output: the table that
-`twotower plan` ships, with the burst rates of `twotower_engines.acceptance` fitted to it.
+`twotower plan` ships, with the burst rates of `twotower_engines.planning.acceptance` fitted to it.
 
     python benchmarks/acceptance_statistics.py reference_runs.json denoise_traces.json \
         engines/twotower_engines/data/acceptance.json
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower_engines.acceptance import fit_burst_rate
+from twotower_engines.planning.acceptance import fit_burst_rate
 
 BLOCK = 16
 FITTED_STEPS = 16

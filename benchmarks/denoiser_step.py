@@ -31,16 +31,16 @@ from kernel_cases import routed
 from torch import Tensor
 from torch.nn import functional
 
-from twotower_engines import roofline
 from twotower_engines.errors import PlanError
 from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
 from twotower_engines.kernels.refine import refine_block
 from twotower_engines.kernels.spec import Sizes
-from twotower_engines.local_gpu import local_sku
-from twotower_engines.model_size import ModelSize
-from twotower_engines.routing import distinct_experts
-from twotower_engines.skus import Sku
+from twotower_engines.planning import roofline
+from twotower_engines.planning.local_gpu import local_sku
+from twotower_engines.planning.model_size import ModelSize
+from twotower_engines.planning.routing import distinct_experts
+from twotower_engines.planning.skus import Sku
 from twotower_export.config import ModelConfig
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"

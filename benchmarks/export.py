@@ -39,7 +39,7 @@ sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 import torch
 from sparse_checkpoint import full_config
-from twotower_export.towers import ContextTower, empty_states, on_meta
+from twotower_export.reference.towers import ContextTower, empty_states, on_meta
 config = replace(full_config(), pattern=sys.argv[2])
 tower = on_meta(lambda: ContextTower(config)).eval()
 with torch.device("meta"):
@@ -146,7 +146,7 @@ def measure_functions(folder: Path) -> list[dict[str, Any]]:
     import onnx
     from onnx.inliner import inline_local_functions
 
-    from twotower_engines.flavours.rtx_library import find_library
+    from twotower_engines.building.flavours.rtx_library import find_library
 
     library = find_library()
     rows = []

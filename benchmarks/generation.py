@@ -29,14 +29,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twotower_engines.engine_set import EngineSet, open_engine_set
-from twotower_engines.request import Request
-from twotower_engines.runtime import open_runtime
-from twotower_engines.scheduler import Scheduler
-from twotower_engines.tokenizer import Tokenizer
-from twotower_export.corpus import documents
-from twotower_export.refinement import Rule, refine
-from twotower_export.towers import advance_states, empty_states, load_towers
+from twotower_engines.artifacts.engine_set import EngineSet, open_engine_set
+from twotower_engines.artifacts.tokenizer import Tokenizer
+from twotower_engines.generation.request import Request
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.opening import open_runtime
+from twotower_export.reference.refinement import Rule, refine
+from twotower_export.reference.towers import advance_states, empty_states, load_towers
+from twotower_export.tiny.corpus import documents
 
 RESULTS = Path(__file__).with_name("results")
 NEW_TOKENS, BLOCK, STEPS, THRESHOLD = 96, 16, 16, 0.9

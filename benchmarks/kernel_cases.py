@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower_engines.kernels import experts, mamba, refine
 from twotower_engines.kernels.spec import Sizes
-from twotower_engines.routing import distinct_experts
+from twotower_engines.planning.routing import distinct_experts
 
 __all__ = ["CASES", "Case", "expert_cases", "routed"]
 

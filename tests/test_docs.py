@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from twotower_client.cli import VERBS
-from twotower_engines.plan_cli import plan
+from twotower_engines.cli.plan import plan
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("export/twotower_export", "engines/twotower_engines", "client/twotower_client")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
+from twotower_client.errors import (
     CancelledError,
     ClientError,
     DeadlineError,
@@ -26,12 +26,12 @@ from .errors import (
     ServerBusyError,
     ServerUnavailableError,
 )
-from .result import Answer, Block
+from twotower_client.result import Answer, Block
 
 if TYPE_CHECKING:
-    from .aio import AsyncAnswerStream, AsyncTwoTowerClient
-    from .client import AnswerStream, TwoTowerClient
-    from .request import Options
+    from twotower_client.aio import AsyncAnswerStream, AsyncTwoTowerClient
+    from twotower_client.client import AnswerStream, TwoTowerClient
+    from twotower_client.request import Options
 
 __all__ = [
     "Answer",

@@ -17,7 +17,7 @@ from typing import Any, Self, Unpack
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from .connection import (
+from twotower_client.connection import (
     CHANNEL_OPTIONS,
     GRACE_SECONDS,
     LOOK_SECONDS,
@@ -26,15 +26,15 @@ from .connection import (
     check_seconds,
     closed,
 )
-from .errors import (
+from twotower_client.errors import (
     CancelledError,
     ClientError,
     DeadlineError,
     ModelNotReadyError,
     ServerUnavailableError,
 )
-from .request import MODEL, Options, infer_request, stop_request
-from .response import (
+from twotower_client.request import MODEL, Options, infer_request, stop_request
+from twotower_client.response import (
     answer_of,
     block_of,
     cancelled,
@@ -47,7 +47,7 @@ from .response import (
     too_late,
     unexplained,
 )
-from .result import Answer, Block
+from twotower_client.result import Answer, Block
 
 __all__ = ["AnswerStream", "TwoTowerClient"]
 

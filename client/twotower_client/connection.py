@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .errors import RequestRefusedError
+from twotower_client.errors import RequestRefusedError
 
 __all__ = [
     "CHANNEL_OPTIONS",

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .errors import ClientError
+from twotower_client.errors import ClientError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .result import Answer
+    from twotower_client.result import Answer
 
 __all__ = ["demo"]
 
@@ -196,7 +196,7 @@ def _server(serve: tuple[str, ...]) -> Iterator[None]:
 
 def _ask(url: str, prompt: str, max_new_tokens: int, eos_ids: list[int]) -> None:
     """Stream an answer: the text as it grows, a mark after each block, figures at the end."""
-    from .client import TwoTowerClient
+    from twotower_client.client import TwoTowerClient
 
     click.echo(f"(each {BLOCK_END} ends a block)\n{prompt}", nl=False)
     with TwoTowerClient(url) as client:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import RequestRefusedError
+from twotower_client.errors import RequestRefusedError
 
 if TYPE_CHECKING:
-    from .result import Answer
+    from twotower_client.result import Answer
 
 __all__ = ["generate"]
 
@@ -70,7 +70,7 @@ def generate(
     **given: Any,
 ) -> None:
     """Continue PROMPT with the model of a running server."""
-    from .client import TwoTowerClient
+    from twotower_client.client import TwoTowerClient
 
     options = {name: value for name, value in given.items() if value not in (None, ())}
     prompt, ids = _prompt(prompt, prompt_ids)

@@ -11,7 +11,7 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 
-from .errors import RequestRefusedError
+from twotower_client.errors import RequestRefusedError
 
 __all__ = ["MODEL", "Options", "check_options", "infer_request", "stop_request"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from .errors import (
+from twotower_client.errors import (
     CancelledError,
     ClientError,
     DeadlineError,
@@ -16,8 +16,8 @@ from .errors import (
     ServerBusyError,
     ServerUnavailableError,
 )
-from .request import MODEL
-from .result import Answer, Block
+from twotower_client.request import MODEL
+from twotower_client.result import Answer, Block
 
 __all__ = [
     "answer_of",

@@ -20,9 +20,9 @@ from typing import Any, Final, Literal
 from twotower_export.checkpoint import Checkpoint, Progress
 from twotower_export.config import read_json
 from twotower_export.errors import BundleError, ConfigError
-from twotower_export.golden import golden_for
 from twotower_export.layout import Tower, WeightSource, graph_weights
 from twotower_export.manifest_check import check_manifest
+from twotower_export.reference.golden import golden_for
 from twotower_export.tokens import tokenizer_files
 
 FORMAT: Final = "twotower-bundle"

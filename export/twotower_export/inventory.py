@@ -326,7 +326,7 @@ def fitting_skus(inventory: Inventory, context_tokens: int = 4096) -> Fit | None
 def _memory_of_skus() -> dict[str, int] | None:
     """Bytes by name, from the data file of the engines' package; it is data, no code is loaded."""
     try:
-        table = resources.files("twotower_engines") / "skus.json"
+        table = resources.files("twotower_engines") / "planning" / "skus.json"
         skus = json.loads(table.read_text(encoding="utf-8"))["skus"]
     except (ModuleNotFoundError, FileNotFoundError):
         return None

@@ -157,7 +157,7 @@ def test_a_file_that_the_system_refuses_is_one_line() -> None:
 def test_places_that_cannot_be_written_are_named(tmp_path: Path, arguments: list[str]) -> None:
     from twotower_export.bundle import write_bundle
     from twotower_export.checkpoint import open_checkpoint
-    from twotower_export.tiny import copy_pretrained
+    from twotower_export.tiny.checkpoints import copy_pretrained
 
     places = {name: str(tmp_path / name) for name in ("checkpoint", "bundle", "file")}
     copy_pretrained(places["checkpoint"])

@@ -37,13 +37,13 @@ class RandomEngines:
 
     @cached_property
     def engines(self):
-        from twotower_engines.engine_set import open_engine_set
+        from twotower_engines.artifacts.engine_set import open_engine_set
 
         return open_engine_set(self.folder)
 
     @cached_property
     def runtime(self):
-        from twotower_engines.runtime import open_runtime
+        from twotower_engines.runtime.opening import open_runtime
 
         return open_runtime(self.engines, threads=1)
 
@@ -73,7 +73,7 @@ def random_engines(tmp_path_factory):
     ) -> RandomEngines:  # fmt: skip
         key = repr((pattern, hidden, seed, dtype, poison, equal_towers, sorted(sizes.items())))
         if key not in made:
-            from twotower_export.tiny import write_random_checkpoint
+            from twotower_export.tiny.checkpoints import write_random_checkpoint
 
             folder = tmp_path_factory.mktemp("random")
             sizes.setdefault("vocab_size", VOCABULARY)
@@ -90,7 +90,7 @@ def random_engines(tmp_path_factory):
 
 def _engines_of(folder: Path) -> RandomEngines:
     """Export and build the checkpoint in a folder."""
-    from twotower_engines.build import BuildOptions, build_engines
+    from twotower_engines.building.build import BuildOptions, build_engines
     from twotower_export.bundle import write_bundle
     from twotower_export.checkpoint import open_checkpoint
 
@@ -102,7 +102,7 @@ def _engines_of(folder: Path) -> RandomEngines:
 
 def _poison(checkpoint: Path, token: int, hidden: int) -> None:
     """Make the float32 embedding of a token NaN in both towers."""
-    from twotower_engines.weights import read_header
+    from twotower_engines.artifacts.weights import read_header
 
     for path in checkpoint.glob("*.safetensors"):
         header, start = read_header(path)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 from cuda.bindings import runtime as real
 
-from twotower_engines.resident import cuda_device
+from twotower_engines.runtime.resident import cuda_device
 
 NVIDIAS = {
     "cudaError_t", "cudaMemcpyKind", "cudaStreamCaptureMode", "cudaMemcpy3DParms",

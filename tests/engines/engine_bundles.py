@@ -23,7 +23,7 @@ def write_bundle_of(folder: Path, pattern: str = SMALL, dtype: str = "bfloat16")
     """Write a bundle of a small random checkpoint."""
     from twotower_export.bundle import write_bundle
     from twotower_export.checkpoint import open_checkpoint
-    from twotower_export.tiny import write_random_checkpoint
+    from twotower_export.tiny.checkpoints import write_random_checkpoint
 
     write_random_checkpoint(folder / "checkpoint", pattern, 32, 0, dtype, vocab_size=300)
     write_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle")

@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from twotower_engines.acceptance import calls_per_block, fit_burst_rate, load_acceptance
 from twotower_engines.errors import PlanError
+from twotower_engines.planning.acceptance import calls_per_block, fit_burst_rate, load_acceptance
 
 ACCEPTANCE = load_acceptance()
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from twotower_engines import build_progress
-from twotower_engines.build import BuildOptions, build_engines
-from twotower_engines.build_cli import build
-from twotower_engines.build_progress import BuildProgress
-from twotower_engines.engine_set import BUILD_FILE, file_sha256, open_engine_set
+from twotower_engines.artifacts.engine_set import BUILD_FILE, file_sha256, open_engine_set
+from twotower_engines.building import progress as build_progress
+from twotower_engines.building.build import BuildOptions, build_engines
+from twotower_engines.building.progress import BuildProgress
+from twotower_engines.cli.build import build
 from twotower_engines.errors import BuildError, BundleError, EnginesError, PlanError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -230,7 +230,7 @@ def test_the_json_of_a_build(bundle, tmp_path):
 def test_help_is_quick_and_has_examples():
     result = invoke("--help")
     assert "twotower build bundle --sku cpu engines" in result.output
-    code = "import sys, twotower_engines.build_cli as m; print('onnx' in sys.modules)"
+    code = "import sys, twotower_engines.cli.build as m; print('onnx' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
 

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import pytest
 
-from twotower_engines import build as build_module
-from twotower_engines import build_cache as build_cache_module
-from twotower_engines import partial as partial_module
-from twotower_engines.build import BuildOptions, build_engines
-from twotower_engines.build_cache import PlanCache, digest_of
-from twotower_engines.engine_set import BUILD_FILE, file_sha256, open_engine_set
+from twotower_engines.artifacts import partial as partial_module
+from twotower_engines.artifacts.engine_set import BUILD_FILE, file_sha256, open_engine_set
+from twotower_engines.artifacts.partial import locked, partial_folder, put_in_place
+from twotower_engines.building import build as build_module
+from twotower_engines.building import build_cache as build_cache_module
+from twotower_engines.building.build import BuildOptions, build_engines
+from twotower_engines.building.build_cache import PlanCache, digest_of
+from twotower_engines.building.flavours.flavour import Needs, layers_file
 from twotower_engines.errors import BuildError, EngineSetError
-from twotower_engines.flavours.flavour import Needs, layers_file
-from twotower_engines.partial import locked, partial_folder, put_in_place
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_bundles import descendants, json_of, run_build, start_build, wait_for, write_bundle_of

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from twotower_engines import build, cache
-from twotower_engines.code_digest import code_digest
-from twotower_engines.flavours import tensorrt
+from twotower_engines.building import build
+from twotower_engines.building import checkpoint_engines as cache
+from twotower_engines.building.code_digest import code_digest
+from twotower_engines.building.flavours import tensorrt
 
 
 @pytest.mark.parametrize(

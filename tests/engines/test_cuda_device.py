@@ -15,17 +15,17 @@ import pytest
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
-from twotower_engines.engine_set import Limits
+from twotower_engines.artifacts.engine_set import Limits
+from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import EnginesError, RuntimeLoadError
-from twotower_engines.request import Request
-from twotower_engines.resident import cuda_device
-from twotower_engines.resident.cuda_device import CudaDevice, CudaError, check_peers
-from twotower_engines.resident.device import Box
-from twotower_engines.resident.runtime import ResidentRuntime, Tower
-from twotower_engines.resident.upload import upload_weights
-from twotower_engines.runtime import ExtendRow
-from twotower_engines.scheduler import Scheduler
-from twotower_engines.weights import WeightStore
+from twotower_engines.generation.request import Request
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.interface import ExtendRow
+from twotower_engines.runtime.resident import cuda_device
+from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError, check_peers
+from twotower_engines.runtime.resident.device import Box
+from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
+from twotower_engines.runtime.resident.upload import upload_weights
 
 LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
 FULL_SIZE = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from twotower_client import cli as root
-from twotower_engines import doctor
+from twotower_engines.cli import diagnosis as doctor
 from twotower_engines.serving import installation
 
 ROOT = Path(__file__).resolve().parents[2]

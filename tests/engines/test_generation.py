@@ -13,10 +13,10 @@ import random
 import numpy as np
 import pytest
 
+from twotower_engines.artifacts.policies import POLICIES
 from twotower_engines.errors import GenerationError, RequestError
-from twotower_engines.generation import Generator, Request, RequestLimits, generate
-from twotower_engines.runtime import POLICIES
-from twotower_engines.sampling import row_seed, sample
+from twotower_engines.generation.generator import Generator, Request, RequestLimits, generate
+from twotower_engines.generation.sampling import row_seed, sample
 
 SEED = 1  # of all that is drawn
 MODELS = 11

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 def device():
     if not usable_gpus():
         pytest.skip("needs an NVIDIA GPU")
-    from twotower_engines.resident.cuda_device import CudaDevice
+    from twotower_engines.runtime.resident.cuda_device import CudaDevice
 
     device = CudaDevice(0)
     yield device
@@ -39,7 +39,7 @@ def test_bytes_come_back_as_they_went(device):
 def usable_gpus():
     pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
     from twotower_engines.errors import RuntimeLoadError
-    from twotower_engines.resident.cuda_device import usable_gpus
+    from twotower_engines.runtime.resident.cuda_device import usable_gpus
 
     try:
         return usable_gpus()
@@ -51,7 +51,7 @@ def usable_gpus():
 def devices(device):
     if usable_gpus() < 2:
         pytest.skip("needs two GPUs in one machine")
-    from twotower_engines.resident.cuda_device import CudaDevice, check_peers
+    from twotower_engines.runtime.resident.cuda_device import CudaDevice, check_peers
 
     second = CudaDevice(1)
     check_peers(device, second)
@@ -62,7 +62,7 @@ def devices(device):
 
 def copied_boxes(source_device, target_device):
     """3 layers of 4 rows of 24 bytes into 3 layers of 6 rows of 64; what came, what should."""
-    from twotower_engines.resident.device import Box
+    from twotower_engines.runtime.resident.device import Box
 
     values = np.arange(288, dtype=np.uint8)
     source, target = source_device.allocate(288), target_device.allocate(3 * 6 * 64)
@@ -90,7 +90,7 @@ def test_boxes_go_from_gpu_to_gpu(devices):
 
 
 def test_a_captured_call_repeats_with_new_input(device):
-    from twotower_engines.resident.device import Box
+    from twotower_engines.runtime.resident.device import Box
 
     source, target = (Box(device.allocate(256), 256, 1) for _ in range(2))
     device.upload(source.address, np.zeros(256, np.uint8))
@@ -112,7 +112,7 @@ def test_what_fails_in_a_capture_is_raised_and_the_stream_goes_on(device):
         if len(runs) == 2:
             device.synchronize()  # not allowed while capturing
 
-    from twotower_engines.resident.cuda_device import CudaError
+    from twotower_engines.runtime.resident.cuda_device import CudaError
 
     address = device.allocate(256)
     with pytest.raises(CudaError, match="cudaErrorStreamCaptureUnsupported"):
@@ -136,8 +136,8 @@ def built(request, tmp_path_factory):
     """The trained tiny checkpoint, built for this machine's GPU and for its CPU."""
     module = MODULES[request.param]
     pytest.importorskip(module, reason=f"needs NVIDIA's {module}, from its own index")
-    from twotower_engines.flavours.tensorrt_rtx import CAPABILITIES
-    from twotower_engines.local_gpu import local_sku
+    from twotower_engines.building.flavours.tensorrt_rtx import CAPABILITIES
+    from twotower_engines.planning.local_gpu import local_sku
 
     if not usable_gpus():
         pytest.skip("needs an NVIDIA GPU")
@@ -159,7 +159,7 @@ def built(request, tmp_path_factory):
 
 def gpus_and_cpus(built):
     """The two engine sets, that for the GPU first."""
-    from twotower_engines.engine_set import BUILD_FILE, open_engine_set
+    from twotower_engines.artifacts.engine_set import BUILD_FILE, open_engine_set
 
     found = [open_engine_set(path.parent) for path in built.glob(f"*/{BUILD_FILE}")]
     return sorted(found, key=lambda one: one.build.flavour == "onnxruntime")
@@ -167,10 +167,10 @@ def gpus_and_cpus(built):
 
 def test_plans_answer_as_the_cpu_flavour_does(built):
     """bfloat16 against float32 on trained weights: near-ties may differ, answers as a whole not."""
-    from twotower_engines.request import Request
-    from twotower_engines.runtime import open_runtime
-    from twotower_engines.scheduler import Scheduler
-    from twotower_engines.tokenizer import Tokenizer
+    from twotower_engines.artifacts.tokenizer import Tokenizer
+    from twotower_engines.generation.request import Request
+    from twotower_engines.generation.scheduler import Scheduler
+    from twotower_engines.runtime.opening import open_runtime
 
     prompt = "Mia the fox lived by the river. Mia had a red kite and loved it more than anything."
     answers = {}
@@ -197,7 +197,7 @@ def test_two_gpus_answer_as_one_does(built):
         pytest.skip("needs two GPUs in one machine")
     from dataclasses import replace
 
-    from twotower_engines.generation import Request, generate
+    from twotower_engines.generation.generator import Request, generate
 
     engines = gpus_and_cpus(built)[0]
     extra = {**engines.build.extra, "placement": {"context": 0, "denoiser": 1}}
@@ -208,7 +208,7 @@ def test_two_gpus_answer_as_one_does(built):
 
 
 def test_verify_finds_nothing_wrong(built):
-    from twotower_engines.verify_engines import verify_engines
+    from twotower_engines.verify.engines import verify_engines
 
     engines, cpu = gpus_and_cpus(built)
     found = verify_engines(engines, against=cpu)
@@ -242,7 +242,7 @@ def test_what_does_not_fit_this_machine_is_refused(built, change, message):
     from dataclasses import replace
 
     from twotower_engines.errors import RuntimeLoadError
-    from twotower_engines.runtime import open_runtime
+    from twotower_engines.runtime.opening import open_runtime
 
     engines, _ = gpus_and_cpus(built)
     if "extra" in change:

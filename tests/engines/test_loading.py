@@ -14,13 +14,18 @@ import trt_fake as trts
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
-from twotower_engines.engine_set import BuildRecord, Limits, PlanFile, file_sha256
+from twotower_engines.artifacts.engine_set import BuildRecord, Limits, PlanFile, file_sha256
 from twotower_engines.errors import EngineSetError, RuntimeLoadError
-from twotower_engines.resident import loading
-from twotower_engines.resident.cuda_device import CudaDevice, CudaError
-from twotower_engines.resident.refusals import check_build, check_gpus, check_room, placement
-from twotower_engines.resident.upload import upload_weights
-from twotower_engines.runtime import open_runtime
+from twotower_engines.runtime.opening import open_runtime
+from twotower_engines.runtime.resident import loading
+from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError
+from twotower_engines.runtime.resident.refusals import (
+    check_build,
+    check_gpus,
+    check_room,
+    placement,
+)
+from twotower_engines.runtime.resident.upload import upload_weights
 
 LIMITS = Limits(slots=4, context=96, max_tokens_per_call=32, block_size_max=16)
 

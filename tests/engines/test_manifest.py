@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from twotower_engines.engine_set import (
+from twotower_engines.artifacts.engine_set import (
     BUILD_FILE,
     BuildRecord,
     Limits,
@@ -16,8 +16,8 @@ from twotower_engines.engine_set import (
     open_engine_set,
     write_build_record,
 )
+from twotower_engines.artifacts.manifest import MANIFEST_FILE, read_manifest
 from twotower_engines.errors import BundleError, EngineSetError
-from twotower_engines.manifest import MANIFEST_FILE, read_manifest
 
 
 @pytest.fixture(scope="module")

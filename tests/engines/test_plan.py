@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from twotower_engines.errors import PlanError
-from twotower_engines.fit import largest_context, largest_slots, refusal, require_fit
-from twotower_engines.model_size import ModelSize, read_model_size
-from twotower_engines.plan import PlanRequest, plan_memory, resolve_precision
-from twotower_engines.precisions import PRECISIONS, Precision
-from twotower_engines.skus import GIB, find_sku, known_skus
+from twotower_engines.planning.fit import largest_context, largest_slots, refusal, require_fit
+from twotower_engines.planning.model_size import ModelSize, read_model_size
+from twotower_engines.planning.plan import PlanRequest, plan_memory, resolve_precision
+from twotower_engines.planning.precisions import PRECISIONS, Precision
+from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.planning.skus import GIB, known_skus
 
 FULL_SIZE = Path(__file__).with_name("full_size")
 MIB = 1 << 20

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from twotower_engines.cli.plan import plan
 from twotower_engines.errors import PlanError
-from twotower_engines.plan_cli import plan
 
 FULL_SIZE = Path(__file__).with_name("full_size")
 PNG = b"\x89PNG\r\n"
@@ -172,7 +172,7 @@ def test_the_command_line_exits_with_2_and_no_traceback():
 
 def test_planning_loads_nothing_heavy():
     code = (
-        "import sys; from twotower_engines.plan_cli import plan;"
+        "import sys; from twotower_engines.cli.plan import plan;"
         f"plan.main([{str(FULL_SIZE)!r}, '--sku', 'h200'], standalone_mode=False);"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt', 'matplotlib', 'numpy'};"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or None)"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from twotower_engines import progress
-from twotower_engines.progress import ByteMeter
+from twotower_engines.runtime import progress
+from twotower_engines.runtime.progress import ByteMeter
 
 
 @pytest.fixture

@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twotower_engines.engine_set import Limits
+from twotower_engines.artifacts.engine_set import Limits
+from twotower_engines.artifacts.policies import POLICIES
+from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import CheckpointError, RuntimeLoadError
-from twotower_engines.request import Request
-from twotower_engines.resident.calls import call_sizes, token_bucket
-from twotower_engines.resident.device import Device
-from twotower_engines.resident.runtime import ResidentRuntime, Tower
-from twotower_engines.resident.states import state_kinds, window_step
-from twotower_engines.resident.upload import tower_bytes, upload_weights, weight_bytes
-from twotower_engines.runtime import POLICIES, DenoiseRow, ExtendRow, PredictRow, open_runtime
-from twotower_engines.scheduler import Scheduler
-from twotower_engines.weights import WeightStore
+from twotower_engines.generation.request import Request
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.opening import open_runtime
+from twotower_engines.runtime.resident.calls import call_sizes, token_bucket
+from twotower_engines.runtime.resident.device import Device
+from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
+from twotower_engines.runtime.resident.states import state_kinds, window_step
+from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_bytes
 
 LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from twotower_engines import routing
-from twotower_engines.acceptance import Calls, load_acceptance
-from twotower_engines.model_size import read_model_size
-from twotower_engines.plan import PlanRequest, plan_memory
-from twotower_engines.roofline import (
+from twotower_engines.planning import routing
+from twotower_engines.planning.acceptance import Calls, load_acceptance
+from twotower_engines.planning.model_size import read_model_size
+from twotower_engines.planning.plan import PlanRequest, plan_memory
+from twotower_engines.planning.roofline import (
     ROWS,
     Machine,
     ar_throughput,
@@ -18,8 +18,8 @@ from twotower_engines.roofline import (
     denoiser_step,
     throughput,
 )
-from twotower_engines.routing import distinct_experts, load_routing, uniform_experts
-from twotower_engines.skus import find_sku
+from twotower_engines.planning.routing import distinct_experts, load_routing, uniform_experts
+from twotower_engines.planning.sku_lookup import find_sku
 
 MODEL = read_model_size(Path(__file__).with_name("full_size"))
 H200 = Machine(find_sku("h200"), "tensorrt", "bf16")
@@ -106,7 +106,9 @@ def test_bytes_of_one_autoregressive_token():
 
 @pytest.mark.parametrize(("experts", "gigabytes"), [(60, 31), (69, 35), (90, 45), (128, 62)])
 def test_bytes_by_distinct_experts(monkeypatch, experts, gigabytes):
-    monkeypatch.setattr("twotower_engines.roofline.distinct_experts", lambda *_: float(experts))
+    monkeypatch.setattr(
+        "twotower_engines.planning.roofline.distinct_experts", lambda *_: float(experts)
+    )
     assert weights(denoiser_step(MODEL, H200, 1, 0)) == pytest.approx(gigabytes * 1e9, rel=0.02)
 
 

@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 from twotower_client.cli import cli
-from twotower_engines.cache import cached_engines, is_hub_id
-from twotower_engines.engine_set import BUILD_FILE
+from twotower_engines.artifacts.engine_set import BUILD_FILE
+from twotower_engines.artifacts.tokenizer import Tokenizer
+from twotower_engines.building.checkpoint_engines import cached_engines, is_hub_id
+from twotower_engines.cli.run import run
 from twotower_engines.errors import CheckpointError, EnginesError, EngineSetError
-from twotower_engines.run_cli import run
-from twotower_engines.tokenizer import Tokenizer
 
 COMMAND = [sys.executable, "-m", "twotower_client.cli", "run"]
 
@@ -158,7 +158,7 @@ def test_a_moved_checkpoint_is_named(made, tmp_path):
     ],
 )
 def test_bad_requests_are_refused_before_engines_are_loaded(made, monkeypatch, arguments, message):
-    monkeypatch.setattr("twotower_engines.generation.open_runtime", None)
+    monkeypatch.setattr("twotower_engines.generation.generator.open_runtime", None)
     problem = invoke(made.folder, *arguments).exception
     assert isinstance(problem, EnginesError)
     assert message in str(problem)
@@ -183,7 +183,7 @@ def test_bad_requests_are_refused_before_engines_are_loaded(made, monkeypatch, a
 def test_bad_requests_are_refused_before_a_checkpoint_is_exported(
     made, monkeypatch, arguments, message
 ):
-    monkeypatch.setattr("twotower_engines.cache.cached_engines", None)
+    monkeypatch.setattr("twotower_engines.building.checkpoint_engines.cached_engines", None)
     problem = invoke(made.checkpoint, *arguments).exception
     assert isinstance(problem, EnginesError)
     assert message in str(problem)
@@ -234,7 +234,7 @@ def test_the_command_prints_errors_without_a_traceback(made):
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys, twotower_engines.run_cli; "
+        "import sys, twotower_engines.cli.run; "
         "print({'numpy', 'onnxruntime', 'tokenizers', 'torch'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -244,8 +244,8 @@ def test_help_loads_nothing_heavy():
 
 def test_the_readmes_prompt_is_answered_in_the_words_of_the_corpus(tmp_path, monkeypatch):
     """The line as it stands, on what the lines before it make of the checkpoint that is shipped."""
-    from twotower_export.corpus import vocabulary, words
-    from twotower_export.tiny import copy_pretrained
+    from twotower_export.tiny.checkpoints import copy_pretrained
+    from twotower_export.tiny.corpus import vocabulary, words
 
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^twotower run engines .*$", readme, re.M)
@@ -294,7 +294,7 @@ def test_a_checkpoint_is_exported_and_built_once(made, tmp_path):
 
 
 def test_another_checkpoint_has_engines_of_its_own(made, random_engines, tmp_path):
-    from twotower_engines.cache import _key
+    from twotower_engines.building.checkpoint_engines import _key
 
     other = random_engines(seed=11)
     assert _key(str(made.checkpoint)) != _key(str(other.checkpoint))

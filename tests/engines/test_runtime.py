@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from twotower_engines.engine_set import PlanFile, file_sha256, open_engine_set
+from twotower_engines.artifacts.engine_set import PlanFile, file_sha256, open_engine_set
 from twotower_engines.errors import CheckpointError, EngineSetError, RuntimeLoadError
-from twotower_engines.onnxruntime_runtime import CAPACITY_STEP, OnnxRuntime
-from twotower_engines.runtime import DenoiseRow, ExtendRow, PredictRow, open_runtime
-from twotower_engines.sampling import row_seed
+from twotower_engines.generation.sampling import row_seed
+from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.onnxruntime import CAPACITY_STEP, OnnxRuntime
+from twotower_engines.runtime.opening import open_runtime
 
 VOCABULARY = 300
 TOLERANCE = 1e-4  # relative to the largest logit

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, kstest
 
-from twotower_engines.sampling import filtered_probabilities, row_seed, sample, uniform
+from twotower_engines.generation.sampling import filtered_probabilities, row_seed, sample, uniform
 
 DRAWS = 4000
 LOGITS = np.array([2.0, 1.0, 1.0, 0.5, -1.0, -40.0, 1.9, 0.0], np.float32)

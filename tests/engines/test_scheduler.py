@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from twotower_engines.engine_set import Limits
+from twotower_engines.artifacts.engine_set import Limits
+from twotower_engines.artifacts.policies import POLICIES
 from twotower_engines.errors import RequestError
-from twotower_engines.onnxruntime_runtime import OnnxRuntime
-from twotower_engines.request import Request
-from twotower_engines.runtime import POLICIES
-from twotower_engines.scheduler import Scheduler
+from twotower_engines.generation.request import Request
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.onnxruntime import OnnxRuntime
 
 POISON = 77
 

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from twotower_engines.build import BuildOptions, build_engines
-from twotower_engines.engine_set import open_engine_set
+from twotower_engines.artifacts.engine_set import open_engine_set
+from twotower_engines.artifacts.policies import POLICIES
+from twotower_engines.building.build import BuildOptions, build_engines
+from twotower_engines.cli.self_test import selftest
 from twotower_engines.errors import BundleError, GenerationError
-from twotower_engines.generation import Result
-from twotower_engines.request import Request
-from twotower_engines.runtime import POLICIES, Denoised, open_runtime
-from twotower_engines.self_test import GoldenAnswer, check, golden_request, judge
-from twotower_engines.self_test_cli import selftest
-from twotower_export import golden as exporter
+from twotower_engines.generation.generator import Result
+from twotower_engines.generation.request import Request
+from twotower_engines.runtime.interface import Denoised
+from twotower_engines.runtime.opening import open_runtime
+from twotower_engines.verify.self_test import GoldenAnswer, check, golden_request, judge
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.tiny import copy_pretrained, write_random_checkpoint
+from twotower_export.reference import golden as exporter
+from twotower_export.tiny.checkpoints import copy_pretrained, write_random_checkpoint
 
 REQUEST_KEYS = ("prompt_ids", "mode", "max_new_tokens", "block_size", "steps", "threshold")
 
@@ -110,7 +112,7 @@ def test_without_a_golden_answer_right_engines_are_plausible(engines):
     result = outcome_of(engines)
     assert result.status == "plausible", result.reason
     assert result.ok
-    assert "python -m twotower_export.golden" in result.reason
+    assert "python -m twotower_export.reference.golden" in result.reason
     assert (result.tokens, result.equal_tokens) == (48, 0)
     assert 0 < result.denoiser_calls < 24
     assert golden_request(open_engine_set(engines)) == request

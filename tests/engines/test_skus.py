@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from twotower_engines.errors import PlanError
-from twotower_engines.local_gpu import LocalGpu, local_gpu
-from twotower_engines.skus import GIB, find_sku, known_skus, precisions_of, resolve_skus
+from twotower_engines.planning.local_gpu import LocalGpu, local_gpu
+from twotower_engines.planning.sku_lookup import find_sku, resolve_skus
+from twotower_engines.planning.skus import GIB, known_skus, precisions_of
 
 NAMES = [
     *("a100-40", "a100-80", "a10", "l4", "l40s", "rtx-4090"),

@@ -13,10 +13,10 @@ import trt_fake as trts
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
-from twotower_engines.engine_set import Limits
+from twotower_engines.artifacts.engine_set import Limits
 from twotower_engines.errors import RuntimeLoadError
-from twotower_engines.resident.cuda_device import CudaDevice, CudaError
-from twotower_engines.resident.tensorrt_engine import TensorRtEngine
+from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError
+from twotower_engines.runtime.resident.tensorrt_engine import TensorRtEngine
 
 LIMITS = Limits(slots=4, context=96, max_tokens_per_call=32, block_size_max=16)
 
@@ -40,8 +40,8 @@ def open_engine(trt, tmp_path, device=None):
 
 def test_the_fakes_names_are_nvidias():
     """NVIDIA's bindings import where the extra [rtx-aot] is; in a process of their own."""
+    from twotower_engines.building.flavours.rtx_library import find_library
     from twotower_engines.errors import BuildError
-    from twotower_engines.flavours.rtx_library import find_library
 
     try:
         library = find_library()

@@ -15,20 +15,21 @@ from pathlib import Path
 
 import pytest
 
-from twotower_engines import build as build_module
-from twotower_engines.build import FLAVOURS, BuildOptions, build_engines
-from twotower_engines.engine_set import Limits
+from twotower_engines.artifacts.engine_set import Limits
+from twotower_engines.artifacts.manifest import read_manifest
+from twotower_engines.building import build as build_module
+from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
+from twotower_engines.building.flavours import tensorrt as module
+from twotower_engines.building.flavours.flavour import Needs, Order, Target
+from twotower_engines.building.flavours.jobs import plan_recipe
+from twotower_engines.building.flavours.library_build import RefusedError, _configure, _opened
+from twotower_engines.building.flavours.profiles import narrow_profiles, wide_profiles
+from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
 from twotower_engines.errors import BuildError
-from twotower_engines.flavours import tensorrt as module
-from twotower_engines.flavours.flavour import Needs, Order, Target
-from twotower_engines.flavours.jobs import plan_recipe
-from twotower_engines.flavours.library_build import RefusedError, _configure, _opened
-from twotower_engines.flavours.profiles import narrow_profiles, wide_profiles
-from twotower_engines.flavours.tensorrt import TensorRtFlavour
-from twotower_engines.local_gpu import LocalGpu
-from twotower_engines.manifest import read_manifest
-from twotower_engines.plan import plan_memory
-from twotower_engines.skus import GIB, find_sku, known_skus
+from twotower_engines.planning.local_gpu import LocalGpu
+from twotower_engines.planning.plan import plan_memory
+from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.planning.skus import GIB, known_skus
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_bundles import write_bundle_of

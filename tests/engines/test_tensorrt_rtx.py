@@ -16,18 +16,23 @@ from pathlib import Path
 
 import pytest
 
-from twotower_engines.build import BuildOptions, build_engines
-from twotower_engines.engine_set import Limits, open_engine_set
+from twotower_engines.artifacts.engine_set import Limits, open_engine_set
+from twotower_engines.artifacts.manifest import read_manifest
+from twotower_engines.building.build import BuildOptions, build_engines
+from twotower_engines.building.flavours import process as process_module
+from twotower_engines.building.flavours import rtx_library
+from twotower_engines.building.flavours.flavour import Order, Target
+from twotower_engines.building.flavours.jobs import graph_inputs, plan_job, plan_recipe
+from twotower_engines.building.flavours.process import Library, build_plans, check_library
+from twotower_engines.building.flavours.profiles import (
+    Profile,
+    Sizes,
+    narrow_profiles,
+    wide_profiles,
+)
+from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
 from twotower_engines.errors import BuildError
-from twotower_engines.flavours import process as process_module
-from twotower_engines.flavours import rtx_library
-from twotower_engines.flavours.flavour import Order, Target
-from twotower_engines.flavours.jobs import graph_inputs, plan_job, plan_recipe
-from twotower_engines.flavours.process import Library, build_plans, check_library
-from twotower_engines.flavours.profiles import Profile, Sizes, narrow_profiles, wide_profiles
-from twotower_engines.flavours.tensorrt_rtx import TensorRtRtxFlavour
-from twotower_engines.manifest import read_manifest
-from twotower_engines.skus import find_sku
+from twotower_engines.planning.sku_lookup import find_sku
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_bundles import (
@@ -177,7 +182,7 @@ def test_a_plan_holds_no_weights(library, tmp_path):
     for name, experts in (("few", 4), ("many", 400)):
         from twotower_export.bundle import write_bundle
         from twotower_export.checkpoint import open_checkpoint
-        from twotower_export.tiny import write_random_checkpoint
+        from twotower_export.tiny.checkpoints import write_random_checkpoint
 
         folder = tmp_path / name
         write_random_checkpoint(folder / "c", "E", 32, 0, "bfloat16", num_experts=experts)

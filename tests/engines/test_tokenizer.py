@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS, TextStream, Tokenizer, added_text
 from twotower_engines.errors import TokenizerError
-from twotower_engines.tokenizer import PREVIOUS_IDS, TextStream, Tokenizer, added_text
 
 TEXTS = [
     "Nora had a small boat.",

@@ -21,40 +21,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twotower_engines import verify_running as module
-from twotower_engines.build import BuildOptions, build_engines
-from twotower_engines.compare_outputs import _as_taken, _decoded, _encoded
-from twotower_engines.compare_runtimes import compare_runtimes
-from twotower_engines.differences import TOLERANCES, compare_arrays
-from twotower_engines.engine_set import (
+from twotower_engines.artifacts.engine_interface import (
+    Interface,
+    TensorSpec,
+    differences,
+    interface_of,
+)
+from twotower_engines.artifacts.engine_set import (
     BuildRecord,
     Limits,
     PlanFile,
     open_engine_set,
     write_build_record,
 )
+from twotower_engines.artifacts.weights import WeightStore
+from twotower_engines.building.build import BuildOptions, build_engines
+from twotower_engines.building.flavours.parsing import parse
+from twotower_engines.building.flavours.profiles import narrow_profiles
+from twotower_engines.building.flavours.rtx_library import find_library
 from twotower_engines.errors import EngineSetError, PlanError
-from twotower_engines.flavours.parsing import parse
-from twotower_engines.flavours.profiles import narrow_profiles
-from twotower_engines.flavours.rtx_library import find_library
-from twotower_engines.interface import Interface, TensorSpec, differences, interface_of
-from twotower_engines.local_gpu import LocalGpu
-from twotower_engines.resident.runtime import Tower
-from twotower_engines.resident.upload import upload_weights
-from twotower_engines.runtime import open_runtime
-from twotower_engines.skus import find_sku
-from twotower_engines.verification import Sources, Verification
-from twotower_engines.verify_engines import verify_engines
-from twotower_engines.verify_running import (
+from twotower_engines.planning.local_gpu import LocalGpu
+from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.runtime.opening import open_runtime
+from twotower_engines.runtime.resident.runtime import Tower
+from twotower_engines.runtime.resident.upload import upload_weights
+from twotower_engines.verify import running as module
+from twotower_engines.verify.differences import TOLERANCES, compare_arrays
+from twotower_engines.verify.engines import verify_engines
+from twotower_engines.verify.outputs import _as_taken, _decoded, _encoded
+from twotower_engines.verify.report import Sources, Verification
+from twotower_engines.verify.running import (
     cpu_engines,
     verify_golden,
     verify_loaded,
     verify_outputs,
 )
-from twotower_engines.weights import WeightStore
+from twotower_engines.verify.runtimes import compare_runtimes
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.tiny import write_random_checkpoint
+from twotower_export.tiny.checkpoints import write_random_checkpoint
 
 LIMITS = Limits(slots=6, context=256, max_tokens_per_call=256, block_size_max=32)
 TOWERS = ("context", "denoiser")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from twotower_engines.artifacts.weights import WeightStore, _widen, read_header, sample_digest
 from twotower_engines.errors import CheckpointError
-from twotower_engines.weights import WeightStore, _widen, read_header, sample_digest
 
 
 @pytest.fixture(scope="module")

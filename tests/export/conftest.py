@@ -18,7 +18,7 @@ def exported(tmp_path_factory):
 
     from twotower_export.bundle import write_bundle
     from twotower_export.checkpoint import open_checkpoint
-    from twotower_export.tiny import write_random_checkpoint
+    from twotower_export.tiny.checkpoints import write_random_checkpoint
 
     folder = tmp_path_factory.mktemp("verify")
     write_random_checkpoint(

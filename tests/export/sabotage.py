@@ -11,7 +11,7 @@ import json
 import onnx
 
 from twotower_export.verification.target import open_target
-from twotower_export.verify import verify
+from twotower_export.verification.verify import verify
 
 PATTERN = "ME*M"
 

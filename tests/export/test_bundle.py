@@ -17,10 +17,10 @@ from twotower_export import bundle as bundle_module
 from twotower_export.agreement import check_agreement
 from twotower_export.bundle import read_manifest, write_bundle
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.cli import export_command, inspect_command
+from twotower_export.cli.export import export_command, inspect_command
 from twotower_export.config import config_json
 from twotower_export.errors import BundleError, ExportError
-from twotower_export.tiny import tiny_config
+from twotower_export.tiny.checkpoints import tiny_config
 
 CONFIG = tiny_config("ME*", hidden=16)
 FLOAT32 = ("A_log", "gate.weight")

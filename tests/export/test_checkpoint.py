@@ -25,7 +25,7 @@ from sparse_checkpoint import HUB_ID, REVISION, write_sparse_checkpoint
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
 from twotower_export.config import config_json
 from twotower_export.errors import CheckpointError, ConfigError
-from twotower_export.tiny import tiny_config
+from twotower_export.tiny.checkpoints import tiny_config
 
 CONFIG = tiny_config("ME*", hidden=16)
 FIRST = "model-00001-of-00003.safetensors"

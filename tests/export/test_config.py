@@ -11,7 +11,7 @@ from sparse_checkpoint import FULL_CONFIG, FULL_PARAMETERS, FULL_PATTERN, FULL_T
 from twotower_export.config import ModelConfig, config_json, read_config, read_json
 from twotower_export.errors import ConfigError, ExportError
 from twotower_export.layout import expected_tensors, graph_weights, source_shape
-from twotower_export.tiny import tiny_config
+from twotower_export.tiny.checkpoints import tiny_config
 
 
 def test_released_configuration_is_read():

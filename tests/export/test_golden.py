@@ -10,12 +10,12 @@ import pytest
 import reference
 from reference import ReferenceModel, generate_ar, generate_mask_diffusion
 
-from twotower_export import golden as module
-from twotower_export import sequence
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.errors import ExportError
-from twotower_export.golden import (
+from twotower_export.reference import golden as module
+from twotower_export.reference import sequence
+from twotower_export.reference.golden import (
     BLOCK_SIZE,
     MAX_NEW_TOKENS,
     compute_golden,
@@ -25,8 +25,8 @@ from twotower_export.golden import (
     stream_golden,
     write_golden,
 )
-from twotower_export.refinement import POLICIES, Rule, gumbel, refine
-from twotower_export.tiny import (
+from twotower_export.reference.refinement import POLICIES, Rule, gumbel, refine
+from twotower_export.tiny.checkpoints import (
     copy_pretrained,
     random_tensors,
     tiny_config,
@@ -105,7 +105,7 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
     monkeypatch.setattr(module, "FLOAT32_BOUND", 1000)
     golden, missing = golden_for(checkpoint)
     assert golden is None
-    assert f"python -m twotower_export.golden {checkpoint.path}" in missing["reason"]
+    assert f"python -m twotower_export.reference.golden {checkpoint.path}" in missing["reason"]
     assert "\n" not in missing["reason"]
     monkeypatch.undo()
     computed = golden_for(checkpoint)[0]
@@ -173,7 +173,9 @@ def test_the_trained_checkpoint_ships_a_golden_answer_that_is_still_right(tmp_pa
     copy_pretrained(tmp_path / "trained")
     trained = open_checkpoint(tmp_path / "trained")
     shipped, computed = read_golden(trained), compute_golden(trained)
-    assert shipped is not None, "run: python -m twotower_export.golden export/.../data/tiny"
+    assert shipped is not None, (
+        "run: python -m twotower_export.reference.golden export/.../data/tiny"
+    )
     versions = ("computed_with",)
     for name, value in computed.items():
         if name not in versions:

@@ -18,8 +18,8 @@ from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.body import Body, in_section, inputs
 from twotower_export.graph.layers import FLOAT_WEIGHTS
 from twotower_export.layout import graph_weights
-from twotower_export.tiny import random_tensors, tiny_config
-from twotower_export.towers import ContextTower, Denoiser
+from twotower_export.reference.towers import ContextTower, Denoiser
+from twotower_export.tiny.checkpoints import random_tensors, tiny_config
 
 TOLERANCE = 1e-4
 CAPACITY = 37

@@ -13,7 +13,7 @@ from hub_server import HubServer
 
 from twotower_export import hub
 from twotower_export.bundle import read_manifest
-from twotower_export.tiny import tiny_config
+from twotower_export.tiny.checkpoints import tiny_config
 
 ID = "somebody/TwoTower-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

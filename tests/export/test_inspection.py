@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
-from twotower_export.cli import export_command, inspect_command
+from twotower_export.cli.export import export_command, inspect_command
 from twotower_export.errors import BundleError, CheckpointError, ExportError
 from twotower_export.inspection import inspect_source
-from twotower_export.tiny import tiny_config
+from twotower_export.tiny.checkpoints import tiny_config
 from twotower_export.verification.target import open_target
 
 CONFIG = tiny_config("ME*", hidden=16)

@@ -19,12 +19,12 @@ from sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 
 from twotower_export import nemotron_h
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.cli import export_command
+from twotower_export.cli.export import export_command
 from twotower_export.errors import BundleError
 from twotower_export.layout import base_name
 from twotower_export.nemotron_h import write_nemotron_h
-from twotower_export.tiny import tiny_config, write_random_checkpoint
-from twotower_export.towers import empty_states, load_towers
+from twotower_export.reference.towers import empty_states, load_towers
+from twotower_export.tiny.checkpoints import tiny_config, write_random_checkpoint
 
 CONFIG = tiny_config("ME*", hidden=16)
 

@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 
 from twotower_export.graph import build_refine_graph
-from twotower_export.refinement import POLICIES, Rule
-from twotower_export.refinement import refine as rules_refine
-from twotower_export.tiny import tiny_config
+from twotower_export.reference.refinement import POLICIES, Rule
+from twotower_export.reference.refinement import refine as rules_refine
+from twotower_export.tiny.checkpoints import tiny_config
 
 MASK = 3
 V = 261

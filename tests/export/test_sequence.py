@@ -11,8 +11,8 @@ import pytest
 from sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.sequence import LoadedTowers, StreamedTowers
-from twotower_export.tiny import write_random_checkpoint
+from twotower_export.reference.sequence import LoadedTowers, StreamedTowers
+from twotower_export.tiny.checkpoints import write_random_checkpoint
 
 TOWERS = ("context", "denoiser")
 
@@ -31,7 +31,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.sequence import StreamedTowers
+from twotower_export.reference.sequence import StreamedTowers
 
 def status(key):
     text = Path("/proc/self/status").read_text()

@@ -13,14 +13,20 @@ from reference import ReferenceModel, logsumexp
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from twotower_export.cli.tiny import tiny
 from twotower_export.config import config_json, read_config
-from twotower_export.corpus import documents, fact_documents, story_documents, words
-from twotower_export.corpus.facts import FACTS
 from twotower_export.errors import ConfigError, ExportError
 from twotower_export.layout import expected_tensors
-from twotower_export.tiny import TinyError, copy_pretrained, tiny_config, write_random_checkpoint
-from twotower_export.tiny_cli import LineMeter, tiny
-from twotower_export.tokenizer import train_tokenizer
+from twotower_export.progress import LineMeter
+from twotower_export.tiny.checkpoints import (
+    TinyError,
+    copy_pretrained,
+    tiny_config,
+    write_random_checkpoint,
+)
+from twotower_export.tiny.corpus import documents, fact_documents, story_documents, words
+from twotower_export.tiny.corpus.facts import FACTS
+from twotower_export.tiny.tokenizer import train_tokenizer
 
 
 def stored(folder):

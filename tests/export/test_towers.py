@@ -9,9 +9,8 @@ from reference import ReferenceModel, generate_mask_diffusion, rounded_to_bfloat
 from torch_generation import generate
 
 from twotower_export.layout import expected_tensors
-from twotower_export.mixers import selective_scan
-from twotower_export.tiny import random_tensors, tiny_config, write_random_checkpoint
-from twotower_export.towers import (
+from twotower_export.reference.mixers import selective_scan
+from twotower_export.reference.towers import (
     ContextTower,
     Denoiser,
     Towers,
@@ -19,6 +18,7 @@ from twotower_export.towers import (
     empty_states,
     load_towers,
 )
+from twotower_export.tiny.checkpoints import random_tensors, tiny_config, write_random_checkpoint
 
 MASK = 3
 ODD_SIZES = {

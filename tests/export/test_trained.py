@@ -11,10 +11,7 @@ from tokenizers import Tokenizer
 from torch_generation import END_ID, generate
 
 from twotower_export.config import read_config
-from twotower_export.corpus import fact_documents, story_documents, vocabulary, words
-from twotower_export.tiny import copy_pretrained, tiny_config
-from twotower_export.tokenizer import train_tokenizer
-from twotower_export.towers import (
+from twotower_export.reference.towers import (
     ContextTower,
     Denoiser,
     Towers,
@@ -22,7 +19,10 @@ from twotower_export.towers import (
     empty_states,
     load_towers,
 )
-from twotower_export.training import (
+from twotower_export.tiny.checkpoints import copy_pretrained, tiny_config
+from twotower_export.tiny.corpus import fact_documents, story_documents, vocabulary, words
+from twotower_export.tiny.tokenizer import train_tokenizer
+from twotower_export.tiny.training import (
     Recipe,
     batches,
     context_of_blocks,

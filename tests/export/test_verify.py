@@ -24,14 +24,14 @@ from sabotage import (
     run,
 )
 
-from twotower_engines.engine_set import BuildRecord, Limits, PlanFile, write_build_record
+from twotower_engines.artifacts.engine_set import BuildRecord, Limits, PlanFile, write_build_record
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.errors import BundleError, ExportError
-from twotower_export.tiny import write_random_checkpoint
+from twotower_export.tiny.checkpoints import write_random_checkpoint
 from twotower_export.verification.calls import call_shapes, random_feed
 from twotower_export.verification.comparison import compare
 from twotower_export.verification.target import open_target
-from twotower_export.verify import verify
+from twotower_export.verification.verify import verify
 
 
 @pytest.mark.parametrize("options", [{}, {"whole_bytes": 0}], ids=["whole", "by-part"])
@@ -292,8 +292,8 @@ def test_plans_have_no_parts_to_choose(tmp_path):
 
 def test_ties_of_the_router_are_drawn_again_and_that_is_said(exported, monkeypatch):
     """A mismatch is believed only where no token's routing was nearly a tie."""
-    from twotower_export import verify as module
     from twotower_export.verification import comparison
+    from twotower_export.verification import verify as module
 
     attempts = []
 

@@ -16,7 +16,7 @@ from sabotage import change_graph, change_tensors, run
 
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.tiny import write_random_checkpoint
+from twotower_export.tiny.checkpoints import write_random_checkpoint
 from twotower_export.verification.emulation import emulated
 from twotower_export.verification.graphs import GraphPart
 

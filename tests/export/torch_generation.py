@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from twotower_export.towers import Towers, advance_states, empty_states
+from twotower_export.reference.towers import Towers, advance_states, empty_states
 
 MASK_ID, END_ID = 3, 2
 

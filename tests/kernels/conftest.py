@@ -19,7 +19,12 @@ import pytest
 sys.path.append(str(Path(__file__).parent))  # kernel_reference: tests are no package
 
 os.environ["TRITON_INTERPRET"] = "1"
-from twotower_engines.kernels import experts, jit, mamba, refine  # noqa: F401
+from twotower_engines.kernels import (
+    experts,  # noqa: F401
+    jit,
+    mamba,  # noqa: F401
+    refine,  # noqa: F401
+)
 
 del os.environ["TRITON_INTERPRET"]
 assert jit.INTERPRETED, "a kernel module was imported before tests/kernels/conftest.py"

@@ -24,8 +24,8 @@ sys.modules["tensorrt"] = trt
 trtp: Any = importlib.import_module("tensorrt_bindings.plugin")
 sys.modules["tensorrt.plugin"] = trtp
 
-from twotower_engines import plugins  # noqa: E402
 from twotower_engines.errors import BuildError  # noqa: E402
+from twotower_engines.kernels import plugins  # noqa: E402
 from twotower_engines.kernels.nodes import NODES  # noqa: E402
 
 

@@ -18,7 +18,7 @@ import torch
 from kernel_inputs import MASK, block, draw_experts, draw_mamba, row_tensors
 from kernel_reference import Row
 
-from twotower_engines.skus import find_sku
+from twotower_engines.planning.sku_lookup import find_sku
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -20,7 +20,7 @@ from twotower_export.graph import build_refine_graph
 from twotower_export.graph.body import Body
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
-from twotower_export.tiny import tiny_config
+from twotower_export.tiny.checkpoints import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

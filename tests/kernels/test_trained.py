@@ -17,8 +17,8 @@ import twotower_export
 from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
 from twotower_engines.kernels.refine import refine_block
-from twotower_export.mixers import MambaMixer, SparseExperts, project
-from twotower_export.towers import Towers, advance_states, empty_states, load_towers
+from twotower_export.reference.mixers import MambaMixer, SparseExperts, project
+from twotower_export.reference.towers import Towers, advance_states, empty_states, load_towers
 
 CHECKPOINT = Path(twotower_export.__file__).parent / "data" / "tiny"
 

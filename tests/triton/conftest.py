@@ -21,7 +21,7 @@ class Packaged:
 @pytest.fixture(scope="session")
 def packaged(tmp_path_factory) -> Packaged:
     """A random checkpoint with a real tokenizer, packaged with two slots."""
-    from twotower_engines.engine_set import open_engine_set
+    from twotower_engines.artifacts.engine_set import open_engine_set
     from twotower_engines.serving.package import package
     from twotower_engines.serving.settings import Settings
 
@@ -35,7 +35,7 @@ def packaged(tmp_path_factory) -> Packaged:
 def build_random_engines(folder: Path) -> Path:
     """Export and build a random checkpoint for the CPU; return the engine set."""
     from twotower_client.cli import cli
-    from twotower_export.tiny import write_random_checkpoint
+    from twotower_export.tiny.checkpoints import write_random_checkpoint
 
     checkpoint, bundle, engines = (folder / name for name in ("checkpoint", "bundle", "engines"))
     write_random_checkpoint(checkpoint, "ME*M", 32, 3)

@@ -28,9 +28,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def local(packaged):
     """What `twotower run` does, in this process: options to (result, text)."""
-    from twotower_engines.engine_set import open_engine_set
-    from twotower_engines.generation import Generator, Request
-    from twotower_engines.tokenizer import Tokenizer
+    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_engines.artifacts.tokenizer import Tokenizer
+    from twotower_engines.generation.generator import Generator, Request
 
     tokenizer = Tokenizer(packaged.engines)
     with Generator(open_engine_set(packaged.engines), threads=1) as generator:

@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from twotower_engines.engine_set import open_engine_set
-from twotower_engines.request import Request
-from twotower_engines.runtime import open_runtime
-from twotower_engines.scheduler import Scheduler
+from twotower_engines.artifacts.engine_set import open_engine_set
+from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
+from twotower_engines.generation.request import Request
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.serving.loop import EngineLoop
 from twotower_engines.serving.wire import Job, Stop
-from twotower_engines.tokenizer import PREVIOUS_IDS
 
 SECONDS = 20
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from twotower_client import cli as root
-from twotower_engines.engine_set import open_engine_set
+from twotower_engines.artifacts.engine_set import open_engine_set
+from twotower_engines.artifacts.partial import partial_folder, put_in_place
 from twotower_engines.errors import EnginesError, ServingError
-from twotower_engines.partial import partial_folder, put_in_place
 from twotower_engines.serving import preprocess
 from twotower_engines.serving.package import package, templates_folder
 from twotower_engines.serving.repository import MODELS, check_configs, check_repository, read_config

@@ -9,12 +9,12 @@ import random
 import numpy as np
 import pytest
 
-from twotower_engines.engine_set import open_engine_set
+from twotower_engines.artifacts.engine_set import open_engine_set
+from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS, Tokenizer, added_text
 from twotower_engines.errors import EnginesError, RequestError
-from twotower_engines.request import Request
+from twotower_engines.generation.request import Request
 from twotower_engines.serving.preprocess import Preprocessor
 from twotower_engines.serving.wire import Job, Stop, decode, encode
-from twotower_engines.tokenizer import PREVIOUS_IDS, Tokenizer, added_text
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 A node knows the shapes of its outputs and how its kernel is launched, as arithmetic on the
 dimensions of its inputs. The arithmetic works on integers, for tests, and on TensorRT's symbolic
-dimensions, in `twotower_engines.plugins`; nothing here imports TensorRT.
+dimensions, in `twotower_engines.kernels.plugins`; nothing here imports TensorRT.
 """
 
 from __future__ import annotations

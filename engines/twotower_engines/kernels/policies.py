@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from twotower_engines.artifacts.policies import POLICIES
 from twotower_engines.kernels.jit import kernel
-from twotower_engines.runtime import POLICIES
 
 __all__ = ["ENTROPY", "policy_rule"]
 

@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 
 from twotower_engines.errors import EnginesError
-from twotower_engines.progress import ByteMeter
-from twotower_engines.request import BlockEvent
-from twotower_engines.runtime import open_runtime
-from twotower_engines.scheduler import Scheduler
-from twotower_engines.self_test import check
-
-from .lifeline import on_cut
-from .loop import EngineLoop, Failure, Part
-from .settings import Settings
-from .wire import decode
+from twotower_engines.generation.request import BlockEvent
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.opening import open_runtime
+from twotower_engines.runtime.progress import ByteMeter
+from twotower_engines.serving.lifeline import on_cut
+from twotower_engines.serving.loop import EngineLoop, Failure, Part
+from twotower_engines.serving.settings import Settings
+from twotower_engines.serving.wire import decode
+from twotower_engines.verify.self_test import check
 
 __all__ = ["TritonPythonModel"]
 

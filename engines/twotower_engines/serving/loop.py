@@ -19,12 +19,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol
 
+from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
 from twotower_engines.errors import EnginesError
-from twotower_engines.request import BlockEvent, Request
-from twotower_engines.scheduler import Scheduler
-from twotower_engines.tokenizer import PREVIOUS_IDS
-
-from .wire import Job, Stop
+from twotower_engines.generation.request import BlockEvent, Request
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.serving.wire import Job, Stop
 
 __all__ = ["EngineLoop", "Failure", "Part", "Reply"]
 

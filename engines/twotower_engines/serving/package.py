@@ -13,13 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.engine_set import EngineSet
+from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_engines.artifacts.partial import partial_folder, put_in_place
+from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import ServingError
-from twotower_engines.partial import partial_folder, put_in_place
-from twotower_engines.weights import WeightStore
-
-from .repository import CONFIG_FILE, MODELS, check_configs, read_config
-from .settings import Settings
+from twotower_engines.serving.repository import CONFIG_FILE, MODELS, check_configs, read_config
+from twotower_engines.serving.settings import Settings
 
 __all__ = ["package", "templates_folder"]
 

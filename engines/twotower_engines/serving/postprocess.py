@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from twotower_engines.tokenizer import Tokenizer, added_text
-
-from .settings import Settings
+from twotower_engines.artifacts.tokenizer import Tokenizer, added_text
+from twotower_engines.serving.settings import Settings
 
 __all__ = ["TritonPythonModel"]
 

@@ -13,13 +13,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.engine_set import EngineSet
+from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import EnginesError, RequestError
-from twotower_engines.request import Mode, Request, RequestLimits
-from twotower_engines.tokenizer import Tokenizer
-
-from .settings import Settings
-from .wire import Job, Stop, encode
+from twotower_engines.generation.request import Mode, Request, RequestLimits
+from twotower_engines.serving.settings import Settings
+from twotower_engines.serving.wire import Job, Stop, encode
 
 __all__ = ["Preprocessor", "TritonPythonModel"]
 

@@ -30,11 +30,10 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from twotower_engines.errors import ServingError
-
-from .installation import find_server, link_backends, numpy_problem
-from .lifeline import VARIABLE, remove_left, start_keeper
-from .ports import choose_ports
-from .repository import MODELS, check_repository
+from twotower_engines.serving.installation import find_server, link_backends, numpy_problem
+from twotower_engines.serving.lifeline import VARIABLE, remove_left, start_keeper
+from twotower_engines.serving.ports import choose_ports
+from twotower_engines.serving.repository import MODELS, check_repository
 
 __all__ = ["ServerOptions", "TritonServer"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.engine_set import EngineSet, open_engine_set
+from twotower_engines.artifacts.engine_set import EngineSet, open_engine_set
 from twotower_engines.errors import ServingError
 
 __all__ = ["Settings"]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from twotower_engines.errors import RequestError
-from twotower_engines.request import Request
+from twotower_engines.generation.request import Request
 
 __all__ = ["Job", "Stop", "decode", "encode"]
 

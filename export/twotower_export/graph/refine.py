@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from twotower_export.graph.body import FLOAT, INT32, INT64, Body, in_section, inputs
 from twotower_export.graph.policies import POLICY_RULES, Order, PolicyRule, Seen
-from twotower_export.refinement import POLICIES
+from twotower_export.reference.refinement import POLICIES
 
 PRIME = 2**31 - 1
 """The noise is computed in the field of this many elements: products of two fit an int64."""

@@ -2,7 +2,7 @@
 
 Written node by node instead of traced: both towers of the full-size model take a second, every name
 is ours, and a tower reads as 52 calls of three layer functions. The PyTorch towers
-(`twotower_export.towers`) are the independent reference that they are compared with.
+(`twotower_export.reference.towers`) are the independent reference that they are compared with.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from twotower_export.config import ModelConfig
 from twotower_export.layout import Tower
-from twotower_export.refinement import POLICIES
+from twotower_export.reference.refinement import POLICIES
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]

@@ -15,8 +15,8 @@ import onnx
 
 from twotower_export.checkpoint import Checkpoint
 from twotower_export.layout import Tower
-from twotower_export.mapped import NamedTensors
-from twotower_export.towers import DTYPES
+from twotower_export.reference.mapped import NamedTensors
+from twotower_export.reference.towers import DTYPES
 from twotower_export.verification.comparison import Side
 from twotower_export.verification.emulation import emulated
 from twotower_export.verification.graphs import (

@@ -19,9 +19,9 @@ from torch.nn.functional import embedding
 
 from twotower_export.config import ModelConfig
 from twotower_export.layout import HEADS, Tower
-from twotower_export.mapped import NamedTensors, load_module, load_tower
-from twotower_export.mixers import Layer, RMSNorm, Router, project
-from twotower_export.towers import Call, Denoiser, on_meta, run_layer
+from twotower_export.reference.mapped import NamedTensors, load_module, load_tower
+from twotower_export.reference.mixers import Layer, RMSNorm, Router, project
+from twotower_export.reference.towers import Call, Denoiser, on_meta, run_layer
 from twotower_export.verification.graphs import HIDDEN, Part, embeddings_name, hidden_names
 
 Array = npt.NDArray[Any]

@@ -1,0 +1,111 @@
+"""The interface of a tower's engine as the manifest implies it: every input and output by name.
+
+A graph that TensorRT parsed, or a plan, must have these and no others, or the runtime would bind
+nothing, or the wrong thing, to an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from twotower_engines.artifacts.manifest import Manifest, ModelConfig
+
+__all__ = ["DYNAMIC", "Interface", "TensorSpec", "differences", "interface_of"]
+
+DYNAMIC = -1
+"""A size that is not known before a call, as TensorRT writes it."""
+
+STORED = {"BF16": "BF16", "F32": "FLOAT"}
+"""TensorRT's names of the dtypes that a checkpoint may hold."""
+
+COMPUTED = {"bfloat16": "BF16", "float32": "FLOAT"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Dtype, as TensorRT names it, and shape of an input or output; `DYNAMIC` sizes are -1."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """Inputs and outputs of an engine by name."""
+
+    inputs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
+
+
+def interface_of(manifest: Manifest, tower: str) -> Interface:
+    """Return the interface of a tower's engine in the checkpoint's dtype.
+
+    Args:
+        manifest: Of the bundle.
+        tower: `context` or `denoiser`.
+    """
+    model, dtype = manifest.model, COMPUTED[manifest.dtype]
+    states = dict(_states(model, dtype))
+    rows = {"ids": 2, "lengths": 1, "context_lengths": 1}
+    if tower == "denoiser":
+        rows |= dict.fromkeys(("conditioned", "steps_left", "policy", "seed"), 1)
+    inputs = {name: TensorSpec("INT32", (DYNAMIC,) * rank) for name, rank in rows.items()}
+    if tower == "denoiser":
+        inputs |= dict.fromkeys(("threshold", "temperature"), TensorSpec("FLOAT", (DYNAMIC,)))
+    inputs |= states
+    inputs |= {
+        name: TensorSpec(STORED[weight.dtype], weight.shape)
+        for name, weight in manifest.weights[tower].items()
+    }
+    if tower == "denoiser":
+        return Interface(inputs, _refined(model))
+    new = {
+        name.removesuffix("cache") + "new" if name.endswith("cache") else f"{name}_new": spec
+        for name, spec in states.items()
+    }
+    return Interface(inputs, {"logits": TensorSpec("FLOAT", (DYNAMIC, model.vocab_size)), **new})
+
+
+def differences(found: Interface, expected: Interface) -> list[str]:
+    """Return what is missing, unknown, or of another dtype or shape; a sentence for each."""
+    problems = []
+    for what, have, want in (
+        ("input", found.inputs, expected.inputs),
+        ("output", found.outputs, expected.outputs),
+    ):
+        problems += [f"{what} {name} is missing" for name in want if name not in have]
+        for name, spec in have.items():
+            if name not in want:
+                problems.append(f"{what} {name} is not one of the model's")
+            elif spec != want[name]:
+                problems.append(f"{what} {name} is {spec}, not {want[name]}")
+    return problems
+
+
+def _states(model: ModelConfig, dtype: str) -> Iterator[tuple[str, TensorSpec]]:
+    ssm = (model.mamba_num_heads, model.mamba_head_dim, model.ssm_state_size)
+    for layer, kind in enumerate(model.pattern):
+        name = f"context.layers.{layer}"
+        if kind == "M":
+            conv = (DYNAMIC, model.conv_kernel - 1, model.conv_dim)
+            yield f"{name}.conv_state", TensorSpec(dtype, conv)
+            yield f"{name}.ssm_state", TensorSpec("FLOAT", (DYNAMIC, *ssm))
+        elif kind == "*":
+            shape = (DYNAMIC, model.num_key_value_heads, DYNAMIC, model.head_dim)
+            yield f"{name}.k_cache", TensorSpec(dtype, shape)
+            yield f"{name}.v_cache", TensorSpec(dtype, shape)
+
+
+def _refined(model: ModelConfig) -> dict[str, TensorSpec]:
+    block = (DYNAMIC, DYNAMIC)
+    return {
+        "new_ids": TensorSpec("INT32", block),
+        "confidence": TensorSpec("FLOAT", block),
+        "committed": TensorSpec("INT32", block),
+        "still_masked": TensorSpec("INT32", (DYNAMIC,)),
+        "logits": TensorSpec("FLOAT", (*block, model.vocab_size)),
+    }

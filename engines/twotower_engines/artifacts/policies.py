@@ -1,0 +1,8 @@
+"""The refinement policies by name, and the numbers that graphs and kernels know them by."""
+
+from __future__ import annotations
+
+__all__ = ["POLICIES"]
+
+POLICIES = {"threshold": 0, "quota": 1, "factor": 2, "entropy": 3, "leftmost": 4}
+"""Number of each refinement policy in the denoiser's input `policy`."""

@@ -1,0 +1,193 @@
+"""The checkpoint's bytes, mapped and checked, and the weight inputs made of them.
+
+Before anything is loaded, the shards are compared with the manifest: their sizes, every entry of
+their headers, and a digest of samples of their content. After that a weight input is one array:
+expert matrices stacked, bf16 widened to float32 where a graph computes in it. Needs neither torch
+nor safetensors: the format is a length, a JSON header, and raw little-endian bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower_engines.artifacts.manifest import Manifest, Shard, WeightInput
+from twotower_engines.artifacts.moved_tensors import explain_difference, listed
+from twotower_engines.artifacts.shard_file import (
+    named_sha256,
+    read_header,
+    sample_digest,
+    tensor_sample,
+)
+from twotower_engines.errors import CheckpointError
+
+__all__ = ["Progress", "WeightStore", "read_header", "sample_digest", "tensor_sample"]
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+class WeightStore:
+    """The tensors of one checkpoint, read through memory maps.
+
+    Only the pages that are asked for are read, and the system may drop them again: the resident
+    memory of this class is bounded by the largest weight that is being made.
+
+    Args:
+        manifest: What the tensors should be.
+        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
+    """
+
+    def __init__(self, manifest: Manifest, checkpoint: Path | None = None) -> None:
+        self.manifest = manifest
+        self.folder = checkpoint if checkpoint is not None else manifest.checkpoint.path
+        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def check(self) -> None:
+        """Compare every shard with the manifest.
+
+        Raises:
+            CheckpointError: The folder or a shard is missing, or a shard's size, header or sampled
+                content is not what it was at export. Where tensors only changed places, the
+                message says how.
+        """
+        if not self.folder.is_dir():
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of these engines is not there; "
+                "if it was moved, say where it is with --checkpoint PATH"
+            )
+        for index, shard in enumerate(self.manifest.shards):
+            try:
+                self._check_shard(index, shard)
+            except CheckpointError as error:
+                reason = explain_difference(self.manifest, self.folder)
+                if reason is None:
+                    raise
+                raise CheckpointError(
+                    f"{self.folder}: is not the checkpoint of these engines as it was exported: "
+                    f"{reason}; restore its files, or export this checkpoint and build again"
+                ) from error
+
+    def raw(self, tensor: str) -> npt.NDArray[Any]:
+        """Return a checkpoint tensor as it is stored, without a copy.
+
+        Returns:
+            The tensor's shape; float32, or uint16 holding the bits of bf16. Read-only.
+        """
+        entry = self.manifest.tensors[tensor]
+        start = self.manifest.shards[entry.shard].data_start
+        content = self._map(entry.shard)[start + entry.begin : start + entry.end]
+        dtype = np.dtype("<u2") if entry.dtype == "BF16" else np.dtype("<f4")
+        return content.view(dtype).reshape(entry.shape)
+
+    def float32(self, weight: WeightInput) -> npt.NDArray[np.float32]:
+        """Return a weight input in float32: a view where the checkpoint stores it so.
+
+        bf16 is the upper half of a float32, so widening is a shift by 16 bits and exact.
+        """
+        sources = [self.raw(source) for source in weight.sources]
+        if weight.how != "stack" and sources[0].dtype == np.float32:
+            view = sources[0].reshape(weight.shape)
+            return view if view.flags.aligned else view.copy()
+        made = np.empty(weight.shape, dtype=np.float32)
+        parts = made if weight.how == "stack" else [made]
+        for part, source in zip(parts, sources, strict=True):
+            _widen(source.reshape(part.shape), part)
+        return made
+
+    def all_float32(
+        self, tower: str, progress: Progress | None = None
+    ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Yield (name, array) of every weight input of a tower's graph, largest shard order kept.
+
+        Args:
+            tower: `context` or `denoiser`.
+            progress: Told after each weight.
+        """
+        weights = self.manifest.weights[tower]
+        total = 4 * sum(math.prod(weight.shape) for weight in weights.values())
+        done = 0
+        for name, weight in weights.items():
+            array = self.float32(weight)
+            yield name, array
+            done += array.nbytes
+            if progress is not None:
+                progress(done, total)
+
+    def _map(self, index: int) -> npt.NDArray[np.uint8]:
+        if index not in self._maps:
+            path = self.folder / self.manifest.shards[index].file
+            self._maps[index] = np.memmap(path, dtype=np.uint8, mode="r")
+        return self._maps[index]
+
+    def _check_shard(self, index: int, shard: Shard) -> None:
+        path = self.folder / shard.file
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: this shard is missing; restore it, or say where the checkpoint is with "
+                "--checkpoint PATH"
+            )
+        size = path.stat().st_size
+        if size != shard.size:
+            raise CheckpointError(
+                f"{path}: has {size} bytes, but {shard.size} when it was exported; restore the "
+                "file, or export the checkpoint again"
+            )
+        header, data_start = read_header(path)
+        problems = [] if data_start == shard.data_start else ["the header's length"]
+        for name, entry in self.manifest.tensors.items():
+            if entry.shard != index:
+                continue
+            expected = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [entry.begin, entry.end],
+            }
+            if header.get(name) != expected:
+                problems.append(name)
+        if problems:
+            raise CheckpointError(
+                f"{path}: its header changed since export: {listed(problems)}; "
+                "export the checkpoint again"
+            )
+        self._check_content(index, path, shard)
+
+    def _check_content(self, index: int, path: Path, shard: Shard) -> None:
+        """Compare samples of a shard's content: spread over the file, and one of each tensor."""
+        tensors = self.manifest.tensors.items()
+        mine = [(name, entry) for name, entry in tensors if entry.shard == index and entry.sample]
+        with path.open("rb", buffering=0) as stream:  # no read-ahead around the samples
+            changed = [
+                name
+                for name, entry in mine
+                if tensor_sample(stream, shard.data_start + entry.begin, entry.end - entry.begin)
+                != entry.sample
+            ]
+        named = named_sha256(path)
+        if named and shard.sha256 and named != shard.sha256:
+            raise CheckpointError(
+                f"{path}: is another file than at export: the cache names it {named}, then "
+                f"{shard.sha256}; name the snapshot that was exported with --checkpoint PATH, or "
+                "export this one"
+            )
+        if changed or sample_digest(path) != shard.sample_sha256:
+            raise CheckpointError(
+                f"{path}: its content changed since export (same size and header, other bytes"
+                f"{' in ' + listed(changed) if changed else ''}); "
+                "restore the file, or export the checkpoint again"
+            )
+
+
+def _widen(source: npt.NDArray[Any], target: npt.NDArray[np.float32]) -> None:
+    """Copy float32, or widen bf16 bits, into `target` of the same shape."""
+    if source.dtype == np.float32:
+        target[...] = source
+    else:
+        bits = target.view(np.uint32)
+        bits[...] = source  # two plain passes are three times faster than one shift that casts
+        bits <<= 16

@@ -1,0 +1,351 @@
+"""From a bundle to an engine set of one SKU.
+
+In order: what is asked must fit (`plan_memory`) and be buildable here (the flavour's `check`); an
+engine set that is there already and was built from the same is kept; plans come from the cache or
+from the flavour; what TensorRT asks for must fit as well, where it is known; the set is put
+together beside its place and takes it in one step. Nothing here knows how a plan is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from twotower_engines.artifacts.engine_set import (
+    BUILD_FILE,
+    BuildRecord,
+    EngineSet,
+    Limits,
+    PlanFile,
+    file_sha256,
+    open_engine_set,
+    write_build_record,
+)
+from twotower_engines.artifacts.manifest import MANIFEST_FILE, Manifest, read_manifest
+from twotower_engines.artifacts.partial import partial_folder, put_in_place
+from twotower_engines.building.build_cache import CachedPlan, PlanCache, digest_of
+from twotower_engines.building.code_digest import code_digest
+from twotower_engines.building.flavours.flavour import Flavour, Order, Target, layers_file
+from twotower_engines.building.flavours.onnxruntime import OnnxRuntimeFlavour
+from twotower_engines.building.flavours.process import Progress
+from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
+from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
+from twotower_engines.errors import BuildError, EnginesError, PlanError
+from twotower_engines.planning.fit import gib, refusal, require_fit
+from twotower_engines.planning.model_size import read_model_size
+from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanRequest, plan_memory
+from twotower_engines.planning.precisions import BUILT, PRECISIONS
+from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.planning.skus import Sku
+
+__all__ = ["FLAVOURS", "BuildOptions", "build_engines"]
+
+FLAVOURS: dict[str, Flavour] = {
+    flavour.name: flavour
+    for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
+}
+TOKENIZER_FILES = "*token*.json"
+CONTEXT = 8192
+PLAN_CODE = ("twotower_engines/building/flavours/*.py",)
+SET_CODE = ("twotower_engines/building/build.py", "twotower_engines/artifacts/engine_set.py")
+"""Sources that decide what a plan is, and what a set is besides; a recipe knows the kernels'."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What an engine set is built for.
+
+    Attributes:
+        sku: A name of the table, `local`, or the path of a SKU file.
+        slots: Requests that can be in flight at once.
+        context: Tokens of a request, prompt and answer together; None for 8192, or all that the
+            model takes where that is less.
+        flavour: `auto` for the SKU's default.
+        precision: Of the weights; `auto` for the widest that fits.
+        gpus: 1, or 2 for one tower on each; None for the fewest that fit.
+        block_size_max: Tokens of the largest block that the denoiser takes.
+    """
+
+    sku: str = "cpu"
+    slots: int = 16
+    context: int | None = None
+    flavour: str = "auto"
+    precision: str = "auto"
+    gpus: int | None = None
+    block_size_max: int = BLOCK_SIZE_MAX
+
+
+def build_engines(
+    bundle: Path, engines: Path, options: BuildOptions, progress: Progress | None = None
+) -> tuple[EngineSet, bool]:
+    """Build `ENGINES/<sku>`, unless it is there already and was built from the same.
+
+    Args:
+        bundle: What `twotower export` wrote.
+        engines: Its subfolder of the SKU's name is written.
+        options: What to build for.
+        progress: Told what is being done.
+
+    Returns:
+        The engine set, and whether anything was written.
+
+    Raises:
+        BundleError: The folder is no bundle.
+        PlanError: There is no such SKU, or what is asked does not fit on it.
+        BuildError: A graph is missing or changed, or the engines cannot be built.
+    """
+    progress = progress or (lambda tower, text: None)
+    manifest = read_manifest(bundle)
+    sku = find_sku(options.sku)
+    plan = _plan(bundle, manifest, sku, options)
+    flavour = FLAVOURS[plan.flavour]
+    chunk = min(plan.max_tokens_per_call, manifest.max_tokens_per_call)
+    limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
+    workspace = {tower: size for gpu in plan.gpus for tower, size in gpu.workspace.items()}
+    target = Target(sku, limits, plan.precision, workspace)
+    flavour.check(target)
+    graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
+    wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
+    folder = engines / sku.name
+    present = _present(folder, wanted.record.key)
+    if present is not None:
+        return present, False
+    with partial_folder(engines) as work, _plans(flavour, wanted, progress) as plans:
+        _check_device_memory(plan, plans)
+        made = work / sku.name
+        made.mkdir()
+        _write_set(made, bundle, flavour, wanted, plans)
+        if folder.exists() and not (folder / BUILD_FILE).is_file():
+            raise BuildError(f"{folder}: is there and is no engine set; choose another folder")
+        put_in_place(made, folder)
+    return open_engine_set(folder), True
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """An engine set that is to be.
+
+    Attributes:
+        target: What for.
+        graphs: Tower to ONNX file.
+        recipes: Tower to the flavour's recipe.
+        keys: Tower to the key of its plan.
+        record: build.json, but for the plans.
+    """
+
+    target: Target
+    graphs: Mapping[str, Path]
+    recipes: Mapping[str, Mapping[str, Any]]
+    keys: Mapping[str, str]
+    record: BuildRecord
+
+
+def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> MemoryPlan:
+    """Return the memory plan of what is asked.
+
+    Raises:
+        PlanError: It does not fit in what can be built, or asks for what the SKU has not.
+        BuildError: It asks for a precision that cannot be built yet.
+    """
+    if options.precision in PRECISIONS and options.precision not in BUILT:
+        raise BuildError(
+            f"--precision {options.precision} is not built yet, only {' and '.join(sorted(BUILT))};"
+            " `twotower plan` says what it would take"
+        )
+    if options.flavour not in ("auto", *FLAVOURS):
+        raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
+    flavour = None if options.flavour == "auto" else options.flavour
+    request = PlanRequest(
+        sku,
+        options.gpus,
+        options.slots,
+        options.context or min(CONTEXT, manifest.model.max_position_embeddings),
+        flavour=flavour,
+        block_size_max=options.block_size_max,
+        kernels=FLAVOURS[flavour or sku.flavour].has_kernels(),
+    )
+
+    def planned(precision: str) -> MemoryPlan:
+        return plan_memory(read_model_size(bundle), replace(request, precision=precision))
+
+    plan = planned(options.precision)
+    if plan.fits and plan.precision not in BUILT:
+        raise PlanError(refusal(planned("bf16")))
+    return require_fit(plan)
+
+
+def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:
+    graphs = {}
+    for tower in manifest.towers:
+        entry = manifest.graph(precision, tower)
+        path = bundle / entry.file
+        if not path.is_file():
+            raise BuildError(f"{path}: is missing; export the checkpoint again")
+        if file_sha256(path) != entry.sha256:
+            raise BuildError(f"{path}: was changed since export; export the checkpoint again")
+        graphs[tower] = path
+    return graphs
+
+
+def _wanted(
+    bundle: Path,
+    manifest: Manifest,
+    flavour: Flavour,
+    target: Target,
+    plan: MemoryPlan,
+    graphs: Mapping[str, Path],
+) -> _Wanted:
+    """Describe an engine set in full, before anything is built.
+
+    Raises:
+        BuildError: What builds is missing.
+    """
+    versions = {"twotower": importlib.metadata.version("twotower"), **flavour.versions()}
+    recipes = {tower: flavour.recipe(tower, target) for tower in graphs}
+    digests = {tower: file_sha256(path) for tower, path in graphs.items()}
+    keys = {
+        tower: digest_of(
+            {
+                "graph": digests[tower],
+                "flavour": flavour.name,
+                "versions": versions,
+                "code": code_digest(*PLAN_CODE),
+                "recipe": recipes[tower],
+            }
+        )
+        for tower in graphs
+    }
+    memory = plan.as_json()
+    memory |= {"gpus": len(plan.gpus), "per_gpu": memory["gpus"]}
+    extra = {
+        **flavour.loader(target),
+        "weights": "inputs of the plans, by name; manifest.json says which bytes of which shard",
+        "placement": {tower: i for i, gpu in enumerate(plan.gpus) for tower in gpu.towers},
+    }
+    needs = flavour.needs(target)
+    copied = {path.name: file_sha256(path) for path in _copied(bundle)}
+    key = digest_of(
+        {
+            "plans": keys,
+            "limits": asdict(target.limits),
+            "sku": [target.sku.name, target.sku.compute_capability],
+            "needs": asdict(needs),
+            "versions": versions,
+            "code": code_digest(*SET_CODE),
+            "memory": memory,
+            "extra": extra,
+            "copied": copied,
+        }
+    )
+    record = BuildRecord(
+        sku=target.sku.name,
+        flavour=flavour.name,
+        precision=target.precision,
+        limits=target.limits,
+        plans={},
+        compute_capability=target.sku.compute_capability,
+        machine=needs.machine,
+        cuda=needs.cuda,
+        versions=versions,
+        graph_sha256=digests,
+        profiles={tower: recipe["profiles"] for tower, recipe in recipes.items()},
+        memory=memory,
+        key=key,
+        bundle_fingerprint=manifest.checkpoint.fingerprint,
+        extra=extra,
+    )
+    return _Wanted(target, graphs, recipes, keys, record)
+
+
+def _present(folder: Path, key: str) -> EngineSet | None:
+    """Return an engine set that is complete, unchanged and of this key."""
+    with contextlib.suppress(EnginesError):
+        present = open_engine_set(folder)
+        if present.build.key == key:
+            present.check_plans()
+            return present
+    return None
+
+
+@contextlib.contextmanager
+def _plans(
+    flavour: Flavour, wanted: _Wanted, progress: Progress
+) -> Iterator[dict[str, CachedPlan]]:
+    """Give the plans: from the cache, or built now and, where the flavour says so, kept there."""
+    cache = PlanCache()
+    with cache.workplace() as work, cache.holding(wanted.keys.values(), _say_waiting):
+        plans = {tower: cache.find(key) for tower, key in wanted.keys.items()}
+        orders = {
+            tower: Order(
+                wanted.graphs[tower], work / f"{tower}{flavour.suffix}", wanted.recipes[tower]
+            )
+            for tower, plan in plans.items()
+            if plan is None
+        }
+        found = {tower: plan for tower, plan in plans.items() if plan is not None}
+        reports = flavour.build(orders, wanted.target, progress) if orders else {}
+        for tower, order in orders.items():
+            if flavour.is_cached:
+                found[tower] = cache.keep(wanted.keys[tower], order.plan, reports[tower])
+            else:
+                found[tower] = CachedPlan(order.plan, file_sha256(order.plan), reports[tower])
+        yield found
+
+
+def _say_waiting() -> None:
+    print("waiting for another build of the same plan to end", file=sys.stderr, flush=True)
+
+
+def _check_device_memory(plan: MemoryPlan, plans: Mapping[str, CachedPlan]) -> None:
+    """Compare what the opened engines take for intermediates with what the plan left for them.
+
+    Raises:
+        BuildError: A GPU would not hold it all; never where the builder could not open a plan.
+    """
+    for gpu in plan.gpus:
+        engines = {tower: plans[tower].report.get("engine") or {} for tower in gpu.towers}
+        taken = {
+            tower: engine["device_memory"]
+            for tower, engine in engines.items()
+            if "device_memory" in engine
+        }
+        more = sum(size - gpu.workspace[tower] for tower, size in taken.items())
+        if more > gpu.free:
+            sizes = ", ".join(
+                f"{tower} {gib(size)} (planned {gib(gpu.workspace[tower])})"
+                for tower, size in taken.items()
+            )
+            raise BuildError(
+                f"the engines for {plan.sku.name} take more device memory for intermediates than "
+                f"was planned: {sizes}, and only {gib(gpu.free)} were left free; build with fewer "
+                "--slots, a shorter --context or a smaller --block-size-max"
+            )
+
+
+def _write_set(
+    folder: Path, bundle: Path, flavour: Flavour, wanted: _Wanted, plans: Mapping[str, CachedPlan]
+) -> None:
+    """Write everything into a new folder, build.json last."""
+    files = {}
+    for tower in wanted.graphs:
+        plan = plans[tower]
+        path = folder / f"{tower}{flavour.suffix}"
+        shutil.copyfile(plan.path, path)
+        files[tower] = PlanFile(path.name, plan.sha256)
+        if plan.layers is not None:
+            shutil.copyfile(plan.layers, layers_file(path))
+    for path in _copied(bundle):
+        shutil.copyfile(path, folder / path.name)
+    extra = {**wanted.record.extra, "reports": {t: plan.report for t, plan in plans.items()}}
+    write_build_record(folder, replace(wanted.record, plans=files, extra=extra))
+
+
+def _copied(bundle: Path) -> list[Path]:
+    """Return the files of a bundle that an engine set carries as they are."""
+    return [bundle / MANIFEST_FILE, *sorted(bundle.glob(TOKENIZER_FILES))]

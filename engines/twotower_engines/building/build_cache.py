@@ -1,0 +1,119 @@
+"""Plans that were built before: `$XDG_CACHE_HOME/twotower/builds/<key>/{plan,record.json}`.
+
+Where the builder could open a plan, `layers.json` lies beside it.
+
+A key is a digest of everything that decides a plan's bytes: the graph, the flavour, the versions of
+its tools, the builder's code, flags and profiles, and the machines that it is for. So a SKU may
+find what was built for another one. Whoever builds holds the key's lock, and a second process waits
+and finds the result. Delete the folder to empty the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.document import read_json, write_json
+from twotower_engines.artifacts.engine_set import file_sha256
+from twotower_engines.artifacts.partial import locked, partial_folder, put_in_place
+from twotower_engines.building.flavours.flavour import layers_file
+from twotower_engines.errors import BuildError
+
+__all__ = ["CachedPlan", "PlanCache", "digest_of"]
+
+PLAN_FILE = "plan"
+RECORD_FILE = "record.json"
+LAYERS_FILE = "layers.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPlan:
+    """A finished plan.
+
+    Attributes:
+        path: Where it lies.
+        sha256: In hex.
+        report: What its builder reported.
+        layers: Where its layers are described; None where the builder could not open it.
+    """
+
+    path: Path
+    sha256: str
+    report: dict[str, Any]
+    layers: Path | None = None
+
+
+class PlanCache:
+    """The cache in one folder.
+
+    Args:
+        root: `$XDG_CACHE_HOME/twotower/builds` where not given.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = cache_root() / "builds" if root is None else root
+
+    @contextlib.contextmanager
+    def holding(self, keys: Iterable[str], waiting: Callable[[], None]) -> Iterator[None]:
+        """Keep other processes from building these keys; waits for one that does.
+
+        Args:
+            keys: Of the plans that may be built.
+            waiting: Called before a wait.
+        """
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            for key in sorted(set(keys)):  # in one order everywhere, so that no two can block
+                path = locks / key
+                path.touch()
+                stack.enter_context(locked(path, waiting))
+            yield
+
+    def find(self, key: str) -> CachedPlan | None:
+        """Return the plan of a key, or None; one whose bytes were changed is not returned."""
+        folder = self.root / key
+        try:
+            record = read_json(folder / RECORD_FILE, BuildError)
+            digest, report = record.text("sha256"), record.section("report").values
+        except BuildError:
+            return None
+        path = folder / PLAN_FILE
+        if not path.is_file() or file_sha256(path) != digest:
+            return None
+        return _cached(folder, digest, report)
+
+    @contextlib.contextmanager
+    def workplace(self) -> Iterator[Path]:
+        """Give a folder in which plans are built, to be handed to `keep`."""
+        with partial_folder(self.root) as folder:
+            yield folder
+
+    def keep(self, key: str, plan: Path, report: Mapping[str, Any]) -> CachedPlan:
+        """Take a plan over from a `workplace`; the caller holds the key."""
+        made = plan.parent / key
+        made.mkdir()
+        if layers_file(plan).is_file():
+            layers_file(plan).rename(made / LAYERS_FILE)
+        plan.rename(made / PLAN_FILE)
+        digest = file_sha256(made / PLAN_FILE)
+        write_json(made / RECORD_FILE, {"sha256": digest, "report": dict(report)})
+        put_in_place(made, self.root / key)
+        return _cached(self.root / key, digest, dict(report))
+
+
+def _cached(folder: Path, digest: str, report: dict[str, Any]) -> CachedPlan:
+    layers = folder / LAYERS_FILE
+    return CachedPlan(folder / PLAN_FILE, digest, report, layers if layers.is_file() else None)
+
+
+def digest_of(parts: Mapping[str, Any]) -> str:
+    """Return the sha256 in hex of a JSON value, whatever the order of its keys."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

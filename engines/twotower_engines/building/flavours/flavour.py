@@ -1,0 +1,122 @@
+"""What every flavour of engine can do for `build.py`, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from twotower_engines.artifacts.engine_set import Limits
+from twotower_engines.building.flavours.process import Progress
+from twotower_engines.planning.skus import Sku
+
+__all__ = ["Flavour", "Needs", "Order", "Target", "layers_file"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What engines are built for.
+
+    Attributes:
+        sku: The GPU, or `cpu`.
+        limits: What the engines must take.
+        precision: Of the weights: `float32` or `bf16`.
+        workspace: Tower to the bytes that the memory plan leaves its engine for intermediates.
+    """
+
+    sku: Sku
+    limits: Limits
+    precision: str
+    workspace: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a machine must have to load the plans; build.json says it at its top level.
+
+    Attributes:
+        machine: CPU architecture as `platform.machine()` says it; None for any.
+        cuda: CUDA version that the driver must know, as `12.0`; None where unknown.
+    """
+
+    machine: str | None = None
+    cuda: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One plan to build.
+
+    Attributes:
+        graph: The ONNX file.
+        plan: Where the plan goes.
+        recipe: What `Flavour.recipe` returned for its tower.
+    """
+
+    graph: Path
+    plan: Path
+    recipe: Mapping[str, Any]
+
+
+def layers_file(plan: Path) -> Path:
+    """Return where the layers of a plan are described, in the form of TensorRT's inspector."""
+    return plan.with_suffix(".layers.json")
+
+
+class Flavour(Protocol):
+    """A way to make engines.
+
+    Attributes:
+        name: As `--flavour` takes it.
+        suffix: Of its plans.
+        is_cached: Whether a plan is worth keeping for the next build.
+    """
+
+    name: str
+    suffix: str
+    is_cached: bool
+
+    def versions(self) -> dict[str, str]:
+        """Return what takes part in a build, without loading it.
+
+        Raises:
+            BuildError: Something is not installed.
+        """
+
+    def has_kernels(self) -> bool:
+        """Whether plans built here run our kernels rather than the ops' function bodies."""
+
+    def graphs(self, precision: str) -> str:
+        """Return which of the bundle's graphs it builds from: `native` or `float32`."""
+
+    def check(self, target: Target) -> None:
+        """Refuse, before anything is built, what cannot be built on this machine.
+
+        Raises:
+            BuildError: Says what is missing, and where to run what instead.
+        """
+
+    def recipe(self, tower: str, target: Target) -> dict[str, Any]:
+        """Return everything but graph and versions that decides the bytes of a plan, as JSON."""
+
+    def build(
+        self, orders: Mapping[str, Order], target: Target, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """Build plans, by tower; returns for each what build.json says of it.
+
+        Beside a plan its layers may be written, as `layers_file` names them.
+
+        Raises:
+            BuildError: The builder is missing, refuses a graph, or crashed.
+        """
+
+    def needs(self, target: Target) -> Needs:
+        """Return what a machine must have to load the plans.
+
+        Raises:
+            BuildError: There are no kernels for the target's compute capability.
+        """
+
+    def loader(self, target: Target) -> dict[str, Any]:
+        """Return what the runtime must know to load the plans (`extra` of build.json)."""

@@ -1,0 +1,117 @@
+"""From an order to the job of a worker: what TensorRT and TensorRT-RTX builds have in common.
+
+Weights are inputs of fixed shape, so a plan holds none; only ids, lengths and states have dynamic
+dimensions, and the profiles give these their sizes.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.process import Job
+from twotower_engines.building.flavours.profiles import Profile, Sizes
+from twotower_engines.errors import BuildError
+from twotower_engines.planning.skus import Sku
+
+__all__ = ["check_arch", "graph_inputs", "plan_job", "plan_recipe", "plan_report"]
+
+FLAGS = {"TF32": False}
+"""Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
+to TF32's ten bits; here float32 in a graph (scan, router, scores) means float32."""
+
+
+def check_arch(sku: Sku, where: str) -> None:
+    """Refuse a SKU whose machines have another CPU than this one.
+
+    Args:
+        sku: Of the target.
+        where: What to do instead.
+
+    Raises:
+        BuildError: A plan built here would not load there.
+    """
+    if sku.arch != platform.machine():
+        raise BuildError(
+            f"engines for {sku.name} must be built on {sku.arch}, because plans run only on the "
+            f"CPU architecture that built them, and this machine is {platform.machine()}; {where}"
+        )
+
+
+def plan_job(order: Order) -> Job:
+    """Return the job that builds an order's plan.
+
+    Args:
+        order: Its recipe is that of `plan_recipe`, and may have `hardware`, `workspace` and
+            `compute_capabilities`; see `library_build.build_plan`.
+
+    Raises:
+        BuildError: The graph cannot be read, or has a dimension that no profile knows.
+    """
+    inputs = graph_inputs(order.graph)
+    dynamic = {
+        name: dims for name, dims in inputs.items() if any(isinstance(dim, str) for dim in dims)
+    }
+    profiles = [_profile(values) for values in order.recipe["profiles"]]
+    shapes = [
+        {name: profile.shapes(dims, f"{order.graph}: {name}") for name, dims in dynamic.items()}
+        for profile in profiles
+    ]
+    return {
+        **order.recipe,
+        "graph": str(order.graph),
+        "plan": str(order.plan),
+        "inputs": inputs,
+        "profiles": shapes,
+    }
+
+
+def graph_inputs(path: Path) -> dict[str, list[int | str]]:
+    """Return name and dimensions of each input of an ONNX file; dynamic dimensions by their name.
+
+    Raises:
+        BuildError: It is no ONNX file, or a dimension has neither size nor name.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as problem:  # protobuf's own error, of a class that moves between versions
+        raise BuildError(f"{path}: is no ONNX file ({problem}); export again") from problem
+    found: dict[str, list[int | str]] = {}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        found[value.name] = [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims
+        ]
+        if "" in found[value.name]:
+            raise BuildError(f"{path}: a dimension of {value.name} has neither a size nor a name")
+    return found
+
+
+def plan_recipe(profiles: Sequence[Profile]) -> dict[str, Any]:
+    """Return what the recipes of both flavours have in common.
+
+    A plan runs only on the CPU architecture that it was built on, so that is part of it.
+    """
+    return {
+        "profiles": [profile.as_json() for profile in profiles],
+        "flags": FLAGS,
+        "verbosity": "DETAILED",  # so that an inspector can name layers, tactics and shapes
+        "machine": platform.machine(),
+    }
+
+
+def plan_report(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what build.json says of a plan: what the builder saw and what it took."""
+    figures = ("peak_rss", "cpu_seconds", "waited_seconds")
+    keys = ("parsed", "flags", "engine", "bytes", *figures, "versions")
+    return {key: result[key] for key in keys}
+
+
+def _profile(values: Mapping[str, Any]) -> Profile:
+    sizes = {dim: Sizes(*three) for dim, three in values.items() if dim != "name"}
+    return Profile(values["name"], sizes)

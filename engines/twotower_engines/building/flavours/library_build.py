@@ -1,0 +1,265 @@
+"""What TensorRT and TensorRT-RTX share: from a graph to a plan with NVIDIA's Python API.
+
+Runs inside the worker process (`worker.py`) and nowhere else. The module of the API is an argument:
+`tensorrt`, `tensorrt_rtx` or `tensorrt_bindings`; what differs between them is in the job.
+
+With the pairing of `tensorrt_bindings` and the TensorRT-RTX library, `ITensor.is_shape_tensor` and
+`ITensor.get_dimension_name` do not work (they crash, or answer at random). So dynamic dimensions
+are named by the graph, and no tensor is asked for more than its name, dtype and shape.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RefusedError", "build_plan", "library_version", "one_node_plan"]
+
+Report = Callable[[str, int, int], bool]
+"""Told of progress: name of the phase, steps done, steps in all. False ends the build."""
+
+MESSAGES = 5
+
+
+class RefusedError(Exception):
+    """The library refused a graph or could not build it; the message is the library's own."""
+
+
+def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Build one plan and write it.
+
+    Args:
+        trt: The API's module.
+        job: `graph`, `plan` (where to write), `inputs` (name to dims), `profiles` (list of name to
+            three shapes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
+            profiling), and optionally `kernels` (the compute capability to compile our kernels
+            for), `hardware` (a hardware compatibility level), `compute_capabilities`,
+            `flags_if_known` (builder flags to set where the library has them), `workspace` (bytes
+            that a layer may take), `timing_cache` (a file), `layers` (a file: the plan is opened on
+            this machine's GPU, and its layers are described there).
+        report: Called from the library's threads.
+
+    Returns:
+        What the library saw: of the graph (`parsed`), of itself (`flags` that were set), of the
+        plan (`bytes`), and of the opened engine (`engine`; None where it was not opened).
+
+    Raises:
+        RefusedError: The library said no.
+    """
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_strongly_typed(trt))
+    _parse(trt, network, log, Path(job["graph"]), job.get("kernels"))
+    _check_inputs(network, job["inputs"])
+    config = builder.create_builder_config()
+    for shapes in job["profiles"]:
+        _add_profile(builder, config, shapes)
+    _configure(trt, config, job)
+    monitor = _monitor(trt, report)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if job.get("timing_cache"):  # of a failed or interrupted build too: timings are what takes long
+        _write(Path(job["timing_cache"]), config.get_timing_cache().serialize())
+    if plan is None:
+        raise RefusedError(log.text() or "no plan came back, and no message")
+    _write(Path(job["plan"]), plan)
+    flags = trt.BuilderFlag.__members__
+    return {
+        "parsed": _parsed(network),
+        "flags": [name for name, flag in flags.items() if config.get_flag(flag)],
+        "bytes": plan.nbytes,
+        "engine": _opened(trt, log, plan, Path(job["layers"])) if job.get("layers") else None,
+    }
+
+
+def _parsed(network: Any) -> dict[str, Any]:
+    """Describe the network as the parser made it of the graph: the builder fuses its layers."""
+
+    def described(one: Any) -> list[Any]:
+        return [one.dtype.name, [int(size) for size in one.shape]]
+
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    return {
+        "layers": network.num_layers,
+        "inputs": {one.name: described(one) for one in inputs},
+        "outputs": {one.name: described(one) for one in outputs},
+    }
+
+
+def _opened(trt: Any, log: Any, plan: Any, layers: Path) -> dict[str, Any]:
+    """Open a finished plan on this machine's GPU; its layers are written to a file.
+
+    Returns:
+        How many layers the engine has, how many of each type, and the bytes of device memory that
+        its largest profile takes.
+    """
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RefusedError(f"the finished plan cannot be opened: {log.text()}")
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    _write(layers, text.encode())
+    found = json.loads(text)["Layers"]
+    types = Counter(one["LayerType"] if isinstance(one, dict) else "unknown" for one in found)
+    return {
+        "layers": len(found),
+        "types": dict(types.most_common()),
+        "device_memory": int(engine.device_memory_size_v2),
+    }
+
+
+def one_node_plan(trt: Any) -> int:
+    """Build a network of one node; returns the size of its plan.
+
+    Raises:
+        RefusedError: It cannot be built.
+    """
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_strongly_typed(trt))
+    x = network.add_input("x", trt.float32, (2, 3))
+    network.mark_output(network.add_activation(x, trt.ActivationType.RELU).get_output(0))
+    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    if plan is None:
+        raise RefusedError(log.text() or "no plan came back, and no message")
+    return int(plan.nbytes)
+
+
+def library_version(library: Any) -> str:
+    """Return the version that a loaded libnvinfer says it has, for example `1.7.1`.
+
+    Args:
+        library: From `ctypes.CDLL`.
+    """
+    parts = ("Major", "Minor", "Patch")
+    return ".".join(str(getattr(library, f"getInferLib{part}Version")()) for part in parts)
+
+
+def _strongly_typed(trt: Any) -> int:
+    # the only mode from TensorRT 11 on, whose successors may drop the flag
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _log(trt: Any) -> Any:
+    """Return a logger that keeps errors; a subclass, and so only made once `trt` is there."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+        def text(self) -> str:
+            return "; ".join(self.errors[-MESSAGES:])
+
+    return Log()
+
+
+def _monitor(trt: Any, report: Report) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Follows the outermost phases; the library nests hundreds of short ones in them."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._steps[phase] = steps
+            report(phase, 0, steps)
+
+        def phase_finish(self, phase: str) -> None:
+            steps = self._steps.pop(phase, 0)
+            report(phase, steps, steps)  # a step that follows tells whether to go on
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return report(phase, step + 1, self._steps.get(phase, 0))
+
+    return Monitor()
+
+
+def _parse(trt: Any, network: Any, log: Any, graph: Path, kernels: str | None) -> None:
+    parser = trt.OnnxParser(network, log)
+    if kernels is None:
+        is_parsed = parser.parse_from_file(str(graph))
+    else:
+        is_parsed = parser.parse(_graph_with_plugins(graph, kernels))
+    if is_parsed:
+        return
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    said = [f"{e.node_operator() or 'graph'} {e.node_name()}: {e.desc()}" for e in errors]
+    raise RefusedError("; ".join(said[:MESSAGES]) or log.text() or "the parser gave no reason")
+
+
+def _graph_with_plugins(graph: Path, compute_capability: str) -> bytes:
+    """Return a graph whose ops are plugin nodes, and register the plugins with TensorRT."""
+    import onnx
+
+    from twotower_engines.kernels.plugins import register_plugins, with_plugins
+
+    register_plugins(compute_capability)
+    model = with_plugins(onnx.load(str(graph), load_external_data=False))
+    return bytes(model.SerializeToString())
+
+
+def _check_inputs(network: Any, wanted: Mapping[str, Sequence[int | str]]) -> None:
+    """Compare what the parser made of the inputs with the graph."""
+    found = [network.get_input(index) for index in range(network.num_inputs)]
+    shapes = {one.name: [int(size) for size in one.shape] for one in found}
+    if sorted(shapes) != sorted(wanted):
+        odd = sorted(set(shapes) ^ set(wanted))
+        raise RefusedError(f"the parser's inputs are not the graph's, they differ in {odd[:3]}")
+    for name, dims in wanted.items():
+        expected = [-1 if isinstance(dim, str) else dim for dim in dims]
+        if shapes[name] != expected:
+            raise RefusedError(f"the parser gives {name} the shape {shapes[name]}, not {dims}")
+
+
+def _add_profile(builder: Any, config: Any, shapes: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    profile = builder.create_optimization_profile()
+    for name, (least, usual, most) in shapes.items():
+        profile.set_shape(name, tuple(least), tuple(usual), tuple(most))
+    if config.add_optimization_profile(profile) < 0:
+        raise RefusedError(f"a profile is not valid: {dict(shapes)}")
+
+
+def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
+    for name, is_set in job["flags"].items():
+        flag = getattr(trt.BuilderFlag, name)
+        (config.set_flag if is_set else config.clear_flag)(flag)
+    for name in job.get("flags_if_known", ()):
+        if hasattr(trt.BuilderFlag, name):
+            config.set_flag(getattr(trt.BuilderFlag, name))
+    config.profiling_verbosity = getattr(trt.ProfilingVerbosity, job["verbosity"])
+    if job.get("workspace"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
+    if job.get("hardware"):
+        level = getattr(trt.HardwareCompatibilityLevel, job["hardware"])
+        config.hardware_compatibility_level = level
+    targets = job.get("compute_capabilities") or []
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            name = "SM" + target.replace(".", "")
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    if job.get("timing_cache"):
+        path = Path(job["timing_cache"])
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            # of another TensorRT or another GPU: start over rather than refuse to build
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def _write(path: Path, content: Any) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as stream:
+        stream.write(memoryview(content))
+    partial.replace(path)

@@ -1,0 +1,87 @@
+"""What TensorRT's own parser makes of a graph: its inputs and outputs, without building anything.
+
+`python -m twotower_engines.building.flavours.parsing MODULE GRAPH RESULT` is the process that
+loads the library, for the reasons given in `worker.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twotower_engines.artifacts.engine_interface import Interface, TensorSpec
+from twotower_engines.building.flavours.process import Library
+from twotower_engines.errors import BuildError
+
+__all__ = ["parse", "specs_of"]
+
+SECONDS = 300
+
+
+def parse(graph: Path, library: Library) -> Interface:
+    """Let a library parse an ONNX file.
+
+    Args:
+        graph: The file.
+        library: Which TensorRT.
+
+    Raises:
+        BuildError: The library cannot be loaded, or refuses the graph.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "interface.json"
+        command = [sys.executable, "-m", "twotower_engines.building.flavours.parsing"]
+        done = subprocess.run(
+            [*command, library.module, str(graph), str(result)],
+            env={**os.environ, **library.environment},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        if done.returncode or not result.is_file():
+            said = done.stderr.strip().splitlines()
+            raise BuildError(
+                f"{graph}: {library.title} does not parse it: {said[-1] if said else 'no reason'}; "
+                "export the checkpoint again, and see `twotower doctor`"
+            )
+        found = json.loads(result.read_text(encoding="utf-8"))
+    return Interface(specs_of(found["inputs"]), specs_of(found["outputs"]))
+
+
+def specs_of(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Return inputs or outputs as they were written: name to dtype and shape."""
+    return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in values.items()}
+
+
+def _main(module: str, graph: str, result: str) -> None:
+    trt: Any = importlib.import_module(module)
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(graph):
+        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        sys.exit("; ".join(errors[:5]) or "the parser gave no reason")
+
+    def described(tensor: Any) -> list[Any]:
+        return [tensor.dtype.name, list(tensor.shape)]
+
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    content = {
+        "inputs": {tensor.name: described(tensor) for tensor in inputs},
+        "outputs": {tensor.name: described(tensor) for tensor in outputs},
+    }
+    Path(result).write_text(json.dumps(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,136 @@
+"""Optimization profiles: which sizes each tower's engine is built for.
+
+A profile gives each named dimension of the graphs (`batch`, `tokens`, `block`, `context`) a least,
+a usual and a largest size. The names come from the graphs, so one profile says the shapes of every
+input. Nothing here knows TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twotower_engines.artifacts.engine_set import Limits
+from twotower_engines.errors import BuildError
+
+__all__ = ["Profile", "Sizes", "narrow_profiles", "wide_profiles"]
+
+Dims = Sequence[int | str]
+
+USUAL_BLOCK = 16
+"""Tokens of a block in NVIDIA's `inference.py`: what the engines are tuned for."""
+
+ROW_BUCKETS = (1, 4, 16, 64, 256)
+"""Most rows of each profile of the denoiser: a step of one row should not pay for sixteen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Least, usual and largest size of one dimension."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.usual <= self.most:
+            raise BuildError(
+                f"sizes {self.least} to {self.most}, usually {self.usual}: a dimension has at "
+                "least 1 element, and its usual size lies between the least and the largest"
+            )
+
+    def as_json(self) -> list[int]:
+        """Return the three sizes."""
+        return [self.least, self.usual, self.most]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One profile.
+
+    Attributes:
+        name: For people, for example `chunk`.
+        sizes: Dimension name to sizes.
+    """
+
+    name: str
+    sizes: Mapping[str, Sizes]
+
+    def shapes(self, dims: Dims, where: str) -> tuple[list[int], list[int], list[int]]:
+        """Return the least, usual and largest shape of an input.
+
+        Args:
+            dims: Its dimensions as in the graph: numbers, and names of dynamic ones.
+            where: What to call the input in a message.
+
+        Raises:
+            BuildError: A dynamic dimension has a name that no profile knows.
+        """
+        unknown = [dim for dim in dims if isinstance(dim, str) and dim not in self.sizes]
+        if unknown:
+            raise BuildError(
+                f"{where}: its dimension `{unknown[0]}` is none of {', '.join(self.sizes)}; "
+                "export the checkpoint again with this version of twotower"
+            )
+        triples = [[dim] * 3 if isinstance(dim, int) else self.sizes[dim].as_json() for dim in dims]
+        least, usual, most = ([triple[index] for triple in triples] for index in range(3))
+        return least, usual, most
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the profile as build.json keeps it."""
+        return {"name": self.name, **{dim: one.as_json() for dim, one in self.sizes.items()}}
+
+
+def narrow_profiles(tower: str, limits: Limits) -> list[Profile]:
+    """Return profiles that TensorRT tunes kernels for, one for each kind of call.
+
+    The context tower: one token of each row, a block, a chunk of a prompt. The denoiser: row
+    buckets. The runtime takes the first profile that fits a call, so narrow ones come first.
+    """
+    cache = _cache(limits)
+    if tower == "denoiser":
+        block = _block(limits)
+        return [
+            Profile(f"rows-{most}", {"batch": Sizes(least, most, most), "block": block, **cache})
+            for least, most in _row_buckets(limits.slots)
+        ]
+    few = min(4, limits.slots)
+    rows = Sizes(1, few, limits.slots)
+    chunk = limits.max_tokens_per_call
+    block_tokens = min(limits.block_size_max, chunk)
+    kinds = [
+        ("token", rows, Sizes(1, 1, 1)),
+        ("block", rows, Sizes(1, min(USUAL_BLOCK, block_tokens), block_tokens)),
+        # prompts come one by one, so most chunks travel alone
+        ("chunk", Sizes(1, 1, limits.slots), Sizes(1, chunk, chunk)),
+    ]
+    return [Profile(name, {"batch": batch, "tokens": t, **cache}) for name, batch, t in kinds]
+
+
+def wide_profiles(tower: str, limits: Limits) -> list[Profile]:
+    """Return the one profile of a flavour that tunes kernels when it meets a shape.
+
+    TensorRT-RTX compiles kernels for the shapes that it sees at run time; profiles only bound
+    them, and each further one costs as much build time and plan size as the first.
+    """
+    rows = {"batch": Sizes(1, min(4, limits.slots), limits.slots), **_cache(limits)}
+    if tower == "denoiser":
+        return [Profile("all", {**rows, "block": _block(limits)})]
+    chunk = limits.max_tokens_per_call
+    return [Profile("all", {**rows, "tokens": Sizes(1, min(USUAL_BLOCK, chunk), chunk)})]
+
+
+def _cache(limits: Limits) -> dict[str, Sizes]:
+    """The runtime passes each slot's whole buffer of keys and values."""
+    return {"context": Sizes(1, limits.context, limits.context)}
+
+
+def _block(limits: Limits) -> Sizes:
+    return Sizes(1, min(USUAL_BLOCK, limits.block_size_max), limits.block_size_max)
+
+
+def _row_buckets(slots: int) -> list[tuple[int, int]]:
+    """Return least and most rows of each bucket, for example (1, 1), (2, 4), (5, 10)."""
+    bounds = [most for most in ROW_BUCKETS if most < slots] + [slots]
+    return list(zip([1, *(most + 1 for most in bounds)], bounds, strict=False))

@@ -1,0 +1,167 @@
+"""The verb `twotower build`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from twotower_engines.building.build import BuildOptions
+
+__all__ = ["build"]
+
+EPILOG = """\b
+Examples:
+  twotower build bundle --sku cpu engines
+  twotower build bundle --sku h200 engines --slots 32 --context 16384
+  twotower build bundle --sku l40s,rtx-pro-6000 engines --flavour tensorrt-rtx
+  twotower build bundle --sku all engines --json
+
+What is asked must fit; `twotower plan` says what does. Engines for data-centre GPUs (flavour
+tensorrt) are built on the GPU, engines for RTX GPUs (flavour tensorrt-rtx) on any machine.
+Plans are kept in $XDG_CACHE_HOME/twotower/builds, and building the same again takes no time.
+With several SKUs, what can be built is built, and the exit code is 1 if anything could not be.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("engines", type=click.Path(path_type=Path))
+@click.option(
+    "--sku",
+    "skus",
+    default="cpu",
+    show_default=True,
+    metavar="NAME[,NAME...]|all",
+    help="What to build for: names of the table of `twotower plan`, `local`, or SKU files.",
+)
+@click.option(
+    "--flavour",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]),
+    default="auto",
+    show_default=True,
+    help="What builds and runs them. `auto`: the SKU's own.",
+)
+@click.option(
+    "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests in flight."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens of a request, prompt and answer. Default: 8192, or what the model takes.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16", "fp8", "nvfp4", "int4"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights. Only float32 and bf16 are built yet.",
+)
+@click.option(
+    "--gpus", type=click.IntRange(1, 2), help="2: one tower on each. Default: the fewest."
+)
+@click.option(
+    "--block-size-max",
+    type=click.IntRange(1, 256),
+    default=64,
+    show_default=True,
+    help="Tokens of the largest block.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def build(
+    bundle: Path,
+    engines: Path,
+    skus: str,
+    flavour: str,
+    slots: int,
+    context: int | None,
+    precision: str,
+    gpus: int | None,
+    block_size_max: int,
+    as_json: bool,
+) -> None:
+    """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
+    from twotower_engines.building.build import BuildOptions
+    from twotower_engines.errors import BuildError, EnginesError
+
+    names = _names(skus)
+    results = []
+    for name in names:
+        options = BuildOptions(name, slots, context, flavour, precision, gpus, block_size_max)
+        try:
+            results.append(_build_one(bundle, engines, options))
+        except EnginesError as problem:
+            if len(names) == 1:
+                raise
+            results.append({"sku": name, "error": str(problem)})
+        if not as_json:
+            print(_line(results[-1]), flush=True)
+    if as_json:
+        print(json.dumps({"engine_sets": results}, indent=2))
+    failed = [result["sku"] for result in results if "error" in result]
+    if failed:
+        error = BuildError(
+            f"not built: {', '.join(failed)} ({len(failed)} of {len(names)}); the reasons are above"
+        )
+        error.exit_code = 1
+        raise error
+
+
+def _names(skus: str) -> list[str]:
+    """Return the SKUs that `--sku` names, each once; files by their path."""
+    from twotower_engines.errors import BuildError
+    from twotower_engines.planning.sku_lookup import find_sku
+    from twotower_engines.planning.skus import known_skus
+
+    names: dict[str, None] = {}
+    for part in filter(None, (part.strip() for part in skus.split(","))):
+        for name in known_skus() if part == "all" else [part]:
+            find_sku(name)  # a misspelt one is refused before the first is built
+            names[name] = None
+    if not names:
+        raise BuildError(f"--sku is {skus!r}: name at least one SKU, or `all`")
+    return list(names)
+
+
+def _build_one(bundle: Path, engines: Path, options: BuildOptions) -> dict[str, Any]:
+    from twotower_engines.building.build import build_engines
+    from twotower_engines.building.progress import BuildProgress
+
+    progress = BuildProgress(options.sku)
+    start = time.monotonic()
+    try:
+        made, is_new = build_engines(bundle, engines, options, progress)
+    finally:
+        progress.close()
+    record = made.build
+    return {
+        "sku": record.sku,
+        "engines": str(made.folder),
+        "built": is_new,
+        "flavour": record.flavour,
+        "precision": record.precision,
+        "compute_capability": record.compute_capability,
+        "gpus": record.memory["gpus"],
+        "slots": record.limits.slots,
+        "context": record.limits.context,
+        "plans": {tower: made.plan_path(tower).stat().st_size for tower in record.plans},
+        "seconds": round(time.monotonic() - start, 3),
+    }
+
+
+def _line(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"{result['sku']}: not built: {result['error']}"
+    size = sum(result["plans"].values()) / 1e6
+    what = f"built in {result['seconds']:.1f} s" if result["built"] else "up to date"
+    gpus = f"{result['gpus']} GPU{'s' if result['gpus'] > 1 else ''}"
+    place = "CPU" if result["compute_capability"] is None else gpus
+    slots = f"{result['slots']} slot{'s' if result['slots'] > 1 else ''}"
+    return (
+        f"{result['engines']}: {what}; {result['flavour']}, {result['precision']}, {place}, "
+        f"{slots} x {result['context']} tokens, plans {size:.1f} MB"
+    )

@@ -1,0 +1,211 @@
+"""What this machine can do, and what is missing for what.
+
+Looks without importing: packages are found by name and asked for their recorded version, the GPU
+through its driver's own tool. Nothing is changed but the cache, where the links are kept that
+TensorRT-RTX from PyPI needs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twotower_engines.errors import EnginesError
+
+__all__ = ["Ability", "Examination", "examine"]
+
+# Distributions that somebody may ask about, in the order of the path from checkpoint to answer.
+DISTRIBUTIONS = (
+    "twotower",
+    "numpy",
+    "tritonclient",
+    "onnx",
+    "onnx-ir",
+    "tokenizers",
+    "huggingface_hub",
+    "torch",
+    "safetensors",
+    "onnxruntime",
+    "polygraphy",
+    "tensorrt",
+    "tensorrt-rtx",
+    "tensorrt-cu13-bindings",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "cuda-python",
+    "nvidia-pytriton",
+    "triton",
+    "matplotlib",
+)
+GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
+SHARED_MEMORY_NEEDED = 64 * 2**20  # for the four models of a repository, with room
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """Something that the project does, and what stands in its way here.
+
+    Attributes:
+        name: As a person would say it.
+        missing: What is missing, with the remedy; empty where nothing is.
+    """
+
+    name: str
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """All that was found.
+
+    Attributes:
+        python: Version of this interpreter.
+        system: Operating system and architecture.
+        cores: That this process may use.
+        memory_bytes: Of the machine, or of the control group where that is less.
+        gpus: For each, `GPU_FIELDS` as the driver's tool gives them.
+        packages: Distribution to its version, of those that are installed.
+        server: Where a Triton server is; None where none is.
+        abilities: In the order of the path from checkpoint to answer.
+    """
+
+    python: str
+    system: str
+    cores: int
+    memory_bytes: int
+    gpus: tuple[dict[str, str], ...]
+    packages: dict[str, str]
+    server: str | None
+    abilities: tuple[Ability, ...] = field(default=())
+
+
+def examine() -> Examination:
+    """Look at this machine."""
+    packages = {name: version for name in DISTRIBUTIONS if (version := _version(name)) is not None}
+    gpus = _gpus()
+    server, server_problems = _server(packages)
+    return Examination(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=_memory_bytes(),
+        gpus=gpus,
+        packages=packages,
+        server=server,
+        abilities=tuple(_abilities(packages, gpus, server_problems)),
+    )
+
+
+def _abilities(
+    packages: dict[str, str], gpus: Sequence[dict[str, str]], server_problems: Sequence[str]
+) -> list[Ability]:
+    def needs(extra: str, *names: str) -> tuple[str, ...]:
+        absent = [name for name in names if name not in packages]
+        if not absent:
+            return ()
+        return (f"{', '.join(absent)}: pip install 'twotower[{extra}]'",)
+
+    gpu = () if gpus else ("an NVIDIA GPU and its driver (nvidia-smi finds none)",)
+    cpu_engines = needs("build", "onnxruntime", "tokenizers")
+    return [
+        Ability("ask a server (generate)"),
+        Ability("say what fits on which GPU (plan)"),
+        Ability("chart that (plan --plot)", needs("plot", "matplotlib")),
+        Ability(
+            "make a small checkpoint (tiny)",
+            needs("reference", "torch", "safetensors", "tokenizers"),
+        ),
+        Ability("export a checkpoint (export, inspect)", needs("export", "onnx", "onnx-ir")),
+        Ability("export from the hub", needs("export", "huggingface_hub")),
+        Ability(
+            "compare with PyTorch (verify)",
+            needs("reference", "torch") + needs("build", "onnxruntime", "polygraphy"),
+        ),
+        Ability("build and run engines for the CPU (build --sku cpu, run)", cpu_engines),
+        Ability("build TensorRT-RTX engines, without a GPU too", _missing_rtx()),
+        Ability(
+            "build and run TensorRT engines",
+            needs("tensorrt", "tensorrt", "cuda-python") + gpu,
+        ),
+        Ability("compile our kernels (kernels)", needs("kernels", "triton")),
+        Ability("serve (package, serve)", (*cpu_engines, *server_problems)),
+    ]
+
+
+def _missing_rtx() -> tuple[str, ...]:
+    """Return what the TensorRT-RTX flavour says: it knows which versions go together."""
+    from twotower_engines.building.flavours.rtx_library import find_library
+
+    return _problem(find_library)
+
+
+def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
+    """Return where the Triton server is, and what keeps it from serving."""
+    from twotower_engines.serving.installation import find_server, numpy_problem
+
+    try:
+        found = find_server()
+    except EnginesError as problem:
+        return None, [str(problem)]
+    problems = []
+    unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
+    if unusable is not None:
+        problems.append(unusable)
+    free = _free_shared_memory()
+    if free is not None and free < SHARED_MEMORY_NEEDED:
+        problems.append(
+            f"/dev/shm has {free // 2**20} MB free, the models need {SHARED_MEMORY_NEEDED // 2**20}"
+            " MB: free some, or start the container with --shm-size=1g"
+        )
+    return found.source, problems
+
+
+def _problem(look: Callable[[], Any]) -> tuple[str, ...]:
+    try:
+        look()
+    except EnginesError as problem:
+        return (str(problem),)
+    return ()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[dict[str, str], ...]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    command = [tool, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line]
+    return tuple(dict(zip(GPU_FIELDS, row, strict=False)) for row in rows)
+
+
+def _memory_bytes() -> int:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+def _free_shared_memory() -> int | None:
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None

@@ -1,0 +1,137 @@
+"""The verb `twotower selftest`: engines answer a fixed prompt as the bundle says they must."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from twotower_engines.errors import EnginesError
+
+if TYPE_CHECKING:
+    from twotower_engines.artifacts.engine_set import EngineSet
+    from twotower_engines.runtime.interface import Runtime
+
+EPILOG = """\b
+Examples:
+  twotower selftest engines
+  twotower selftest engines --sku h200 --json
+  twotower selftest engines --record checkpoint/golden.json
+
+Exits with 1 where the answer is wrong. Without a golden answer it says PLAUSIBLE where nothing is
+plainly wrong (and exits with 0), or UNAVAILABLE where nothing could be tested (with 2). A server
+runs the same test when it starts. `python -m twotower_export.reference.golden CHECKPOINT` computes
+the golden answer of a model of any size; --record is for where that takes too long, on engines that
+`twotower verify` passed: the file says which they were. The next export takes the answer from
+CHECKPOINT/golden.json.
+"""
+
+
+class SelfTestError(EnginesError):
+    """The engines answer the golden prompt wrongly."""
+
+    exit_code = 1
+
+
+@click.command(epilog=EPILOG)
+@click.argument("engines", metavar="ENGINES", type=click.Path(path_type=Path))
+@click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Where the checkpoint is now, if it was moved after the export.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
+@click.option(
+    "--record",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Do not compare: write these engines' answer as the golden one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def selftest(
+    engines: Path,
+    sku: str | None,
+    checkpoint: Path | None,
+    threads: int | None,
+    record: Path | None,
+    as_json: bool,
+) -> None:
+    """Let ENGINES answer a fixed prompt, and compare with the answer that the bundle stores.
+
+    It catches what looks like an answer and is none: word salad at one token per denoiser call.
+    """
+    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_engines.runtime.opening import open_runtime
+    from twotower_engines.runtime.progress import ByteMeter
+
+    opened = open_engine_set(engines, sku)
+    runtime = open_runtime(opened, checkpoint, threads, ByteMeter("binding weights"))
+    try:
+        if record is not None:
+            _record(opened, runtime, record, as_json)
+        else:
+            _check(opened, runtime, as_json)
+    finally:
+        runtime.close()
+
+
+def _check(engines: EngineSet, runtime: Runtime, as_json: bool) -> None:
+    from twotower_engines.verify.self_test import check
+
+    result = check(engines, runtime)
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        click.echo(f"{result.status.upper()}: {result.reason} ({result.seconds:.2f} s)")
+    if result.status == "failed":
+        raise SelfTestError(f"{engines.folder}: {result.reason}")
+    if result.status == "unavailable":
+        raise EnginesError(f"{engines.folder}: {result.reason}")
+
+
+def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> None:
+    """Write what these engines answer, unless it is plainly no answer.
+
+    Raises:
+        SelfTestError: It has what no right answer has.
+    """
+    from twotower_engines.artifacts.document import write_json
+    from twotower_engines.verify.invariants import objections, run_request
+    from twotower_engines.verify.self_test import golden_request
+
+    request = golden_request(engines)
+    result = run_request(runtime, request)
+    ids = result.output_ids[len(request.prompt_ids) :]
+    calls = result.denoiser_calls
+    found = objections(runtime, request, result)
+    if found:
+        raise SelfTestError(
+            f"{engines.folder}: {'; '.join(found)}. Nothing was recorded; compare these engines "
+            "with `twotower verify` first"
+        )
+    build = engines.build
+    versions = ", ".join(f"{name} {version}" for name, version in build.versions.items())
+    golden: dict[str, Any] = {
+        "prompt_ids": list(request.prompt_ids),
+        "mode": request.mode,
+        "max_new_tokens": request.max_new_tokens,
+        "block_size": request.block_size,
+        "steps": request.steps,
+        "threshold": request.threshold,
+        "output_ids": list(ids),
+        "denoiser_calls": calls,
+        "tokens_per_call": round(len(ids) / calls, 4) if calls else None,
+        "computed_with": f"{build.flavour} engines for {build.sku} ({versions}), {build.precision}",
+    }
+    content = {
+        "format": "twotower-golden",
+        "format_version": 1,
+        "fingerprint": engines.manifest.checkpoint.fingerprint,
+        "golden": golden,
+    }
+    write_json(file, content)
+    click.echo(json.dumps(content) if as_json else f"{file}: {len(ids)} tokens in {calls} calls")

@@ -1,0 +1,207 @@
+"""The verbs `twotower package` and `twotower serve`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from twotower_engines.serving.server import TritonServer
+
+__all__ = ["package", "serve"]
+
+PACKAGE_EPILOG = """\b
+Examples:
+  twotower package engines repository
+  twotower package engines --sku h200 repository --slots 8 --checkpoint /data/twotower
+"""
+
+SERVE_EPILOG = """\b
+Examples:
+  twotower serve repository
+  twotower serve repository --grpc-port 0 --no-http --no-metrics --json
+  twotower serve repository --host 0.0.0.0 --log server.log
+
+When every model is ready, one line is printed on standard output, for example
+`ready grpc=127.0.0.1:8001 http=127.0.0.1:8000 metrics=127.0.0.1:8002 pid=4242 seconds=2.1`,
+or with --json the same as an object. Ctrl-C or SIGTERM ends the server, a second one at once.
+"""
+
+
+@click.command(epilog=PACKAGE_EPILOG)
+@click.argument("engines", type=click.Path(path_type=Path))
+@click.argument("repo", type=click.Path(path_type=Path))
+@click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Where the checkpoint is now, if it was moved after the export.",
+)
+@click.option("--slots", type=int, help="Requests generated at once.  [all that the engines have]")
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Requests that may wait for a slot before others are refused.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def package(
+    engines: Path, repo: Path, sku: str | None, checkpoint: Path | None, as_json: bool, **rest: Any
+) -> None:
+    """Write a Triton model repository for an engine set.
+
+    REPO refers to the engines and the checkpoint by path; neither is copied.
+    """
+    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_engines.serving.package import package as write
+    from twotower_engines.serving.repository import MODELS
+    from twotower_engines.serving.settings import Settings
+
+    opened = open_engine_set(engines, sku)
+    settings = Settings(
+        engine_set=opened.folder.resolve(),
+        checkpoint=checkpoint.resolve() if checkpoint is not None else None,
+        **rest,
+    )
+    write(opened, repo, settings)
+    if as_json:
+        described = {"repository": str(repo.resolve()), "models": MODELS, **settings.parameters()}
+        print(json.dumps(described))
+    else:
+        print(f"{repo}: {', '.join(MODELS)}, serving {opened.folder}")
+        print(f"next: twotower serve {repo}", file=sys.stderr)
+
+
+@click.command(epilog=SERVE_EPILOG)
+@click.argument("repo", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--grpc-port", type=int, default=8001, show_default=True, help="0: any free one.")
+@click.option("--http-port", type=int, default=8000, show_default=True, help="0: any free one.")
+@click.option("--metrics-port", type=int, default=8002, show_default=True, help="0: any free one.")
+@click.option("--no-http", is_flag=True, help="Serve gRPC only.")
+@click.option("--no-metrics", is_flag=True, help="Serve no metrics.")
+@click.option("--log", type=click.Path(path_type=Path), help="Keep the server's log here.")
+@click.option(
+    "--ready-timeout",
+    type=click.FloatRange(min=0),
+    default=600,
+    show_default=True,
+    help="Seconds that the models may take to load.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the ready line as a JSON object.")
+def serve(
+    repo: Path,
+    host: str,
+    grpc_port: int,
+    http_port: int,
+    metrics_port: int,
+    no_http: bool,
+    no_metrics: bool,
+    log: Path | None,
+    ready_timeout: float,
+    as_json: bool,
+) -> None:
+    """Run a Triton server on a model repository until it is told to end.
+
+    The `tritonserver` on PATH is used, or else the one inside the package nvidia-pytriton.
+    """
+    from twotower_engines.errors import ServingError
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    options = ServerOptions(
+        host=host,
+        grpc_port=grpc_port,
+        http_port=None if no_http else http_port,
+        metrics_port=None if no_metrics else metrics_port,
+        log=log,
+    )
+    with _Interrupted() as interrupted, TritonServer(repo, options) as server:
+        interrupted.server = server
+        if interrupted.count:
+            return
+        show = _Status()
+        show(f"starting the Triton server of {server.source}")
+        try:
+            seconds = server.wait_until_ready(ready_timeout, show)
+        except ServingError:
+            if interrupted.count:
+                return
+            raise
+        finally:
+            show.clear()
+        print(_ready(server, seconds, as_json), flush=True)
+        code = server.wait()
+        if code and not interrupted.count:
+            raise ServingError(
+                f"the Triton server ended with exit code {code}\n{server.log_tail()}"
+            )
+
+
+class _Interrupted:
+    """While active, Ctrl-C and SIGTERM ask the server to end; a second one kills it."""
+
+    def __init__(self) -> None:
+        self.server: TritonServer | None = None
+        self.count = 0
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.count += 1
+        if self.server is None:  # it is being started, which takes no time; see `serve`
+            return
+        if self.count == 1:
+            print("ending the server", file=sys.stderr)
+            self.server.request_stop()
+        else:
+            self.server.kill()
+
+    def __enter__(self) -> _Interrupted:
+        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Status:
+    """One line on standard error that is written over; plain lines where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._said = ""
+
+    def __call__(self, text: str) -> None:
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            return
+        what = text.partition(" (")[0]  # without the seconds, which would fill a log
+        if what != self._said:
+            self._said = what
+            print(what, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Remove the line."""
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _ready(server: TritonServer, seconds: float, as_json: bool) -> str:
+    values: dict[str, object] = {
+        "grpc": server.grpc_address,
+        "http": server.http_address,
+        "metrics": server.metrics_address,
+        "pid": server.pid,
+        "seconds": round(seconds, 2),
+    }
+    if as_json:
+        return json.dumps({"event": "ready", **values})
+    given = " ".join(f"{key}={value}" for key, value in values.items() if value is not None)
+    return f"ready {given}"

@@ -1,0 +1,154 @@
+"""Answers to single requests: an engine set loaded, and the scheduler turned until it is idle.
+
+```python
+engines = open_engine_set(Path("ENGINES"))
+with Generator(engines) as generator:
+    result = generator.generate(Request("1", prompt_ids=(5, 6, 7)))
+```
+A server keeps many requests in flight and turns the scheduler itself; see `scheduler.Scheduler`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_engines.errors import GenerationError
+from twotower_engines.generation.request import (
+    BlockEvent,
+    FinishReason,
+    Mode,
+    Request,
+    RequestLimits,
+)
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.interface import LoadProgress
+from twotower_engines.runtime.opening import open_runtime
+
+__all__ = [
+    "BlockEvent",
+    "FinishReason",
+    "Generator",
+    "Mode",
+    "Request",
+    "RequestLimits",
+    "Result",
+    "generate",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole answer.
+
+    Attributes:
+        output_ids: The prompt, then the new tokens.
+        blocks: For each block the positions masked before each of its denoiser calls; empty in the
+            autoregressive modes.
+        denoiser_calls: In all.
+        context_calls: In all, prefill included.
+        finish_reason: Why the answer ended.
+        seconds: From submission to the last block.
+    """
+
+    output_ids: tuple[int, ...]
+    blocks: tuple[tuple[int, ...], ...]
+    denoiser_calls: int
+    context_calls: int
+    finish_reason: FinishReason
+    seconds: float
+
+
+class Generator:
+    """A loaded engine set that answers one request at a time.
+
+    Args:
+        engines: The engine set.
+        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
+        threads: CPU threads; None for one per core.
+        progress: Told of the weights that are bound and of the calls that are prepared.
+    """
+
+    def __init__(
+        self,
+        engines: EngineSet,
+        checkpoint: Path | None = None,
+        threads: int | None = None,
+        progress: LoadProgress | None = None,
+    ) -> None:
+        self._runtime = open_runtime(engines, checkpoint, threads, progress)
+        self._scheduler = Scheduler(self._runtime, slots=1)
+
+    def stream(self, request: Request) -> Iterator[BlockEvent]:
+        """Yield the events of one request. Leaving early cancels it.
+
+        Raises:
+            RequestError: The request cannot be done.
+            GenerationError: It failed on the way.
+        """
+        self._scheduler.submit(request)
+        try:
+            while not self._scheduler.idle:
+                for event in self._scheduler.turn():
+                    if event.error is not None:
+                        raise GenerationError(f"request {event.request_id}: {event.error}")
+                    yield event
+        finally:
+            if self._scheduler.cancel(request.request_id):
+                self._scheduler.turn()
+
+    def generate(self, request: Request) -> Result:
+        """Return the whole answer to one request.
+
+        Raises:
+            RequestError: The request cannot be done.
+            GenerationError: It failed on the way.
+        """
+        start = time.perf_counter()
+        return result_of(request, list(self.stream(request)), time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Free the engines."""
+        self._runtime.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def generate(engines: EngineSet, request: Request, checkpoint: Path | None = None) -> Result:
+    """Load an engine set, answer one request, and free it again.
+
+    Raises:
+        EnginesError: As `Generator` and its `generate`.
+    """
+    request.check(RequestLimits.of_engines(engines))
+    with Generator(engines, checkpoint) as generator:
+        return generator.generate(request)
+
+
+def result_of(request: Request, events: list[BlockEvent], seconds: float) -> Result:
+    """Put the events of a finished request together."""
+    last = events[-1]
+    assert last.finish_reason is not None, "the last event of a request says why it ended"
+    new_ids = [token for event in events for token in event.ids]
+    return Result(
+        output_ids=(*request.prompt_ids, *new_ids),
+        blocks=tuple(event.masked_counts for event in events if event.masked_counts),
+        denoiser_calls=last.denoiser_calls,
+        context_calls=last.context_calls,
+        finish_reason=last.finish_reason,
+        seconds=seconds,
+    )

@@ -1,0 +1,124 @@
+"""The GPU of this machine: what its driver says, and the SKU that it is.
+
+A card that the table does not know is planned as its nearest relative: its own memory and compute
+capability, the relative's speeds, and sources that say so.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+
+from twotower_engines.errors import PlanError
+from twotower_engines.planning.skus import GIB, Sku, known_skus
+
+__all__ = ["LocalGpu", "local_gpu", "local_sku"]
+
+CUDA_SHARE = 0.975
+"""What CUDA gives of the memory that nvidia-smi reports: the least of the table's GPUs."""
+
+SAME_MEMORY = 0.05
+"""Memory of one product differs by no more between drivers, with error correction or without."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalGpu:
+    """A GPU as nvidia-smi reports it.
+
+    Attributes:
+        name: Of the product, without "NVIDIA".
+        memory: Bytes; None on unified memory, of which it reports none.
+        compute_capability: As `9.0`.
+    """
+
+    name: str
+    memory: int | None
+    compute_capability: str
+
+    def is_a(self, sku: Sku) -> bool:
+        """Whether it is that product: by its name, or where the SKU has none by its numbers."""
+        if sku.device_names:
+            return self.name in sku.device_names
+        if self.compute_capability != sku.compute_capability:
+            return False
+        return self.memory is None or abs(self.memory - sku.memory) <= SAME_MEMORY * sku.memory
+
+    def __str__(self) -> str:
+        size = "" if self.memory is None else f", {self.memory / GIB:.0f} GiB"
+        return f"NVIDIA {self.name} (compute capability {self.compute_capability}{size})"
+
+
+def local_gpu() -> LocalGpu | None:
+    """Return this machine's first GPU; None where there is none, or no working driver."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    fields = "name,memory.total,compute_cap"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        product, memory, capability = answer.stdout.splitlines()[0].rsplit(", ", 2)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    size = int(memory) << 20 if memory.strip().isdigit() else None  # "[N/A]" on a DGX Spark
+    return LocalGpu(product.removeprefix("NVIDIA").strip(), size, capability.strip())
+
+
+def local_sku() -> Sku:
+    """Return the SKU of this machine's first GPU, with the memory that its driver reports.
+
+    A product that the table lacks is described by its relative there: see `_like_a_relative`.
+
+    Raises:
+        PlanError: There is no GPU, or one of a compute capability that the table lacks.
+    """
+    gpu = local_gpu()
+    if gpu is None:
+        raise PlanError(
+            "--sku local: no NVIDIA GPU was found (nvidia-smi is missing or failed); name the SKU "
+            "that you plan for, or `cpu` for this machine"
+        )
+    for sku in known_skus().values():
+        if gpu.name in sku.device_names:
+            memory = sku.memory if gpu.memory is None else min(gpu.memory, sku.memory)
+            return replace(sku, memory=memory, arch=platform.machine())
+    return _like_a_relative(gpu)
+
+
+def _like_a_relative(gpu: LocalGpu) -> Sku:
+    """Describe an unknown product: its memory and capability, the nearest relative's speeds.
+
+    Raises:
+        PlanError: The table has no GPU of this compute capability.
+    """
+    same = [
+        sku for sku in known_skus().values() if sku.compute_capability == gpu.compute_capability
+    ]
+    if not same:
+        raise PlanError(
+            f"--sku local: this machine's GPU is a {gpu.name!r} (compute capability "
+            f"{gpu.compute_capability}), and the table has none of that capability; describe it in "
+            "a SKU file (name, compute_capability, memory_gib, bandwidth_gb_s, bf16_tflops) and "
+            "give its path as --sku"
+        )
+    seen = gpu.memory
+    nearest = min(same, key=lambda sku: abs(sku.memory - (seen or sku.memory)))
+    memory = nearest.memory if seen is None else int(seen * CUDA_SHARE)
+    assumed = f"assumed: as {nearest.title}; a SKU file can say better"
+    return replace(
+        nearest,
+        name=re.sub(r"[^a-z0-9.]+", "-", gpu.name.lower()).strip("-"),
+        title=f"NVIDIA {gpu.name}",
+        arch=platform.machine(),
+        memory=memory,
+        device_names=(gpu.name,),
+        note=f"Not in the table: speeds are those of {nearest.title}.",
+        sources=dict.fromkeys(nearest.sources, assumed)
+        | {
+            "compute_capability": "nvidia-smi",
+            "memory_gib": "nvidia-smi, less 2.5% that CUDA does not give",
+            "arch": "this machine",
+        },
+    )

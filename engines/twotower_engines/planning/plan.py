@@ -1,0 +1,409 @@
+"""What fits on which GPU: a plan of memory for one model, SKU and set of limits.
+
+`plan_memory` adds up, per GPU, what the runtime allocates: weights, states, the buffers of its
+calls, and the engines' workspace. A plan says whether it fits; `fit.py` says what would. All of it
+is arithmetic: no GPU is touched. (`build.py` compares what TensorRT then asks for with it.)
+
+What is assumed rather than known is in `ASSUMPTIONS`, and every report prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twotower_engines.errors import PlanError
+from twotower_engines.planning.model_size import ModelSize
+from twotower_engines.planning.precisions import BUILT, PRECISIONS
+from twotower_engines.planning.skus import GIB, Sku
+
+__all__ = [
+    "ASSUMPTIONS",
+    "BLOCK",
+    "BLOCK_SIZE_MAX",
+    "MAX_SLOTS",
+    "GpuMemory",
+    "MemoryPlan",
+    "PlanRequest",
+    "gpu_counts",
+    "plan_memory",
+    "resolve_precision",
+]
+
+CHUNKS = (256, 128, 64, 32)
+"""Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks."""
+BLOCK = 16
+BLOCK_SIZE_MAX = 64
+"""What engines are built for; most requests have blocks of 16."""
+MAX_SLOTS = 256
+OVERHEAD = {"onnxruntime": 512 << 20, "tensorrt": GIB, "tensorrt-rtx": GIB}
+MARGIN = 0.02
+WORKSPACE_SLACK = 1.25
+FLOAT32 = 4
+
+ASSUMPTIONS = (
+    "per GPU 1 GiB for the CUDA context, libraries and captured graphs (0.5 GiB on the CPU), and "
+    "2% of the memory stays free",
+    "workspace: the largest layer's intermediates in the largest call, elementwise chains fused, "
+    "plus a quarter; `tensorrt` with the extra [kernels] runs our kernels (routed experts only), "
+    "else function bodies run (all experts, quadratic scan)",
+    "attention scores are written out: float32 and once more in the weights' dtype; and the keys "
+    "of one layer once more in float32",
+    "calls of a tower take turns in memory for the largest: where new states land, and its logits",
+    "with two GPUs each holds all context states; beside the denoiser, the Mamba states a second "
+    "time for mock_ar",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """What one GPU holds.
+
+    Attributes:
+        towers: Which run on it.
+        weights: Tower, then part, to bytes.
+        states: Context states of all slots, by kind.
+        buffers: Inputs and outputs of the calls, by kind.
+        workspace: Intermediates of each tower's engine.
+        overhead: CUDA context and libraries.
+        capacity: What there is to use: memory less what is reserved and the margin.
+    """
+
+    towers: tuple[str, ...]
+    weights: Mapping[str, Mapping[str, int]]
+    states: Mapping[str, int]
+    buffers: Mapping[str, int]
+    workspace: Mapping[str, int]
+    overhead: int
+    capacity: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights."""
+        return sum(sum(parts.values()) for parts in self.weights.values())
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        parts = (self.states, self.buffers, self.workspace)
+        return self.weight_bytes + self.overhead + sum(sum(part.values()) for part in parts)
+
+    @property
+    def free(self) -> int:
+        """What is left; negative where it does not fit."""
+        return self.capacity - self.total
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it in bytes."""
+        return {
+            "towers": list(self.towers),
+            "weights": {tower: dict(parts) for tower, parts in self.weights.items()},
+            "states": dict(self.states),
+            "buffers": dict(self.buffers),
+            "workspace": dict(self.workspace),
+            "overhead": self.overhead,
+            "total": self.total,
+            "capacity": self.capacity,
+            "free": self.free,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a plan is asked for.
+
+    Attributes:
+        sku: From `find_sku`.
+        gpus: 1: both towers on one; 2: one tower on each. None: the fewest that fit.
+        slots: Requests in flight.
+        context: Tokens of a request, prompt and answer together.
+        precision: A name of `PRECISIONS`; `auto`: the widest that fits and that the SKU computes
+            in, the weights as released where none fits.
+        flavour: Of the engines; None for the SKU's default.
+        max_tokens_per_call: Tokens of one row in one context call; None: the largest of 256, 128,
+            64 and 32 with which the plan fits.
+        block_size_max: Largest block of the denoiser.
+        kernels: Whether `tensorrt` has our kernels (the extra [kernels]) or runs function bodies,
+            which other flavours always do.
+    """
+
+    sku: Sku
+    gpus: int | None = None
+    slots: int = 16
+    context: int = 8192
+    precision: str = "auto"
+    flavour: str | None = None
+    max_tokens_per_call: int | None = None
+    block_size_max: int = BLOCK_SIZE_MAX
+    kernels: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """A plan: what was asked, and what each GPU would hold.
+
+    Attributes:
+        asked: The request as it came, `auto` and all.
+        precision: The precision that was chosen.
+        max_tokens_per_call: Tokens of one row in one context call: what was asked, or else the
+            largest chunk with which the plan fits. Engines are to be built with it.
+        gpus: One for each GPU.
+    """
+
+    model: ModelSize
+    asked: PlanRequest
+    precision: str
+    max_tokens_per_call: int
+    gpus: tuple[GpuMemory, ...]
+
+    @property
+    def sku(self) -> Sku:
+        """What it is planned for."""
+        return self.asked.sku
+
+    @property
+    def flavour(self) -> str:
+        """Of the engines."""
+        return self.asked.flavour or self.sku.flavour
+
+    @property
+    def slots(self) -> int:
+        """Requests in flight."""
+        return self.asked.slots
+
+    @property
+    def context(self) -> int:
+        """Tokens of a request, prompt and answer together."""
+        return self.asked.context
+
+    @property
+    def block_size_max(self) -> int:
+        """Largest block of the denoiser."""
+        return self.asked.block_size_max
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU has room."""
+        return all(gpu.free >= 0 for gpu in self.gpus)
+
+    @property
+    def buildable(self) -> bool:
+        """Whether it fits and `twotower build` can make this precision today."""
+        return self.fits and self.precision in BUILT
+
+    @property
+    def placement(self) -> str:
+        """Which tower is where, in words."""
+        where = "this machine" if self.sku.compute_capability is None else "one GPU"
+        if len(self.gpus) == 2:
+            return "context tower on GPU 0, denoiser tower on GPU 1"
+        both = len(self.gpus[0].towers) == 2
+        return f"both towers on {where}" if both else f"context tower on {where}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan in bytes, as build.json keeps it."""
+        return {
+            "sku": self.sku.name,
+            "flavour": self.flavour,
+            "slots": self.slots,
+            "context": self.context,
+            "precision": self.precision,
+            "max_tokens_per_call": self.max_tokens_per_call,
+            "block_size_max": self.block_size_max,
+            "kernels": self.flavour == "tensorrt" and self.asked.kernels,
+            "placement": self.placement,
+            "gpus": [gpu.as_json() for gpu in self.gpus],
+            "fits": self.fits,
+            "buildable": self.buildable,
+            "assumptions": list(ASSUMPTIONS),
+        }
+
+
+def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
+    """Plan the memory of a model.
+
+    Raises:
+        PlanError: Something is asked for that cannot be: no such precision on this SKU, two GPUs
+            where there is one, a context beyond the model's, fewer than one slot.
+    """
+    _check_request(model, request)
+    sku = request.sku
+    wide = resolve_precision(model, sku, request.precision)
+    several = request.precision == "auto" and len(sku.precisions) > 1 and wide == sku.precisions[0]
+    chunks = (request.max_tokens_per_call,) if request.max_tokens_per_call else CHUNKS
+    counts = (request.gpus,) if request.gpus else gpu_counts(model, sku)
+    plans = (
+        _plan(model, request, _Choice(count, precision, chunk))
+        for precision in (sku.precisions if several else (wide,))
+        for count in counts
+        for chunk in chunks
+    )
+    tight = _plan(model, request, _Choice(counts[-1], wide, chunks[-1]))
+    return next((plan for plan in plans if plan.fits), tight)
+
+
+def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
+    """Return the precision that a name stands for, of `auto` the widest.
+
+    Raises:
+        PlanError: The precision does not exist, or the SKU does not compute in it.
+    """
+    if precision != "auto" and precision not in PRECISIONS:
+        raise PlanError(f"--precision is {precision!r}, none of auto, {', '.join(PRECISIONS)}")
+    as_released = precision in ("auto", "bf16", "float32")
+    if as_released and (model.dtype == "float32" or sku.precisions == ("float32",)):
+        # an fp32 checkpoint stays fp32, and ONNX Runtime's CPU provider has no bf16 products
+        return "float32"
+    if precision == "auto":
+        return sku.precisions[0]
+    if precision not in sku.precisions:
+        raise PlanError(
+            f"{sku.title} does not compute in {precision}, only in {', '.join(sku.precisions)}; "
+            "choose one of these or --precision auto"
+        )
+    return precision
+
+
+def gpu_counts(model: ModelSize, sku: Sku) -> tuple[int, ...]:
+    """Return on how many GPUs of a SKU a model may be placed: one, or one for each tower."""
+    return tuple(range(1, min(sku.max_gpus, len(model.towers)) + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a request may leave open: GPUs, precision, and tokens of a row in one context call."""
+
+    gpus: int
+    precision: str
+    chunk: int
+
+
+def _check_request(model: ModelSize, request: PlanRequest) -> None:
+    sku, gpus = request.sku, request.gpus
+    if gpus is not None and gpus not in (1, 2):
+        raise PlanError(f"--gpus is {gpus}: a model runs on 1 GPU or on 2, one tower on each")
+    if gpus == 2 and len(model.towers) < 2:
+        raise PlanError(f"--gpus is 2, but {model.source} has only the context tower; use --gpus 1")
+    if gpus == 2 and sku.max_gpus < 2:
+        raise PlanError(f"--gpus is 2, but a machine with {sku.title} has one; use --gpus 1")
+    if not 1 <= request.slots <= MAX_SLOTS:
+        raise PlanError(f"--slots is {request.slots}; 1 to {MAX_SLOTS} can be planned")
+    limit = model.config.max_position_embeddings
+    if not 1 <= request.context <= limit:
+        raise PlanError(f"--context is {request.context}; this model takes 1 to {limit} tokens")
+    if request.flavour is not None and request.flavour not in sku.flavours:
+        raise PlanError(
+            f"--flavour is {request.flavour!r}; {sku.name} is served by {' or '.join(sku.flavours)}"
+        )
+
+
+def _plan(model: ModelSize, request: PlanRequest, choice: _Choice) -> MemoryPlan:
+    groups = [(tower,) for tower in model.towers] if choice.gpus == 2 else [model.towers]
+    sizes = _Sizes(model, request, choice)
+    sku = request.sku
+    shares = tuple(
+        GpuMemory(
+            towers=towers,
+            weights={tower: sizes.weights(tower) for tower in towers},
+            states=sizes.states(towers),
+            buffers={name: size for tower in towers for name, size in sizes.buffers(tower)},
+            workspace={tower: sizes.workspace(tower) for tower in towers},
+            overhead=OVERHEAD[sizes.flavour],
+            capacity=int((sku.memory - sku.reserved) * (1 - MARGIN)),
+        )
+        for towers in groups
+    )
+    return MemoryPlan(model, request, choice.precision, choice.chunk, shares)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The arithmetic: bytes of everything, for one choice of limits."""
+
+    model: ModelSize
+    request: PlanRequest
+    choice: _Choice
+
+    @property
+    def flavour(self) -> str:
+        return self.request.flavour or self.request.sku.flavour
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether our kernels run in place of the ops' function bodies."""
+        return self.flavour == "tensorrt" and self.request.kernels
+
+    @property
+    def item(self) -> int:
+        """Bytes of an activation, a key or a value: weights may be narrower, these are not."""
+        return FLOAT32 if self.choice.precision == "float32" else 2
+
+    def weights(self, tower: str) -> dict[str, int]:
+        precision = PRECISIONS[self.choice.precision]
+        parts = self.model.parts(tower).items()
+        return {part: precision.size(part, count) for part, count in parts if count}
+
+    def states(self, towers: Sequence[str]) -> dict[str, int]:
+        mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
+        states = {
+            "keys and values": self.request.slots
+            * self.request.context
+            * self.model.kv_bytes_per_token(self.item),
+            "ssm": self.request.slots * self.model.ssm_bytes,
+            "conv": self.request.slots * self.model.conv_bytes(self.item),
+        }
+        if "denoiser" in towers:
+            states["mock_ar copy"] = self.request.slots * mamba
+        return states
+
+    def buffers(self, tower: str) -> Iterator[tuple[str, int]]:
+        """What the runtime allocates for the calls of a tower: one place, for the largest."""
+        slots = self.request.slots
+        logits = self.model.config.vocab_size * FLOAT32
+        if tower == "denoiser":
+            yield "denoiser logits", slots * self.request.block_size_max * logits
+            return
+        mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
+        token = self.model.kv_bytes_per_token(self.item)
+        yield "new states", slots * (mamba + self.choice.chunk * token)
+        yield "context logits", slots * logits
+
+    def workspace(self, tower: str) -> int:
+        """The largest layer's intermediates in the largest call of a tower."""
+        length = self.choice.chunk if tower == "context" else self.request.block_size_max
+        tokens = self.request.slots * length
+        kinds = {"M": self._mamba, "*": self._attention, "E": self._experts}
+        pattern = set(self.model.config.pattern)
+        largest = max(size(tokens, length) for kind, size in kinds.items() if kind in pattern)
+        head = (
+            tokens if tower == "denoiser" else self.request.slots
+        ) * self.model.config.vocab_size
+        residual = 4 * tokens * self.model.config.hidden_size * self.item
+        return int(WORKSPACE_SLACK * (max(largest, head * self.item) + residual))
+
+    def _mamba(self, tokens: int, length: int) -> int:
+        c = self.model.config
+        inner = c.mamba_num_heads * c.mamba_head_dim
+        size = tokens * (2 * inner + c.conv_dim + c.mamba_num_heads) * self.item
+        if not self.has_kernels:
+            decay = tokens * length * c.mamba_num_heads  # [B, heads, L, L], and its product
+            size += (2 * decay + tokens * (c.conv_dim + 3 * inner)) * FLOAT32
+        return size
+
+    def _attention(self, tokens: int, length: int) -> int:
+        c = self.model.config
+        seen = self.request.context + length
+        scores = tokens * c.num_attention_heads * seen * (FLOAT32 + self.item)
+        # scores are float32 products: narrower keys are cast first, and may be written out so
+        keys = 0 if self.item == FLOAT32 else tokens // length * seen * c.num_key_value_heads
+        return scores + keys * c.head_dim * FLOAT32
+
+    def _experts(self, tokens: int, length: int) -> int:
+        c = self.model.config
+        if self.has_kernels:
+            inner = c.num_experts_per_tok * c.moe_intermediate_size * self.item
+            return tokens * (inner + c.hidden_size * FLOAT32)
+        # [E, n, inner] and [E, n, hidden], the products of the dense body
+        width = c.moe_intermediate_size + c.hidden_size
+        return tokens * c.num_experts * width * self.item

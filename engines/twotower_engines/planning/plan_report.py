@@ -1,0 +1,215 @@
+"""A plan with everything that a person or a program asks of it.
+
+`PlanReport` gathers memory, how far it stretches, what each precision takes, the roofline and the
+expected tokens per second of one SKU. `as_json` is for programs; `plan_text.py` writes tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from twotower_engines.planning import plan as memory_plan
+from twotower_engines.planning import roofline
+from twotower_engines.planning.acceptance import Acceptance, load_acceptance
+from twotower_engines.planning.fit import largest_context, largest_slots, nearest_fits, refusal
+from twotower_engines.planning.model_size import ModelSize
+from twotower_engines.planning.plan import MemoryPlan, PlanRequest, plan_memory, resolve_precision
+from twotower_engines.planning.precisions import BUILT, PRECISIONS
+from twotower_engines.planning.roofline import (
+    ROWS,
+    CallCost,
+    Throughput,
+    ar_throughput,
+    context_call,
+    denoiser_step,
+)
+from twotower_engines.planning.skus import Sku
+
+__all__ = ["PlanReport", "plan_report"]
+
+CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """One SKU's plan.
+
+    Attributes:
+        plan: The memory plan: of what was asked; with `auto`, of the widest precision that fits.
+        wide: The same in the widest precision of the SKU, where `plan` is in a narrower one.
+        refused: None where it can be built; else why not, and what would fit.
+        threshold: Of the acceptance model.
+    """
+
+    plan: MemoryPlan
+    wide: MemoryPlan
+    refused: str | None
+    threshold: float
+    acceptance: Acceptance
+
+    @property
+    def sku(self) -> Sku:
+        """The SKU."""
+        return self.plan.sku
+
+    @property
+    def has_denoiser(self) -> bool:
+        """Whether there is a tower to denoise with."""
+        return "denoiser" in self.plan.model.towers
+
+    @cached_property
+    def nearest(self) -> tuple[str, ...]:
+        """What would fit instead; nothing where the plan can be built."""
+        return () if self.refused is None else tuple(map(str, nearest_fits(self.wide)))
+
+    @property
+    def _settled(self) -> PlanRequest:
+        """The request with what was left open as the plan settled it."""
+        plan = self.plan
+        return replace(plan.asked, gpus=len(plan.gpus), precision=plan.precision)
+
+    @cached_property
+    def slots_by_context(self) -> dict[int, int]:
+        """Slots that fit beside each context that the model takes."""
+        model = self.plan.model
+        return {
+            context: largest_slots(model, replace(self._settled, context=context))
+            for context in CONTEXTS
+            if context <= model.config.max_position_embeddings
+        }
+
+    @cached_property
+    def most_slots(self) -> int:
+        """Slots that fit beside the context that was asked for."""
+        return largest_slots(self.plan.model, self._settled)
+
+    @cached_property
+    def most_context(self) -> int:
+        """Tokens of context that fit beside the slots that were asked for."""
+        return largest_context(self.plan.model, self._settled)
+
+    def denoiser(self, rows: int, routing: roofline.RoutingKind = "measured") -> CallCost:
+        """Return the cost of a denoiser step."""
+        machine = roofline.machine_of(self.plan)
+        return denoiser_step(self.plan.model, machine, rows, self.plan.context, routing=routing)
+
+    def extension(
+        self, rows: int, tokens: int = 16, routing: roofline.RoutingKind = "measured"
+    ) -> CallCost:
+        """Return the cost of a context call."""
+        return context_call(
+            self.plan.model,
+            roofline.machine_of(self.plan),
+            rows,
+            self.plan.context,
+            tokens,
+            routing,
+            to_second_gpu=len(self.plan.gpus) == 2,
+        )
+
+    def throughput(self, task: str, rows: int, threshold: float | None = None) -> Throughput:
+        """Return what a batch of requests of a task gets."""
+        calls = self.acceptance.calls(task, self.threshold if threshold is None else threshold)
+        return roofline.throughput(self.plan, rows, calls)
+
+    def autoregressive(self, rows: int) -> float:
+        """Return tokens per second of the context tower alone."""
+        return ar_throughput(self.plan, rows)
+
+    def precision_table(self) -> list[dict[str, Any]]:
+        """Return for each precision the weights' bytes and on how many GPUs the limits fit."""
+        plan = self.plan
+        rows = []
+        for name in reversed(PRECISIONS):
+            precision = PRECISIONS[name]
+            if name == "float32" and plan.precision != "float32":
+                continue
+            sizes = [
+                precision.size(part, count)
+                for tower in plan.model.towers
+                for part, count in plan.model.parts(tower).items()
+            ]
+            runs = name in plan.sku.precisions or name == plan.precision
+            fitting = (
+                count
+                for count in memory_plan.gpu_counts(plan.model, plan.sku)
+                if plan_memory(plan.model, replace(plan.asked, gpus=count, precision=name)).fits
+            )
+            rows.append(
+                {
+                    "precision": name,
+                    "summary": precision.summary,
+                    "weight_bytes": sum(sizes),
+                    "computed_by_sku": runs,
+                    "built": name in BUILT,
+                    "gpus": next(fitting, None) if runs else None,
+                }
+            )
+        return rows[::-1]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all numbers, sizes in bytes and times in seconds."""
+        most = self.most_slots
+        result: dict[str, Any] = {
+            "sku": self.sku.as_json(),
+            "fits": self.plan.fits,
+            "buildable": self.refused is None,
+            "refusal": self.refused,
+            "nearest": list(self.nearest),
+            "memory": self.plan.as_json(),
+            "largest": {
+                "slots": most,
+                "context": self.most_context,
+                "slots_by_context": {str(key): n for key, n in self.slots_by_context.items()},
+            },
+            "precisions": self.precision_table(),
+            "roofline": {
+                "assumptions": list(roofline.ASSUMPTIONS),
+                "context_extension": [self.extension(rows).as_json() for rows in ROWS],
+                "prefill": self.prefill(),
+            },
+        }
+        autoregressive = {str(rows): self.autoregressive(rows) for rows in ROWS}
+        result["tokens_per_second"] = {"autoregressive": autoregressive}
+        if self.has_denoiser:
+            for routing in ("measured", "uniform"):
+                result["roofline"][f"denoiser_step_{routing}_routing"] = [
+                    self.denoiser(rows, routing).as_json() for rows in ROWS
+                ]
+            result["tokens_per_second"]["mask_diffusion"] = self._diffusion()
+        return result
+
+    def prefill(self) -> dict[str, Any]:
+        """Return chunk, seconds per chunk and tokens per second of one request's prefill."""
+        chunk = min(self.plan.max_tokens_per_call, self.plan.context)
+        call = self.extension(1, chunk)
+        rate = chunk / call.total_seconds
+        return {"chunk": chunk, "seconds": call.total_seconds, "tokens_per_second": rate}
+
+    def _diffusion(self) -> dict[str, Any]:
+        tasks = {}
+        for task in self.acceptance.tasks:
+            calls = self.acceptance.calls(task, self.threshold)
+            tasks[task] = {
+                "tokens_per_call": calls.tokens_per_call,
+                "calls_per_block": {"mean": calls.mean, "p95": calls.quantile(0.95)},
+                "rows": [self.throughput(task, rows).as_json() for rows in ROWS],
+            }
+        return {"threshold": self.threshold, "source": self.acceptance.source, "tasks": tasks}
+
+
+def plan_report(model: ModelSize, request: PlanRequest, threshold: float) -> PlanReport:
+    """Plan a model on a SKU and say whether it can be built.
+
+    Raises:
+        PlanError: As for `plan_memory`, or the threshold lies outside of what was measured.
+    """
+    acceptance = load_acceptance()
+    acceptance.burst_rate(acceptance.tasks[0], threshold)  # refuses a threshold without data
+    plan = wide = plan_memory(model, request)
+    if plan.fits and request.precision == "auto" and not plan.buildable:
+        widest = resolve_precision(model, request.sku, "auto")
+        wide = plan_memory(model, replace(request, precision=widest))
+    return PlanReport(plan, wide, None if wide.fits else refusal(wide), threshold, acceptance)

@@ -1,0 +1,343 @@
+"""The tables of a plan, for people: one line per SKU, or everything about one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twotower_engines.planning import plan as memory_plan
+from twotower_engines.planning import roofline
+from twotower_engines.planning.acceptance import Acceptance
+from twotower_engines.planning.fit import gib
+from twotower_engines.planning.model_size import ModelSize
+from twotower_engines.planning.plan import MAX_SLOTS, MemoryPlan
+from twotower_engines.planning.plan_report import PlanReport
+from twotower_engines.planning.precisions import BUILT
+from twotower_engines.planning.roofline import ROWS, CallCost
+from twotower_engines.planning.skus import GIB
+
+__all__ = ["text_of_many", "text_of_one", "thousands"]
+
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+def text_of_many(reports: Sequence[PlanReport]) -> str:
+    """Return one line per SKU, and what the columns mean."""
+    first = reports[0].plan
+    ends = _task_range(reports[0].acceptance)
+    many = f"x{first.slots}"
+    head = ["SKU", "memory", "verdict", "GPUs", "precision", "weights", "used", "free"]
+    head += ["slots", "context", "step ms", many, "tok/s", many]
+    table = _columns([head, *(_line(report) for report in reports)], left={0, 2, 4})
+    notes = [
+        "",
+        "memory: GiB per GPU as CUDA sees it; weights, used and free: GiB on the fullest GPU.",
+        f"slots: the most beside {first.context} tokens; context: the most beside {first.slots} "
+        "slots.",
+        f"step ms: a denoiser step of one row, and of {first.slots}; tok/s: of one request, and of "
+        f"{first.slots}, at threshold {reports[0].threshold:g}, {ends}.",
+        "verdict: `yes` can be built now; `later` fits in a precision that is not built yet; `no` "
+        "does not fit.",
+        "Times are a floor and tokens per second a ceiling; `--sku NAME` shows what is assumed.",
+    ]
+    parts = [_heading(first.model, first), "", table, *notes]
+    instead: dict[tuple[str, ...], list[str]] = {}
+    for report in reports:
+        if report.refused is not None:
+            instead.setdefault(report.nearest, []).append(report.sku.name)
+    if instead:
+        parts += ["", f"What would fit instead, {first.slots} slots x {first.context} tokens:"]
+        for nearest, names in instead.items():
+            parts += [f"  {', '.join(names)}:", *(f"    {one}" for one in nearest or ("nothing",))]
+    return "\n".join(parts)
+
+
+def text_of_one(report: PlanReport) -> str:
+    """Return everything about one SKU's plan."""
+    plan, sku = report.plan, report.sku
+    capability = sku.compute_capability or "no CUDA"
+    peak = f"{sku.bandwidth / 1e9:,.0f} GB/s, {sku.achieved:.0%} of it achieved"
+    parts = [
+        _heading(plan.model, plan),
+        f"{sku.title} ({capability}, {plan.flavour}): {gib(sku.memory)} of memory, {peak}, "
+        f"{sku.flops / 1e12:,.4g} TFLOPS",
+        *([f"note: {sku.note}"] if sku.note else []),
+        *(f"warning: {warning}" for warning in plan.model.warnings),
+        "",
+        _verdict(report),
+        "",
+        _memory_table(plan),
+        "",
+        _stretch(report),
+        "",
+        _precision_text(report),
+        "",
+        _call_table(report),
+        "",
+        _token_table(report),
+        "",
+        "Assumed:",
+        *(f"- {text}" for text in memory_plan.ASSUMPTIONS + roofline.ASSUMPTIONS),
+        "",
+        "Sources:",
+        *(f"- {text}" for text in _sources(report)),
+    ]
+    return "\n".join(parts)
+
+
+def _heading(model: ModelSize, plan: MemoryPlan) -> str:
+    towers = " and ".join(model.towers)
+    return (
+        f"{model.parameters_in_words}, {towers} tower, {model.dtype}: "
+        f"{plan.slots} slots x {plan.context} tokens"
+    )
+
+
+def _verdict(report: PlanReport) -> str:
+    plan = report.plan
+    what = f"{plan.placement}, {plan.precision}, prefill in chunks of {plan.max_tokens_per_call}"
+    if not plan.fits:
+        return f"DOES NOT FIT: {what}"
+    if plan.precision not in BUILT:
+        return f"FITS, but {plan.precision} is not built yet: {what}"
+    return f"FITS: {what}"
+
+
+def _line(report: PlanReport) -> tuple[str, ...]:
+    """The row of one SKU."""
+    plan, sku = report.plan, report.sku
+    fullest = min(plan.gpus, key=lambda gpu: gpu.free)
+    later = plan.precision not in BUILT
+    verdict = "no" if not plan.fits else "later" if later else "yes"
+    sizes = (fullest.weight_bytes, fullest.total, fullest.free)
+    memory = (verdict, f"{len(plan.gpus)}", plan.precision, *(f"{n / GIB:.1f}" for n in sizes))
+    name = (sku.name, f"{sku.memory / GIB:.1f}")
+    if not plan.fits:
+        return (*name, *memory, *("-",) * 6)
+    stretch = (_most(report.most_slots), thousands(report.most_context))
+    if not report.has_denoiser:
+        speed = tuple(f"{report.autoregressive(rows):,.0f}" for rows in (1, plan.slots))
+        return (*name, *memory, *stretch, "-", "-", *speed)
+    steps = tuple(f"{report.denoiser(rows).total_seconds * 1e3:.1f}" for rows in (1, plan.slots))
+    return (*name, *memory, *stretch, *steps, *(_range(report, rows) for rows in (1, plan.slots)))
+
+
+def _memory_table(plan: MemoryPlan) -> str:
+    """Bytes per GPU, a line per part."""
+    names: dict[tuple[str, str], None] = {}
+    cells: list[dict[tuple[str, str], int]] = []
+    for gpu in plan.gpus:
+        groups = {f"{tower} tower": parts for tower, parts in gpu.weights.items()} | {
+            "context states": gpu.states,
+            "buffers of calls": gpu.buffers,
+            "workspace": gpu.workspace,
+        }
+        cell: dict[tuple[str, str], int] = {}
+        for group, parts in groups.items():
+            cell[group, ""] = sum(parts.values())
+            cell |= {(group, part): size for part, size in parts.items()}
+        cell["libraries and graphs", ""] = gpu.overhead
+        cell["used", ""] = gpu.total
+        cell["free", ""] = gpu.free
+        cells.append(cell)
+        names |= dict.fromkeys(cell)
+    is_cpu = plan.sku.compute_capability is None
+    titles = ("memory",) if is_cpu else tuple(f"GPU {index}" for index in range(len(plan.gpus)))
+    # a small model in GiB would be a column of zeros
+    name_of_unit, unit = ("GiB", GIB) if plan.gpus[0].weight_bytes > GIB else ("MiB", 1 << 20)
+    rows: list[tuple[str, ...]] = [(name_of_unit, *titles)]
+    for name in sorted(names, key=lambda name: _rank(name[0])):
+        label = f"  {name[1]}" if name[1] else name[0]
+        values = [cell.get(name) for cell in cells]
+        rows.append((label, *("" if size is None else _cell(size / unit) for size in values)))
+    return _columns(rows, left={0})
+
+
+def _rank(group: str) -> int:
+    towers = ("context tower", "denoiser tower")
+    rest = ("context states", "buffers of calls", "workspace", "libraries and graphs")
+    return (*towers, *rest, "used", "free").index(group)
+
+
+def _cell(size: float) -> str:
+    return f"{size:.2f}" if abs(size) >= 0.005 else f"{size:.4f}"
+
+
+def _stretch(report: PlanReport) -> str:
+    plan = report.plan
+    model, item = plan.model, roofline.machine_of(plan).item
+    fixed = model.ssm_bytes + model.conv_bytes(item)
+    grows = plan.context * model.kv_bytes_per_token(item)
+    text = (
+        f"A slot takes {gib(fixed + grows)}: {gib(fixed)} of Mamba states and "
+        f"{model.kv_bytes_per_token(item):,} B per token of context."
+    )
+    if not any(report.slots_by_context.values()):
+        return f"{text} Not even one slot of 4096 tokens fits."
+    rows: list[tuple[str, ...]] = [
+        ("context", *(thousands(context) for context in report.slots_by_context)),
+        ("slots", *(_most(slots) for slots in report.slots_by_context.values())),
+    ]
+    most = f"Beside {plan.slots} slots fit {report.most_context} tokens of context."
+    return "\n".join([text, "What fits at most:", _columns(rows, left={0}), most])
+
+
+def _precision_text(report: PlanReport) -> str:
+    rows = [("precision", "weights", "fits on", "")]
+    for row in report.precision_table():
+        on = "does not fit" if row["gpus"] is None else f"{row['gpus']} x {report.sku.name}"
+        if not row["computed_by_sku"]:
+            on = f"not on {report.sku.name}"
+        later = "" if row["built"] else " (not built yet)"
+        rows.append(
+            (
+                row["precision"],
+                gib(row["weight_bytes"]),
+                on,
+                row["summary"] + later,
+            )
+        )
+    return _columns(rows, left={0, 2, 3})
+
+
+def _call_table(report: PlanReport) -> str:
+    """Bytes and time per denoiser step and context extension, by rows."""
+    rows: list[tuple[str, ...]] = []
+    for count in ROWS:
+        extension = report.extension(count)
+        line: tuple[str, ...] = (*_call_cells(extension), _bound(extension, report.plan))
+        if report.has_denoiser:
+            step, uniform = report.denoiser(count), report.denoiser(count, "uniform")
+            line = (
+                *_call_cells(step),
+                _bound(step, report.plan),
+                *_call_cells(uniform),
+                *_call_cells(extension),
+            )
+        rows.append((str(count), *line))
+    head: tuple[str, ...] = ("rows", "experts", "GB", "ms", "bound by")
+    title = "Context extension (16 tokens a row):"
+    if report.has_denoiser:
+        title = "Denoiser step (16 tokens a row); the same with uniform routing; context extension:"
+        head += ("experts", "GB", "ms") * 2
+    prefill = report.prefill()
+    return "\n".join(
+        [
+            title,
+            _columns([head, *rows], left={4}),
+            f"Prefill of one request: {prefill['tokens_per_second']:,.0f} tokens/s in chunks of "
+            f"{prefill['chunk']}.",
+        ]
+    )
+
+
+def _call_cells(call: CallCost) -> tuple[str, str, str]:
+    size = call.total_bytes / 1e9
+    return (
+        f"{call.distinct:.0f}",
+        f"{size:.1f}" if size >= 0.05 else f"{size:.4f}",
+        f"{call.total_seconds * 1e3:.2f}",
+    )
+
+
+def _bound(call: CallCost, plan: MemoryPlan) -> str:
+    """Name the part that takes longest, and whether bytes or operations make it so."""
+    part, seconds = max(call.seconds.items(), key=lambda pair: pair[1])
+    if part not in call.bytes:
+        return part
+    memory = call.bytes[part] / (plan.sku.bandwidth * plan.sku.achieved)
+    return f"{part}, {'bytes' if memory >= seconds * 0.999 else 'FLOPs'}"
+
+
+def _token_table(report: PlanReport) -> str:
+    """Expected tokens per second: by rows at the threshold, and by threshold."""
+    tasks = report.acceptance.tasks
+    if not report.has_denoiser:
+        rows = [("rows", "tok/s"), *((str(n), f"{report.autoregressive(n):,.0f}") for n in ROWS)]
+        return "\n".join(["Tokens per second, autoregressive:", _columns(rows)])
+    measured = (
+        f"{task} {report.acceptance.calls(task, report.threshold).tokens_per_call:.2f}"
+        for task in tasks
+    )
+    head = ("rows", *tasks, "ar", "block every", "95% within")
+    lines: list[tuple[str, ...]] = [head]
+    for count in ROWS:
+        middle = report.throughput(tasks[len(tasks) // 2], count)
+        lines.append(
+            (
+                str(count),
+                *(f"{report.throughput(task, count).tokens_per_second:,.0f}" for task in tasks),
+                f"{report.autoregressive(count):,.0f}",
+                _milliseconds(middle.block_seconds),
+                _milliseconds(middle.slow_block_seconds),
+            )
+        )
+    by_threshold: list[tuple[str, ...]] = [("threshold", *(f"{one:g}" for one in THRESHOLDS))]
+    for count in sorted({1, report.plan.slots}):
+        values = (_range(report, count, threshold) for threshold in THRESHOLDS)
+        by_threshold.append((f"tok/s x{count}", *values))
+    most = report.most_slots
+    beyond = f"More than {most} slots do not fit at this context."
+    return "\n".join(
+        [
+            f"Tokens per second of all rows, at threshold {report.threshold:g} (tokens per "
+            f"denoiser call: {', '.join(measured)}):",
+            _columns(lines),
+            *([beyond] if most < MAX_SLOTS else []),
+            f"By threshold, {_task_range(report.acceptance)}:",
+            _columns(by_threshold, left={0}),
+        ]
+    )
+
+
+def _sources(report: PlanReport) -> list[str]:
+    reference = report.acceptance.reference
+    found: dict[str, list[str]] = {}
+    for key, source in report.sku.sources.items():
+        found.setdefault(source, []).append(key)
+    texts = [f"{', '.join(keys)}: {source}" for source, keys in found.items()]
+    return [
+        *texts,
+        f"routing and acceptance: {report.acceptance.source}",
+        "measured there, for comparison: "
+        f"{reference.denoiser_call * 1e3:.0f} ms per denoiser call, "
+        f"{reference.context_extension * 1e3:.0f} ms per context extension, "
+        f"{1 / reference.ar_token:.1f} tokens/s autoregressive",
+    ]
+
+
+def _task_range(acceptance: Acceptance) -> str:
+    return f"from task `{acceptance.tasks[0]}` to `{acceptance.tasks[-1]}`"
+
+
+def _range(report: PlanReport, rows: int, threshold: float | None = None) -> str:
+    tasks = report.acceptance.tasks
+    ends = (
+        report.throughput(task, rows, threshold).tokens_per_second for task in (tasks[0], tasks[-1])
+    )
+    return "-".join(f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in ends)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms"
+
+
+def _most(slots: int) -> str:
+    return f"{slots}+" if slots == MAX_SLOTS else str(slots)
+
+
+def thousands(tokens: int) -> str:
+    """Return a number of tokens, in units of 1024 from there on."""
+    return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
+
+
+def _columns(rows: Sequence[Sequence[str]], left: frozenset[int] | set[int] = frozenset()) -> str:
+    """Align cells: to the right, or to the left in the columns of `left`."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,371 @@
+"""How fast a plan can be: bytes and operations of each call, and the time that these take at least.
+
+A denoiser step or a context extension is taken apart into parts; each part takes the longer of its
+bytes over the achieved bandwidth and its operations over the achieved rate. The parts follow each
+other, so their times add up, and each kernel and each call costs a little besides. What a batch
+reads of the routed experts comes from the measured routing (`routing.py`), how many steps a block
+takes from the measured acceptance (`acceptance.py`). Only the denoiser's calls are captured as CUDA
+graphs: the host enqueues a context call kernel by kernel, and short kernels wait for it.
+
+This is a floor for the time and a ceiling for tokens per second: real engines stay above and below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import comb
+from typing import Any, Literal
+
+from twotower_engines.planning.acceptance import Calls
+from twotower_engines.planning.model_size import ModelSize
+from twotower_engines.planning.plan import BLOCK, MemoryPlan
+from twotower_engines.planning.precisions import PRECISIONS
+from twotower_engines.planning.routing import Routing, distinct_experts
+from twotower_engines.planning.skus import Sku
+
+__all__ = [
+    "ASSUMPTIONS",
+    "ROWS",
+    "CallCost",
+    "Machine",
+    "Throughput",
+    "ar_throughput",
+    "context_call",
+    "denoiser_step",
+    "machine_of",
+    "throughput",
+]
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+FLOAT32 = 4
+MATRIX_EFFICIENCY = 0.6
+KERNEL_SECONDS = {"tensorrt": 2e-6, "tensorrt-rtx": 2e-6, "onnxruntime": 5e-6}
+"""From the end of a kernel to the begin of the next."""
+ENQUEUE_SECONDS = 5e-6
+"""What the host takes to enqueue a kernel that is no part of a captured graph."""
+CALL_SECONDS = 300e-6
+# Kernels per layer of each kind, and before and after all layers. With our kernels a Mamba layer is
+# norm, projection, two of ours, projection, residual; an MoE layer has four of ours, and function
+# bodies leave more to run.
+KERNELS: Mapping[str, Mapping[str, int]] = {
+    "tensorrt": {"M": 6, "*": 8, "E": 11, "ends": 13},
+    "tensorrt-rtx": {"M": 24, "*": 14, "E": 14, "ends": 30},
+    "onnxruntime": {"M": 90, "*": 50, "E": 40, "ends": 100},
+}
+
+ASSUMPTIONS = (
+    "memory is read at the achieved share of the specified bandwidth; matrix products reach 60% "
+    "of the dense bf16 rate, whatever the width of the weights",
+    "each kernel costs 2 us besides (some 450 of a call; function bodies: some 1,000), each call "
+    "300 us on the host; denoiser calls are captured graphs, context calls are not: their host "
+    "enqueues a kernel in 5 us, and the call takes at least as long",
+    "calls are counted as large as they are asked for: the runtime pads rows to a power of two and "
+    "a row's tokens to 16, 32, 64 or a chunk, which costs time that is not counted here",
+    "new states are written, and read and written once more to reach their slot; ids and logits "
+    "that cross to the host are not counted",
+    "`tensorrt` reads the experts that a batch is routed to, once; `tensorrt-rtx` and "
+    "`onnxruntime` run function bodies, which read and compute all experts",
+    "routing as measured on arithmetic prompts, rows of a batch independent; `uniform` is the "
+    "other end, every token choosing its experts at random",
+    "attention reads the keys and values of a slot's whole capacity (what a request has not "
+    "reached is masked, not skipped), and its scores stay on the chip",
+    "rows finish their blocks independently, and those that do share one context extension; "
+    "prefill is not part of tokens per second",
+)
+
+RoutingKind = Literal["measured", "uniform"]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a call runs on: a SKU, the flavour of the engines, the precision of the weights."""
+
+    sku: Sku
+    flavour: str
+    precision: str
+
+    @property
+    def item(self) -> int:
+        """Bytes of an activation."""
+        return FLOAT32 if self.precision == "float32" else 2
+
+    @property
+    def reads_all_experts(self) -> bool:
+        """Whether the experts run as the dense function body."""
+        return self.flavour != "tensorrt"
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """One call of one tower.
+
+    Attributes:
+        rows: Requests of the batch.
+        tokens: Of each row.
+        distinct: Experts that a layer reads, on average.
+        bytes: By part.
+        flops: By part.
+        seconds: By part, `launches` and `state copies` among them.
+    """
+
+    rows: int
+    tokens: int
+    distinct: float
+    bytes: Mapping[str, float]
+    flops: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes moved."""
+        return sum(self.bytes.values())
+
+    @property
+    def total_seconds(self) -> float:
+        """Time of the call, at least."""
+        return sum(self.seconds.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it."""
+        return {
+            "rows": self.rows,
+            "tokens_per_row": self.tokens,
+            "distinct_experts": round(self.distinct, 2),
+            "bytes": {part: round(size) for part, size in self.bytes.items()},
+            "total_bytes": round(self.total_bytes),
+            "flops": {part: round(count) for part, count in self.flops.items()},
+            "seconds": dict(self.seconds),
+            "total_seconds": self.total_seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """What a batch of requests gets in the steady state.
+
+    Attributes:
+        rows: Requests in flight.
+        tokens_per_second: Of all of them.
+        turn_seconds: One denoiser step and its share of context extensions.
+        block_seconds: From one block of a request to its next, on average.
+        slow_block_seconds: As long as, or less, for 95% of the blocks.
+    """
+
+    rows: int
+    tokens_per_second: float
+    turn_seconds: float
+    block_seconds: float
+    slow_block_seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it."""
+        return {
+            "rows": self.rows,
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second_per_request": self.tokens_per_second / self.rows,
+            "turn_seconds": self.turn_seconds,
+            "block_seconds": self.block_seconds,
+            "slow_block_seconds": self.slow_block_seconds,
+        }
+
+
+def denoiser_step(
+    model: ModelSize,
+    machine: Machine,
+    rows: int,
+    context: int,
+    tokens: int = BLOCK,
+    routing: RoutingKind = "measured",
+) -> CallCost:
+    """Return the cost of one denoiser step.
+
+    Args:
+        model: Sizes.
+        machine: What it runs on.
+        rows: Blocks that are refined together.
+        context: Tokens of context that each row has room for.
+        tokens: Of a block.
+        routing: Where the number of distinct experts comes from.
+    """
+    parts = _Parts(model, machine, "denoiser", rows, tokens, context, "denoiser block", routing)
+    vocabulary = model.config.vocab_size
+    # logits are written once and read once by the refinement
+    return parts.cost(logits=2 * rows * tokens * vocabulary, heads=rows * tokens)
+
+
+def context_call(
+    model: ModelSize,
+    machine: Machine,
+    rows: int,
+    context: int,
+    tokens: int = BLOCK,
+    routing: RoutingKind = "measured",
+    *,
+    to_second_gpu: bool = False,
+) -> CallCost:
+    """Return the cost of one call of the context tower: extension, prefill chunk or single token.
+
+    Args:
+        model: Sizes.
+        machine: What it runs on.
+        rows: Requests of the call.
+        context: Tokens of context that each row has room for.
+        tokens: Of each row.
+        routing: Where the number of distinct experts comes from.
+        to_second_gpu: The denoiser is on another GPU and gets a copy of the new states.
+    """
+    table: Routing = "context token" if tokens == 1 else "context block"
+    parts = _Parts(model, machine, "context", rows, tokens, context, table, routing)
+    item = machine.item
+    new = rows * (model.ssm_bytes + model.conv_bytes(item))
+    new += rows * tokens * model.kv_bytes_per_token(item)
+    # landed states are read and written once more to come home
+    copies = 2 * new / parts.bandwidth
+    if to_second_gpu and machine.sku.peer:
+        copies += new / machine.sku.peer
+    return parts.cost(logits=rows * model.config.vocab_size, heads=rows, written=new, copies=copies)
+
+
+def throughput(
+    plan: MemoryPlan, rows: int, calls: Calls, routing: RoutingKind = "measured"
+) -> Throughput:
+    """Return tokens per second of so many requests in flight, all of them denoising.
+
+    A turn is one denoiser step for all rows. In the steady state each row ends its block with
+    probability 1 / calls.mean in a turn, and those that do share one context extension.
+    """
+    machine, context = machine_of(plan), plan.context
+    step = denoiser_step(plan.model, machine, rows, context, calls.block, routing).total_seconds
+    two = len(plan.gpus) == 2
+    extension = [0.0] + [
+        context_call(
+            plan.model, machine, count, context, calls.block, routing, to_second_gpu=two
+        ).total_seconds
+        for count in range(1, rows + 1)
+    ]
+    ends = 1.0 / calls.mean
+    shared = sum(
+        comb(rows, count) * ends**count * (1 - ends) ** (rows - count) * extension[count]
+        for count in range(1, rows + 1)
+    )
+    turn = step + shared
+    return Throughput(
+        rows=rows,
+        tokens_per_second=rows * calls.tokens_per_call / turn,
+        turn_seconds=turn,
+        block_seconds=calls.mean * turn,
+        slow_block_seconds=calls.quantile(0.95) * turn,
+    )
+
+
+def ar_throughput(plan: MemoryPlan, rows: int, routing: RoutingKind = "measured") -> float:
+    """Return tokens per second of the context tower alone, one token of each row per call."""
+    call = context_call(plan.model, machine_of(plan), rows, plan.context, 1, routing)
+    return rows / call.total_seconds
+
+
+def machine_of(plan: MemoryPlan) -> Machine:
+    """Return what a plan's calls run on."""
+    return Machine(plan.sku, plan.flavour, plan.precision)
+
+
+class _Parts:
+    """Bytes and operations of one call, part by part."""
+
+    def __init__(
+        self,
+        model: ModelSize,
+        machine: Machine,
+        tower: str,
+        rows: int,
+        tokens: int,
+        context: int,
+        table: Routing,
+        routing: RoutingKind,
+    ) -> None:
+        self.model, self.machine, self.rows, self.tokens = model, machine, rows, tokens
+        self.context, self.tower = context, tower
+        self.count = rows * tokens
+        self.parameters = model.parts(tower)
+        precision = PRECISIONS[machine.precision]
+        self.weights = {part: precision.size(part, n) for part, n in self.parameters.items()}
+        self.bandwidth = machine.sku.bandwidth * machine.sku.achieved
+        c = model.config
+        self.distinct = float(c.num_experts)
+        if not machine.reads_all_experts and c.num_experts:
+            experts, chosen = c.num_experts, c.num_experts_per_tok
+            self.distinct = distinct_experts(table, rows, tokens, experts, chosen, routing)
+
+    def cost(
+        self, *, logits: int, heads: int, written: float = 0.0, copies: float = 0.0
+    ) -> CallCost:
+        """Put the parts together.
+
+        Args:
+            logits: float32 values written or read.
+            heads: Positions that the head is applied to.
+            written: Bytes of new states.
+            copies: Seconds that new states take to reach their place.
+        """
+        sizes, flops = self._bytes(logits, written), self._flops(heads)
+        sku = self.machine.sku
+        rate = sku.flops * MATRIX_EFFICIENCY
+        seconds = {
+            part: max(size / self.bandwidth, flops.get(part, 0.0) / rate)
+            for part, size in sizes.items()
+        }
+        seconds["launches"] = self._launches(sum(seconds.values())) + CALL_SECONDS
+        if copies:
+            seconds["state copies"] = copies
+        return CallCost(self.rows, self.tokens, self.distinct, sizes, flops, seconds)
+
+    def _launches(self, busy: float) -> float:
+        """Return the seconds in which kernels wait to begin, in a call that is busy for so long."""
+        kernels = KERNELS[self.machine.flavour]
+        count = kernels["ends"] + sum(kernels[kind] for kind in self.model.config.pattern)
+        gaps = count * KERNEL_SECONDS[self.machine.flavour]
+        is_captured = self.tower == "denoiser" or self.machine.flavour == "onnxruntime"
+        return gaps if is_captured else max(gaps, count * ENQUEUE_SECONDS - busy)
+
+    def _bytes(self, logits: int, written: float) -> dict[str, float]:
+        model, c, item, n = self.model, self.model.config, self.machine.item, self.count
+        layers, w = len(c.pattern), self.weights
+        mamba = self.rows * (model.ssm_bytes + model.conv_bytes(item))
+        keys = self.rows * self.context * model.kv_bytes_per_token(item)
+        share = self.distinct / c.num_experts if c.num_experts else 0.0
+        return {
+            "routed experts": w["routed experts"] * share + self._expert_activations(),
+            "shared experts": w["shared experts"],
+            "router": w["router"],
+            "mamba": w["mamba"],
+            "attention": w["attention"],
+            "states": mamba + keys + written,
+            "head": w["head"] + logits * FLOAT32,
+            # the residual is read and written by the norm and by the addition of each layer
+            "activations": 4.0 * layers * n * c.hidden_size * item + w["norms"],
+            "embeddings": n * c.hidden_size * item,
+            "time conditioning": w["time conditioning"],
+        }
+
+    def _expert_activations(self) -> float:
+        """Inner activations, written once and read once; of all experts in the dense body."""
+        c = self.model.config
+        width = c.moe_intermediate_size + c.hidden_size
+        each = c.num_experts if self.machine.reads_all_experts else c.num_experts_per_tok
+        return 2.0 * self.model.layers("E") * self.count * each * width * self.machine.item
+
+    def _flops(self, heads: int) -> dict[str, float]:
+        model, c, n, p = self.model, self.model.config, self.count, self.parameters
+        each = c.num_experts if self.machine.reads_all_experts else c.num_experts_per_tok
+        scores = 4.0 * n * (self.context + self.tokens) * c.num_attention_heads * c.head_dim
+        scan = 6.0 * n * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size
+        return {
+            "routed experts": 2.0 * n * model.layers("E") * each * model.expert_parameters,
+            "shared experts": 2.0 * n * p["shared experts"],
+            "router": 2.0 * n * p["router"],
+            "mamba": 2.0 * n * p["mamba"] + model.layers("M") * scan,
+            "attention": 2.0 * n * p["attention"] + model.layers("*") * scores,
+            "head": 2.0 * heads * p["head"],
+            "time conditioning": 2.0 * self.rows * p["time conditioning"],
+        }

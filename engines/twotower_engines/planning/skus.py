@@ -1,0 +1,271 @@
+"""The GPUs that engines are planned and built for.
+
+`skus.json` is the table, each number with its source. A user may describe another GPU in a file:
+
+```toml
+name = "rtx-6000-ada"
+compute_capability = "8.9"
+memory_gib = 47.4            # as CUDA sees it (cudaMemGetInfo), not as the box says
+bandwidth_gb_s = 960         # of the datasheet, in 10^9 bytes per second
+bf16_tflops = 182.1          # dense
+# optional
+title = "NVIDIA RTX 6000 Ada"
+arch = "x86_64"              # CPU architecture of its machines, or "aarch64"; x86_64 where absent
+device_names = ["RTX 6000 Ada Generation"]  # what nvidia-smi calls it, without "NVIDIA"
+achieved_bandwidth = 0.9     # share of the bandwidth that kernels reach; 0.85 where absent
+reserved_gib = 0             # what this memory holds besides, on unified memory
+peer_gb_s = 25               # to a second GPU of the machine; absent: two GPUs cannot be used
+precisions = ["bf16", "fp8"] # from the compute capability where absent
+flavours = ["tensorrt-rtx"]  # the first is what `auto` takes; from the capability where absent
+```
+The same keys in JSON do as well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+import platform
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from twotower_engines.artifacts.document import read_json
+from twotower_engines.errors import PlanError
+from twotower_engines.planning.precisions import PRECISIONS
+
+__all__ = ["GIB", "Sku", "known_skus", "precisions_of", "sku_of_file"]
+
+GIB = 1 << 30
+TABLE_FILE = Path(__file__).with_name("skus.json")
+FLAVOURS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+DEFAULT_ACHIEVED = 0.85
+ARCHES = ("x86_64", "aarch64")
+"""CPU architectures as `platform.machine()` names them on Linux."""
+
+REQUIRED_KEYS = ("name", "compute_capability", "memory_gib", "bandwidth_gb_s", "bf16_tflops")
+OPTIONAL_KEYS = (
+    "title",
+    "arch",
+    "device_names",
+    "achieved_bandwidth",
+    "reserved_gib",
+    "peer_gb_s",
+    "precisions",
+    "flavours",
+)
+
+
+WORDS = ("title", "device_names", "note")
+"""Keys of the table's rows that are no numbers and need no source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sku:
+    """One GPU, or the CPU.
+
+    Attributes:
+        name: As `--sku` takes it; the folder of its engines.
+        title: For people.
+        compute_capability: As `9.0`; None for the CPU.
+        arch: CPU architecture of the machines that have it, as `platform.machine()` says it: a
+            plan runs only on the architecture that built it.
+        memory: Bytes that CUDA sees; for the CPU, of this machine.
+        reserved: Bytes of these that are never free: the system's part of unified memory.
+        bandwidth: Bytes per second, as specified.
+        achieved: Share of the bandwidth that kernels reach.
+        flops: Dense bf16 operations per second; for the CPU, fp32.
+        peer: Bytes per second to a second GPU of the machine; None where there can be no second.
+        precisions: What the hardware computes in, widest first.
+        flavours: Which can serve it; the first is the default.
+        device_names: What the driver calls it, without "NVIDIA".
+        note: What its siblings have otherwise, for people; may be empty.
+        sources: Field of the table to the source of its number.
+    """
+
+    name: str
+    title: str
+    compute_capability: str | None
+    arch: str
+    memory: int
+    reserved: int
+    bandwidth: float
+    achieved: float
+    flops: float
+    peer: float | None
+    precisions: tuple[str, ...]
+    flavours: tuple[str, ...]
+    device_names: tuple[str, ...] = ()
+    note: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def flavour(self) -> str:
+        """The flavour that `auto` takes."""
+        return self.flavours[0]
+
+    @property
+    def max_gpus(self) -> int:
+        """How many GPUs one process can use: two with a way between them, else one."""
+        return 1 if self.peer is None else 2
+
+    def as_json(self) -> dict[str, Any]:
+        """Return every number with its source."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "compute_capability": self.compute_capability,
+            "arch": self.arch,
+            "memory_bytes": self.memory,
+            "reserved_bytes": self.reserved,
+            "bandwidth_bytes_per_s": self.bandwidth,
+            "achieved_bandwidth": self.achieved,
+            "bf16_flops": self.flops,
+            "peer_bytes_per_s": self.peer,
+            "precisions": list(self.precisions),
+            "flavour": self.flavour,
+            "flavours": list(self.flavours),
+            "note": self.note,
+            "sources": dict(self.sources),
+        }
+
+
+@functools.cache
+def known_skus() -> dict[str, Sku]:
+    """Return the table by name, in its order."""
+    table = read_json(TABLE_FILE, PlanError)
+    table.check_format("twotower-skus", 1)
+    sources = table.section("sources").values
+    return {
+        name: _sku_of_table(name, row.values, sources)
+        for name, row in table.section("skus").children().items()
+    }
+
+
+def precisions_of(capability: str) -> tuple[str, ...]:
+    """Return what a compute capability computes in, by TensorRT's support matrix."""
+    number = tuple(int(part) for part in capability.split("."))
+    found = ["bf16"]
+    if number >= (8, 9):
+        found.append("fp8")
+    if number >= (10, 0):
+        found.append("nvfp4")
+    if number >= (8, 6):
+        found.append("int4")
+    return tuple(found)
+
+
+def _machine_memory() -> int:
+    """Return the bytes of memory that this machine, or the container around us, has."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        text = limit.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _sku_of_table(name: str, row: Mapping[str, Any], sources: Mapping[str, Any]) -> Sku:
+    values = {key: pair[0] for key, pair in row.items() if key not in WORDS}
+    where = {key: str(sources[pair[1]]) for key, pair in row.items() if key in values}
+    values |= {"name": name, **{key: row[key] for key in WORDS if key in row}}
+    if values["memory_gib"] is None:
+        values["memory_gib"] = _machine_memory() / GIB
+    if values["arch"] is None:
+        values["arch"] = platform.machine()
+    return replace(_sku(values), sources=where)
+
+
+def sku_of_file(path: Path) -> Sku:
+    """Return the SKU that a file of the user's own describes.
+
+    Raises:
+        PlanError: The file is unreadable or malformed; naming the key, its value and the remedy.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as problem:
+        raise PlanError(f"{path}: the SKU file cannot be read ({problem.strerror})") from problem
+    except ValueError as problem:
+        raise PlanError(f"{path}: is not valid {path.suffix[1:].upper()} ({problem})") from problem
+    if not isinstance(values, dict):
+        raise PlanError(f"{path}: should hold one SKU, found {type(values).__name__}")
+    _check_file(path, values)
+    capability = values["compute_capability"]
+    is_rtx = capability in ("8.6", "8.9", "12.0")
+    values.setdefault("flavours", ["tensorrt-rtx", "tensorrt"] if is_rtx else ["tensorrt"])
+    values.setdefault("precisions", list(precisions_of(capability)))
+    values.setdefault("arch", ARCHES[0])
+    return replace(_sku(values), sources=dict.fromkeys(values, str(path)))
+
+
+def _check_file(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a missing, unknown or impossible key, by name."""
+    for key in REQUIRED_KEYS:
+        if key not in values:
+            raise PlanError(f"{path}: `{key}` is missing; required are {', '.join(REQUIRED_KEYS)}")
+    for key, value in values.items():
+        if key not in REQUIRED_KEYS + OPTIONAL_KEYS:
+            close = difflib.get_close_matches(key, REQUIRED_KEYS + OPTIONAL_KEYS, 1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(OPTIONAL_KEYS)}"
+            raise PlanError(f"{path}: unknown key `{key}`; {hint}")
+        _check_value(path, key, value)
+    if values["name"] in known_skus() or values["name"] in ("local", "all"):
+        raise PlanError(f"{path}: `name` is {values['name']!r}, which is taken; choose another")
+
+
+def _check_value(path: Path, key: str, value: Any) -> None:
+    is_right: Any
+    if key in ("precisions", "flavours"):
+        allowed = tuple(PRECISIONS) if key == "precisions" else FLAVOURS
+        is_right = isinstance(value, list) and value and all(one in allowed for one in value)
+        wanted = f"a list of {', '.join(allowed)}"
+    elif key == "name":
+        is_right = isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", value)
+        wanted = "small letters, digits, dots and dashes, as in rtx-6000-ada"
+    elif key == "compute_capability":
+        is_right = isinstance(value, str) and re.fullmatch(r"\d+\.\d", value)
+        wanted = 'a text, as "8.9"'
+    elif key == "title":
+        is_right, wanted = isinstance(value, str), "a text"
+    elif key == "arch":
+        is_right, wanted = value in ARCHES, " or ".join(ARCHES)
+    elif key == "device_names":
+        is_right = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        wanted = "a list of texts"
+    else:
+        least = 0 if key == "reserved_gib" else 1e-9
+        most = 1.0 if key == "achieved_bandwidth" else 1e9
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_right, wanted = is_number and least <= value <= most, "a positive number"
+        if key == "achieved_bandwidth":
+            wanted = "a share above 0 and at most 1"
+    if not is_right:
+        raise PlanError(f"{path}: `{key}` is {value!r:.80}, but {wanted} is wanted")
+
+
+def _sku(values: Mapping[str, Any]) -> Sku:
+    peer = values.get("peer_gb_s")
+    return Sku(
+        name=values["name"],
+        title=values.get("title", values["name"]),
+        compute_capability=values["compute_capability"],
+        arch=values["arch"],
+        memory=int(values["memory_gib"] * GIB),
+        reserved=int(values.get("reserved_gib", 0) * GIB),
+        bandwidth=values["bandwidth_gb_s"] * 1e9,
+        achieved=float(values.get("achieved_bandwidth", DEFAULT_ACHIEVED)),
+        flops=values["bf16_tflops"] * 1e12,
+        peer=None if peer is None else peer * 1e9,
+        precisions=tuple(values["precisions"]),
+        flavours=tuple(values["flavours"]),
+        device_names=tuple(values.get("device_names", ())),
+        note=values.get("note", ""),
+    )

@@ -1,0 +1,1 @@
+"""Loaded engines: one interface, and the runtimes behind it."""

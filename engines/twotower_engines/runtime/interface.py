@@ -1,0 +1,155 @@
+"""What every flavour of engine can do: a fixed number of slots, and calls over rows of them.
+
+A slot holds the context of one request: keys and values of its attention layers, convolution and
+SSM states of its Mamba layers, and how many tokens they stand for. The scheduler decides which
+slots take part in a call; the runtime gathers their states into a batch, runs one engine, and puts
+the results back. Rows of a call may differ in everything but the engine.
+
+The interface leaves the layout to the flavour: on the CPU a slot's states are arrays of their own;
+on a GPU they are rows of resident buffers, and a context call writes the new states to a landing
+place from which those of the rows that took part are copied home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower_engines.artifacts.engine_set import Limits
+
+__all__ = [
+    "DenoiseRow",
+    "Denoised",
+    "ExtendRow",
+    "LoadProgress",
+    "PredictRow",
+    "Runtime",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendRow:
+    """Tokens to append to a slot's context.
+
+    Attributes:
+        slot: Which slot.
+        ids: (tokens,) int32, from 1 to `limits.max_tokens_per_call` of them.
+        logits: Whether the logits of the last token are wanted.
+        keep_previous: Keep the Mamba states from before this call for `predict`; one token only.
+    """
+
+    slot: int
+    ids: npt.NDArray[np.int32]
+    logits: bool = False
+    keep_previous: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiseRow:
+    """A block to refine once against a slot's context, which is only read.
+
+    Attributes:
+        slot: Which slot.
+        ids: (block,) int32; the mask token where nothing is decided yet.
+        threshold: Of confidence; for policy `factor` the factor, for `entropy` the bound in nats.
+        steps_left: Denoiser calls left for this block, this one included.
+        temperature: 0 for greedy predictions.
+        policy: One of the numbers in `POLICIES`.
+        seed: Of the Gumbel noise, from 0 to 2**31 - 1.
+    """
+
+    slot: int
+    ids: npt.NDArray[np.int32]
+    threshold: float
+    steps_left: int
+    temperature: float = 0.0
+    policy: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PredictRow:
+    """The last known token of a slot, for one autoregressive step of the denoiser tower."""
+
+    slot: int
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """One refined block.
+
+    Attributes:
+        ids: (block,) int32.
+        still_masked: Positions still masked; -1 where the logits held a NaN.
+    """
+
+    ids: npt.NDArray[np.int32]
+    still_masked: int
+
+
+class Runtime(Protocol):
+    """Loaded engines with their weights bound.
+
+    Attributes:
+        limits: What the engines were built for.
+        vocab_size: Tokens of the vocabulary.
+        mask_token_id: The token that means "not decided yet" inside a block.
+        has_denoiser: False where only the context tower was built.
+    """
+
+    limits: Limits
+    vocab_size: int
+    mask_token_id: int
+    has_denoiser: bool
+
+    def reset(self, slot: int) -> None:
+        """Empty a slot: no tokens, zero states."""
+
+    def context_length(self, slot: int) -> int:
+        """Return how many tokens a slot's context holds."""
+
+    def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
+        """Append tokens to the context of some slots, in one call of the context engine.
+
+        Args:
+            rows: Of different slots.
+
+        Returns:
+            For each row (vocab,) float32 logits of its last token, or None where not asked for.
+        """
+
+    def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
+        """Refine one block of each row, in one call of the denoiser engine.
+
+        Args:
+            rows: Of different slots; blocks may differ in size.
+        """
+
+    def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
+        """Run the denoiser tower on each slot's last token, unconditioned, to predict the next.
+
+        The token sees the context before it: attention to all but the last cached token, and the
+        Mamba states that the last `extend` kept (`ExtendRow.keep_previous`). NVIDIA's
+        `generate_mock_ar`.
+
+        Returns:
+            (rows, vocab) float32 logits.
+        """
+
+    def close(self) -> None:
+        """Free the engines, the weights and the states."""
+
+
+class LoadProgress(Protocol):
+    """Told how far loading is."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes of all weights are bound."""
+
+    def prepared(self, done: int, total: int) -> None:
+        """So many calls of all are prepared; only where a flavour prepares calls."""

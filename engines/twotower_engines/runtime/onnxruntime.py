@@ -1,0 +1,337 @@
+"""The CPU flavour: ONNX Runtime sessions over the float32 graphs.
+
+Weights are bound once, as values shared by all calls, through I/O bindings: a call only binds ids,
+lengths and states. A slot's states are arrays that no call writes in place: an extension returns
+new ones and the slot takes them over, so that keeping the previous ones is keeping a reference.
+Keys and values are the exception, they are appended to buffers that grow by half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_engines.artifacts.manifest import ModelConfig
+from twotower_engines.artifacts.weights import Progress, WeightStore
+from twotower_engines.errors import RuntimeLoadError
+from twotower_engines.runtime.interface import Denoised, DenoiseRow, ExtendRow, PredictRow
+
+__all__ = ["OnnxRuntime"]
+
+Array = npt.NDArray[Any]
+CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
+
+
+@dataclass(slots=True)
+class _Slot:
+    """The context of one request.
+
+    Attributes:
+        length: Tokens in the context.
+        mamba: Input name to (1, ...) float32: convolution and SSM states after `length` tokens.
+        previous: The same after `length - 1` tokens, where they were kept.
+        attention: Input name to (1, kv_heads, capacity, head_dim) float32: keys and values.
+    """
+
+    length: int
+    mamba: dict[str, Array]
+    previous: dict[str, Array] | None
+    attention: dict[str, Array]
+
+
+@dataclass(slots=True)
+class _Binding:
+    """An I/O binding of one session with its weights bound, for one choice of outputs.
+
+    Attributes:
+        held: The values bound last; ONNX Runtime does not keep the arrays behind them alive.
+    """
+
+    session: Any
+    io: Any
+    held: dict[str, Array] = field(default_factory=dict)
+
+
+class OnnxRuntime:
+    """A runtime on the CPU; see `runtime.Runtime` for its methods.
+
+    Args:
+        engines: An engine set of flavour `onnxruntime`.
+        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
+        threads: Threads of one operator; None for one per core.
+        progress: Told how many bytes of weights are bound.
+    """
+
+    def __init__(
+        self,
+        engines: EngineSet,
+        checkpoint: Path | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._ort = _import_onnxruntime()
+        model = engines.manifest.model
+        self.limits = engines.build.limits
+        self.vocab_size = model.vocab_size
+        self.mask_token_id = engines.manifest.mask_token_id
+        self.has_denoiser = "denoiser" in engines.build.plans
+        engines.check_plans()
+        store = WeightStore(engines.manifest, checkpoint)
+        store.check()
+        self._mamba_shapes, self._attention_shapes = _state_shapes(model)
+        self._options = self._ort.RunOptions()
+        # heads that nobody asked for cost nothing: prefill needs no logits, a denoise step no copy
+        self._options.only_execute_path_to_fetches = True
+        self._weights: dict[str, Any] = {}
+        towers = ["context", "denoiser"] if self.has_denoiser else ["context"]
+        sessions = {tower: self._session(engines.plan_path(tower), threads) for tower in towers}
+        for tower in towers:
+            self._weights[tower] = self._load_weights(store, tower, progress)
+        self._extend_states = self._binding(sessions["context"], "context")
+        self._extend_logits = self._binding(sessions["context"], "context")
+        if self.has_denoiser:
+            self._refine = self._binding(sessions["denoiser"], "denoiser")
+            self._predict = self._binding(sessions["denoiser"], "denoiser")
+        self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
+        # a block is denoised several times against the same states: gather them once
+        self._gathered: tuple[tuple[tuple[int, int], ...], dict[str, Array]] | None = None
+
+    def reset(self, slot: int) -> None:
+        """Empty a slot: no tokens, zero states."""
+        self._slots[slot] = self._empty_slot()
+        self._gathered = None
+
+    def context_length(self, slot: int) -> int:
+        """Return how many tokens a slot's context holds."""
+        return self._slots[slot].length
+
+    def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
+        """Append tokens to the context of some slots, in one call of the context engine."""
+        slots = [self._slots[row.slot] for row in rows]
+        tokens = max(row.ids.size for row in rows)
+        inputs = {
+            "ids": _padded([row.ids for row in rows], tokens),
+            "lengths": np.array([row.ids.size for row in rows], np.int32),
+            "context_lengths": np.array([slot.length for slot in slots], np.int32),
+            **self._gather(slots),
+        }
+        outputs = self._new_states(len(rows), tokens)
+        wanted = any(row.logits for row in rows)
+        if wanted:
+            outputs["logits"] = np.empty((len(rows), self.vocab_size), np.float32)
+        self._run(self._extend_logits if wanted else self._extend_states, inputs, outputs)
+        for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
+            self._advance(slot, row, index, outputs)
+        return [outputs["logits"][index] if row.logits else None for index, row in enumerate(rows)]
+
+    def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
+        """Refine one block of each row, in one call of the denoiser engine."""
+        slots = [self._slots[row.slot] for row in rows]
+        sizes = [row.ids.size for row in rows]
+        block = max(sizes)
+        inputs = {
+            "ids": _padded([row.ids for row in rows], block),
+            "lengths": np.array(sizes, np.int32),
+            "context_lengths": np.array([slot.length for slot in slots], np.int32),
+            "conditioned": np.ones(len(rows), np.int32),
+            "threshold": np.array([row.threshold for row in rows], np.float32),
+            "steps_left": np.array([row.steps_left for row in rows], np.int32),
+            "temperature": np.array([row.temperature for row in rows], np.float32),
+            "policy": np.array([row.policy for row in rows], np.int32),
+            "seed": np.array([row.seed for row in rows], np.int32),
+            **self._gather_once([row.slot for row in rows], slots),
+        }
+        new_ids = np.empty((len(rows), block), np.int32)
+        still_masked = np.empty(len(rows), np.int32)
+        self._run(self._refine, inputs, {"new_ids": new_ids, "still_masked": still_masked})
+        return [
+            Denoised(new_ids[index, :size], int(still_masked[index]))
+            for index, size in enumerate(sizes)
+        ]
+
+    def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
+        """Run the denoiser tower on each slot's last token to predict the next."""
+        slots = [self._slots[row.slot] for row in rows]
+        count = len(rows)
+        ones = np.ones(count, np.int32)
+        inputs = {
+            "ids": np.array([[row.id] for row in rows], np.int32),
+            "lengths": ones,
+            "context_lengths": np.array([slot.length - 1 for slot in slots], np.int32),
+            "conditioned": np.zeros(count, np.int32),
+            "threshold": np.ones(count, np.float32),
+            "steps_left": ones,
+            "temperature": np.zeros(count, np.float32),
+            "policy": np.zeros(count, np.int32),
+            "seed": np.zeros(count, np.int32),
+            **self._gather(slots, previous=True),
+        }
+        logits = np.empty((count, 1, self.vocab_size), np.float32)
+        self._run(self._predict, inputs, {"logits": logits})
+        return logits[:, 0]
+
+    def close(self) -> None:
+        """Free the sessions, the weights and the states."""
+        self.__dict__.clear()
+
+    def _session(self, path: Path, threads: int | None) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        # shapes change from call to call, so planning memory by shape would only cost
+        options.enable_mem_pattern = False
+        # waiting threads sleep: a server's other processes need the cores between calls
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            return self._ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        except Exception as problem:  # ONNX Runtime's own exceptions share no useful base
+            raise RuntimeLoadError(
+                f"{path}: ONNX Runtime {self._ort.__version__} cannot load it: {problem}"
+            ) from problem
+
+    def _load_weights(
+        self, store: WeightStore, tower: str, progress: Progress | None
+    ) -> dict[str, tuple[Any, Array]]:
+        """Return weight input name to (value, the array behind it)."""
+        of = self._ort.OrtValue.ortvalue_from_numpy
+        return {name: (of(array), array) for name, array in store.all_float32(tower, progress)}
+
+    def _binding(self, session: Any, tower: str) -> _Binding:
+        io = session.io_binding()
+        for name, (value, _) in self._weights[tower].items():
+            io.bind_ortvalue_input(name, value)
+        return _Binding(session, io)
+
+    def _run(self, binding: _Binding, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
+        """Run a session: read `inputs`, and write `outputs` in place."""
+        of = self._ort.OrtValue.ortvalue_from_numpy
+        for name, array in inputs.items():
+            binding.io.bind_ortvalue_input(name, of(array))
+        for name, array in outputs.items():
+            binding.io.bind_ortvalue_output(name, of(array))
+        if not outputs:  # a tower of experts alone has no states to extend
+            return
+        binding.held = {**inputs, **outputs}
+        binding.session.run_with_iobinding(binding.io, self._options)
+
+    def _empty_slot(self) -> _Slot:
+        mamba = {
+            name: np.zeros((1, *shape), np.float32) for name, shape in self._mamba_shapes.items()
+        }
+        attention = {
+            name: np.zeros((1, heads, CAPACITY_STEP, size), np.float32)
+            for name, (heads, size) in self._attention_shapes.items()
+        }
+        # before the first token the states are zero as well, so a prompt of one token needs no rule
+        return _Slot(0, mamba, mamba, attention)
+
+    def _gather(self, slots: Sequence[_Slot], previous: bool = False) -> dict[str, Array]:
+        """Return the state inputs of a batch; views where the batch is one slot."""
+        mamba = [_previous(slot) if previous else slot.mamba for slot in slots]
+        if len(slots) == 1:
+            return {**mamba[0], **slots[0].attention}
+        batch = {
+            name: np.concatenate([states[name] for states in mamba]) for name in self._mamba_shapes
+        }
+        capacity = max((cache.shape[2] for s in slots for cache in s.attention.values()), default=0)
+        for name, (heads, size) in self._attention_shapes.items():
+            # zero, not empty: what lies past a row's length is masked, but must be finite
+            joined = np.zeros((len(slots), heads, capacity, size), np.float32)
+            for row, slot in zip(joined, slots, strict=True):
+                row[:, : slot.length] = slot.attention[name][0, :, : slot.length]
+            batch[name] = joined
+        return batch
+
+    def _gather_once(self, numbers: Sequence[int], slots: Sequence[_Slot]) -> dict[str, Array]:
+        """Return `_gather`, remembered until a slot is reset, or extended and so longer."""
+        key = tuple((number, slot.length) for number, slot in zip(numbers, slots, strict=True))
+        if self._gathered is None or self._gathered[0] != key:
+            self._gathered = (key, self._gather(slots))
+        return self._gathered[1]
+
+    def _new_states(self, count: int, tokens: int) -> dict[str, Array]:
+        """Return empty arrays for the state outputs of the context engine."""
+        outputs = {
+            f"{name}_new": np.empty((count, *shape), np.float32)
+            for name, shape in self._mamba_shapes.items()
+        }
+        for name, (heads, size) in self._attention_shapes.items():
+            outputs[_new_name(name)] = np.empty((count, heads, tokens, size), np.float32)
+        return outputs
+
+    def _advance(self, slot: _Slot, row: ExtendRow, index: int, outputs: dict[str, Array]) -> None:
+        """Take over the states that a call returned for one slot."""
+        end = slot.length + row.ids.size
+        for name, cache in slot.attention.items():
+            if end > cache.shape[2]:
+                cache = slot.attention[name] = _grown(cache, end, self.limits.context)
+            cache[0, :, slot.length : end] = outputs[_new_name(name)][index, :, : row.ids.size]
+        slot.previous = slot.mamba if row.keep_previous else None
+        slot.mamba = {
+            name: outputs[f"{name}_new"][index : index + 1] for name in self._mamba_shapes
+        }
+        slot.length = end
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as problem:
+        raise RuntimeLoadError(
+            "ONNX Runtime is not installed; install it with `pip install 'twotower[build]'`"
+        ) from problem
+    return onnxruntime
+
+
+def _state_shapes(
+    model: ModelConfig,
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
+    """Return shapes per row of the Mamba states, and (heads, head_dim) of keys and values."""
+    mamba: dict[str, tuple[int, ...]] = {}
+    for layer in model.mamba_layers:
+        mamba[f"context.layers.{layer}.conv_state"] = (model.conv_kernel - 1, model.conv_dim)
+        mamba[f"context.layers.{layer}.ssm_state"] = (
+            model.mamba_num_heads,
+            model.mamba_head_dim,
+            model.ssm_state_size,
+        )
+    attention = {
+        f"context.layers.{layer}.{kind}_cache": (model.num_key_value_heads, model.head_dim)
+        for layer in model.attention_layers
+        for kind in ("k", "v")
+    }
+    return mamba, attention
+
+
+def _new_name(cache: str) -> str:
+    """Return the output that extends a cache: `..k_cache` to `..k_new`."""
+    return cache.removesuffix("cache") + "new"
+
+
+def _previous(slot: _Slot) -> dict[str, Array]:
+    assert slot.previous is not None, "predict needs an extend with keep_previous before it"
+    return slot.previous
+
+
+def _padded(rows: Sequence[npt.NDArray[np.int32]], width: int) -> npt.NDArray[np.int32]:
+    """Stack rows of ids; what lies past a row's length is ignored by the engines."""
+    padded = np.zeros((len(rows), width), np.int32)
+    for target, row in zip(padded, rows, strict=True):
+        target[: row.size] = row
+    return padded
+
+
+def _grown(cache: Array, needed: int, limit: int) -> Array:
+    """Return a larger copy of keys or values: half as much again, at least `needed`."""
+    capacity = min(max(needed, cache.shape[2] * 3 // 2), max(limit, needed))
+    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    grown = np.zeros((*cache.shape[:2], capacity, cache.shape[3]), cache.dtype)
+    grown[:, :, : cache.shape[2]] = cache
+    return grown

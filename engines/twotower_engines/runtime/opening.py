@@ -1,0 +1,38 @@
+"""Opens an engine set: the runtime of its flavour, with the weights bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_engines.runtime.interface import LoadProgress, Runtime
+
+__all__ = ["open_runtime"]
+
+
+def open_runtime(
+    engines: EngineSet,
+    checkpoint: Path | None = None,
+    threads: int | None = None,
+    progress: LoadProgress | None = None,
+) -> Runtime:
+    """Load an engine set: check its files and the checkpoint, then bind the weights.
+
+    Args:
+        engines: The engine set.
+        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
+        threads: CPU threads; None for one per core.
+        progress: Told of the weights that are bound and of the calls that are prepared.
+
+    Raises:
+        RuntimeLoadError: This flavour cannot run here.
+        EngineSetError: An engine file is missing or changed.
+        CheckpointError: The checkpoint is missing or changed.
+    """
+    if engines.build.flavour == "onnxruntime":
+        from twotower_engines.runtime.onnxruntime import OnnxRuntime
+
+        return OnnxRuntime(engines, checkpoint, threads, progress)
+    from twotower_engines.runtime.resident.loading import open_resident_runtime
+
+    return open_resident_runtime(engines, checkpoint, progress)

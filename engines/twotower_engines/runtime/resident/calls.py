@@ -1,0 +1,209 @@
+"""The calls that a resident runtime makes: their sizes, their tensors, and the memory of these.
+
+Rows and tokens of a call are padded to a few sizes, so that all calls there can be are prepared
+when the engines are loaded. Calls of one tower never overlap, and the host waits for each, so they
+take turns in the same memory, which is allocated once, for the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower_engines.artifacts.engine_set import Limits
+from twotower_engines.runtime.resident.device import Device, aligned
+from twotower_engines.runtime.resident.engine import Shape
+
+__all__ = [
+    "REFINE_ROWS",
+    "CallMemory",
+    "CallSize",
+    "Tensors",
+    "bucket",
+    "call_sizes",
+    "input_layout",
+    "output_layout",
+    "packed",
+    "token_bucket",
+    "unseen_sizes",
+]
+
+Array = npt.NDArray[Any]
+Layout = Mapping[str, tuple[Shape, type]]
+Verb = Literal["extend", "denoise", "predict"]
+
+SMALLEST_BLOCK = 16
+"""Tokens: the block that the released model was trained for, and that profiles are tuned for."""
+
+REFINE_ROWS = ("steps_left", "policy", "seed", "threshold", "temperature")
+FLOATS = ("threshold", "temperature")
+
+
+@dataclass(frozen=True, slots=True)
+class CallSize:
+    """What a call is prepared for.
+
+    Attributes:
+        verb: The runtime's method.
+        rows: Neighbouring slots that it covers.
+        tokens: Of each row, padding included.
+    """
+
+    verb: Verb
+    rows: int
+    tokens: int
+
+
+def bucket(count: int, most: int, least: int = 1) -> int:
+    """Return the smallest power of two that is neither below `count` nor `least`, or `most`."""
+    return min(most, max(least, 1 << (count - 1).bit_length()))
+
+
+def token_bucket(verb: Verb, tokens: int, limits: Limits) -> int:
+    """Return how many tokens a row of a call is padded to.
+
+    Blocks come in powers of two from 16 to the largest; context calls also in a single token and in
+    a chunk of a prompt. Each context call is then of a size that a profile is tuned for.
+    """
+    if tokens == 1 and verb != "denoise":
+        return 1
+    most = limits.block_size_max
+    if verb == "extend":
+        most = min(most, limits.max_tokens_per_call)
+        if tokens > most:
+            return limits.max_tokens_per_call
+    return bucket(tokens, most, SMALLEST_BLOCK)
+
+
+def call_sizes(verb: Verb, limits: Limits) -> list[CallSize]:
+    """Return all sizes in which a method calls its engine, the largest first."""
+    most = {
+        "extend": limits.max_tokens_per_call,
+        "denoise": limits.block_size_max,
+        "predict": 1,
+    }[verb]
+    tokens = {token_bucket(verb, count, limits) for count in range(1, most + 1)}
+    rows = {bucket(count, limits.slots) for count in range(1, limits.slots + 1)}
+    sizes = [CallSize(verb, one, length) for one in rows for length in tokens]
+    return sorted(sizes, key=lambda size: (size.rows * size.tokens, size.rows), reverse=True)
+
+
+def input_layout(size: CallSize) -> Layout:
+    """Return shape and dtype of what the host gives: the ids, and one value per row of the rest."""
+    names = ["lengths", "context_lengths"]
+    if size.verb != "extend":
+        names += ["conditioned", *REFINE_ROWS]
+    layout: dict[str, tuple[Shape, type]] = {"ids": ((size.rows, size.tokens), np.int32)}
+    for name in names:
+        layout[name] = ((size.rows,), np.float32 if name in FLOATS else np.int32)
+    return layout
+
+
+def output_layout(size: CallSize, vocabulary: int) -> Layout:
+    """Return shape and dtype of what the host reads."""
+    if size.verb == "extend":
+        return {"logits": ((size.rows, vocabulary), np.float32)}
+    all_outputs = _denoiser_outputs(size, vocabulary)
+    seen = ("logits",) if size.verb == "predict" else ("new_ids", "still_masked")
+    return {name: all_outputs[name] for name in seen}
+
+
+def unseen_sizes(size: CallSize, vocabulary: int) -> dict[str, int]:
+    """Return bytes of each of the denoiser's outputs that stay on the device."""
+    seen = output_layout(size, vocabulary)
+    layout = _denoiser_outputs(size, vocabulary)
+    return {name: _bytes(*one) for name, one in layout.items() if name not in seen}
+
+
+def _denoiser_outputs(size: CallSize, vocabulary: int) -> Layout:
+    block = (size.rows, size.tokens)
+    return {
+        "new_ids": (block, np.int32),
+        "still_masked": ((size.rows,), np.int32),
+        "confidence": (block, np.float32),
+        "committed": (block, np.int32),
+        "logits": ((*block, vocabulary), np.float32),
+    }
+
+
+class Tensors:
+    """The small inputs or outputs of one call, in one piece on host and device.
+
+    One upload and one download per call, whatever the number of tensors. The piece is another
+    call's as well: nothing in it outlives a call.
+    """
+
+    def __init__(self, device: Device, host: Array, start: int, layout: Layout) -> None:
+        self._device, self._start = device, start
+        offsets, total = packed({name: _bytes(*one) for name, one in layout.items()})
+        self._host = host[:total]
+        self.addresses = {name: start + offset for name, offset in offsets.items()}
+        self.arrays: dict[str, Array] = {
+            name: host[offsets[name] :][: _bytes(shape, kind)].view(kind).reshape(shape)
+            for name, (shape, kind) in layout.items()
+        }
+
+    def clear(self) -> None:
+        """Fill with 0: rows that take no part must hold ids that there are."""
+        self._host[:] = 0
+
+    def upload(self) -> None:
+        """Copy all to the device."""
+        self._device.upload(self._start, self._host)
+
+    def download(self) -> None:
+        """Copy all to the host, and wait for it."""
+        self._device.download(self._host, self._start)
+
+
+class CallMemory:
+    """The memory in which all calls of one tower take turns.
+
+    Args:
+        device: The tower's.
+        sizes: Of all calls.
+        vocabulary: Tokens of it.
+        unseen: Bytes of what the largest call leaves on the device: new states, logits that nobody
+            reads.
+    """
+
+    def __init__(
+        self, device: Device, sizes: Iterable[CallSize], vocabulary: int, unseen: int
+    ) -> None:
+        self._device, self._vocabulary = device, vocabulary
+        every = list(sizes)
+        self._inputs = self._pair([input_layout(size) for size in every])
+        self._outputs = self._pair([output_layout(size, vocabulary) for size in every])
+        self.unseen = device.allocate(unseen)
+
+    def inputs(self, size: CallSize) -> Tensors:
+        """Return the inputs of a call."""
+        return Tensors(self._device, *self._inputs, input_layout(size))
+
+    def outputs(self, size: CallSize) -> Tensors:
+        """Return the outputs of a call that the host reads."""
+        return Tensors(self._device, *self._outputs, output_layout(size, self._vocabulary))
+
+    def _pair(self, layouts: Iterable[Layout]) -> tuple[Array, int]:
+        """Return host and device memory for any of some layouts."""
+        total = max(
+            packed({name: _bytes(*one) for name, one in layout.items()})[1] for layout in layouts
+        )
+        return self._device.staging(total), self._device.allocate(total)
+
+
+def packed(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Return an aligned offset for each size, one after the other, and the sum."""
+    offsets, total = {}, 0
+    for name, size in sizes.items():
+        offsets[name] = total
+        total += aligned(size)
+    return offsets, total
+
+
+def _bytes(shape: Shape, kind: type) -> int:
+    return int(np.prod(shape)) * np.dtype(kind).itemsize

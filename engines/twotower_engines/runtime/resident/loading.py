@@ -1,0 +1,109 @@
+"""From an engine set to a resident runtime: check, deserialize, upload, prepare."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_engines.artifacts.weights import WeightStore
+from twotower_engines.runtime.interface import LoadProgress
+from twotower_engines.runtime.resident.cuda_device import CudaDevice, check_peers, driver_cuda
+from twotower_engines.runtime.resident.refusals import (
+    check_build,
+    check_gpus,
+    check_room,
+    placement,
+)
+from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
+from twotower_engines.runtime.resident.tensorrt_engine import TensorRtEngine, import_tensorrt
+from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_bytes
+
+__all__ = ["open_resident_runtime"]
+
+
+def open_resident_runtime(
+    engines: EngineSet, checkpoint: Path | None = None, progress: LoadProgress | None = None
+) -> ResidentRuntime:
+    """Load TensorRT plans: what can be refused is refused before one is deserialized.
+
+    All plans are deserialized before the first weight travels: TensorRT's refusal of the second
+    must not come after minutes of the first one's upload. What was made is freed on failure.
+
+    Args:
+        engines: An engine set of flavour `tensorrt` or `tensorrt-rtx`, which says on which GPU each
+            of its towers runs.
+        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
+        progress: Told of the weights that are on their way, and of the calls that are prepared.
+
+    Raises:
+        RuntimeLoadError: The package, the GPU, its driver or its memory is not what is needed.
+        EngineSetError: A plan is missing or changed.
+        CheckpointError: The checkpoint is missing or changed.
+        CudaError: CUDA failed.
+    """
+    build = engines.build
+    engines.check_plans()
+    store = WeightStore(engines.manifest, checkpoint)
+    store.check()
+    trt = import_tensorrt(build.flavour)
+    check_gpus(build)
+    placed, driver = placement(build), driver_cuda()
+    with ExitStack() as stack:
+        devices = {}
+        for index in sorted(set(placed.values())):
+            devices[index] = device = CudaDevice(index)
+            stack.callback(device.close)
+            name = f"{device.name} ({device.model})"
+            check_build(build, trt.__version__, name, device.compute_capability, driver)
+            towers = [tower for tower, place in placed.items() if place == index]
+            weights = sum(tower_bytes(engines.manifest, tower) for tower in towers)
+            check_room(build, device, index, weights)
+        if len(devices) == 2:
+            check_peers(*devices.values())
+        loaded = {}
+        for tower, index in placed.items():
+            kernels = cache_root() / "rtx-kernels" / f"{build.plans[tower].sha256}.cache"
+            engine = TensorRtEngine(
+                engines.plan_path(tower), build.flavour, devices[index], kernels
+            )
+            stack.callback(engine.close)
+            loaded[tower] = engine
+        made = _upload(store, loaded, {t: devices[i] for t, i in placed.items()}, progress)
+        runtime = ResidentRuntime(
+            engines.manifest,
+            build.limits,
+            made["context"],
+            made.get("denoiser"),
+            None if progress is None else progress.prepared,
+        )
+        for engine in loaded.values():
+            engine.keep_kernels()
+        stack.pop_all()
+    return runtime
+
+
+def _upload(
+    store: WeightStore,
+    engines: dict[str, TensorRtEngine],
+    devices: dict[str, CudaDevice],
+    progress: LoadProgress | None,
+) -> dict[str, Tower]:
+    """Bring each tower's weights to its device; progress counts those of all towers together."""
+    made: dict[str, Tower] = {}
+    manifest = store.manifest
+    sizes = {t: sum(map(weight_bytes, manifest.weights[t].values())) for t in engines}
+    total = sum(sizes.values())
+    before = 0
+
+    def told(offset: int, done: int, _: int) -> None:
+        if progress is not None:
+            progress(offset + done, total)
+
+    for tower, engine in engines.items():
+        addresses = upload_weights(store, tower, devices[tower], partial(told, before))
+        made[tower] = Tower(engine, devices[tower], addresses)
+        before += sizes[tower]
+    return made

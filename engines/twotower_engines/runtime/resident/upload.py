@@ -1,0 +1,216 @@
+"""Weights from the checkpoint's shards to a device, once, through pinned windows.
+
+A weight input of a native graph holds the bytes of its tensors one after the other: as they are
+stored, or expert after expert. So nothing is converted. A tower's weights are one allocation, which
+is filled window by window: two threads read the windows' bytes from the shards, which may be those
+of many small tensors, while windows that were read travel.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from twotower_engines.artifacts.manifest import ITEM_SIZES, Manifest, WeightInput
+from twotower_engines.artifacts.weights import Progress, WeightStore
+from twotower_engines.errors import CheckpointError
+from twotower_engines.runtime.resident.device import Device, Fence, aligned
+
+__all__ = ["WINDOW", "tower_bytes", "upload_weights", "weight_bytes"]
+
+WINDOW = 64 << 20
+"""Bytes of one staging buffer: long enough that a copy's start-up costs nothing."""
+
+READERS = 2
+"""Threads that read: one does not fill a PCIe 5 link from the page cache."""
+
+BUFFERS = READERS + 2
+"""Windows that are read, or wait to travel, or travel."""
+
+
+def weight_bytes(weight: WeightInput) -> int:
+    """Return the size of a weight input on the device."""
+    return math.prod(weight.shape) * ITEM_SIZES[weight.dtype]
+
+
+def tower_bytes(manifest: Manifest, tower: str) -> int:
+    """Return the size of all weights of a tower on the device, aligned."""
+    return sum(aligned(weight_bytes(weight)) for weight in manifest.weights[tower].values())
+
+
+def upload_weights(
+    store: WeightStore,
+    tower: str,
+    device: Device,
+    progress: Progress | None = None,
+    window: int = WINDOW,
+) -> dict[str, int]:
+    """Copy all weights of a tower to a device.
+
+    Args:
+        store: The checkpoint, checked.
+        tower: `context` or `denoiser`.
+        device: Where to.
+        progress: Told how many bytes are on their way.
+        window: Bytes of each staging buffer.
+
+    Returns:
+        Address of each weight input.
+
+    Raises:
+        RuntimeLoadError: The device has no room.
+        CheckpointError: A shard cannot be read to its end.
+    """
+    weights = store.manifest.weights[tower]
+    size = tower_bytes(store.manifest, tower)
+    start = end = device.allocate(size)
+    addresses = {}
+    for name, weight in weights.items():
+        addresses[name] = end
+        end += aligned(weight_bytes(weight))
+    windows = _windows(_pieces(store, weights.values()), window)
+    with ExitStack() as stack:
+        buffers = [device.staging(min(window, size)) for _ in range(BUFFERS)]
+        for buffer in buffers:
+            stack.callback(device.free_staging, buffer)
+        stack.callback(device.synchronize)
+        total = sum(map(weight_bytes, weights.values()))
+        _Journey(device, start, total, buffers, progress).run(windows, _Files(stack))
+    return addresses
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of a shard, and how many bytes after the tower's first they belong."""
+
+    place: int
+    path: Path
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Neighbouring bytes of the device, and what they are made of."""
+
+    place: int
+    size: int
+    pieces: tuple[_Piece, ...]
+
+
+def _pieces(store: WeightStore, weights: Iterable[WeightInput]) -> Iterator[_Piece]:
+    """Yield the tensors of a tower in the order of their places."""
+    manifest, start = store.manifest, 0
+    for weight in weights:
+        place = start
+        for source in weight.sources:
+            tensor = manifest.tensors[source]
+            shard = manifest.shards[tensor.shard]
+            size = tensor.end - tensor.begin
+            yield _Piece(place, store.folder / shard.file, shard.data_start + tensor.begin, size)
+            place += size
+        start += aligned(weight_bytes(weight))
+
+
+def _windows(pieces: Iterable[_Piece], window: int) -> Iterator[_Window]:
+    """Cut pieces at multiples of `window`, and put together what lies between two of them."""
+
+    def cut() -> Iterator[_Piece]:
+        for piece in pieces:
+            done = 0
+            while done < piece.size:
+                place = piece.place + done
+                size = min(piece.size - done, window - place % window)
+                yield _Piece(place, piece.path, piece.offset + done, size)
+                done += size
+
+    for _, group in groupby(cut(), key=lambda piece: piece.place // window):
+        held = tuple(group)
+        begin, last = held[0].place, held[-1]
+        yield _Window(begin, last.place + last.size - begin, held)
+
+
+class _Files:
+    """Shards, opened once each."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._descriptors: dict[Path, int] = {}
+
+    def open(self, path: Path) -> int:
+        """Return a shard's descriptor."""
+        if path not in self._descriptors:
+            descriptor = os.open(path, os.O_RDONLY)
+            self._stack.callback(os.close, descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            self._descriptors[path] = descriptor
+        return self._descriptors[path]
+
+
+class _Journey:
+    """Windows on their way: read by threads, sent in order."""
+
+    def __init__(
+        self,
+        device: Device,
+        start: int,
+        total: int,
+        buffers: Sequence[npt.NDArray[Any]],
+        progress: Progress | None,
+    ) -> None:
+        self._device, self._start = device, start
+        self._done, self._total = 0, total
+        self._buffers, self._progress = buffers, progress
+        self._fences: list[Fence | None] = [None] * len(buffers)
+        self._reading: deque[tuple[Future[None], _Window, int]] = deque()
+
+    def run(self, windows: Iterable[_Window], files: _Files) -> None:
+        """Bring all windows to the device."""
+        with ThreadPoolExecutor(READERS, "twotower-read") as readers:
+            for number, window in enumerate(windows):
+                if len(self._reading) == READERS:
+                    self._send_next()
+                turn = number % len(self._buffers)
+                fence = self._fences[turn]
+                if fence is not None:
+                    fence.wait()  # the buffer's last journey is over
+                parts = [(files.open(piece.path), piece) for piece in window.pieces]
+                read = readers.submit(_read, self._buffers[turn], window.place, parts)
+                self._reading.append((read, window, turn))
+            while self._reading:
+                self._send_next()
+
+    def _send_next(self) -> None:
+        read, window, turn = self._reading.popleft()
+        read.result()
+        self._device.upload(self._start + window.place, self._buffers[turn][: window.size])
+        self._fences[turn] = self._device.fence()
+        self._done += sum(piece.size for piece in window.pieces)
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _read(buffer: npt.NDArray[Any], begin: int, parts: Sequence[tuple[int, _Piece]]) -> None:
+    """Read pieces to their places in a window. Runs in a thread; reading lets others run."""
+    memory = buffer.data
+    for descriptor, piece in parts:
+        target = memory[piece.place - begin :][: piece.size]
+        offset = piece.offset
+        while target:
+            got = os.preadv(descriptor, [target], offset)
+            if not got:
+                raise CheckpointError(
+                    f"{piece.path}: ends {len(target)} bytes before a tensor does: was changed "
+                    "while it was read; restore the file"
+                )
+            target, offset = target[got:], offset + got

@@ -1,0 +1,73 @@
+"""What is found when an engine set is verified, and what it is verified with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_engines.verify.differences import Difference
+
+__all__ = ["Sources", "Verification"]
+
+LISTED_AT_MOST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What engines are verified with, each where it was named.
+
+    Attributes:
+        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
+        bundle: What the engines were built from.
+        against: Engines of the CPU flavour of the same model.
+    """
+
+    checkpoint: Path | None = None
+    bundle: Path | None = None
+    against: EngineSet | None = None
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        engines: Folder of the engine set.
+        verified: What was checked and is right, a sentence for each.
+        problems: What is wrong.
+        not_verified: What could not be checked here, and why.
+        differences: Outputs that were compared on the GPU.
+    """
+
+    engines: Path
+    verified: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    not_verified: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was verified and nothing is wrong."""
+        return bool(self.verified) and not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "target": str(self.engines),
+            "passed": self.passed,
+            "verified": self.verified,
+            "problems": self.problems,
+            "notes": self.not_verified,
+            "tensors": [asdict(one) for one in self.differences],
+        }
+
+    def take(self, what: str, found: list[str]) -> None:
+        """Note that `what` is right, or what is wrong with it."""
+        if not found:
+            self.verified.append(what)
+        shown = found[:LISTED_AT_MOST]
+        if len(found) > len(shown):
+            shown.append(f"{len(found) - len(shown)} more like these")
+        self.problems += shown

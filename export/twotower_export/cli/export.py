@@ -1,0 +1,171 @@
+"""The verbs `twotower export` and `twotower inspect`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from twotower_export.progress import StepMeter
+
+EXPORT_EPILOG = """\b
+Examples:
+  twotower export checkpoint bundle
+  twotower export nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16@COMMIT bundle
+  twotower export base-checkpoint bundle --towers context
+  twotower export checkpoint nemotron-h --target tensorrt-llm
+
+The weights stay where they are: a bundle holds graphs, a map of the weights, and the tokenizer.
+"""
+
+INSPECT_EPILOG = """\b
+Examples:
+  twotower inspect checkpoint
+  twotower inspect bundle --checkpoint /models/moved-here
+  twotower inspect bundle --full
+  twotower inspect engines --json
+"""
+
+
+@click.command(epilog=EXPORT_EPILOG)
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--mask-token-id", type=int, help="Id of the mask.  [the checkpoint's, or 3]")
+@click.option(
+    "--towers",
+    type=click.Choice(["both", "context"]),
+    help="`context` for autoregressive generation only, as from a single-tower base checkpoint.  "
+    "[both]",
+)
+@click.option("--revision", help="Commit, tag or branch on the hub.  [main, with a warning]")
+@click.option(
+    "--target",
+    type=click.Choice(["bundle", "tensorrt-llm"]),
+    default="bundle",
+    show_default=True,
+    help="`tensorrt-llm` writes the context tower as a standard Nemotron-H checkpoint.",
+)
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Hash every shard and record its sha256, for `inspect --full`; a Hugging Face cache names "
+    "it without.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def export_command(
+    checkpoint: str,
+    out: Path,
+    mask_token_id: int | None,
+    towers: str | None,
+    revision: str | None,
+    target: str,
+    full: bool,
+    as_json: bool,
+) -> None:
+    """Write the bundle of a CHECKPOINT to the folder OUT.
+
+    CHECKPOINT is a folder or a hub id, ORGANISATION/NAME[@REVISION]. A bundle that is there already
+    is replaced; any other folder is refused.
+    """
+    from twotower_export.checkpoint import open_checkpoint, with_full_digests
+    from twotower_export.layout import TOWERS, Tower
+
+    if target != "bundle":
+        _refuse_options_of_bundles(target, towers, full)
+        towers = "context"
+    start = time.monotonic()
+    meter = StepMeter()
+    chosen: tuple[Tower, ...] = ("context",) if towers == "context" else TOWERS
+    opened = open_checkpoint(
+        checkpoint,
+        revision=revision,
+        mask_token_id=mask_token_id,
+        towers=chosen,
+        progress=meter,
+    )
+    for warning in opened.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if full:
+        opened = with_full_digests(opened, meter)
+    if target == "bundle":
+        from twotower_export.bundle import write_bundle
+
+        manifest = write_bundle(opened, out, towers=chosen, progress=meter)
+        exported = manifest["towers"]
+        if manifest["golden"] is None:
+            reason = manifest["golden_missing"]["reason"]
+            print(f"note: no golden self-test: {reason}", file=sys.stderr)
+    else:
+        from twotower_export.nemotron_h import write_nemotron_h
+
+        write_nemotron_h(opened, out, progress=meter)
+        exported = ["context"]
+    meter.finish()
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    result = {
+        "target": target,
+        "path": str(out),
+        "towers": exported,
+        "checkpoint": str(opened.path),
+        "id": opened.id,
+        "revision": opened.revision,
+        "fingerprint": opened.fingerprint,
+        "bytes": size,
+        "seconds": round(time.monotonic() - start, 2),
+        "warnings": list(opened.warnings),
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(
+        f"{out}: {' and '.join(result['towers'])} tower{'s' * (len(exported) > 1)} of "
+        f"{opened.id or opened.path}, {size / 1e6:.1f} MB in {result['seconds']} s"
+    )
+    if target == "bundle":
+        click.echo(f"next: twotower build {out} --sku cpu ENGINES")
+
+
+def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> None:
+    """Refuse what would be ignored: a standard checkpoint has one tower and no manifest."""
+    from twotower_export.errors import ExportError
+
+    for option, is_given in {"--towers both": towers == "both", "--full": full}.items():
+        if is_given:
+            raise ExportError(
+                f"{option} means nothing with --target {target}, which writes the context tower "
+                "only, as a standard checkpoint: leave it out"
+            )
+
+
+@click.command(epilog=INSPECT_EPILOG)
+@click.argument("source", metavar="CHECKPOINT|BUNDLE|ENGINES")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Check a BUNDLE against this checkpoint; another one is refused, with what differs.",
+)
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Read every byte of the checkpoint, and compare it with the sha256 that were recorded: of "
+    "a bundle by its export, of a CHECKPOINT by the Hugging Face cache.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect_command(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> None:
+    """Say what a checkpoint, bundle or engine set holds, weighs, and which GPUs could hold it.
+
+    Nothing is downloaded: a hub id is looked up in the local cache.
+    """
+    from twotower_export.inspection import inspect_source
+    from twotower_export.inspection_text import report
+
+    meter = StepMeter()
+    found: dict[str, Any] = inspect_source(source, checkpoint, progress=meter, full=full)
+    meter.finish()
+    for warning in found.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
+    click.echo(json.dumps(found) if as_json else report(found))

@@ -1,0 +1,1 @@
+"""The towers and the loop around them in PyTorch: what graphs are compared with."""

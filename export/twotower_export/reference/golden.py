@@ -1,0 +1,338 @@
+"""The golden self-test: a fixed prompt, the tokens that must follow, and how many denoiser calls.
+
+Any deployment can run it at start. It catches what users of the reference code met: an answer that
+is word salad, one token per denoiser call, and no error anywhere.
+
+The expected answer is computed with the PyTorch towers in float32 and stored in the bundle: by the
+export itself where they fit into memory, otherwise beforehand by
+
+    python -m twotower_export.reference.golden CHECKPOINT
+
+which streams them layer by layer, whatever their size, and leaves the answer in the checkpoint's
+`golden.json`, where every export finds it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from twotower_export.checkpoint import Checkpoint, open_checkpoint
+from twotower_export.config import read_json
+from twotower_export.errors import ExportError
+from twotower_export.inventory import take_inventory
+from twotower_export.layout import TOWERS, Tower, expected_tensors
+from twotower_export.reference.refinement import Rule, refine
+
+if TYPE_CHECKING:
+    from twotower_export.progress import StepMeter
+    from twotower_export.reference.sequence import SequenceTowers
+
+GOLDEN_FILE: Final = "golden.json"
+MODULE: Final = "twotower_export.reference.golden"
+INTERRUPTED: Final = 130
+FORMAT: Final = "twotower-golden"
+FORMAT_VERSION: Final = 1
+
+FLOAT32_BOUND: Final = 4_000_000_000
+"""Bytes of weights in float32 up to which the towers are loaded to compute the answer."""
+
+PROMPT: Final = (
+    "Mia the hen lived by the river. Mia had a blue bell and loved it more than anything."
+)
+"""Plain enough for any language model, and in the manner of the corpus of the tiny checkpoint."""
+
+MAX_NEW_TOKENS: Final = 48
+BLOCK_SIZE: Final = 16
+STEPS: Final = 16
+THRESHOLD: Final = 0.9
+
+
+def golden_for(
+    checkpoint: Checkpoint, towers: Sequence[Tower] = TOWERS
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The golden block of a bundle's manifest, or what is known without an answer.
+
+    Args:
+        checkpoint: what is exported.
+        towers: which of its towers are; without the denoiser, the answer is autoregressive.
+
+    Returns:
+        The request with its answer and None; or None and {reason, request}, with which whoever can
+        run the model records the answer.
+
+    Raises:
+        ExportError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
+    """
+    mode = "mask_diffusion" if "denoiser" in towers else "ar"
+    recorded = read_golden(checkpoint)
+    if recorded is not None and recorded["mode"] == mode:
+        return recorded, None
+    size = 4 * sum(map(math.prod, expected_tensors(checkpoint.config, checkpoint.towers).values()))
+    if size > FLOAT32_BOUND:
+        reason = (
+            f"the towers take {size / 1e9:.0f} GB in float32, too much to answer during an export; "
+            f"compute the answer with `python -m {MODULE} {checkpoint.path}`, which streams them "
+            "through a few GB of memory, and export again"
+        )
+    elif importlib.util.find_spec("torch") is None:
+        reason = (
+            f"PyTorch is not installed and the checkpoint brings no {GOLDEN_FILE}; "
+            "pip install 'twotower[reference]', and export again"
+        )
+    else:
+        try:
+            return compute_golden(checkpoint, mode), None
+        except FloatingPointError as problem:
+            reason = f"{problem}: compare the checkpoint with the one that was released"
+    return None, {"reason": reason, "request": _request(checkpoint, mode)}
+
+
+def read_golden(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The answer that a checkpoint brings along, or None.
+
+    Raises:
+        ExportError: the file is unreadable or another checkpoint's.
+    """
+    path = checkpoint.path / GOLDEN_FILE
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+        raise ExportError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}; delete it")
+    if content.get("fingerprint") != checkpoint.fingerprint:
+        raise ExportError(
+            f"{path}: is of a checkpoint with fingerprint {str(content.get('fingerprint'))[:12]}, "
+            f"not {checkpoint.fingerprint[:12]}; delete it, or record it again"
+        )
+    golden = content.get("golden")
+    if not isinstance(golden, dict) or not golden.get("output_ids"):
+        raise ExportError(f"{path}: holds no answer; delete it, or record it again")
+    return golden
+
+
+def write_golden(checkpoint: Checkpoint, golden: Mapping[str, Any]) -> Path:
+    """Write `golden.json` into a checkpoint's folder; returns its path."""
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": checkpoint.fingerprint,
+        "golden": dict(golden),
+    }
+    path = checkpoint.path / GOLDEN_FILE
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict[str, Any]:
+    """Generate the golden answer with the PyTorch towers in float32, held in memory.
+
+    Args:
+        checkpoint: small enough for memory.
+        mode: `mask_diffusion`, or `ar` where there is no denoiser.
+
+    Raises:
+        FloatingPointError: the logits hold NaN or infinity.
+    """
+    from twotower_export.reference.sequence import LoadedTowers
+
+    request = _request(checkpoint, mode)
+    towers: Sequence[Tower] = ("context",) if mode == "ar" else TOWERS
+    return _answered(LoadedTowers(checkpoint, _capacity(request), towers), request)
+
+
+def stream_golden(
+    checkpoint: Checkpoint, mode: str = "mask_diffusion", progress: StepMeter | None = None
+) -> dict[str, Any]:
+    """The same answer, with one layer of the towers in memory at a time.
+
+    Args:
+        checkpoint: of any size.
+        mode: as of `compute_golden`.
+        progress: told about each layer.
+
+    Raises:
+        FloatingPointError: the logits hold NaN or infinity.
+    """
+    from twotower_export.reference.sequence import StreamedTowers
+
+    request = _request(checkpoint, mode)
+    most = _calls(mode)[1]
+
+    def tell(tower: Tower, layer: int, layers: int) -> None:
+        if progress is not None:
+            read = f"{towers.bytes_read / 1e9:.1f} GB read"
+            what = f"call {towers.calls} of at most {most}, {read}; {tower} layer"
+            progress(what, layer, layers)
+
+    towers = StreamedTowers(checkpoint, _capacity(request), tell)
+    return _answered(towers, request)
+
+
+def expected_work(checkpoint: Checkpoint, mode: str) -> str:
+    """One line on what streaming will read: how many calls, and bytes for each."""
+    tensors = {name: (one.dtype, one.shape) for name, one in checkpoint.tensors.items()}
+    inventory = take_inventory(checkpoint.config, tensors)
+    tower: Tower = "context" if mode == "ar" else "denoiser"
+    tokens = 1 if mode == "ar" else BLOCK_SIZE
+    each = inventory.bytes_per_step(tower, tokens) / 1e9
+    least, most = _calls(mode)
+    calls = f"{most} calls" if least == most else f"{least} to {most} calls"
+    return (
+        f"streaming {checkpoint.path} layer by layer: {calls} that read about {each:.1f} GB of "
+        f"weights each, {least * each:.0f} to {most * each:.0f} GB in all"
+    )
+
+
+def _calls(mode: str) -> tuple[int, int]:
+    """The least and the most calls of both towers together that an answer takes."""
+    if mode == "ar":
+        return MAX_NEW_TOKENS, MAX_NEW_TOKENS
+    blocks = MAX_NEW_TOKENS // BLOCK_SIZE  # each is preceded by one call of the context tower
+    return 2 * blocks, (STEPS + 1) * blocks
+
+
+def _capacity(request: Mapping[str, Any]) -> int:
+    return len(request["prompt_ids"]) + MAX_NEW_TOKENS
+
+
+def _answered(towers: SequenceTowers, request: dict[str, Any]) -> dict[str, Any]:
+    """A request with its answer."""
+    import torch
+
+    prompt = request["prompt_ids"]
+    if request["mode"] == "ar":
+        ids, calls = _autoregressive(towers, prompt), 0
+    else:
+        ids, calls = _mask_diffusion(towers, prompt)
+    return request | {
+        "output_ids": ids,
+        "denoiser_calls": calls,
+        "tokens_per_call": round(len(ids) / calls, 4) if calls else None,
+        "computed_with": f"torch {torch.__version__.partition('+')[0]}, float32",
+    }
+
+
+def _request(checkpoint: Checkpoint, mode: str) -> dict[str, Any]:
+    """What is asked; greedy, so that there is one right answer."""
+    return {
+        "prompt_ids": _prompt_ids(checkpoint),
+        "mode": mode,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "block_size": BLOCK_SIZE,
+        "steps": STEPS,
+        "threshold": THRESHOLD,
+    }
+
+
+def _prompt_ids(checkpoint: Checkpoint) -> list[int]:
+    """The prompt in the checkpoint's tokens; without a tokenizer, ids all over the vocabulary."""
+    vocabulary = checkpoint.config.vocab_size
+    ids = _encoded(checkpoint.path / "tokenizer.json")
+    if ids and max(ids) < vocabulary:
+        return ids
+    return [7919 * (place + 1) % vocabulary for place in range(16)]
+
+
+def _encoded(tokenizer: Path) -> list[int]:
+    """The prompt's ids; none where the tokenizer is missing or cannot be read.
+
+    Any prompt serves a self-test, so a tokenizer that is broken is left for those to refuse who
+    need text.
+    """
+    if not tokenizer.is_file() or importlib.util.find_spec("tokenizers") is None:
+        return []
+    from tokenizers import Tokenizer
+
+    try:
+        return list(Tokenizer.from_file(str(tokenizer)).encode(PROMPT).ids)
+    except Exception:  # the library raises bare Exception
+        return []
+
+
+def _mask_diffusion(towers: SequenceTowers, prompt: Sequence[int]) -> tuple[list[int], int]:
+    """New ids and denoiser calls, by the rules of `generate_mask_diffusion`.
+
+    (NVIDIA's `modeling_nemotron_twotower.py`; the context is not extended by the last block.)
+    """
+    mask_id = towers.config.mask_token_id
+    pending = list(prompt)
+    ids: list[int] = []
+    calls = 0
+    while len(ids) < MAX_NEW_TOKENS:
+        towers.extend(pending)
+        block = np.full(BLOCK_SIZE, mask_id, np.int32)
+        for step in range(STEPS):
+            if not (block == mask_id).any():
+                break
+            rule = Rule(threshold=THRESHOLD, steps_left=STEPS - step)
+            block = refine(towers.denoise(block), block, rule, mask_id=mask_id).ids
+            calls += 1
+        pending = block.tolist()
+        ids += pending
+    return ids, calls
+
+
+def _autoregressive(towers: SequenceTowers, prompt: Sequence[int]) -> list[int]:
+    """New ids, greedily, by the rules of `generate_ar` (`modeling_nemotron_twotower.py`)."""
+    ids = [int(towers.extend(prompt).argmax())]
+    while len(ids) < MAX_NEW_TOKENS:
+        ids.append(int(towers.extend(ids[-1:]).argmax()))
+    return ids
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write a checkpoint's `golden.json`; returns the exit status."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m twotower_export.reference.golden CHECKPOINT", file=sys.stderr)
+        return 2
+    try:
+        print(_write_streamed(arguments[0]))
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except FloatingPointError as error:
+        print(f"error: {arguments[0]}: {error}; there is no golden answer", file=sys.stderr)
+        return ExportError.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _write_streamed(name: str) -> Path:
+    """Compute a checkpoint's answer and write it; what can be refused is refused before the work.
+
+    Raises:
+        ExportError: the checkpoint cannot be opened or written to, or PyTorch is missing.
+        FloatingPointError: the logits hold NaN or infinity.
+    """
+    from twotower_export.progress import StepMeter
+
+    checkpoint = open_checkpoint(name)
+    if importlib.util.find_spec("torch") is None:
+        raise ExportError("PyTorch is not installed; pip install 'twotower[reference]'")
+    if not os.access(checkpoint.path, os.W_OK):
+        raise ExportError(f"{checkpoint.path}: is not writable; run this where it is")
+    mode = "mask_diffusion" if "denoiser" in checkpoint.towers else "ar"
+    print(expected_work(checkpoint, mode), file=sys.stderr)
+    meter = StepMeter()
+    try:
+        golden = stream_golden(checkpoint, mode, meter)
+    finally:
+        meter.finish()
+    return write_golden(checkpoint, golden)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

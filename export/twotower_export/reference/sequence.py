@@ -1,0 +1,221 @@
+"""One sequence on the PyTorch towers in float32: whole in memory, or streamed layer by layer.
+
+Both give the same numbers (bit for bit, unless the weights are float32 and lie at other addresses).
+`StreamedTowers` needs memory for one layer and a head, whatever the size of the model: weights are
+mapped, a layer is filled when its turn comes and let go after it, and of its experts only those are
+read that a token is routed to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from twotower_export.layout import HEADS, Tower
+from twotower_export.reference.mapped import NamedTensors, OpenShards, load_module, load_tower
+from twotower_export.reference.mixers import Expert, Layer, RMSNorm
+from twotower_export.reference.towers import (
+    Call,
+    Denoiser,
+    States,
+    advance_states,
+    empty_states,
+    on_meta,
+    run_layer,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from twotower_export.checkpoint import Checkpoint
+
+Progress = Callable[[Tower, int, int], None]
+"""Told about a layer before it runs: its tower, its number, and how many there are."""
+
+
+class SequenceTowers:
+    """The states of one sequence, and the towers that read and extend it.
+
+    Args:
+        checkpoint: whose towers.
+        capacity: tokens that the sequence can reach.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
+        self.config = checkpoint.config
+        self.states: States = empty_states(self.config, 1, capacity, torch.float32)
+        self.length = 0
+
+    def extend(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens to the context; returns the logits of the last, (vocab,).
+
+        Raises:
+            FloatingPointError: the logits hold NaN or infinity.
+        """
+        lengths, before = torch.tensor([len(ids)]), torch.tensor([self.length])
+        with torch.no_grad():
+            logits, new = self._run_context(torch.tensor([list(ids)]), lengths, before)
+        self.states = advance_states(self.states, new, lengths, before)
+        self.length += len(ids)
+        return _finite(logits[0].numpy(), "context")
+
+    def denoise(self, block: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Logits of a block against the context, (block, vocab).
+
+        Raises:
+            FloatingPointError: the logits hold NaN or infinity.
+        """
+        lengths, before = torch.tensor([len(block)]), torch.tensor([self.length])
+        with torch.no_grad():
+            logits = self._run_denoiser(torch.from_numpy(block[None]), lengths, before)
+        return _finite(logits[0].numpy(), "denoiser")
+
+    def _run_context(self, ids: Tensor, lengths: Tensor, before: Tensor) -> tuple[Tensor, States]:
+        """Logits (1, vocab) of the last token, and what the layers emit."""
+        raise NotImplementedError
+
+    def _run_denoiser(self, ids: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
+        """Logits (1, block, vocab)."""
+        raise NotImplementedError
+
+
+class LoadedTowers(SequenceTowers):
+    """Towers in memory, for models that fit in float32.
+
+    Args:
+        checkpoint: as of `SequenceTowers`.
+        capacity: as of `SequenceTowers`.
+        towers: which are needed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, capacity: int, towers: Sequence[Tower]) -> None:
+        super().__init__(checkpoint, capacity)
+        tensors = NamedTensors(checkpoint.path)
+        self._towers = {tower: load_tower(self.config, tower, tensors) for tower in towers}
+
+    def _run_context(self, ids: Tensor, lengths: Tensor, before: Tensor) -> tuple[Tensor, States]:
+        made = self._towers["context"](ids, lengths, before, self.states)
+        return cast(tuple[Tensor, States], made)
+
+    def _run_denoiser(self, ids: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
+        made = self._towers["denoiser"](ids, lengths, before, torch.tensor([1]), self.states)
+        return cast(Tensor, made)
+
+
+class StreamedTowers(SequenceTowers):
+    """Towers that pass through memory one layer at a time, for models of any size.
+
+    Args:
+        checkpoint: as of `SequenceTowers`.
+        capacity: as of `SequenceTowers`.
+        progress: told about each layer.
+
+    Attributes:
+        calls: of either tower, begun until now.
+        bytes_read: of weights, as they are stored, that arithmetic touched until now.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, capacity: int, progress: Progress | None = None
+    ) -> None:
+        super().__init__(checkpoint, capacity)
+        self.calls = 0
+        self.bytes_read = 0
+        self._tensors = NamedTensors(checkpoint.path)
+        self._progress = progress
+        self._conditioning: Denoiser | None = None
+        self._wide: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def _run_context(self, ids: Tensor, lengths: Tensor, before: Tensor) -> tuple[Tensor, States]:
+        call = Call(lengths, before, causal=torch.tensor([True]))
+        hidden, emitted = self._run_layers("context", ids, call)
+        return self._run_head("context", hidden[:, -1]), emitted
+
+    def _run_denoiser(self, ids: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
+        conditioning = self._time_conditioning()
+        fraction = conditioning.masked_fraction(ids, lengths)
+        modulation = conditioning.modulation(fraction, torch.tensor([True]))
+        call = Call(lengths, before, causal=torch.tensor([False]), modulation=modulation)
+        hidden, _ = self._run_layers("denoiser", ids, call)
+        return self._run_head("denoiser", hidden)
+
+    def _run_layers(self, tower: Tower, ids: Tensor, call: Call) -> tuple[Tensor, States]:
+        """Hidden states after the last layer, and what the layers emit."""
+        self.calls += 1
+        hidden = embedding(ids.long(), self._tensors.read(f"{tower}_tower.embeddings.weight"))
+        hidden, emitted = hidden.float(), States()
+        for index in range(self.config.num_layers):
+            if self._progress is not None:
+                self._progress(tower, index, self.config.num_layers)
+            # The module dies with this expression, and its weights are unmapped with it.
+            hidden = run_layer(self._layer(tower, index), index, hidden, call, self.states, emitted)
+        return hidden, emitted
+
+    def _layer(self, tower: Tower, index: int) -> Layer:
+        """A layer on its mapped weights; its experts are filled one by one, when they are called.
+
+        The files stay open as long as the layer lives.
+        """
+        layer = on_meta(lambda: Layer(self.config, self.config.pattern[index]))
+        prefix, opened = f"{tower}_tower.layers.{index}.", OpenShards()
+        experts = {
+            f"{name}.": one for name, one in layer.named_modules() if isinstance(one, Expert)
+        }
+        for name, expert in experts.items():
+            expert.register_forward_pre_hook(partial(self._fill_expert, prefix + name, opened))
+        names = [name for name in layer.state_dict() if not name.startswith(tuple(experts))]
+        load_module(layer, {name: prefix + name for name in names}, self._tensors, opened)
+        stored = layer.state_dict()
+        self._count(stored[name] for name in names)
+        return layer
+
+    def _fill_expert(self, prefix: str, opened: OpenShards, expert: Any, given: object) -> None:
+        """Read an expert that is about to be called, as float32 into memory that all share.
+
+        Memory of its own for each would be fresh pages from the system every time, which takes ten
+        times as long as the conversion.
+        """
+        state = {}
+        stored = self._tensors.read_all((prefix + name for name in expert.state_dict()), opened)
+        self._count(stored.values())
+        for name, tensor in stored.items():
+            name = name.removeprefix(prefix)
+            key = (name, tuple(tensor.shape))
+            if key not in self._wide:
+                self._wide[key] = torch.empty(tensor.shape)
+            state[name] = self._wide[key].copy_(tensor)
+        expert.load_state_dict(state, assign=True)
+
+    def _run_head(self, tower: Tower, hidden: Tensor) -> Tensor:
+        """Final norm and head; hidden (..., hidden) -> float32 logits (..., vocab)."""
+        config = self.config
+        norm = on_meta(lambda: RMSNorm(config.hidden_size, config.norm_eps))
+        load_module(norm, {"weight": f"{tower}_tower.norm_f.weight"}, self._tensors)
+        head = self._tensors.read(HEADS[tower])
+        self._count([head])
+        return linear(norm(hidden), head.float())
+
+    def _time_conditioning(self) -> Denoiser:
+        """A denoiser of which only the time conditioning is filled; its layers have no memory."""
+        if self._conditioning is None:
+            module = on_meta(lambda: Denoiser(self.config))
+            parts = ("t_embedder.", "t_block.", "scale_shift_tables.")
+            names = [name for name in module.state_dict() if name.startswith(parts)]
+            load_module(module, {name: name for name in names}, self._tensors)
+            self._conditioning = module
+        return self._conditioning
+
+    def _count(self, tensors: Iterable[Tensor]) -> None:
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors)
+
+
+def _finite(logits: npt.NDArray[np.float32], tower: Tower) -> npt.NDArray[np.float32]:
+    if not np.isfinite(logits).all():
+        raise FloatingPointError(f"the {tower} tower's logits hold NaN or infinity")
+    return logits

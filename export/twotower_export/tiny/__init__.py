@@ -1,0 +1,1 @@
+"""The tiny model: its checkpoints, its corpus and tokenizer, its training."""
