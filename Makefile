@@ -42,6 +42,7 @@ check: $(VENV)/.dev ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benchmarks/results
 	for name in generation export build kernels; do $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -13,7 +13,12 @@ from twotower_client.cli import VERBS
 from twotower_engines.cli.plan import plan
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("export/twotower_export", "engines/twotower_engines", "client/twotower_client")
+PACKAGES = (
+    "export/twotower_contract",
+    "export/twotower_export",
+    "engines/twotower_engines",
+    "client/twotower_client",
+)
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 

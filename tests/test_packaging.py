@@ -17,6 +17,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {
         "twotower_client",
+        "twotower_contract",
         "twotower_engines",
         "twotower_export",
     }

@@ -13,7 +13,7 @@ import random
 import numpy as np
 import pytest
 
-from twotower_engines.artifacts.policies import POLICIES
+from twotower_contract.policies import POLICIES
 from twotower_engines.errors import GenerationError, RequestError
 from twotower_engines.generation.generator import Generator, Request, RequestLimits, generate
 from twotower_engines.generation.sampling import row_seed, sample

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from twotower_contract.policies import POLICIES
 from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.policies import POLICIES
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import CheckpointError, RuntimeLoadError
 from twotower_engines.generation.request import Request

@@ -10,6 +10,7 @@ import pytest
 import reference
 from reference import ReferenceModel, generate_ar, generate_mask_diffusion
 
+from twotower_contract.policies import POLICIES
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.errors import ExportError
@@ -25,7 +26,7 @@ from twotower_export.reference.golden import (
     stream_golden,
     write_golden,
 )
-from twotower_export.reference.refinement import POLICIES, Rule, gumbel, refine
+from twotower_export.reference.refinement import Rule, gumbel, refine
 from twotower_export.tiny.checkpoints import (
     copy_pretrained,
     random_tensors,
@@ -189,7 +190,7 @@ def test_refinement_follows_the_rules(policy):
 
     Equal logits, greedy and sampled, every count of steps left.
     """
-    generator = np.random.default_rng(POLICIES.index(policy))
+    generator = np.random.default_rng(POLICIES[policy])
     for case in range(40):
         size, vocabulary = int(generator.integers(1, 9)), 11
         logits = 3 * generator.standard_normal((size, vocabulary))

@@ -10,8 +10,9 @@ import onnxruntime as ort
 import pytest
 from scipy import stats
 
+from twotower_contract.policies import POLICIES
 from twotower_export.graph import build_refine_graph
-from twotower_export.reference.refinement import POLICIES, Rule
+from twotower_export.reference.refinement import Rule
 from twotower_export.reference.refinement import refine as rules_refine
 from twotower_export.tiny.checkpoints import tiny_config
 
@@ -85,7 +86,7 @@ def test_commits_what_the_policy_says(refine, policy, block):
         lengths=lengths,
         threshold=parameter,
         steps_left=steps_left,
-        policy=POLICIES.index(policy),
+        policy=POLICIES[policy],
     )
     for row in range(batch):
         masked = (ids[row] == MASK) & (np.arange(block) < lengths[row])

@@ -13,7 +13,7 @@ from kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
 from kernel_reference import Row, gumbel, refine_row
 from scipy.stats import kstest
 
-from twotower_engines.artifacts.policies import POLICIES
+from twotower_contract.policies import POLICIES
 from twotower_engines.kernels import jit, noise, refine, vocabulary
 from twotower_export.graph.policies import POLICY_RULES
 from twotower_export.reference.refinement import POLICIES as EXPORTED

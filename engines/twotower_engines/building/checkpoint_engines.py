@@ -32,7 +32,7 @@ __all__ = ["cached_engines", "is_hub_id"]
 CONFIG_FILE = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 SKU = "cpu"
-CODE = ("twotower_export/**/*.py", "twotower_engines/**/*.py")
+CODE = ("twotower_contract/**/*.py", "twotower_export/**/*.py", "twotower_engines/**/*.py")
 """Sources that make engines."""
 
 

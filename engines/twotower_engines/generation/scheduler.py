@@ -41,7 +41,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.policies import POLICIES
+from twotower_contract.policies import POLICIES
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import BlockEvent, FinishReason, Request, RequestLimits
 from twotower_engines.generation.sampling import row_seed, sample

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from twotower_engines.artifacts.policies import POLICIES
+from twotower_contract.policies import POLICIES
 from twotower_engines.kernels.jit import kernel
 
 __all__ = ["ENTROPY", "policy_rule"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from twotower_contract.policies import POLICIES
 from twotower_export.graph.body import Body
-from twotower_export.reference.refinement import POLICIES
 
 __all__ = ["POLICY_RULES", "Order", "PolicyRule", "Seen"]
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from twotower_contract.policies import POLICIES
 from twotower_export.graph.body import FLOAT, INT32, INT64, Body, in_section, inputs
 from twotower_export.graph.policies import POLICY_RULES, Order, PolicyRule, Seen
-from twotower_export.reference.refinement import POLICIES
 
 PRIME = 2**31 - 1
 """The noise is computed in the field of this many elements: products of two fit an int64."""
@@ -32,7 +32,7 @@ LEAST_LOG_P = -1e12
 BEFORE_ANY = 3e38
 """Sort key of a position that is not to be committed: after every real one."""
 
-LEFTMOST = POLICIES.index("leftmost")
+LEFTMOST = POLICIES["leftmost"]
 """What an unknown policy counts as."""
 
 ROW_INPUTS = ("lengths", "threshold", "steps_left", "temperature", "policy", "seed")

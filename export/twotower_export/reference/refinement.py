@@ -16,8 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-POLICIES: Final = ("threshold", "quota", "factor", "entropy", "leftmost")
-"""Policies by number, as the graphs' input `policy` gives them: this package's only list."""
+from twotower_contract.policies import POLICIES
 
 Array = npt.NDArray[Any]
 
@@ -145,7 +144,7 @@ def _order(rule: Rule, masked: Array, confidence: Array, entropy: Array) -> tupl
         fits = np.flatnonzero((ranks + 1) * (1 - sorted_confidence) < rule.threshold)
         return order, int(fits[-1]) + 1 if fits.size else 0
     if rule.policy != "quota":
-        raise ValueError(f"policy {rule.policy!r} is none of {POLICIES}")
+        raise ValueError(f"policy {rule.policy!r} is none of {', '.join(POLICIES)}")
     return order, 0
 
 

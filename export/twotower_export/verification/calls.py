@@ -13,9 +13,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.policies import POLICIES
 from twotower_export.config import ModelConfig
 from twotower_export.layout import Tower
-from twotower_export.reference.refinement import POLICIES
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
@@ -174,7 +174,7 @@ def _rules(rows: int, generator: np.random.Generator) -> Feed:
     """How each row is refined: every policy, greedy and sampled, early and last steps."""
     policies = [_POLICIES[row % len(_POLICIES)] for row in range(rows)]
     return {
-        "policy": np.array([POLICIES.index(policy) for policy in policies], np.int32),
+        "policy": np.array([POLICIES[policy] for policy in policies], np.int32),
         "threshold": np.array([_THRESHOLDS.get(policy, 0.0) for policy in policies], np.float32),
         "steps_left": np.array([6, 5, 4, 1][:rows], np.int32),
         "temperature": np.array([0.0, 0.7, 0.0, 0.3][:rows], np.float32),

@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from twotower_contract.policies import POLICY_NAMES
 from twotower_export.agreement import check_agreement
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.config import ModelConfig
 from twotower_export.errors import BundleError, ExportError
 from twotower_export.layout import Tower, graph_weights
-from twotower_export.reference.refinement import POLICIES, Rule, refine
+from twotower_export.reference.refinement import Rule, refine
 from twotower_export.verification.calls import (
     CallShape,
     Feed,
@@ -245,7 +246,7 @@ def _refined(
             threshold=float(feed["threshold"][row]),
             steps_left=int(feed["steps_left"][row]),
             temperature=float(feed["temperature"][row]),
-            policy=POLICIES[int(feed["policy"][row])],
+            policy=POLICY_NAMES[int(feed["policy"][row])],
             seed=int(feed["seed"][row]),
         )
         refined = refine(

@@ -32,8 +32,7 @@ OLDEST, NEWEST = (10, 13), (11, 99)
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 KERNEL_CODE = (
     "twotower_engines/kernels/*.py",
-    "twotower_engines/kernels/plugins.py",
-    "twotower_engines/runtime/interface.py",  # the numbers of the policies
+    "twotower_contract/policies.py",
 )
 """Sources of what our plugins embed in a plan."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["POLICIES"]
+__all__ = ["POLICIES", "POLICY_NAMES"]
 
 POLICIES = {"threshold": 0, "quota": 1, "factor": 2, "entropy": 3, "leftmost": 4}
 """Number of each refinement policy in the denoiser's input `policy`."""
+
+POLICY_NAMES = tuple(POLICIES)
+"""Name of each refinement policy, in the order of their numbers."""

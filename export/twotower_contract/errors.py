@@ -1,0 +1,42 @@
+"""Errors that a user can cause and repair: what was wrong, with which value, and what to do.
+
+The command line prints the message without a traceback and exits with `exit_code`. Every package
+derives its own errors from `TwoTowerError`; anything else that escapes is a bug and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineSetError",
+    "TwoTowerError",
+]
+
+
+class TwoTowerError(Exception):
+    """Base of every error that a user can repair.
+
+    Attributes:
+        exit_code: Exit status of the command line when the error ends it.
+    """
+
+    exit_code: int = 2
+
+
+class ConfigError(TwoTowerError):
+    """`config.json` is unreadable or describes a model that the towers do not implement."""
+
+
+class CheckpointError(TwoTowerError):
+    """A checkpoint is missing, broken, or not the one that was asked for."""
+
+
+class BundleError(TwoTowerError):
+    """A bundle could not be written or read, or does not belong to a checkpoint."""
+
+
+class EngineSetError(TwoTowerError):
+    """A folder is no engine set, or its files do not match its build record."""
