@@ -22,7 +22,7 @@ from twotower_engines.artifacts import partial as partial_module
 from twotower_engines.artifacts.engine_set import BUILD_FILE, file_sha256, open_engine_set
 from twotower_engines.artifacts.partial import locked, partial_folder, put_in_place
 from twotower_engines.building import build as build_module
-from twotower_engines.building import build_cache as build_cache_module
+from twotower_engines.building import code_digest as code_digest_module
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.build_cache import PlanCache, digest_of
 from twotower_engines.building.flavours.flavour import Needs, layers_file
@@ -135,9 +135,11 @@ def other_flags(counting, bundle):
 
 def other_code(counting, bundle):
     """As a developer changes the builder without changing its version."""
-    counting.patch.setattr(build_cache_module, "PACKAGE", bundle)
-    (bundle / "flavours").mkdir()
-    (bundle / "flavours" / "worker.py").write_text("better = True")
+    sources = bundle.parent / "sources"
+    shutil.copytree(code_digest_module._folder("twotower_engines"), sources)
+    with (sources / "building/flavours/worker.py").open("a") as stream:
+        stream.write("better = True")
+    counting.patch.setattr(code_digest_module, "_folder", lambda package: sources)
 
 
 def other_graph(counting, bundle):
