@@ -45,7 +45,7 @@ check: $(VENV)/.dev ## Lint, format and types
 	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benchmarks/results
-	for name in generation export build kernels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in generation export build kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache

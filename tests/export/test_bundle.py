@@ -9,10 +9,10 @@ import struct
 import numpy as np
 import onnx
 import pytest
-from checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
 from click.testing import CliRunner
-from sparse_checkpoint import write_sparse_checkpoint
 
+from tests.support.checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
+from tests.support.sparse_checkpoint import write_sparse_checkpoint
 from twotower_export import bundle as bundle_module
 from twotower_export.agreement import check_agreement
 from twotower_export.bundle import read_manifest, write_bundle

@@ -6,8 +6,14 @@ import json
 import math
 
 import pytest
-from sparse_checkpoint import FULL_CONFIG, FULL_PARAMETERS, FULL_PATTERN, FULL_TENSORS, full_config
 
+from tests.support.sparse_checkpoint import (
+    FULL_CONFIG,
+    FULL_PARAMETERS,
+    FULL_PATTERN,
+    FULL_TENSORS,
+    full_config,
+)
 from twotower_export.config import ModelConfig, config_json, read_config, read_json
 from twotower_export.errors import ConfigError, ExportError
 from twotower_export.layout import expected_tensors, graph_weights, source_shape

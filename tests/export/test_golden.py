@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 import pytest
-import reference
-from reference import ReferenceModel, generate_ar, generate_mask_diffusion
 
+from tests.support import reference
+from tests.support.reference import ReferenceModel, generate_ar, generate_mask_diffusion
 from twotower_contract.policies import POLICIES
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint

@@ -7,9 +7,9 @@ import json
 import shutil
 
 import pytest
-from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
 from twotower_export.cli.export import export_command, inspect_command

@@ -12,11 +12,11 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
-from measured import run_measured
-from sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from tests.support.measured import run_measured
+from tests.support.sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 from twotower_export import nemotron_h
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli.export import export_command

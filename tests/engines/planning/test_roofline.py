@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.support import FULL_SIZE
 from twotower_engines.planning import routing
 from twotower_engines.planning.acceptance import Calls, load_acceptance
 from twotower_engines.planning.model_size import read_model_size
@@ -21,7 +21,7 @@ from twotower_engines.planning.roofline import (
 from twotower_engines.planning.routing import distinct_experts, load_routing, uniform_experts
 from twotower_engines.planning.sku_lookup import find_sku
 
-MODEL = read_model_size(Path(__file__).with_name("full_size"))
+MODEL = read_model_size(FULL_SIZE)
 H200 = Machine(find_sku("h200"), "tensorrt", "bf16")
 WEIGHTS = ("routed experts", "shared experts", "router", "mamba", "attention", "head")
 LAYER_EXPERT_BYTES = 23 * 9_977_856 * 2

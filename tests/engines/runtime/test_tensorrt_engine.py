@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 
-import cuda_fake as cudas
 import pytest
-import trt_fake as trts
+
+import tests.support.cuda_fake as cudas
+import tests.support.trt_fake as trts
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 

@@ -5,7 +5,7 @@ that can be had without a GPU. It validates and registers our plugins, and its p
 them; it ends the process when a plugin layer is to be added without a GPU, and it builds no plugins
 of this kind at all.
 
-    python tensorrt_checks.py <check> [model.onnx ..]
+    python -m tests.support.tensorrt_checks <check> [model.onnx ..]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Its logical size is that of the released model, its real size a few megabytes, b
 is a header followed by a hole. It lies on disk as a Hugging Face cache does: a snapshot folder of
 links into blobs. Run this file to make one:
 
-    python tests/export/sparse_checkpoint.py FOLDER
+    python -m tests.support.sparse_checkpoint FOLDER
 """
 
 from __future__ import annotations

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support import host_device as host
 from twotower_engines.artifacts.engine_interface import (
     Interface,
     TensorSpec,
@@ -345,14 +344,6 @@ def test_engines_that_compute_something_else_fail(exported, tmp_path):
     assert "denoiser.logits is off by" in "\n".join(found.problems)
 
 
-def load_host():
-    path = Path(__file__).with_name("host_device.py")
-    spec = importlib.util.spec_from_file_location("twotower_tests_host_device_of_verify", path)
-    found = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
     """Engines of a float32 checkpoint, whose graphs a device of this machine's memory can run."""
@@ -365,7 +356,6 @@ def narrow(tmp_path_factory):
 
 def compared_outputs(engines, reference, changed=None):
     """Every output of host engines against the CPU flavour; output `changed` is spoiled."""
-    host = load_host()
     found = Verification(engines.folder)
 
     @contextlib.contextmanager

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,6 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.engine_bundles import (
+    descendants,
+    json_of,
+    run_build,
+    start_build,
+    wait_for,
+    write_bundle_of,
+)
 from twotower_engines.artifacts import partial as partial_module
 from twotower_engines.artifacts.engine_set import BUILD_FILE, file_sha256, open_engine_set
 from twotower_engines.artifacts.partial import locked, partial_folder, put_in_place
@@ -27,9 +34,6 @@ from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.build_cache import PlanCache, digest_of
 from twotower_engines.building.flavours.flavour import Needs, layers_file
 from twotower_engines.errors import BuildError, EngineSetError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_bundles import descendants, json_of, run_build, start_build, wait_for, write_bundle_of
 
 RTX = "rtx-pro-6000"
 

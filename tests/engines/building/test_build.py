@@ -6,20 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.support.engine_bundles import json_of, run_build, write_bundle_of
 from twotower_engines.artifacts.engine_set import BUILD_FILE, file_sha256, open_engine_set
 from twotower_engines.building import progress as build_progress
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.progress import BuildProgress
 from twotower_engines.cli.build import build
 from twotower_engines.errors import BuildError, BundleError, EnginesError, PlanError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_bundles import json_of, run_build, write_bundle_of
 
 
 @pytest.fixture(scope="module")

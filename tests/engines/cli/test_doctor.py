@@ -8,15 +8,13 @@ import os
 import platform
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from twotower_client import cli as root
 from twotower_engines.cli import diagnosis as doctor
 from twotower_engines.serving import installation
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(capsys, *options: str) -> str:

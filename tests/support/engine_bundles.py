@@ -1,12 +1,8 @@
-"""What the tests of the builders share: bundles to build, and an eye on processes.
-
-Loaded by path, because tests are no package.
-"""
+"""What the tests of the builders share: bundles to build, and an eye on processes."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +10,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+from tests.support.sparse_checkpoint import write_sparse_checkpoint
 
 COMMAND = [sys.executable, "-m", "twotower_client.cli", "build"]
 SMALL = "M*E"
@@ -35,11 +33,7 @@ def write_full_size_bundle(folder: Path) -> Path:
     from twotower_export.bundle import write_bundle
     from twotower_export.checkpoint import open_checkpoint
 
-    path = Path(__file__).parents[1] / "export" / "sparse_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("twotower_tests_sparse_checkpoint", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    checkpoint = module.write_sparse_checkpoint(folder / "hub")
+    checkpoint = write_sparse_checkpoint(folder / "hub")
     write_bundle(open_checkpoint(checkpoint), folder / "bundle")
     return folder / "bundle"
 

@@ -4,10 +4,10 @@ import json
 import re
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
+from tests.support import FULL_SIZE
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.fit import largest_context, largest_slots, refusal, require_fit
 from twotower_engines.planning.model_size import ModelSize, read_model_size
@@ -16,7 +16,6 @@ from twotower_engines.planning.precisions import PRECISIONS, Precision
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.planning.skus import GIB, known_skus
 
-FULL_SIZE = Path(__file__).with_name("full_size")
 MIB = 1 << 20
 
 

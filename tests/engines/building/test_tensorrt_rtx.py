@@ -9,13 +9,19 @@ from __future__ import annotations
 import json
 import platform
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.support.engine_bundles import (
+    MemoryWatch,
+    start_build,
+    wait_for,
+    write_bundle_of,
+    write_full_size_bundle,
+)
 from twotower_engines.artifacts.engine_set import Limits, open_engine_set
 from twotower_engines.artifacts.manifest import read_manifest
 from twotower_engines.building.build import BuildOptions, build_engines
@@ -33,15 +39,6 @@ from twotower_engines.building.flavours.profiles import (
 from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_bundles import (
-    MemoryWatch,
-    start_build,
-    wait_for,
-    write_bundle_of,
-    write_full_size_bundle,
-)
 
 LIMITS = Limits(slots=4, context=64, max_tokens_per_call=256, block_size_max=64)
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.support.engine_bundles import write_bundle_of
 from twotower_engines.artifacts.engine_set import Limits
 from twotower_engines.artifacts.manifest import read_manifest
 from twotower_engines.building import build as build_module
@@ -30,9 +29,6 @@ from twotower_engines.planning.local_gpu import LocalGpu
 from twotower_engines.planning.plan import plan_memory
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.planning.skus import GIB, known_skus
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_bundles import write_bundle_of
 
 LIMITS = Limits(slots=16, context=8192, max_tokens_per_call=256, block_size_max=64)
 SHARED_9_0 = ("h100-sxm", "h100-pcie", "h100-nvl", "h200")

@@ -8,10 +8,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import cuda_fake as fakes
-import host_device as host
 import numpy as np
 import pytest
+
+import tests.support.cuda_fake as fakes
+import tests.support.host_device as host
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 

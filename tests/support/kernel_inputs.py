@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from kernel_reference import Row
+
+from tests.support.kernel_reference import Row
 
 MASK = 3
 

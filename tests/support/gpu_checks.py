@@ -2,7 +2,7 @@
 
 A process of its own, because the other tests here run the kernels in the interpreter:
 
-    python gpu_checks.py refine|experts|mamba
+    python -m tests.support.gpu_checks refine|experts|mamba
 
 References are float64: NumPy's where they are quick enough, PyTorch's on the GPU otherwise.
 """
@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1] / "benchmarks")]
+import numpy as np
+import torch
 
-import eager  # noqa: E402
-import kernel_reference as reference  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from kernel_cases import routed  # noqa: E402
-from kernel_inputs import (  # noqa: E402
+import tests.support.kernel_reference as reference
+from benchmarks import eager
+from benchmarks.kernel_cases import routed
+from tests.support.kernel_inputs import (
     MASK,
     block,
     draw_experts,
@@ -30,9 +27,8 @@ from kernel_inputs import (  # noqa: E402
     mixed_rows,
     row_tensors,
 )
-
-from twotower_engines.kernels import experts, mamba, refine  # noqa: E402
-from twotower_engines.kernels.spec import Sizes  # noqa: E402
+from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels.spec import Sizes
 
 SIZES = Sizes()
 

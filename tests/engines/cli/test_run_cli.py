@@ -9,11 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.support import ROOT
 from twotower_client.cli import cli
 from twotower_engines.artifacts.engine_set import BUILD_FILE
 from twotower_engines.artifacts.tokenizer import Tokenizer
@@ -247,7 +247,7 @@ def test_the_readmes_prompt_is_answered_in_the_words_of_the_corpus(tmp_path, mon
     from twotower_export.tiny.checkpoints import copy_pretrained
     from twotower_export.tiny.corpus import vocabulary, words
 
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^twotower run engines .*$", readme, re.M)
     monkeypatch.chdir(tmp_path)
     copy_pretrained("checkpoint")

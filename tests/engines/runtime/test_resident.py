@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support import host_device as host
 from twotower_contract.policies import POLICIES
 from twotower_engines.artifacts.engine_set import Limits
 from twotower_engines.artifacts.weights import WeightStore
@@ -27,17 +25,6 @@ from twotower_engines.runtime.resident.states import state_kinds, window_step
 from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_bytes
 
 LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
-
-
-def _load_host():
-    path = Path(__file__).with_name("host_device.py")
-    spec = importlib.util.spec_from_file_location("twotower_tests_host_device", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-host = _load_host()
 
 
 def make_resident(engines, gpus=1, limits=LIMITS, progress=None, can_capture=True):

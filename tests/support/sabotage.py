@@ -1,6 +1,6 @@
 """Bundles with one thing changed, digests kept up, so that only a comparison can notice.
 
-The fixtures `exported` and `copied` (conftest.py) make what is changed here.
+The fixtures `exported` and `copied` (tests/export/conftest.py) make what is changed here.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
-import cuda_fake as cudas
 import pytest
-import trt_fake as trts
+
+import tests.support.cuda_fake as cudas
+import tests.support.trt_fake as trts
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 

@@ -3,15 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.support import FULL_SIZE
 from twotower_engines.cli.plan import plan
 from twotower_engines.errors import PlanError
 
-FULL_SIZE = Path(__file__).with_name("full_size")
 PNG = b"\x89PNG\r\n"
 
 
