@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import read_manifest
+from twotower_contract.engine_set import Limits
+from twotower_contract.manifest import read_manifest
 from twotower_engines.building import build as build_module
 from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
 from twotower_engines.building.flavours import tensorrt as module
