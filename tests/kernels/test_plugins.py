@@ -28,6 +28,7 @@ from tests.support.kernel_inputs import (
     mixed_rows,
     row_tensors,
 )
+from twotower_contract.layout import graph_weights
 from twotower_engines.building.flavours.rtx_library import find_library
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import nodes, plugins
@@ -35,7 +36,6 @@ from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
 from twotower_export.graph.refine import refine_block
-from twotower_export.layout import graph_weights
 from twotower_export.tiny.checkpoints import tiny_config
 
 CHECKS = "tests.support.tensorrt_checks"

@@ -11,12 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support.engine_bundles import json_of, run_build, write_bundle_of
-from twotower_engines.artifacts.engine_set import BUILD_FILE, file_sha256, open_engine_set
+from twotower_contract.digests import file_sha256
+from twotower_contract.engine_set import BUILD_FILE, open_engine_set
+from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_engines.building import progress as build_progress
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.progress import BuildProgress
 from twotower_engines.cli.build import build
-from twotower_engines.errors import BuildError, BundleError, EnginesError, PlanError
+from twotower_engines.errors import BuildError, PlanError
 
 
 @pytest.fixture(scope="module")
@@ -248,5 +250,5 @@ def test_progress_is_quiet_at_first_and_then_rare_in_a_log(monkeypatch, capsys):
 
 
 def test_every_error_is_one_that_a_user_can_repair():
-    assert issubclass(BuildError, EnginesError)
+    assert issubclass(BuildError, TwoTowerError)
     assert BuildError.exit_code == 2

@@ -14,8 +14,8 @@ from dataclasses import replace
 import pytest
 
 from tests.support.engine_bundles import write_bundle_of
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import read_manifest
+from twotower_contract.engine_set import Limits
+from twotower_contract.manifest import read_manifest
 from twotower_engines.building import build as build_module
 from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
 from twotower_engines.building.flavours import tensorrt as module

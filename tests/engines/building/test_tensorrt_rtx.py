@@ -22,8 +22,8 @@ from tests.support.engine_bundles import (
     write_bundle_of,
     write_full_size_bundle,
 )
-from twotower_engines.artifacts.engine_set import Limits, open_engine_set
-from twotower_engines.artifacts.manifest import read_manifest
+from twotower_contract.engine_set import Limits, open_engine_set
+from twotower_contract.manifest import read_manifest
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
 from twotower_engines.building.flavours import rtx_library

@@ -134,7 +134,7 @@ def whole_blocks(draw, model, **changes):
 
 
 def test_no_block_takes_more_calls_than_steps_or_keeps_a_mask(model):
-    draw, mask = random.Random(f"steps {model.number}"), model.engines.manifest.mask_token_id
+    draw, mask = random.Random(f"steps {model.number}"), model.engines.manifest.model.mask_token_id
     for _ in range(3):
         request = whole_blocks(draw, model)
         found = model.generator.generate(request)

@@ -16,9 +16,10 @@ import tests.support.host_device as host
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
+from twotower_contract.errors import TwoTowerError
 from twotower_engines.artifacts.weights import WeightStore
-from twotower_engines.errors import EnginesError, RuntimeLoadError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import ExtendRow
@@ -84,7 +85,7 @@ def test_a_failed_call_is_an_error_that_a_user_sees_without_a_traceback(fake):
     )[:1]
     with pytest.raises(CudaError, match="cudaErrorECCUncorrectable: "):
         device.synchronize()
-    assert issubclass(CudaError, EnginesError)
+    assert issubclass(CudaError, TwoTowerError)
     assert CudaError.exit_code == 1
 
 

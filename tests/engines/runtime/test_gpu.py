@@ -159,7 +159,7 @@ def built(request, tmp_path_factory):
 
 def gpus_and_cpus(built):
     """The two engine sets, that for the GPU first."""
-    from twotower_engines.artifacts.engine_set import BUILD_FILE, open_engine_set
+    from twotower_contract.engine_set import BUILD_FILE, open_engine_set
 
     found = [open_engine_set(path.parent) for path in built.glob(f"*/{BUILD_FILE}")]
     return sorted(found, key=lambda one: one.build.flavour == "onnxruntime")

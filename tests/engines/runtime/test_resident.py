@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from tests.support import host_device as host
+from twotower_contract.engine_set import Limits
+from twotower_contract.errors import CheckpointError
 from twotower_contract.policies import POLICIES
-from twotower_engines.artifacts.engine_set import Limits
 from twotower_engines.artifacts.weights import WeightStore
-from twotower_engines.errors import CheckpointError, RuntimeLoadError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow

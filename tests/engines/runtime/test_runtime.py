@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from twotower_engines.artifacts.engine_set import PlanFile, file_sha256, open_engine_set
-from twotower_engines.errors import CheckpointError, EngineSetError, RuntimeLoadError
+from twotower_contract.digests import file_sha256
+from twotower_contract.engine_set import PlanFile, open_engine_set
+from twotower_contract.errors import CheckpointError, EngineSetError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.sampling import row_seed
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.onnxruntime import CAPACITY_STEP, OnnxRuntime

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from twotower_contract.engine_set import open_engine_set
+from twotower_contract.errors import BundleError
 from twotower_contract.policies import POLICIES
-from twotower_engines.artifacts.engine_set import open_engine_set
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.cli.self_test import selftest
-from twotower_engines.errors import BundleError, GenerationError
+from twotower_engines.errors import GenerationError
 from twotower_engines.generation.generator import Result
 from twotower_engines.generation.request import Request
 from twotower_engines.runtime.interface import Denoised
