@@ -119,7 +119,6 @@ VERBS: dict[str, Verb] = {
 EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
     "cuda": ("tensorrt",),
     "huggingface_hub": ("export",),
-    "matplotlib": ("plot",),
     "ml_dtypes": ("export", "build"),
     "onnx": ("export", "build"),
     "onnx_ir": ("export",),
