@@ -56,6 +56,12 @@ VERBS: dict[str, Verb] = {
         "Write a checkpoint's graphs as a bundle.",
         "export",
     ),
+    "golden": Verb(
+        "twotower_export.cli.golden",
+        "golden",
+        "Compute the answer that engines must give in the self-test.",
+        "reference",
+    ),
     "plan": Verb(
         "twotower_engines.cli.plan",
         "plan",

@@ -112,7 +112,7 @@ def test_without_a_golden_answer_right_engines_are_plausible(engines):
     result = outcome_of(engines)
     assert result.status == "plausible", result.reason
     assert result.ok
-    assert "python -m twotower_export.reference.golden" in result.reason
+    assert "twotower golden" in result.reason
     assert (result.tokens, result.equal_tokens) == (48, 0)
     assert 0 < result.denoiser_calls < 24
     assert golden_request(open_engine_set(engines)) == request
