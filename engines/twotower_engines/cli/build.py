@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_engines.errors import EnginesError
+
 if TYPE_CHECKING:
     from twotower_engines.building.build import BuildOptions
 
@@ -26,6 +28,12 @@ tensorrt) are built on the GPU, engines for RTX GPUs (flavour tensorrt-rtx) on a
 Plans are kept in $XDG_CACHE_HOME/twotower/builds, and building the same again takes no time.
 With several SKUs, what can be built is built, and the exit code is 1 if anything could not be.
 """
+
+
+class PartlyBuiltError(EnginesError):
+    """Engines of some SKUs were built, of others not."""
+
+    exit_code = 1
 
 
 @click.command(epilog=EPILOG)
@@ -86,7 +94,6 @@ def build(
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
     from twotower_engines.building.build import BuildOptions
-    from twotower_engines.errors import BuildError, EnginesError
 
     names = _names(skus)
     results = []
@@ -104,11 +111,9 @@ def build(
         print(json.dumps({"engine_sets": results}, indent=2))
     failed = [result["sku"] for result in results if "error" in result]
     if failed:
-        error = BuildError(
+        raise PartlyBuiltError(
             f"not built: {', '.join(failed)} ({len(failed)} of {len(names)}); the reasons are above"
         )
-        error.exit_code = 1
-        raise error
 
 
 def _names(skus: str) -> list[str]:

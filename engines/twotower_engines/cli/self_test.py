@@ -81,9 +81,9 @@ def selftest(
 
 
 def _check(engines: EngineSet, runtime: Runtime, as_json: bool) -> None:
-    from twotower_engines.verify.self_test import check
+    from twotower_engines.verify.self_test import run_self_test
 
-    result = check(engines, runtime)
+    result = run_self_test(engines, runtime)
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:
@@ -108,10 +108,10 @@ def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> 
     result = run_request(runtime, request)
     ids = result.output_ids[len(request.prompt_ids) :]
     calls = result.denoiser_calls
-    found = objections(runtime, request, result)
-    if found:
+    flaws = objections(runtime, request, result)
+    if flaws:
         raise SelfTestError(
-            f"{engines.folder}: {'; '.join(found)}. Nothing was recorded; compare these engines "
+            f"{engines.folder}: {'; '.join(flaws)}. Nothing was recorded; compare these engines "
             "with `twotower verify` first"
         )
     build = engines.build

@@ -30,7 +30,7 @@ from twotower_engines.verify.differences import TOLERANCES, Array, Difference
 from twotower_engines.verify.outputs import Reference, compare_tower
 from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.runtimes import compare_runtimes
-from twotower_engines.verify.self_test import check
+from twotower_engines.verify.self_test import run_self_test
 
 __all__ = ["cpu_engines", "verify_loaded", "verify_outputs", "verify_running"]
 
@@ -86,7 +86,7 @@ def _not_here(engines: EngineSet) -> str | None:
 
 def verify_golden(found: Verification, engines: EngineSet, runtime: Runtime) -> None:
     """Ask loaded engines for the bundle's golden answer."""
-    golden = check(engines, runtime)
+    golden = run_self_test(engines, runtime)
     if golden.status in ("unavailable", "plausible"):
         found.not_verified.append(f"the golden answer: {golden.reason}")
     else:
