@@ -94,17 +94,18 @@ def build(
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
     from twotower_engines.building.build import BuildOptions
+    from twotower_engines.planning.sku_lookup import resolve_skus
 
-    names = _names(skus)
+    chosen = resolve_skus(skus)  # a misspelt one is refused before the first is built
     results = []
-    for name in names:
-        options = BuildOptions(name, slots, context, flavour, precision, gpus, block_size_max)
+    for sku in chosen:
+        options = BuildOptions(sku, slots, context, flavour, precision, gpus, block_size_max)
         try:
             results.append(_build_one(bundle, engines, options))
         except EnginesError as problem:
-            if len(names) == 1:
+            if len(chosen) == 1:
                 raise
-            results.append({"sku": name, "error": str(problem)})
+            results.append({"sku": sku.name, "error": str(problem)})
         if not as_json:
             print(_line(results[-1]), flush=True)
     if as_json:
@@ -112,31 +113,16 @@ def build(
     failed = [result["sku"] for result in results if "error" in result]
     if failed:
         raise PartlyBuiltError(
-            f"not built: {', '.join(failed)} ({len(failed)} of {len(names)}); the reasons are above"
+            f"not built: {', '.join(failed)} ({len(failed)} of {len(chosen)}); "
+            "the reasons are above"
         )
-
-
-def _names(skus: str) -> list[str]:
-    """Return the SKUs that `--sku` names, each once; files by their path."""
-    from twotower_engines.errors import BuildError
-    from twotower_engines.planning.sku_lookup import find_sku
-    from twotower_engines.planning.skus import known_skus
-
-    names: dict[str, None] = {}
-    for part in filter(None, (part.strip() for part in skus.split(","))):
-        for name in known_skus() if part == "all" else [part]:
-            find_sku(name)  # a misspelt one is refused before the first is built
-            names[name] = None
-    if not names:
-        raise BuildError(f"--sku is {skus!r}: name at least one SKU, or `all`")
-    return list(names)
 
 
 def _build_one(bundle: Path, engines: Path, options: BuildOptions) -> dict[str, Any]:
     from twotower_engines.building.build import build_engines
     from twotower_engines.building.progress import BuildProgress
 
-    progress = BuildProgress(options.sku)
+    progress = BuildProgress(options.sku.name)
     start = time.monotonic()
     try:
         made, is_new = build_engines(bundle, engines, options, progress)
