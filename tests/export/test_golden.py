@@ -7,13 +7,13 @@ import json
 
 import numpy as np
 import pytest
-import reference
-from reference import ReferenceModel, generate_ar, generate_mask_diffusion
 
+from tests.support import reference
+from tests.support.reference import ReferenceModel, generate_ar, generate_mask_diffusion
+from twotower_contract.errors import TwoTowerError
 from twotower_contract.policies import POLICIES
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.errors import ExportError
 from twotower_export.reference import golden as module
 from twotower_export.reference import sequence
 from twotower_export.reference.golden import (
@@ -72,7 +72,7 @@ def test_without_a_denoiser_the_answer_is_autoregressive(checkpoint):
 def test_a_bundle_has_it(checkpoint, tmp_path):
     manifest = write_bundle(checkpoint, tmp_path / "bundle")
     stored = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert stored["golden"] == manifest["golden"] == compute_golden(checkpoint)
+    assert stored["golden"] == manifest.golden == compute_golden(checkpoint)
     assert stored["golden_missing"] is None
 
 
@@ -124,7 +124,7 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
 def test_a_file_of_something_else_is_refused(checkpoint, change, message):
     path = write_golden(checkpoint, compute_golden(checkpoint))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(TwoTowerError, match=message):
         golden_for(checkpoint)
 
 

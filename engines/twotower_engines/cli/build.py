@@ -85,8 +85,9 @@ def build(
     as_json: bool,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
+    from twotower_contract.errors import TwoTowerError
     from twotower_engines.building.build import BuildOptions
-    from twotower_engines.errors import BuildError, EnginesError
+    from twotower_engines.errors import BuildError
 
     names = _names(skus)
     results = []
@@ -94,7 +95,7 @@ def build(
         options = BuildOptions(name, slots, context, flavour, precision, gpus, block_size_max)
         try:
             results.append(_build_one(bundle, engines, options))
-        except EnginesError as problem:
+        except TwoTowerError as problem:
             if len(names) == 1:
                 raise
             results.append({"sku": name, "error": str(problem)})

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 
 __all__ = ["Ability", "Examination", "examine"]
 
@@ -152,7 +152,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
 
     try:
         found = find_server()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return None, [str(problem)]
     problems = []
     unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
@@ -170,7 +170,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
 def _problem(look: Callable[[], Any]) -> tuple[str, ...]:
     try:
         look()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return (str(problem),)
     return ()
 

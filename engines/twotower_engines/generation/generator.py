@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.errors import GenerationError
 from twotower_engines.generation.request import (
     BlockEvent,
@@ -132,7 +132,7 @@ def generate(engines: EngineSet, request: Request, checkpoint: Path | None = Non
     """Load an engine set, answer one request, and free it again.
 
     Raises:
-        EnginesError: As `Generator` and its `generate`.
+        TwoTowerError: As `Generator` and its `generate`.
     """
     request.check(RequestLimits.of_engines(engines))
     with Generator(engines, checkpoint) as generator:

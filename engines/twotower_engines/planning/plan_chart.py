@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.atomic import partial_file, reported
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.fit import gib
 from twotower_engines.planning.plan import GpuMemory
@@ -58,13 +59,10 @@ def draw_plans(reports: Sequence[PlanReport], path: Path) -> None:
     }
     with pyplot.rc_context(style):
         figure = _draw_one(pyplot, reports[0]) if len(reports) == 1 else _draw_many(pyplot, reports)
-        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
         try:
-            figure.savefig(partial, dpi=150, bbox_inches="tight")
-            partial.replace(path)
-        except OSError as problem:
-            partial.unlink(missing_ok=True)
-            raise PlanError(f"{path}: cannot be written ({problem.strerror})") from problem
+            with reported(path, PlanError), partial_file(path) as partial:
+                suffix = path.suffix.removeprefix(".")
+                figure.savefig(partial, dpi=150, bbox_inches="tight", format=suffix)
         finally:
             pyplot.close(figure)
 

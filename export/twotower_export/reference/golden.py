@@ -15,7 +15,6 @@ which streams them layer by layer, whatever their size, and leaves the answer in
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -25,11 +24,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from twotower_contract.errors import TwoTowerError
+from twotower_contract.json_file import read_json, write_json
+from twotower_contract.layout import TOWERS, Tower, expected_tensors
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
-from twotower_export.config import read_json
-from twotower_export.errors import ExportError
 from twotower_export.inventory import take_inventory
-from twotower_export.layout import TOWERS, Tower, expected_tensors
 from twotower_export.reference.refinement import Rule, refine
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def golden_for(
         run the model records the answer.
 
     Raises:
-        ExportError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
+        TwoTowerError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
     """
     mode = "mask_diffusion" if "denoiser" in towers else "ar"
     recorded = read_golden(checkpoint)
@@ -100,22 +99,22 @@ def read_golden(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The answer that a checkpoint brings along, or None.
 
     Raises:
-        ExportError: the file is unreadable or another checkpoint's.
+        TwoTowerError: the file is unreadable or another checkpoint's.
     """
     path = checkpoint.path / GOLDEN_FILE
     if not path.is_file():
         return None
-    content = read_json(path)
+    content = read_json(path).values
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise ExportError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}; delete it")
+        raise TwoTowerError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}; delete it")
     if content.get("fingerprint") != checkpoint.fingerprint:
-        raise ExportError(
+        raise TwoTowerError(
             f"{path}: is of a checkpoint with fingerprint {str(content.get('fingerprint'))[:12]}, "
             f"not {checkpoint.fingerprint[:12]}; delete it, or record it again"
         )
     golden = content.get("golden")
     if not isinstance(golden, dict) or not golden.get("output_ids"):
-        raise ExportError(f"{path}: holds no answer; delete it, or record it again")
+        raise TwoTowerError(f"{path}: holds no answer; delete it, or record it again")
     return golden
 
 
@@ -128,9 +127,7 @@ def write_golden(checkpoint: Checkpoint, golden: Mapping[str, Any]) -> Path:
         "golden": dict(golden),
     }
     path = checkpoint.path / GOLDEN_FILE
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, content)
     return path
 
 
@@ -298,12 +295,12 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         print(_write_streamed(arguments[0]))
-    except ExportError as error:
+    except TwoTowerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except FloatingPointError as error:
         print(f"error: {arguments[0]}: {error}; there is no golden answer", file=sys.stderr)
-        return ExportError.exit_code
+        return TwoTowerError.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return INTERRUPTED
@@ -314,16 +311,16 @@ def _write_streamed(name: str) -> Path:
     """Compute a checkpoint's answer and write it; what can be refused is refused before the work.
 
     Raises:
-        ExportError: the checkpoint cannot be opened or written to, or PyTorch is missing.
+        TwoTowerError: the checkpoint cannot be opened or written to, or PyTorch is missing.
         FloatingPointError: the logits hold NaN or infinity.
     """
     from twotower_export.progress import StepMeter
 
     checkpoint = open_checkpoint(name)
     if importlib.util.find_spec("torch") is None:
-        raise ExportError("PyTorch is not installed; pip install 'twotower[reference]'")
+        raise TwoTowerError("PyTorch is not installed; pip install 'twotower[reference]'")
     if not os.access(checkpoint.path, os.W_OK):
-        raise ExportError(f"{checkpoint.path}: is not writable; run this where it is")
+        raise TwoTowerError(f"{checkpoint.path}: is not writable; run this where it is")
     mode = "mask_diffusion" if "denoiser" in checkpoint.towers else "ar"
     print(expected_work(checkpoint, mode), file=sys.stderr)
     meter = StepMeter()
