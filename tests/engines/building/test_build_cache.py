@@ -33,6 +33,7 @@ from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.build_cache import PlanCache, digest_of
 from twotower_engines.building.flavours.flavour import Needs, layers_file
 from twotower_engines.errors import BuildError
+from twotower_engines.planning.sku_lookup import find_sku
 
 RTX = "rtx-pro-6000"
 
@@ -106,7 +107,7 @@ def counting(monkeypatch):
 
 
 BOTH = ["context", "denoiser"]
-OPTIONS = BuildOptions(RTX, slots=2, context=64)
+OPTIONS = BuildOptions(find_sku(RTX), slots=2, context=64)
 
 
 def test_the_same_again_is_not_built(bundle, tmp_path, counting):
@@ -120,7 +121,9 @@ def test_the_same_again_is_not_built(bundle, tmp_path, counting):
 def test_another_folder_and_another_sku_take_the_same_plans(bundle, tmp_path, counting):
     first, _ = build_engines(bundle, tmp_path / "engines", OPTIONS)
     there, is_new = build_engines(bundle, tmp_path / "elsewhere", OPTIONS)
-    other, _ = build_engines(bundle, tmp_path / "engines", replace(OPTIONS, sku="rtx-5090"))
+    other, _ = build_engines(
+        bundle, tmp_path / "engines", replace(OPTIONS, sku=find_sku("rtx-5090"))
+    )
     assert is_new
     assert counting.built == BOTH
     assert first.build.plans == there.build.plans == other.build.plans
@@ -206,7 +209,7 @@ def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, coun
         'name = "small"\ncompute_capability = "8.9"\nmemory_gib = 2\n'
         "bandwidth_gb_s = 100\nbf16_tflops = 10\n"
     )
-    options = replace(OPTIONS, sku=str(path))
+    options = replace(OPTIONS, sku=find_sku(str(path)))
     counting.engine = {**counting.engine, "device_memory": 100 << 20}
     build_engines(bundle, tmp_path / "engines", options)
     counting.engine = {**counting.engine, "device_memory": 1 << 30}

@@ -81,7 +81,7 @@ def test_the_library_loads_and_builds_a_node(library):
 
 def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     seen = []
-    options = BuildOptions("rtx-pro-6000", slots=4, context=64)
+    options = BuildOptions(find_sku("rtx-pro-6000"), slots=4, context=64)
     made, _ = build_engines(bundle, tmp_path, options, lambda tower, text: seen.append(tower))
     record = made.build
     assert (record.flavour, record.precision) == ("tensorrt-rtx", "bf16")

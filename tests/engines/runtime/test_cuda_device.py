@@ -24,7 +24,7 @@ from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import ExtendRow
 from twotower_engines.runtime.resident import cuda_device
-from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError, check_peers
+from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError, enable_peer_access
 from twotower_engines.runtime.resident.device import Box
 from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
 from twotower_engines.runtime.resident.upload import upload_weights
@@ -170,7 +170,7 @@ def test_peers_are_enabled_both_ways_and_leave_no_error(monkeypatch, peers):
     fake = fakes.install(monkeypatch, gpus=2, peers=peers)
     devices = CudaDevice(0), CudaDevice(1)
     for _ in range(2):  # the second time they are enabled already
-        assert check_peers(*devices) is peers
+        assert enable_peer_access(*devices) is peers
         assert int(fake.last_error) == 0
     assert fake.enabled_peers == ({(0, 1), (1, 0)} if peers else set())
 

@@ -485,7 +485,7 @@ def test_a_reference_that_is_none_is_refused(engines, exported, narrow):
 
 def test_a_reference_that_does_not_fit_is_not_built(engines, exported, monkeypatch):
     small = replace(find_sku("cpu"), memory=9 << 27)
-    monkeypatch.setattr(module, "find_sku", lambda name: small)
+    monkeypatch.setattr(module, "known_skus", lambda: {"cpu": small})
     with (
         pytest.raises(PlanError, match="do not fit on 1 x cpu"),
         cpu_engines(open_engine_set(engines), Sources(bundle=exported / "bundle")),
