@@ -77,7 +77,7 @@ class CountingFlavour:
         pass
 
     def recipe(self, tower, target):
-        return {"profiles": [target.limits.slots], "flags": self.flags}
+        return {"profiles": [{"batch": [target.limits.slots] * 3}], "flags": self.flags}
 
     def build(self, orders, target, progress):
         for tower, order in orders.items():
