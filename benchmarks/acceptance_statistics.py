@@ -4,7 +4,7 @@ Input: runs of NVIDIA's code on the released checkpoint and traces of masked cou
 junze-eng/twotower-repro on two A100 80 GB in bf16 at batch 1. Output: the table that
 `twotower plan` ships, with the burst rates of `twotower_engines.planning.acceptance` fitted to it.
 
-    python benchmarks/acceptance_statistics.py reference_runs.json denoise_traces.json \
+    python -m benchmarks.acceptance_statistics reference_runs.json denoise_traces.json \
         engines/twotower_engines/data/acceptance.json
 
 Tokens per call are total tokens over total calls: the mean of the runs' own ratios would give the

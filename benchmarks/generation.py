@@ -1,6 +1,6 @@
 """Tokens per second from prompt to answer on this machine, as ratios in one run.
 
-    python benchmarks/generation.py
+    python -m benchmarks.generation
 
 The trained tiny checkpoint, held-out prompts, greedy, threshold 0.9, all on the CPU in float32:
 
@@ -168,7 +168,7 @@ def report(seconds: dict[str, float]) -> None:
     lines = [
         "# Generation on the CPU",
         "",
-        f"`python benchmarks/generation.py`, {today}, {machine}; trained tiny checkpoint,"
+        f"`python -m benchmarks.generation`, {today}, {machine}; trained tiny checkpoint,"
         f" {PROMPTS} prompts ({PYTORCH_PROMPTS} for PyTorch), {NEW_TOKENS} tokens each, threshold"
         f" {THRESHOLD}, best of {REPEATS}.",
         "",

@@ -5,7 +5,7 @@ checkpoint by junze-eng/twotower-repro (arithmetic prompts, three generations, b
 .npz with `layer` [n], `forward` [n], `generation` [n] and `experts` [n, 16, 6]. Output: the table
 that `twotower plan` ships.
 
-    python benchmarks/routing_statistics.py moe_routing.npz \
+    python -m benchmarks.routing_statistics moe_routing.npz \
         engines/twotower_engines/data/routing_statistics.json
 
 One row is a call as it was measured. More rows are made by uniting the experts of as many calls

@@ -6,8 +6,14 @@ import json
 import math
 
 import pytest
-from sparse_checkpoint import FULL_CONFIG, FULL_PARAMETERS, FULL_PATTERN, FULL_TENSORS, full_config
 
+from tests.support.sparse_checkpoint import (
+    FULL_CONFIG,
+    FULL_PARAMETERS,
+    FULL_PATTERN,
+    FULL_TENSORS,
+    full_config,
+)
 from twotower_contract.config import ModelConfig, config_json, read_config
 from twotower_contract.errors import ConfigError, TwoTowerError
 from twotower_contract.json_file import read_json

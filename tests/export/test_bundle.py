@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
 from click.testing import CliRunner
-from sparse_checkpoint import write_sparse_checkpoint
 
+from tests.support.checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
+from tests.support.sparse_checkpoint import write_sparse_checkpoint
 from twotower_contract.config import config_json
 from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_contract.manifest import read_manifest

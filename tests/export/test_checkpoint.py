@@ -10,7 +10,8 @@ import struct
 
 import numpy as np
 import pytest
-from checkpoint_files import (
+
+from tests.support.checkpoint_files import (
     INDEX,
     RawTensor,
     edit_index,
@@ -20,8 +21,7 @@ from checkpoint_files import (
     write_raw_shard,
     write_shard,
 )
-from sparse_checkpoint import HUB_ID, REVISION, write_sparse_checkpoint
-
+from tests.support.sparse_checkpoint import HUB_ID, REVISION, write_sparse_checkpoint
 from twotower_contract.config import config_json
 from twotower_contract.errors import CheckpointError, ConfigError
 from twotower_export.checkpoint import open_checkpoint, with_full_digests

@@ -12,9 +12,9 @@ import sys
 
 import onnx
 import pytest
-from measured import run_measured
-from sparse_checkpoint import FULL_TENSORS, HUB_ID, REVISION, write_sparse_checkpoint
 
+from tests.support.measured import run_measured
+from tests.support.sparse_checkpoint import FULL_TENSORS, HUB_ID, REVISION, write_sparse_checkpoint
 from twotower_contract.manifest import read_manifest
 
 SECONDS = 60

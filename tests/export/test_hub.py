@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from checkpoint_files import random_tensors, write_checkpoint
-from hub_server import HubServer
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from tests.support.hub_server import HubServer
 from twotower_contract.manifest import read_manifest
 from twotower_export import hub
 from twotower_export.tiny.checkpoints import tiny_config

@@ -7,9 +7,9 @@ import json
 import shutil
 
 import pytest
-from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from twotower_contract.engine_set import BuildRecord, Limits, PlanFile
 from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
 from twotower_export.bundle import write_bundle

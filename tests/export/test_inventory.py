@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
-from sparse_checkpoint import full_config
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from tests.support.sparse_checkpoint import full_config
 from twotower_contract.layout import expected_tensors
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli.export import inspect_command

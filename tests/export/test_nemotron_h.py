@@ -12,11 +12,11 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
-from measured import run_measured
-from sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from tests.support.measured import run_measured
+from tests.support.sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 from twotower_contract.errors import BundleError
 from twotower_contract.layout import base_name
 from twotower_export import nemotron_h

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from reference import ReferenceModel, logsumexp
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from tests.support.reference import ReferenceModel, logsumexp
 from twotower_contract.config import config_json, read_config
 from twotower_contract.errors import ConfigError, TwoTowerError
 from twotower_contract.layout import expected_tensors

@@ -15,7 +15,8 @@ import sys
 
 import numpy as np
 import pytest
-from sabotage import (
+
+from tests.support.sabotage import (
     PATTERN,
     change_graph,
     change_manifest,
@@ -23,7 +24,6 @@ from sabotage import (
     replace_operator,
     run,
 )
-
 from twotower_contract.engine_set import BuildRecord, Limits, PlanFile, write_build_record
 from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_export.checkpoint import open_checkpoint

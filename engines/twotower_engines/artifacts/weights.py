@@ -99,7 +99,7 @@ class WeightStore:
     def all_float32(
         self, tower: str, progress: Progress | None = None
     ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Yield (name, array) of every weight input of a tower's graph, largest shard order kept.
+        """Yield (name, array) of every weight input of a tower's graph, in the manifest's order.
 
         Args:
             tower: `context` or `denoiser`.

@@ -13,7 +13,7 @@ import importlib.metadata
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ from twotower_engines.planning.fit import gib, refusal, require_fit
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanRequest, plan_memory
 from twotower_engines.planning.precisions import BUILT, PRECISIONS
-from twotower_engines.planning.sku_lookup import find_sku
-from twotower_engines.planning.skus import Sku
+from twotower_engines.planning.skus import Sku, known_skus
 
 __all__ = ["FLAVOURS", "BuildOptions", "build_engines"]
 
@@ -63,7 +62,7 @@ class BuildOptions:
     """What an engine set is built for.
 
     Attributes:
-        sku: A name of the table, `local`, or the path of a SKU file.
+        sku: The GPU, or the CPU of this machine.
         slots: Requests that can be in flight at once.
         context: Tokens of a request, prompt and answer together; None for 8192, or all that the
             model takes where that is less.
@@ -73,7 +72,7 @@ class BuildOptions:
         block_size_max: Tokens of the largest block that the denoiser takes.
     """
 
-    sku: str = "cpu"
+    sku: Sku = field(default_factory=lambda: known_skus()["cpu"])
     slots: int = 16
     context: int | None = None
     flavour: str = "auto"
@@ -98,13 +97,13 @@ def build_engines(
 
     Raises:
         BundleError: The folder is no bundle.
-        PlanError: There is no such SKU, or what is asked does not fit on it.
+        PlanError: What is asked does not fit on the SKU.
         BuildError: A graph is missing or changed, or the engines cannot be built.
     """
     progress = progress or (lambda tower, text: None)
     manifest = read_manifest(bundle)
-    sku = find_sku(options.sku)
-    plan = _plan(bundle, manifest, sku, options)
+    sku = options.sku
+    plan = _plan(bundle, manifest, options)
     flavour = FLAVOURS[plan.flavour]
     chunk = min(plan.max_tokens_per_call, manifest.max_tokens_per_call)
     limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
@@ -147,7 +146,7 @@ class _Wanted:
     record: BuildRecord
 
 
-def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> MemoryPlan:
+def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan:
     """Return the memory plan of what is asked.
 
     Raises:
@@ -163,13 +162,13 @@ def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> 
         raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
     flavour = None if options.flavour == "auto" else options.flavour
     request = PlanRequest(
-        sku,
+        options.sku,
         options.gpus,
         options.slots,
         options.context or min(CONTEXT, manifest.model.max_position_embeddings),
         flavour=flavour,
         block_size_max=options.block_size_max,
-        kernels=FLAVOURS[flavour or sku.flavour].has_kernels(),
+        kernels=FLAVOURS[flavour or options.sku.flavour].has_kernels(),
     )
 
     def planned(precision: str) -> MemoryPlan:

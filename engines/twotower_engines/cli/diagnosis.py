@@ -42,7 +42,6 @@ DISTRIBUTIONS = (
     "cuda-python",
     "nvidia-pytriton",
     "triton",
-    "matplotlib",
 )
 GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
 SHARED_MEMORY_NEEDED = 64 * 2**20  # for the four models of a repository, with room
@@ -117,7 +116,6 @@ def _abilities(
     return [
         Ability("ask a server (generate)"),
         Ability("say what fits on which GPU (plan)"),
-        Ability("chart that (plan --plot)", needs("plot", "matplotlib")),
         Ability(
             "make a small checkpoint (tiny)",
             needs("reference", "torch", "safetensors", "tokenizers"),

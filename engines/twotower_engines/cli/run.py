@@ -16,7 +16,8 @@ from twotower_engines.errors import RequestError, TokenizerError
 if TYPE_CHECKING:
     from twotower_contract.engine_set import EngineSet
     from twotower_engines.artifacts.tokenizer import Tokenizer
-    from twotower_engines.generation.generator import Request, Result
+    from twotower_engines.generation.generator import Result
+    from twotower_engines.generation.request import Request
 
 EPILOG = """\b
 Examples:
@@ -152,7 +153,7 @@ def _request(
     engines: EngineSet, prompt: str | None, ids: tuple[int, ...], options: dict[str, Any]
 ) -> tuple[Request, Tokenizer | None]:
     """Make and check the request before anything heavy is loaded."""
-    from twotower_engines.generation.generator import Request, RequestLimits
+    from twotower_engines.generation.request import Request, RequestLimits
 
     tokenizer = _tokenizer(engines, is_needed=prompt is not None)
     if prompt is not None:

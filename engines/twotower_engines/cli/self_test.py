@@ -23,9 +23,9 @@ Examples:
 
 Exits with 1 where the answer is wrong. Without a golden answer it says PLAUSIBLE where nothing is
 plainly wrong (and exits with 0), or UNAVAILABLE where nothing could be tested (with 2). A server
-runs the same test when it starts. `python -m twotower_export.reference.golden CHECKPOINT` computes
-the golden answer of a model of any size; --record is for where that takes too long, on engines that
-`twotower verify` passed: the file says which they were. The next export takes the answer from
+runs the same test when it starts. `twotower golden CHECKPOINT` computes the golden answer of a
+model of any size. Where that takes too long, --record takes the answer of engines that `twotower
+verify` passed, and the file names them. The next export takes the answer from
 CHECKPOINT/golden.json.
 """
 
@@ -62,7 +62,8 @@ def selftest(
 ) -> None:
     """Let ENGINES answer a fixed prompt, and compare with the answer that the bundle stores.
 
-    It catches what looks like an answer and is none: word salad at one token per denoiser call.
+    The test detects engines that run without errors but produce garbage, such as word salad at one
+    token per denoiser call.
     """
     from twotower_contract.engine_set import open_engine_set
     from twotower_engines.runtime.opening import open_runtime
@@ -80,9 +81,9 @@ def selftest(
 
 
 def _check(engines: EngineSet, runtime: Runtime, as_json: bool) -> None:
-    from twotower_engines.verify.self_test import check
+    from twotower_engines.verify.self_test import run_self_test
 
-    result = check(engines, runtime)
+    result = run_self_test(engines, runtime)
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:
@@ -107,10 +108,10 @@ def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> 
     result = run_request(runtime, request)
     ids = result.output_ids[len(request.prompt_ids) :]
     calls = result.denoiser_calls
-    found = objections(runtime, request, result)
-    if found:
+    flaws = objections(runtime, request, result)
+    if flaws:
         raise SelfTestError(
-            f"{engines.folder}: {'; '.join(found)}. Nothing was recorded; compare these engines "
+            f"{engines.folder}: {'; '.join(flaws)}. Nothing was recorded; compare these engines "
             "with `twotower verify` first"
         )
     build = engines.build

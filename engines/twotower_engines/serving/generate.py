@@ -22,7 +22,7 @@ from twotower_engines.serving.lifeline import on_cut
 from twotower_engines.serving.loop import EngineLoop, Failure, Part
 from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.wire import decode
-from twotower_engines.verify.self_test import check
+from twotower_engines.verify.self_test import run_self_test
 
 __all__ = ["TritonPythonModel"]
 
@@ -95,7 +95,7 @@ class TritonPythonModel:
         self._runtime = open_runtime(
             engines, settings.checkpoint, settings.threads, ByteMeter("twotower: binding weights")
         )
-        tested = check(engines, self._runtime)
+        tested = run_self_test(engines, self._runtime)
         print(f"twotower: golden self-test {tested.status}: {tested.reason}", file=sys.stderr)
         tested.require()
         slots = settings.slots or self._runtime.limits.slots

@@ -19,8 +19,8 @@ from twotower_contract.manifest import read_manifest
 from twotower_engines.artifacts.engine_interface import Interface, differences, interface_of
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.flavours.parsing import parse, specs_of
-from twotower_engines.errors import BuildError, PlanError
-from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.errors import BuildError
+from twotower_engines.planning.skus import known_skus
 from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.running import verify_running
 
@@ -87,10 +87,8 @@ def _raised(check: Callable[[], None]) -> list[str]:
 
 def _capability_problems(engines: EngineSet) -> list[str]:
     build = engines.build
-    try:
-        expected = find_sku(build.sku).compute_capability
-    except PlanError:  # a SKU file of the user's: nothing to compare with
-        expected = build.compute_capability
+    known = known_skus().get(build.sku)  # None for a SKU file: nothing to compare with
+    expected = build.compute_capability if known is None else known.compute_capability
     runs_on = build.extra.get("compute_capabilities", [])
     problems = []
     if build.compute_capability != expected:

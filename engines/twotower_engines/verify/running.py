@@ -22,7 +22,7 @@ from twotower_engines.planning.fit import require_fit
 from twotower_engines.planning.local_gpu import local_gpu
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
-from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.planning.skus import known_skus
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.resident.runtime import Tower
@@ -30,7 +30,7 @@ from twotower_engines.verify.differences import TOLERANCES, Array, Difference
 from twotower_engines.verify.outputs import Reference, compare_tower
 from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.runtimes import compare_runtimes
-from twotower_engines.verify.self_test import check
+from twotower_engines.verify.self_test import run_self_test
 
 __all__ = ["cpu_engines", "verify_loaded", "verify_outputs", "verify_running"]
 
@@ -86,7 +86,7 @@ def _not_here(engines: EngineSet) -> str | None:
 
 def verify_golden(found: Verification, engines: EngineSet, runtime: Runtime) -> None:
     """Ask loaded engines for the bundle's golden answer."""
-    golden = check(engines, runtime)
+    golden = run_self_test(engines, runtime)
     if golden.status in ("unavailable", "plausible"):
         found.not_verified.append(f"the golden answer: {golden.reason}")
     else:
@@ -128,14 +128,15 @@ def cpu_engines(engines: EngineSet, sources: Sources) -> Iterator[EngineSet]:
         return
     context = min(CONTEXT, engines.build.limits.context)
     size = read_model_size(engines.folder)
-    require_fit(plan_memory(size, PlanRequest(find_sku("cpu"), slots=SLOTS, context=context)))
+    cpu = known_skus()["cpu"]
+    require_fit(plan_memory(size, PlanRequest(cpu, slots=SLOTS, context=context)))
     beside = _beside(engines)
     if beside is not None:
         yield beside
         return
     if sources.bundle is not None:
         with tempfile.TemporaryDirectory() as folder:
-            options = BuildOptions(slots=SLOTS, context=context)
+            options = BuildOptions(cpu, slots=SLOTS, context=context)
             yield build_engines(sources.bundle, Path(folder), options)[0]
         return
     checkpoint = sources.checkpoint or WeightStore(engines.manifest).folder

@@ -6,7 +6,7 @@ is word salad, one token per denoiser call, and no error anywhere.
 The expected answer is computed with the PyTorch towers in float32 and stored in the bundle: by the
 export itself where they fit into memory, otherwise beforehand by
 
-    python -m twotower_export.reference.golden CHECKPOINT
+    twotower golden CHECKPOINT
 
 which streams them layer by layer, whatever their size, and leaves the answer in the checkpoint's
 `golden.json`, where every export finds it.
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +25,7 @@ import numpy as np
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.json_file import read_json, write_json
 from twotower_contract.layout import TOWERS, Tower, expected_tensors
-from twotower_export.checkpoint import Checkpoint, open_checkpoint
+from twotower_export.checkpoint import Checkpoint
 from twotower_export.inventory import take_inventory
 from twotower_export.reference.refinement import Rule, refine
 
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
     from twotower_export.reference.sequence import SequenceTowers
 
 GOLDEN_FILE: Final = "golden.json"
-MODULE: Final = "twotower_export.reference.golden"
-INTERRUPTED: Final = 130
 FORMAT: Final = "twotower-golden"
 FORMAT_VERSION: Final = 1
 
@@ -79,7 +75,7 @@ def golden_for(
     if size > FLOAT32_BOUND:
         reason = (
             f"the towers take {size / 1e9:.0f} GB in float32, too much to answer during an export; "
-            f"compute the answer with `python -m {MODULE} {checkpoint.path}`, which streams them "
+            f"compute the answer with `twotower golden {checkpoint.path}`, which streams them "
             "through a few GB of memory, and export again"
         )
     elif importlib.util.find_spec("torch") is None:
@@ -286,50 +282,3 @@ def _autoregressive(towers: SequenceTowers, prompt: Sequence[int]) -> list[int]:
     while len(ids) < MAX_NEW_TOKENS:
         ids.append(int(towers.extend(ids[-1:]).argmax()))
     return ids
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Write a checkpoint's `golden.json`; returns the exit status."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m twotower_export.reference.golden CHECKPOINT", file=sys.stderr)
-        return 2
-    try:
-        print(_write_streamed(arguments[0]))
-    except TwoTowerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except FloatingPointError as error:
-        print(f"error: {arguments[0]}: {error}; there is no golden answer", file=sys.stderr)
-        return TwoTowerError.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-def _write_streamed(name: str) -> Path:
-    """Compute a checkpoint's answer and write it; what can be refused is refused before the work.
-
-    Raises:
-        TwoTowerError: the checkpoint cannot be opened or written to, or PyTorch is missing.
-        FloatingPointError: the logits hold NaN or infinity.
-    """
-    from twotower_export.progress import StepMeter
-
-    checkpoint = open_checkpoint(name)
-    if importlib.util.find_spec("torch") is None:
-        raise TwoTowerError("PyTorch is not installed; pip install 'twotower[reference]'")
-    if not os.access(checkpoint.path, os.W_OK):
-        raise TwoTowerError(f"{checkpoint.path}: is not writable; run this where it is")
-    mode = "mask_diffusion" if "denoiser" in checkpoint.towers else "ar"
-    print(expected_work(checkpoint, mode), file=sys.stderr)
-    meter = StepMeter()
-    try:
-        golden = stream_golden(checkpoint, mode, meter)
-    finally:
-        meter.finish()
-    return write_golden(checkpoint, golden)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

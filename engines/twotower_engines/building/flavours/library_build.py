@@ -204,7 +204,8 @@ def _graph_with_plugins(graph: Path, compute_capability: str) -> bytes:
     """Return a graph whose ops are plugin nodes, and register the plugins with TensorRT."""
     import onnx
 
-    from twotower_engines.kernels.plugins import register_plugins, with_plugins
+    from twotower_engines.kernels.plugin_graph import with_plugins
+    from twotower_engines.kernels.plugins import register_plugins
 
     register_plugins(compute_capability)
     model = with_plugins(onnx.load(str(graph), load_external_data=False))
