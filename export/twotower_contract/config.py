@@ -171,6 +171,11 @@ class ModelConfig:
         return cls(**read, **others, source=source)
 
     @property
+    def item_bytes(self) -> int:
+        """Bytes of one element in the model's dtype."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
     def num_layers(self) -> int:
         """Layers of each tower."""
         return len(self.pattern)

@@ -201,31 +201,12 @@ def _resolve(path: Path, sku: str | None) -> Path:
 
 def _record(document: Document) -> BuildRecord:
     document.check_format(FORMAT, FORMAT_VERSION)
-    limits, profiles = document.section("limits"), document.section("profiles")
-    return BuildRecord(
-        sku=document.text("sku"),
-        flavour=document.text("flavour"),
-        precision=document.text("precision"),
-        limits=Limits(
-            slots=limits.integer("slots"),
-            context=limits.integer("context"),
-            max_tokens_per_call=limits.integer("max_tokens_per_call"),
-            block_size_max=limits.integer("block_size_max"),
-        ),
-        plans={
-            tower: PlanFile(plan.text("file"), plan.text("sha256"))
-            for tower, plan in document.sections("plans").items()
-        },
-        compute_capability=document.optional_text("compute_capability"),
-        machine=document.optional_text("machine"),
-        cuda=document.optional_text("cuda"),
-        versions=document.text_map("versions"),
-        graph_sha256=document.text_map("graph_sha256"),
+    profiles = document.section("profiles")
+    return document.record(
+        BuildRecord,
+        limits=document.section("limits").record(Limits),
+        plans={tower: plan.record(PlanFile) for tower, plan in document.sections("plans").items()},
         profiles={
             tower: [one.values for one in profiles.items(tower)] for tower in profiles.values
         },
-        memory=document.section("memory").values,
-        key=document.text("key"),
-        bundle_fingerprint=document.text("bundle_fingerprint"),
-        extra=document.section("extra").values,
     )

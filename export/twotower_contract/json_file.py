@@ -9,6 +9,8 @@ inside it, what was found, and what to do.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,9 +109,25 @@ class Document:
         """Return an object inside this one."""
         return self._inner(self._get(key, dict, "an object"), self.name_of(key))
 
-    def optional_section(self, key: str) -> Document | None:
-        """Return an object inside this one, or None where it is null or absent."""
-        return None if self.values.get(key) is None else self.section(key)
+    def values_of(self, key: str) -> dict[str, Any]:
+        """Return an object inside this one as it is."""
+        return self.section(key).values
+
+    def optional_values(self, key: str) -> dict[str, Any] | None:
+        """Return an object inside this one as it is, or None where it is null or absent."""
+        return None if self.values.get(key) is None else self.values_of(key)
+
+    def record(self, type_: Callable[..., T], **others: Any) -> T:
+        """Return this object as a dataclass: each field is read by its annotation.
+
+        Args:
+            type_: The dataclass, of a module whose annotations are strings.
+            others: Fields that were read before, by name.
+        """
+        for field in fields(type_):  # type: ignore[arg-type]  # a dataclass
+            if field.name not in others:
+                others[field.name] = _READERS[str(field.type)](self, field.name)
+        return type_(**others)
 
     def sections(self, key: str) -> dict[str, Document]:
         """Return the objects of an object whose values are all objects."""
@@ -139,6 +157,21 @@ class Document:
 
     def _inner(self, values: dict[str, Any], path: str) -> Document:
         return Document(values, self.source, self.error, self.remedy, path)
+
+
+_READERS: Mapping[str, Callable[[Document, str], Any]] = {
+    "str": Document.text,
+    "str | None": Document.optional_text,
+    "int": Document.integer,
+    "float": Document.number,
+    "tuple[int, ...]": Document.integers,
+    "tuple[str, ...]": Document.texts,
+    "dict[str, str]": Document.text_map,
+    "dict[str, Any]": Document.values_of,
+    "dict[str, Any] | None": Document.optional_values,
+    "Path": lambda document, key: Path(document.text(key)),
+}
+"""Annotation of a dataclass's field -> what reads it."""
 
 
 def read_json(

@@ -146,34 +146,24 @@ def manifest_of_file(path: Path) -> Manifest:
     document = read_json(path, BundleError, REMEDY)
     document.check_format(FORMAT, FORMAT_VERSION)
     model = _model(document)
-    shards = tuple(_shard(shard) for shard in document.items("shards"))
-    tensors = {name: _tensor(entry) for name, entry in document.sections("tensors").items()}
+    shards = tuple(shard.record(Shard) for shard in document.items("shards"))
+    tensors = {n: entry.record(TensorEntry) for n, entry in document.sections("tensors").items()}
     _check_tensors(document, shards, tensors)
-    source, graphs = document.section("checkpoint"), document.section("graphs")
-    golden, missing = (document.optional_section(key) for key in ("golden", "golden_missing"))
-    return Manifest(
-        twotower_version=document.text("twotower_version"),
-        checkpoint=CheckpointSource(
-            path=Path(source.text("path")),
-            id=source.optional_text("id"),
-            revision=source.optional_text("revision"),
-            fingerprint=source.text("fingerprint"),
-        ),
+    graphs = document.section("graphs")
+    return document.record(
+        Manifest,
+        checkpoint=document.section("checkpoint").record(CheckpointSource),
         model=model,
         towers=_towers(document),
-        max_tokens_per_call=document.integer("max_tokens_per_call"),
         shards=shards,
         tensors=tensors,
         graphs={
             precision: {
-                name: GraphFile(graph.text("file"), graph.text("sha256"))
-                for name, graph in graphs.sections(precision).items()
+                name: one.record(GraphFile) for name, one in graphs.sections(precision).items()
             }
             for precision in ("native", "float32")
         },
         weights=_weights(document, model, tensors),
-        golden=None if golden is None else golden.values,
-        golden_missing=None if missing is None else missing.values,
     )
 
 
@@ -228,27 +218,6 @@ def _towers(document: Document) -> tuple[Tower, ...]:
         if not document.section("weights").values.get(tower):
             raise document.refusal(f"the field `weights: {tower}` is missing or empty")
     return known
-
-
-def _shard(document: Document) -> Shard:
-    return Shard(
-        file=document.text("file"),
-        size=document.integer("size"),
-        data_start=document.integer("data_start"),
-        sample_sha256=document.text("sample_sha256"),
-        sha256=document.optional_text("sha256"),
-    )
-
-
-def _tensor(document: Document) -> TensorEntry:
-    return TensorEntry(
-        shard=document.integer("shard"),
-        dtype=document.text("dtype"),
-        shape=document.integers("shape"),
-        begin=document.integer("begin"),
-        end=document.integer("end"),
-        sample=document.text("sample"),
-    )
 
 
 def _check_tensors(

@@ -152,7 +152,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(BundleError, match=message), reported(place, BundleError):
         write_text(place, "")
     with (
-        pytest.raises(BundleError, match="cannot be written: Not a directory"),
+        pytest.raises(BundleError, match="file: cannot be written: "),
         new_folder(place, BundleError),
     ):
         pytest.fail("the folder cannot be made")

@@ -16,7 +16,7 @@ for found in pkgutil.walk_packages(twotower_contract.__path__, "twotower_contrac
     importlib.import_module(found.name)
     print(found.name)
 loaded = {name.partition(".")[0] for name in sys.modules} - before
-sys.exit(", ".join(sorted(loaded - set(sys.stdlib_module_names))))
+sys.exit(", ".join(sorted(loaded - set(sys.stdlib_module_names))) or None)
 """
 
 

@@ -217,16 +217,7 @@ def load_acceptance() -> Acceptance:
     return Acceptance(
         source=document.text("source"),
         measurements=tuple(
-            Measurement(
-                task=one.text("task"),
-                threshold=one.number("threshold"),
-                steps=one.integer("steps"),
-                runs=one.integer("runs"),
-                tokens=one.integer("tokens"),
-                calls=one.integer("calls"),
-                seconds=one.number("seconds"),
-                burst_rate=one.number("burst_rate") if one.values["burst_rate"] else None,
-            )
+            one.record(Measurement, burst_rate=one.values["burst_rate"] or None)
             for one in document.items("measurements")
         ),
         traces=tuple(one.integers("masked") for one in document.items("traces")),

@@ -15,30 +15,15 @@ from typing import Any
 from twotower_contract.config import ModelConfig
 from twotower_contract.errors import CheckpointError
 from twotower_contract.json_file import read_json
-from twotower_contract.layout import TOWERS
+from twotower_contract.layout import TOWERS, Tower
 from twotower_contract.manifest import FORMAT, MANIFEST_FILE, manifest_of_file
 from twotower_contract.shards import read_header
+from twotower_contract.sizes import parts_of_tower
 from twotower_engines.errors import PlanError
 
-__all__ = ["PARTS", "ModelSize", "read_model_size"]
+__all__ = ["ModelSize", "read_model_size"]
 
 CONFIG_FILE = "config.json"
-
-PARTS = (
-    "embeddings",
-    "mamba",
-    "attention",
-    "router",
-    "shared experts",
-    "routed experts",
-    "norms",
-    "head",
-    "time conditioning",
-)
-"""Parts of a tower, in the order in which they are listed."""
-
-SSM_ITEM = 4  # the SSM state is float32 whatever the weights are
-ITEM_OF_DTYPE = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +38,9 @@ class ModelSize:
     """
 
     config: ModelConfig
-    towers: tuple[str, ...]
+    towers: tuple[Tower, ...]
     source: str
     warnings: tuple[str, ...] = ()
-
-    @property
-    def item(self) -> int:
-        """Bytes of one element in the checkpoint's dtype."""
-        return ITEM_OF_DTYPE[self.config.dtype]
 
     def layers(self, kind: str) -> int:
         """Return how many layers of a kind (`M`, `*` or `E`) one tower has."""
@@ -71,33 +51,10 @@ class ModelSize:
         """Parameters of one routed expert: up and down, no gate."""
         return 2 * self.config.moe_intermediate_size * self.config.hidden_size
 
-    def parts(self, tower: str) -> dict[str, int]:
-        """Return the parameters of each part of a tower; the embeddings and head are its own."""
-        c = self.config
-        mamba = (c.projection_width + c.d_inner) * c.hidden_size  # in_proj and out_proj
-        mamba += c.conv_dim * (c.conv_kernel + 1) + 3 * c.mamba_num_heads + c.d_inner
-        return {
-            "embeddings": c.vocab_size * c.hidden_size,
-            "mamba": self.layers("M") * mamba,
-            "attention": self.layers("*") * 2 * (c.query_width + c.kv_width) * c.hidden_size,
-            "router": self.layers("E") * (c.num_experts * c.hidden_size + c.num_experts),
-            "shared experts": self.layers("E") * 2 * c.shared_intermediate_size * c.hidden_size,
-            "routed experts": self.layers("E") * c.num_experts * self.expert_parameters,
-            "norms": (len(c.pattern) + 1) * c.hidden_size,
-            "head": c.vocab_size * c.hidden_size,
-            "time conditioning": self._time_conditioning() if tower == "denoiser" else 0,
-        }
-
-    def _time_conditioning(self) -> int:
-        """t_embedder (two linears), t_block (one) and three rows per layer."""
-        h, frequencies = self.config.hidden_size, self.config.time_frequency_dim
-        embedder = h * frequencies + h + h * h + h
-        return embedder + 3 * h * h + 3 * h + len(self.config.pattern) * 3 * h
-
     @property
     def parameters(self) -> int:
         """Parameters of all towers."""
-        return sum(sum(self.parts(tower).values()) for tower in self.towers)
+        return sum(sum(parts_of_tower(self.config, tower).values()) for tower in self.towers)
 
     @property
     def parameters_in_words(self) -> str:
@@ -108,22 +65,6 @@ class ModelSize:
                 return f"{count / size:.4g} {letter} parameters"
         return f"{count:,} parameters"
 
-    def kv_bytes_per_token(self, item: int) -> int:
-        """Bytes of keys and values that one context token leaves, all layers together."""
-        c = self.config
-        return self.layers("*") * 2 * c.kv_width * item
-
-    @property
-    def ssm_bytes(self) -> int:
-        """Bytes of the SSM states of one slot."""
-        c = self.config
-        return self.layers("M") * c.d_inner * c.ssm_state_size * SSM_ITEM
-
-    def conv_bytes(self, item: int) -> int:
-        """Bytes of the convolution histories of one slot: the newest raw columns."""
-        c = self.config
-        return self.layers("M") * (c.conv_kernel - 1) * c.conv_dim * item
-
     def as_json(self) -> dict[str, Any]:
         """Return what a program may want to know of it."""
         return {
@@ -132,7 +73,9 @@ class ModelSize:
             "towers": list(self.towers),
             "pattern": self.config.pattern,
             "parameters": self.parameters,
-            "parameters_per_part": {tower: self.parts(tower) for tower in self.towers},
+            "parameters_per_part": {
+                tower: parts_of_tower(self.config, tower) for tower in self.towers
+            },
         }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import BUILT, PRECISIONS
@@ -341,17 +342,17 @@ class _Sizes:
 
     def weights(self, tower: str) -> dict[str, int]:
         precision = PRECISIONS[self.choice.precision]
-        parts = self.model.parts(tower).items()
+        parts = parts_of_tower(self.model.config, tower).items()
         return {part: precision.size(part, count) for part, count in parts if count}
 
     def states(self, towers: Sequence[str]) -> dict[str, int]:
-        mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
+        mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
         states = {
             "keys and values": self.request.slots
             * self.request.context
-            * self.model.kv_bytes_per_token(self.item),
-            "ssm": self.request.slots * self.model.ssm_bytes,
-            "conv": self.request.slots * self.model.conv_bytes(self.item),
+            * kv_bytes_per_token(self.model.config, self.item),
+            "ssm": self.request.slots * ssm_bytes(self.model.config),
+            "conv": self.request.slots * conv_bytes(self.model.config, self.item),
         }
         if "denoiser" in towers:
             states["mock_ar copy"] = self.request.slots * mamba
@@ -364,8 +365,8 @@ class _Sizes:
         if tower == "denoiser":
             yield "denoiser logits", slots * self.request.block_size_max * logits
             return
-        mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
-        token = self.model.kv_bytes_per_token(self.item)
+        mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
+        token = kv_bytes_per_token(self.model.config, self.item)
         yield "new states", slots * (mamba + self.choice.chunk * token)
         yield "context logits", slots * logits
 

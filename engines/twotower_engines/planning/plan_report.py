@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from twotower_contract.sizes import parts_of_tower
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance, load_acceptance
@@ -129,7 +130,7 @@ class PlanReport:
             sizes = [
                 precision.size(part, count)
                 for tower in plan.model.towers
-                for part, count in plan.model.parts(tower).items()
+                for part, count in parts_of_tower(plan.model.config, tower).items()
             ]
             runs = name in plan.sku.precisions or name == plan.precision
             fitting = (

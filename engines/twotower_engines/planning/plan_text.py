@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance
@@ -165,11 +166,11 @@ def _cell(size: float) -> str:
 def _stretch(report: PlanReport) -> str:
     plan = report.plan
     model, item = plan.model, roofline.machine_of(plan).item
-    fixed = model.ssm_bytes + model.conv_bytes(item)
-    grows = plan.context * model.kv_bytes_per_token(item)
+    fixed = ssm_bytes(model.config) + conv_bytes(model.config, item)
+    grows = plan.context * kv_bytes_per_token(model.config, item)
     text = (
         f"A slot takes {gib(fixed + grows)}: {gib(fixed)} of Mamba states and "
-        f"{model.kv_bytes_per_token(item):,} B per token of context."
+        f"{kv_bytes_per_token(model.config, item):,} B per token of context."
     )
     if not any(report.slots_by_context.values()):
         return f"{text} Not even one slot of 4096 tokens fits."

@@ -41,7 +41,7 @@ class Precision:
     summary: str
 
     def bits(self, part: str) -> Fraction:
-        """Return the bits per weight of a part named as in `model_size.PARTS`."""
+        """Return the bits per weight of a part named as in `sizes.PARTS`."""
         if part in ("routed experts", "shared experts"):
             return self.experts
         if part in ("mamba", "attention"):

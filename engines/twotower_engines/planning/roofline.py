@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Any, Literal
 
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
 from twotower_engines.planning.acceptance import Calls
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import BLOCK, MemoryPlan
@@ -218,8 +219,8 @@ def context_call(
     table: Routing = "context token" if tokens == 1 else "context block"
     parts = _Parts(model, machine, "context", rows, tokens, context, table, routing)
     item = machine.item
-    new = rows * (model.ssm_bytes + model.conv_bytes(item))
-    new += rows * tokens * model.kv_bytes_per_token(item)
+    new = rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
+    new += rows * tokens * kv_bytes_per_token(model.config, item)
     # landed states are read and written once more to come home
     copies = 2 * new / parts.bandwidth
     if to_second_gpu and machine.sku.peer:
@@ -287,7 +288,7 @@ class _Parts:
         self.model, self.machine, self.rows, self.tokens = model, machine, rows, tokens
         self.context, self.tower = context, tower
         self.count = rows * tokens
-        self.parameters = model.parts(tower)
+        self.parameters = parts_of_tower(model.config, tower)
         precision = PRECISIONS[machine.precision]
         self.weights = {part: precision.size(part, n) for part, n in self.parameters.items()}
         self.bandwidth = machine.sku.bandwidth * machine.sku.achieved
@@ -331,8 +332,8 @@ class _Parts:
     def _bytes(self, logits: int, written: float) -> dict[str, float]:
         model, c, item, n = self.model, self.model.config, self.machine.item, self.count
         layers, w = len(c.pattern), self.weights
-        mamba = self.rows * (model.ssm_bytes + model.conv_bytes(item))
-        keys = self.rows * self.context * model.kv_bytes_per_token(item)
+        mamba = self.rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
+        keys = self.rows * self.context * kv_bytes_per_token(model.config, item)
         share = self.distinct / c.num_experts if c.num_experts else 0.0
         return {
             "routed experts": w["routed experts"] * share + self._expert_activations(),

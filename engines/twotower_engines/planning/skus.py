@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import os
 import platform
 import re
@@ -188,15 +187,15 @@ def sku_of_file(path: Path) -> Sku:
     Raises:
         PlanError: The file is unreadable or malformed; naming the key, its value and the remedy.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as problem:
-        raise PlanError(f"{path}: the SKU file cannot be read ({problem.strerror})") from problem
-    except ValueError as problem:
-        raise PlanError(f"{path}: is not valid {path.suffix[1:].upper()} ({problem})") from problem
-    if not isinstance(values, dict):
-        raise PlanError(f"{path}: should hold one SKU, found {type(values).__name__}")
+    if path.suffix == ".toml":
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise PlanError(f"{path}: cannot be read: {problem.strerror}") from problem
+        except ValueError as problem:
+            raise PlanError(f"{path}: is not TOML: {problem}; correct it") from problem
+    else:
+        values = read_json(path, PlanError, "correct it").values
     _check_file(path, values)
     capability = values["compute_capability"]
     is_rtx = capability in ("8.6", "8.9", "12.0")

@@ -261,7 +261,7 @@ def test_the_same_weights_in_other_files_are_recognised(copied, tensors):
     for path in copied.folder.glob("*.safetensors"):
         path.unlink()
     save_file(tensors, copied.folder / "model.safetensors")
-    message = "holds the same weights in other files: .* of model.safetensors; .* export this"
+    message = "holds the same weights in other files: .* of model.safetensors, .* export this"
     with pytest.raises(CheckpointError, match=message):
         copied.check()
 

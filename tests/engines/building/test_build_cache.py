@@ -82,7 +82,7 @@ class CountingFlavour:
         pass
 
     def recipe(self, tower, target):
-        return {"profiles": [target.limits.slots], "flags": self.flags}
+        return {"profiles": [{"batch": [target.limits.slots] * 3}], "flags": self.flags}
 
     def build(self, orders, target, progress):
         for tower, order in orders.items():
@@ -141,11 +141,14 @@ def other_flags(counting, bundle):
 
 def other_code(counting, bundle):
     """As a developer changes the builder without changing its version."""
-    sources = bundle.parent / "sources"
-    shutil.copytree(code_digest_module._folder("twotower_engines"), sources)
-    with (sources / "building/flavours/worker.py").open("a") as stream:
+    sources = {"twotower_engines": bundle.parent / "sources"}
+    real = code_digest_module._folder
+    shutil.copytree(real("twotower_engines"), sources["twotower_engines"])
+    with (sources["twotower_engines"] / "building/flavours/worker.py").open("a") as stream:
         stream.write("better = True")
-    counting.patch.setattr(code_digest_module, "_folder", lambda package: sources)
+    counting.patch.setattr(
+        code_digest_module, "_folder", lambda package: sources.get(package) or real(package)
+    )
 
 
 def other_graph(counting, bundle):

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import FULL_SIZE
 from twotower_contract.errors import ConfigError
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.fit import largest_context, largest_slots, refusal, require_fit
 from twotower_engines.planning.model_size import ModelSize, read_model_size
@@ -43,7 +44,7 @@ def config(tmp_path):
 
 
 def test_parameters_of_the_released_model(model):
-    parts = model.parts("denoiser")
+    parts = parts_of_tower(model.config, "denoiser")
     assert parts["mamba"] == 23 * 38_742_208
     assert parts["attention"] == 6 * 23_396_352
     assert parts["routed experts"] == 23 * 128 * 9_977_856
@@ -51,23 +52,27 @@ def test_parameters_of_the_released_model(model):
     assert parts["router"] == 23 * (344_064 + 128)
     assert parts["embeddings"] == parts["head"] == 352_321_536
     assert parts["time conditioning"] == 7_918_848 + 21_684_096 + 419_328
-    assert sum(model.parts("context").values()) == 31_577_940_288
+    assert sum(parts_of_tower(model.config, "context").values()) == 31_577_940_288
     assert model.parameters == 63_185_902_848
 
 
 def test_bytes_of_the_released_model(model):
     assert model.parameters * 2 / GIB == pytest.approx(117.69, abs=0.005)
-    assert model.parts("context")["routed experts"] * 2 == pytest.approx(58.75e9, rel=1e-4)
-    assert model.kv_bytes_per_token(2) == 6144
-    assert model.ssm_bytes == 46 * MIB
-    assert model.conv_bytes(2) == 23 * 3 * 6144 * 2
+    assert parts_of_tower(model.config, "context")["routed experts"] * 2 == pytest.approx(
+        58.75e9, rel=1e-4
+    )
+    assert kv_bytes_per_token(model.config, 2) == 6144
+    assert ssm_bytes(model.config) == 46 * MIB
+    assert conv_bytes(model.config, 2) == 23 * 3 * 6144 * 2
 
 
 def test_a_bundle_tells_the_same_as_its_checkpoint(random_engines):
     made = random_engines("MEM*E")
     from_config = read_model_size(made.checkpoint)
     from_manifest = read_model_size(made.folder)
-    assert from_config.parts("denoiser") == from_manifest.parts("denoiser")
+    assert parts_of_tower(from_config.config, "denoiser") == parts_of_tower(
+        from_manifest.config, "denoiser"
+    )
     assert from_config.towers == from_manifest.towers == ("context", "denoiser")
     assert from_config.config.dtype == from_manifest.config.dtype == "float32"
     assert from_config.warnings == ()  # the shards hold exactly what we counted
@@ -98,7 +103,7 @@ def test_a_pattern_needs_only_its_own_sizes(config):
     model = read_model_size(
         config(hybrid_override_pattern="M*", num_hidden_layers=2, n_routed_experts=None)
     )
-    assert model.parts("context")["routed experts"] == 0
+    assert parts_of_tower(model.config, "context")["routed experts"] == 0
     assert plan_memory(model, PlanRequest(find_sku("l4"))).fits
 
 
@@ -152,7 +157,7 @@ def test_what_each_precision_takes(model):
         return sum(
             PRECISIONS[name].size(part, count)
             for tower in model.towers
-            for part, count in model.parts(tower).items()
+            for part, count in parts_of_tower(model.config, tower).items()
         )
 
     experts = 2 * (29_374_808_064 + 458_981_376)
@@ -176,8 +181,8 @@ def test_what_must_stay_wide():
 def test_sizes_agree_with_a_measured_quantization(model):
     """W4A16 experts with an fp16 scale per 16 took a tower from 59 to 21 GiB on two DGX Spark."""
     spark = Precision("w4a16", Fraction(5), Fraction(16), Fraction(16), Fraction(16), "")
-    shared = model.parts("context")["shared experts"]
-    tower = sum(spark.size(part, n) for part, n in model.parts("context").items())
+    shared = parts_of_tower(model.config, "context")["shared experts"]
+    tower = sum(spark.size(part, n) for part, n in parts_of_tower(model.config, "context").items())
     tower += shared * 11 // 8  # there the shared experts stayed bf16
     assert 20.5 < tower / GIB < 21.9
 
@@ -203,7 +208,7 @@ def test_precisions_that_cannot_be(model):
 
 
 def test_the_cpu_and_fp32_checkpoints_are_fp32(model):
-    fp32 = replace(model, dtype="float32")
+    fp32 = replace(model, config=replace(model.config, dtype="float32"))
     for precision in ("auto", "bf16"):
         assert resolve_precision(model, find_sku("cpu"), precision) == "float32"
         assert resolve_precision(fp32, find_sku("h200"), precision) == "float32"
@@ -288,7 +293,7 @@ def test_function_bodies_need_more_workspace(model):
 
 
 def test_a_float32_graph_casts_no_keys(model):
-    fp32 = replace(model, dtype="float32")
+    fp32 = replace(model, config=replace(model.config, dtype="float32"))
     request = PlanRequest(find_sku("b300"), 1, max_tokens_per_call=256)
     scores = 16 * 256 * 32 * (8192 + 256) * 8
     expected = int(1.25 * (scores + 4 * 16 * 256 * 2688 * 4))
