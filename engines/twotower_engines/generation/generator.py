@@ -19,13 +19,7 @@ from typing import Self
 
 from twotower_engines.artifacts.engine_set import EngineSet
 from twotower_engines.errors import GenerationError
-from twotower_engines.generation.request import (
-    BlockEvent,
-    FinishReason,
-    Mode,
-    Request,
-    RequestLimits,
-)
+from twotower_engines.generation.request import BlockEvent, FinishReason, Request, RequestLimits
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import LoadProgress
 from twotower_engines.runtime.opening import open_runtime
@@ -34,7 +28,6 @@ __all__ = [
     "BlockEvent",
     "FinishReason",
     "Generator",
-    "Mode",
     "Request",
     "RequestLimits",
     "Result",
