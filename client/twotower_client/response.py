@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from twotower_client.errors import (
-    CancelledError,
     ClientError,
     DeadlineError,
     InactivityError,
     ModelNotReadyError,
+    RequestCancelledError,
     RequestFailedError,
     RequestRefusedError,
     ServerBusyError,
@@ -163,9 +163,9 @@ def ended_early() -> RequestFailedError:
     return RequestFailedError("the server ended the answer without saying why; its log may tell")
 
 
-def cancelled() -> CancelledError:
+def cancelled() -> RequestCancelledError:
     """Return the exception for an answer that its caller stopped."""
-    return CancelledError("the request was cancelled before its answer was complete")
+    return RequestCancelledError("the request was cancelled before its answer was complete")
 
 
 def unexplained(message: str) -> RequestFailedError:

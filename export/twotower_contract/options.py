@@ -268,7 +268,7 @@ def ids_refusal(name: str, ids: object) -> str | None:
 def _float32(value: Any) -> float:
     """Return the float32 nearest to a number; infinity where it is too large for one."""
     try:
-        nearest: float = struct.unpack("<f", struct.pack("<f", value))[0]
+        nearest: float = struct.unpack("<f", struct.pack("<f", float(value)))[0]
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     return nearest
