@@ -126,7 +126,9 @@ class RequestOptions:
     block_size: int = field(
         default=16,
         metadata=_declared(
-            "INT32", "Tokens that are denoised together; the engines say how many they take."
+            "INT32",
+            "Tokens that are denoised together, or sent together in the other modes; the engines "
+            "limit it.",
         ),
     )
     steps: int = field(
