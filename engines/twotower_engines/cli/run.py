@@ -58,7 +58,7 @@ seconds, finish_reason.
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="ar, mock_ar.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--eos-id", "eos_ids", type=int, multiple=True, help="Ends the answer. Repeatable.")
-@click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),

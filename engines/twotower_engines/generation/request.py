@@ -1,4 +1,4 @@
-"""What can be asked of the engines, and what comes back block by block."""
+"""Requests to the engines, and the events that come back block by block."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SEED_BOUND = 2**64
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # temperatures and thresholds are float32 in the graphs
 TEMPERATURE_MIN = 2.0**-20  # 1e-6, also as float32; below it logits divided by it overflow
 STEPS_BOUND = 2**31  # the graph counts steps in int32
-BOUND_POLICIES = ("factor", "entropy")  # their threshold is no probability
+BOUND_POLICIES = ("factor", "entropy")  # their threshold is not a probability
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may ask of one engine set.
+    """Limits of the requests to one engine set.
 
     Attributes:
-        context: Tokens, prompt and answer together.
+        context: Tokens of prompt and answer together.
         block_size_max: Largest block.
-        vocab_size: Ids must be below this.
+        vocab_size: Upper bound of token ids, exclusive.
         modes: Modes that the engines can run.
     """
 
@@ -70,11 +70,11 @@ class Request:
         steps: Denoiser calls per block at most. Mask diffusion only, like the next two.
         threshold: Confidence above which a position is committed; for policy `factor` the factor,
             for `entropy` the bound in nats.
-        policy: What is committed in a step: one of `runtime.POLICIES`.
+        policy: Rule that chooses the positions to commit in a step: a name of `POLICIES`.
         temperature: 0 for the most likely tokens; otherwise at least 1e-6.
         top_k: Restrict draws to the k most likely tokens; 0 does not. `ar` and `mock_ar` only.
         top_p: Restrict draws to this probability mass; 1 does not. `ar` and `mock_ar` only.
-        seed: Of all that is drawn; it fixes the answer, whatever the request is batched with.
+        seed: Random seed; the same seed gives the same answer, whatever the batch.
         eos_ids: Tokens that end the answer. Mask diffusion keeps the whole block of such a token.
     """
 
@@ -93,10 +93,10 @@ class Request:
     eos_ids: tuple[int, ...] = ()
 
     def check(self, limits: RequestLimits) -> None:
-        """Refuse what cannot be done, before any work.
+        """Refuse a request that cannot be done, before any work.
 
         Raises:
-            RequestError: Naming the value and the remedy.
+            RequestError: The message names the value and the remedy.
         """
         self._check_ids(limits)
         self._check_block_size(limits)
@@ -105,10 +105,10 @@ class Request:
         self._check_length(limits)
 
     def check_options(self) -> None:
-        """Refuse what no engines can do, whatever the prompt: it needs no engines to be there.
+        """Refuse options that no engines accept, whatever the prompt.
 
         Raises:
-            RequestError: Naming the value and the remedy.
+            RequestError: The message names the value and the remedy.
         """
         if self.mode not in MODES:
             raise RequestError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
@@ -202,12 +202,12 @@ class BlockEvent:
     """A piece of an answer: one block, or in the autoregressive modes up to as many tokens.
 
     Attributes:
-        request_id: Of the request.
+        request_id: Id of the request.
         ids: New tokens; none beyond `max_new_tokens`.
         masked_counts: Positions masked before each denoiser call of the block; empty in the
             autoregressive modes, which mask nothing.
-        denoiser_calls: Of this request until now.
-        context_calls: Of this request until now, prefill included.
+        denoiser_calls: Denoiser calls of this request until now.
+        context_calls: Context calls of this request until now, prefill included.
         finish_reason: Set in the last event of a request, unless it failed.
         error: Why the request failed; set in its last event.
     """
@@ -222,5 +222,5 @@ class BlockEvent:
 
     @property
     def is_last(self) -> bool:
-        """Whether no more comes for this request."""
+        """Whether this is the last event of its request."""
         return self.finish_reason is not None or self.error is not None

@@ -19,10 +19,9 @@ class Target:
     """One GPU generation.
 
     Attributes:
-        compute_capability: as in `skus.json`, e.g. "9.0".
-        ptx: version of PTX times ten.
-        cuda: the CUDA version whose driver first takes that PTX.
-        examples: products.
+        compute_capability: As in `skus.json`, for example "9.0".
+        ptx: Version of PTX times ten.
+        cuda: The CUDA version whose driver first takes that PTX.
     """
 
     compute_capability: str
@@ -50,10 +49,10 @@ TARGETS = (
 
 
 def target(compute_capability: str) -> Target:
-    """The target of a compute capability.
+    """Return the target of a compute capability.
 
     Raises:
-        BuildError: no kernel is compiled for it.
+        BuildError: No kernel is compiled for it.
     """
     for candidate in TARGETS:
         if candidate.compute_capability == compute_capability:

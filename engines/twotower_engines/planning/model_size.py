@@ -1,7 +1,7 @@
-"""How large a model is: parameters per tower and part, and bytes of context state per slot.
+"""The size of a model: parameters per tower and part, and bytes of context state per slot.
 
-Reads a checkpoint's `config.json`, a bundle's `manifest.json`, and the headers of safetensors
-shards; never a weight. Knows nothing about GPUs.
+It is read from a checkpoint's `config.json`, a bundle's `manifest.json`, and the headers of
+safetensors shards, without reading a weight. Nothing here depends on GPUs.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class ModelSize:
 
     Attributes:
         config: The towers' shapes.
-        dtype: What the checkpoint computes in, `bfloat16` or `float32`.
+        dtype: Type that the checkpoint computes in, `bfloat16` or `float32`.
         towers: `context`, and `denoiser` where there is one.
         source: The file that it was read from.
-        warnings: What looked odd while reading, for people.
+        warnings: Oddities in the files, for people.
     """
 
     config: ModelConfig
@@ -131,7 +131,7 @@ class ModelSize:
 
     @property
     def parameters_in_words(self) -> str:
-        """As `63.19 B parameters`."""
+        """The number of parameters in words, as `63.19 B parameters`."""
         count = self.parameters
         for size, letter in ((1e9, "B"), (1e6, "M")):
             if count >= size:
@@ -156,7 +156,7 @@ class ModelSize:
         return self.layers("M") * (c.conv_kernel - 1) * c.conv_dim * item
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a program may want to know of it."""
+        """Return the sizes, for programs."""
         return {
             "source": self.source,
             "dtype": self.dtype,
