@@ -15,10 +15,10 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from twotower_engines.errors import EnginesError
+from twotower_engines.planning.skus import machine_memory
 
 __all__ = ["Ability", "Examination", "examine"]
 
@@ -94,7 +94,7 @@ def examine() -> Examination:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=len(os.sched_getaffinity(0)),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=machine_memory(),
         gpus=gpus,
         packages=packages,
         server=server,
@@ -191,15 +191,6 @@ def _gpus() -> tuple[dict[str, str], ...]:
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line]
     return tuple(dict(zip(GPU_FIELDS, row, strict=False)) for row in rows)
-
-
-def _memory_bytes() -> int:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return machine
-    return min(machine, int(limit)) if limit.isdigit() else machine
 
 
 def _free_shared_memory() -> int | None:

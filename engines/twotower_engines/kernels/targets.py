@@ -27,7 +27,6 @@ class Target:
     compute_capability: str
     ptx: int
     cuda: str
-    examples: str
 
     @property
     def arch(self) -> int:
@@ -37,14 +36,14 @@ class Target:
 
 
 TARGETS = (
-    Target("8.0", 80, "12.0", "A100"),
-    Target("8.6", 80, "12.0", "A10, RTX 3090"),
-    Target("8.9", 80, "12.0", "L4, L40S, RTX 4090"),
-    Target("9.0", 80, "12.0", "H100, H200, GH200"),
-    Target("10.0", 86, "12.7", "B200, GB200"),
-    Target("10.3", 88, "12.9", "B300, GB300"),
-    Target("12.0", 87, "12.8", "RTX PRO 6000 Blackwell, RTX 5090"),
-    Target("12.1", 88, "12.9", "GB10 (DGX Spark)"),
+    Target("8.0", 80, "12.0"),  # A100
+    Target("8.6", 80, "12.0"),  # A10, RTX 3090
+    Target("8.9", 80, "12.0"),  # L4, L40S, RTX 4090
+    Target("9.0", 80, "12.0"),  # H100, H200, GH200
+    Target("10.0", 86, "12.7"),  # B200, GB200
+    Target("10.3", 88, "12.9"),  # B300, GB300
+    Target("12.0", 87, "12.8"),  # RTX PRO 6000 Blackwell, RTX 5090
+    Target("12.1", 88, "12.9"),  # GB10 (DGX Spark)
 )
 
 

@@ -126,7 +126,6 @@ class Acceptance:
 
     source: str
     measurements: tuple[Measurement, ...]
-    traces: tuple[tuple[int, ...], ...]
     reference: Reference
 
     @property
@@ -229,7 +228,6 @@ def load_acceptance() -> Acceptance:
             )
             for one in document.items("measurements")
         ),
-        traces=tuple(one.integers("masked") for one in document.items("traces")),
         reference=Reference(
             denoiser_call=reference.number("denoiser_call_seconds"),
             context_extension=reference.number("context_extension_seconds"),

@@ -39,7 +39,7 @@ from twotower_engines.artifacts.document import read_json
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.precisions import PRECISIONS
 
-__all__ = ["GIB", "Sku", "known_skus", "precisions_of", "sku_of_file"]
+__all__ = ["GIB", "Sku", "known_skus", "machine_memory", "precisions_of", "sku_of_file"]
 
 GIB = 1 << 30
 TABLE_FILE = Path(__file__).with_name("skus.json")
@@ -160,7 +160,7 @@ def precisions_of(capability: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _machine_memory() -> int:
+def machine_memory() -> int:
     """Return the bytes of memory of this machine, or of the container around this process."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -176,7 +176,7 @@ def _sku_of_table(name: str, row: Mapping[str, Any], sources: Mapping[str, Any])
     where = {key: str(sources[pair[1]]) for key, pair in row.items() if key in values}
     values |= {"name": name, **{key: row[key] for key in WORDS if key in row}}
     if values["memory_gib"] is None:
-        values["memory_gib"] = _machine_memory() / GIB
+        values["memory_gib"] = machine_memory() / GIB
     if values["arch"] is None:
         values["arch"] = platform.machine()
     return replace(_sku(values), sources=where)
