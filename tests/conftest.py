@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+
+pytest_plugins = ["tests.support.served"]
 
 # Before anything imports torch: its threads spin while they wait, which on two cores costs small
 # models ten times what it gains. Child processes inherit it.

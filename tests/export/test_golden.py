@@ -7,15 +7,15 @@ import json
 
 import numpy as np
 import pytest
-import reference
 from click.testing import CliRunner
-from reference import ReferenceModel, generate_ar, generate_mask_diffusion
 
+from tests.support import reference
+from tests.support.reference import ReferenceModel, generate_ar, generate_mask_diffusion
+from twotower_contract.errors import TwoTowerError
 from twotower_contract.policies import POLICIES
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli.golden import golden as command
-from twotower_export.errors import ExportError
 from twotower_export.reference import golden as module
 from twotower_export.reference import sequence
 from twotower_export.reference.golden import (
@@ -78,7 +78,7 @@ def test_without_a_denoiser_the_answer_is_autoregressive(checkpoint):
 def test_a_bundle_has_it(checkpoint, tmp_path):
     manifest = write_bundle(checkpoint, tmp_path / "bundle")
     stored = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert stored["golden"] == manifest["golden"] == compute_golden(checkpoint)
+    assert stored["golden"] == manifest.golden == compute_golden(checkpoint)
     assert stored["golden_missing"] is None
 
 
@@ -104,7 +104,7 @@ def test_weights_that_are_no_numbers_give_no_answer(tmp_path, tower):
     assert golden is None
     assert f"the {tower} tower's logits hold NaN" in missing["reason"]
     refused = run(folder).exception
-    assert isinstance(refused, ExportError)
+    assert isinstance(refused, TwoTowerError)
     assert refused.exit_code == 2
     assert "logits hold NaN" in str(refused)
     assert not (folder / "golden.json").exists()
@@ -132,7 +132,7 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
 def test_a_file_of_something_else_is_refused(checkpoint, change, message):
     path = write_golden(checkpoint, compute_golden(checkpoint))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(TwoTowerError, match=message):
         golden_for(checkpoint)
 
 
@@ -148,7 +148,7 @@ def test_the_command_streams_and_gives_the_answer_of_the_towers_in_memory(checkp
     assert read_golden(checkpoint) == computed
     printed = json.loads(run(checkpoint.path, "--json").stdout)
     assert (printed["file"], printed["golden"]) == (str(path), computed)
-    assert isinstance(run(checkpoint.path / "nothing").exception, ExportError)
+    assert isinstance(run(checkpoint.path / "nothing").exception, TwoTowerError)
 
 
 def test_an_autoregressive_answer_is_streamed_too(checkpoint):

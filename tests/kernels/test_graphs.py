@@ -12,9 +12,16 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
-from kernel_reference import Row
 
+from tests.support.kernel_inputs import (
+    MASK,
+    block,
+    draw_experts,
+    draw_mamba,
+    mixed_rows,
+    row_tensors,
+)
+from tests.support.kernel_reference import Row
 from twotower_engines.kernels import experts, mamba, refine
 from twotower_engines.kernels.nodes import OPS
 from twotower_export.graph import build_refine_graph

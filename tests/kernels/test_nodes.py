@@ -13,8 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
 
+from tests.support.kernel_inputs import (
+    MASK,
+    block,
+    draw_experts,
+    draw_mamba,
+    mixed_rows,
+    row_tensors,
+)
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import experts, mamba, nodes, refine
 from twotower_engines.kernels.compile import all_specs

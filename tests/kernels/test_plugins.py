@@ -18,8 +18,17 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
 
+from tests.support import ROOT
+from tests.support.kernel_inputs import (
+    MASK,
+    block,
+    draw_experts,
+    draw_mamba,
+    mixed_rows,
+    row_tensors,
+)
+from twotower_contract.layout import graph_weights
 from twotower_engines.building.flavours.rtx_library import find_library
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.nodes import NAMESPACE, OPS
@@ -28,22 +37,23 @@ from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
 from twotower_export.graph.refine import refine_block
-from twotower_export.layout import graph_weights
 from twotower_export.tiny.checkpoints import tiny_config
 
-CHECKS = Path(__file__).with_name("tensorrt_checks.py")
+CHECKS = "tests.support.tensorrt_checks"
 FLOAT = ir.DataType.FLOAT
 
 
 @pytest.fixture(scope="module")
 def tensorrt() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs one of `tensorrt_checks.py` in a process of its own."""
+    """Runs one of `tests.support.tensorrt_checks` in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= find_library().environment
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, CHECKS, *args]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-m", CHECKS, *args]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
 
     return run
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
-from kernel_reference import Row, gumbel, refine_row
 from scipy.stats import kstest
 
+from tests.support.kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
+from tests.support.kernel_reference import Row, gumbel, refine_row
 from twotower_contract.policies import POLICIES
 from twotower_engines.kernels import jit, noise, refine, vocabulary
 from twotower_export.graph.policies import POLICY_RULES

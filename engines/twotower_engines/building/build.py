@@ -17,18 +17,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.engine_set import (
+from twotower_contract.atomic import partial_folder, put_in_place
+from twotower_contract.digests import file_sha256, file_state
+from twotower_contract.engine_set import (
     BUILD_FILE,
     BuildRecord,
     EngineSet,
     Limits,
     PlanFile,
-    file_sha256,
     open_engine_set,
     write_build_record,
 )
-from twotower_engines.artifacts.manifest import MANIFEST_FILE, Manifest, read_manifest
-from twotower_engines.artifacts.partial import partial_folder, put_in_place
+from twotower_contract.errors import TwoTowerError
+from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 from twotower_engines.building.build_cache import CachedPlan, PlanCache, digest_of
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.building.flavours.flavour import Flavour, Order, Target, layers_file
@@ -36,7 +37,7 @@ from twotower_engines.building.flavours.onnxruntime import OnnxRuntimeFlavour
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
 from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
-from twotower_engines.errors import BuildError, EnginesError, PlanError
+from twotower_engines.errors import BuildError, PlanError
 from twotower_engines.planning.fit import gib, refusal, require_fit
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanRequest, plan_memory
@@ -52,7 +53,7 @@ FLAVOURS: dict[str, Flavour] = {
 TOKENIZER_FILES = "*token*.json"
 CONTEXT = 8192
 PLAN_CODE = ("twotower_engines/building/flavours/*.py",)
-SET_CODE = ("twotower_engines/building/build.py", "twotower_engines/artifacts/engine_set.py")
+SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")
 """Sources that decide what a plan is, and what a set is besides; a recipe knows the kernels'."""
 
 
@@ -180,14 +181,14 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
 
 
 def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:
-    graphs = {}
+    graphs: dict[str, Path] = {}
     for tower in manifest.towers:
         entry = manifest.graph(precision, tower)
         path = bundle / entry.file
-        if not path.is_file():
-            raise BuildError(f"{path}: is missing; export the checkpoint again")
-        if file_sha256(path) != entry.sha256:
-            raise BuildError(f"{path}: was changed since export; export the checkpoint again")
+        state = file_state(path, entry.sha256)
+        if state != "ok":
+            what = "is missing" if state == "missing" else "was changed since export"
+            raise BuildError(f"{path}: {what}; export the checkpoint again")
         graphs[tower] = path
     return graphs
 
@@ -264,7 +265,7 @@ def _wanted(
 
 def _present(folder: Path, key: str) -> EngineSet | None:
     """Return an engine set that is complete, unchanged and of this key."""
-    with contextlib.suppress(EnginesError):
+    with contextlib.suppress(TwoTowerError):
         present = open_engine_set(folder)
         if present.build.key == key:
             present.check_plans()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 
 if TYPE_CHECKING:
     from twotower_engines.building.build import BuildOptions
@@ -31,7 +31,7 @@ the exit code is 1 if any could not be.
 """
 
 
-class PartlyBuiltError(EnginesError):
+class PartlyBuiltError(TwoTowerError):
     """Engines of some SKUs were built, of others not."""
 
     exit_code = 1
@@ -96,6 +96,7 @@ def build(
     as_json: bool,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
+    from twotower_contract.errors import TwoTowerError
     from twotower_engines.building.build import BuildOptions
     from twotower_engines.planning.sku_lookup import resolve_skus
 
@@ -105,7 +106,7 @@ def build(
         options = BuildOptions(sku, slots, context, flavour, precision, gpus, block_size_max)
         try:
             results.append(_build_one(bundle, engines, options))
-        except EnginesError as problem:
+        except TwoTowerError as problem:
             if len(chosen) == 1:
                 raise
             results.append({"sku": sku.name, "error": str(problem)})

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 from twotower_engines.planning.skus import machine_memory
 
 __all__ = ["Ability", "Examination", "examine"]
@@ -150,7 +150,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
 
     try:
         found = find_server()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return None, [str(problem)]
     problems = []
     unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
@@ -168,7 +168,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
 def _problem(look: Callable[[], Any]) -> tuple[str, ...]:
     try:
         look()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return (str(problem),)
     return ()
 

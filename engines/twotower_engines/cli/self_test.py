@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 
 if TYPE_CHECKING:
-    from twotower_engines.artifacts.engine_set import EngineSet
+    from twotower_contract.engine_set import EngineSet
     from twotower_engines.runtime.interface import Runtime
 
 EPILOG = """\b
@@ -30,7 +30,7 @@ CHECKPOINT/golden.json.
 """
 
 
-class SelfTestError(EnginesError):
+class SelfTestError(TwoTowerError):
     """The engines answer the golden prompt wrongly."""
 
     exit_code = 1
@@ -65,7 +65,7 @@ def selftest(
     The test detects engines that run without errors but produce garbage, such as word salad at one
     token per denoiser call.
     """
-    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_contract.engine_set import open_engine_set
     from twotower_engines.runtime.opening import open_runtime
     from twotower_engines.runtime.progress import ByteMeter
 
@@ -91,7 +91,7 @@ def _check(engines: EngineSet, runtime: Runtime, as_json: bool) -> None:
     if result.status == "failed":
         raise SelfTestError(f"{engines.folder}: {result.reason}")
     if result.status == "unavailable":
-        raise EnginesError(f"{engines.folder}: {result.reason}")
+        raise TwoTowerError(f"{engines.folder}: {result.reason}")
 
 
 def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> None:
@@ -100,7 +100,7 @@ def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> 
     Raises:
         SelfTestError: The answer is plainly wrong.
     """
-    from twotower_engines.artifacts.document import write_json
+    from twotower_contract.json_file import write_json
     from twotower_engines.verify.invariants import objections, run_request
     from twotower_engines.verify.self_test import golden_request
 

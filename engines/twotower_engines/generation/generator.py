@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.errors import GenerationError
 from twotower_engines.generation.request import BlockEvent, FinishReason, Request
 from twotower_engines.generation.scheduler import Scheduler

@@ -87,7 +87,7 @@ def text_of_one(report: PlanReport) -> str:
 def _heading(model: ModelSize, plan: MemoryPlan) -> str:
     towers = " and ".join(model.towers)
     return (
-        f"{model.parameters_in_words}, {towers} tower, {model.dtype}: "
+        f"{model.parameters_in_words}, {towers} tower, {model.config.dtype}: "
         f"{plan.slots} slots x {plan.context} tokens"
     )
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
 
 __all__ = [
     "CLOSED",

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import EngineSet
-from twotower_engines.artifacts.manifest import ModelConfig
+from twotower_contract.config import ModelConfig
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
@@ -79,7 +79,7 @@ class OnnxRuntime:
         model = engines.manifest.model
         self.limits = engines.build.limits
         self.vocab_size = model.vocab_size
-        self.mask_token_id = engines.manifest.mask_token_id
+        self.mask_token_id = engines.manifest.model.mask_token_id
         self.has_denoiser = "denoiser" in engines.build.plans
         engines.check_plans()
         store = WeightStore(engines.manifest, checkpoint)
@@ -304,7 +304,7 @@ def _state_shapes(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     """Return shapes per row of the Mamba states, and (heads, head_dim) of keys and values."""
     mamba: dict[str, tuple[int, ...]] = {}
-    for layer in model.mamba_layers:
+    for layer in model.layers_of_kind["M"]:
         mamba[f"context.layers.{layer}.conv_state"] = (model.conv_kernel - 1, model.conv_dim)
         mamba[f"context.layers.{layer}.ssm_state"] = (
             model.mamba_num_heads,
@@ -313,7 +313,7 @@ def _state_shapes(
         )
     attention = {
         f"context.layers.{layer}.{kind}_cache": (model.num_key_value_heads, model.head_dim)
-        for layer in model.attention_layers
+        for layer in model.layers_of_kind["*"]
         for kind in ("k", "v")
     }
     return mamba, attention

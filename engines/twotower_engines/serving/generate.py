@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
@@ -112,7 +112,7 @@ class TritonPythonModel:
             content = triton.get_input_tensor_by_name(request, "request").as_numpy()
             try:
                 message = decode(bytes(content.reshape(-1)[0]))
-            except EnginesError as problem:
+            except TwoTowerError as problem:
                 reply.fail(str(problem), "refused")
             else:
                 self._loop.put(message, reply)

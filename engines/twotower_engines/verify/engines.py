@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.document import Document
+from twotower_contract.digests import file_sha256
+from twotower_contract.engine_set import BUILD_FILE, EngineSet, Limits
+from twotower_contract.errors import EngineSetError, TwoTowerError
+from twotower_contract.json_file import Document
+from twotower_contract.manifest import read_manifest
 from twotower_engines.artifacts.engine_interface import Interface, differences, interface_of
-from twotower_engines.artifacts.engine_set import BUILD_FILE, EngineSet, Limits, file_sha256
-from twotower_engines.artifacts.manifest import read_manifest
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.flavours.parsing import parse, specs_of
-from twotower_engines.errors import BuildError, EnginesError, EngineSetError
+from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import known_skus
 from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.running import verify_running
@@ -78,7 +80,7 @@ def _raised(check: Callable[[], None]) -> list[str]:
     """Return the message of the error that a check raises."""
     try:
         check()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return [str(problem)]
     return []
 
@@ -105,7 +107,7 @@ def _capability_problems(engines: EngineSet) -> list[str]:
 def _profile_problems(engines: EngineSet, tower: str) -> list[str]:
     """Return sizes of calls that no profile takes: each must be covered from 1 to its limit."""
     profiles = engines.build.profiles.get(tower)
-    if not isinstance(profiles, list) or not profiles:
+    if not profiles:
         return [f"{BUILD_FILE}: the {tower} plan has no profiles; build again"]
     problems = []
     for dim, limit in BOUNDS[tower].items():

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from twotower_engines.artifacts.engine_set import EngineSet, open_engine_set
+from twotower_contract.engine_set import EngineSet, open_engine_set
+from twotower_contract.errors import EngineSetError, TwoTowerError
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.checkpoint_engines import cached_engines
-from twotower_engines.errors import EnginesError, EngineSetError
 from twotower_engines.planning.fit import require_fit
 from twotower_engines.planning.local_gpu import local_gpu
 from twotower_engines.planning.model_size import read_model_size
@@ -50,7 +50,7 @@ def verify_running(found: Verification, engines: EngineSet, sources: Sources) ->
     with contextlib.ExitStack() as stack:
         try:
             runtime = open_runtime(engines, sources.checkpoint)
-        except EnginesError as problem:
+        except TwoTowerError as problem:
             found.problems.append(f"the engines cannot be loaded: {problem}")
             return
         try:
@@ -104,7 +104,7 @@ def _reference(
         return stack.enter_context(cpu_engines(engines, sources))
     except EngineSetError as problem:
         found.problems.append(str(problem))
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         found.not_verified.append(f"outputs against the CPU flavour: {problem}")
     return None
 
@@ -145,7 +145,7 @@ def cpu_engines(engines: EngineSet, sources: Sources) -> Iterator[EngineSet]:
 
 def _beside(engines: EngineSet) -> EngineSet | None:
     """Return the CPU's engines in the same folder, if they are there and of the same checkpoint."""
-    with contextlib.suppress(EnginesError):
+    with contextlib.suppress(TwoTowerError):
         found = open_engine_set(engines.folder.parent, "cpu")
         _check_reference(found, engines.manifest.checkpoint.fingerprint)
         return found

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from twotower_engines.artifacts.document import Document, read_json
-from twotower_engines.artifacts.engine_set import EngineSet
-from twotower_engines.artifacts.manifest import MANIFEST_FILE
-from twotower_engines.errors import BundleError, GenerationError, RequestError
+from twotower_contract.engine_set import EngineSet
+from twotower_contract.errors import BundleError
+from twotower_contract.json_file import Document
+from twotower_contract.manifest import MANIFEST_FILE
+from twotower_engines.errors import GenerationError, RequestError
 from twotower_engines.generation.generator import Result
 from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.runtime.interface import Runtime
@@ -173,7 +174,7 @@ def golden_answer(engines: EngineSet) -> GoldenAnswer:
         missing = _missing(engines)
         why = missing.text("reason") if missing is not None else "the exporter stored none"
         raise GoldenMissingError(f"the bundle has no golden answer: {why}")
-    document = Document(values, f"{engines.folder / MANIFEST_FILE}: golden", BundleError)
+    document = _document(engines, values, "golden")
     return GoldenAnswer(
         request=_request(document),
         output_ids=document.integers("output_ids"),
@@ -253,18 +254,19 @@ def _equal_at_first(ids: Sequence[int], expected: Sequence[int]) -> int:
 
 def _missing(engines: EngineSet) -> Document | None:
     """Return what the manifest says in place of a golden answer."""
-    manifest = read_json(engines.folder / MANIFEST_FILE, BundleError)
-    return (
-        None
-        if manifest.values.get("golden_missing") is None
-        else manifest.section("golden_missing")
-    )
+    values = engines.manifest.golden_missing
+    return None if values is None else _document(engines, values, "golden_missing")
+
+
+def _document(engines: EngineSet, values: dict[str, Any], name: str) -> Document:
+    remedy = "export the checkpoint again"
+    return Document(values, str(engines.folder / MANIFEST_FILE), BundleError, remedy, name)
 
 
 def _request(document: Document) -> Request:
     mode = document.text("mode")
     if mode not in ("mask_diffusion", "ar"):
-        raise BundleError(f"{document.where}: mode is {mode!r}; export the checkpoint again")
+        raise document.refusal(f"the field `{document.name_of('mode')}` is {mode!r}")
     return Request(
         request_id="golden",
         prompt_ids=document.integers("prompt_ids"),

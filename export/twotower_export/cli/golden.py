@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
+from twotower_contract.errors import TwoTowerError
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
-from twotower_export.errors import ExportError
 from twotower_export.progress import StepMeter
 from twotower_export.reference.golden import expected_work, stream_golden, write_golden
 
@@ -45,9 +45,9 @@ def golden(checkpoint: str, as_json: bool) -> None:
     start = time.monotonic()
     opened = open_checkpoint(checkpoint)
     if importlib.util.find_spec("torch") is None:
-        raise ExportError("PyTorch is not installed; pip install 'twotower[reference]'")
+        raise TwoTowerError("PyTorch is not installed; pip install 'twotower[reference]'")
     if not os.access(opened.path, os.W_OK):
-        raise ExportError(f"{opened.path}: is not writable; run this where it is")
+        raise TwoTowerError(f"{opened.path}: is not writable; run this where it is")
     try:
         answer = _streamed(opened)
         path = write_golden(opened, answer)
@@ -66,7 +66,7 @@ def _streamed(checkpoint: Checkpoint) -> dict[str, Any]:
     """Compute an answer with progress on standard error.
 
     Raises:
-        ExportError: The logits hold NaN or infinity.
+        TwoTowerError: The logits hold NaN or infinity.
     """
     mode = "mask_diffusion" if "denoiser" in checkpoint.towers else "ar"
     print(expected_work(checkpoint, mode), file=sys.stderr)
@@ -74,6 +74,6 @@ def _streamed(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         return stream_golden(checkpoint, mode, meter)
     except FloatingPointError as problem:
-        raise ExportError(f"{checkpoint.path}: {problem}; there is no golden answer") from problem
+        raise TwoTowerError(f"{checkpoint.path}: {problem}; there is no golden answer") from problem
     finally:
         meter.finish()

@@ -15,7 +15,6 @@ which streams them layer by layer, whatever their size, and leaves the answer in
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from twotower_contract.errors import TwoTowerError
+from twotower_contract.json_file import read_json, write_json
+from twotower_contract.layout import TOWERS, Tower, expected_tensors
 from twotower_export.checkpoint import Checkpoint
-from twotower_export.config import read_json
-from twotower_export.errors import ExportError
 from twotower_export.inventory import take_inventory
-from twotower_export.layout import TOWERS, Tower, expected_tensors
 from twotower_export.reference.refinement import Rule, refine
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def golden_for(
         run the model records the answer.
 
     Raises:
-        ExportError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
+        TwoTowerError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
     """
     mode = "mask_diffusion" if "denoiser" in towers else "ar"
     recorded = read_golden(checkpoint)
@@ -96,22 +95,22 @@ def read_golden(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The answer that a checkpoint brings along, or None.
 
     Raises:
-        ExportError: the file is unreadable or another checkpoint's.
+        TwoTowerError: the file is unreadable or another checkpoint's.
     """
     path = checkpoint.path / GOLDEN_FILE
     if not path.is_file():
         return None
-    content = read_json(path)
+    content = read_json(path).values
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise ExportError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}; delete it")
+        raise TwoTowerError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}; delete it")
     if content.get("fingerprint") != checkpoint.fingerprint:
-        raise ExportError(
+        raise TwoTowerError(
             f"{path}: is of a checkpoint with fingerprint {str(content.get('fingerprint'))[:12]}, "
             f"not {checkpoint.fingerprint[:12]}; delete it, or record it again"
         )
     golden = content.get("golden")
     if not isinstance(golden, dict) or not golden.get("output_ids"):
-        raise ExportError(f"{path}: holds no answer; delete it, or record it again")
+        raise TwoTowerError(f"{path}: holds no answer; delete it, or record it again")
     return golden
 
 
@@ -124,9 +123,7 @@ def write_golden(checkpoint: Checkpoint, golden: Mapping[str, Any]) -> Path:
         "golden": dict(golden),
     }
     path = checkpoint.path / GOLDEN_FILE
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, content)
     return path
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.errors import EnginesError, RuntimeLoadError
+from twotower_contract.errors import TwoTowerError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.device import Box, Device, Fence
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 
-class CudaError(EnginesError):
+class CudaError(TwoTowerError):
     """A CUDA call failed: a device that is lost, a driver in trouble, or a bug of ours."""
 
     exit_code = 1

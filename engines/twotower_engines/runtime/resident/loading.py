@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.cache_root import cache_root
-from twotower_engines.artifacts.engine_set import EngineSet
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.runtime.interface import LoadProgress
 from twotower_engines.runtime.resident.cuda_device import (

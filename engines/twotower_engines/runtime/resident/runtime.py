@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import ITEM_SIZES, Manifest
+from twotower_contract.engine_set import Limits
+from twotower_contract.manifest import Manifest
+from twotower_contract.shards import ITEM_SIZES
 from twotower_engines.artifacts.weights import Progress
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.resident.calls import (
@@ -91,10 +92,10 @@ class ResidentRuntime:
     ) -> None:
         self.limits = limits
         self.vocab_size = manifest.model.vocab_size
-        self.mask_token_id = manifest.mask_token_id
+        self.mask_token_id = manifest.model.mask_token_id
         self.has_denoiser = denoiser is not None
         self._context, self._denoiser = context, denoiser
-        item = ITEM_SIZES["BF16" if manifest.dtype == "bfloat16" else "F32"]
+        item = ITEM_SIZES["BF16" if manifest.model.dtype == "bfloat16" else "F32"]
         self._kinds = state_kinds(manifest.model, limits, item)
         self._step = window_step(self._kinds)
         has_mirror = denoiser is not None and denoiser.device is not context.device

@@ -1,0 +1,6 @@
+"""Modules that tests and benchmarks share."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FULL_SIZE = ROOT / "tests" / "data" / "full_size"  # the released model's config.json
