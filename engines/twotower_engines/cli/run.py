@@ -39,7 +39,7 @@ The answer goes to standard output as it is made, figures to standard error. {JS
 @click.argument("source", metavar="CHECKPOINT|ENGINES")
 @click.option("--prompt", help="Text to continue.")
 @request_options
-@click.option("--sku", help="SKU whose engines are used, where ENGINES holds several.")
+@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),

@@ -17,12 +17,12 @@ FinishReason = Literal["length", "eos", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may ask of one engine set.
+    """Limits of the requests to one engine set.
 
     Attributes:
-        context: Tokens, prompt and answer together.
+        context: Tokens of prompt and answer together.
         block_size_max: Largest block.
-        vocab_size: Ids must be below this.
+        vocab_size: Upper bound of token ids, exclusive.
         modes: Modes that the engines can run.
     """
 
@@ -64,10 +64,10 @@ class Request(RequestOptions):
     prompt_ids: tuple[int, ...]
 
     def check(self, limits: RequestLimits) -> None:
-        """Refuse what cannot be done, before any work.
+        """Refuse a request that cannot be done, before any work.
 
         Raises:
-            RequestError: Naming the value and the remedy.
+            RequestError: The message names the value and the remedy.
         """
         self._check_ids(limits)
         self._check_block_size(limits)
@@ -76,10 +76,10 @@ class Request(RequestOptions):
         self._check_length(limits)
 
     def check_options(self) -> None:
-        """Refuse what no engines can do, whatever the prompt: it needs no engines to be there.
+        """Refuse options that no engines accept, whatever the prompt.
 
         Raises:
-            RequestError: Naming the value and the remedy.
+            RequestError: The message names the value and the remedy.
         """
         why = refusal({name: getattr(self, name) for name in OPTIONS})
         if why is not None:
@@ -130,12 +130,12 @@ class BlockEvent:
     """A piece of an answer: one block, or in the autoregressive modes up to as many tokens.
 
     Attributes:
-        request_id: Of the request.
+        request_id: Id of the request.
         ids: New tokens; none beyond `max_new_tokens`.
         masked_counts: Positions masked before each denoiser call of the block; empty in the
             autoregressive modes, which mask nothing.
-        denoiser_calls: Of this request until now.
-        context_calls: Of this request until now, prefill included.
+        denoiser_calls: Denoiser calls of this request until now.
+        context_calls: Context calls of this request until now, prefill included.
         finish_reason: Set in the last event of a request, unless it failed.
         error: Why the request failed; set in its last event.
     """
@@ -150,5 +150,5 @@ class BlockEvent:
 
     @property
     def is_last(self) -> bool:
-        """Whether no more comes for this request."""
+        """Whether this is the last event of its request."""
         return self.finish_reason is not None or self.error is not None
