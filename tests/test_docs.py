@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.support import ROOT
 from twotower_client.cli import VERBS
 from twotower_engines.cli.plan import plan
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = (
     "export/twotower_contract",
     "export/twotower_export",

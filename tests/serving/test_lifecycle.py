@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,11 @@ from pathlib import Path
 import pytest
 
 import twotower_client as tt
+from tests.support import TWOTOWER
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.ports import choose_ports
 
-COMMAND = [sys.executable, "-m", "twotower_client.cli", "serve"]
+COMMAND = [*TWOTOWER, "serve"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_ready_line_and_ctrl_c(packaged, alive) -> None:
 
 def open_stream(address: str) -> subprocess.Popen:
     """Start `twotower generate` on an answer of many minutes; return it when it has begun."""
-    command = [sys.executable, "-m", "twotower_client.cli", "generate", "--prompt-ids", "5"]
+    command = [*TWOTOWER, "generate", "--prompt-ids", "5"]
     command += ["--url", address, "--stream", "--max-new-tokens", "4000", "--threshold", "1"]
     asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert asking.stdout.read(1)
