@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from benchmarks import kernels as bench
 from benchmarks.kernel_cases import routed
+from twotower_contract.config import ModelConfig
 from twotower_engines.errors import PlanError
 from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
@@ -41,7 +42,6 @@ from twotower_engines.planning.local_gpu import local_sku
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.routing import distinct_experts
 from twotower_engines.planning.skus import Sku
-from twotower_export.config import ModelConfig
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 """Layers of the released model: Mamba, experts, attention."""
@@ -271,7 +271,7 @@ def roofline_of(model: Model, sku: Sku, rows: int, tokens: int) -> roofline.Call
         time_frequency_dim=model.time_features,
         mask_token_id=s.mask_id,
     )
-    size = ModelSize(config, "bfloat16", ("context", "denoiser"), "random weights")
+    size = ModelSize(config, ("context", "denoiser"), "random weights")
     machine = roofline.Machine(sku, "tensorrt", "bf16")
     return roofline.denoiser_step(size, machine, rows, tokens, s.block)
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from tests.support import TWOTOWER
-from twotower_engines.artifacts.engine_set import EngineSet, open_engine_set
+from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler

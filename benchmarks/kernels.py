@@ -36,6 +36,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernel_cases import CASES, Case, expert_cases
+from twotower_contract.atomic import write_text
 from twotower_engines.kernels import experts
 from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT, Launch
 
@@ -260,9 +261,7 @@ def report(rows: Sequence[Row], device: str, bandwidth: float, on_gpu: bool) -> 
 
 def save(path: Path, text: str) -> None:
     """Beside, then renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.atomic import write_text
+
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 NUM_EXPERTS = 128
 DRAWS = 400
@@ -127,9 +129,7 @@ def main() -> None:
         },
     }
     text = json.dumps(result, indent=1)
-    partial = args.output.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(args.output)
+    write_text(args.output, text + "\n")
     for name, table in result["tables"].items():  # type: ignore[attr-defined]
         print(f"{name:16}", {rows: one["mean"] for rows, one in table["rows"].items()})
 

@@ -41,16 +41,16 @@ PROMISED = {
         "ServerUnavailableError",
         "TwoTowerClient",
     },
-    "twotower_engines.generation.generator": {
+    "twotower_engines.generation.generator": {"Generator", "Result", "result_of"},
+    "twotower_engines.generation.request": {
         "BlockEvent",
         "FinishReason",
-        "Generator",
+        "MODES",
         "Mode",
         "Request",
         "RequestLimits",
-        "Result",
-        "generate",
     },
+    "twotower_engines.generation.scheduler": {"Scheduler"},
 }
 
 
@@ -81,7 +81,12 @@ def test_users_find_the_names_that_we_promise(name):
 @pytest.mark.parametrize("name", modules_with_names())
 def test_what_a_module_lists_is_there_and_is_ours(name):
     """A name in `__all__` exists, is not private, and was not written by somebody else."""
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "tensorrt":  # NVIDIA's wheel, which is not in the extra `dev`
+            raise
+        pytest.skip("needs the extra `tensorrt`")
     for public in module.__all__:
         assert not public.startswith("_")
         found = getattr(module, public)

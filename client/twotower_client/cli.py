@@ -56,6 +56,12 @@ VERBS: dict[str, Verb] = {
         "Write a checkpoint's graphs as a bundle.",
         "export",
     ),
+    "golden": Verb(
+        "twotower_export.cli.golden",
+        "golden",
+        "Compute the answer that engines must give in the self-test.",
+        "reference",
+    ),
     "plan": Verb(
         "twotower_engines.cli.plan",
         "plan",
@@ -119,7 +125,6 @@ VERBS: dict[str, Verb] = {
 EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
     "cuda": ("tensorrt",),
     "huggingface_hub": ("export",),
-    "matplotlib": ("plot",),
     "ml_dtypes": ("export", "build"),
     "onnx": ("export", "build"),
     "onnx_ir": ("export",),

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
 
-from twotower_export.config import ModelConfig
-from twotower_export.layout import BASE_PREFIX, HEADS, Tower
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import BASE_PREFIX, HEADS, Tower
 
 STORED_BYTES: Final = {"BF16": 2, "F32": 4}
 CACHE_BYTES: Final = {"bfloat16": 2, "float32": 4}

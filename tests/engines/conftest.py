@@ -24,7 +24,7 @@ class RandomEngines:
 
     @cached_property
     def engines(self):
-        from twotower_engines.artifacts.engine_set import open_engine_set
+        from twotower_contract.engine_set import open_engine_set
 
         return open_engine_set(self.folder)
 
@@ -89,7 +89,7 @@ def _engines_of(folder: Path) -> RandomEngines:
 
 def _poison(checkpoint: Path, token: int, hidden: int) -> None:
     """Make the float32 embedding of a token NaN in both towers."""
-    from twotower_engines.artifacts.weights import read_header
+    from twotower_contract.shards import read_header
 
     for path in checkpoint.glob("*.safetensors"):
         header, start = read_header(path)

@@ -22,7 +22,8 @@ from tests.support.kernel_inputs import (
     row_tensors,
 )
 from tests.support.kernel_reference import Row
-from twotower_engines.kernels import experts, mamba, nodes, refine
+from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels.nodes import OPS
 from twotower_export.graph import build_refine_graph
 from twotower_export.graph.body import Body
 from twotower_export.graph.experts import sparse_experts
@@ -48,9 +49,9 @@ def one_op(function: ir.Function, tensors: Sequence[torch.Tensor]) -> ir.Model:
     body = Body(ir.DataType.FLOAT)
     values = [
         ir.val(name, ir.DataType.from_numpy(tensor.numpy().dtype), tensor.shape)
-        for name, tensor in zip(nodes.OP_INPUTS[function.name], tensors, strict=True)
+        for name, tensor in zip(OPS[function.name].inputs, tensors, strict=True)
     ]
-    outputs = body.call(function, values, "op", nodes.OP_OUTPUTS[function.name])
+    outputs = body.call(function, values, "op", OPS[function.name].outputs)
     graph = ir.Graph(
         values,
         list(outputs),

@@ -29,9 +29,10 @@ CASES = {
 @pytest.fixture(scope="module")
 def local(packaged):
     """What `twotower run` does, in this process: options to (result, text)."""
-    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_contract.engine_set import open_engine_set
     from twotower_engines.artifacts.tokenizer import Tokenizer
-    from twotower_engines.generation.generator import Generator, Request
+    from twotower_engines.generation.generator import Generator
+    from twotower_engines.generation.request import Request
 
     tokenizer = Tokenizer(packaged.engines)
     with Generator(open_engine_set(packaged.engines), threads=1) as generator:

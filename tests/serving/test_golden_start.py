@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from twotower_engines.artifacts.engine_set import open_engine_set
+from twotower_contract.engine_set import open_engine_set
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.package import package
 from twotower_engines.serving.server import ServerOptions, TritonServer

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from twotower_engines.artifacts.engine_set import open_engine_set
+from twotower_contract.engine_set import open_engine_set
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler

@@ -11,9 +11,10 @@ import pytest
 
 from tests.support import ROOT, TWOTOWER
 from twotower_client import cli as root
-from twotower_engines.artifacts.engine_set import open_engine_set
-from twotower_engines.artifacts.partial import partial_folder, put_in_place
-from twotower_engines.errors import EnginesError, ServingError
+from twotower_contract.atomic import partial_folder, put_in_place
+from twotower_contract.engine_set import open_engine_set
+from twotower_contract.errors import TwoTowerError
+from twotower_engines.errors import ServingError
 from twotower_engines.serving import preprocess
 from twotower_engines.serving.package import package, templates_folder
 from twotower_engines.serving.repository import MODELS, check_configs, check_repository, read_config
@@ -118,10 +119,10 @@ def test_engines_and_checkpoint_are_checked_first(packaged, tmp_path) -> None:
     changed = tmp_path / "cpu"
     shutil.copytree(packaged.engines, changed)
     (changed / "denoiser.onnx").write_bytes(b"nothing")
-    with pytest.raises(EnginesError, match=r"denoiser\.onnx"):
+    with pytest.raises(TwoTowerError, match=r"denoiser\.onnx"):
         package(open_engine_set(changed), tmp_path / "repository", Settings(changed))
     settings = Settings(packaged.engines, checkpoint=tmp_path / "moved")
-    with pytest.raises(EnginesError, match="moved"):
+    with pytest.raises(TwoTowerError, match="moved"):
         package(open_engine_set(packaged.engines), tmp_path / "repository", settings)
     assert not (tmp_path / "repository").exists()
 

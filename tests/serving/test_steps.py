@@ -9,9 +9,10 @@ import random
 import numpy as np
 import pytest
 
-from twotower_engines.artifacts.engine_set import open_engine_set
+from twotower_contract.engine_set import open_engine_set
+from twotower_contract.errors import TwoTowerError
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS, Tokenizer, added_text
-from twotower_engines.errors import EnginesError, RequestError
+from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
 from twotower_engines.serving.preprocess import Preprocessor
 from twotower_engines.serving.wire import Job, Stop, decode, encode
@@ -129,7 +130,7 @@ def test_messages_survive_the_way() -> None:
     ],
 )
 def test_generate_refuses_what_is_no_message(content, said) -> None:
-    with pytest.raises(EnginesError, match="request") as refusal:
+    with pytest.raises(TwoTowerError, match="request") as refusal:
         decode(content)
     assert said in str(refusal.value)
 

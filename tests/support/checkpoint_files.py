@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from twotower_export.config import ModelConfig, config_json
-from twotower_export.layout import TOWERS, expected_tensors
+from twotower_contract.config import ModelConfig, config_json
+from twotower_contract.layout import TOWERS, expected_tensors
 
 INDEX = "model.safetensors.index.json"
 ITEM = {"BF16": 2, "F16": 2, "F32": 4}

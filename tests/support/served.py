@@ -21,7 +21,7 @@ class Packaged:
 @pytest.fixture(scope="session")
 def packaged(tmp_path_factory) -> Packaged:
     """A random checkpoint with a real tokenizer, packaged with two slots."""
-    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_contract.engine_set import open_engine_set
     from twotower_engines.serving.package import package
     from twotower_engines.serving.settings import Settings
 

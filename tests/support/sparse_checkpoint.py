@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import expected_tensors
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.config import ModelConfig
-from twotower_export.layout import expected_tensors
 
 HUB_ID = "nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16"
 REVISION = "a203471" + "0" * 33
@@ -190,7 +190,7 @@ def fill_random(snapshot: Path, layers: tuple[int, ...]) -> int:
         if tensor.dtype == "BF16":  # cut off, which is a rounding as good as any here
             content = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
         shard = checkpoint.shards[tensor.shard]
-        with shard.path.open("r+b") as file:
+        with (checkpoint.path / shard.file).open("r+b") as file:
             file.seek(shard.data_start + tensor.begin)
             left = tensor.end - tensor.begin
             filled += left

@@ -26,7 +26,7 @@ sys.modules["tensorrt.plugin"] = trtp
 
 from twotower_engines.errors import BuildError  # noqa: E402
 from twotower_engines.kernels import plugins  # noqa: E402
-from twotower_engines.kernels.nodes import NODES  # noqa: E402
+from twotower_engines.kernels.nodes import NAMESPACE, OPS  # noqa: E402
 
 
 def parse(path: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def registered() -> Any:
     creators = {
         creator.name: {field.name: field.type.name for field in creator.field_names}
         for creator in trt.get_plugin_registry().all_creators
-        if creator.plugin_namespace == plugins.NAMESPACE
+        if creator.plugin_namespace == NAMESPACE
     }
     return {
         "before": before,
@@ -137,7 +137,7 @@ def implementations() -> Any:
     dtypes = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32}
     made = {}
     for name, inputs in INPUTS.items():
-        definition = trtp._lib.QDP_REGISTRY[f"{plugins.NAMESPACE}::{name}"]
+        definition = trtp._lib.QDP_REGISTRY[f"{NAMESPACE}::{name}"]
         shapes = [trtp.ShapeExprs.from_tuple(dims) for _, dims in inputs]
         descs = [trtp.TensorDesc(s, dtypes[d]) for s, (d, _) in zip(shapes, inputs, strict=True)]
         for desc, (_, dims) in zip(descs, inputs, strict=True):
@@ -166,14 +166,14 @@ def shapes_unknown() -> Any:
     made = {}
     dtypes = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32}
     for name, inputs in INPUTS.items():
-        creator = trt.get_plugin_registry().get_creator(name, "1", plugins.NAMESPACE)
+        creator = trt.get_plugin_registry().get_creator(name, "1", NAMESPACE)
         fields = [
             trt.PluginField(key, np.array([value]), trt.PluginFieldType.INT64)
             for key, value in ATTRIBUTES[name].items()
         ]
         plugin = creator.create_plugin(
             name,
-            plugins.NAMESPACE,
+            NAMESPACE,
             trt.PluginFieldCollection(fields),
             trt.TensorRTPhase.BUILD,
             trt.QuickPluginCreationRequest.STRICT_AOT,
@@ -205,7 +205,7 @@ def other_plugins(path: str) -> None:
         def __init__(self, name: str, attributes: dict[str, type]) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version = name, "1"
-            self.plugin_namespace = plugins.NAMESPACE
+            self.plugin_namespace = NAMESPACE
             kinds = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
             fields = [trt.PluginField(k, np.array([]), kinds[t]) for k, t in attributes.items()]
             self.field_names = trt.PluginFieldCollection(fields)
@@ -214,9 +214,10 @@ def other_plugins(path: str) -> None:
             given = {field.name: field.data.tolist() for field in fields}
             print(json.dumps({"plugin": self.name, "attributes": given}), flush=True)
 
-    creators = [Creator(node.name, dict(node.attributes)) for node in NODES]
+    nodes = (node for op in OPS.values() for node in op.chain)
+    creators = [Creator(node.name, dict(node.attributes)) for node in nodes]
     for creator in creators:
-        trt.get_plugin_registry().register_creator(creator, plugins.NAMESPACE)
+        trt.get_plugin_registry().register_creator(creator, NAMESPACE)
     parse(path)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.errors import TwoTowerError
+
 if TYPE_CHECKING:
     from twotower_engines.building.build import BuildOptions
 
@@ -26,6 +28,12 @@ tensorrt) are built on the GPU, engines for RTX GPUs (flavour tensorrt-rtx) on a
 Plans are kept in $XDG_CACHE_HOME/twotower/builds, and building the same again takes no time.
 With several SKUs, what can be built is built, and the exit code is 1 if anything could not be.
 """
+
+
+class PartlyBuiltError(TwoTowerError):
+    """Engines of some SKUs were built, of others not."""
+
+    exit_code = 1
 
 
 @click.command(epilog=EPILOG)
@@ -85,53 +93,37 @@ def build(
     as_json: bool,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
+    from twotower_contract.errors import TwoTowerError
     from twotower_engines.building.build import BuildOptions
-    from twotower_engines.errors import BuildError, EnginesError
+    from twotower_engines.planning.sku_lookup import resolve_skus
 
-    names = _names(skus)
+    chosen = resolve_skus(skus)  # a misspelt one is refused before the first is built
     results = []
-    for name in names:
-        options = BuildOptions(name, slots, context, flavour, precision, gpus, block_size_max)
+    for sku in chosen:
+        options = BuildOptions(sku, slots, context, flavour, precision, gpus, block_size_max)
         try:
             results.append(_build_one(bundle, engines, options))
-        except EnginesError as problem:
-            if len(names) == 1:
+        except TwoTowerError as problem:
+            if len(chosen) == 1:
                 raise
-            results.append({"sku": name, "error": str(problem)})
+            results.append({"sku": sku.name, "error": str(problem)})
         if not as_json:
             print(_line(results[-1]), flush=True)
     if as_json:
         print(json.dumps({"engine_sets": results}, indent=2))
     failed = [result["sku"] for result in results if "error" in result]
     if failed:
-        error = BuildError(
-            f"not built: {', '.join(failed)} ({len(failed)} of {len(names)}); the reasons are above"
+        raise PartlyBuiltError(
+            f"not built: {', '.join(failed)} ({len(failed)} of {len(chosen)}); "
+            "the reasons are above"
         )
-        error.exit_code = 1
-        raise error
-
-
-def _names(skus: str) -> list[str]:
-    """Return the SKUs that `--sku` names, each once; files by their path."""
-    from twotower_engines.errors import BuildError
-    from twotower_engines.planning.sku_lookup import find_sku
-    from twotower_engines.planning.skus import known_skus
-
-    names: dict[str, None] = {}
-    for part in filter(None, (part.strip() for part in skus.split(","))):
-        for name in known_skus() if part == "all" else [part]:
-            find_sku(name)  # a misspelt one is refused before the first is built
-            names[name] = None
-    if not names:
-        raise BuildError(f"--sku is {skus!r}: name at least one SKU, or `all`")
-    return list(names)
 
 
 def _build_one(bundle: Path, engines: Path, options: BuildOptions) -> dict[str, Any]:
     from twotower_engines.building.build import build_engines
     from twotower_engines.building.progress import BuildProgress
 
-    progress = BuildProgress(options.sku)
+    progress = BuildProgress(options.sku.name)
     start = time.monotonic()
     try:
         made, is_new = build_engines(bundle, engines, options, progress)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 
 __all__ = ["Ability", "Examination", "examine"]
 
@@ -42,7 +42,6 @@ DISTRIBUTIONS = (
     "cuda-python",
     "nvidia-pytriton",
     "triton",
-    "matplotlib",
 )
 GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
 SHARED_MEMORY_NEEDED = 64 * 2**20  # for the four models of a repository, with room
@@ -117,7 +116,6 @@ def _abilities(
     return [
         Ability("ask a server (generate)"),
         Ability("say what fits on which GPU (plan)"),
-        Ability("chart that (plan --plot)", needs("plot", "matplotlib")),
         Ability(
             "make a small checkpoint (tiny)",
             needs("reference", "torch", "safetensors", "tokenizers"),
@@ -152,7 +150,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
 
     try:
         found = find_server()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return None, [str(problem)]
     problems = []
     unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
@@ -170,7 +168,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
 def _problem(look: Callable[[], Any]) -> tuple[str, ...]:
     try:
         look()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return (str(problem),)
     return ()
 

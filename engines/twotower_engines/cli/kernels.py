@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.atomic import write_text
+
 if TYPE_CHECKING:
     from twotower_engines.kernels.compile import Compiled
     from twotower_engines.kernels.spec import KernelSpec
@@ -130,9 +132,7 @@ def _line(spec: KernelSpec, gpu: Any, output: Path | None) -> dict[str, Any]:
 def _write(compiled: Compiled, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{compiled.name}.sm_{compiled.target.arch}.ptx"
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(compiled.ptx, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, compiled.ptx)
 
 
 def _report(what: str, number: int, count: int) -> None:

@@ -26,7 +26,7 @@ Examples:
   twotower plan CHECKPOINT --sku all
   twotower plan CHECKPOINT --sku h200 --slots 32 --context 32768
   twotower plan BUNDLE --sku h100-sxm --gpus 2 --json
-  twotower plan CHECKPOINT --sku all,my-gpu.toml --plot plan.png
+  twotower plan CHECKPOINT --sku all,my-gpu.toml
 """
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -63,11 +63,6 @@ Examples:
     help="Confidence threshold that tokens per second are told for (measured: 0.5 to 0.95).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers for programs.")
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a chart too (.png, .svg or .pdf; needs the extra [plot]).",
-)
 def plan(
     checkpoint: Path,
     skus: str,
@@ -77,7 +72,6 @@ def plan(
     precision: str,
     threshold: float,
     as_json: bool,
-    plot: Path | None,
 ) -> None:
     """Say what fits on which GPU, and how fast it can be.
 
@@ -118,10 +112,5 @@ def plan(
         click.echo(text_of_many(reports) if several else text_of_one(reports[0]))
         for text in problems:
             click.echo(f"  {text}")
-    if plot is not None:
-        from twotower_engines.planning.plan_chart import draw_plans
-
-        draw_plans(reports, plot)
-        click.echo(f"chart: {plot}", err=True)
     if not several and reports[0].refused is not None:
         raise PlanError(reports[0].refused)

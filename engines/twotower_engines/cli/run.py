@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower_engines.errors import EngineSetError, RequestError, TokenizerError
+from twotower_contract.errors import EngineSetError
+from twotower_engines.errors import RequestError, TokenizerError
 
 if TYPE_CHECKING:
-    from twotower_engines.artifacts.engine_set import EngineSet
+    from twotower_contract.engine_set import EngineSet
     from twotower_engines.artifacts.tokenizer import Tokenizer
-    from twotower_engines.generation.generator import Request, Result
+    from twotower_engines.generation.generator import Result
+    from twotower_engines.generation.request import Request
 
 EPILOG = """\b
 Examples:
@@ -129,8 +131,8 @@ def _engines_of(
     source: str, sku: str | None, checkpoint: Path | None
 ) -> tuple[EngineSet, Path | None]:
     """Open the engines that SOURCE names, making them first where it is a checkpoint."""
-    from twotower_engines.artifacts.engine_set import BUILD_FILE, open_engine_set
-    from twotower_engines.artifacts.manifest import MANIFEST_FILE
+    from twotower_contract.engine_set import BUILD_FILE, open_engine_set
+    from twotower_contract.manifest import MANIFEST_FILE
     from twotower_engines.building.checkpoint_engines import cached_engines, is_hub_id
 
     path = Path(source)
@@ -151,7 +153,7 @@ def _request(
     engines: EngineSet, prompt: str | None, ids: tuple[int, ...], options: dict[str, Any]
 ) -> tuple[Request, Tokenizer | None]:
     """Make and check the request before anything heavy is loaded."""
-    from twotower_engines.generation.generator import Request, RequestLimits
+    from twotower_engines.generation.request import Request, RequestLimits
 
     tokenizer = _tokenizer(engines, is_needed=prompt is not None)
     if prompt is not None:
@@ -159,7 +161,7 @@ def _request(
         ids = tokenizer.encode(prompt)
     request = Request("run", ids, **options)
     request.check(RequestLimits.of_engines(engines))
-    if engines.manifest.mask_token_id in ids:
+    if engines.manifest.model.mask_token_id in ids:
         # harmless to the towers, which mask by position, but surely not what was meant
         print("warning: the prompt holds the mask token and is read as such", file=sys.stderr)
     return request, tokenizer

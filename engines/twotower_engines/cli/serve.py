@@ -59,7 +59,7 @@ def package(
 
     REPO refers to the engines and the checkpoint by path; neither is copied.
     """
-    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_contract.engine_set import open_engine_set
     from twotower_engines.serving.package import package as write
     from twotower_engines.serving.repository import MODELS
     from twotower_engines.serving.settings import Settings

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import click
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 
 __all__ = ["main", "verify_engine_set"]
 
 
-class VerificationError(EnginesError):
+class VerificationError(TwoTowerError):
     """Something about an engine set is wrong."""
 
     exit_code = 1
@@ -39,7 +39,7 @@ def verify_engine_set(
     as_json: bool,
 ) -> None:
     """Verify ENGINES for a GPU as far as this machine can."""
-    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_contract.engine_set import open_engine_set
     from twotower_engines.verify.engines import verify_engines
 
     reference = open_engine_set(against) if against is not None else None
@@ -62,7 +62,7 @@ def main() -> None:
     """Run the command with the exit codes of the `twotower` command line."""
     try:
         verify_engine_set.main(prog_name="twotower verify", standalone_mode=False)
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
     except click.ClickException as problem:

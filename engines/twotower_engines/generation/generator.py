@@ -17,29 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.errors import GenerationError
-from twotower_engines.generation.request import (
-    BlockEvent,
-    FinishReason,
-    Mode,
-    Request,
-    RequestLimits,
-)
+from twotower_engines.generation.request import BlockEvent, FinishReason, Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import LoadProgress
 from twotower_engines.runtime.opening import open_runtime
 
-__all__ = [
-    "BlockEvent",
-    "FinishReason",
-    "Generator",
-    "Mode",
-    "Request",
-    "RequestLimits",
-    "Result",
-    "generate",
-]
+__all__ = ["Generator", "Result", "result_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +111,6 @@ class Generator:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def generate(engines: EngineSet, request: Request, checkpoint: Path | None = None) -> Result:
-    """Load an engine set, answer one request, and free it again.
-
-    Raises:
-        EnginesError: As `Generator` and its `generate`.
-    """
-    request.check(RequestLimits.of_engines(engines))
-    with Generator(engines, checkpoint) as generator:
-        return generator.generate(request)
 
 
 def result_of(request: Request, events: list[BlockEvent], seconds: float) -> Result:

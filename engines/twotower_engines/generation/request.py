@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from twotower_contract.engine_set import EngineSet
 from twotower_contract.policies import POLICIES
-from twotower_engines.artifacts.engine_set import EngineSet
 from twotower_engines.errors import RequestError
 from twotower_engines.runtime.interface import Runtime
 

@@ -221,7 +221,7 @@ def mamba_norm(
     projected: tl.tensor,
     scanned: tl.tensor,
     lengths: tl.tensor,
-    weight: tl.tensor,
+    norm_weight: tl.tensor,
     L: tl.tensor,
     y: tl.tensor,
     H: tl.constexpr,
@@ -248,7 +248,7 @@ def mamba_norm(
     value = tl.load(scanned + token * D_INNER + channel, mask=real, other=0.0).to(tl.float32)
     gated = value * (z / (1.0 + tl.exp(-z)))
     mean = tl.sum(gated * gated, axis=0) / WIDTH
-    factor = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    factor = tl.load(norm_weight + channel, mask=real, other=0.0).to(tl.float32)
     normed = gated / tl.sqrt(mean + EPSILON) * factor
     out = y + token * D_INNER + channel
     tl.store(out, normed.to(y.dtype.element_ty), mask=lane < WIDTH)
@@ -362,7 +362,7 @@ def specs(sizes: Sizes) -> list[KernelSpec]:
     }
     norm_types = {
         **{"projected": T, "scanned": T, "lengths": "*i32"},
-        **{"weight": small, "L": "i32", "y": T},
+        **{"norm_weight": small, "L": "i32", "y": T},
     }
     scans = [
         KernelSpec(

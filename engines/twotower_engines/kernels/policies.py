@@ -22,7 +22,7 @@ ENTROPY = tl.constexpr(POLICIES["entropy"])
 @kernel
 def policy_rule(
     policy: tl.tensor,
-    bound: tl.tensor,
+    threshold: tl.tensor,
     confidence: tl.tensor,
     entropy: tl.tensor,
     position: tl.tensor,
@@ -36,8 +36,8 @@ def policy_rule(
 
     Args:
         policy: number of the policy, a scalar; an unknown one is `leftmost`.
-        bound: the row's threshold, factor or bound, a scalar.
-        confidence: float32, like all that follow.
+        threshold: the row's threshold, factor or bound, a scalar.
+        confidence: float32, as all that follow.
         entropy: in nats; only where the policy is `entropy`.
         position: in the block.
         number: 1 for the position that is committed first. The key may not depend on it.
@@ -45,11 +45,11 @@ def policy_rule(
     """
     key, fits = position, number < 0.0  # leftmost
     if policy == THRESHOLD:
-        key, fits = -confidence, confidence > bound
+        key, fits = -confidence, confidence > threshold
     elif policy == QUOTA:
         key = -confidence
     elif policy == FACTOR:
-        key, fits = -confidence, (number + 1.0) * (1.0 - confidence) < bound
+        key, fits = -confidence, (number + 1.0) * (1.0 - confidence) < threshold
     elif policy == ENTROPY:
-        key, fits = entropy, entropy_before <= bound
+        key, fits = entropy, entropy_before <= threshold
     return key, fits

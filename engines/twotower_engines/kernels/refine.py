@@ -100,10 +100,10 @@ def refine_decision(
     open_ = masked & (failed == 0)
 
     rule = tl.load(policy + row)
-    bound = tl.load(threshold + row)
+    row_threshold = tl.load(threshold + row)
     where = position.to(tl.float32)
     # Twice: the second time for what depends on the order, which the first gives.
-    key, _ = policy_rule(rule, bound, confidence, entropy, where, where, where)
+    key, _ = policy_rule(rule, row_threshold, confidence, entropy, where, where, where)
     key = tl.where(open_, key, 3e38)
     other, mine = key[None, :], key[:, None]
     later = position[None, :] > position[:, None]
@@ -115,7 +115,7 @@ def refine_decision(
     n = tl.sum(open_.to(tl.int32), axis=0)
     number = rank + 1
     _, fits = policy_rule(
-        rule, bound, confidence, entropy, where, number.to(tl.float32), entropy_before
+        rule, row_threshold, confidence, entropy, where, number.to(tl.float32), entropy_before
     )
     wanted = tl.max(tl.where(open_ & fits, number, 0), axis=0)
     steps = tl.load(steps_left + row)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower_engines.artifacts.document import read_json
+from twotower_contract.json_file import read_json
 from twotower_engines.errors import PlanError
 
 __all__ = [

@@ -252,7 +252,7 @@ def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
     if precision != "auto" and precision not in PRECISIONS:
         raise PlanError(f"--precision is {precision!r}, none of auto, {', '.join(PRECISIONS)}")
     as_released = precision in ("auto", "bf16", "float32")
-    if as_released and (model.dtype == "float32" or sku.precisions == ("float32",)):
+    if as_released and (model.config.dtype == "float32" or sku.precisions == ("float32",)):
         # an fp32 checkpoint stays fp32, and ONNX Runtime's CPU provider has no bf16 products
         return "float32"
     if precision == "auto":

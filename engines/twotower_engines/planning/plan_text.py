@@ -15,7 +15,7 @@ from twotower_engines.planning.precisions import BUILT
 from twotower_engines.planning.roofline import ROWS, CallCost
 from twotower_engines.planning.skus import GIB
 
-__all__ = ["text_of_many", "text_of_one", "thousands"]
+__all__ = ["text_of_many", "text_of_one"]
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 
@@ -87,7 +87,7 @@ def text_of_one(report: PlanReport) -> str:
 def _heading(model: ModelSize, plan: MemoryPlan) -> str:
     towers = " and ".join(model.towers)
     return (
-        f"{model.parameters_in_words}, {towers} tower, {model.dtype}: "
+        f"{model.parameters_in_words}, {towers} tower, {model.config.dtype}: "
         f"{plan.slots} slots x {plan.context} tokens"
     )
 
@@ -113,7 +113,7 @@ def _line(report: PlanReport) -> tuple[str, ...]:
     name = (sku.name, f"{sku.memory / GIB:.1f}")
     if not plan.fits:
         return (*name, *memory, *("-",) * 6)
-    stretch = (_most(report.most_slots), thousands(report.most_context))
+    stretch = (_most(report.most_slots), _thousands(report.most_context))
     if not report.has_denoiser:
         speed = tuple(f"{report.autoregressive(rows):,.0f}" for rows in (1, plan.slots))
         return (*name, *memory, *stretch, "-", "-", *speed)
@@ -174,7 +174,7 @@ def _stretch(report: PlanReport) -> str:
     if not any(report.slots_by_context.values()):
         return f"{text} Not even one slot of 4096 tokens fits."
     rows: list[tuple[str, ...]] = [
-        ("context", *(thousands(context) for context in report.slots_by_context)),
+        ("context", *(_thousands(context) for context in report.slots_by_context)),
         ("slots", *(_most(slots) for slots in report.slots_by_context.values())),
     ]
     most = f"Beside {plan.slots} slots fit {report.most_context} tokens of context."
@@ -325,7 +325,7 @@ def _most(slots: int) -> str:
     return f"{slots}+" if slots == MAX_SLOTS else str(slots)
 
 
-def thousands(tokens: int) -> str:
+def _thousands(tokens: int) -> str:
     """Return a number of tokens, in units of 1024 from there on."""
     return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from twotower_engines.artifacts.document import read_json
+from twotower_contract.json_file import read_json
 from twotower_engines.errors import PlanError
 
 __all__ = ["Routing", "distinct_experts", "load_routing", "uniform_experts"]

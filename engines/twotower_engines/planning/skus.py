@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.document import read_json
+from twotower_contract.json_file import read_json
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.precisions import PRECISIONS
 

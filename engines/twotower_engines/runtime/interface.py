@@ -19,9 +19,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
 
 __all__ = [
+    "CLOSED",
     "DenoiseRow",
     "Denoised",
     "ExtendRow",
@@ -29,6 +30,9 @@ __all__ = [
     "PredictRow",
     "Runtime",
 ]
+
+CLOSED = "these engines are closed; open the engine set again"
+"""Message of the RuntimeError of every call after `Runtime.close`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +114,6 @@ class Runtime(Protocol):
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
 
-    def context_length(self, slot: int) -> int:
-        """Return how many tokens a slot's context holds."""
-
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine.
 
@@ -142,7 +143,10 @@ class Runtime(Protocol):
         """
 
     def close(self) -> None:
-        """Free the engines, the weights and the states."""
+        """Free the engines, the weights and the states.
+
+        A second close does nothing; any other call after it raises RuntimeError.
+        """
 
 
 class LoadProgress(Protocol):

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import EngineSet
-from twotower_engines.artifacts.manifest import ModelConfig
+from twotower_contract.config import ModelConfig
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
-from twotower_engines.runtime.interface import Denoised, DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 
 __all__ = ["OnnxRuntime"]
 
@@ -79,7 +79,7 @@ class OnnxRuntime:
         model = engines.manifest.model
         self.limits = engines.build.limits
         self.vocab_size = model.vocab_size
-        self.mask_token_id = engines.manifest.mask_token_id
+        self.mask_token_id = engines.manifest.model.mask_token_id
         self.has_denoiser = "denoiser" in engines.build.plans
         engines.check_plans()
         store = WeightStore(engines.manifest, checkpoint)
@@ -93,26 +93,25 @@ class OnnxRuntime:
         sessions = {tower: self._session(engines.plan_path(tower), threads) for tower in towers}
         for tower in towers:
             self._weights[tower] = self._load_weights(store, tower, progress)
-        self._extend_states = self._binding(sessions["context"], "context")
-        self._extend_logits = self._binding(sessions["context"], "context")
+        calls = {"extend": "context", "extend with logits": "context"}
         if self.has_denoiser:
-            self._refine = self._binding(sessions["denoiser"], "denoiser")
-            self._predict = self._binding(sessions["denoiser"], "denoiser")
+            calls |= {"denoise": "denoiser", "predict": "denoiser"}
+        self._bindings = {
+            call: self._binding(sessions[tower], tower) for call, tower in calls.items()
+        }
         self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
         # a block is denoised several times against the same states: gather them once
         self._gathered: tuple[tuple[tuple[int, int], ...], dict[str, Array]] | None = None
 
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
+        self._check_open()
         self._slots[slot] = self._empty_slot()
         self._gathered = None
 
-    def context_length(self, slot: int) -> int:
-        """Return how many tokens a slot's context holds."""
-        return self._slots[slot].length
-
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine."""
+        self._check_open()
         slots = [self._slots[row.slot] for row in rows]
         tokens = max(row.ids.size for row in rows)
         inputs = {
@@ -125,13 +124,14 @@ class OnnxRuntime:
         wanted = any(row.logits for row in rows)
         if wanted:
             outputs["logits"] = np.empty((len(rows), self.vocab_size), np.float32)
-        self._run(self._extend_logits if wanted else self._extend_states, inputs, outputs)
+        self._run("extend with logits" if wanted else "extend", inputs, outputs)
         for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
             self._advance(slot, row, index, outputs)
         return [outputs["logits"][index] if row.logits else None for index, row in enumerate(rows)]
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
+        self._check_open()
         slots = [self._slots[row.slot] for row in rows]
         sizes = [row.ids.size for row in rows]
         block = max(sizes)
@@ -149,7 +149,7 @@ class OnnxRuntime:
         }
         new_ids = np.empty((len(rows), block), np.int32)
         still_masked = np.empty(len(rows), np.int32)
-        self._run(self._refine, inputs, {"new_ids": new_ids, "still_masked": still_masked})
+        self._run("denoise", inputs, {"new_ids": new_ids, "still_masked": still_masked})
         return [
             Denoised(new_ids[index, :size], int(still_masked[index]))
             for index, size in enumerate(sizes)
@@ -157,6 +157,7 @@ class OnnxRuntime:
 
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
         """Run the denoiser tower on each slot's last token to predict the next."""
+        self._check_open()
         slots = [self._slots[row.slot] for row in rows]
         count = len(rows)
         ones = np.ones(count, np.int32)
@@ -173,12 +174,19 @@ class OnnxRuntime:
             **self._gather(slots, previous=True),
         }
         logits = np.empty((count, 1, self.vocab_size), np.float32)
-        self._run(self._predict, inputs, {"logits": logits})
+        self._run("predict", inputs, {"logits": logits})
         return logits[:, 0]
 
     def close(self) -> None:
-        """Free the sessions, the weights and the states."""
-        self.__dict__.clear()
+        """Free the sessions, the weights and the states; a second time does nothing."""
+        self._bindings.clear()
+        self._weights.clear()
+        self._slots.clear()
+        self._gathered = None
+
+    def _check_open(self) -> None:
+        if not self._slots:
+            raise RuntimeError(CLOSED)
 
     def _session(self, path: Path, threads: int | None) -> Any:
         options = self._ort.SessionOptions()
@@ -209,8 +217,9 @@ class OnnxRuntime:
             io.bind_ortvalue_input(name, value)
         return _Binding(session, io)
 
-    def _run(self, binding: _Binding, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
+    def _run(self, call: str, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         """Run a session: read `inputs`, and write `outputs` in place."""
+        binding = self._bindings[call]
         of = self._ort.OrtValue.ortvalue_from_numpy
         for name, array in inputs.items():
             binding.io.bind_ortvalue_input(name, of(array))
@@ -295,7 +304,7 @@ def _state_shapes(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     """Return shapes per row of the Mamba states, and (heads, head_dim) of keys and values."""
     mamba: dict[str, tuple[int, ...]] = {}
-    for layer in model.mamba_layers:
+    for layer in model.layers_of_kind["M"]:
         mamba[f"context.layers.{layer}.conv_state"] = (model.conv_kernel - 1, model.conv_dim)
         mamba[f"context.layers.{layer}.ssm_state"] = (
             model.mamba_num_heads,
@@ -304,7 +313,7 @@ def _state_shapes(
         )
     attention = {
         f"context.layers.{layer}.{kind}_cache": (model.num_key_value_heads, model.head_dim)
-        for layer in model.attention_layers
+        for layer in model.layers_of_kind["*"]
         for kind in ("k", "v")
     }
     return mamba, attention

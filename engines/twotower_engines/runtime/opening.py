@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.runtime.interface import LoadProgress, Runtime
 
 __all__ = ["open_runtime"]

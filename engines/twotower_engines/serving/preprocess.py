@@ -13,9 +13,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet
+from twotower_contract.errors import TwoTowerError
 from twotower_engines.artifacts.tokenizer import Tokenizer
-from twotower_engines.errors import EnginesError, RequestError
+from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Mode, Request, RequestLimits
 from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.wire import Job, Stop, encode
@@ -145,7 +146,7 @@ class TritonPythonModel:
         }
         try:
             message = self._preprocessor.message(given, request.request_id())
-        except EnginesError as problem:
+        except TwoTowerError as problem:
             error = triton.TritonError(f"{REFUSED}{problem}", triton.TritonError.INVALID_ARG)
             return triton.InferenceResponse(error=error)
         output = triton.Tensor("request", np.array([message], dtype=np.object_))

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +24,16 @@ from tests.support.engine_bundles import (
     wait_for,
     write_bundle_of,
 )
-from twotower_engines.artifacts import partial as partial_module
-from twotower_engines.artifacts.engine_set import BUILD_FILE, file_sha256, open_engine_set
-from twotower_engines.artifacts.partial import locked, partial_folder, put_in_place
+from twotower_contract.digests import file_sha256
+from twotower_contract.engine_set import BUILD_FILE, open_engine_set
+from twotower_contract.errors import EngineSetError
 from twotower_engines.building import build as build_module
 from twotower_engines.building import code_digest as code_digest_module
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.build_cache import PlanCache, digest_of
 from twotower_engines.building.flavours.flavour import Needs, layers_file
-from twotower_engines.errors import BuildError, EngineSetError
+from twotower_engines.errors import BuildError
+from twotower_engines.planning.sku_lookup import find_sku
 
 RTX = "rtx-pro-6000"
 
@@ -107,7 +107,7 @@ def counting(monkeypatch):
 
 
 BOTH = ["context", "denoiser"]
-OPTIONS = BuildOptions(RTX, slots=2, context=64)
+OPTIONS = BuildOptions(find_sku(RTX), slots=2, context=64)
 
 
 def test_the_same_again_is_not_built(bundle, tmp_path, counting):
@@ -121,7 +121,9 @@ def test_the_same_again_is_not_built(bundle, tmp_path, counting):
 def test_another_folder_and_another_sku_take_the_same_plans(bundle, tmp_path, counting):
     first, _ = build_engines(bundle, tmp_path / "engines", OPTIONS)
     there, is_new = build_engines(bundle, tmp_path / "elsewhere", OPTIONS)
-    other, _ = build_engines(bundle, tmp_path / "engines", replace(OPTIONS, sku="rtx-5090"))
+    other, _ = build_engines(
+        bundle, tmp_path / "engines", replace(OPTIONS, sku=find_sku("rtx-5090"))
+    )
     assert is_new
     assert counting.built == BOTH
     assert first.build.plans == there.build.plans == other.build.plans
@@ -207,7 +209,7 @@ def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, coun
         'name = "small"\ncompute_capability = "8.9"\nmemory_gib = 2\n'
         "bandwidth_gb_s = 100\nbf16_tflops = 10\n"
     )
-    options = replace(OPTIONS, sku=str(path))
+    options = replace(OPTIONS, sku=find_sku(str(path)))
     counting.engine = {**counting.engine, "device_memory": 100 << 20}
     build_engines(bundle, tmp_path / "engines", options)
     counting.engine = {**counting.engine, "device_memory": 1 << 30}
@@ -271,115 +273,6 @@ def test_a_digest_does_not_depend_on_order():
 
 def test_nothing_is_found_in_an_empty_cache(tmp_path):
     assert PlanCache(tmp_path / "none").find("0" * 64) is None
-
-
-def test_a_partial_folder_that_is_in_use_is_not_removed(tmp_path):
-    with partial_folder(tmp_path) as first, partial_folder(tmp_path) as second:
-        assert first.is_dir()
-        assert second.is_dir()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_abandoned_partial_folder_is_removed(tmp_path):
-    abandoned = tmp_path / ".partial-of-a-killed-process"
-    (abandoned / "set").mkdir(parents=True)
-    with partial_folder(tmp_path):
-        assert not abandoned.exists()
-
-
-def test_a_folder_takes_the_place_of_another(tmp_path):
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "old").touch()
-    with partial_folder(tmp_path) as work:
-        (work / "made").mkdir()
-        (work / "made" / "new").touch()
-        put_in_place(work / "made", tmp_path / "target")
-    assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def replaced_by(folder, content):
-    """A folder `target` that holds a file of this name, put in place of what was there."""
-    with partial_folder(folder) as work:
-        (work / "made").mkdir()
-        (work / "made" / content).touch()
-        put_in_place(work / "made", folder / "target")
-
-
-def test_a_reader_finds_the_old_or_the_new_and_never_nothing(tmp_path):
-    replaced_by(tmp_path, "0")
-    missing, done = [], threading.Event()
-
-    def read():
-        while not done.is_set():
-            if not (tmp_path / "target").exists():
-                missing.append(1)
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    for number in range(200):
-        replaced_by(tmp_path, str(number))
-    done.set()
-    thread.join()
-    assert not missing
-    assert [path.name for path in (tmp_path / "target").iterdir()] == ["199"]
-
-
-@pytest.mark.parametrize("killed_at", [1, 2, 3])
-def test_where_names_cannot_be_exchanged_nothing_is_lost(tmp_path, monkeypatch, killed_at):
-    """A file system like NFS, and a process that is killed before each of three renames."""
-    replaced_by(tmp_path, "old")
-    monkeypatch.setattr(partial_module, "_exchange", lambda one, other: False)
-    rename, count = Path.rename, []
-
-    def rename_or_die(path, target):
-        count.append(path)
-        if len(count) == killed_at:
-            raise SystemExit("killed")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", rename_or_die)
-    with pytest.raises(SystemExit):
-        replaced_by(tmp_path, "new")
-    monkeypatch.setattr(Path, "rename", rename)
-    with partial_folder(tmp_path):
-        found = [path.name for path in (tmp_path / "target").iterdir()]
-    assert found == (["new"] if killed_at == 3 else ["old"])
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def test_waiting_for_a_lock_is_said(tmp_path):
-    said = []
-    with locked(tmp_path, lambda: said.append("no")):
-        release = threading.Timer(0.2, lambda: said.append("released"))
-        other = threading.Thread(target=lambda: take(tmp_path, said))
-        other.start()
-        wait_for(lambda: said)
-        release.start()
-        release.join()
-    other.join()
-    assert said == ["waiting", "released", "taken"]
-
-
-def take(folder, said):
-    with locked(folder, lambda: said.append("waiting")):
-        said.append("taken")
-
-
-def test_a_folder_that_is_to_stay_stays(tmp_path):
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "old").touch()
-    with partial_folder(tmp_path) as work:
-        (work / "made").mkdir()
-        put_in_place(work / "made", tmp_path / "target", replace=False)
-    assert [path.name for path in (tmp_path / "target").iterdir()] == ["old"]
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def test_a_lock_is_released_at_the_end(tmp_path):
-    for _ in range(2):
-        with locked(tmp_path):
-            pass
 
 
 # The real builder, in real processes.

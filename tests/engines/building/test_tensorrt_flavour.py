@@ -14,8 +14,8 @@ from dataclasses import replace
 import pytest
 
 from tests.support.engine_bundles import write_bundle_of
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import read_manifest
+from twotower_contract.engine_set import Limits
+from twotower_contract.manifest import read_manifest
 from twotower_engines.building import build as build_module
 from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
 from twotower_engines.building.flavours import tensorrt as module
@@ -75,7 +75,7 @@ def test_without_a_gpu_it_says_what_to_run_where(present, sku):
 def test_the_refusal_comes_before_anything_is_written(bundle, tmp_path, present):
     present(None)
     with pytest.raises(BuildError, match="tuned on the GPU itself"):
-        build_engines(bundle, tmp_path / "engines", BuildOptions("h200"))
+        build_engines(bundle, tmp_path / "engines", BuildOptions(find_sku("h200")))
     assert not (tmp_path / "engines").exists()
 
 
@@ -192,7 +192,7 @@ def test_without_kernels_more_memory_is_planned(bundle, tmp_path, monkeypatch, p
     for has in (True, False):
         monkeypatch.setattr(TensorRtFlavour, "has_kernels", lambda self, has=has: has)
         with pytest.raises(BuildError, match="TensorRT is not installed"):
-            build_engines(bundle, tmp_path, BuildOptions("h200", 2, 64))
+            build_engines(bundle, tmp_path, BuildOptions(find_sku("h200"), 2, 64))
     assert plans == [True, False]
 
 
@@ -418,7 +418,7 @@ def test_engines_on_this_machines_gpu(bundle, tmp_path, monkeypatch):
     """Cold, from the timing cache, and from the build cache."""
     pytest.importorskip("tensorrt")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    options = BuildOptions("local", slots=2, context=64, flavour="tensorrt")
+    options = BuildOptions(find_sku("local"), slots=2, context=64, flavour="tensorrt")
     made, is_new = build_engines(bundle, tmp_path / "engines", options)
     assert is_new
     assert made.build.flavour == "tensorrt"
@@ -437,7 +437,7 @@ def test_engines_on_this_machines_gpu(bundle, tmp_path, monkeypatch):
 def test_a_plan_of_this_machines_gpu_is_loaded_by_it(bundle, tmp_path, monkeypatch):
     trt = pytest.importorskip("tensorrt")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    options = BuildOptions("local", slots=2, context=64, flavour="tensorrt")
+    options = BuildOptions(find_sku("local"), slots=2, context=64, flavour="tensorrt")
     made, _ = build_engines(bundle, tmp_path / "engines", options)
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
     engine = runtime.deserialize_cuda_engine(made.plan_path("denoiser").read_bytes())

@@ -22,8 +22,8 @@ from tests.support.engine_bundles import (
     write_bundle_of,
     write_full_size_bundle,
 )
-from twotower_engines.artifacts.engine_set import Limits, open_engine_set
-from twotower_engines.artifacts.manifest import read_manifest
+from twotower_contract.engine_set import Limits, open_engine_set
+from twotower_contract.manifest import read_manifest
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
 from twotower_engines.building.flavours import rtx_library
@@ -81,7 +81,7 @@ def test_the_library_loads_and_builds_a_node(library):
 
 def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     seen = []
-    options = BuildOptions("rtx-pro-6000", slots=4, context=64)
+    options = BuildOptions(find_sku("rtx-pro-6000"), slots=4, context=64)
     made, _ = build_engines(bundle, tmp_path, options, lambda tower, text: seen.append(tower))
     record = made.build
     assert (record.flavour, record.precision) == ("tensorrt-rtx", "bf16")

@@ -11,8 +11,6 @@ from tests.support import FULL_SIZE, TWOTOWER
 from twotower_engines.cli.plan import plan
 from twotower_engines.errors import PlanError
 
-PNG = b"\x89PNG\r\n"
-
 
 def run(*arguments):
     """Call the verb in this process; errors of the user come back as the exception."""
@@ -151,7 +149,6 @@ def test_a_context_tower_alone(tmp_path):
         (["--sku", "h200", "--context", "999999"], "takes 1 to 262144"),
         (["--sku", "h200", "--threshold", "0.2"], "measured from 0.5 to 0.95"),
         (["--sku", "h200", "--precision", "nvfp4"], "does not compute in nvfp4"),
-        (["--sku", "h200", "--plot", "chart.gif"], r"\.png, \.svg, \.pdf"),
     ],
 )
 def test_refusals(arguments, message):
@@ -173,38 +170,8 @@ def test_planning_loads_nothing_heavy():
     code = (
         "import sys; from twotower_engines.cli.plan import plan;"
         f"plan.main([{str(FULL_SIZE)!r}, '--sku', 'h200'], standalone_mode=False);"
-        "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt', 'matplotlib', 'numpy'};"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt', 'numpy'};"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-# --- charts ---
-
-
-@pytest.mark.parametrize("skus", ["all", "h200", "h100-sxm", "a10"])
-def test_charts_are_drawn(tmp_path, skus):
-    run(FULL_SIZE, "--sku", skus, "--plot", tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes().startswith(PNG)
-    assert (tmp_path / "chart.png").stat().st_size > 20_000
-    assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]
-
-
-def test_a_chart_of_text(tmp_path):
-    result = run(FULL_SIZE, "--sku", "h200,b200", "--plot", tmp_path / "chart.svg")
-    assert result.exit_code == 0, result.output
-    assert "<svg" in (tmp_path / "chart.svg").read_text()
-
-
-def test_a_chart_that_cannot_be_written(tmp_path):
-    result = run(FULL_SIZE, "--sku", "h200", "--plot", tmp_path / "absent" / "chart.png")
-    assert isinstance(result.exception, PlanError)
-    assert "cannot be written" in str(result.exception)
-
-
-def test_a_chart_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run(FULL_SIZE, "--sku", "h200", "--plot", tmp_path / "chart.png")
-    assert isinstance(result.exception, PlanError)
-    assert "install the extra [plot]" in str(result.exception)

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 
 from tests.support import ROOT, TWOTOWER
 from twotower_client.cli import cli
-from twotower_engines.artifacts.engine_set import BUILD_FILE
+from twotower_contract.engine_set import BUILD_FILE
+from twotower_contract.errors import CheckpointError, EngineSetError, TwoTowerError
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.building.checkpoint_engines import cached_engines, is_hub_id
 from twotower_engines.cli.run import run
-from twotower_engines.errors import CheckpointError, EnginesError, EngineSetError
 
 COMMAND = [*TWOTOWER, "run"]
 
@@ -89,7 +89,7 @@ def test_a_prompt_of_text_is_its_ids(made):
 
 
 def test_a_prompt_that_holds_the_mask_is_warned_about(made):
-    mask = Tokenizer(made.folder).decode([made.engines.manifest.mask_token_id]) or "<mask>"
+    mask = Tokenizer(made.folder).decode([made.engines.manifest.model.mask_token_id]) or "<mask>"
     options = [made.folder, "--max-new-tokens", 4, "--prompt"]
     assert "holds the mask token" in invoke(*options, f"Nora {mask} boat").stderr
     assert "warning" not in invoke(*options, "Nora has a boat").stderr
@@ -160,7 +160,7 @@ def test_a_moved_checkpoint_is_named(made, tmp_path):
 def test_bad_requests_are_refused_before_engines_are_loaded(made, monkeypatch, arguments, message):
     monkeypatch.setattr("twotower_engines.generation.generator.open_runtime", None)
     problem = invoke(made.folder, *arguments).exception
-    assert isinstance(problem, EnginesError)
+    assert isinstance(problem, TwoTowerError)
     assert message in str(problem)
     assert problem.exit_code == 2
 
@@ -185,7 +185,7 @@ def test_bad_requests_are_refused_before_a_checkpoint_is_exported(
 ):
     monkeypatch.setattr("twotower_engines.building.checkpoint_engines.cached_engines", None)
     problem = invoke(made.checkpoint, *arguments).exception
-    assert isinstance(problem, EnginesError)
+    assert isinstance(problem, TwoTowerError)
     assert message in str(problem)
 
 

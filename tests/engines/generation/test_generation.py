@@ -15,7 +15,8 @@ import pytest
 
 from twotower_contract.policies import POLICIES
 from twotower_engines.errors import GenerationError, RequestError
-from twotower_engines.generation.generator import Generator, Request, RequestLimits, generate
+from twotower_engines.generation.generator import Generator
+from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.generation.sampling import row_seed, sample
 
 SEED = 1  # of all that is drawn
@@ -134,7 +135,7 @@ def whole_blocks(draw, model, **changes):
 
 
 def test_no_block_takes_more_calls_than_steps_or_keeps_a_mask(model):
-    draw, mask = random.Random(f"steps {model.number}"), model.engines.manifest.mask_token_id
+    draw, mask = random.Random(f"steps {model.number}"), model.engines.manifest.model.mask_token_id
     for _ in range(3):
         request = whole_blocks(draw, model)
         found = model.generator.generate(request)
@@ -304,11 +305,12 @@ def test_leaving_a_stream_frees_its_slot(usual):
     assert usual.generator.generate(Request("s", (5, 6), max_new_tokens=4)).finish_reason
 
 
-def test_generate_loads_answers_and_frees(usual):
-    request = Request("once", (5, 6, 7), max_new_tokens=8)
-    assert (
-        generate(usual.engines, request).output_ids == usual.generator.generate(request).output_ids
-    )
+def test_a_closed_generator_says_so(usual):
+    with Generator(usual.engines, threads=1) as generator:
+        generator.generate(Request("before", (5, 6, 7), max_new_tokens=8))
+    generator.close()
+    with pytest.raises(RuntimeError, match="these engines are closed"):
+        generator.generate(Request("after", (5, 6, 7), max_new_tokens=8))
 
 
 def test_logits_that_are_not_numbers_fail_with_a_reason(random_engines):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from twotower_contract.engine_set import Limits
 from twotower_contract.policies import POLICIES
-from twotower_engines.artifacts.engine_set import Limits
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler

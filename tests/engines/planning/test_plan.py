@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 
 from tests.support import FULL_SIZE
+from twotower_contract.errors import ConfigError
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.fit import largest_context, largest_slots, refusal, require_fit
 from twotower_engines.planning.model_size import ModelSize, read_model_size
@@ -15,6 +16,7 @@ from twotower_engines.planning.plan import PlanRequest, plan_memory, resolve_pre
 from twotower_engines.planning.precisions import PRECISIONS, Precision
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.planning.skus import GIB, known_skus
+from twotower_export.checkpoint import open_checkpoint
 
 MIB = 1 << 20
 
@@ -67,7 +69,7 @@ def test_a_bundle_tells_the_same_as_its_checkpoint(random_engines):
     from_manifest = read_model_size(made.folder)
     assert from_config.parts("denoiser") == from_manifest.parts("denoiser")
     assert from_config.towers == from_manifest.towers == ("context", "denoiser")
-    assert from_config.dtype == from_manifest.dtype == "float32"
+    assert from_config.config.dtype == from_manifest.config.dtype == "float32"
     assert from_config.warnings == ()  # the shards hold exactly what we counted
 
 
@@ -93,24 +95,34 @@ def test_a_single_tower_checkpoint(config):
 
 
 def test_a_pattern_needs_only_its_own_sizes(config):
-    model = read_model_size(config(hybrid_override_pattern="M*", n_routed_experts=None))
+    model = read_model_size(
+        config(hybrid_override_pattern="M*", num_hidden_layers=2, n_routed_experts=None)
+    )
     assert model.parts("context")["routed experts"] == 0
     assert plan_memory(model, PlanRequest(find_sku("l4"))).fits
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ({"hybrid_override_pattern": None}, "has no layer pattern"),
-        ({"hybrid_override_pattern": "MX"}, "pattern letter 'X'"),
-        ({"hidden_size": "2688"}, "`hidden_size` should be a positive integer"),
-        ({"n_routed_experts": None}, "`n_routed_experts` should be a positive integer, found None"),
-        ({"torch_dtype": "float16"}, "dtype 'float16'"),
+        {"hybrid_override_pattern": None},
+        {"hybrid_override_pattern": "MX", "num_hidden_layers": 2},
+        {"num_hidden_layers": 51},
+        {"hidden_size": "2688"},
+        {"n_routed_experts": None},
+        {"n_groups": 5},
+        {"tie_word_embeddings": True},
+        {"eos_token_id": [2, 3]},
+        {"torch_dtype": "float16"},
     ],
 )
-def test_a_config_that_cannot_be_planned(config, change, message):
-    with pytest.raises(PlanError, match=message):
-        read_model_size(config(**change))
+def test_plan_refuses_what_export_refuses_in_the_same_words(config, change):
+    path = config(**change)
+    with pytest.raises(ConfigError) as planned:
+        read_model_size(path)
+    with pytest.raises(ConfigError) as exported:
+        open_checkpoint(path.parent)
+    assert str(planned.value) == str(exported.value)
 
 
 def test_a_folder_without_a_model(tmp_path):
@@ -122,7 +134,7 @@ def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(PlanError, match="found nothing"):
         read_model_size(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PlanError, match="is not valid JSON"):
+    with pytest.raises(ConfigError, match="is not JSON"):
         read_model_size(tmp_path)
 
 

@@ -16,14 +16,15 @@ import tests.support.host_device as host
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
+from twotower_contract.errors import TwoTowerError
 from twotower_engines.artifacts.weights import WeightStore
-from twotower_engines.errors import EnginesError, RuntimeLoadError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import ExtendRow
 from twotower_engines.runtime.resident import cuda_device
-from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError, check_peers
+from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError, enable_peer_access
 from twotower_engines.runtime.resident.device import Box
 from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
 from twotower_engines.runtime.resident.upload import upload_weights
@@ -84,7 +85,7 @@ def test_a_failed_call_is_an_error_that_a_user_sees_without_a_traceback(fake):
     )[:1]
     with pytest.raises(CudaError, match="cudaErrorECCUncorrectable: "):
         device.synchronize()
-    assert issubclass(CudaError, EnginesError)
+    assert issubclass(CudaError, TwoTowerError)
     assert CudaError.exit_code == 1
 
 
@@ -169,7 +170,7 @@ def test_peers_are_enabled_both_ways_and_leave_no_error(monkeypatch, peers):
     fake = fakes.install(monkeypatch, gpus=2, peers=peers)
     devices = CudaDevice(0), CudaDevice(1)
     for _ in range(2):  # the second time they are enabled already
-        assert check_peers(*devices) is peers
+        assert enable_peer_access(*devices) is peers
         assert int(fake.last_error) == 0
     assert fake.enabled_peers == ({(0, 1), (1, 0)} if peers else set())
 

@@ -52,11 +52,11 @@ def usable_gpus():
 def devices(device):
     if usable_gpus() < 2:
         pytest.skip("needs two GPUs in one machine")
-    from twotower_engines.runtime.resident.cuda_device import CudaDevice, check_peers
+    from twotower_engines.runtime.resident.cuda_device import CudaDevice, enable_peer_access
 
     second = CudaDevice(1)
-    check_peers(device, second)
-    check_peers(device, second)  # again: enabled already, and no error is left behind
+    enable_peer_access(device, second)
+    enable_peer_access(device, second)  # again: enabled already, and no error is left behind
     yield device, second
     second.close()
 
@@ -160,7 +160,7 @@ def built(request, tmp_path_factory):
 
 def gpus_and_cpus(built):
     """The two engine sets, that for the GPU first."""
-    from twotower_engines.artifacts.engine_set import BUILD_FILE, open_engine_set
+    from twotower_contract.engine_set import BUILD_FILE, open_engine_set
 
     found = [open_engine_set(path.parent) for path in built.glob(f"*/{BUILD_FILE}")]
     return sorted(found, key=lambda one: one.build.flavour == "onnxruntime")
@@ -198,14 +198,19 @@ def test_two_gpus_answer_as_one_does(built):
         pytest.skip("needs two GPUs in one machine")
     from dataclasses import replace
 
-    from twotower_engines.generation.generator import Request, generate
+    from twotower_engines.generation.generator import Generator
+    from twotower_engines.generation.request import Request
+
+    def answer(engines, request):
+        with Generator(engines) as generator:
+            return generator.generate(request).output_ids
 
     engines = gpus_and_cpus(built)[0]
     extra = {**engines.build.extra, "placement": {"context": 0, "denoiser": 1}}
     apart = replace(engines, build=replace(engines.build, extra=extra, memory={}))
     for mode in ("mask_diffusion", "mock_ar"):
         request = Request("r", (5, 6, 7), mode, max_new_tokens=48)
-        assert generate(apart, request).output_ids == generate(engines, request).output_ids
+        assert answer(apart, request) == answer(engines, request)
 
 
 def test_verify_finds_nothing_wrong(built):

@@ -15,8 +15,10 @@ import tests.support.trt_fake as trts
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
-from twotower_engines.artifacts.engine_set import BuildRecord, Limits, PlanFile, file_sha256
-from twotower_engines.errors import EngineSetError, RuntimeLoadError
+from twotower_contract.digests import file_sha256
+from twotower_contract.engine_set import BuildRecord, Limits, PlanFile
+from twotower_contract.errors import EngineSetError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.resident import loading
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError

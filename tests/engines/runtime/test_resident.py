@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from tests.support import host_device as host
+from twotower_contract.engine_set import Limits
+from twotower_contract.errors import CheckpointError
 from twotower_contract.policies import POLICIES
-from twotower_engines.artifacts.engine_set import Limits
 from twotower_engines.artifacts.weights import WeightStore
-from twotower_engines.errors import CheckpointError, RuntimeLoadError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
@@ -106,7 +107,7 @@ def test_a_call_leaves_the_slots_inside_its_window_alone(resident):
     resident.extend([ExtendRow(1, ids)])
     before = refined()
     resident.extend([ExtendRow(0, ids[:3]), ExtendRow(2, ids[:5])])
-    assert resident.context_length(1) == 8
+    assert resident._lengths[1] == 8
     assert refined() == before
 
 
@@ -252,6 +253,22 @@ def test_each_device_is_closed_once(engines, gpus):
     runtime.close()
     runtime.close()
     assert [device.closes for device in devices.values()] == [1] * gpus
+
+
+def test_a_closed_runtime_says_so(engines):
+    runtime = make_resident(engines.engines)
+    runtime.close()
+    runtime.close()
+    block = np.full(8, 3, np.int32)
+    calls = (
+        lambda: runtime.reset(0),
+        lambda: runtime.extend([ExtendRow(0, block)]),
+        lambda: runtime.denoise([DenoiseRow(0, block, threshold=0.9, steps_left=1)]),
+        lambda: runtime.predict([PredictRow(0, 5)]),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="these engines are closed; open the engine set"):
+            call()
 
 
 @pytest.mark.parametrize("window", [4096, 1 << 20])

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from twotower_engines.artifacts.engine_set import PlanFile, file_sha256, open_engine_set
-from twotower_engines.errors import CheckpointError, EngineSetError, RuntimeLoadError
+from twotower_contract.digests import file_sha256
+from twotower_contract.engine_set import PlanFile, open_engine_set
+from twotower_contract.errors import CheckpointError, EngineSetError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.sampling import row_seed
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.onnxruntime import CAPACITY_STEP, OnnxRuntime
@@ -59,7 +61,7 @@ def test_any_split_gives_the_reference_logits(made, runtime, pieces):
     for size in pieces:
         (logits,) = runtime.extend([ExtendRow(0, ids[start : start + size], logits=True)])
         start += size
-    assert runtime.context_length(0) == sum(pieces)
+    assert runtime._slots[0].length == sum(pieces)
     assert_close(logits, logits_after(made.reference, ids))
 
 
@@ -74,7 +76,7 @@ def test_ragged_rows_of_one_call_are_each_right(made, runtime):
     for slot in (1, 3):
         whole = np.concatenate([prompts[slot], more[slot]])
         assert_close(logits[slot], logits_after(made.reference, whole))
-    lengths = [runtime.context_length(slot) for slot in range(4)]
+    lengths = [slot.length for slot in runtime._slots]
     assert lengths == [1, CAPACITY_STEP + 10, 12, 35]
 
 
@@ -85,7 +87,7 @@ def test_denoising_changes_no_state(made, runtime):
     first, second = runtime.denoise([row])[0], runtime.denoise([row])[0]
     np.testing.assert_array_equal(first.ids, second.ids)
     assert first.still_masked == second.still_masked == int((first.ids == 3).sum())
-    assert runtime.context_length(1) == 19
+    assert runtime._slots[1].length == 19
     (logits,) = runtime.extend([ExtendRow(1, ids[19:], logits=True)])
     assert_close(logits, logits_after(made.reference, ids))
 
@@ -116,7 +118,7 @@ def test_predict_sees_the_context_before_the_last_token(made, runtime):
 def test_a_reset_slot_is_as_new(made, runtime):
     runtime.extend([ExtendRow(0, drawn_ids(1, 90))])
     runtime.reset(0)
-    assert runtime.context_length(0) == 0
+    assert runtime._slots[0].length == 0
     (logits,) = runtime.extend([ExtendRow(0, ids_of(7), logits=True)])
     assert_close(logits, logits_after(made.reference, [7]))
 
@@ -177,7 +179,7 @@ def test_a_call_costs_little_beside_the_engine(runtime, rows):
     for slot in range(rows):
         runtime.extend([ExtendRow(slot, drawn_ids(slot, 40))])
     calls = [DenoiseRow(slot, np.full(16, 3, np.int32), 0.9, 16) for slot in range(rows)]
-    binding = runtime._refine
+    binding = runtime._bindings["denoise"]
     watch = Stopwatch(binding.session)
     binding.session, session = watch, binding.session
     try:
@@ -233,3 +235,19 @@ def test_engines_of_the_context_tower_alone_extend(made):
     (logits,) = runtime.extend([ExtendRow(0, ids_of(5, 6), logits=True)])
     assert_close(logits, logits_after(made.reference, [5, 6]))
     runtime.close()
+
+
+def test_a_closed_runtime_says_so(made):
+    runtime = OnnxRuntime(made.engines, threads=1)
+    runtime.close()
+    runtime.close()
+    block = np.full(8, 3, np.int32)
+    calls = (
+        lambda: runtime.reset(0),
+        lambda: runtime.extend([ExtendRow(0, block)]),
+        lambda: runtime.denoise([DenoiseRow(0, block, threshold=0.9, steps_left=1)]),
+        lambda: runtime.predict([PredictRow(0, 5)]),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="these engines are closed; open the engine set"):
+            call()

@@ -14,7 +14,7 @@ import tests.support.trt_fake as trts
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError
 from twotower_engines.runtime.resident.tensorrt_engine import TensorRtEngine

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from twotower_contract.engine_set import open_engine_set
+from twotower_contract.errors import BundleError
 from twotower_contract.policies import POLICIES
-from twotower_engines.artifacts.engine_set import open_engine_set
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.cli.self_test import selftest
-from twotower_engines.errors import BundleError, GenerationError
+from twotower_engines.errors import GenerationError
 from twotower_engines.generation.generator import Result
 from twotower_engines.generation.request import Request
 from twotower_engines.runtime.interface import Denoised
 from twotower_engines.runtime.opening import open_runtime
-from twotower_engines.verify.self_test import GoldenAnswer, check, golden_request, judge
+from twotower_engines.verify.self_test import GoldenAnswer, golden_request, judge, run_self_test
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.reference import golden as exporter
@@ -49,7 +50,7 @@ def outcome_of(folder):
     opened = open_engine_set(folder)
     runtime = open_runtime(opened, threads=1)
     try:
-        return check(opened, runtime)
+        return run_self_test(opened, runtime)
     finally:
         runtime.close()
 
@@ -112,7 +113,7 @@ def test_without_a_golden_answer_right_engines_are_plausible(engines):
     result = outcome_of(engines)
     assert result.status == "plausible", result.reason
     assert result.ok
-    assert "python -m twotower_export.reference.golden" in result.reason
+    assert "twotower golden" in result.reason
     assert (result.tokens, result.equal_tokens) == (48, 0)
     assert 0 < result.denoiser_calls < 24
     assert golden_request(open_engine_set(engines)) == request
@@ -182,7 +183,7 @@ def test_each_invariant_has_its_name(engines, broken, message):
     opened = open_engine_set(engines)
     runtime = open_runtime(opened, threads=1)
     try:
-        result = check(opened, broken(runtime))
+        result = run_self_test(opened, broken(runtime))
     finally:
         runtime.close()
     assert result.status == "failed"
@@ -216,6 +217,15 @@ def test_without_a_golden_answer_the_context_tower_is_tested_alone(tmp_path):
     result = outcome_of(built.folder)
     assert result.status == "plausible", result.reason
     assert result.denoiser_calls == 0
+
+
+def test_a_bug_of_ours_is_not_taken_for_a_missing_answer(engines, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("policy")
+
+    monkeypatch.setattr(Request, "check", broken)
+    with pytest.raises(KeyError, match="policy"):
+        outcome_of(engines)
 
 
 def test_a_malformed_golden_block_is_refused(engines):

@@ -20,25 +20,26 @@ import pytest
 
 from tests.support import TWOTOWER
 from tests.support import host_device as host
-from twotower_engines.artifacts.engine_interface import (
-    Interface,
-    TensorSpec,
-    differences,
-    interface_of,
-)
-from twotower_engines.artifacts.engine_set import (
+from twotower_contract.engine_set import (
     BuildRecord,
     Limits,
     PlanFile,
     open_engine_set,
     write_build_record,
 )
+from twotower_contract.errors import EngineSetError
+from twotower_engines.artifacts.engine_interface import (
+    Interface,
+    TensorSpec,
+    differences,
+    interface_of,
+)
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours.parsing import parse
 from twotower_engines.building.flavours.profiles import narrow_profiles
 from twotower_engines.building.flavours.rtx_library import find_library
-from twotower_engines.errors import EngineSetError, PlanError
+from twotower_engines.errors import PlanError
 from twotower_engines.planning.local_gpu import LocalGpu
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.runtime.opening import open_runtime
@@ -484,7 +485,7 @@ def test_a_reference_that_is_none_is_refused(engines, exported, narrow):
 
 def test_a_reference_that_does_not_fit_is_not_built(engines, exported, monkeypatch):
     small = replace(find_sku("cpu"), memory=9 << 27)
-    monkeypatch.setattr(module, "find_sku", lambda name: small)
+    monkeypatch.setattr(module, "known_skus", lambda: {"cpu": small})
     with (
         pytest.raises(PlanError, match="do not fit on 1 x cpu"),
         cpu_engines(open_engine_set(engines), Sources(bundle=exported / "bundle")),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
 from twotower_engines.runtime.resident.device import Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
 

@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.errors import EnginesError, RuntimeLoadError
+from twotower_contract.errors import TwoTowerError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.device import Box, Device, Fence
 
-__all__ = ["CudaDevice", "CudaError", "check_peers", "cuda_version", "driver_cuda", "usable_gpus"]
+__all__ = [
+    "CudaDevice",
+    "CudaError",
+    "cuda_version",
+    "driver_cuda",
+    "enable_peer_access",
+    "usable_gpus",
+]
 
 
-class CudaError(EnginesError):
+class CudaError(TwoTowerError):
     """A CUDA call failed: a device that is lost, a driver in trouble, or a bug of ours."""
 
     exit_code = 1
@@ -298,7 +306,7 @@ class CudaDevice:
         _forget_error()
 
 
-def check_peers(first: CudaDevice, second: CudaDevice) -> bool:
+def enable_peer_access(first: CudaDevice, second: CudaDevice) -> bool:
     """Let two GPUs read each other's memory, where the machine can; returns whether it can.
 
     Without peer access the same copies go through the host: slower, not wrong.

@@ -6,11 +6,15 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.cache_root import cache_root
-from twotower_engines.artifacts.engine_set import EngineSet
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.runtime.interface import LoadProgress
-from twotower_engines.runtime.resident.cuda_device import CudaDevice, check_peers, driver_cuda
+from twotower_engines.runtime.resident.cuda_device import (
+    CudaDevice,
+    driver_cuda,
+    enable_peer_access,
+)
 from twotower_engines.runtime.resident.refusals import (
     check_build,
     check_gpus,
@@ -62,7 +66,7 @@ def open_resident_runtime(
             weights = sum(tower_bytes(engines.manifest, tower) for tower in towers)
             check_room(build, device, index, weights)
         if len(devices) == 2:
-            check_peers(*devices.values())
+            enable_peer_access(*devices.values())
         loaded = {}
         for tower, index in placed.items():
             kernels = cache_root() / "rtx-kernels" / f"{build.plans[tower].sha256}.cache"

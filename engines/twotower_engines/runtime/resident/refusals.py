@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import re
 
-from twotower_engines.artifacts.engine_set import BuildRecord
+from twotower_contract.engine_set import BuildRecord
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, cuda_version, usable_gpus
 from twotower_engines.runtime.resident.tensorrt_engine import MODULES

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import ITEM_SIZES, Manifest
+from twotower_contract.engine_set import Limits
+from twotower_contract.manifest import Manifest
+from twotower_contract.shards import ITEM_SIZES
 from twotower_engines.artifacts.weights import Progress
-from twotower_engines.runtime.interface import Denoised, DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.resident.calls import (
     REFINE_ROWS,
     CallMemory,
@@ -91,10 +92,10 @@ class ResidentRuntime:
     ) -> None:
         self.limits = limits
         self.vocab_size = manifest.model.vocab_size
-        self.mask_token_id = manifest.mask_token_id
+        self.mask_token_id = manifest.model.mask_token_id
         self.has_denoiser = denoiser is not None
         self._context, self._denoiser = context, denoiser
-        item = ITEM_SIZES["BF16" if manifest.dtype == "bfloat16" else "F32"]
+        item = ITEM_SIZES["BF16" if manifest.model.dtype == "bfloat16" else "F32"]
         self._kinds = state_kinds(manifest.model, limits, item)
         self._step = window_step(self._kinds)
         has_mirror = denoiser is not None and denoiser.device is not context.device
@@ -116,16 +117,14 @@ class ResidentRuntime:
 
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
+        self._check_open()
         self._lengths[slot] = 0
         for states in self._all_states():
             states.reset(slot)
 
-    def context_length(self, slot: int) -> int:
-        """Return how many tokens a slot's context holds."""
-        return self._lengths[slot]
-
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine."""
+        self._check_open()
         first, count = self._window(row.slot for row in rows)
         tokens = token_bucket("extend", max(row.ids.size for row in rows), self.limits)
         prepared = self._calls[CallSize("extend", count, tokens)]
@@ -152,6 +151,7 @@ class ResidentRuntime:
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
+        self._check_open()
         count = bucket(max(row.slot for row in rows) + 1, self.limits.slots)
         tokens = token_bucket("denoise", max(row.ids.size for row in rows), self.limits)
         prepared = self._calls[CallSize("denoise", count, tokens)]
@@ -172,6 +172,7 @@ class ResidentRuntime:
 
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
         """Run the denoiser tower on each slot's last token to predict the next."""
+        self._check_open()
         count = bucket(max(row.slot for row in rows) + 1, self.limits.slots)
         prepared = self._calls[CallSize("predict", count, 1)]
         arrays = prepared.inputs.arrays
@@ -186,7 +187,7 @@ class ResidentRuntime:
         return np.stack([logits[row.slot, 0] for row in rows])
 
     def close(self) -> None:
-        """Free the engines, the weights and the states."""
+        """Free the engines, the weights and the states; a second time does nothing."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -199,6 +200,10 @@ class ResidentRuntime:
             tower.engine.close()
         for device in devices:
             device.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(CLOSED)
 
     def _all_states(self) -> list[SlotStates]:
         return [self._states] if self._mirror is self._states else [self._states, self._mirror]

@@ -20,8 +20,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import ModelConfig
+from twotower_contract.config import ModelConfig
+from twotower_contract.engine_set import Limits
 from twotower_engines.runtime.resident.device import ALIGNMENT, Box, Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
 
@@ -81,7 +81,7 @@ def state_kinds(model: ModelConfig, limits: Limits, item: int) -> tuple[StateKin
     """Return all states of a model; `item` is the size of the graph's dtype in bytes."""
     mamba, attention = (
         [f"context.layers.{layer}" for layer in layers]
-        for layers in (model.mamba_layers, model.attention_layers)
+        for layers in (model.layers_of_kind["M"], model.layers_of_kind["*"])
     )
     conv = (model.conv_kernel - 1, model.conv_dim)
     ssm = (model.mamba_num_heads, model.mamba_head_dim, model.ssm_state_size)

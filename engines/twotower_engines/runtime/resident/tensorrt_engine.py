@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.atomic import partial_file
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError
 from twotower_engines.runtime.resident.engine import Shape
@@ -114,11 +114,10 @@ class TensorRtEngine:
         """
         if self._cache is None or self._kernels is None:
             return
-        partial = self._kernels.with_name(f"{self._kernels.name}.{os.getpid()}.partial")
         with contextlib.suppress(OSError):
             self._kernels.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(memoryview(self._cache.serialize()))
-            partial.replace(self._kernels)
+            with partial_file(self._kernels) as partial:
+                partial.write_bytes(memoryview(self._cache.serialize()))
 
     def close(self) -> None:
         """Free the engine; its workspace goes with the device."""

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from twotower_engines.artifacts.manifest import ITEM_SIZES, Manifest, WeightInput
+from twotower_contract.errors import CheckpointError
+from twotower_contract.manifest import Manifest, WeightInput
+from twotower_contract.shards import ITEM_SIZES
 from twotower_engines.artifacts.weights import Progress, WeightStore
-from twotower_engines.errors import CheckpointError
 from twotower_engines.runtime.resident.device import Device, Fence, aligned
 
 __all__ = ["WINDOW", "tower_bytes", "upload_weights", "weight_bytes"]

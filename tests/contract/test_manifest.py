@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from twotower_engines.artifacts.engine_set import (
+from twotower_contract.engine_set import (
     BUILD_FILE,
     BuildRecord,
     Limits,
@@ -16,19 +16,27 @@ from twotower_engines.artifacts.engine_set import (
     open_engine_set,
     write_build_record,
 )
-from twotower_engines.artifacts.manifest import MANIFEST_FILE, read_manifest
-from twotower_engines.errors import BundleError, EngineSetError
+from twotower_contract.errors import BundleError, EngineSetError
+from twotower_contract.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint
+from twotower_export.tiny.checkpoints import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
-def made(random_engines):
-    return random_engines("M*E", seed=5, dtype="bfloat16", float32_suffixes=("A_log",))
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("contract")
+    write_random_checkpoint(
+        folder / "checkpoint", "M*E", 32, 5, "bfloat16", vocab_size=300, float32_suffixes=("A_log",)
+    )
+    write_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle")
+    return folder / "bundle"
 
 
 @pytest.fixture
-def values(made):
+def values(bundle):
     """The manifest as JSON, to be changed."""
-    return json.loads((made.folder / MANIFEST_FILE).read_text())
+    return json.loads((bundle / MANIFEST_FILE).read_text())
 
 
 def read(tmp_path, values):
@@ -36,12 +44,12 @@ def read(tmp_path, values):
     return read_manifest(tmp_path)
 
 
-def test_a_manifest_is_read_with_types(made, values):
-    manifest = made.engines.manifest
-    assert manifest.checkpoint.path == made.checkpoint
+def test_a_manifest_is_read_with_types(bundle, values):
+    manifest = read_manifest(bundle)
+    assert manifest.checkpoint.path == bundle.parent / "checkpoint"
     assert manifest.model.pattern == "M*E"
-    assert (manifest.model.mamba_layers, manifest.model.attention_layers) == ((0,), (1,))
-    assert manifest.dtype == "bfloat16"
+    assert manifest.model.layers_of_kind == {"M": (0,), "*": (1,), "E": (2,)}
+    assert manifest.model.dtype == "bfloat16"
     assert manifest.towers == ("context", "denoiser")
     assert manifest.tensors["context_tower.layers.0.mixer.A_log"].dtype == "F32"
     stacked = manifest.weights["context"]["context_tower.layers.2.mixer.experts.up_proj"]
@@ -49,6 +57,12 @@ def test_a_manifest_is_read_with_types(made, values):
     assert stacked.shape == (8, *manifest.tensors[stacked.sources[0]].shape)
     assert len(manifest.tensors) == len(values["tensors"])
     assert manifest.graph("float32", "denoiser").file == "graphs/float32/denoiser.onnx"
+
+
+def test_writing_inverts_reading(bundle, tmp_path):
+    write_manifest(tmp_path, read_manifest(bundle))
+    assert read_manifest(tmp_path) == read_manifest(bundle)
+    assert (tmp_path / MANIFEST_FILE).read_bytes() == (bundle / MANIFEST_FILE).read_bytes()
 
 
 def set_at(*path_and_value):
@@ -77,40 +91,49 @@ HEAD = "lm_head.weight"
 BROKEN = {
     "another format": (
         set_at("format", "bundle"),
-        "format should be `twotower-bundle`, found 'bun",
+        "is 'bundle' version 1, not 'twotower-bundle' version 1",
     ),
-    "a later version": (set_at("format_version", 2), "format version 2, but .* reads version 1"),
-    "no version": (delete("format_version"), "the field `format_version` is missing"),
-    "a missing field": (delete("model", "head_dim"), "model: the field `head_dim` is missing"),
+    "a later version": (
+        set_at("format_version", 2),
+        "version 2, not .* 1; write the bundle again",
+    ),
+    "no version": (delete("format_version"), "version None, not .* version 1"),
+    "a missing field": (delete("model", "head_dim"), "the field `model: head_dim` is missing"),
     "a wrong kind": (
         set_at("model", "head_dim", "8"),
-        "`head_dim` should be an integer, found '8'",
+        "head_dim is '8', not of type int",
     ),
-    "a truth for a number": (set_at("model", "head_dim", True), "should be an integer, found True"),
+    "a truth for a number": (
+        set_at("model", "head_dim", True),
+        "head_dim is True, not of",
+    ),
     "no list": (set_at("towers", "context"), "`towers` should be a list of strings"),
     "an odd list": (set_at("eos_token_ids", [2, "3"]), "should be a list of integers"),
     "no object": (set_at("model", []), "`model` should be an object"),
-    "a shard that is no object": (set_at("shards", [3]), r"`shards`\[0\] should be an object"),
-    "a pattern letter": (set_at("model", "pattern", "M-E"), "pattern letter '-' is none of M, E"),
-    "a dtype": (set_at("tensors", HEAD, "dtype", "F16"), f"{HEAD} has dtype F16"),
-    "a short range": (set_at("tensors", HEAD, "end", 9), f"{HEAD} takes bytes .* to 9, but BF16"),
-    "an unknown shard": (set_at("tensors", HEAD, "shard", 9), "lies in shard 9, which is not"),
+    "a shard that is no object": (set_at("shards", [3]), r"`shards\[0\]` should be an object"),
+    "a pattern letter": (set_at("model", "pattern", "M-E"), "the letter '-' at layer 1"),
+    "a dtype": (set_at("tensors", HEAD, "dtype", "F16"), f"{HEAD} has dtype 'F16', not BF16"),
+    "a short range": (set_at("tensors", HEAD, "end", 9), f"{HEAD} lies at bytes .* to 9 of"),
+    "an unknown shard": (set_at("tensors", HEAD, "shard", 9), "of shard 9, .* there are 3 shards"),
     "a small shard": (set_at("shards", 2, "size", 700), "ends past the end of model-00003"),
     "an unknown source": (
         set_at("weights", "denoiser", HEAD, "sources", ["nowhere"]),
-        "source nowhere is not in `tensors`",
+        "is made of nowhere, which is not among the tensors",
     ),
-    "no source": (set_at("weights", "denoiser", HEAD, "sources", []), "source none is not in"),
+    "no source": (set_at("weights", "denoiser", HEAD, "sources", []), "is made of nothing"),
     "a wrong shape": (
         set_at("weights", "denoiser", HEAD, "shape", [4, 4]),
         r"1 tensors of shape \[300, 32\] do not make \[4, 4\] by `as_is`",
     ),
-    "another way": (set_at("weights", "denoiser", HEAD, "how", "tile"), "`how` is 'tile', none of"),
+    "another way": (
+        set_at("weights", "denoiser", HEAD, "how", "tile"),
+        "the `how` 'tile', none",
+    ),
     "mixed sources": (
         lambda values: values["weights"]["denoiser"][HEAD]["sources"].append(
             "context_tower.layers.0.mixer.A_log"
         ),
-        "its sources have several dtypes: BF16, F32",
+        "has sources of several dtypes: BF16, F32",
     ),
 }
 
@@ -128,16 +151,16 @@ def test_what_is_no_manifest_is_refused(tmp_path):
     with pytest.raises(BundleError, match=r"is no bundle, it holds no manifest\.json"):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST_FILE).write_text("{")
-    with pytest.raises(BundleError, match="is not valid JSON"):
+    with pytest.raises(BundleError, match="is not JSON"):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST_FILE).write_text("[]")
-    with pytest.raises(BundleError, match="should hold a JSON object, found list"):
+    with pytest.raises(BundleError, match="holds a list, not an object"):
         read_manifest(tmp_path)
 
 
-def test_a_graph_that_is_not_there_is_named(made):
+def test_a_graph_that_is_not_there_is_named(bundle):
     with pytest.raises(BundleError, match=r"no graph float32/verifier, only .*native/context"):
-        made.engines.manifest.graph("float32", "verifier")
+        read_manifest(bundle).graph("float32", "verifier")
 
 
 RECORD = BuildRecord(
@@ -156,11 +179,11 @@ RECORD = BuildRecord(
 
 
 @pytest.fixture
-def engines(tmp_path, made):
+def engines(tmp_path, bundle):
     """ENGINES with two SKUs, of which only the record and the manifest are there."""
     for sku in ("h200", "l4"):
         (tmp_path / sku).mkdir()
-        shutil.copy(made.folder / MANIFEST_FILE, tmp_path / sku)
+        shutil.copy(bundle / MANIFEST_FILE, tmp_path / sku)
         record = RECORD if sku == "h200" else BuildRecord(
             "l4", "tensorrt-rtx", "bf16", RECORD.limits, {}
         )  # fmt: skip
@@ -199,11 +222,13 @@ def test_a_broken_record_is_refused(engines):
     path = engines / "h200" / BUILD_FILE
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "format_version": 9}))
-    with pytest.raises(EngineSetError, match="format version 9"):
+    with pytest.raises(
+        EngineSetError, match=r"version 9, not .* version 1; build the engines again"
+    ):
         open_engine_set(engines / "h200")
     del values["limits"]["slots"]
     path.write_text(json.dumps(values))
-    with pytest.raises(EngineSetError, match="limits: the field `slots` is missing"):
+    with pytest.raises(EngineSetError, match="the field `limits: slots` is missing"):
         open_engine_set(engines / "h200")
 
 
@@ -226,5 +251,5 @@ def test_plans_are_checked_by_digest(engines):
 
 def test_endless_nesting_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(BundleError, match="is not valid JSON"):
+    with pytest.raises(BundleError, match="nests too deeply"):
         read_manifest(tmp_path)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from twotower_export.errors import ConfigError
+from twotower_contract.errors import ConfigError
 
 IMPLEMENTED: Final[dict[str, tuple[Any, ...]]] = {
     "attention_bias": (False,),

@@ -13,14 +13,26 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from twotower_export.errors import CheckpointError, ConfigError
-from twotower_export.json_file import parse_object
+from twotower_contract.errors import CheckpointError
+from twotower_contract.json_file import parse_object
+
+__all__ = [
+    "ITEM_SIZES",
+    "STORED_DTYPES",
+    "Shard",
+    "TensorEntry",
+    "named_sha256",
+    "read_header",
+    "read_shard",
+    "refuse_dangling",
+    "sample_digest",
+]
 
 ITEM_SIZES: Final[Mapping[str, int]] = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -28,7 +40,10 @@ ITEM_SIZES: Final[Mapping[str, int]] = {
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2"), 1),
 }
-"""Bytes per element by safetensors' dtype; only BF16 and F32 are accepted in a checkpoint."""
+"""Bytes per element by safetensors' dtype."""
+
+STORED_DTYPES: Final = ("BF16", "F32")
+"""The dtypes that a checkpoint may hold, in safetensors' spelling."""
 
 MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own bound
 
@@ -36,24 +51,23 @@ SHARD_SAMPLES: Final = 16
 SHARD_SAMPLE_BYTES: Final = 4096
 TENSOR_SAMPLE_BYTES: Final = 512
 WHOLE_TENSOR_BYTES: Final = 4096
-PIECE_BYTES: Final = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorEntry:
     """Where a tensor lies.
 
     Attributes:
-        dtype: as safetensors spells it, for example `BF16`.
-        shape: its sizes.
-        shard: index into the checkpoint's shards.
-        begin, end: byte range, relative to the shard's `data_start`.
-        sample: digest of a part of its content, 16 hex digits; see `tensor_sample`.
+        shard: Index into the checkpoint's shards.
+        dtype: As safetensors spells it, for example `BF16`.
+        shape: Its sizes.
+        begin, end: Byte range, relative to the shard's `data_start`.
+        sample: Digest of a part of its content, 16 hex digits; see `_tensor_sample`.
     """
 
+    shard: int
     dtype: str
     shape: tuple[int, ...]
-    shard: int
     begin: int
     end: int
     sample: str
@@ -69,56 +83,71 @@ class Shard:
     """One safetensors file.
 
     Attributes:
-        file: name relative to the checkpoint.
-        path: where it is.
-        size: bytes of the whole file.
-        data_start: offset of the first tensor byte, 8 + the header's length.
-        sample_sha256: digest of its size and of spread samples; see `shard_sample`.
-        sha256: of the whole content, in hex, where it is known without reading it; see
-            `named_sha256`.
+        file: Name relative to the checkpoint.
+        size: Bytes of the whole file.
+        data_start: Offset of the first tensor byte, 8 + the header's length.
+        sample_sha256: Digest of its size and of spread samples; see `sample_digest`.
+        sha256: Digest of the whole content, in hex, where it is known; see `named_sha256`.
     """
 
     file: str
-    path: Path
     size: int
     data_start: int
     sample_sha256: str
     sha256: str | None = None
 
 
-def read_shard(path: Path, file: str, index: int) -> tuple[Shard, dict[str, Tensor]]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Read the header of a safetensors file, and check it against the file.
+
+    Returns:
+        The header, `__metadata__` included, and the offset of the first tensor byte.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or not a consistent safetensors file.
+    """
+    with _opened(path) as descriptor:
+        header, data_start, _ = _checked_header(descriptor, path)
+    return header, data_start
+
+
+def read_shard(path: Path, file: str, index: int) -> tuple[Shard, dict[str, TensorEntry]]:
     """Read one shard's header, check it against the file, and sample the content.
 
     Args:
-        path: the file.
-        file: its name relative to the checkpoint, for messages and the manifest.
-        index: its place among the checkpoint's shards.
+        path: The file.
+        file: Its name relative to the checkpoint, as it stands in the manifest.
+        index: Its place among the checkpoint's shards.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or not a consistent safetensors file.
+        CheckpointError: The file is missing, truncated, or not a consistent safetensors file.
     """
-    size = _size(path)
     with _opened(path) as descriptor:
-        header, data_start = _header(descriptor, path, size)
-        entries = {
-            name: _entry(path, name, value)
-            for name, value in header.items()
-            if name != "__metadata__"
-        }
-        _check_ranges(path, entries, size - data_start)
+        _, data_start, entries = _checked_header(descriptor, path)
         tensors = {
-            name: Tensor(
+            name: TensorEntry(
+                index,
                 dtype,
                 shape,
-                index,
                 begin,
                 end,
-                tensor_sample(descriptor, data_start + begin, end - begin),
+                _tensor_sample(descriptor, data_start + begin, end - begin),
             )
             for name, (dtype, shape, begin, end) in entries.items()
         }
-        sample = shard_sample(descriptor, size)
-    return Shard(file, path, size, data_start, sample, named_sha256(path)), tensors
+        size = os.fstat(descriptor).st_size
+        sample = _shard_sample(descriptor)
+    return Shard(file, size, data_start, sample, named_sha256(path)), tensors
+
+
+def sample_digest(path: Path) -> str:
+    """Return the sha256 in hex of a file's size and of 16 samples of 4 KiB, ends included.
+
+    Raises:
+        CheckpointError: The file is missing or cannot be read.
+    """
+    with _opened(path) as descriptor:
+        return _shard_sample(descriptor)
 
 
 def named_sha256(path: Path) -> str | None:
@@ -130,55 +159,6 @@ def named_sha256(path: Path) -> str | None:
     blob = path.resolve()
     is_named = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
     return blob.name if is_named else None
-
-
-def whole_sha256(path: Path, progress: Callable[[int], None]) -> str:
-    """sha256 in hex of a whole file.
-
-    Args:
-        path: the file.
-        progress: told the bytes that were read, after each piece.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    done = 0
-    try:
-        with path.open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                digest.update(buffer[:count])
-                done += count
-                progress(done)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def shard_sample(descriptor: int, size: int) -> str:
-    """sha256 over a file's size in decimal and 16 samples of 4 KiB, evenly spread, ends included.
-
-    The runtime computes the same when it meets the shard again.
-    """
-    digest = hashlib.sha256(str(size).encode())
-    last = max(0, size - SHARD_SAMPLE_BYTES)
-    for index in range(SHARD_SAMPLES):
-        offset = last * index // (SHARD_SAMPLES - 1)
-        digest.update(os.pread(descriptor, SHARD_SAMPLE_BYTES, offset))
-    return digest.hexdigest()
-
-
-def tensor_sample(descriptor: int, offset: int, length: int) -> str:
-    """First 16 hex digits of the sha256 of a tensor, or of 512 bytes in its middle.
-
-    Up to 4 KiB are taken whole. One page per tensor: 12,544 tensors of 126 GB cost 50 MB of reads,
-    and still each expert can be told from the others.
-    """
-    if length > WHOLE_TENSOR_BYTES:
-        offset += (length // 2) & ~(TENSOR_SAMPLE_BYTES - 1)
-        length = TENSOR_SAMPLE_BYTES
-    return hashlib.sha256(os.pread(descriptor, length, offset)).hexdigest()[:16]
 
 
 def refuse_dangling(path: Path) -> None:
@@ -194,24 +174,20 @@ def refuse_dangling(path: Path) -> None:
         )
 
 
-def _size(path: Path) -> int:
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
     refuse_dangling(path)
     try:
-        found = path.stat()
+        mode = path.stat().st_mode
     except OSError:
         raise CheckpointError(
             f"{path}: this shard is missing; restore it or download the checkpoint again"
         ) from None
-    if not stat.S_ISREG(found.st_mode):
-        what = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file"
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
         raise CheckpointError(
             f"{path}: is {what}, not a shard; restore the file or download the checkpoint again"
         )
-    return found.st_size
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -224,7 +200,35 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _header(descriptor: int, path: Path, size: int) -> tuple[dict[str, Any], int]:
+def _shard_sample(descriptor: int) -> str:
+    """Return the sha256 over the size in decimal and the samples, evenly spread."""
+    size = os.fstat(descriptor).st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - SHARD_SAMPLE_BYTES)
+    for index in range(SHARD_SAMPLES):
+        offset = last * index // (SHARD_SAMPLES - 1)
+        digest.update(os.pread(descriptor, SHARD_SAMPLE_BYTES, offset))
+    return digest.hexdigest()
+
+
+def _tensor_sample(descriptor: int, offset: int, length: int) -> str:
+    """Return 16 hex digits of the sha256 of a tensor, or of 512 bytes in its middle.
+
+    Up to 4 KiB are taken whole. One page per tensor: 12,544 tensors of 126 GB cost 50 MB of reads,
+    and still each expert can be told from the others.
+    """
+    if length > WHOLE_TENSOR_BYTES:
+        offset += (length // 2) & ~(TENSOR_SAMPLE_BYTES - 1)
+        length = TENSOR_SAMPLE_BYTES
+    return hashlib.sha256(os.pread(descriptor, length, offset)).hexdigest()[:16]
+
+
+_Entries = dict[str, tuple[str, tuple[int, ...], int, int]]
+"""Dtype, shape, begin and end of each tensor."""
+
+
+def _checked_header(descriptor: int, path: Path) -> tuple[dict[str, Any], int, _Entries]:
+    size = os.fstat(descriptor).st_size
     prefix = os.pread(descriptor, 8, 0)
     if prefix.startswith(b"version "):
         raise CheckpointError(
@@ -240,11 +244,13 @@ def _header(descriptor: int, path: Path, size: int) -> tuple[dict[str, Any], int
             f"{path}: is truncated: {size} bytes, but its header alone takes {8 + length}; "
             "restore it or download it again"
         )
-    try:
-        header = parse_object(os.pread(descriptor, length, 8), f"{path}: its header")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    return header, 8 + length
+    content = os.pread(descriptor, length, 8)
+    header = parse_object(content, f"{path}: its header", CheckpointError)
+    entries = {
+        name: _entry(path, name, value) for name, value in header.items() if name != "__metadata__"
+    }
+    _check_ranges(path, entries, size - 8 - length)
+    return header, 8 + length, entries
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
@@ -266,9 +272,7 @@ def _entry(path: Path, name: str, value: Any) -> tuple[str, tuple[int, ...], int
     return dtype, shape, begin, end
 
 
-def _check_ranges(
-    path: Path, entries: Mapping[str, tuple[str, tuple[int, ...], int, int]], available: int
-) -> None:
+def _check_ranges(path: Path, entries: _Entries, available: int) -> None:
     """The tensors must cover the data without gaps or overlaps, and the data must be there."""
     reached = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):

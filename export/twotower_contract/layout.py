@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from twotower_export.config import ModelConfig
+from twotower_contract.config import ModelConfig
 
 Tower = Literal["context", "denoiser"]
 How = Literal["as_is", "stack", "squeeze"]
@@ -28,7 +28,7 @@ BASE_PREFIX: Final = "backbone"
 """Prefix of the single-tower base checkpoint, which has `lm_head.weight` as its only head."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class WeightSource:
     """How a weight input of a graph is made.
 

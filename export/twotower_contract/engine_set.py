@@ -11,14 +11,14 @@ Builders write the record with `write_build_record`; everything that runs engine
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.document import Document, read_json, write_json
-from twotower_engines.artifacts.manifest import MANIFEST_FILE, Manifest, read_manifest
-from twotower_engines.errors import EngineSetError
+from twotower_contract.digests import file_state
+from twotower_contract.errors import EngineSetError
+from twotower_contract.json_file import Document, read_json, write_json
+from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 __all__ = [
     "BUILD_FILE",
@@ -26,7 +26,7 @@ __all__ = [
     "EngineSet",
     "Limits",
     "PlanFile",
-    "file_sha256",
+    "find_engine_sets",
     "open_engine_set",
     "write_build_record",
 ]
@@ -95,11 +95,15 @@ class BuildRecord:
     cuda: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     graph_sha256: dict[str, str] = field(default_factory=dict)
-    profiles: dict[str, Any] = field(default_factory=dict)
+    profiles: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     bundle_fingerprint: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of build.json."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +136,10 @@ class EngineSet:
         """
         for tower in self.build.plans:
             path = self.plan_path(tower)
-            if not path.is_file():
+            state = file_state(path, self.build.plans[tower].sha256)
+            if state == "missing":
                 raise EngineSetError(f"{path}: is missing; build the engines again")
-            if file_sha256(path) != self.build.plans[tower].sha256:
+            if state == "changed":
                 raise EngineSetError(
                     f"{path}: its sha256 is not the one in {BUILD_FILE}: changed since it was "
                     "built; build the engines again"
@@ -143,8 +148,14 @@ class EngineSet:
 
 def write_build_record(folder: Path, record: BuildRecord) -> None:
     """Write build.json. Write it last: a folder without it is no engine set."""
-    values = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(record)}
-    write_json(folder / BUILD_FILE, values)
+    write_json(folder / BUILD_FILE, record.as_json())
+
+
+def find_engine_sets(path: Path) -> list[Path]:
+    """Return `path` if it is an engine set, else the engine sets in it, sorted; [] for neither."""
+    if (path / BUILD_FILE).is_file():
+        return [path]
+    return sorted(one.parent for one in path.glob(f"*/{BUILD_FILE}")) if path.is_dir() else []
 
 
 def open_engine_set(path: Path, sku: str | None = None) -> EngineSet:
@@ -155,7 +166,7 @@ def open_engine_set(path: Path, sku: str | None = None) -> EngineSet:
         BundleError: Its copy of the manifest is bad.
     """
     folder = _resolve(path, sku)
-    build = _record(read_json(folder / BUILD_FILE, EngineSetError))
+    build = _record(read_json(folder / BUILD_FILE, EngineSetError, "build the engines again"))
     if sku is not None and build.sku != sku:
         raise EngineSetError(f"{folder}: was built for `{build.sku}`, not for `{sku}`")
     if not (folder / MANIFEST_FILE).is_file():
@@ -163,19 +174,13 @@ def open_engine_set(path: Path, sku: str | None = None) -> EngineSet:
     return EngineSet(folder, build, read_manifest(folder))
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _resolve(path: Path, sku: str | None) -> Path:
     """Return the folder that holds build.json."""
-    if (path / BUILD_FILE).is_file():
+    found = find_engine_sets(path)
+    if found == [path]:
         return path
     if not path.is_dir():
         raise EngineSetError(f"{path}: no such folder; build engines with `twotower build`")
-    found = sorted(one.parent for one in path.glob(f"*/{BUILD_FILE}"))
     names = ", ".join(one.name for one in found)
     if sku is not None:
         if path / sku in found:
@@ -196,7 +201,7 @@ def _resolve(path: Path, sku: str | None) -> Path:
 
 def _record(document: Document) -> BuildRecord:
     document.check_format(FORMAT, FORMAT_VERSION)
-    limits = document.section("limits")
+    limits, profiles = document.section("limits"), document.section("profiles")
     return BuildRecord(
         sku=document.text("sku"),
         flavour=document.text("flavour"),
@@ -214,11 +219,13 @@ def _record(document: Document) -> BuildRecord:
         compute_capability=document.optional_text("compute_capability"),
         machine=document.optional_text("machine"),
         cuda=document.optional_text("cuda"),
-        versions=dict(document.section("versions").values),
-        graph_sha256=dict(document.section("graph_sha256").values),
-        profiles=dict(document.section("profiles").values),
-        memory=dict(document.section("memory").values),
+        versions=document.text_map("versions"),
+        graph_sha256=document.text_map("graph_sha256"),
+        profiles={
+            tower: [one.values for one in profiles.items(tower)] for tower in profiles.values
+        },
+        memory=document.section("memory").values,
         key=document.text("key"),
         bundle_fingerprint=document.text("bundle_fingerprint"),
-        extra=dict(document.section("extra").values),
+        extra=document.section("extra").values,
     )

@@ -14,9 +14,10 @@ from tests.support.sparse_checkpoint import (
     FULL_TENSORS,
     full_config,
 )
-from twotower_export.config import ModelConfig, config_json, read_config, read_json
-from twotower_export.errors import ConfigError, ExportError
-from twotower_export.layout import expected_tensors, graph_weights, source_shape
+from twotower_contract.config import ModelConfig, config_json, read_config
+from twotower_contract.errors import ConfigError, TwoTowerError
+from twotower_contract.json_file import read_json
+from twotower_contract.layout import expected_tensors, graph_weights, source_shape
 from twotower_export.tiny.checkpoints import tiny_config
 
 
@@ -161,7 +162,7 @@ def test_infinity_is_read_as_it_is_written(tmp_path, written):
     path = tmp_path / "config.json"
     values = {key: value for key, value in FULL_CONFIG.items() if key != "time_step_limit"}
     path.write_text(json.dumps(values)[:-1] + f', "time_step_limit": [0.0, {written}]}}')
-    assert read_json(path)["time_step_limit"] == [0.0, math.inf]
+    assert read_json(path).values["time_step_limit"] == [0.0, math.inf]
     assert read_config(path) == full_config()
 
 
@@ -185,5 +186,5 @@ def test_unreadable_files_are_named(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_config(path)
     assert str(path) in str(caught.value)
-    assert isinstance(caught.value, ExportError)
+    assert isinstance(caught.value, TwoTowerError)
     assert caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""Folders that are either complete or recognizably not: written beside their place, then renamed.
+"""Files and folders that are either complete or recognizably not: written beside, then renamed.
 
 A process that is killed leaves a folder named `.partial-...`, which nothing reads and the next
 process that works beside it removes: its owner held a lock on it, and the kernel let go of that.
@@ -19,12 +19,92 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["locked", "partial_folder", "put_in_place"]
+from twotower_contract.errors import TwoTowerError
+
+__all__ = [
+    "check_replaceable",
+    "locked",
+    "new_folder",
+    "partial_file",
+    "partial_folder",
+    "put_in_place",
+    "reported",
+    "write_text",
+]
 
 PREFIX = ".partial-"
 REPLACED = ".replaced-"
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # of linux/fs.h
+
+
+@contextlib.contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to; the file takes its place if the block ends well."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that no reader sees half of it."""
+    with partial_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, error: type[TwoTowerError]) -> Iterator[Path]:
+    """Give a new folder that takes the place of `out`, in one step, if the block ends well.
+
+    Args:
+        out: Its place; a folder that is there is replaced, see `check_replaceable`. Where it is a
+            link to a folder, that one is replaced.
+        error: Raised where the disk is full or the place cannot be written.
+    """
+    with reported(out, error):
+        place = out.resolve()
+        with partial_folder(place.parent) as work:
+            made = work / place.name
+            made.mkdir()
+            made.chmod(0o755)  # whatever the umask: a server may be another user
+            yield made
+            put_in_place(made, place)
+
+
+@contextlib.contextmanager
+def reported(place: Path, error: type[TwoTowerError]) -> Iterator[None]:
+    """Turn an OSError while `place` is written into an error that the user can repair."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(
+            f"{problem.filename or place}: cannot be written: {problem.strerror or problem}"
+        ) from problem
+
+
+def check_replaceable(
+    out: Path, what: str, is_ours: Callable[[Path], bool], error: type[TwoTowerError]
+) -> None:
+    """Refuse to write over anything but an empty folder or an earlier output of the same kind.
+
+    Args:
+        out: The folder to be written.
+        what: Name of the kind in messages, as `a bundle`.
+        is_ours: Whether a folder is an earlier output of this kind.
+        error: Raised where there is something else.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise error(f"{out}: is a file; name a folder for {what}")
+    if any(out.iterdir()) and not is_ours(out):
+        raise error(
+            f"{out}: holds files that are not {what}, and would be replaced; name another folder"
+        )
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-from twotower_export.errors import ConfigError
-from twotower_export.json_file import read_json as read_json  # part of this module's interface
-from twotower_export.settings import IMPLEMENTED, check_settings
+from twotower_contract.errors import ConfigError
+from twotower_contract.json_file import read_json
+from twotower_contract.settings import IMPLEMENTED, check_settings
 
 DEFAULT_MASK_TOKEN_ID: Final = 3
 """The mask of NVIDIA's `inference.py`; their `config.json` does not name it."""
@@ -277,7 +277,7 @@ def read_config(path: Path, *, mask_token_id: int | None = None) -> ModelConfig:
     Raises:
         ConfigError: the file is unreadable or refused; see `ModelConfig.from_json`.
     """
-    values = read_json(path)
+    values = read_json(path).values
     return ModelConfig.from_json(values, mask_token_id=mask_token_id, source=str(path))
 
 
