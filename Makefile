@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check fix docs bench wheel test-wheel lock locked clean
+.PHONY: help demo test cov test-slow check fix docs bench wheel test-wheel lock locked clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,7 +33,10 @@ demo: $(VENV)/.demo ## Export, build, package, serve and ask: the whole path, on
 	$(BIN)/twotower demo
 
 test: $(VENV)/.dev ## All tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
+
+cov: $(VENV)/.dev ## The same tests, and the lines that they miss
+	$(BIN)/python -m pytest -m "not slow" -n 2 --cov --cov-report=term --cov-report=html $(ARGS)
 
 test-slow: $(VENV)/.dev ## Full-size tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -74,4 +77,4 @@ bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benc
 	for name in generation export build kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) demo dist site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo dist site .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov

@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.support import ROOT
 from tests.support import engine_bundles as bundles
 from tests.support import sparse_checkpoint as sparse
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = (2, 8, 26, 52)
 SKU = "rtx-pro-6000"

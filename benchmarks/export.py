@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support import ROOT, TWOTOWER
 from tests.support.sparse_checkpoint import FULL_CONFIG, FULL_PATTERN, write_sparse_checkpoint
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = (2, 8, 26, 52)
 REPEATS = 3
@@ -95,7 +95,7 @@ def measure(command: list[str]) -> Measured:
 
 
 def twotower(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "twotower_client.cli", *map(str, arguments)]
+    return [*TWOTOWER, *map(str, arguments)]
 
 
 def measure_export(layers: int, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.support import TWOTOWER
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.generation.request import Request
@@ -54,7 +54,7 @@ def build(folder: Path) -> tuple[Path, EngineSet]:
         ["export", checkpoint, bundle],
         ["build", bundle, "--sku", "cpu", engines, "--slots", "16"],
     ):
-        command = [sys.executable, "-m", "twotower_client.cli", *verb]
+        command = [*TWOTOWER, *verb]
         subprocess.run(command, check=True, capture_output=True)
     return Path(checkpoint), open_engine_set(Path(engines))
 

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from docs import code_map
+from tests.support import ROOT
 from twotower_client.cli import VERBS
 from twotower_engines.cli.plan import plan
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
 )

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel):

@@ -9,13 +9,11 @@ import re
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from twotower_client.cli import EXTRAS_OF_MODULE
-
-ROOT = Path(__file__).parents[2]
 
 
 def modules_of_extras() -> set[str]:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import TWOTOWER
 from twotower_client.demo_cli import BLOCK_END, NEEDED, PROMPT, _figures
 from twotower_client.result import Answer, Block
 
-COMMAND = [sys.executable, "-m", "twotower_client.cli"]
 TOKENS = 40  # three blocks
 
 
-def demo(*options: str, command: list[str] = COMMAND) -> subprocess.CompletedProcess[str]:
+def demo(*options: str, command: list[str] = TWOTOWER) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, "demo", *options], capture_output=True, text=True, timeout=120)
 
 
@@ -54,10 +54,10 @@ def test_the_whole_path(tmp_path) -> None:
         assert any((folder / name).iterdir())
 
     # the commands that were shown, given again as they are, give the same
-    serving = subprocess.Popen([*COMMAND, *steps[4]], stdout=subprocess.PIPE, text=True)
+    serving = subprocess.Popen([*TWOTOWER, *steps[4]], stdout=subprocess.PIPE, text=True)
     try:
         assert serving.stdout.readline().startswith("ready grpc=")
-        again = subprocess.run([*COMMAND, *steps[5]], capture_output=True, text=True, timeout=60)
+        again = subprocess.run([*TWOTOWER, *steps[5]], capture_output=True, text=True, timeout=60)
     finally:
         serving.send_signal(signal.SIGINT)
         serving.terminate()  # the second signal ends the server at once

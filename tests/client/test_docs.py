@@ -8,12 +8,13 @@ import shlex
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT, TWOTOWER
+
 pytestmark = pytest.mark.server
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "call.md").read_text()
+TEXT = (ROOT / "docs" / "call.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -38,7 +39,7 @@ def test_shell(server) -> None:
         if "--url" not in words:
             words += ["--url", server.grpc_address]
         ran = subprocess.run(
-            [sys.executable, "-m", "twotower_client.cli", *words],
+            [*TWOTOWER, *words],
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr

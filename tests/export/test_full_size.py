@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import onnx
 import pytest
 
+from tests.support import TWOTOWER
 from tests.support.measured import run_measured
 from tests.support.sparse_checkpoint import FULL_TENSORS, HUB_ID, REVISION, write_sparse_checkpoint
 from twotower_contract.manifest import read_manifest
@@ -117,7 +117,7 @@ def test_refusals_come_before_the_work(snapshot):
     link.unlink()
     link.symlink_to((snapshot / "model-00014-of-00024.safetensors").readlink())
     try:
-        command = [sys.executable, "-m", "twotower_client.cli", "inspect", str(snapshot)]
+        command = [*TWOTOWER, "inspect", str(snapshot)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     finally:
         link.unlink()

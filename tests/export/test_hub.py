@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
+from tests.support import TWOTOWER
 from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from tests.support.hub_server import HubServer
 from twotower_contract.manifest import read_manifest
@@ -40,7 +40,7 @@ def twotower(tmp_path, server):
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         environment.pop("HF_HUB_CACHE", None)
-        command = [sys.executable, "-m", "twotower_client.cli", *map(str, arguments)]
+        command = [*TWOTOWER, *map(str, arguments)]
         return subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
         )

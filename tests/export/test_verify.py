@@ -11,11 +11,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from tests.support import TWOTOWER
 from tests.support.sabotage import (
     PATTERN,
     change_graph,
@@ -246,7 +246,7 @@ def as_engines(folder):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "twotower_client.cli", "verify", *map(str, arguments)],
+        [*TWOTOWER, "verify", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
 
 import pytest
+
+from tests.support import TWOTOWER
 
 pytestmark = pytest.mark.server
 
@@ -78,7 +79,7 @@ def test_the_command_line_prints_what_run_prints(server, packaged) -> None:
 
 
 def run_cli(*arguments: str) -> dict:
-    command = [sys.executable, "-m", "twotower_client.cli", *arguments]
+    command = [*TWOTOWER, *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,11 @@ from pathlib import Path
 import pytest
 
 import twotower_client as tt
+from tests.support import TWOTOWER
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.ports import choose_ports
 
-COMMAND = [sys.executable, "-m", "twotower_client.cli", "serve"]
+COMMAND = [*TWOTOWER, "serve"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_ready_line_and_ctrl_c(packaged, alive) -> None:
 
 def open_stream(address: str) -> subprocess.Popen:
     """Start `twotower generate` on an answer of many minutes; return it when it has begun."""
-    command = [sys.executable, "-m", "twotower_client.cli", "generate", "--prompt-ids", "5"]
+    command = [*TWOTOWER, "generate", "--prompt-ids", "5"]
     command += ["--url", address, "--stream", "--max-new-tokens", "4000", "--threshold", "1"]
     asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert asking.stdout.read(1)
@@ -68,11 +68,10 @@ def open_stream(address: str) -> subprocess.Popen:
 @pytest.mark.server
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_open_stream_is_told_and_does_not_hold_the_server(packaged, alive, how) -> None:
-    before = remains()
     running, ready = start(packaged.repository)
     asking = open_stream(ready["grpc"])
     assert len(alive(ready["pid"])) >= 4  # the server and three models
-    assert remains() != before
+    assert all(remains(running.pid))
     running.send_signal(how)
     start_of_end = time.monotonic()
     _, said = asking.communicate(timeout=20)
@@ -80,7 +79,7 @@ def test_an_open_stream_is_told_and_does_not_hold_the_server(packaged, alive, ho
     assert b"the server is shutting down" in said
     running.communicate(timeout=20)
     assert running.returncode == (0 if how == signal.SIGINT else -signal.SIGKILL)
-    wait_until(lambda: alive(ready["pid"]) == [] and remains() == before, 20)
+    wait_until(lambda: alive(ready["pid"]) == [] and remains(running.pid) == ([], []), 20)
     assert time.monotonic() - start_of_end < 14
 
 
@@ -90,7 +89,7 @@ def test_a_server_that_hangs_is_killed(packaged, alive, monkeypatch) -> None:
     from twotower_engines.serving.server import ServerOptions, TritonServer
 
     monkeypatch.setattr("twotower_engines.serving.server.KILL_SECONDS", 0.5)
-    before = remains()
+    before = remains(os.getpid())
     with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None)) as server:
         server.wait_until_ready(60)
         os.killpg(server.pid, signal.SIGSTOP)
@@ -98,13 +97,13 @@ def test_a_server_that_hangs_is_killed(packaged, alive, monkeypatch) -> None:
         server.request_stop()
         assert server.wait() == -signal.SIGKILL
         assert time.monotonic() - start_of_end < 5
-        wait_until(lambda: alive(server.pid) == [] and remains() == before, 5)
+        wait_until(lambda: alive(server.pid) == [] and remains(os.getpid()) == before, 5)
 
 
-def remains() -> tuple[list[Path], list[Path]]:
-    """What servers leave when nobody cleans up: shared memory and folders of links."""
+def remains(starter: int) -> tuple[list[Path], list[Path]]:
+    """What servers of a process leave when nobody cleans up: shared memory and folders of links."""
     folders = Path(os.environ["TMPDIR"]).glob("twotower-serve-*")
-    return sorted(Path("/dev/shm").glob("twotower_*")), sorted(folders)
+    return sorted(Path("/dev/shm").glob(f"twotower_{starter}_*")), sorted(folders)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> None:
@@ -217,17 +216,15 @@ def test_a_numpy_that_empties_answers_is_refused(packaged, monkeypatch) -> None:
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path, packaged) -> None:
     (tmp_path / "file").touch()
-    before = remains()
     for log in ("/proc/x.log", str(tmp_path / "file" / "x.log")):
         command = [*COMMAND, str(packaged.repository), "--grpc-port", "0", "--http-port", "0"]
-        ran = subprocess.run(
-            [*command, "--metrics-port", "0", "--log", log],
-            capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
-        assert ran.returncode == 2
-        assert ran.stderr.startswith(f"error: {log}: the log cannot be written (")
-        assert ran.stderr.count("\n") == 1
-    assert remains() == before
+        command += ["--metrics-port", "0", "--log", log]
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        _, said = running.communicate(timeout=30)
+        assert running.returncode == 2
+        assert said.startswith(f"error: {log}: the log cannot be written (")
+        assert said.count("\n") == 1
+        assert remains(running.pid) == ([], [])
 
 
 def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT, TWOTOWER
 from twotower_client import cli as root
 from twotower_contract.atomic import partial_folder, put_in_place
 from twotower_contract.engine_set import open_engine_set
@@ -19,8 +19,6 @@ from twotower_engines.errors import ServingError
 from twotower_engines.serving.package import package, templates_folder
 from twotower_engines.serving.repository import MODELS, check_configs, check_repository, read_config
 from twotower_engines.serving.settings import Settings
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -103,7 +101,7 @@ def test_a_new_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path) ->
 def test_a_place_that_cannot_be_written_is_named(packaged, tmp_path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "x" / "y", Path("/proc/zz")):
-        command = [sys.executable, "-m", "twotower_client.cli", "package", str(packaged.engines)]
+        command = [*TWOTOWER, "package", str(packaged.engines)]
         ran = subprocess.run([*command, str(place)], capture_output=True, text=True, timeout=60)
         assert ran.returncode == 2
         assert ran.stderr.startswith(f"error: {place}: cannot be written (")

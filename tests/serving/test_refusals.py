@@ -8,7 +8,6 @@ import os
 import signal
 import struct
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -19,6 +18,7 @@ import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 import twotower_client as tt
+from tests.support import TWOTOWER
 from twotower_client.request import Message
 
 pytestmark = pytest.mark.server
@@ -189,7 +189,7 @@ def test_dropping_a_stream_stops_the_request(client) -> None:
 
 
 def test_ctrl_c_stops_the_request(server, client) -> None:
-    command = [sys.executable, "-m", "twotower_client.cli", "generate", "--prompt-ids", "5"]
+    command = [*TWOTOWER, "generate", "--prompt-ids", "5"]
     command += ["--url", server.grpc_address, "--stream"]
     command += ["--max-new-tokens", "4000", "--threshold", "1"]
     running = [

@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+from tests.support import TWOTOWER
 from tests.support.sparse_checkpoint import write_sparse_checkpoint
 
-COMMAND = [sys.executable, "-m", "twotower_client.cli", "build"]
+COMMAND = [*TWOTOWER, "build"]
 SMALL = "M*E"
 
 

@@ -1,4 +1,4 @@
-"""Random inputs of the three ops, shared by the tests here."""
+"""Random inputs of the three ops, shared by the tests of the kernels."""
 
 from __future__ import annotations
 

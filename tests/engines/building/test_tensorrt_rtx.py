@@ -403,6 +403,7 @@ def build_full_size(folder, bundle):
     return build, seconds - waited, peak
 
 
+@pytest.mark.slow  # both cores for a minute or more: beside another test it measures that one too
 def test_both_full_size_towers_in_a_minute_and_two_gigabytes(tmp_path, monkeypatch):
     """On cores of its own. On shared ones the better of two tries counts, less what it waited.
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from tests.support import FULL_SIZE
+from tests.support import FULL_SIZE, TWOTOWER
 from twotower_engines.cli.plan import plan
 from twotower_engines.errors import PlanError
 
@@ -159,7 +159,7 @@ def test_refusals(arguments, message):
 
 
 def test_the_command_line_exits_with_2_and_no_traceback():
-    command = [sys.executable, "-m", "twotower_client.cli", "plan", str(FULL_SIZE), "--sku", "a10"]
+    command = [*TWOTOWER, "plan", str(FULL_SIZE), "--sku", "a10"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: 16 slots x 8192 tokens in bf16 do not fit on 2 x a10")

@@ -13,7 +13,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from tests.support import ROOT
+from tests.support import ROOT, TWOTOWER
 from twotower_client.cli import cli
 from twotower_contract.engine_set import BUILD_FILE
 from twotower_contract.errors import CheckpointError, EngineSetError, TwoTowerError
@@ -21,7 +21,7 @@ from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.building.checkpoint_engines import cached_engines, is_hub_id
 from twotower_engines.cli.run import run
 
-COMMAND = [sys.executable, "-m", "twotower_client.cli", "run"]
+COMMAND = [*TWOTOWER, "run"]
 
 
 @pytest.fixture(scope="module")

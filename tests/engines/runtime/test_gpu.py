@@ -6,10 +6,11 @@ make test ARGS="-m gpu"
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import numpy as np
 import pytest
+
+from tests.support import TWOTOWER
 
 pytestmark = pytest.mark.gpu
 
@@ -153,7 +154,7 @@ def built(request, tmp_path_factory):
         ["build", bundle, "--sku", "cpu", engines, "--slots", "4"],
         ["build", bundle, "--sku", "local", "--flavour", request.param, engines, "--slots", "4"],
     ):
-        subprocess.run([sys.executable, "-m", "twotower_client.cli", *verb], check=True)
+        subprocess.run([*TWOTOWER, *verb], check=True)
     return folder / "engines"
 
 
@@ -223,7 +224,7 @@ def test_verify_finds_nothing_wrong(built):
 
 def test_a_run_ends_well(built):
     engines, _ = gpus_and_cpus(built)
-    command = [sys.executable, "-m", "twotower_client.cli", "run", str(engines.folder)]
+    command = [*TWOTOWER, "run", str(engines.folder)]
     done = subprocess.run(
         [*command, "--prompt", "Mia the fox", "--max-new-tokens", "16"],
         capture_output=True, text=True,

@@ -13,12 +13,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from tests.support import TWOTOWER
 from tests.support import host_device as host
 from twotower_contract.engine_set import (
     BuildRecord,
@@ -529,7 +529,7 @@ def test_tolerances_depend_on_the_precision(exported, precision, share, passes):
 
 
 def test_the_verb_hands_over_engines_for_a_gpu(engines, exported, tmp_path):
-    command = [sys.executable, "-m", "twotower_client.cli", "verify"]
+    command = [*TWOTOWER, "verify"]
     arguments = [engines.parent, exported / "checkpoint", "--bundle", exported / "bundle"]
 
     def run(*more):
