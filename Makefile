@@ -49,7 +49,7 @@ fix: $(VENV)/.dev ## Mend what ruff can: style and format
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.dev ## The documentation as a site, in site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel: $(VENV)/.dev ## Wheel and source archive, in dist/
 	rm -rf dist

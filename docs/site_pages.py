@@ -7,14 +7,11 @@ the code is made from the modules' docstrings, so none of them has a second copy
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads a hook by its path
-from code_map import ROOT, code_map
+from docs.code_map import ROOT, code_map
 
 COPIES = {
     "README.md": "index.md",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
 
+from docs import code_map
 from twotower_client.cli import VERBS
 from twotower_engines.cli.plan import plan
 
@@ -20,17 +19,6 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
 )
-
-
-def _load(path: Path) -> ModuleType:
-    """Import a file that is no module of a package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-code_map = _load(ROOT / "docs/code_map.py")
 
 
 GENERATED = {"../code-map.md"}  # pages that the site makes

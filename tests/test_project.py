@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -118,23 +118,15 @@ def test_an_issue_form_has_what_a_form_needs(name):
     assert len({field["id"] for field in fields}) == len(fields)
 
 
-@pytest.fixture(scope="module")
-def problems():
-    """The function `problems` of `.github/check_release.py`."""
-    spec = importlib.util.spec_from_file_location(
-        "check_release", ROOT / ".github/check_release.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.problems
+problems = runpy.run_path(str(ROOT / ".github/check_release.py"))["problems"]
 
 
-def test_a_complete_release_passes(problems):
+def test_a_complete_release_passes():
     pyproject = '[project]\nversion = "1.2.3"\n[project.urls]\nRepository = "somewhere"\n'
     assert problems("v1.2.3", pyproject, "# Changelog\n\n## 1.2.3 (2026-12-24)\n") == []
 
 
-def test_what_a_release_lacks_is_named(problems):
+def test_what_a_release_lacks_is_named():
     pyproject = '[project]\nversion = "1.2.3"\n[project.urls]\n'
     found = problems("v1.2.4", pyproject, "## 1.2.3 (unreleased)\n")
     assert all(word in str(found) for word in ("tag v1.2.3", "write its date", "Repository"))

@@ -125,7 +125,7 @@ def test_missing_submodule_of_an_installed_package_is_a_bug() -> None:
 
 
 def test_user_error_is_one_line_and_bug_is_a_traceback() -> None:
-    user = run_verb("from twotower_engines.errors import EngineSetError as E; raise E('no, why')")
+    user = run_verb("from twotower_contract.errors import EngineSetError as E; raise E('no, why')")
     assert (user.returncode, user.stderr) == (2, "error: no, why\n")
     bug = run_verb("raise ValueError('oops')")
     assert bug.returncode == 1

@@ -59,11 +59,11 @@ def test_http(server) -> None:
 
 
 def test_the_options_are_all_there() -> None:
-    from twotower_client import Options
+    from twotower_contract.options import OPTIONS
 
     table = TEXT.partition("| option |")[2].partition("###")[0]
     listed = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in rows(table))))
-    assert listed == set(Options.__annotations__)
+    assert listed == set(OPTIONS)
 
 
 def test_the_exceptions_are_all_there() -> None:

@@ -14,8 +14,8 @@ from twotower_client import cli as root
 from twotower_contract.atomic import partial_folder, put_in_place
 from twotower_contract.engine_set import open_engine_set
 from twotower_contract.errors import TwoTowerError
+from twotower_contract.options import INPUTS
 from twotower_engines.errors import ServingError
-from twotower_engines.serving import preprocess
 from twotower_engines.serving.package import package, templates_folder
 from twotower_engines.serving.repository import MODELS, check_configs, check_repository, read_config
 from twotower_engines.serving.settings import Settings
@@ -133,15 +133,20 @@ def test_the_configurations_join_up(configs) -> None:
     check_configs(configs)
 
 
-def test_preprocess_reads_every_declared_input(configs) -> None:
-    assert {tensor.name for tensor in configs["preprocess"].input} == set(preprocess.INPUTS)
+@pytest.mark.parametrize("name", ["twotower", "preprocess"])
+def test_the_declared_inputs_are_those_of_the_table(configs, name) -> None:
+    from tritonclient.grpc.model_config_pb2 import DataType
+
+    def wire(tensor):
+        kind = DataType.Name(tensor.data_type).removeprefix("TYPE_")
+        return "BYTES" if kind == "STRING" else kind
+
+    found = {one.name: (wire(one), *one.dims, one.optional) for one in configs[name].input}
+    assert found == {name: (*form, True) for name, form in INPUTS.items()}
 
 
-def test_the_client_knows_the_tensors(configs) -> None:
-    from twotower_client.request import Options
-
-    ours = {*Options.__annotations__, "text_input", "input_ids", "timeout_seconds", "stop"}
-    assert {tensor.name for tensor in configs["twotower"].input} == ours
+def test_every_input_is_passed_on_to_preprocess(configs) -> None:
+    assert dict(step(configs, 0).input_map) == {name: name for name in INPUTS}
 
 
 def rename(mapping, old: str, new: str) -> None:

@@ -15,12 +15,11 @@ import urllib.error
 import urllib.request
 
 import grpc
-import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 import twotower_client as tt
-from twotower_client.request import _Message
+from twotower_client.request import Message
 
 pytestmark = pytest.mark.server
 
@@ -29,15 +28,9 @@ LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
 
 def ask(client, **tensors) -> None:
     """Send tensors that the client's own checks would not let pass, and read the answer."""
-    message = _Message("raw")
+    message = Message("raw")
     for name, value in tensors.items():
-        if isinstance(value, bytes):
-            message.text(name, value)
-        else:
-            dtype = {"threshold": np.float32, "temperature": np.float32, "top_p": np.float32}
-            dtype |= {"timeout_seconds": np.float32, "seed": np.uint64}
-            values = value if isinstance(value, list) else [value]
-            message.array(name, values, dtype.get(name, np.int32))
+        message.add(name, value)
     for _ in tt.AnswerStream(client, message.message, 20):
         pass
 
@@ -102,9 +95,9 @@ def test_a_refusal_over_http_is_a_bad_request(server, path, inputs, said) -> Non
 
 def test_a_refusal_over_grpc_is_told_as_documented(server) -> None:
     """A stream carries a message, no code; a call of `preprocess` has the code."""
-    message = _Message("raw")
-    message.array("input_ids", [1], np.int32)
-    message.array("max_new_tokens", [0], np.int32)
+    message = Message("raw")
+    message.add("input_ids", [1])
+    message.add("max_new_tokens", 0)
     with grpc.insecure_channel(server.grpc_address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         [part] = stub.ModelStreamInfer(iter([message.message]), timeout=20)
@@ -124,10 +117,13 @@ def test_a_prompt_of_one_token_works_in_every_mode(client) -> None:
 
 
 def test_triton_refuses_an_unknown_tensor_and_a_wrong_type(client) -> None:
+    message = Message("raw")
+    message.add("input_ids", [1])
+    message.add_tensor("colour", "INT32", 1, struct.pack("<i", 3))
     with pytest.raises(tt.RequestFailedError, match="unexpected inference input 'colour'"):
-        ask(client, input_ids=[1], colour=3)
-    message = _Message("raw")
-    message._add("input_ids", "INT64", 1, struct.pack("<q", 5))
+        list(tt.AnswerStream(client, message.message, 20))
+    message = Message("raw")
+    message.add_tensor("input_ids", "INT64", 1, struct.pack("<q", 5))
     with pytest.raises(tt.RequestFailedError, match="data-type"):
         list(tt.AnswerStream(client, message.message, 20))
 
@@ -176,10 +172,10 @@ def test_inactivity(server) -> None:
 def test_cancel_from_another_thread(client) -> None:
     stream = client.stream(prompt_ids=[5], **LONG)
     threading.Timer(0.3, stream.cancel).start()
-    with pytest.raises(tt.CancelledError):
+    with pytest.raises(tt.RequestCancelledError):
         stream.answer()
     assert not stream.is_done
-    with pytest.raises(tt.CancelledError):
+    with pytest.raises(tt.RequestCancelledError):
         next(stream)
 
 

@@ -44,24 +44,23 @@ def parse(path: str) -> dict[str, Any]:
 
 
 def registered() -> Any:
-    """Every creator's attributes, after TensorRT validated and registered the definitions."""
-    before = plugins.is_registered()
+    """Every creator's attributes, before and after TensorRT registered the definitions."""
+    before = creators()
     plugins.register_plugins("9.0")
     plugins.register_plugins("9.0")  # twice is once
     try:
         plugins.register_plugins("8.0")
     except BuildError as error:
         refusal = str(error)
-    creators = {
+    return {"before": before, "after": creators(), "refusal": refusal}
+
+
+def creators() -> dict[str, dict[str, str]]:
+    """Our plugins in TensorRT's registry: name to the types of their attributes."""
+    return {
         creator.name: {field.name: field.type.name for field in creator.field_names}
         for creator in trt.get_plugin_registry().all_creators
         if creator.plugin_namespace == NAMESPACE
-    }
-    return {
-        "before": before,
-        "after": plugins.is_registered(),
-        "creators": creators,
-        "refusal": refusal,
     }
 
 
@@ -215,8 +214,8 @@ def other_plugins(path: str) -> None:
             print(json.dumps({"plugin": self.name, "attributes": given}), flush=True)
 
     nodes = (node for op in OPS.values() for node in op.chain)
-    creators = [Creator(node.name, dict(node.attributes)) for node in nodes]
-    for creator in creators:
+    made = [Creator(node.name, dict(node.attributes)) for node in nodes]
+    for creator in made:
         trt.get_plugin_registry().register_creator(creator, NAMESPACE)
     parse(path)
 

@@ -23,10 +23,11 @@ Examples:
   twotower build bundle --sku l40s,rtx-pro-6000 engines --flavour tensorrt-rtx
   twotower build bundle --sku all engines --json
 
-What is asked must fit; `twotower plan` says what does. Engines for data-centre GPUs (flavour
-tensorrt) are built on the GPU, engines for RTX GPUs (flavour tensorrt-rtx) on any machine.
-Plans are kept in $XDG_CACHE_HOME/twotower/builds, and building the same again takes no time.
-With several SKUs, what can be built is built, and the exit code is 1 if anything could not be.
+The build is refused if it does not fit in memory; `twotower plan` shows what fits. Engines for
+data-centre GPUs (flavour tensorrt) are built on the GPU, engines for RTX GPUs (flavour
+tensorrt-rtx) on any machine. Engine files are kept in $XDG_CACHE_HOME/twotower/builds, so that
+building the same again takes no time. With several SKUs, every one that can be built is built, and
+the exit code is 1 if any could not be.
 """
 
 
@@ -45,14 +46,14 @@ class PartlyBuiltError(TwoTowerError):
     default="cpu",
     show_default=True,
     metavar="NAME[,NAME...]|all",
-    help="What to build for: names of the table of `twotower plan`, `local`, or SKU files.",
+    help="SKUs to build for: names from `twotower plan --sku all`, `local`, or SKU files.",
 )
 @click.option(
     "--flavour",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]),
     default="auto",
     show_default=True,
-    help="What builds and runs them. `auto`: the SKU's own.",
+    help="Library that builds and runs them. `auto`: the SKU's default.",
 )
 @click.option(
     "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests in flight."
@@ -60,17 +61,19 @@ class PartlyBuiltError(TwoTowerError):
 @click.option(
     "--context",
     type=click.IntRange(min=1),
-    help="Tokens of a request, prompt and answer. Default: 8192, or what the model takes.",
+    help="Most tokens of a request, prompt and answer together.  [default: 8192, or the model's]",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bf16", "fp8", "nvfp4", "int4"]),
     default="auto",
     show_default=True,
-    help="Of the weights. Only float32 and bf16 are built yet.",
+    help="Precision of the weights. Only float32 and bf16 can be built yet.",
 )
 @click.option(
-    "--gpus", type=click.IntRange(1, 2), help="2: one tower on each. Default: the fewest."
+    "--gpus",
+    type=click.IntRange(1, 2),
+    help="2: one tower on each.  [default: the fewest that fit]",
 )
 @click.option(
     "--block-size-max",

@@ -1,8 +1,8 @@
-"""What this machine can do, and what is missing for what.
+"""Finds out what works on this machine and what is missing.
 
-Looks without importing: packages are found by name and asked for their recorded version, the GPU
-through its driver's own tool. Nothing is changed but the cache, where the links are kept that
-TensorRT-RTX from PyPI needs.
+Nothing is imported: packages are found by name and recorded version, the GPU through its driver's
+own tool. Nothing is changed except the cache, which keeps the links that TensorRT-RTX from PyPI
+needs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from twotower_contract.errors import TwoTowerError
+from twotower_engines.planning.skus import machine_memory
 
 __all__ = ["Ability", "Examination", "examine"]
 
@@ -49,11 +49,11 @@ SHARED_MEMORY_NEEDED = 64 * 2**20  # for the four models of a repository, with r
 
 @dataclass(frozen=True, slots=True)
 class Ability:
-    """Something that the project does, and what stands in its way here.
+    """Something that the project does, and whether it works here.
 
     Attributes:
-        name: As a person would say it.
-        missing: What is missing, with the remedy; empty where nothing is.
+        name: Name for people.
+        missing: Missing parts, each with the remedy; empty where nothing is missing.
     """
 
     name: str
@@ -62,17 +62,17 @@ class Ability:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """All that was found.
+    """The findings.
 
     Attributes:
         python: Version of this interpreter.
         system: Operating system and architecture.
-        cores: That this process may use.
-        memory_bytes: Of the machine, or of the control group where that is less.
-        gpus: For each, `GPU_FIELDS` as the driver's tool gives them.
-        packages: Distribution to its version, of those that are installed.
-        server: Where a Triton server is; None where none is.
-        abilities: In the order of the path from checkpoint to answer.
+        cores: CPU cores that this process may use.
+        memory_bytes: Memory of the machine, or of the control group where that is less.
+        gpus: `GPU_FIELDS` of each GPU, as the driver's tool gives them.
+        packages: Installed distributions, with their versions.
+        server: Path of a Triton server; None where there is none.
+        abilities: Abilities, in the order of the path from checkpoint to answer.
     """
 
     python: str
@@ -94,7 +94,7 @@ def examine() -> Examination:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=len(os.sched_getaffinity(0)),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=machine_memory(),
         gpus=gpus,
         packages=packages,
         server=server,
@@ -115,7 +115,7 @@ def _abilities(
     cpu_engines = needs("build", "onnxruntime", "tokenizers")
     return [
         Ability("ask a server (generate)"),
-        Ability("say what fits on which GPU (plan)"),
+        Ability("plan what fits on which GPU (plan)"),
         Ability(
             "make a small checkpoint (tiny)",
             needs("reference", "torch", "safetensors", "tokenizers"),
@@ -191,15 +191,6 @@ def _gpus() -> tuple[dict[str, str], ...]:
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line]
     return tuple(dict(zip(GPU_FIELDS, row, strict=False)) for row in rows)
-
-
-def _memory_bytes() -> int:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return machine
-    return min(machine, int(limit)) if limit.isdigit() else machine
 
 
 def _free_shared_memory() -> int | None:

@@ -1,4 +1,4 @@
-"""`twotower kernels`: compiles the kernels for any GPU, and lists what they use."""
+"""The verb `twotower kernels`: compiles the kernels for any GPU, and lists their resources."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ Examples:
     default="bf16",
     show_default=True,
     type=click.Choice(["bf16", "fp32"]),
-    help="Of weights and activations.",
+    help="Type of weights and activations.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one object per kernel and target.")
 @click.option(
@@ -80,7 +80,7 @@ def kernels(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Compile our GPU kernels and list what they use.
+    """Compile our GPU kernels and list their resources.
 
     Every kernel of the released model's sizes is compiled to PTX for each GPU generation, without a
     GPU. Registers and spills are per thread and are the assembler's; shared memory is per program.
@@ -108,7 +108,7 @@ def kernels(
 
 
 def _line(spec: KernelSpec, gpu: Any, output: Path | None) -> dict[str, Any]:
-    """What one kernel uses on one GPU."""
+    """Return the resources of one kernel on one GPU."""
     from twotower_engines.kernels.compile import compile_kernel, resources
 
     compiled = compile_kernel(spec, gpu)
@@ -136,7 +136,7 @@ def _write(compiled: Compiled, folder: Path) -> None:
 
 
 def _report(what: str, number: int, count: int) -> None:
-    """Progress on a terminal; the first compilation of all kernels takes minutes."""
+    """Show progress on a terminal; the first compilation of all kernels takes minutes."""
     if sys.stderr.isatty():
         end = "\n" if number == count else ""
         print(f"\r{number}/{count} {what:40}", end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The verb `twotower selftest`: engines answer a fixed prompt as the bundle says they must."""
+"""The verb `twotower selftest`: engines answer a fixed prompt whose answer is known."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SelfTestError(TwoTowerError):
 
 @click.command(epilog=EPILOG)
 @click.argument("engines", metavar="ENGINES", type=click.Path(path_type=Path))
-@click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -49,7 +49,7 @@ class SelfTestError(TwoTowerError):
     "--record",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Do not compare: write these engines' answer as the golden one.",
+    help="Write the answer of these engines as the golden one, and compare nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def selftest(
@@ -95,10 +95,10 @@ def _check(engines: EngineSet, runtime: Runtime, as_json: bool) -> None:
 
 
 def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> None:
-    """Write what these engines answer, unless it is plainly no answer.
+    """Write the answer of these engines, unless it is plainly wrong.
 
     Raises:
-        SelfTestError: It has what no right answer has.
+        SelfTestError: The answer is plainly wrong.
     """
     from twotower_contract.json_file import write_json
     from twotower_engines.verify.invariants import objections, run_request

@@ -1,7 +1,7 @@
-"""`python -m twotower_engines.cli.verify`: verifies engines for a GPU for the verb `verify`.
+"""The part of the verb `twotower verify` that verifies engines for a GPU.
 
 `twotower verify ENGINES CHECKPOINT` compares graphs with PyTorch in the package that owns both, and
-calls this for the engine sets that it cannot run.
+runs `python -m twotower_engines.cli.verify` for the engine sets that it cannot run itself.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class VerificationError(TwoTowerError):
 @click.command()
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--sku", help="Which engines, where ENGINES holds several.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="What ENGINES was built from.")
+@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Bundle that ENGINES was built from."
+)
 @click.option("--against", type=click.Path(path_type=Path), help="CPU engines to compare with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify_engine_set(
@@ -43,19 +45,19 @@ def verify_engine_set(
     from twotower_engines.verify.engines import verify_engines
 
     reference = open_engine_set(against) if against is not None else None
-    found = verify_engines(open_engine_set(engines, sku), checkpoint, bundle, reference)
+    result = verify_engines(open_engine_set(engines, sku), checkpoint, bundle, reference)
     if as_json:
-        click.echo(json.dumps(found.as_json()))
+        click.echo(json.dumps(result.as_json()))
     else:
-        for line in found.verified:
+        for line in result.verified:
             click.echo(f"  ok       {line}")
-        for line in found.problems:
+        for line in result.problems:
             click.echo(f"  FAILED   {line}")
-        for line in found.not_verified:
+        for line in result.not_verified:
             click.echo(f"  not verified: {line}")
-        click.echo("PASSED, as far as this machine can tell" if found.passed else "FAILED")
-    if not found.passed:
-        raise VerificationError(f"{found.engines}: {'; '.join(found.problems)}")
+        click.echo("PASSED, as far as this machine can tell" if result.passed else "FAILED")
+    if not result.passed:
+        raise VerificationError(f"{result.engines}: {'; '.join(result.problems)}")
 
 
 def main() -> None:

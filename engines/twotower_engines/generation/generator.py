@@ -35,10 +35,10 @@ class Result:
         output_ids: The prompt, then the new tokens.
         blocks: For each block the positions masked before each of its denoiser calls; empty in the
             autoregressive modes.
-        denoiser_calls: In all.
-        context_calls: In all, prefill included.
+        denoiser_calls: Number of denoiser calls.
+        context_calls: Number of context calls, prefill included.
         finish_reason: Why the answer ended.
-        seconds: From submission to the last block.
+        seconds: Time from submission to the last block.
     """
 
     output_ids: tuple[int, ...]
@@ -56,7 +56,7 @@ class Generator:
         engines: The engine set.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: CPU threads; None for one per core.
-        progress: Told of the weights that are bound and of the calls that are prepared.
+        progress: Receives the weights that are bound and the calls that are prepared.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Generator:
         return result_of(request, list(self.stream(request)), time.perf_counter() - start)
 
     def close(self) -> None:
-        """Free the engines."""
+        """Free the engines; a second call does nothing."""
         self._runtime.close()
 
     def __enter__(self) -> Self:

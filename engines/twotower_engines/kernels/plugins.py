@@ -27,19 +27,13 @@ from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT
 from twotower_engines.kernels.nodes import NAMESPACE, OPS, Call, Node
 from twotower_engines.kernels.targets import Target, target
 
-__all__ = ["is_registered", "register_plugins"]
+__all__ = ["register_plugins"]
 
 DTYPES = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _registered: list[str] = []
 """The compute capability that this process has registered its plugins for, if any."""
-
-
-def is_registered() -> bool:
-    """Whether TensorRT's registry has the plugins."""
-    names = {(c.plugin_namespace, c.name) for c in trt.get_plugin_registry().all_creators}
-    return (NAMESPACE, "RefineDecision") in names
 
 
 def register_plugins(compute_capability: str) -> None:

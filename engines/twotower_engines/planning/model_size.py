@@ -1,7 +1,7 @@
-"""How large a model is: parameters per tower and part, and bytes of context state per slot.
+"""The size of a model: parameters per tower and part, and bytes of context state per slot.
 
-Reads a checkpoint's `config.json`, a bundle's `manifest.json`, and the headers of safetensors
-shards; never a weight. Knows nothing about GPUs.
+It is read from a checkpoint's `config.json`, a bundle's `manifest.json`, and the headers of
+safetensors shards, without reading a weight. Nothing here depends on GPUs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ModelSize:
         config: The towers' shapes, and the dtype that they compute in.
         towers: `context`, and `denoiser` where there is one.
         source: The file that it was read from.
-        warnings: What looked odd while reading, for people.
+        warnings: Oddities in the files, for people.
     """
 
     config: ModelConfig
@@ -58,7 +58,7 @@ class ModelSize:
 
     @property
     def parameters_in_words(self) -> str:
-        """As `63.19 B parameters`."""
+        """The number of parameters in words, as `63.19 B parameters`."""
         count = self.parameters
         for size, letter in ((1e9, "B"), (1e6, "M")):
             if count >= size:
@@ -66,7 +66,7 @@ class ModelSize:
         return f"{count:,} parameters"
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a program may want to know of it."""
+        """Return the sizes, for programs."""
         return {
             "source": self.source,
             "dtype": self.config.dtype,

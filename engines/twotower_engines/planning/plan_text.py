@@ -22,7 +22,7 @@ THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 
 def text_of_many(reports: Sequence[PlanReport]) -> str:
-    """Return one line per SKU, and what the columns mean."""
+    """Return one line per SKU, and the meaning of the columns."""
     first = reports[0].plan
     ends = _task_range(reports[0].acceptance)
     many = f"x{first.slots}"
@@ -104,7 +104,7 @@ def _verdict(report: PlanReport) -> str:
 
 
 def _line(report: PlanReport) -> tuple[str, ...]:
-    """The row of one SKU."""
+    """Return the row of one SKU."""
     plan, sku = report.plan, report.sku
     fullest = min(plan.gpus, key=lambda gpu: gpu.free)
     later = plan.precision not in BUILT
@@ -123,7 +123,7 @@ def _line(report: PlanReport) -> tuple[str, ...]:
 
 
 def _memory_table(plan: MemoryPlan) -> str:
-    """Bytes per GPU, a line per part."""
+    """Return the bytes per GPU, a line per part."""
     names: dict[tuple[str, str], None] = {}
     cells: list[dict[tuple[str, str], int]] = []
     for gpu in plan.gpus:
@@ -201,7 +201,7 @@ def _precision_text(report: PlanReport) -> str:
 
 
 def _call_table(report: PlanReport) -> str:
-    """Bytes and time per denoiser step and context extension, by rows."""
+    """Return bytes and time of a denoiser step and a context extension, by rows."""
     rows: list[tuple[str, ...]] = []
     for count in ROWS:
         extension = report.extension(count)
@@ -241,7 +241,7 @@ def _call_cells(call: CallCost) -> tuple[str, str, str]:
 
 
 def _bound(call: CallCost, plan: MemoryPlan) -> str:
-    """Name the part that takes longest, and whether bytes or operations make it so."""
+    """Name the part that takes longest, and whether bytes or operations limit it."""
     part, seconds = max(call.seconds.items(), key=lambda pair: pair[1])
     if part not in call.bytes:
         return part
@@ -250,7 +250,7 @@ def _bound(call: CallCost, plan: MemoryPlan) -> str:
 
 
 def _token_table(report: PlanReport) -> str:
-    """Expected tokens per second: by rows at the threshold, and by threshold."""
+    """Return the expected tokens per second: by rows at the threshold, and by threshold."""
     tasks = report.acceptance.tasks
     if not report.has_denoiser:
         rows = [("rows", "tok/s"), *((str(n), f"{report.autoregressive(n):,.0f}") for n in ROWS)]
@@ -327,7 +327,7 @@ def _most(slots: int) -> str:
 
 
 def _thousands(tokens: int) -> str:
-    """Return a number of tokens, in units of 1024 from there on."""
+    """Write a number of tokens, in units of 1024 from 1024 on."""
     return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
 
 

@@ -59,13 +59,13 @@ class _Binding:
 
 
 class OnnxRuntime:
-    """A runtime on the CPU; see `runtime.Runtime` for its methods.
+    """A runtime on the CPU; see `runtime.interface.Runtime` for its methods.
 
     Args:
         engines: An engine set of flavour `onnxruntime`.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: Threads of one operator; None for one per core.
-        progress: Told how many bytes of weights are bound.
+        progress: Called with the bytes of weights that are bound, and their sum.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class OnnxRuntime:
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
         self._options = self._ort.RunOptions()
-        # heads that nobody asked for cost nothing: prefill needs no logits, a denoise step no copy
+        # outputs that nobody asked for are not computed: prefill needs no logits
         self._options.only_execute_path_to_fetches = True
         self._weights: dict[str, Any] = {}
         towers = ["context", "denoiser"] if self.has_denoiser else ["context"]
@@ -238,7 +238,7 @@ class OnnxRuntime:
             name: np.zeros((1, heads, CAPACITY_STEP, size), np.float32)
             for name, (heads, size) in self._attention_shapes.items()
         }
-        # before the first token the states are zero as well, so a prompt of one token needs no rule
+        # before the first token the states are zero as well, so one token is a prompt too
         return _Slot(0, mamba, mamba, attention)
 
     def _gather(self, slots: Sequence[_Slot], previous: bool = False) -> dict[str, Array]:
@@ -251,7 +251,7 @@ class OnnxRuntime:
         }
         capacity = max((cache.shape[2] for s in slots for cache in s.attention.values()), default=0)
         for name, (heads, size) in self._attention_shapes.items():
-            # zero, not empty: what lies past a row's length is masked, but must be finite
+            # zero, not empty: values past a row's length are masked, but must be finite
             joined = np.zeros((len(slots), heads, capacity, size), np.float32)
             for row, slot in zip(joined, slots, strict=True):
                 row[:, : slot.length] = slot.attention[name][0, :, : slot.length]
@@ -330,7 +330,7 @@ def _previous(slot: _Slot) -> dict[str, Array]:
 
 
 def _padded(rows: Sequence[npt.NDArray[np.int32]], width: int) -> npt.NDArray[np.int32]:
-    """Stack rows of ids; what lies past a row's length is ignored by the engines."""
+    """Stack rows of ids; the engines ignore ids past the length of a row."""
     padded = np.zeros((len(rows), width), np.int32)
     for target, row in zip(padded, rows, strict=True):
         target[: row.size] = row

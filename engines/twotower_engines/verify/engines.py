@@ -2,7 +2,7 @@
 
 Anywhere: digests, the checkpoint, the profiles, and the inputs and outputs that TensorRT's own
 parser found in the graphs. On the GPU: what the engines compute (`verify_running.py`). What was not
-verified is said, never passed over.
+verified is reported, never passed over.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def verify_engines(
 
 
 def _raised(check: Callable[[], None]) -> list[str]:
-    """The message of the error that a check raises."""
+    """Return the message of the error that a check raises."""
     try:
         check()
     except TwoTowerError as problem:
@@ -105,7 +105,7 @@ def _capability_problems(engines: EngineSet) -> list[str]:
 
 
 def _profile_problems(engines: EngineSet, tower: str) -> list[str]:
-    """Sizes of calls that no profile takes: each dimension must be covered from 1 to its limit."""
+    """Return sizes of calls that no profile takes: each must be covered from 1 to its limit."""
     profiles = engines.build.profiles.get(tower)
     if not profiles:
         return [f"{BUILD_FILE}: the {tower} plan has no profiles; build again"]
@@ -172,7 +172,7 @@ def _reported(parsed: Any) -> Interface | None:
 
 
 def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interface]:
-    """The name of the library, and what it finds in the graph that the plan was built from.
+    """Return the name of the library, and what it finds in the graph of the engine.
 
     Raises:
         BuildError: The graph is another one, or cannot be parsed.

@@ -176,7 +176,7 @@ def test_bad_requests_are_refused_before_engines_are_loaded(made, monkeypatch, a
         (["--prompt", "a", "--mode", "fast"], "mode is 'fast'"),
         (["--prompt", "a", "--block-size", "0"], "block_size is 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["--prompt", "a", "--temperature", "1e-7"], "use 0 (greedy) or at least 1e-6"),
+        (["--prompt", "a", "--temperature", "1e-7"], "it must be 0 (greedy), or at least 1e-06"),
         (["--prompt", "a", "--seed", "-1"], "seed is -1"),
     ],
 )

@@ -82,7 +82,7 @@ def drawn(draw, name):
     return Request(
         name,
         tuple(draw.randrange(4, 70) for _ in range(draw.randint(1, 30))),
-        mode,
+        mode=mode,
         max_new_tokens=draw.randint(1, 36),
         block_size=draw.choice([2, 8, 16]),
         steps=draw.choice([1, 4, 16]),
@@ -115,7 +115,7 @@ def test_a_batch_changes_no_answer(request, which, seed):
 def test_chunks_give_the_answer_of_one_call(runtime, short_calls):
     for mode in ("mask_diffusion", "ar", "mock_ar"):
         for length in (6, 7, 8, 15, 30):
-            one = Request("r", tuple(range(10, 10 + length)), mode, max_new_tokens=12)
+            one = Request("r", tuple(range(10, 10 + length)), mode=mode, max_new_tokens=12)
             whole, parts = alone(runtime, one), alone(short_calls, one)
             assert [event.ids for event in whole] == [event.ids for event in parts]
             in_parts = -(-(length - 1) // 7) + 1 if mode == "mock_ar" else -(-length // 7)
@@ -181,8 +181,8 @@ def test_a_free_slot_is_taken_in_the_next_turn(runtime):
 @pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
 def test_a_cancelled_request_frees_its_slot(runtime, mode):
     scheduler = Scheduler(runtime, slots=1)
-    scheduler.submit(Request("a", (5, 6, 7), mode, max_new_tokens=400))
-    scheduler.submit(Request("b", (8, 9), mode, max_new_tokens=20))
+    scheduler.submit(Request("a", (5, 6, 7), mode=mode, max_new_tokens=400))
+    scheduler.submit(Request("b", (8, 9), mode=mode, max_new_tokens=20))
     for _ in range(5):
         assert scheduler.turn() == []
     assert scheduler.cancel("a")
@@ -192,7 +192,9 @@ def test_a_cancelled_request_frees_its_slot(runtime, mode):
     # tokens that were chosen already are given; a block that is half masked is not;
     # the prompt of a mock_ar request takes a turn more
     assert len(last.ids) == {"mask_diffusion": 0, "ar": 5, "mock_ar": 4}[mode]
-    assert finish(scheduler)["b"] == alone(runtime, Request("b", (8, 9), mode, max_new_tokens=20))
+    assert finish(scheduler)["b"] == alone(
+        runtime, Request("b", (8, 9), mode=mode, max_new_tokens=20)
+    )
     assert not scheduler.cancel("a")
 
 
@@ -213,7 +215,8 @@ def test_a_row_of_nan_fails_alone(runtime):
     scheduler = Scheduler(runtime, slots=3)
     good = [Request(str(number), (5, 6, 7 + number), max_new_tokens=40) for number in range(3)]
     bad = [
-        Request(f"bad {mode}", (5, POISON, 6), mode) for mode in ("mask_diffusion", "ar", "mock_ar")
+        Request(f"bad {mode}", (5, POISON, 6), mode=mode)
+        for mode in ("mask_diffusion", "ar", "mock_ar")
     ]
     for pair in zip(good, bad, strict=True):
         for one in pair:

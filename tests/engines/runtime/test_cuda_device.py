@@ -248,7 +248,7 @@ def test_answers_over_cuda_are_those_of_the_cpu_flavour(random_engines, monkeypa
         Request(
             str(number),
             tuple(draw.randrange(4, 300) for _ in range(draw.randint(1, 40))),
-            ("mask_diffusion", "mock_ar", "ar")[number % 3],
+            mode=("mask_diffusion", "mock_ar", "ar")[number % 3],
             max_new_tokens=draw.randint(1, 20),
             block_size=draw.choice([4, 9, 16]),
             steps=4,

@@ -208,7 +208,7 @@ def test_two_gpus_answer_as_one_does(built):
     extra = {**engines.build.extra, "placement": {"context": 0, "denoiser": 1}}
     apart = replace(engines, build=replace(engines.build, extra=extra, memory={}))
     for mode in ("mask_diffusion", "mock_ar"):
-        request = Request("r", (5, 6, 7), mode, max_new_tokens=48)
+        request = Request("r", (5, 6, 7), mode=mode, max_new_tokens=48)
         assert answer(apart, request) == answer(engines, request)
 
 

@@ -1,9 +1,9 @@
-"""The runtime of a device: fixed slots, row buckets; of a denoise step, only ids cross to the host.
+"""The GPU runtime: fixed slots and row buckets; a denoise step copies only token ids to the host.
 
-A call covers a window of neighbouring slots, so that states are read where they lie; slots inside
-the window that take no part have length 0. Rows and tokens of calls come in a few sizes, and all
-calls are prepared when the runtime is made. Denoiser calls begin at slot 0, so that each can be
-captured then and is replayed later: one launch per step instead of some hundreds.
+A call covers a window of neighbouring slots, so that states are read where they lie; inactive slots
+inside the window have length 0. Rows and tokens of calls come in a few sizes, and all calls are
+prepared when the runtime is made. Denoiser calls begin at slot 0, so that each can be captured once
+and replayed later: one launch per step instead of some hundreds.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class ResidentRuntime:
     """A runtime on one or two devices; see `runtime.interface.Runtime` for its methods.
 
     Args:
-        manifest: Of the engine set.
-        limits: Of the engine set.
+        manifest: Manifest of the engine set.
+        limits: Limits of the engine set.
         context: The context tower; the states of its slots live on its device.
         denoiser: The denoiser tower, or None. On another device it gets a copy of the states.
-        progress: Told how many calls of all are prepared.
+        progress: Called with the number of calls that are prepared, and of all calls.
 
     Raises:
         RuntimeLoadError: A device has no room, or no profile of an engine takes a call.
@@ -143,7 +143,7 @@ class ResidentRuntime:
         if any(row.logits for row in rows):
             prepared.outputs.download()
         else:
-            # the staging memory is written again next time, and the denoiser's GPU reads the states
+            # the next call writes the staging memory, and the denoiser's GPU reads the states
             self._context.device.synchronize()
         logits = prepared.outputs.arrays["logits"]
         return [logits[row.slot - first].copy() if row.logits else None for row in rows]
@@ -221,7 +221,7 @@ class ResidentRuntime:
         return first, count
 
     def _take(self, prepared: _Prepared, first: int, rows: Sequence[ExtendRow]) -> None:
-        """Bring a context call's new states to their slots, on each device that has them."""
+        """Copy a context call's new states to their slots, on each device that has them."""
         taken = [
             Taken(row.slot - first, row.slot, self._lengths[row.slot], row.ids.size)
             for row in sorted(rows, key=lambda row: row.slot)
@@ -232,7 +232,7 @@ class ResidentRuntime:
             self._lengths[row.slot] += row.ids.size
 
     def _run(self, prepared: _Prepared) -> None:
-        """Run a denoiser call, and wait for what it says."""
+        """Run a denoiser call, and wait for its outputs."""
         prepared.inputs.upload()
         prepared.launch()
         prepared.outputs.download()
@@ -275,7 +275,7 @@ class ResidentRuntime:
         call.bind(self._states.addresses())
         inputs.clear()
         inputs.upload()
-        call.enqueue()  # what an engine sets up at its first run is not a request's to wait for
+        call.enqueue()  # warm up now, so that no request pays for lazy set-up
         tower.device.synchronize()
         return _Prepared(call, inputs, outputs, call.enqueue, landing.boxes(memory.unseen))
 
@@ -288,7 +288,7 @@ class ResidentRuntime:
         states = self._mirror.addresses(previous=size.verb == "predict")
         stay = {name: memory.unseen + offset for name, offset in unseen.items()}
         call.bind({**tower.weights, **states, **inputs.addresses, **outputs.addresses, **stay})
-        inputs.clear()  # capturing runs the call once, and it must not read just anything
+        inputs.clear()  # capturing runs the call once, and it must read valid ids
         inputs.upload()
         is_captured = call.can_capture()
         if is_captured:
