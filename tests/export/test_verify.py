@@ -24,7 +24,7 @@ from tests.support.sabotage import (
     replace_operator,
     run,
 )
-from twotower_contract.engine_set import BuildRecord, Limits, PlanFile, write_build_record
+from twotower_contract.engine_set import BuildRecord, EngineFile, Limits, write_build_record
 from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.tiny.checkpoints import write_random_checkpoint
@@ -237,7 +237,7 @@ def as_engines(folder):
     for tower in ("context", "denoiser"):
         content = (folder / "bundle" / "graphs" / "float32" / f"{tower}.onnx").read_bytes()
         (engines / f"{tower}.onnx").write_bytes(content)
-        plans[tower] = PlanFile(f"{tower}.onnx", hashlib.sha256(content).hexdigest())
+        plans[tower] = EngineFile(f"{tower}.onnx", hashlib.sha256(content).hexdigest())
     shutil.copy(folder / "bundle" / "manifest.json", engines)
     limits = Limits(slots=2, context=256, max_tokens_per_call=256, block_size_max=32)
     write_build_record(engines, BuildRecord("cpu", "onnxruntime", "float32", limits, plans))
