@@ -27,8 +27,8 @@ from tests.support.sabotage import (
 )
 from twotower_contract.engine_set import (
     BuildRecord,
+    EngineFile,
     Limits,
-    PlanFile,
     open_engine_set,
     write_build_record,
 )
@@ -244,7 +244,7 @@ def as_engines(folder):
     for tower in ("context", "denoiser"):
         content = (folder / "bundle" / "graphs" / "float32" / f"{tower}.onnx").read_bytes()
         (engines / f"{tower}.onnx").write_bytes(content)
-        plans[tower] = PlanFile(f"{tower}.onnx", hashlib.sha256(content).hexdigest())
+        plans[tower] = EngineFile(f"{tower}.onnx", hashlib.sha256(content).hexdigest())
     shutil.copy(folder / "bundle" / "manifest.json", engines)
     limits = Limits(slots=2, context=256, max_tokens_per_call=256, block_size_max=32)
     write_build_record(engines, BuildRecord("cpu", "onnxruntime", "float32", limits, plans))

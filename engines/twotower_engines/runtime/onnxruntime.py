@@ -81,7 +81,7 @@ class OnnxRuntime:
         self.vocab_size = model.vocab_size
         self.mask_token_id = engines.manifest.model.mask_token_id
         self.has_denoiser = "denoiser" in engines.build.plans
-        engines.check_plans()
+        engines.check_engine_files()
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
@@ -90,7 +90,7 @@ class OnnxRuntime:
         self._options.only_execute_path_to_fetches = True
         self._weights: dict[str, Any] = {}
         towers = ["context", "denoiser"] if self.has_denoiser else ["context"]
-        sessions = {tower: self._session(engines.plan_path(tower), threads) for tower in towers}
+        sessions = {tower: self._session(engines.engine_path(tower), threads) for tower in towers}
         for tower in towers:
             self._weights[tower] = self._load_weights(store, tower, progress)
         calls = {"extend": "context", "extend with logits": "context"}

@@ -52,7 +52,7 @@ def verify_engines(
     Args:
         engines: An engine set of a flavour that needs a GPU.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
-        bundle: What the engines were built from, so that TensorRT parses its graphs again.
+        bundle: Bundle that the engines were built from, so that TensorRT parses its graphs again.
         against: An engine set of the CPU flavour of the same model, to compare with on the GPU;
             found or built where not given.
 
@@ -61,7 +61,7 @@ def verify_engines(
     """
     found = Verification(engines.folder)
     plans = ", ".join(sorted(engines.build.plans))
-    found.take(f"digests of the plans ({plans})", _raised(engines.check_plans))
+    found.take(f"digests of the plans ({plans})", _raised(engines.check_engine_files))
     store = WeightStore(engines.manifest, checkpoint)
     count = len(engines.manifest.tensors)
     found.take(f"checkpoint {store.folder}: {count} tensors as exported", _raised(store.check))

@@ -88,9 +88,9 @@ def compare_tower(
         name: `context` or `denoiser`.
         tower: The plan, loaded.
         reference: The graph of the CPU flavour.
-        manifest: Of the plan's engine set.
-        limits: Of the plan.
-        precision: Of the plan, a key of `TOLERANCES`.
+        manifest: Manifest of the engine set.
+        limits: Limits of the engine.
+        precision: Precision of the engine, a key of `TOLERANCES`.
         states: The context's states after the chunk, by input name: filled by the context tower's
             comparison, which comes first, and read by the denoiser's.
 

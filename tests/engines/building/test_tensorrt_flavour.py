@@ -20,7 +20,7 @@ from twotower_engines.building import build as build_module
 from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
 from twotower_engines.building.flavours import tensorrt as module
 from twotower_engines.building.flavours.flavour import Needs, Order, Target
-from twotower_engines.building.flavours.jobs import plan_recipe
+from twotower_engines.building.flavours.jobs import engine_recipe
 from twotower_engines.building.flavours.library_build import RefusedError, _configure, _opened
 from twotower_engines.building.flavours.profiles import narrow_profiles, wide_profiles
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
@@ -344,7 +344,7 @@ def test_both_towers_share_the_timing_cache_of_this_gpu(bundle, tmp_path, monkey
         return dict.fromkeys(given, figures)
 
     monkeypatch.setattr(module, "_installed", lambda: "11.4.0.106")
-    monkeypatch.setattr(module, "build_plans", record)
+    monkeypatch.setattr(module, "build_engine_files", record)
     present("h100-sxm")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flavour = TensorRtFlavour()
@@ -404,7 +404,7 @@ def test_what_an_opened_engine_tells(tmp_path):
 
 
 def test_a_recipe_clears_tf32_and_names_the_cpu():
-    recipe = plan_recipe(wide_profiles("context", LIMITS))
+    recipe = engine_recipe(wide_profiles("context", LIMITS))
     assert recipe["flags"] == {"TF32": False}
     assert (recipe["verbosity"], recipe["machine"]) == ("DETAILED", platform.machine())
 
@@ -440,5 +440,5 @@ def test_a_plan_of_this_machines_gpu_is_loaded_by_it(bundle, tmp_path, monkeypat
     options = BuildOptions(find_sku("local"), slots=2, context=64, flavour="tensorrt")
     made, _ = build_engines(bundle, tmp_path / "engines", options)
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-    engine = runtime.deserialize_cuda_engine(made.plan_path("denoiser").read_bytes())
+    engine = runtime.deserialize_cuda_engine(made.engine_path("denoiser").read_bytes())
     assert engine.num_optimization_profiles == len(made.build.profiles["denoiser"])

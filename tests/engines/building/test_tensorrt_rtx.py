@@ -28,8 +28,8 @@ from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
 from twotower_engines.building.flavours import rtx_library
 from twotower_engines.building.flavours.flavour import Order, Target
-from twotower_engines.building.flavours.jobs import graph_inputs, plan_job, plan_recipe
-from twotower_engines.building.flavours.process import Library, build_plans, check_library
+from twotower_engines.building.flavours.jobs import engine_job, engine_recipe, graph_inputs
+from twotower_engines.building.flavours.process import Library, build_engine_files, check_library
 from twotower_engines.building.flavours.profiles import (
     Profile,
     Sizes,
@@ -66,13 +66,13 @@ def no_progress(tower, text):
 
 
 def order_of(graph, folder, profiles, **recipe):
-    values = {**plan_recipe(profiles), **recipe}
+    values = {**engine_recipe(profiles), **recipe}
     return Order(graph, folder / f"{graph.stem}.plan", values)
 
 
 def build(library, graph, folder, profiles, **recipe):
-    job = plan_job(order_of(graph, folder, profiles, **recipe))
-    return build_plans(library, {graph.stem: job}, 1, no_progress)[graph.stem]
+    job = engine_job(order_of(graph, folder, profiles, **recipe))
+    return build_engine_files(library, {graph.stem: job}, 1, no_progress)[graph.stem]
 
 
 def test_the_library_loads_and_builds_a_node(library):
@@ -103,7 +103,7 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
         assert report["parsed"]["layers"] > 100
         assert report["engine"] is None, "a plan is opened on its GPU only"
         assert "TF32" not in report["flags"]
-        assert made.plan_path(tower).stat().st_size == report["bytes"] > 100_000
+        assert made.engine_path(tower).stat().st_size == report["bytes"] > 100_000
     assert record.extra["reports"]["denoiser"]["parsed"]["outputs"]["new_ids"] == [
         "INT32",
         [-1, -1],
@@ -215,7 +215,7 @@ def test_a_dimension_that_no_profile_knows(tmp_path):
     text = "agraph (float[rows, 8] x) => (float[rows, 8] y) { y = Relu(x) }"
     order = order_of(tiny_graph(tmp_path, text), tmp_path, BATCH)
     with pytest.raises(BuildError, match="its dimension `rows` is none of batch"):
-        plan_job(order)
+        engine_job(order)
 
 
 def test_a_dimension_without_a_name(tmp_path):
@@ -237,10 +237,10 @@ def test_what_is_no_graph(tmp_path):
 
 def test_inputs_that_the_parser_sees_otherwise(library, tmp_path):
     path = tiny_graph(tmp_path, "agraph (float[batch, 8] x) => (float[batch, 8] y) { y = Relu(x) }")
-    job = plan_job(order_of(path, tmp_path, BATCH))
+    job = engine_job(order_of(path, tmp_path, BATCH))
     job["inputs"] = {"x": ["batch", 9]}
     with pytest.raises(BuildError, match=r"gives x the shape \[-1, 8\]"):
-        build_plans(library, {"graph": job}, 1, no_progress)
+        build_engine_files(library, {"graph": job}, 1, no_progress)
 
 
 def test_a_range_that_is_none():
@@ -334,7 +334,7 @@ def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, mon
     monkeypatch.setattr(process_module, "MEMORY_TO_SHARE", 0)
     monkeypatch.setattr(process_module._Worker, "pause", pause)
     jobs = {
-        tower: plan_job(
+        tower: engine_job(
             order_of(
                 bundle / read_manifest(bundle).graph("native", tower).file,
                 tmp_path,
@@ -343,7 +343,7 @@ def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, mon
         )
         for tower in ("context", "denoiser")
     }
-    made = build_plans(library, jobs, 2, no_progress)
+    made = build_engine_files(library, jobs, 2, no_progress)
     assert made.keys() == jobs.keys()
     assert ("denoiser", True) in paused
     assert ("context", True) not in paused
@@ -353,14 +353,16 @@ def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, mon
 def test_an_interrupted_build_keeps_its_timings(library, bundle, tmp_path):
     """The real builder, asked in the middle to stop: it ends at its next step and writes them."""
     graph = bundle / read_manifest(bundle).graph("native", "denoiser").file
-    job = plan_job(order_of(graph, tmp_path, wide_profiles("denoiser", LIMITS)))
+    job = engine_job(order_of(graph, tmp_path, wide_profiles("denoiser", LIMITS)))
     timings = tmp_path / "timing.cache"
 
     def interrupt(tower, text):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plans(library, {"denoiser": {**job, "timing_cache": str(timings)}}, 1, interrupt)
+        build_engine_files(
+            library, {"denoiser": {**job, "timing_cache": str(timings)}}, 1, interrupt
+        )
     assert timings.stat().st_size > 0
     assert not list(tmp_path.glob("*.plan"))
     assert not list(tmp_path.glob("*.partial"))

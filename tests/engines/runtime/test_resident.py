@@ -35,7 +35,7 @@ def make_resident(engines, gpus=1, limits=LIMITS, progress=None, can_capture=Tru
     devices = [host.HostDevice(f"host:{index}") for index in range(gpus)]
     towers = []
     for name, device in (("context", devices[0]), ("denoiser", devices[-1])):
-        engine = host.HostEngine(engines.plan_path(name), device, can_capture=can_capture)
+        engine = host.HostEngine(engines.engine_path(name), device, can_capture=can_capture)
         towers.append(Tower(engine, device, upload_weights(store, name, device, window=1 << 12)))
     return ResidentRuntime(engines.manifest, limits, *towers, progress)
 

@@ -22,8 +22,8 @@ from tests.support import TWOTOWER
 from tests.support import host_device as host
 from twotower_contract.engine_set import (
     BuildRecord,
+    EngineFile,
     Limits,
-    PlanFile,
     open_engine_set,
     write_build_record,
 )
@@ -93,7 +93,7 @@ def engines(exported, parsed, tmp_path):
     for tower in TOWERS:
         content = f"plan of {tower}".encode()
         (folder / f"{tower}.plan").write_bytes(content)
-        plans[tower] = PlanFile(f"{tower}.plan", hashlib.sha256(content).hexdigest())
+        plans[tower] = EngineFile(f"{tower}.plan", hashlib.sha256(content).hexdigest())
         graph = (exported / "bundle" / "graphs" / f"{tower}.onnx").read_bytes()
         digests[tower] = hashlib.sha256(graph).hexdigest()
         reports[tower] = {
@@ -362,7 +362,7 @@ def compared_outputs(engines, reference, changed=None):
     @contextlib.contextmanager
     def open_tower(name):
         device = host.HostDevice()
-        engine = host.HostEngine(engines.plan_path(name), device)
+        engine = host.HostEngine(engines.engine_path(name), device)
         if changed is not None:
             engine.session = Spoiled(engine.session, changed)
         yield Tower(engine, device, upload_weights(WeightStore(engines.manifest), name, device))

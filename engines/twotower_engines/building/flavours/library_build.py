@@ -18,7 +18,7 @@ from typing import Any
 
 from twotower_contract.atomic import partial_file
 
-__all__ = ["RefusedError", "build_plan", "library_version", "one_node_plan"]
+__all__ = ["RefusedError", "build_engine_file", "library_version", "one_node_engine"]
 
 Report = Callable[[str, int, int], bool]
 """Told of progress: name of the phase, steps done, steps in all. False ends the build."""
@@ -30,7 +30,7 @@ class RefusedError(Exception):
     """The library refused a graph or could not build it; the message is the library's own."""
 
 
-def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Build one plan and write it.
 
     Args:
@@ -114,7 +114,7 @@ def _opened(trt: Any, log: Any, plan: Any, layers: Path) -> dict[str, Any]:
     }
 
 
-def one_node_plan(trt: Any) -> int:
+def one_node_engine(trt: Any) -> int:
     """Build a network of one node; returns the size of its plan.
 
     Raises:

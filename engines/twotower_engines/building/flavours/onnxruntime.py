@@ -56,8 +56,8 @@ class OnnxRuntimeFlavour:
         made = {}
         for tower, order in orders.items():
             progress(tower, "opening it with ONNX Runtime")
-            shutil.copyfile(order.graph, order.plan)
-            made[tower] = _opened(order.plan, order.graph)
+            shutil.copyfile(order.graph, order.engine)
+            made[tower] = _opened(order.engine, order.graph)
         return made
 
     def needs(self, target: Target) -> Needs:

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from twotower_engines.errors import BuildError
 
-__all__ = ["Library", "Progress", "build_plans", "check_library"]
+__all__ = ["Library", "Progress", "build_engine_files", "check_library"]
 
 Progress = Callable[[str, str], None]
 """Told of a tower and what its build is doing."""
@@ -86,21 +86,21 @@ def check_library(library: Library) -> dict[str, str]:
         return dict(result["versions"])
 
 
-def build_plans(
+def build_engine_files(
     library: Library, jobs: Mapping[str, Job], at_once: int, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Build plans, each in a worker of its own.
 
     Args:
         library: Which builder.
-        jobs: Tower to what `library_build.build_plan` takes. Files of the work in progress go
-            beside the plan.
+        jobs: Tower to the job of `library_build.build_engine_file`. Files of the work in progress
+            go beside the engine file.
         at_once: How many workers may run at the same time.
         progress: Called while they run.
 
     Returns:
-        Tower to what `build_plan` returned, with `versions`, `peak_rss` in bytes, `cpu_seconds` and
-        `waited_seconds` (ready to run, without a core).
+        Tower to the result of `build_engine_file`, with `versions`, `peak_rss` in bytes,
+        `cpu_seconds` and `waited_seconds` (ready to run, without a core).
 
     Raises:
         BuildError: The library is missing or wrong, refuses a graph, or crashed.

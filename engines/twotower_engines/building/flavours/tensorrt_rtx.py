@@ -13,8 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower_engines.building.flavours.flavour import Needs, Order, Target
-from twotower_engines.building.flavours.jobs import check_arch, plan_job, plan_recipe, plan_report
-from twotower_engines.building.flavours.process import Progress, build_plans
+from twotower_engines.building.flavours.jobs import (
+    check_arch,
+    engine_job,
+    engine_recipe,
+    engine_report,
+)
+from twotower_engines.building.flavours.process import Progress, build_engine_files
 from twotower_engines.building.flavours.profiles import wide_profiles
 from twotower_engines.building.flavours.rtx_library import LIBRARY_VERSION, find_library
 from twotower_engines.errors import BuildError
@@ -71,7 +76,7 @@ class TensorRtRtxFlavour:
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
         """One wide profile; the GPU itself only where the API can aim at it."""
-        recipe = plan_recipe(wide_profiles(tower, target.limits))
+        recipe = engine_recipe(wide_profiles(tower, target.limits))
         aimed = _aimed_at(target)
         return {**recipe, "compute_capabilities": aimed, "flags_if_known": list(CAPTURE_FLAGS)}
 
@@ -79,9 +84,9 @@ class TensorRtRtxFlavour:
         self, orders: Mapping[str, Order], target: Target, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """Build plans, both towers at once where there are two cores and the memory for it."""
-        jobs = {tower: plan_job(order) for tower, order in orders.items()}
-        results = build_plans(find_library(), jobs, _at_once(), progress)
-        return {tower: plan_report(result) for tower, result in results.items()}
+        jobs = {tower: engine_job(order) for tower, order in orders.items()}
+        results = build_engine_files(find_library(), jobs, _at_once(), progress)
+        return {tower: engine_report(result) for tower, result in results.items()}
 
     def needs(self, target: Target) -> Needs:
         """Return this machine's CPU architecture; kernels are compiled at run time."""

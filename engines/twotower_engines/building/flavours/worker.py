@@ -32,9 +32,9 @@ from typing import Any
 
 from twotower_engines.building.flavours.library_build import (
     RefusedError,
-    build_plan,
+    build_engine_file,
     library_version,
-    one_node_plan,
+    one_node_engine,
 )
 
 __all__ = ["main"]
@@ -89,7 +89,7 @@ def main() -> None:
         trt = _import(job["module"])
         events.send({"versions": _versions(trt, job)})
         if "graph" in job:
-            made = build_plan(trt, job, events.progress)
+            made = build_engine_file(trt, job, events.progress)
             usage = resource.getrusage(resource.RUSAGE_SELF)
             made |= {
                 "peak_rss": usage.ru_maxrss << 10,
@@ -166,7 +166,7 @@ def _versions(trt: Any, job: Mapping[str, Any]) -> dict[str, str]:
         if found != job["library_version"]:
             raise _FailedError("version", f"{job['library']} says {found}")
     try:
-        one_node_plan(trt)
+        one_node_engine(trt)
     except RefusedError as problem:
         raise _FailedError("check", str(problem)) from problem
     return versions

@@ -49,7 +49,7 @@ def open_resident_runtime(
         CudaError: CUDA failed.
     """
     build = engines.build
-    engines.check_plans()
+    engines.check_engine_files()
     store = WeightStore(engines.manifest, checkpoint)
     store.check()
     trt = import_tensorrt(build.flavour)
@@ -71,7 +71,7 @@ def open_resident_runtime(
         for tower, index in placed.items():
             kernels = cache_root() / "rtx-kernels" / f"{build.plans[tower].sha256}.cache"
             engine = TensorRtEngine(
-                engines.plan_path(tower), build.flavour, devices[index], kernels
+                engines.engine_path(tower), build.flavour, devices[index], kernels
             )
             stack.callback(engine.close)
             loaded[tower] = engine

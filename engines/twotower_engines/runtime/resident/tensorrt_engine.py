@@ -72,7 +72,7 @@ class TensorRtEngine:
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise RuntimeLoadError(
-                f"{path}: {flavour} {trt.__version__} cannot load this plan on {device.name} "
+                f"{path}: {flavour} {trt.__version__} cannot load this engine on {device.name} "
                 f"({device.model}); build the engines again on this machine"
             )
         self._engine = engine
