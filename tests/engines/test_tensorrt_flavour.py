@@ -317,7 +317,6 @@ def configured(**job):
 
 def test_what_the_builder_is_told(tmp_path):
     assert configured(flags={"REFIT": True, "TF32": False}).told == ["refit", "no tf32"]
-    assert configured(flags_if_known=["REFIT", "UNHEARD_OF"]).told == ["refit"]
     assert configured().profiling_verbosity == "detailed"
     assert configured(workspace=1 << 20).told == [("workspace", 1 << 20)]
     assert configured(hardware=None).hardware_compatibility_level is None

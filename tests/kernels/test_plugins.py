@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import pytest
 import torch
 from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
 
-from twotower_engines.building.flavours.rtx_library import find_library
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import nodes, plugins
 from twotower_export.graph import build_context_graph, build_denoiser_graph
@@ -35,10 +33,11 @@ FLOAT = ir.DataType.FLOAT
 
 
 @pytest.fixture(scope="module")
-def tensorrt() -> Callable[..., subprocess.CompletedProcess[str]]:
+def tensorrt(
+    tensorrt_environment: dict[str, str],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs one of `tensorrt_checks.py` in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= find_library().environment
+    environment = {k: v for k, v in tensorrt_environment.items() if k != "TRITON_INTERPRET"}
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, CHECKS, *args]

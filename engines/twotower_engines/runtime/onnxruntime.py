@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.engine_set import EngineSet
 from twotower_engines.artifacts.manifest import ModelConfig
 from twotower_engines.artifacts.weights import Progress, WeightStore
@@ -282,12 +283,11 @@ class OnnxRuntime:
 
 def _import_onnxruntime() -> Any:
     try:
-        import onnxruntime
+        return import_onnxruntime()
     except ImportError as problem:
         raise RuntimeLoadError(
             "ONNX Runtime is not installed; install it with `pip install 'twotower[build]'`"
         ) from problem
-    return onnxruntime
 
 
 def _state_shapes(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_export.errors import BundleError, CheckpointError
 from twotower_export.layout import Tower
 
@@ -135,8 +136,7 @@ def _cut(
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What ONNX Runtime says of a graph that it cannot take, as an error of the bundle."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state = import_onnxruntime().capi.onnxruntime_pybind11_state
     refusals = (
         state.Fail,
         state.InvalidArgument,
@@ -243,8 +243,7 @@ class GraphSide:
         Raises:
             BundleError: ONNX Runtime refuses the graph.
         """
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Shapes change from call to call; the arena would keep the largest of everything.

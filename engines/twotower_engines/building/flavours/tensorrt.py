@@ -17,7 +17,13 @@ from typing import Any
 from twotower_engines.artifacts.cache_root import cache_root
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.building.flavours.flavour import Needs, Order, Target, layers_file
-from twotower_engines.building.flavours.jobs import check_arch, plan_job, plan_recipe, plan_report
+from twotower_engines.building.flavours.jobs import (
+    check_arch,
+    installed,
+    plan_job,
+    plan_recipe,
+    plan_report,
+)
 from twotower_engines.building.flavours.process import Library, Progress, build_plans
 from twotower_engines.building.flavours.profiles import narrow_profiles
 from twotower_engines.errors import BuildError
@@ -48,7 +54,7 @@ class TensorRtFlavour:
 
     def versions(self) -> dict[str, str]:
         """Return the version of TensorRT, without loading it."""
-        found = _installed()
+        found = installed(PACKAGES)
         if found is None:
             raise BuildError(f"{TITLE} is not installed; {INSTALL}")
         if not OLDEST <= _minor(found) <= NEWEST:
@@ -135,15 +141,6 @@ class TensorRtFlavour:
     def loader(self, target: Target) -> dict[str, Any]:
         """Return the GPUs that the plans run on."""
         return {"compute_capabilities": [target.sku.compute_capability]}
-
-
-def _installed() -> str | None:
-    for name in PACKAGES:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _timed_on() -> str:
