@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from twotower_client import cli as root
 from twotower_engines.cli import diagnosis as doctor
+from twotower_engines.errors import ServingError
 from twotower_engines.serving import installation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +102,40 @@ def test_a_numpy_that_empties_answers_is_named(monkeypatch) -> None:
     monkeypatch.setattr(
         doctor, "_version", lambda name: "2.1.0" if name == "numpy" else version(name)
     )
-    assert any("numpy==1.26.4" in text for text in doctor.examine().abilities[-1].missing)
+    assert any("numpy<2" in text for text in doctor.examine().abilities[-1].missing)
+
+
+def test_a_system_that_the_bundled_server_cannot_run_on_is_named(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(installation.platform, "libc_ver", lambda: ("glibc", "2.34"))
+    (missing,) = doctor.examine().abilities[-1].missing
+    assert "needs glibc 2.35, where this system has glibc 2.34; serve in NVIDIA's" in missing
+    monkeypatch.setattr(installation.platform, "libc_ver", lambda: ("", ""))
+    with pytest.raises(ServingError, match="where this system has another C library"):
+        installation.find_server()
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(installation.sys, "version_info", (3, 13, 0))
+    with pytest.raises(ServingError, match=r"numpy below 2.*use Python 3\.11 or 3\.12, or"):
+        installation.find_server()
+
+
+def test_a_stub_that_cannot_start_is_named(monkeypatch, tmp_path) -> None:
+    """A real program that asks the dynamic linker for a library which is nowhere."""
+    compile_one = ["cc", "-x", "c", "-", "-o"]
+    library, stub = tmp_path / "libgone.so", tmp_path / "stub"
+    subprocess.run(
+        [*compile_one, str(library), "-shared", "-fPIC"], input="int one;", text=True, check=True
+    )
+    subprocess.run(
+        [*compile_one, str(stub), f"-L{tmp_path}", "-Wl,--no-as-needed", "-lgone"],
+        input="int main(void) { return 1; }", text=True, check=True,
+    )  # fmt: skip
+    library.unlink()
+    monkeypatch.setattr(installation, "_stub", lambda wheel: stub)
+    (missing,) = doctor.examine().abilities[-1].missing
+    assert "libgone.so: cannot open shared object file" in missing
+    assert "that has its shared library" in missing
 
 
 @pytest.mark.gpu

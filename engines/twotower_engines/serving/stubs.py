@@ -21,7 +21,7 @@ LINKER_FAILED = 127  # what the dynamic linker exits with; a stub without argume
 
 def python_version() -> str:
     """Return this interpreter's version as the stubs are named, for example `3.11`."""
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
+    return ".".join(str(part) for part in sys.version_info[:2])
 
 
 def library_path(folder: Path) -> dict[str, str]:
@@ -34,7 +34,7 @@ def library_path(folder: Path) -> dict[str, str]:
     Returns:
         Nothing where the interpreter has no such library of its own.
     """
-    name = f"libpython{python_version()}.so.1.0"
+    name = _library_name()
     homes = (sysconfig.get_config_var("LIBDIR"), str(Path(sys.base_prefix) / "lib"))
     for home in homes:
         if home and (Path(home) / name).is_file():
@@ -44,6 +44,10 @@ def library_path(folder: Path) -> dict[str, str]:
             paths = [str(links), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
             return {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
     return {}
+
+
+def _library_name() -> str:
+    return f"libpython{python_version()}.so.1.0"
 
 
 def stub_problem(stub: Path) -> str | None:
