@@ -18,16 +18,21 @@ from twotower_engines.serving.server import ServerOptions, TritonServer
 
 OPTIONS = ServerOptions("127.0.0.1", 0, None, None)
 
-# Writes down the names that a process asks for, in place of asking. Addresses are no names.
+# Writes down the names that a process asks for, in place of asking; addresses are no names.
 RESOLVER = r"""
 #define _GNU_SOURCE
+#include <ctype.h>
+#include <dlfcn.h>
 #include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
 int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints,
                 struct addrinfo **found) {
+    typedef int (*Real)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+    if (!node || !isalpha(*node))
+        return ((Real) dlsym(RTLD_NEXT, "getaddrinfo"))(node, service, hints, found);
     FILE *log = fopen(getenv("ASKED"), "a");
-    if (log) { fprintf(log, "%s\n", node ? node : ""); fclose(log); }
+    if (log) { fprintf(log, "%s\n", node); fclose(log); }
     return EAI_FAIL;
 }
 """
@@ -63,7 +68,7 @@ def test_a_stub_finds_a_library_that_is_not_on_the_linkers_path(tmp_path, monkey
     shared = [*compile_one, str(library), "-shared", "-fPIC", soname]
     subprocess.run(shared, input="int one;", text=True, check=True)
     monkeypatch.setattr(stubs, "_library_name", lambda: f"only-here-{name}")
-    program = [*compile_one, str(stub), "-Wl,--no-as-needed", str(library)]
+    program = [*compile_one, str(stub), "-Wl,--no-as-needed", "-x", "none", str(library)]
     subprocess.run(program, input="int main(void) { return 1; }", text=True, check=True)
     library.rename(library.with_name(f"only-here-{name}"))
     assert "cannot open shared object file" in stubs.stub_problem(stub)
@@ -127,8 +132,7 @@ def test_serving_asks_no_name_server_and_leaves_no_device_id(
         server.wait_until_ready(120)
         with tt.TwoTowerClient(server.grpc_address) as client:
             assert client.generate("Mia", max_new_tokens=20).ids
-    assert "a.name" in asked.read_text().split(), "the resolver writes down what it is asked"
-    assert {name for name in asked.read_text().split() if name[0].isalpha()} == {"a.name"}
+    assert asked.read_text().split() == ["a.name"], "the first is our own question"
     assert device_ids(cache) == []
 
 
