@@ -31,6 +31,7 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml
 
 demo: $(VENV)/.demo ## Export, build, package, serve and ask: the whole path, on this machine
 	$(BIN)/twotower demo
+	@echo "to give such commands yourself: . $(VENV)/bin/activate"
 
 test: $(VENV)/.dev ## All tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from twotower_engines.errors import ServingError
 from twotower_engines.serving import installation
 
 ROOT = Path(__file__).resolve().parents[2]
+bundled = pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="Python 3.13 has no numpy for the bundled server"
+)
 
 
 def run(capsys, *options: str) -> str:
@@ -44,6 +48,7 @@ def extras() -> dict[str, set[str]]:
     return {extra: names(extra) for extra in raw}
 
 
+@bundled
 def test_the_facts_are_this_machines(capsys) -> None:
     found = json.loads(run(capsys, "--json"))
     assert found["python"] == platform.python_version()
@@ -57,6 +62,7 @@ def test_the_facts_are_this_machines(capsys) -> None:
     assert missing["build and run engines for the CPU (build --sku cpu, run)"] == []
 
 
+@bundled
 def test_people_see_the_same(capsys) -> None:
     text = run(capsys)
     assert re.search(r"yes +serve \(package, serve\)", text)
@@ -84,6 +90,7 @@ def test_every_extra_of_the_command_line_exists() -> None:
             assert extra in brought, module
 
 
+@bundled
 def test_without_a_server_it_says_how_to_get_one(monkeypatch, tmp_path) -> None:
     # the wheel is installed wherever the tests run, so its absence can only be played
     find = importlib.util.find_spec
@@ -97,6 +104,7 @@ def test_without_a_server_it_says_how_to_get_one(monkeypatch, tmp_path) -> None:
     assert any("twotower[serve]" in text for text in found.abilities[-1].missing)
 
 
+@bundled
 def test_a_numpy_that_empties_answers_is_named(monkeypatch) -> None:
     version = doctor._version
     monkeypatch.setattr(
@@ -105,6 +113,7 @@ def test_a_numpy_that_empties_answers_is_named(monkeypatch) -> None:
     assert any("numpy<2" in text for text in doctor.examine().abilities[-1].missing)
 
 
+@bundled
 def test_a_system_that_the_bundled_server_cannot_run_on_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(installation.platform, "libc_ver", lambda: ("glibc", "2.34"))
@@ -120,6 +129,7 @@ def test_a_system_that_the_bundled_server_cannot_run_on_is_named(monkeypatch, tm
         installation.find_server()
 
 
+@bundled
 def test_a_stub_that_cannot_start_is_named(monkeypatch, tmp_path) -> None:
     """A real program that asks the dynamic linker for a library which is nowhere."""
     compile_one = ["cc", "-x", "c", "-", "-o"]
