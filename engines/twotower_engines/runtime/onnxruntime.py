@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.engine_set import EngineSet
+from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
@@ -291,12 +292,11 @@ class OnnxRuntime:
 
 def _import_onnxruntime() -> Any:
     try:
-        import onnxruntime
+        return import_onnxruntime()
     except ImportError as problem:
         raise RuntimeLoadError(
             "ONNX Runtime is not installed; install it with `pip install 'twotower[build]'`"
         ) from problem
-    return onnxruntime
 
 
 def _state_shapes(

@@ -331,7 +331,7 @@ def test_the_host_device_does_all_that_a_device_must():
 @pytest.mark.parametrize(
     ("flavour", "message"),
     [
-        ("tensorrt", "`tensorrt` need the package tensorrt, which is not installed"),
+        ("tensorrt", r"`tensorrt` need the package tensorrt, which is not .*twotower\[tensorrt\]"),
         ("openvino", "`openvino` are not known to this version"),
     ],
 )

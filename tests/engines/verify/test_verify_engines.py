@@ -38,7 +38,7 @@ from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours.parsing import parse
 from twotower_engines.building.flavours.profiles import narrow_profiles
-from twotower_engines.building.flavours.rtx_library import find_library
+from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.local_gpu import LocalGpu
 from twotower_engines.planning.sku_lookup import find_sku
@@ -78,9 +78,8 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parsed(exported):
-    library = find_library()
     return {
-        tower: parse(exported / "bundle" / "graphs" / f"{tower}.onnx", library) for tower in TOWERS
+        tower: parse(exported / "bundle" / "graphs" / f"{tower}.onnx", LIBRARY) for tower in TOWERS
     }
 
 

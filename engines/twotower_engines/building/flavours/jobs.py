@@ -6,6 +6,7 @@ dimensions, and the profiles give these their sizes.
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,14 @@ from twotower_engines.building.flavours.profiles import Profile, Sizes
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import Sku
 
-__all__ = ["check_arch", "engine_job", "engine_recipe", "engine_report", "graph_inputs"]
+__all__ = [
+    "check_arch",
+    "engine_job",
+    "engine_recipe",
+    "engine_report",
+    "graph_inputs",
+    "installed",
+]
 
 FLAGS = {"TF32": False}
 """Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
@@ -39,6 +47,16 @@ def check_arch(sku: Sku, where: str) -> None:
             f"engines for {sku.name} must be built on {sku.arch}, because plans run only on the "
             f"CPU architecture that built them, and this machine is {platform.machine()}; {where}"
         )
+
+
+def installed(packages: Sequence[str]) -> str | None:
+    """Return the version of the first of some distributions that is installed, or None."""
+    for name in packages:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def engine_job(order: Order) -> Job:

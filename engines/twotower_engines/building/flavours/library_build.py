@@ -1,11 +1,7 @@
 """What TensorRT and TensorRT-RTX share: from a graph to a plan with NVIDIA's Python API.
 
-Runs inside the worker process (`worker.py`) and nowhere else. The module of the API is an argument:
-`tensorrt`, `tensorrt_rtx` or `tensorrt_bindings`; what differs between them is in the job.
-
-With the pairing of `tensorrt_bindings` and the TensorRT-RTX library, `ITensor.is_shape_tensor` and
-`ITensor.get_dimension_name` do not work (they crash, or answer at random). So dynamic dimensions
-are named by the graph, and no tensor is asked for more than its name, dtype and shape.
+Runs inside the worker process (`worker.py`) and nowhere else. The module of the API, `tensorrt` or
+`tensorrt_rtx`, is an argument; what differs between them is in the job.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from typing import Any
 
 from twotower_contract.atomic import partial_file
 
-__all__ = ["RefusedError", "build_engine_file", "library_version", "one_node_engine"]
+__all__ = ["RefusedError", "build_engine_file", "one_node_engine"]
 
 Report = Callable[[str, int, int], bool]
 """Told of progress: name of the phase, steps done, steps in all. False ends the build."""
@@ -38,10 +34,9 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
         job: `graph`, `plan` (where to write), `inputs` (name to dims), `profiles` (list of name to
             three shapes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
             profiling), and optionally `kernels` (the compute capability to compile our kernels
-            for), `hardware` (a hardware compatibility level), `compute_capabilities`,
-            `flags_if_known` (builder flags to set where the library has them), `workspace` (bytes
-            that a layer may take), `timing_cache` (a file), `layers` (a file: the plan is opened on
-            this machine's GPU, and its layers are described there).
+            for), `hardware` (a hardware compatibility level), `compute_capabilities`, `workspace`
+            (bytes that a layer may take), `timing_cache` (a file), `layers` (a file: the plan is
+            opened on this machine's GPU, and its layers are described there).
         report: Called from the library's threads.
 
     Returns:
@@ -129,16 +124,6 @@ def one_node_engine(trt: Any) -> int:
     if plan is None:
         raise RefusedError(log.text() or "no plan came back, and no message")
     return int(plan.nbytes)
-
-
-def library_version(library: Any) -> str:
-    """Return the version that a loaded libnvinfer says it has, for example `1.7.1`.
-
-    Args:
-        library: From `ctypes.CDLL`.
-    """
-    parts = ("Major", "Minor", "Patch")
-    return ".".join(str(getattr(library, f"getInferLib{part}Version")()) for part in parts)
 
 
 def _strongly_typed(trt: Any) -> int:
@@ -237,9 +222,6 @@ def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
     for name, is_set in job["flags"].items():
         flag = getattr(trt.BuilderFlag, name)
         (config.set_flag if is_set else config.clear_flag)(flag)
-    for name in job.get("flags_if_known", ()):
-        if hasattr(trt.BuilderFlag, name):
-            config.set_flag(getattr(trt.BuilderFlag, name))
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, job["verbosity"])
     if job.get("workspace"):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.building.flavours.flavour import Needs, Order, Target
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.errors import BuildError
@@ -75,8 +76,7 @@ def _opened(plan: Path, graph: Path) -> dict[str, Any]:
     Raises:
         BuildError: It refuses the graph.
     """
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     try:

@@ -22,6 +22,7 @@ from twotower_engines.building.flavours.jobs import (
     engine_job,
     engine_recipe,
     engine_report,
+    installed,
 )
 from twotower_engines.building.flavours.process import Library, Progress, build_engine_files
 from twotower_engines.building.flavours.profiles import narrow_profiles
@@ -53,7 +54,7 @@ class TensorRtFlavour:
 
     def versions(self) -> dict[str, str]:
         """Return the version of TensorRT, without loading it."""
-        found = _installed()
+        found = installed(PACKAGES)
         if found is None:
             raise BuildError(f"{TITLE} is not installed; {INSTALL}")
         if not OLDEST <= _minor(found) <= NEWEST:
@@ -140,15 +141,6 @@ class TensorRtFlavour:
     def loader(self, target: Target) -> dict[str, Any]:
         """Return the GPUs that the plans run on."""
         return {"compute_capabilities": [target.sku.compute_capability]}
-
-
-def _installed() -> str | None:
-    for name in PACKAGES:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _timed_on() -> str:

@@ -24,6 +24,7 @@ from twotower_engines.runtime.resident.engine import Shape
 __all__ = ["MODULES", "TensorRtEngine", "import_tensorrt"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 def import_tensorrt(flavour: str) -> Any:
@@ -43,7 +44,8 @@ def import_tensorrt(flavour: str) -> Any:
     except ImportError as problem:
         raise RuntimeLoadError(
             f"engines of flavour `{flavour}` need the package {name.replace('_', '-')}, which is "
-            f"not installed ({problem}); install it from NVIDIA's index on the machine of the GPU"
+            f"not installed ({problem}); install it on the machine of the GPU with: "
+            f"pip install 'twotower[{EXTRAS[flavour]}]'"
         ) from problem
 
 
