@@ -300,7 +300,7 @@ def test_node_names_say_where_a_node_belongs(graph):
     assert len(names) == len(set(names))
     assert {"MambaBlockStep/decay.exp", "ExpertsMixer/router.scores.sigmoid"} <= set(names)
     tower = graph.graph.name
-    assert {f"{tower}/embeddings.gather", f"{tower}.layers.3", f"{tower}/head.matmul"} <= set(names)
+    assert {f"{tower}/embeddings.gather", f"{tower}.layers.3", f"{tower}/head.gemm"} <= set(names)
 
 
 def test_a_node_more_renames_none_in_another_section():

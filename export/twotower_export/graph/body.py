@@ -148,8 +148,14 @@ class Body:
         return made
 
     def linear(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """`x @ weight.T`; x [..., in], weight [out, in]."""
-        made: ir.Value = self.op.MatMul(x, self.transpose(weight, 1, 0))
+        """`x @ weight.T`; x [..., in], weight [out, in].
+
+        One Gemm over all rows, which reads the weight as it lies: TensorRT writes a transposed copy
+        of it at every call where a MatMul takes its Transpose.
+        """
+        rows = self.op.Gemm(self.op.Flatten(x, axis=-1), weight, transB=1)
+        shape = self.op.Concat(self.op.Shape(x, end=-1), self.i64([-1]), axis=0)
+        made: ir.Value = self.op.Reshape(rows, shape)
         return made
 
     def silu(self, x: ir.Value) -> ir.Value:
