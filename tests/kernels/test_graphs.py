@@ -17,7 +17,7 @@ from kernel_reference import Row
 
 from twotower_engines.kernels import experts, mamba, nodes, refine
 from twotower_export.graph import build_refine_graph
-from twotower_export.graph.body import Body
+from twotower_export.graph.body import OPSET, Body
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
 from twotower_export.tiny.checkpoints import tiny_config
@@ -48,7 +48,7 @@ def one_op(function: ir.Function, tensors: Sequence[torch.Tensor]) -> ir.Model:
         values,
         list(outputs),
         nodes=body.op.tape.nodes,
-        opset_imports={"": 20, "twotower": 1},
+        opset_imports={"": OPSET, "twotower": 1},
         name="one_op",
     )
     return ir.Model(graph, ir_version=10, functions=[function])

@@ -34,7 +34,7 @@ NAMESPACE = "twotower"
 """Of the plugins, and the ONNX domain of the ops and nodes."""
 
 VERSION = "1"
-OPSET = 20
+OPSET = 23
 
 
 def is_registered() -> bool:
