@@ -10,7 +10,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from twotower_engines.building.flavours.branches import without_branches
+
+if TYPE_CHECKING:
+    import onnx
 
 from twotower_contract.atomic import partial_file
 
@@ -173,28 +178,26 @@ def _monitor(trt: Any, report: Report) -> Any:
 
 
 def _parse(trt: Any, network: Any, log: Any, graph: Path, kernels: str | None) -> None:
+    import onnx
+
+    model = without_branches(onnx.load(str(graph), load_external_data=False))
+    if kernels is not None:
+        model = _with_plugins(model, kernels)
     parser = trt.OnnxParser(network, log)
-    if kernels is None:
-        is_parsed = parser.parse_from_file(str(graph))
-    else:
-        is_parsed = parser.parse(_graph_with_plugins(graph, kernels))
-    if is_parsed:
+    if parser.parse(model.SerializeToString()):
         return
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     said = [f"{e.node_operator() or 'graph'} {e.node_name()}: {e.desc()}" for e in errors]
     raise RefusedError("; ".join(said[:MESSAGES]) or log.text() or "the parser gave no reason")
 
 
-def _graph_with_plugins(graph: Path, compute_capability: str) -> bytes:
+def _with_plugins(model: onnx.ModelProto, compute_capability: str) -> onnx.ModelProto:
     """Return a graph whose ops are plugin nodes, and register the plugins with TensorRT."""
-    import onnx
-
     from twotower_engines.kernels.plugin_graph import with_plugins
     from twotower_engines.kernels.plugins import register_plugins
 
     register_plugins(compute_capability)
-    model = with_plugins(onnx.load(str(graph), load_external_data=False))
-    return bytes(model.SerializeToString())
+    return with_plugins(model)
 
 
 def _check_inputs(network: Any, wanted: Mapping[str, Sequence[int | str]]) -> None:
