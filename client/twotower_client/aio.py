@@ -22,10 +22,10 @@ import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from twotower_client.connection import (
-    CHANNEL_OPTIONS,
     GRACE_SECONDS,
     LOOK_SECONDS,
     STOP_SECONDS,
+    channel_options,
     check_address,
     check_seconds,
     closed,
@@ -75,9 +75,9 @@ class AsyncTwoTowerClient:
         self.timeout = check_seconds("timeout", timeout)
         self.inactivity_timeout = check_seconds("inactivity_timeout", inactivity_timeout)
         self._channel = (
-            grpc.aio.insecure_channel(url, options=CHANNEL_OPTIONS)
+            grpc.aio.insecure_channel(url, options=channel_options(url))
             if credentials is None
-            else grpc.aio.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
+            else grpc.aio.secure_channel(url, credentials, options=channel_options(url))
         )
         self._is_closed = False
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)

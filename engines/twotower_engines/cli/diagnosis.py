@@ -45,7 +45,6 @@ DISTRIBUTIONS = (
     "matplotlib",
 )
 GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
-SHARED_MEMORY_NEEDED = 64 * 2**20  # for the four models of a repository, with room
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +148,7 @@ def _missing_rtx() -> tuple[str, ...]:
 def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
     """Return where the Triton server is, and what keeps it from serving."""
     from twotower_engines.serving.installation import find_server, numpy_problem
+    from twotower_engines.serving.place import refusal
 
     try:
         found = find_server()
@@ -158,12 +158,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
     unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
     if unusable is not None:
         problems.append(unusable)
-    free = _free_shared_memory()
-    if free is not None and free < SHARED_MEMORY_NEEDED:
-        problems.append(
-            f"/dev/shm has {free // 2**20} MB free, the models need {SHARED_MEMORY_NEEDED // 2**20}"
-            " MB: free some, or start the container with --shm-size=1g"
-        )
+    problems += filter(None, [refusal()])
     return found.source, problems
 
 
@@ -202,10 +197,3 @@ def _memory_bytes() -> int:
     except OSError:
         return machine
     return min(machine, int(limit)) if limit.isdigit() else machine
-
-
-def _free_shared_memory() -> int | None:
-    try:
-        return shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return None

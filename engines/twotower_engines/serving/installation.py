@@ -2,7 +2,7 @@
 
 A server on PATH (as in NVIDIA's containers) comes first. Otherwise the one inside the wheel
 `nvidia-pytriton` is used: a real binary, whose Python backend needs a stub for this interpreter
-beside its library. The wheel keeps the stubs elsewhere, so a private folder of links is made.
+beside its library. The wheel keeps the stubs elsewhere, so a private folder is made.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from twotower_engines.errors import ServingError
 
-__all__ = ["ServerInstallation", "find_server", "link_backends", "numpy_problem"]
+__all__ = ["ServerInstallation", "find_server", "make_backends", "numpy_problem"]
 
 STUB = "triton_python_backend_stub"
+LIBRARIES = "nvidia_pytriton.libs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,10 @@ def numpy_problem(installation: ServerInstallation, numpy: str) -> str | None:
     )
 
 
-def link_backends(installation: ServerInstallation, folder: Path) -> Path | None:
-    """Make a folder of links that the wheel's server can use as its backend directory.
+def make_backends(installation: ServerInstallation, folder: Path) -> Path | None:
+    """Make a folder that the wheel's server can use as its backend directory.
+
+    It holds links, and a copy of the stub: Triton changes its mode, through a link too.
 
     Args:
         installation: As found.
@@ -97,11 +100,13 @@ def link_backends(installation: ServerInstallation, folder: Path) -> Path | None
     """
     if installation.wheel is None:
         return None
-    python = folder / "backends" / "python"
+    # As deep as in the wheel: the stub looks for its libraries four folders up.
+    python = folder / "pytriton" / "tritonserver" / "backends" / "python"
     python.mkdir(parents=True)
+    (folder / LIBRARIES).symlink_to(installation.wheel.parents[1] / LIBRARIES)
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
         (python / name).symlink_to(installation.wheel / "backends" / "python" / name)
-    (python / STUB).symlink_to(_stub(installation.wheel))
+    shutil.copy(_stub(installation.wheel), python / STUB)
     return python.parent
 
 
