@@ -58,7 +58,7 @@ def proxy_of(url: str) -> str | None:
 
     A password in the address is left out.
     """
-    from urllib.request import proxy_bypass_environment
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
     host = url.rpartition(":")[0]
     spared = next(filter(None, map(os.environ.get, SPARING_VARIABLES)), "")

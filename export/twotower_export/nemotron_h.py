@@ -8,7 +8,6 @@ Bytes are copied as they are, in pieces, whatever the size of the checkpoint.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from twotower_contract.machine import read_at
 from twotower_export.bundle import check_replaceable, folder_beside
 from twotower_export.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, Progress
 from twotower_export.config import config_json, read_json
@@ -172,7 +172,7 @@ def _pieces(checkpoint: Checkpoint, member: _Member) -> Iterator[bytes]:
     end = shard.data_start + member.tensor.end
     with shard.path.open("rb", buffering=0) as source:
         while offset < end:
-            piece = os.pread(source.fileno(), min(PIECE_BYTES, end - offset), offset)
+            piece = read_at(source.fileno(), min(PIECE_BYTES, end - offset), offset)
             if not piece:
                 raise BundleError(f"{shard.path}: ended while it was read; was it replaced?")
             yield piece

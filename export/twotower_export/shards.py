@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from twotower_contract.machine import read_at
 from twotower_export.errors import CheckpointError, ConfigError
 from twotower_export.json_file import parse_object
 
@@ -165,7 +166,7 @@ def shard_sample(descriptor: int, size: int) -> str:
     last = max(0, size - SHARD_SAMPLE_BYTES)
     for index in range(SHARD_SAMPLES):
         offset = last * index // (SHARD_SAMPLES - 1)
-        digest.update(os.pread(descriptor, SHARD_SAMPLE_BYTES, offset))
+        digest.update(read_at(descriptor, SHARD_SAMPLE_BYTES, offset))
     return digest.hexdigest()
 
 
@@ -178,7 +179,7 @@ def tensor_sample(descriptor: int, offset: int, length: int) -> str:
     if length > WHOLE_TENSOR_BYTES:
         offset += (length // 2) & ~(TENSOR_SAMPLE_BYTES - 1)
         length = TENSOR_SAMPLE_BYTES
-    return hashlib.sha256(os.pread(descriptor, length, offset)).hexdigest()[:16]
+    return hashlib.sha256(read_at(descriptor, length, offset)).hexdigest()[:16]
 
 
 def refuse_dangling(path: Path) -> None:
@@ -225,7 +226,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _header(descriptor: int, path: Path, size: int) -> tuple[dict[str, Any], int]:
-    prefix = os.pread(descriptor, 8, 0)
+    prefix = read_at(descriptor, 8, 0)
     if prefix.startswith(b"version "):
         raise CheckpointError(
             f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
@@ -241,7 +242,7 @@ def _header(descriptor: int, path: Path, size: int) -> tuple[dict[str, Any], int
             "restore it or download it again"
         )
     try:
-        header = parse_object(os.pread(descriptor, length, 8), f"{path}: its header")
+        header = parse_object(read_at(descriptor, length, 8), f"{path}: its header")
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     return header, 8 + length

@@ -122,7 +122,7 @@ def test_a_soft_limit_on_files_is_raised() -> None:
 
 def test_too_little_shared_memory_is_refused(packaged, monkeypatch) -> None:
     monkeypatch.setattr(place, "_free_shared_memory", lambda: 2**20)
-    with pytest.raises(ServingError, match="/dev/shm has 1 MB free.*--shm-size"):
+    with pytest.raises(ServingError, match=r"/dev/shm has 1 MB free.*--shm-size"):
         TritonServer(packaged.repository, OPTIONS)
 
 

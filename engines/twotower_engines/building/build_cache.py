@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.cache_root import in_cache
 from twotower_engines.artifacts.document import read_json, write_json
 from twotower_engines.artifacts.engine_set import file_sha256
 from twotower_engines.artifacts.partial import locked, partial_folder, put_in_place
@@ -57,7 +57,7 @@ class PlanCache:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = cache_root() / "builds" if root is None else root
+        self.root = in_cache("builds") if root is None else root
 
     @contextlib.contextmanager
     def holding(self, keys: Iterable[str], waiting: Callable[[], None]) -> Iterator[None]:

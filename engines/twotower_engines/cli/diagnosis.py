@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from twotower_contract.machine import cores, memory_bytes
 from twotower_engines.errors import EnginesError
 
 __all__ = ["Ability", "Examination", "examine"]
@@ -93,8 +92,8 @@ def examine() -> Examination:
     return Examination(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)),
-        memory_bytes=_memory_bytes(),
+        cores=cores(),
+        memory_bytes=memory_bytes(),
         gpus=gpus,
         packages=packages,
         server=server,
@@ -140,7 +139,10 @@ def _abilities(
 
 def _missing_rtx() -> tuple[str, ...]:
     """Return what the TensorRT-RTX flavour says: it knows which versions go together."""
-    from twotower_engines.building.flavours.rtx_library import find_library
+    try:
+        from twotower_engines.building.flavours.rtx_library import find_library
+    except ModuleNotFoundError as problem:  # of Linux's Python
+        return (f"Linux (this system's Python has no module {problem.name})",)
 
     return _problem(find_library)
 
@@ -188,12 +190,3 @@ def _gpus() -> tuple[dict[str, str], ...]:
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line]
     return tuple(dict(zip(GPU_FIELDS, row, strict=False)) for row in rows)
-
-
-def _memory_bytes() -> int:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return machine
-    return min(machine, int(limit)) if limit.isdigit() else machine

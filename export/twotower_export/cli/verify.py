@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.processes import run_child
 from twotower_export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _verify_device_engines(
     for option, value in (("--bundle", bundle), ("--against", against)):
         if value is not None:
             command += [option, str(value)]
-    done = subprocess.run([*command, "--json"] if as_json else command, check=False)
+    done = run_child([*command, "--json"] if as_json else command)
     if done.returncode:
         sys.exit(done.returncode)
 

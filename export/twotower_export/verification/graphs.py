@@ -6,7 +6,6 @@ with weights that are read where the manifest says they lie.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from twotower_contract.machine import read_at
 from twotower_export.errors import BundleError, CheckpointError
 from twotower_export.layout import Tower
 
@@ -215,7 +215,7 @@ class ManifestWeights:
             for start in range(0, count, _PIECE):
                 piece = target[start : start + _PIECE]
                 size, at = piece.size * stored.itemsize, offset + start * stored.itemsize
-                content = os.pread(file.fileno(), size, at)
+                content = read_at(file.fileno(), size, at)
                 if len(content) != size:
                     raise CheckpointError(f"{path}: ends inside {source}; restore the file")
                 yield piece, np.frombuffer(content, stored)

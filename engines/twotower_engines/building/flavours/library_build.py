@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.logfile import is_verbose
+from twotower_contract.logfile import log as write_log
+
 __all__ = ["RefusedError", "build_plan", "library_version", "one_node_plan"]
 
 Report = Callable[[str, int, int], bool]
@@ -147,7 +150,10 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _log(trt: Any) -> Any:
-    """Return a logger that keeps errors; a subclass, and so only made once `trt` is there."""
+    """Return a logger that keeps errors, and writes all it is told into the `--log`.
+
+    A subclass, and so only made once `trt` is there.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -157,6 +163,8 @@ def _log(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            if severity != trt.ILogger.Severity.VERBOSE or is_verbose():
+                write_log(f"TensorRT {severity.name}", message)
 
         def text(self) -> str:
             return "; ".join(self.errors[-MESSAGES:])

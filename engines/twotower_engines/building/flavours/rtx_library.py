@@ -20,7 +20,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.cache_root import cache_root, in_cache
 from twotower_engines.artifacts.partial import partial_folder, put_in_place
 from twotower_engines.building.flavours.process import Library
 from twotower_engines.errors import BuildError
@@ -106,8 +106,17 @@ def _folder_of_links(carrier: Path) -> Path:
     content = f"{carrier.resolve()}\n{sorted(LINKS.items())}\n{PLUGIN_STUB}"
     name = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = cache_root() / "libraries" / f"tensorrt-rtx-{name}"
-    if (folder / PLUGIN_LIBRARY).is_file():
-        return folder
+    if not (folder / PLUGIN_LIBRARY).is_file():
+        _write_links(carrier, in_cache("libraries") / folder.name)
+    if not os.access(folder / PLUGIN_LIBRARY, os.X_OK):
+        raise BuildError(
+            f"{TITLE}: {folder} is on a file system that executes nothing (noexec); set "
+            "XDG_CACHE_HOME to a folder on another one"
+        )
+    return folder
+
+
+def _write_links(carrier: Path, folder: Path) -> None:
     with partial_folder(folder.parent) as work:
         made = work / folder.name
         made.mkdir()
@@ -116,7 +125,6 @@ def _folder_of_links(carrier: Path) -> Path:
         _compile_stub(made)
         # another process may have been first, and its worker may be reading the links
         put_in_place(made, folder, replace=False)
-    return folder
 
 
 def _compile_stub(folder: Path) -> None:
