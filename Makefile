@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test cov test-slow check fix docs bench wheel test-wheel lock locked clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,7 +33,10 @@ demo: $(VENV)/.demo ## Export, build, package, serve and ask: the whole path, on
 	$(BIN)/twotower demo
 
 test: $(VENV)/.dev ## All tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
+
+cov: $(VENV)/.dev ## The same tests, and the lines that they miss
+	$(BIN)/python -m pytest -m "not slow" -n 2 --cov --cov-report=term --cov-report=html $(ARGS)
 
 test-slow: $(VENV)/.dev ## Full-size tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -44,8 +47,34 @@ check: $(VENV)/.dev ## Lint, format and types
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+fix: $(VENV)/.dev ## Mend what ruff can: style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## The documentation as a site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheel: $(VENV)/.dev ## Wheel and source archive, in dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
+test-wheel: wheel ## Install the wheel into an environment of its own and walk the path with it
+	rm -rf $(VENV)/wheel && $(BIN)/python -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) "$$(echo dist/*.whl)[export,serve]"
+	cd $(VENV)/wheel && PATH="$$PWD/bin:$$PATH" bin/twotower demo
+
+lock: $(VENV)/.dev ## Lock the development environment anew: requirements/dev.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-annotate --upgrade --quiet \
+		--custom-compile-command "make lock" --output-file requirements/dev.txt
+
+locked: $(VENV)/.base ## The development environment exactly as it was locked
+	$(PIP) --requirement requirements/dev.txt
+	$(PIP) --no-deps -e .
+	@touch $(VENV)/.dev $(VENV)/.demo
+
 bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benchmarks/results
-	for name in generation export build kernels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in generation export build kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo dist site .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov

@@ -4,7 +4,7 @@ Input: runs of NVIDIA's code on the released checkpoint and traces of masked cou
 junze-eng/twotower-repro on two A100 80 GB in bf16 at batch 1. Output: the table that
 `twotower plan` ships, with the burst rates of `twotower_engines.planning.acceptance` fitted to it.
 
-    python benchmarks/acceptance_statistics.py reference_runs.json denoise_traces.json \
+    python -m benchmarks.acceptance_statistics reference_runs.json denoise_traces.json \
         engines/twotower_engines/data/acceptance.json
 
 Tokens per call are total tokens over total calls: the mean of the runs' own ratios would give the
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from twotower_contract.atomic import write_text
 from twotower_engines.planning.acceptance import fit_burst_rate
 
 BLOCK = 16
@@ -94,9 +95,7 @@ def main() -> None:
             for block in trace["blocks"]
         ],
     }
-    partial = args.output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(args.output)
+    write_text(args.output, json.dumps(result, indent=1) + "\n")
     for row in rows:
         ratio = row["tokens"] / row["calls"]
         print(f"{row['task']:11} {row['threshold']:.2f} {row['steps']:2} {ratio:5.2f} tokens/call")

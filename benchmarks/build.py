@@ -1,6 +1,6 @@
 """Time and memory of `twotower build` against the number of layers, at full width, cold and cached.
 
-    python benchmarks/build.py
+    python -m benchmarks.build
 
 Bundles of checkpoints of the released sizes made of holes, with the first 2, 8, 26 and 52 layers,
 are built into TensorRT-RTX plans by the command in a process of its own, both towers at once on two
@@ -11,7 +11,6 @@ generator, whose time grows faster than the layers: it compiles a tower as one p
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import os
 import platform
@@ -19,29 +18,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from tests.support import ROOT
+from tests.support import engine_bundles as bundles
+from tests.support import sparse_checkpoint as sparse
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = (2, 8, 26, 52)
 SKU = "rtx-pro-6000"
 
 
-def load(path: str) -> ModuleType:
-    """Import a helper of the tests by its path: tests are no package."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "tests" / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def measure(bundles: ModuleType, bundle: Path, engines: Path) -> tuple[float, int]:
+def measure(bundle: Path, engines: Path) -> tuple[float, int]:
     """Build once; returns seconds, and the most memory of all its processes in bytes."""
     start = time.perf_counter()
     process = bundles.start_build(bundle, engines, "--sku", SKU, "--json")
@@ -59,8 +49,6 @@ def reports_of(engines: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    bundles = load("engines/engine_bundles.py")
-    sparse = load("export/sparse_checkpoint.py")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -71,8 +59,8 @@ def main() -> None:
             checkpoint = sparse.write_sparse_checkpoint(folder / f"hub-{layers}", config)
             bundle = folder / f"bundle-{layers}"
             write_bundle(open_checkpoint(checkpoint), bundle)
-            cold, peak = measure(bundles, bundle, folder / f"engines-{layers}")
-            cached, _ = measure(bundles, bundle, folder / f"again-{layers}")
+            cold, peak = measure(bundle, folder / f"engines-{layers}")
+            cached, _ = measure(bundle, folder / f"again-{layers}")
             reports = reports_of(folder / f"engines-{layers}" / SKU)
             plans = sum(p.stat().st_size for p in (folder / f"engines-{layers}").rglob("*.plan"))
             rows.append(
@@ -107,7 +95,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     lines = [
         "# Building TensorRT-RTX plans",
         "",
-        f"`python benchmarks/build.py`, {today}, {machine}; full width, both towers,",
+        f"`python -m benchmarks.build`, {today}, {machine}; full width, both towers,",
         f'`--sku {SKU}`. The plans were not run: that needs the GPU. "Waited" is what other',
         "processes of the machine took from the tower that waited longer, a part of the seconds",
         'before it; "CPU" is what the two builders computed, context and denoiser.',

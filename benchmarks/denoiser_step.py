@@ -1,8 +1,8 @@
 """Times one denoiser step of the full-size model, with random weights, on one GPU.
 
-    python benchmarks/denoiser_step.py                    # an H200: 63 GB of weights
-    python benchmarks/denoiser_step.py --rows 1 --context 32768
-    TRITON_INTERPRET=1 python benchmarks/denoiser_step.py --tiny    # no GPU: one step, not timed
+    python -m benchmarks.denoiser_step                    # an H200: 63 GB of weights
+    python -m benchmarks.denoiser_step --rows 1 --context 32768
+    TRITON_INTERPRET=1 python -m benchmarks.denoiser_step --tiny    # no GPU: one step, not timed
 
 Our kernels for the three ops, PyTorch for everything else, the whole step in one CUDA graph: what
 an engine would run, where TensorRT cannot be had. From block ids, the context's keys, values and
@@ -24,13 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import kernels as bench
 import torch
 import triton
-from kernel_cases import routed
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import kernels as bench
+from benchmarks.kernel_cases import routed
+from twotower_contract.config import ModelConfig
 from twotower_engines.errors import PlanError
 from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
@@ -41,7 +42,6 @@ from twotower_engines.planning.local_gpu import local_sku
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.routing import distinct_experts
 from twotower_engines.planning.skus import Sku
-from twotower_export.config import ModelConfig
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 """Layers of the released model: Mamba, experts, attention."""
@@ -271,7 +271,7 @@ def roofline_of(model: Model, sku: Sku, rows: int, tokens: int) -> roofline.Call
         time_frequency_dim=model.time_features,
         mask_token_id=s.mask_id,
     )
-    size = ModelSize(config, "bfloat16", ("context", "denoiser"), "random weights")
+    size = ModelSize(config, ("context", "denoiser"), "random weights")
     machine = roofline.Machine(sku, "tensorrt", "bf16")
     return roofline.denoiser_step(size, machine, rows, tokens, s.block)
 

@@ -1,6 +1,6 @@
 """Time and memory of `twotower export` against the number of layers, at full width.
 
-    python benchmarks/export.py
+    python -m benchmarks.export
 
 Checkpoints of the released sizes made of holes (real names, headers and layout, no weights), with
 the first 2, 8, 26 and 52 layers; each is exported by the command in a process of its own. For
@@ -25,22 +25,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT, TWOTOWER
+from tests.support.sparse_checkpoint import FULL_CONFIG, FULL_PATTERN, write_sparse_checkpoint
+
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = (2, 8, 26, 52)
 REPEATS = 3
 TRACED = ("M", "MM*MM*")
 
-sys.path.insert(0, str(ROOT / "tests" / "export"))
-
 TRACE = """
 import sys
-sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 import torch
-from sparse_checkpoint import full_config
+from tests.support.sparse_checkpoint import full_config
 from twotower_export.reference.towers import ContextTower, empty_states, on_meta
-config = replace(full_config(), pattern=sys.argv[2])
+config = replace(full_config(), pattern=sys.argv[1])
 tower = on_meta(lambda: ContextTower(config)).eval()
 with torch.device("meta"):
     states = empty_states(config, 2, 64, torch.float32)
@@ -86,7 +85,7 @@ def measure(command: list[str]) -> Measured:
     """Run a command to its end."""
     start = time.perf_counter()
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -96,13 +95,11 @@ def measure(command: list[str]) -> Measured:
 
 
 def twotower(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "twotower_client.cli", *map(str, arguments)]
+    return [*TWOTOWER, *map(str, arguments)]
 
 
 def measure_export(layers: int, folder: Path) -> dict[str, Any]:
     """Export a checkpoint of `layers` layers; the best time and the worst memory of some runs."""
-    from sparse_checkpoint import FULL_CONFIG, FULL_PATTERN, write_sparse_checkpoint
-
     pattern = FULL_PATTERN[:layers]
     config = FULL_CONFIG | {"hybrid_override_pattern": pattern, "num_hidden_layers": layers}
     checkpoint = write_sparse_checkpoint(folder / f"cache-{layers}", config)
@@ -121,8 +118,7 @@ def measure_export(layers: int, folder: Path) -> dict[str, Any]:
 
 def measure_trace(pattern: str) -> dict[str, Any]:
     """Trace a context tower with PyTorch's exporter."""
-    tests = str(ROOT / "tests" / "export")
-    run = measure([sys.executable, "-c", TRACE, tests, pattern])
+    run = measure([sys.executable, "-c", TRACE, pattern])
     return {"pattern": pattern, "seconds": round(run.seconds, 2), "peak_bytes": run.peak}
 
 
@@ -197,7 +193,7 @@ def report(
     lines = [
         "# Export at full width",
         "",
-        f"`python benchmarks/export.py`, {today}, {machine}. Both towers, graphs in bf16 and in"
+        f"`python -m benchmarks.export`, {today}, {machine}. Both towers, graphs in bf16 and in"
         f" float32; sparse checkpoints; best time and largest memory of {REPEATS} runs, start of"
         " the process included.",
         "",

@@ -1,6 +1,6 @@
 """Tokens per second from prompt to answer on this machine, as ratios in one run.
 
-    python benchmarks/generation.py
+    python -m benchmarks.generation
 
 The trained tiny checkpoint, held-out prompts, greedy, threshold 0.9, all on the CPU in float32:
 
@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twotower_engines.artifacts.engine_set import EngineSet, open_engine_set
+from tests.support import TWOTOWER
+from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
@@ -54,7 +54,7 @@ def build(folder: Path) -> tuple[Path, EngineSet]:
         ["export", checkpoint, bundle],
         ["build", bundle, "--sku", "cpu", engines, "--slots", "16"],
     ):
-        command = [sys.executable, "-m", "twotower_client.cli", *verb]
+        command = [*TWOTOWER, *verb]
         subprocess.run(command, check=True, capture_output=True)
     return Path(checkpoint), open_engine_set(Path(engines))
 
@@ -168,7 +168,7 @@ def report(seconds: dict[str, float]) -> None:
     lines = [
         "# Generation on the CPU",
         "",
-        f"`python benchmarks/generation.py`, {today}, {machine}; trained tiny checkpoint,"
+        f"`python -m benchmarks.generation`, {today}, {machine}; trained tiny checkpoint,"
         f" {PROMPTS} prompts ({PYTORCH_PROMPTS} for PyTorch), {NEW_TOKENS} tokens each, threshold"
         f" {THRESHOLD}, best of {REPEATS}.",
         "",

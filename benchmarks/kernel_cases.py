@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import eager
 import torch
 from torch import Tensor
 
+from benchmarks import eager
 from twotower_engines.kernels import experts, mamba, refine
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.planning.routing import distinct_experts

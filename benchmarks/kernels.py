@@ -1,8 +1,8 @@
 """Times the kernels on this machine's GPU, against PyTorch and against the bytes they must move.
 
-    python benchmarks/kernels.py                        # prints the table, writes it to results/
-    python benchmarks/kernels.py --no-compile --budget 480    # within a call of ten minutes
-    python benchmarks/kernels.py --only experts --tune  # sweeps tile sizes
+    python -m benchmarks.kernels                        # prints the table, writes it to results/
+    python -m benchmarks.kernels --no-compile --budget 480    # within a call of ten minutes
+    python -m benchmarks.kernels --only experts --tune  # sweeps tile sizes
 
 Every case is saved as it is measured; one that fails is recorded, and the next one runs. Full-size
 shapes, random data. A kernel is timed as it would run in an engine: captured in a CUDA
@@ -33,9 +33,10 @@ from typing import Any
 
 import torch
 import triton
-from kernel_cases import CASES, Case, expert_cases
 from torch import Tensor
 
+from benchmarks.kernel_cases import CASES, Case, expert_cases
+from twotower_contract.atomic import write_text
 from twotower_engines.kernels import experts
 from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT, Launch
 
@@ -253,16 +254,14 @@ def report(rows: Sequence[Row], device: str, bandwidth: float, on_gpu: bool) -> 
         measured = (
             "**Nothing here was measured: this machine has no GPU, and the columns of times are "
             f"empty.** The bounds are bytes over {bandwidth / 1e12:.1f} TB/s, what an H200 copies "
-            "at. `python benchmarks/kernels.py` on a GPU fills the table."
+            "at. `python -m benchmarks.kernels` on a GPU fills the table."
         )
     return f"# Kernels, {device}\n\n{measured}\n\n{table(rows)}\n"
 
 
 def save(path: Path, text: str) -> None:
     """Beside, then renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ checkpoint by junze-eng/twotower-repro (arithmetic prompts, three generations, b
 .npz with `layer` [n], `forward` [n], `generation` [n] and `experts` [n, 16, 6]. Output: the table
 that `twotower plan` ships.
 
-    python benchmarks/routing_statistics.py moe_routing.npz \
+    python -m benchmarks.routing_statistics moe_routing.npz \
         engines/twotower_engines/data/routing_statistics.json
 
 One row is a call as it was measured. More rows are made by uniting the experts of as many calls
@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from twotower_contract.atomic import write_text
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 NUM_EXPERTS = 128
@@ -127,9 +129,7 @@ def main() -> None:
         },
     }
     text = json.dumps(result, indent=1)
-    partial = args.output.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(args.output)
+    write_text(args.output, text + "\n")
     for name, table in result["tables"].items():  # type: ignore[attr-defined]
         print(f"{name:16}", {rows: one["mean"] for rows, one in table["rows"].items()})
 

@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+
+pytest_plugins = ["tests.support.served"]
+WITH_SERVERS = ("tests/client/", "tests/serving/")
 
 # Before anything imports torch: its threads spin while they wait, which on two cores costs small
 # models ten times what it gains. Child processes inherit it.
@@ -30,6 +34,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a whole file to one worker, and all files that start servers to the same one.
+
+    Fixtures of modules are so made once, one server serves a session, and two servers that start
+    at a time never choose the same free port.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "servers" if file.startswith(WITH_SERVERS) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

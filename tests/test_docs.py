@@ -1,58 +1,85 @@
-"""The documents say what is there: the map of the code, links, verbs."""
+"""The documents say what is there: the map of the code, links, verbs, messages; the site builds."""
 
 from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from docs import code_map
+from tests.support import ROOT
 from twotower_client.cli import VERBS
 from twotower_engines.cli.plan import plan
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = (
-    "export/twotower_contract",
-    "export/twotower_export",
-    "engines/twotower_engines",
-    "client/twotower_client",
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
 )
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-def first_sentence(path: Path) -> str:
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(docstring.split("\n\n")[0].split())
+GENERATED = {"../code-map.md"}  # pages that the site makes
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def test_the_map_names_every_module_and_no_other():
-    text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^\| `([\w/.]+\.py)` \|", text, re.M))
-    modules = {
-        str(path.relative_to(ROOT))
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
-        if path.name != "__init__.py"
+    heading, modules = "", set()
+    for line in code_map.code_map().splitlines():
+        if line.startswith("##"):
+            heading = line.strip("# ")
+            modules.add(f"{heading}/__init__.py")
+        elif line.startswith("| `"):
+            modules.add(f"{heading}/{line.split('`')[1]}")
+    sources = {
+        name_of(path)
+        for room in ("export", "engines", "client")
+        for path in ROOT.glob(f"{room}/**/*.py")
     }
-    assert named == modules
+    assert modules == sources
+
+
+def test_the_map_shows_the_docstrings_of_now(tmp_path):
+    package = tmp_path / "export/thing"
+    package.mkdir(parents=True)
+    wheel = '[tool.hatch.build.targets.wheel]\npackages = ["export/thing"]\n'
+    (tmp_path / "pyproject.toml").write_text(wheel)
+    (package / "__init__.py").write_text('"""Everything\nabout it.\n\nMore."""\n')
+    (package / "part.py").write_text('"""One part.\n\nMore."""\n')
+    text = code_map.code_map(tmp_path)
+    assert "## export/thing\n\nEverything about it.\n" in text
+    assert "| `part.py` | One part. |" in text
 
 
 def test_every_module_says_what_it_is():
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            assert first_sentence(path), path
+    for package in code_map.packages():
+        for path in package.rglob("*.py"):
+            sentence = code_map.first_sentence(path)
+            assert sentence, path
+            assert "|" not in sentence, f"{path}: breaks the table of the map"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_between_documents_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
-        if not re.match(r"\w+:", target):
+        if not re.match(r"\w+:", target) and target not in GENERATED:
             assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_files_that_documents_name_are_there(document):
+    rooms = r"(?:export|engines|client|tests|docs|benchmarks|triton_repo|\.github|requirements)"
+    text = document.read_text(encoding="utf-8")
+    for path in re.findall(rf"`({rooms}/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_commands_in_documents_are_verbs(document):
     text = document.read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", text, re.S)
@@ -64,7 +91,7 @@ def test_the_table_of_plans_is_what_the_command_prints():
     """But for the last SKU, which is the machine that prints it."""
     text = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"```\n(63\.19 B parameters.*?)```", text, re.S)
-    done = CliRunner().invoke(plan, [str(ROOT / "tests/engines/full_size"), "--sku", "all"])
+    done = CliRunner().invoke(plan, [str(ROOT / "tests/data/full_size"), "--sku", "all"])
     printed = done.output.partition("\n\nWhat would fit instead")[0]
 
     def lines(table):
@@ -72,3 +99,74 @@ def test_the_table_of_plans_is_what_the_command_prints():
 
     assert len(lines(shown)) > 20
     assert lines(shown) == lines(printed)
+
+
+def test_the_core_loop_runs_as_its_page_says(tmp_path):
+    """Every block of the page, in its order, in one folder."""
+    text = (ROOT / "docs/design/core-loop.md").read_text(encoding="utf-8")
+    commands, code = (
+        re.findall(rf"```{language}\n(.*?)```", text, re.S) for language in ("sh", "python")
+    )
+    for line in "".join(commands).splitlines():
+        arguments = line.removeprefix("twotower ").split()
+        run_python(["-m", "twotower_client.cli", *arguments], tmp_path)
+    assert sum(len(block.splitlines()) for block in code) <= 100
+    printed = run_python(["-c", "\n".join(code)], tmp_path)
+    assert "Mia" in printed.partition("mia ->")[2]
+    assert printed.rstrip().endswith("denoiser calls for 48 tokens")
+
+
+def run_python(arguments: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def strings_of_code() -> list[str]:
+    """Every text in the packages, with an ellipsis for each value that is formatted into it."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(part) for part in node.values)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return text(node.left) + text(node.right)
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        return node.value if is_text else "\u2026"
+
+    return [
+        text(node)
+        for package in code_map.packages()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp)
+    ]
+
+
+def test_the_messages_that_troubleshooting_explains_are_those_of_the_code():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^### `+ ?(.*?) ?`+$", page, re.M)
+    known = strings_of_code()
+    assert len(messages) > 20
+    for message in messages:
+        parts = [re.escape(part) for part in message.split("\u2026")]
+        pattern = re.compile(".*".join(parts), re.S)
+        assert any(pattern.search(text) for text in known), message
+
+
+def test_the_site_builds_and_fetches_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"<(?:script|img|iframe)[^>]*\ssrc=.?(?:https?:)?//", text), page
+        assert "mermaid" not in text, f"{page}: the theme would fetch mermaid for its diagrams"
+        assert not re.search(r"<link[^>]*\shref=.?(?:https?:)?//", text), page
+    for style in tmp_path.rglob("*.css"):
+        assert not re.search(r"url\(.?https?:", style.read_text(encoding="utf-8")), style

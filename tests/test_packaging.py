@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
@@ -38,6 +38,31 @@ def test_the_client_alone_needs_three_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs = {line.split(">")[0].split("[")[0] for line in project["dependencies"]}
     assert needs == {"numpy", "tritonclient", "click"}
+
+
+def test_the_client_imports_nothing_else_but_the_contract():
+    """The contract is in the same wheel, and itself imports the standard library alone."""
+    ours = {"twotower_client", "twotower_contract"}
+    allowed = sys.stdlib_module_names | ours | {"numpy", "tritonclient", "grpc", "click"}
+    for folder in ("client/twotower_client", "export/twotower_contract"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert imported(path) <= allowed, path
+    code = (
+        "import sys, importlib, pkgutil, twotower_contract as c\n"
+        "for one in pkgutil.iter_modules(c.__path__, 'twotower_contract.'):\n"
+        "    importlib.import_module(one.name)\n"
+        "print({name.partition('.')[0] for name in sys.modules} & {'numpy', 'click', 'grpc'})"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"
+
+
+def imported(path):
+    """The first names of what a module imports, verbs that are named as strings left out."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
 
 
 def test_make_takes_the_first_python_that_runs_and_is_new_enough(tmp_path):

@@ -6,8 +6,8 @@ from twotower_client import TwoTowerClient
 with TwoTowerClient("localhost:8001") as client:
     print(client.generate("Mia the fox lived by the river.").text)
 ```
-Needs numpy and tritonclient only. The client itself is loaded when it is first asked for, so that
-`twotower --help` answers at once.
+It needs numpy and tritonclient only. The client itself is loaded when it is first asked for, so
+that `twotower --help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from twotower_client.errors import (
-    CancelledError,
     ClientError,
     DeadlineError,
     InactivityError,
     ModelNotReadyError,
+    RequestCancelledError,
     RequestFailedError,
     RequestRefusedError,
     ServerBusyError,
     ServerUnavailableError,
 )
 from twotower_client.result import Answer, Block
+from twotower_contract.options import Options
 
 if TYPE_CHECKING:
     from twotower_client.aio import AsyncAnswerStream, AsyncTwoTowerClient
     from twotower_client.client import AnswerStream, TwoTowerClient
-    from twotower_client.request import Options
 
 __all__ = [
     "Answer",
@@ -39,12 +39,12 @@ __all__ = [
     "AsyncAnswerStream",
     "AsyncTwoTowerClient",
     "Block",
-    "CancelledError",
     "ClientError",
     "DeadlineError",
     "InactivityError",
     "ModelNotReadyError",
     "Options",
+    "RequestCancelledError",
     "RequestFailedError",
     "RequestRefusedError",
     "ServerBusyError",
@@ -57,7 +57,6 @@ LAZY = {
     "AnswerStream": "client",
     "AsyncAnswerStream": "aio",
     "AsyncTwoTowerClient": "aio",
-    "Options": "request",
     "TwoTowerClient": "client",
 }
 
@@ -66,3 +65,8 @@ def __getattr__(name: str) -> Any:
     if name in LAZY:
         return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Show what is loaded on demand too, and nothing that this module imports for itself."""
+    return __all__

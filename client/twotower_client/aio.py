@@ -12,75 +12,39 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 import grpc.aio
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from twotower_client.connection import (
-    GRACE_SECONDS,
-    LOOK_SECONDS,
-    STOP_SECONDS,
-    channel_options,
-    check_address,
-    check_seconds,
-    closed,
-)
-from twotower_client.errors import CancelledError, ClientError, DeadlineError
-from twotower_client.request import MODEL, Options, infer_request, stop_request
-from twotower_client.response import (
-    answer_of,
-    block_of,
-    cancelled,
-    ended_early,
-    error_of,
-    error_of_readiness,
-    error_of_rpc,
-    not_ready,
-    prompt_ids_of,
-    too_late,
-    unexplained,
-)
+from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
+from twotower_client.core import READY_REQUEST, ClientCore, StreamCore, needs_stop
+from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
+from twotower_client.request import stop_request
+from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
+from twotower_contract.options import Options
 
 __all__ = ["AsyncAnswerStream", "AsyncTwoTowerClient"]
 
 
-class AsyncTwoTowerClient:
+class AsyncTwoTowerClient(ClientCore):
     """A connection to a Triton server that serves a TwoTower model, for asyncio.
 
     Args:
         url: `host:port` of the server's gRPC endpoint.
         timeout: Seconds that a whole answer may take, where a call does not say otherwise.
         inactivity_timeout: Seconds that may pass without anything new.
-        credentials: For TLS, from `grpc.ssl_channel_credentials`; None for no encryption.
+        credentials: Credentials for TLS, from `grpc.ssl_channel_credentials`; None for no
+            encryption.
 
     Raises:
         RequestRefusedError: `url` is no `host:port`, or a timeout is not positive.
     """
 
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        timeout: float = 300.0,
-        inactivity_timeout: float = 60.0,
-        credentials: Any | None = None,
-    ) -> None:
-        self.url = check_address(url)
-        self.timeout = check_seconds("timeout", timeout)
-        self.inactivity_timeout = check_seconds("inactivity_timeout", inactivity_timeout)
-        self._channel = (
-            grpc.aio.insecure_channel(url, options=channel_options(url))
-            if credentials is None
-            else grpc.aio.secure_channel(url, credentials, options=channel_options(url))
-        )
-        self._is_closed = False
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+    _channels = grpc.aio
 
     async def generate(
         self,
@@ -93,10 +57,10 @@ class AsyncTwoTowerClient:
         """Return a whole answer. Cancelling the task stops the request on the server.
 
         Args:
-            prompt: Text to continue; or
-            prompt_ids: token ids to continue.
+            prompt: Text to continue.
+            prompt_ids: Token ids to continue, instead of text.
             timeout: Seconds for the whole answer; the client's, where not given.
-            **options: How to generate; see `Options`.
+            **options: Options of the request; see `Options`.
 
         Raises:
             ClientError: One of its subclasses; each says what to do.
@@ -117,22 +81,20 @@ class AsyncTwoTowerClient:
         Use it in an `async with` statement, or exhaust it.
 
         Args:
-            prompt: As for `generate`, like all the rest.
-            prompt_ids: Token ids.
-            timeout: In seconds.
-            **options: How to generate.
+            prompt: Text to continue.
+            prompt_ids: Token ids to continue, instead of text.
+            timeout: Seconds for the whole answer; the client's, where not given.
+            **options: Options of the request; see `Options`.
 
         Raises:
             RequestRefusedError: At once, where no server could do this.
         """
-        limit = self.timeout if timeout is None else check_seconds("timeout", timeout)
-        request = infer_request(prompt, prompt_ids, options, uuid.uuid4().hex, limit)
-        return AsyncAnswerStream(self, request, limit)
+        return AsyncAnswerStream(self, *self._request(prompt, prompt_ids, timeout, options))
 
     async def stop(self, request_id: str) -> bool:
         """Tell the server to stop a request; return whether it took note."""
         try:
-            async for response in self._start(stop_request(request_id), STOP_SECONDS):
+            async for response in self._open_call(stop_request(request_id), STOP_SECONDS):
                 if response.error_message:
                     return False
         except (grpc.RpcError, ClientError):  # the latter where this client was closed
@@ -149,12 +111,31 @@ class AsyncTwoTowerClient:
         """
         self._check_open()
         try:
-            request = service_pb2.ModelReadyRequest(name=MODEL)
-            response = await self._stub.ModelReady(request, timeout=LOOK_SECONDS)
+            response = await self._stub.ModelReady(READY_REQUEST, timeout=LOOK_SECONDS)
         except grpc.RpcError as problem:
             raise error_of_readiness(problem, self.url) from None
         if not response.ready:
             raise not_ready(self.url, "")
+
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Wait until the model is ready.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Raises:
+            ServerUnavailableError: No server answered for that long.
+            ModelNotReadyError: The server did not serve the model for that long.
+            RequestRefusedError: This client was closed.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                return await self.check_ready()
+            except (ServerUnavailableError, ModelNotReadyError):
+                if time.monotonic() > end:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def close(self) -> None:
         """Close the connection. Open streams end with an error, as do later calls."""
@@ -172,11 +153,7 @@ class AsyncTwoTowerClient:
     ) -> None:
         await self.close()
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise closed()
-
-    def _start(self, request: Any, timeout: float) -> Any:
+    def _open_call(self, request: Any, timeout: float) -> Any:
         self._check_open()
 
         async def requests() -> AsyncIterator[Any]:
@@ -185,32 +162,22 @@ class AsyncTwoTowerClient:
         return self._stub.ModelStreamInfer(requests(), timeout=timeout)
 
 
-class AsyncAnswerStream(AsyncIterator[Block]):
-    """The blocks of one answer as they arrive. Made by `AsyncTwoTowerClient.stream`.
+class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
+    """The blocks of one answer as they arrive, made by `AsyncTwoTowerClient.stream`.
 
     Attributes:
-        request_id: Under which the server knows the request.
-        prompt_ids: The prompt as the server saw it; empty before the first block.
-        blocks: Those that have arrived.
+        request_id: Name of the request on the server.
+        prompt_ids: Token ids of the prompt as the server saw it; empty before the first block.
+        blocks: Blocks that have arrived.
     """
 
     def __init__(self, client: AsyncTwoTowerClient, request: Any, timeout: float) -> None:
-        self.request_id: str = request.id
-        self.prompt_ids: tuple[int, ...] = ()
-        self.blocks: list[Block] = []
+        super().__init__(client, request, timeout)
         self._client = client
         self._request = request
-        self._timeout = timeout
-        self._start = time.monotonic()
         self._call: Any = None
         self._reader: asyncio.Task[None] | None = None
         self._arrived: asyncio.Queue[Any] = asyncio.Queue()
-        self._ended: ClientError | None = None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the answer is complete."""
-        return bool(self.blocks) and self.blocks[-1].finish_reason is not None
 
     async def __anext__(self) -> Block:
         """Wait for the next block.
@@ -218,19 +185,18 @@ class AsyncAnswerStream(AsyncIterator[Block]):
         Raises:
             ClientError: One of its subclasses. The stream has ended then.
         """
-        if self._ended is not None:
-            raise self._ended
-        if self.is_done:
+        if not self._goes_on():
             raise StopAsyncIteration
+        block = None
         try:
-            block = await self._next()
+            while block is None:  # newer servers end with an empty response
+                block = self._take(await self._wait())
         except ClientError as problem:
             await self._end(problem)
             raise
         except BaseException:  # the task was cancelled, for one
             await asyncio.shield(self.cancel())
             raise
-        self.blocks.append(block)
         if self.is_done:
             await self._drain()
         return block
@@ -243,7 +209,7 @@ class AsyncAnswerStream(AsyncIterator[Block]):
         """
         async for _ in self:
             pass
-        return answer_of(self.request_id, self.prompt_ids, self.blocks)
+        return self._answer()
 
     async def cancel(self) -> None:
         """Stop the request, on the server too. Does nothing when the answer is complete."""
@@ -261,45 +227,20 @@ class AsyncAnswerStream(AsyncIterator[Block]):
     ) -> None:
         await self.cancel()
 
-    async def _next(self) -> Block:
-        """Wait for one message and read it."""
-        client = self._client
+    async def _wait(self) -> Any:
+        """Wait for the next item, but not too long."""
         if self._reader is None:  # here, as a stream may be made before there is a loop
-            self._call = client._start(self._request, self._timeout + GRACE_SECONDS)
+            self._call = self._client._open_call(self._request, self._timeout + GRACE_SECONDS)
             self._reader = asyncio.create_task(_read(self._call, self._arrived))
-        left = self._timeout - (time.monotonic() - self._start)
-        limit = max(0.0, min(left, client.inactivity_timeout))
         try:
             # not wait_for, which in Python 3.11 loses a cancellation that comes with the message
-            async with asyncio.timeout(limit):
-                message = await self._arrived.get()
+            async with asyncio.timeout(self._patience()):
+                item = await self._arrived.get()
         except TimeoutError:
-            waited = client.inactivity_timeout
-            raise too_late(self._timeout, left, waited, len(self.blocks)) from None
-        if self._ended is not None:  # cancelled while we waited
-            raise self._ended
-        if message is None:
-            raise ended_early()
-        if isinstance(message, grpc.RpcError):
-            raise error_of_rpc(message, client.url, started=bool(self.blocks))
-        if message.error_message:
-            raise await self._refusal(message.error_message)
-        if not message.infer_response.outputs:
-            return await self._next()  # an empty final response of a newer server
-        self.prompt_ids = self.prompt_ids or prompt_ids_of(message.infer_response)
-        return block_of(message.infer_response, time.monotonic() - self._start)
-
-    async def _refusal(self, message: str) -> ClientError:
-        """Return what an error message means; where Triton itself sent it, ask what is the case."""
-        error = error_of(message)
-        if error is not None:
-            return error
-        if not self.blocks:
-            try:
-                await self._client.check_ready()
-            except ClientError as reason:
-                return reason
-        return unexplained(message)
+            raise self._too_late() from None
+        if self._is_unexplained(item):
+            await self._client.check_ready()
+        return item
 
     async def _end(self, problem: ClientError) -> None:
         """Remember how it ended; where the server may be at work still, tell it to stop."""
@@ -307,9 +248,7 @@ class AsyncAnswerStream(AsyncIterator[Block]):
         self._arrived.put_nowait(None)  # wakes a task that waits in __anext__
         if self._reader is None:
             return
-        told = True
-        if isinstance(problem, CancelledError | DeadlineError):
-            told = await self._client.stop(self.request_id)
+        told = not needs_stop(problem) or await self._client.stop(self.request_id)
         await self._drain(GRACE_SECONDS if told else 0.0)
 
     async def _drain(self, seconds: float = GRACE_SECONDS) -> None:

@@ -27,7 +27,7 @@ __all__ = ["EXTRAS_OF_MODULE", "VERBS", "Verb", "cli", "main"]
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb's command lies, what it says in the list, and which extra it needs."""
+    """A verb: the module and name of its command, its line in the list, and the extra it needs."""
 
     module: str
     attribute: str
@@ -52,7 +52,7 @@ VERBS: dict[str, Verb] = {
     "inspect": Verb(
         "twotower_export.cli.export",
         "inspect_command",
-        "Say what a checkpoint, bundle or engine set holds.",
+        "Show the contents of a checkpoint, bundle or engine set.",
         "export",
     ),
     "export": Verb(
@@ -61,10 +61,16 @@ VERBS: dict[str, Verb] = {
         "Write a checkpoint's graphs as a bundle.",
         "export",
     ),
+    "golden": Verb(
+        "twotower_export.cli.golden",
+        "golden",
+        "Compute the answer that engines must give in the self-test.",
+        "reference",
+    ),
     "plan": Verb(
         "twotower_engines.cli.plan",
         "plan",
-        "Say what fits on which GPU, and how fast it can be.",
+        "Estimate which GPUs a model fits on, and its speed.",
     ),
     "build": Verb(
         "twotower_engines.cli.build",
@@ -87,7 +93,7 @@ VERBS: dict[str, Verb] = {
     "selftest": Verb(
         "twotower_engines.cli.self_test",
         "selftest",
-        "Let engines answer a prompt whose answer is known.",
+        "Check engines with a prompt whose answer is known.",
         "build",
     ),
     "package": Verb(
@@ -110,7 +116,7 @@ VERBS: dict[str, Verb] = {
     "doctor": Verb(
         "twotower_engines.cli.doctor",
         "doctor",
-        "Say what this machine can do, and what is missing for what.",
+        "Report what works on this machine and what is missing.",
     ),
     "kernels": Verb(
         "twotower_engines.cli.kernels",
@@ -124,7 +130,6 @@ VERBS: dict[str, Verb] = {
 EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
     "cuda": ("tensorrt",),
     "huggingface_hub": ("export",),
-    "matplotlib": ("plot",),
     "ml_dtypes": ("export", "build"),
     "onnx": ("export", "build"),
     "onnx_ir": ("export",),
@@ -205,11 +210,11 @@ def cli() -> None:
 
 
 def missing_extra(problem: ModuleNotFoundError, verb: str | None) -> str | None:
-    """Return what to tell a user whose installation lacks a module, or None if it is our bug.
+    """Return advice for a user whose installation lacks a module, or None if it is our bug.
 
     Args:
-        problem: The failed import.
-        verb: The verb that was called, if it got that far.
+        problem: Error of the failed import.
+        verb: Name of the verb that was called, if it got that far.
     """
     module = (problem.name or "").partition(".")[0]
     if module in OF_LINUX:

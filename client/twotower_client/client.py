@@ -9,50 +9,24 @@ from __future__ import annotations
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from twotower_client.connection import (
-    GRACE_SECONDS,
-    LOOK_SECONDS,
-    STOP_SECONDS,
-    channel_options,
-    check_address,
-    check_seconds,
-    closed,
-)
-from twotower_client.errors import (
-    CancelledError,
-    ClientError,
-    DeadlineError,
-    ModelNotReadyError,
-    ServerUnavailableError,
-)
-from twotower_client.request import MODEL, Options, infer_request, stop_request
-from twotower_client.response import (
-    answer_of,
-    block_of,
-    cancelled,
-    ended_early,
-    error_of,
-    error_of_readiness,
-    error_of_rpc,
-    not_ready,
-    prompt_ids_of,
-    too_late,
-    unexplained,
-)
+from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
+from twotower_client.core import READY_REQUEST, ClientCore, StreamCore, needs_stop
+from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
+from twotower_client.request import stop_request
+from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
+from twotower_contract.options import Options
 
 __all__ = ["AnswerStream", "TwoTowerClient"]
 
 
-class TwoTowerClient:
+class TwoTowerClient(ClientCore):
     """A connection to a Triton server that serves a TwoTower model.
 
     Args:
@@ -61,30 +35,12 @@ class TwoTowerClient:
             server is told, and gives the request up by itself after that.
         inactivity_timeout: Seconds that may pass without anything new. A server whose model process
             was killed sends neither data nor an error.
-        credentials: For TLS, from `grpc.ssl_channel_credentials`; None for no encryption.
+        credentials: Credentials for TLS, from `grpc.ssl_channel_credentials`; None for no
+            encryption.
 
     Raises:
         RequestRefusedError: `url` is no `host:port`, or a timeout is not positive.
     """
-
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        timeout: float = 300.0,
-        inactivity_timeout: float = 60.0,
-        credentials: Any | None = None,
-    ) -> None:
-        self.url = check_address(url)
-        self.timeout = check_seconds("timeout", timeout)
-        self.inactivity_timeout = check_seconds("inactivity_timeout", inactivity_timeout)
-        self._channel = (
-            grpc.insecure_channel(url, options=channel_options(url))
-            if credentials is None
-            else grpc.secure_channel(url, credentials, options=channel_options(url))
-        )
-        self._is_closed = False
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(
         self,
@@ -97,10 +53,10 @@ class TwoTowerClient:
         """Return a whole answer.
 
         Args:
-            prompt: Text to continue; or
-            prompt_ids: token ids to continue.
+            prompt: Text to continue.
+            prompt_ids: Token ids to continue, instead of text.
             timeout: Seconds for the whole answer; the client's, where not given.
-            **options: How to generate; see `Options`.
+            **options: Options of the request; see `Options`.
 
         Raises:
             ClientError: One of its subclasses; each says what to do.
@@ -121,19 +77,16 @@ class TwoTowerClient:
         Use it in a `with` statement, or exhaust it: leaving early tells the server to stop.
 
         Args:
-            prompt: As for `generate`, like all the rest.
-            prompt_ids: Token ids.
-            timeout: In seconds.
-            **options: How to generate.
+            prompt: Text to continue.
+            prompt_ids: Token ids to continue, instead of text.
+            timeout: Seconds for the whole answer; the client's, where not given.
+            **options: Options of the request; see `Options`.
 
         Raises:
             RequestRefusedError: At once, where no server could do this. All other errors come from
                 iterating.
         """
-        limit = self.timeout if timeout is None else check_seconds("timeout", timeout)
-        request_id = uuid.uuid4().hex
-        request = infer_request(prompt, prompt_ids, options, request_id, limit)
-        return AnswerStream(self, request, limit)
+        return AnswerStream(self, *self._request(prompt, prompt_ids, timeout, options))
 
     def stop(self, request_id: str) -> bool:
         """Tell the server to stop a request.
@@ -144,7 +97,7 @@ class TwoTowerClient:
             Whether the server took note. One that did not gives the request up after its timeout.
         """
         try:
-            for response in self._start(stop_request(request_id), STOP_SECONDS):
+            for response in self._open_call(stop_request(request_id), STOP_SECONDS):
                 if response.error_message:
                     return False
         except (grpc.RpcError, ClientError):  # the latter where this client was closed
@@ -161,19 +114,22 @@ class TwoTowerClient:
         """
         self._check_open()
         try:
-            request = service_pb2.ModelReadyRequest(name=MODEL)
-            ready = self._stub.ModelReady(request, timeout=LOOK_SECONDS).ready
+            response = self._stub.ModelReady(READY_REQUEST, timeout=LOOK_SECONDS)
         except grpc.RpcError as problem:
             raise error_of_readiness(problem, self.url) from None
-        if not ready:
+        if not response.ready:
             raise not_ready(self.url, "")
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Wait until the model is ready.
 
+        Args:
+            timeout: Seconds to wait at most.
+
         Raises:
             ServerUnavailableError: No server answered for that long.
             ModelNotReadyError: The server did not serve the model for that long.
+            RequestRefusedError: This client was closed.
         """
         end = time.monotonic() + timeout
         while True:
@@ -182,7 +138,7 @@ class TwoTowerClient:
             except (ServerUnavailableError, ModelNotReadyError):
                 if time.monotonic() > end:
                     raise
-                time.sleep(0.2)
+            time.sleep(RETRY_SECONDS)
 
     def close(self) -> None:
         """Close the connection. Open streams end with an error, as do later calls."""
@@ -200,42 +156,28 @@ class TwoTowerClient:
     ) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise closed()
-
-    def _start(self, request: Any, timeout: float) -> Any:
+    def _open_call(self, request: Any, timeout: float) -> Any:
         self._check_open()
         return self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
 
 
-class AnswerStream(Iterator[Block]):
-    """The blocks of one answer as they arrive. Made by `TwoTowerClient.stream`.
+class AnswerStream(StreamCore, Iterator[Block]):
+    """The blocks of one answer as they arrive, made by `TwoTowerClient.stream`.
 
     Attributes:
-        request_id: Under which the server knows the request.
-        prompt_ids: The prompt as the server saw it; empty before the first block.
-        blocks: Those that have arrived.
+        request_id: Name of the request on the server.
+        prompt_ids: Token ids of the prompt as the server saw it; empty before the first block.
+        blocks: Blocks that have arrived.
     """
 
     def __init__(self, client: TwoTowerClient, request: Any, timeout: float) -> None:
-        self.request_id: str = request.id
-        self.prompt_ids: tuple[int, ...] = ()
-        self.blocks: list[Block] = []
+        super().__init__(client, request, timeout)
         self._client = client
-        self._timeout = timeout
-        self._start = time.monotonic()
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._call = client._start(request, timeout + GRACE_SECONDS)
+        self._call = client._open_call(request, timeout + GRACE_SECONDS)
         # A thread waits for the server, so that we can wait for the thread with a limit.
         self._reader = threading.Thread(target=_read, args=(self._call, self._arrived), daemon=True)
         self._reader.start()
-        self._ended: ClientError | None = None  # last: __del__ stops what got this far
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the answer is complete."""
-        return bool(self.blocks) and self.blocks[-1].finish_reason is not None
 
     def __next__(self) -> Block:
         """Wait for the next block.
@@ -243,19 +185,18 @@ class AnswerStream(Iterator[Block]):
         Raises:
             ClientError: One of its subclasses. The stream has ended then.
         """
-        if self._ended is not None:
-            raise self._ended
-        if self.is_done:
+        if not self._goes_on():
             raise StopIteration
+        block = None
         try:
-            block = self._next()
+            while block is None:  # newer servers end with an empty response
+                block = self._take(self._wait())
         except ClientError as problem:
             self._end(problem)
             raise
         except BaseException:  # Ctrl-C, for one
             self.cancel()
             raise
-        self.blocks.append(block)
         if self.is_done:
             self._reader.join(GRACE_SECONDS)  # see _end
         return block
@@ -268,10 +209,10 @@ class AnswerStream(Iterator[Block]):
         """
         for _ in self:
             pass
-        return answer_of(self.request_id, self.prompt_ids, self.blocks)
+        return self._answer()
 
     def cancel(self) -> None:
-        """Stop the request, on the server too. Iterating raises `CancelledError` from then on.
+        """Stop the request, on the server too; iterating raises `RequestCancelledError` afterwards.
 
         May be called from another thread. Does nothing when the answer is complete.
         """
@@ -292,42 +233,20 @@ class AnswerStream(Iterator[Block]):
 
     def __del__(self) -> None:
         # An iterator that was dropped half way; whoever drops it must not wait for the server.
-        if getattr(self, "_ended", self) is None and not self.is_done:
+        is_open = hasattr(self, "_reader") and self._ended is None  # else it never began, or ended
+        if is_open and not self.is_done:
             let_go = (self._client, self._call, self._reader, self.request_id)
             threading.Thread(target=_stop, args=let_go, daemon=True).start()
 
-    def _next(self) -> Block:
-        """Wait for one message and read it."""
-        client, left = self._client, self._timeout - (time.monotonic() - self._start)
+    def _wait(self) -> Any:
+        """Wait for the next item, but not too long."""
         try:
-            item = self._arrived.get(timeout=max(0.0, min(left, client.inactivity_timeout)))
+            item = self._arrived.get(timeout=self._patience())
         except queue.Empty:
-            waited = client.inactivity_timeout
-            raise too_late(self._timeout, left, waited, len(self.blocks)) from None
-        if self._ended is not None:  # cancelled while we waited
-            raise self._ended
-        if item is None:
-            raise ended_early()
-        if isinstance(item, grpc.RpcError):
-            raise error_of_rpc(item, client.url, started=bool(self.blocks))
-        if item.error_message:
-            raise self._refusal(item.error_message)
-        if not item.infer_response.outputs:
-            return self._next()  # an empty final response of a newer server
-        self.prompt_ids = self.prompt_ids or prompt_ids_of(item.infer_response)
-        return block_of(item.infer_response, time.monotonic() - self._start)
-
-    def _refusal(self, message: str) -> ClientError:
-        """Return what an error message means; where Triton itself sent it, ask what is the case."""
-        error = error_of(message)
-        if error is not None:
-            return error
-        if not self.blocks:
-            try:
-                self._client.check_ready()
-            except ClientError as reason:
-                return reason
-        return unexplained(message)
+            raise self._too_late() from None
+        if self._is_unexplained(item):
+            self._client.check_ready()
+        return item
 
     def _end(self, problem: ClientError) -> None:
         """Remember how it ended; where the server may be at work still, tell it to stop.
@@ -336,7 +255,7 @@ class AnswerStream(Iterator[Block]):
         it is ending counts the request as under way for ever, and then is slow to shut down.
         """
         self._ended = problem
-        if isinstance(problem, CancelledError | DeadlineError):
+        if needs_stop(problem):
             _stop(self._client, self._call, self._reader, self.request_id)
         else:
             self._reader.join(GRACE_SECONDS)

@@ -1,4 +1,4 @@
-"""What both clients agree on: addresses, durations, and the options of a channel."""
+"""Constants and checks of a connection: addresses, durations, and the options of a channel."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from twotower_client.errors import RequestRefusedError
 __all__ = [
     "GRACE_SECONDS",
     "LOOK_SECONDS",
+    "RETRY_SECONDS",
     "STOP_SECONDS",
     "channel_options",
     "check_address",
@@ -26,8 +27,9 @@ PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 SPARING_VARIABLES = ("no_grpc_proxy", "no_proxy")
 LOOK_SECONDS = 5.0  # for calls that only look
 STOP_SECONDS = 2.0  # for telling a server to stop; it may be the one that hangs
+RETRY_SECONDS = 0.2  # between two looks at a server that is not ready
 GRACE_SECONDS = 2.0  # for a call to end by itself
-MOST_SECONDS = 1e9  # 30 years; what threads and gRPC can wait for is a little more
+MOST_SECONDS = 1e9  # 30 years; threads and gRPC can wait a little longer
 MOST_PORT = 65535
 
 
@@ -35,7 +37,7 @@ def check_address(url: str) -> str:
     """Return `host:port` as it is.
 
     Raises:
-        RequestRefusedError: It is something else.
+        RequestRefusedError: The address is no `host:port`.
     """
     host, _, port = url.rpartition(":") if isinstance(url, str) else ("", "", "")
     is_port = port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= MOST_PORT
@@ -84,7 +86,7 @@ def check_seconds(name: str, value: float) -> float:
     """Return a duration as it is.
 
     Raises:
-        RequestRefusedError: It is no number, not positive, or too long to wait for.
+        RequestRefusedError: The value is no number, not positive, or too long to wait for.
     """
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not is_number or not 0 < value < MOST_SECONDS:

@@ -32,7 +32,7 @@ __all__ = ["demo"]
 MARK = ".twotower-demo"
 MAX_NEW_TOKENS = 2048  # with as long a prompt, what the engines hold: 4096 tokens
 MAX_PROMPT_BYTES = 2048  # no token is shorter than a byte
-# What the steps import beyond the client's own packages; a server on PATH does as well as pytriton.
+# Packages that the steps need and the client does not. A server on PATH replaces pytriton.
 NEEDED = ("ml_dtypes", "onnx", "onnx_ir", "onnxruntime", "tokenizers")
 BLOCK_END = "|"
 PROMPT = "Mia the fox lived by the river. Mia had a red kite and loved it more than anything."
@@ -60,15 +60,17 @@ class StepFailedError(ClientError):
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo"),
     show_default=True,
-    help="Where the artifacts go; made anew each time.",
+    help="Folder for the artifacts; it is made anew each time.",
 )
-@click.option("--prompt", default=PROMPT, help="What the answer continues.  [a story's opening]")
+@click.option(
+    "--prompt", default=PROMPT, help="Text to continue.  [default: the opening of a story]"
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1, MAX_NEW_TOKENS),
     default=128,
     show_default=True,
-    help="Length of the answer.",
+    help="Length of the answer in tokens.",
 )
 def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
     """Export, build, package and serve the small checkpoint, and stream an answer from it."""
@@ -86,7 +88,7 @@ def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
     for number, step in enumerate(steps, 1):
         _say(number, *step)
         if run_child(_command(*step)).returncode:
-            raise StepFailedError(f"`twotower {step[0]}` failed; what it said stands above")
+            raise StepFailedError(f"`twotower {step[0]}` failed; its messages stand above")
     port = _free_port()
     serve = ("serve", repository, "--grpc-port", str(port), "--no-http", "--no-metrics")
     _say(5, *serve)
@@ -104,7 +106,7 @@ def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
 
 
 def _check_prompt(prompt: str) -> None:
-    """Refuse a prompt that only the last step would.
+    """Refuse a prompt that otherwise only the last step would refuse.
 
     Raises:
         DemoRefusedError: It is empty, too long or not Unicode.
@@ -185,7 +187,7 @@ def _server(serve: tuple[str, ...]) -> Iterator[None]:
         line = process.stdout.readline()
         if not line:
             raise StepFailedError(
-                "`twotower serve` ended before it was ready; what it said stands above"
+                "`twotower serve` ended before it was ready; its messages stand above"
             )
         click.echo(line, nl=False)
         yield
@@ -209,7 +211,7 @@ def _ask(url: str, prompt: str, max_new_tokens: int, eos_ids: list[int]) -> None
 
 
 def _figures(answer: Answer, eos_ids: list[int]) -> str:
-    """Return what the answer cost. What fills its last block after the end token does not count."""
+    """Return the figures of an answer, without the tokens after the end token in its last block."""
     ends = [number for number, token in enumerate(answer.ids, 1) if token in eos_ids]
     count = ends[0] if ends else len(answer.ids)
     calls = ", ".join(str(len(block.masked_counts)) for block in answer.blocks)

@@ -1,4 +1,4 @@
-"""What can go wrong between a client and a server, each with a sentence that helps.
+"""Errors of the client, each with a sentence that says what to do.
 
 All derive from `ClientError`. The command line prints the message without a traceback and exits
 with `exit_code`: 2 where the request or the address must change, 1 where the same call may work
@@ -7,12 +7,14 @@ later.
 
 from __future__ import annotations
 
+from twotower_contract.errors import TwoTowerError
+
 __all__ = [
-    "CancelledError",
     "ClientError",
     "DeadlineError",
     "InactivityError",
     "ModelNotReadyError",
+    "RequestCancelledError",
     "RequestFailedError",
     "RequestRefusedError",
     "ServerBusyError",
@@ -20,14 +22,12 @@ __all__ = [
 ]
 
 
-class ClientError(Exception):
+class ClientError(TwoTowerError):
     """Base of everything that a client raises on purpose."""
-
-    exit_code: int = 2
 
 
 class ServerUnavailableError(ClientError):
-    """Nobody answers at the address, or the connection broke before an answer began."""
+    """No server answers at the address, or the connection broke before an answer began."""
 
     exit_code = 1
 
@@ -39,7 +39,7 @@ class ModelNotReadyError(ClientError):
 
 
 class RequestRefusedError(ClientError):
-    """The request is wrong; nothing was generated. Found by the client, or by the server."""
+    """The request is wrong, as the client or the server found; nothing was generated."""
 
 
 class ServerBusyError(ClientError):
@@ -68,7 +68,7 @@ class InactivityError(DeadlineError):
     """
 
 
-class CancelledError(ClientError):
+class RequestCancelledError(ClientError):
     """The request was stopped by its caller before the answer was complete."""
 
     exit_code = 1

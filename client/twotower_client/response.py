@@ -1,4 +1,4 @@
-"""What a server sends back, read: blocks, and errors as exceptions."""
+"""Reads responses of a server: blocks, and errors as exceptions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from twotower_client.connection import proxy_of
 from twotower_client.errors import (
-    CancelledError,
     ClientError,
     DeadlineError,
     InactivityError,
     ModelNotReadyError,
+    RequestCancelledError,
     RequestFailedError,
     RequestRefusedError,
     ServerBusyError,
@@ -37,7 +37,7 @@ __all__ = [
 REFUSED = "request refused: "  # how our refusals begin; Triton puts the ensemble's name before
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
 
-# Reasons to finish that mean that the answer is not complete.
+# Finish reasons of an answer that is not complete.
 FAILURES: dict[str, type[ClientError]] = {
     "refused": RequestRefusedError,
     "busy": ServerBusyError,
@@ -53,7 +53,7 @@ def block_of(response: Any, seconds: float) -> Block:
 
     Args:
         response: A `ModelInferResponse` that holds outputs.
-        seconds: Since the request was sent.
+        seconds: Seconds since the request was sent.
 
     Raises:
         ClientError: The server says that the answer ends here without being complete.
@@ -100,7 +100,7 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
 
     Args:
         problem: The `grpc.RpcError`.
-        url: Of the server.
+        url: Address of the server.
         started: Whether a part of the answer had arrived.
     """
     import grpc
@@ -122,12 +122,14 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
             "with --url HOST:PORT"
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return ServerUnavailableError(f"what answers at {url} is no Triton server ({details})")
+        return ServerUnavailableError(
+            f"the program at {url} is no Triton server ({details}); name the gRPC port of a server"
+        )
     return RequestFailedError(f"the server answered with {code.name}: {details}")
 
 
 def error_of_readiness(problem: Any, url: str) -> ClientError:
-    """Return the exception that a failed question for readiness stands for."""
+    """Return the exception that a failed look at the readiness stands for."""
     import grpc
 
     if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -149,13 +151,13 @@ def _by_proxy(url: str) -> str:
 
 
 def too_late(timeout: float, left: float, inactivity_timeout: float, blocks: int) -> ClientError:
-    """Return the exception for a wait that ended without anything.
+    """Return the exception for a wait in which nothing came.
 
     Args:
         timeout: Seconds that the whole answer may take.
-        left: How many of them were left when the wait began.
+        left: Seconds that were left of them when the wait began.
         inactivity_timeout: Seconds that may pass without anything new.
-        blocks: How many had arrived.
+        blocks: Number of blocks that had arrived.
     """
     arrived = "1 block had arrived" if blocks == 1 else f"{blocks} blocks had arrived"
     if left <= inactivity_timeout:
@@ -170,13 +172,13 @@ def too_late(timeout: float, left: float, inactivity_timeout: float, blocks: int
 
 
 def ended_early() -> RequestFailedError:
-    """Return the exception for an answer that just stops."""
+    """Return the exception for an answer that stops without a reason."""
     return RequestFailedError("the server ended the answer without saying why; its log may tell")
 
 
-def cancelled() -> CancelledError:
+def cancelled() -> RequestCancelledError:
     """Return the exception for an answer that its caller stopped."""
-    return CancelledError("the request was cancelled before its answer was complete")
+    return RequestCancelledError("the request was cancelled before its answer was complete")
 
 
 def unexplained(message: str) -> RequestFailedError:

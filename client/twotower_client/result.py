@@ -1,4 +1,4 @@
-"""What an answer looks like to a caller."""
+"""Answers and their blocks, as a caller gets them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Block:
     """One committed block of an answer, as it arrives.
 
     Attributes:
-        text: The text that this block adds. A character whose bytes are split between two blocks
+        text: Text that this block adds. A character whose bytes are split between two blocks
             belongs to the later one.
-        ids: The token ids that this block adds.
+        ids: Token ids that this block adds.
         masked_counts: Positions still masked before each denoiser call of this block.
         denoiser_calls: Denoiser calls of the request so far.
         context_calls: Context-tower calls of the request so far, the prompt's included.
         finish_reason: None while more is to come; then `length`, `eos` or `cancelled`.
-        seconds: From the sending of the request to the arrival of this block.
+        seconds: Seconds from the sending of the request to the arrival of this block.
     """
 
     text: str
@@ -36,15 +36,15 @@ class Answer:
     """A whole answer.
 
     Attributes:
-        text: The generated text, without the prompt.
-        prompt_ids: The prompt's token ids, as the server saw them.
-        ids: The generated token ids.
-        blocks: The blocks in the order in which they were committed.
+        text: Generated text, without the prompt.
+        prompt_ids: Token ids of the prompt, as the server saw them.
+        ids: Generated token ids.
+        blocks: Blocks in the order in which they were committed.
         finish_reason: `length`, `eos` or `cancelled`.
-        denoiser_calls: Denoiser calls in all.
-        context_calls: Context-tower calls in all.
-        seconds: From the sending of the request to the last block.
-        request_id: The id under which the server knew it.
+        denoiser_calls: Number of denoiser calls.
+        context_calls: Number of context-tower calls, the prompt's included.
+        seconds: Seconds from the sending of the request to the last block.
+        request_id: Name of the request on the server.
     """
 
     text: str
@@ -59,10 +59,10 @@ class Answer:
 
     @property
     def output_ids(self) -> tuple[int, ...]:
-        """Prompt and answer together, as `twotower run` reports them."""
+        """Token ids of prompt and answer together, as `twotower run` reports them."""
         return self.prompt_ids + self.ids
 
     @property
     def tokens_per_denoiser_call(self) -> float | None:
-        """How many tokens a denoiser call committed on average; None in `ar` mode."""
+        """Tokens that a denoiser call committed on average; None in `ar` mode."""
         return len(self.ids) / self.denoiser_calls if self.denoiser_calls else None

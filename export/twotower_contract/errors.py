@@ -7,13 +7,18 @@ traceback.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigError",
     "EngineSetError",
     "TwoTowerError",
+    "listed",
 ]
+
+LISTED_AT_MOST = 10
 
 
 class TwoTowerError(Exception):
@@ -40,3 +45,11 @@ class BundleError(TwoTowerError):
 
 class EngineSetError(TwoTowerError):
     """A folder is no engine set, or its files do not match its build record."""
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return at most ten of the problems, and how many there are in all."""
+    shown = "; ".join(problems[:LISTED_AT_MOST])
+    if len(problems) <= LISTED_AT_MOST:
+        return shown
+    return f"{shown}; and {len(problems) - LISTED_AT_MOST} more ({len(problems)} in all)"

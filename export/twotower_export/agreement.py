@@ -6,23 +6,15 @@ another revision, towers that changed places, experts in another order.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-from twotower_export.checkpoint import (
-    Checkpoint,
-    Progress,
-    fingerprint,
-    listed,
-    with_full_digests,
-)
-from twotower_export.errors import BundleError
-from twotower_export.layout import HEADS
-from twotower_export.shards import Tensor
+from twotower_contract.errors import BundleError, listed
+from twotower_contract.manifest import CheckpointSource, Manifest
+from twotower_contract.moved_tensors import form, moved_tensors
+from twotower_export.checkpoint import Checkpoint, Progress, fingerprint, with_full_digests
 
 
-def check_agreement(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def check_agreement(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that is not the bundle's.
 
     Args:
@@ -32,24 +24,21 @@ def check_agreement(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> None
     Raises:
         BundleError: it is another one; the message says what differs.
     """
-    recorded = {name: _tensor(entry) for name, entry in manifest["tensors"].items()}
-    if fingerprint(recorded) != manifest["checkpoint"]["fingerprint"]:
+    if fingerprint(manifest.tensors) != manifest.checkpoint.fingerprint:
         raise BundleError(
             "the bundle's manifest contradicts itself: its tensors do not have its fingerprint; "
             "write it again with `twotower export`"
         )
-    if checkpoint.fingerprint == manifest["checkpoint"]["fingerprint"]:
-        _check_files(manifest, recorded, checkpoint)
-        return
-    raise BundleError(
-        f"{checkpoint.path}: is not the checkpoint of this bundle: "
-        f"{_difference(manifest, recorded, checkpoint)}; name the checkpoint that was exported "
-        f"({_named(manifest['checkpoint'])}), or export this one"
-    )
+    difference = _difference(manifest, checkpoint)
+    if difference is not None:
+        raise BundleError(
+            f"{checkpoint.path}: is not the checkpoint of this bundle: {difference}; name the "
+            f"checkpoint that was exported ({_named(manifest.checkpoint)}), or export this one"
+        )
 
 
 def check_every_byte(
-    manifest: Mapping[str, Any], checkpoint: Checkpoint, progress: Progress | None = None
+    manifest: Manifest, checkpoint: Checkpoint, progress: Progress | None = None
 ) -> None:
     """Refuse a checkpoint whose shards are not, byte for byte, those that were exported.
 
@@ -62,7 +51,7 @@ def check_every_byte(
         BundleError: a digest is another one, or was not recorded at export.
         CheckpointError: a shard cannot be read, or a cache names it by another digest.
     """
-    missing = [one["file"] for one in manifest["shards"] if not one.get("sha256")]
+    missing = [shard.file for shard in manifest.shards if not shard.sha256]
     if missing:
         raise BundleError(
             f"the bundle records no sha256 of {listed(missing)}, so its content cannot be proved; "
@@ -71,139 +60,45 @@ def check_every_byte(
     check_agreement(manifest, with_full_digests(checkpoint, progress))
 
 
-def _check_files(
-    manifest: Mapping[str, Any], recorded: Mapping[str, Tensor], checkpoint: Checkpoint
-) -> None:
-    """Refuse other files with the same samples: a runtime maps bytes where the manifest says."""
-    shards = manifest["shards"]
-    for name, tensor in recorded.items():
-        of, found = shards[tensor.shard], checkpoint.tensors[name]
-        now = checkpoint.shards[found.shard]
-        place = (of["file"], of["data_start"] + tensor.begin)
-        found_place = (now.file, now.data_start + found.begin)
-        if place != found_place:
-            raise BundleError(
-                f"{checkpoint.path}: holds the weights of this bundle, but in other files: {name} "
-                f"begins at byte {found_place[1]} of {found_place[0]}, at export at byte "
-                f"{place[1]} of {place[0]}; export this checkpoint again"
-            )
-    changed = list(_changed_files(shards, checkpoint))
-    if changed:
-        raise BundleError(
-            f"{checkpoint.path}: is not the checkpoint of this bundle: the samples of its tensors "
-            f"are the same, but not the whole content of {listed(changed)}; name the checkpoint "
-            f"that was exported ({_named(manifest['checkpoint'])}), or export this one"
-        )
-
-
-def _changed_files(shards: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> Iterator[str]:
-    """Files with another digest; the sha256 counts where both sides know it."""
-    now = {shard.file: shard for shard in checkpoint.shards}
-    for recorded in shards:
-        file, sha256 = recorded["file"], recorded.get("sha256")
-        found = now.get(file)
-        if found is None:  # it holds no tensors
-            yield f"{file} (absent)"
-        elif sha256 and found.sha256 and sha256 != found.sha256:
-            yield f"{file} (sha256 {found.sha256}, at export {sha256})"
-        elif recorded["sample_sha256"] != found.sample_sha256:
-            yield file
-
-
-def _difference(
-    manifest: Mapping[str, Any], recorded: Mapping[str, Tensor], checkpoint: Checkpoint
-) -> str:
-    """One sentence on the most likely reason, the most specific one first."""
-    found = checkpoint.tensors
+def _difference(manifest: Manifest, checkpoint: Checkpoint) -> str | None:
+    """Return the most likely reason, the most specific one first; None if nothing differs."""
+    recorded, found = manifest.tensors, checkpoint.tensors
     other = [
-        f"{name} is {_form(found.get(name))}, not {_form(recorded.get(name))}"
+        f"{name} is {form(found.get(name))}, not {form(recorded.get(name))}"
         for name in sorted(recorded.keys() | found.keys())
-        if _form(recorded.get(name)) != _form(found.get(name))
+        if form(recorded.get(name)) != form(found.get(name))
     ]
     if other:
         return f"other tensors: {listed(other)}"
+    moved = moved_tensors(recorded, manifest.shards, found, checkpoint.shards)
+    if moved is not None:
+        return moved
     changed = [name for name in recorded if recorded[name].sample != found[name].sample]
-    exchanged = _exchanged_between_towers(changed, recorded, found)
-    if exchanged:
-        return exchanged
-    shuffled = _shuffled_experts(changed, recorded, found)
-    if shuffled:
-        return f"its experts are shuffled: the same matrices in another order in {listed(shuffled)}"
-    revision = manifest["checkpoint"]["revision"]
-    if revision and checkpoint.revision and revision != checkpoint.revision:
+    revision = manifest.checkpoint.revision
+    if changed and revision and checkpoint.revision and revision != checkpoint.revision:
         return f"wrong revision: it is {checkpoint.revision}, the bundle's is {revision}"
-    return f"other values in {len(changed)} of {len(found)} tensors: {listed(changed)}"
-
-
-def _exchanged_between_towers(
-    changed: Sequence[str], recorded: Mapping[str, Tensor], found: Mapping[str, Tensor]
-) -> str | None:
-    """A sentence if all that changed are tensors that took the place of their counterparts."""
-
-    def exchanged(name: str) -> bool:
-        other = _counterpart(name)
+    if changed:
+        return f"other values in {len(changed)} of {len(found)} tensors: {listed(changed)}"
+    files = list(_changed_files(manifest, checkpoint))
+    if files:
         return (
-            other in recorded
-            and found[name].sample == recorded[other].sample
-            and found[other].sample == recorded[name].sample
+            f"the samples of its tensors are the same, but not the whole content of {listed(files)}"
         )
-
-    if not all(map(exchanged, changed)):
-        return None
-    kept = {
-        name
-        for name in recorded.keys() - set(changed)
-        if _counterpart(name) in recorded
-        and recorded[name].sample != recorded[_counterpart(name)].sample
-    }
-    if kept - set(HEADS.values()):
-        return f"tensors changed places with the other tower's: {listed(changed)}"
-    return (
-        "its towers are swapped: each tower has the other one's tensors"
-        f"{', but its own head' if kept else ''}"
-    )
+    return None
 
 
-def _counterpart(name: str) -> str:
-    """The name of the same tensor in the other tower; of a tensor of no tower, its own."""
-    for here, there in (("context_", "denoiser_"), ("denoiser_", "context_")):
-        if name.startswith(f"{here}tower."):
-            return name.replace(here, there, 1)
-    return {"lm_head.weight": "context_lm_head.weight"}.get(name, name.removeprefix("context_"))
+def _changed_files(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield files with another digest; the sha256 counts where both sides know it."""
+    now = {shard.file: shard for shard in checkpoint.shards}
+    for recorded in manifest.shards:
+        found = now.get(recorded.file)
+        if found is None:  # it holds no tensors
+            yield f"{recorded.file} (absent)"
+        elif recorded.sha256 and found.sha256 and recorded.sha256 != found.sha256:
+            yield f"{recorded.file} (sha256 {found.sha256}, at export {recorded.sha256})"
+        elif recorded.sample_sha256 != found.sample_sha256:
+            yield recorded.file
 
 
-def _shuffled_experts(
-    changed: Sequence[str], recorded: Mapping[str, Tensor], found: Mapping[str, Tensor]
-) -> list[str]:
-    """Layers whose expert matrices are the recorded ones in another order; none if more changed."""
-    banks: dict[str, list[str]] = {}
-    for name in changed:
-        if ".experts." not in name:
-            return []
-        layer, _, rest = name.partition(".experts.")
-        banks.setdefault(f"{layer} ({rest.partition('.')[2]})", []).append(name)
-    for names in banks.values():
-        if Counter(recorded[n].sample for n in names) != Counter(found[n].sample for n in names):
-            return []
-    return list(banks)
-
-
-def _form(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _named(source: Mapping[str, Any]) -> str:
-    if source["id"]:
-        return f"{source['id']}@{source['revision']}"
-    return str(source["path"])
-
-
-def _tensor(entry: Mapping[str, Any]) -> Tensor:
-    return Tensor(
-        dtype=entry["dtype"],
-        shape=tuple(entry["shape"]),
-        shard=entry["shard"],
-        begin=entry["begin"],
-        end=entry["end"],
-        sample=entry["sample"],
-    )
+def _named(source: CheckpointSource) -> str:
+    return f"{source.id}@{source.revision}" if source.id else str(source.path)

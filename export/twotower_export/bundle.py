@@ -6,28 +6,31 @@ which shard it is made of; the runtime maps those bytes where they lie.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
+from twotower_contract.atomic import check_replaceable, new_folder
+from twotower_contract.digests import file_sha256
+from twotower_contract.errors import BundleError
+from twotower_contract.json_file import format_of
+from twotower_contract.layout import Tower, graph_weights
+from twotower_contract.manifest import (
+    FORMAT,
+    MANIFEST_FILE,
+    CheckpointSource,
+    GraphFile,
+    Manifest,
+    WeightInput,
+    write_manifest,
+)
 from twotower_export.checkpoint import Checkpoint, Progress
-from twotower_export.config import read_json
-from twotower_export.errors import BundleError, ConfigError
-from twotower_export.layout import Tower, WeightSource, graph_weights
-from twotower_export.manifest_check import check_manifest
 from twotower_export.reference.golden import golden_for
 from twotower_export.tokens import tokenizer_files
 
-FORMAT: Final = "twotower-bundle"
-FORMAT_VERSION: Final = 1
-MANIFEST_FILE: Final = "manifest.json"
 MAX_TOKENS_PER_CALL: Final = 256
 
 Precision = Literal["native", "float32"]
@@ -51,7 +54,7 @@ def write_bundle(
     *,
     towers: Sequence[Tower] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write the bundle of a checkpoint; a bundle that lies there already is replaced.
 
     Nothing appears at `out` before everything is written.
@@ -70,163 +73,59 @@ def write_bundle(
         CheckpointError: the checkpoint lacks one of the towers.
     """
     chosen = tuple(tower for tower in checkpoint.towers if towers is None or tower in towers)
-    check_replaceable(out, MANIFEST_FILE, FORMAT, "a bundle")
-    manifest = manifest_of(checkpoint, chosen)
-    with folder_beside(out) as partial:
-        graphs: dict[str, dict[str, dict[str, str]]] = {}
+    check_replaceable(out, "a bundle", is_bundle, BundleError)
+    with new_folder(out, BundleError) as folder:
+        graphs: dict[str, dict[str, GraphFile]] = {}
         todo = list(_graphs(checkpoint, chosen))
         for number, graph in enumerate(todo):
             if progress is not None:
                 progress(f"writing {graph.file}", number, len(todo))
-            record = _write_graph(checkpoint, graph, partial)
+            record = _write_graph(checkpoint, graph, folder)
             for precision in graph.precisions:
                 graphs.setdefault(precision, {})[graph.name] = record
         if progress is not None:
             progress("writing graphs", len(todo), len(todo))
         for file in tokenizer_files(checkpoint.path):
-            shutil.copyfile(file, partial / file.name)
-        manifest["graphs"] = graphs
-        manifest["golden"], manifest["golden_missing"] = golden_for(checkpoint, chosen)
-        text = json.dumps(manifest, indent=1, sort_keys=False)
-        (partial / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+            shutil.copyfile(file, folder / file.name)
+        golden, missing = golden_for(checkpoint, chosen)
+        manifest = _manifest(checkpoint, chosen)
+        manifest = replace(manifest, graphs=graphs, golden=golden, golden_missing=missing)
+        write_manifest(folder, manifest)
     return manifest
 
 
-def manifest_of(checkpoint: Checkpoint, towers: Sequence[Tower]) -> dict[str, Any]:
-    """The manifest of a checkpoint's bundle, without its graphs and its golden answer."""
-    config = checkpoint.config
-    weights = {tower: graph_weights(config, tower, base=checkpoint.base) for tower in towers}
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "twotower_version": importlib.metadata.version("twotower"),
-        "checkpoint": {
-            "path": str(checkpoint.path),
-            "id": checkpoint.id,
-            "revision": checkpoint.revision,
-            "fingerprint": checkpoint.fingerprint,
-        },
-        "model": config.model_block(),
-        "dtype": config.dtype,
-        "mask_token_id": config.mask_token_id,
-        "eos_token_ids": list(config.eos_token_ids),
-        "towers": list(towers),
-        "max_tokens_per_call": MAX_TOKENS_PER_CALL,
-        "shards": [
-            {
-                "file": shard.file,
-                "size": shard.size,
-                "data_start": shard.data_start,
-                "sample_sha256": shard.sample_sha256,
-                "sha256": shard.sha256,
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder has the manifest of a bundle, of whatever version."""
+    return bool(format_of(folder / MANIFEST_FILE) == FORMAT)
+
+
+def _manifest(checkpoint: Checkpoint, towers: tuple[Tower, ...]) -> Manifest:
+    """Return the manifest of a checkpoint's bundle, without its graphs and its golden answer."""
+    weights = {
+        tower: graph_weights(checkpoint.config, tower, base=checkpoint.base) for tower in towers
+    }
+    dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
+    return Manifest(
+        twotower_version=importlib.metadata.version("twotower"),
+        checkpoint=CheckpointSource(
+            checkpoint.path, checkpoint.id, checkpoint.revision, checkpoint.fingerprint
+        ),
+        model=checkpoint.config,
+        towers=towers,
+        max_tokens_per_call=MAX_TOKENS_PER_CALL,
+        shards=checkpoint.shards,
+        tensors=checkpoint.tensors,
+        graphs={},
+        weights={
+            tower: {
+                name: WeightInput(
+                    one.how, one.shape, one.sources, name=name, dtype=dtypes[one.sources[0]]
+                )
+                for name, one in inputs.items()
             }
-            for shard in checkpoint.shards
-        ],
-        "tensors": {
-            name: {
-                "shard": tensor.shard,
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "begin": tensor.begin,
-                "end": tensor.end,
-                "sample": tensor.sample,
-            }
-            for name, tensor in checkpoint.tensors.items()
-        },
-        "graphs": {},
-        "weights": {
-            tower: {name: _weight_entry(weight) for name, weight in inputs.items()}
             for tower, inputs in weights.items()
         },
-        "golden": None,
-        "golden_missing": None,
-    }
-
-
-def read_manifest(bundle: Path) -> dict[str, Any]:
-    """Read a bundle's manifest.
-
-    Raises:
-        BundleError: there is none, it has another format or version, or it is malformed.
-    """
-    path = bundle / MANIFEST_FILE
-    try:
-        manifest = read_json(path)
-    except ConfigError as error:
-        raise BundleError(f"{error}; write the bundle again with `twotower export`") from error
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
-        raise BundleError(
-            f"{path}: is {manifest.get('format')!r} version {manifest.get('format_version')!r}, "
-            f"not {FORMAT!r} version {FORMAT_VERSION}; write it again with `twotower export`"
-        )
-    check_manifest(manifest, str(path))
-    return manifest
-
-
-def check_replaceable(out: Path, marker: str, format_: str, what: str) -> None:
-    """Refuse to write over anything but an empty folder or an earlier output of the same kind.
-
-    Args:
-        out: the folder to be written.
-        marker: JSON file that such an output has.
-        format_: value of `format` in it.
-        what: what to call it.
-
-    Raises:
-        BundleError: there is something else.
-    """
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir():
-        raise BundleError(f"{out}: is a file; name a folder for {what}")
-    if not any(out.iterdir()):
-        return
-    try:
-        if read_json(out / marker).get("format") == format_:
-            return
-    except ConfigError:
-        pass
-    raise BundleError(
-        f"{out}: holds files that are not {what}, and would be replaced; name another folder"
     )
-
-
-@contextmanager
-def folder_beside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block ends without an error.
-
-    Raises:
-        BundleError: the disk is full, or the place cannot be written.
-    """
-    partial: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        partial.chmod(0o755)  # mkdtemp makes a private one; a server may be another user
-        yield partial
-        _take_place(partial, out)
-    except OSError as error:
-        where = error.filename or out
-        raise BundleError(f"{where}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _take_place(partial: Path, out: Path) -> None:
-    """Rename, with what lay there before put aside first: a folder cannot replace a full one."""
-    if not out.exists():
-        partial.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    out.resolve().rename(aside / "old")
-    try:
-        partial.rename(out.resolve())
-    except BaseException:  # Ctrl-C between the two renames included
-        (aside / "old").rename(out.resolve())
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _graphs(checkpoint: Checkpoint, towers: Sequence[Tower]) -> Iterator[_GraphToWrite]:
@@ -244,7 +143,7 @@ def _graphs(checkpoint: Checkpoint, towers: Sequence[Tower]) -> Iterator[_GraphT
             yield _GraphToWrite(name, ("float32",), file, "float32", tower)
 
 
-def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> dict[str, str]:
+def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> GraphFile:
     """Build and save one graph; returns its entry in the manifest."""
     import onnx_ir
 
@@ -271,7 +170,7 @@ def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> 
     path = folder / graph.file
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx_ir.save(model, path)
-    return {"file": graph.file, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return GraphFile(graph.file, file_sha256(path))
 
 
 def _weight_dtypes(checkpoint: Checkpoint, graph: _GraphToWrite) -> dict[str, str]:
@@ -282,7 +181,3 @@ def _weight_dtypes(checkpoint: Checkpoint, graph: _GraphToWrite) -> dict[str, st
     if "native" not in graph.precisions:
         return dict.fromkeys(weights, "F32")
     return {name: checkpoint.tensors[w.sources[0]].dtype for name, w in weights.items()}
-
-
-def _weight_entry(weight: WeightSource) -> dict[str, Any]:
-    return {"how": weight.how, "shape": list(weight.shape), "sources": list(weight.sources)}

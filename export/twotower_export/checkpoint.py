@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from twotower_export.config import ModelConfig, read_config
-from twotower_export.errors import CheckpointError, ConfigError
-from twotower_export.json_file import read_json
-from twotower_export.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
-from twotower_export.shards import Shard, Tensor, read_shard, refuse_dangling, whole_sha256
+from twotower_contract.config import ModelConfig, read_config
+from twotower_contract.digests import file_sha256
+from twotower_contract.errors import CheckpointError, listed
+from twotower_contract.json_file import read_json
+from twotower_contract.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
+from twotower_contract.shards import STORED_DTYPES, Shard, TensorEntry, read_shard, refuse_dangling
 from twotower_export.tokens import eos_token_ids
 
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -27,8 +28,6 @@ CONFIG_FILE: Final = "config.json"
 SMALL_FILES: Final = (".json", ".jinja")
 """What a checkpoint has beside its shards: configuration, index, tokenizer."""
 
-STORED_DTYPES: Final = ("BF16", "F32")
-LISTED_AT_MOST: Final = 10
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
@@ -57,7 +56,7 @@ class Checkpoint:
     towers: tuple[Tower, ...]
     base: bool
     shards: tuple[Shard, ...]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, TensorEntry]
     id: str | None
     revision: str | None
     fingerprint: str
@@ -126,7 +125,7 @@ def open_checkpoint(
     )
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, TensorEntry]) -> str:
     """sha256 in hex over one line `name dtype shape sample` per tensor, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -154,10 +153,14 @@ def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) 
             if progress is not None:
                 progress("hashing megabytes", (before + done) // 10**6, total // 10**6)
 
-        digest = whole_sha256(shard.path, told)
+        path = checkpoint.path / shard.file
+        try:
+            digest = file_sha256(path, told)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         if shard.sha256 not in (None, digest):
             raise CheckpointError(
-                f"{shard.path}: its content has sha256 {digest}, but the cache names it "
+                f"{path}: its content has sha256 {digest}, but the cache names it "
                 f"{shard.sha256}: it was damaged; delete it and fetch the checkpoint again"
             )
         hashed.append(replace(shard, sha256=digest))
@@ -231,12 +234,12 @@ def _hint_of_another_kind(folder: Path) -> str:
 
 def _read_shards(
     folder: Path, progress: Progress | None
-) -> tuple[tuple[Shard, ...], dict[str, Tensor]]:
+) -> tuple[tuple[Shard, ...], dict[str, TensorEntry]]:
     """Every shard that the index names, and its tensors, which the headers must name too."""
     index = _read_index(folder)
     files = sorted(set(index.values())) if index is not None else [SINGLE_FILE]
     shards: list[Shard] = []
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorEntry] = {}
     problems: list[str] = []
     for number, file in enumerate(files):
         if progress is not None:
@@ -272,10 +275,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
             f"{folder}: is no checkpoint: it has neither {INDEX_FILE} nor {SINGLE_FILE}"
             + (f", only {listed(others)}; restore the index" if others else "; download it again")
         )
-    try:
-        weight_map = read_json(path).get("weight_map")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+    weight_map = read_json(path, CheckpointError).values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no `weight_map`; download the index again")
     for name, file in weight_map.items():
@@ -301,7 +301,7 @@ def _check_tensors(
     config: ModelConfig,
     towers: Sequence[Tower],
     base: bool,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, TensorEntry],
 ) -> None:
     """Refuse missing, unexpected, misshapen and wrongly typed tensors, each by name."""
     expected = expected_tensors(config, towers, base=base)
@@ -324,7 +324,7 @@ def _check_tensors(
 
 
 def _mixed_experts(
-    config: ModelConfig, towers: Sequence[Tower], base: bool, tensors: Mapping[str, Tensor]
+    config: ModelConfig, towers: Sequence[Tower], base: bool, tensors: Mapping[str, TensorEntry]
 ) -> list[str]:
     """Experts of one layer are stacked into one input, so they must share a dtype."""
     problems = []
@@ -334,11 +334,3 @@ def _mixed_experts(
             if len(dtypes) > 1 and dtypes <= set(STORED_DTYPES):
                 problems.append(f"{name} mixes {' and '.join(sorted(dtypes))} over its experts")
     return problems
-
-
-def listed(problems: Sequence[str]) -> str:
-    """At most ten of the problems, and how many there are in all."""
-    shown = "; ".join(problems[:LISTED_AT_MOST])
-    if len(problems) <= LISTED_AT_MOST:
-        return shown
-    return f"{shown}; and {len(problems) - LISTED_AT_MOST} more ({len(problems)} in all)"

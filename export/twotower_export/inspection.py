@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from twotower_contract.config import ModelConfig
+from twotower_contract.digests import file_state
+from twotower_contract.engine_set import EngineSet, find_engine_sets, open_engine_set
+from twotower_contract.errors import BundleError, TwoTowerError
+from twotower_contract.manifest import Manifest, read_manifest
 from twotower_export.agreement import check_agreement, check_every_byte
-from twotower_export.bundle import FORMAT, MANIFEST_FILE, read_manifest
+from twotower_export.bundle import is_bundle
 from twotower_export.checkpoint import Checkpoint, Progress, open_checkpoint, with_full_digests
-from twotower_export.config import ModelConfig
-from twotower_export.errors import BundleError, ConfigError, ExportError
 from twotower_export.inventory import Inventory, fitting_skus, take_inventory
-from twotower_export.json_file import read_json
-from twotower_export.manifest_check import WrongFieldError, check_fields, config_of
-
-BUILD_FILE: Final = "build.json"
-
-# What is read of a build record; only the first four are in every one.
-_BUILD_FIELDS: Final[dict[str, Any]] = {
-    "format": str,
-    "sku": str,
-    "flavour": str,
-    "plans": {"*": {"file": str, "sha256": str}},
-    "precision": str,
-    "limits": {},
-    "versions": {},
-    "profiles": {"*": [{}]},
-    "graph_sha256": {"*": str},
-    "extra": {},
-}
-_BUILD_REQUIRED: Final = ("format", "sku", "flavour", "plans")
 
 
 def inspect_source(
@@ -53,11 +37,11 @@ def inspect_source(
         A dictionary with `kind`: `checkpoint`, `bundle` or `engines`.
 
     Raises:
-        ExportError: it is none of them, is damaged, or `checkpoint` is not the bundle's.
+        TwoTowerError: it is none of them, is damaged, or `checkpoint` is not the bundle's.
     """
     folder = Path(source).expanduser()
-    builds = _builds(folder)
-    if checkpoint is not None and (builds or not _is_bundle(folder)):
+    builds = find_engine_sets(folder)
+    if checkpoint is not None and (builds or not is_bundle(folder)):
         raise BundleError(f"{source}: is no bundle, so --checkpoint means nothing: leave it out")
     if builds and full:
         raise BundleError(
@@ -66,26 +50,12 @@ def inspect_source(
         )
     if builds:
         return _engines(folder, builds)
-    if _is_bundle(folder):
+    if is_bundle(folder):
         return _bundle(folder, checkpoint, progress, full)
     opened = open_checkpoint(source, local_only=True, progress=progress)
     if full:
         opened = with_full_digests(opened, progress)
     return {"kind": "checkpoint", **_checkpoint(opened)}
-
-
-def _is_bundle(folder: Path) -> bool:
-    try:
-        return read_json(folder / MANIFEST_FILE).get("format") == FORMAT
-    except ConfigError:
-        return False
-
-
-def _builds(folder: Path) -> list[Path]:
-    """Build records of an engine set, or of the engine sets in a folder."""
-    if (folder / BUILD_FILE).is_file():
-        return [folder / BUILD_FILE]
-    return sorted(folder.glob(f"*/{BUILD_FILE}")) if folder.is_dir() else []
 
 
 def _checkpoint(opened: Checkpoint) -> dict[str, Any]:
@@ -110,14 +80,14 @@ def _bundle(
     folder: Path, checkpoint: Path | None, progress: Progress | None, full: bool
 ) -> dict[str, Any]:
     manifest = read_manifest(folder)
-    entries = {one["file"]: one for some in manifest["graphs"].values() for one in some.values()}
+    graphs = {one.file: one for some in manifest.graphs.values() for one in some.values()}
     found = {
         "kind": "bundle",
         "path": str(folder.resolve()),
         **_manifest(manifest),
-        "graphs": [_digested(folder, entry) for entry in entries.values()],
+        "graphs": [_digested(folder, graph.file, graph.sha256) for graph in graphs.values()],
     }
-    source = checkpoint or Path(manifest["checkpoint"]["path"])
+    source = checkpoint or manifest.checkpoint.path
     try:
         opened = open_checkpoint(source, local_only=True, progress=progress)
         check_agreement(manifest, opened)
@@ -125,11 +95,11 @@ def _bundle(
         if full:
             check_every_byte(manifest, opened, progress)
             state = "is there and unchanged, every byte of it"
-    except ExportError as error:
+    except TwoTowerError as error:
         if checkpoint is not None or full:
             raise
         state = str(error)
-    found["checkpoint"] = {**manifest["checkpoint"], "path": str(source), "state": state}
+    found["checkpoint"] = {**asdict(manifest.checkpoint), "path": str(source), "state": state}
     return found
 
 
@@ -137,16 +107,18 @@ def _engines(folder: Path, builds: Sequence[Path]) -> dict[str, Any]:
     """Engine sets, each with its state, and the models that they are of: usually one."""
     sets: list[dict[str, Any]] = []
     models: list[dict[str, Any]] = []
-    for path in builds:
-        manifest = read_manifest(path.parent)
-        model = {"checkpoint": manifest["checkpoint"], **_manifest(manifest)}
+    for opened in map(open_engine_set, builds):
+        source = opened.manifest.checkpoint
+        model = {
+            "checkpoint": asdict(source) | {"path": str(source.path)},
+            **_manifest(opened.manifest),
+        }
         keys = [_identity(one) for one in models]
         if _identity(model) not in keys:
             models.append(model)
             keys.append(_identity(model))
         number = keys.index(_identity(model))
-        build = _build(path, manifest)
-        sets.append({"path": str(path.parent), "model": number, "build": build})
+        sets.append({"path": str(opened.folder), "model": number, "build": _build(opened)})
     found = {
         "kind": "engines",
         "path": str(folder.resolve()),
@@ -161,62 +133,43 @@ def _identity(model: Mapping[str, Any]) -> list[Any]:
     return [model[key] for key in ("fingerprint", "towers", "mask_token_id", "eos_token_ids")]
 
 
-def _build(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A build record, with size and state of each plan and of the graph that it was built from.
-
-    Raises:
-        BundleError: a field is missing or of another kind.
-    """
-    try:
-        build = read_json(path)
-        kinds = {n: k for n, k in _BUILD_FIELDS.items() if n in build or n in _BUILD_REQUIRED}
-        check_fields(build, kinds)
-    except (ConfigError, WrongFieldError) as error:
-        raise BundleError(
-            f"{path}: {str(error).removeprefix(f'{path}: ')}; build the engines again"
-        ) from error
-    graphs = {one["sha256"] for some in manifest["graphs"].values() for one in some.values()}
+def _build(opened: EngineSet) -> dict[str, Any]:
+    """Return a build record, with the state of each plan and of the graph that it is made of."""
+    build = opened.build
+    graphs = {one.sha256 for some in opened.manifest.graphs.values() for one in some.values()}
     plans = {}
-    for name, plan in build["plans"].items():
-        graph = build.get("graph_sha256", {}).get(name)
+    for name, plan in build.plans.items():
+        graph = build.graph_sha256.get(name)
         state = "unknown" if graph is None else "ok" if graph in graphs else "changed"
-        plans[name] = {**plan, **_digested(path.parent, plan), "graph": state}
-    return {**build, "plans": plans}
+        found = _digested(opened.folder, plan.file, plan.sha256)
+        plans[name] = {**asdict(plan), **found, "graph": state}
+    return {**build.as_json(), "plans": plans}
 
 
-def _digested(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A file with its size and whether it is as it was written: `ok`, `changed` or `missing`."""
-    path = folder / entry["file"]
-    if not path.is_file():
-        return {"file": entry["file"], "bytes": None, "state": "missing"}
-    with path.open("rb") as stream:
-        same = hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
-    state = "ok" if same else "changed"
-    return {"file": entry["file"], "bytes": path.stat().st_size, "state": state}
+def _digested(folder: Path, file: str, sha256: str) -> dict[str, Any]:
+    """Return a file with its size and whether it is as it was written."""
+    path = folder / file
+    size = path.stat().st_size if path.is_file() else None
+    return {"file": file, "bytes": size, "state": file_state(path, sha256)}
 
 
-def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of its model; sizes count the towers that were exported."""
-    config = config_of(manifest)
+def _manifest(manifest: Manifest) -> dict[str, Any]:
+    """Return what a manifest says of its model; sizes count the towers that were exported."""
     used = {
         source
-        for inputs in manifest["weights"].values()
+        for inputs in manifest.weights.values()
         for weight in inputs.values()
-        for source in weight["sources"]
+        for source in weight.sources
     }
-    tensors = {
-        name: (entry["dtype"], entry["shape"])
-        for name, entry in manifest["tensors"].items()
-        if name in used
-    }
+    tensors = {n: (t.dtype, t.shape) for n, t in manifest.tensors.items() if n in used}
     return {
-        "fingerprint": manifest["checkpoint"]["fingerprint"],
-        "twotower_version": manifest["twotower_version"],
-        "towers": manifest["towers"],
-        "shards": len(manifest["shards"]),
+        "fingerprint": manifest.checkpoint.fingerprint,
+        "twotower_version": manifest.twotower_version,
+        "towers": list(manifest.towers),
+        "shards": len(manifest.shards),
         "tensors": len(used),
-        **_model(config),
-        **_sizes(take_inventory(config, tensors)),
+        **_model(manifest.model),
+        **_sizes(take_inventory(manifest.model, tensors)),
     }
 
 

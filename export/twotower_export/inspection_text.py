@@ -62,14 +62,14 @@ def _head(found: Mapping[str, Any]) -> Iterable[str]:
 
 def _build(one: Mapping[str, Any]) -> Iterable[str]:
     build = one["build"]
-    versions = ", ".join(f"{k} {v}" for k, v in build.get("versions", {}).items())
-    capability = build.get("compute_capability")
+    versions = ", ".join(f"{k} {v}" for k, v in build["versions"].items())
+    capability = build["compute_capability"]
     yield (
-        f"  {build['sku']}: {build['flavour']}, {build.get('precision')}"
+        f"  {build['sku']}: {build['flavour']}, {build['precision']}"
         + (f", compute capability {capability}" if capability else "")
         + (f" ({versions})" if versions else "")
     )
-    limits = ", ".join(f"{k} {v}" for k, v in build.get("limits", {}).items())
+    limits = ", ".join(f"{k} {v}" for k, v in build["limits"].items())
     yield f"    limits: {limits}"
     for name, plan in build["plans"].items():
         size = "" if plan["bytes"] is None else f" {plan['bytes'] / 1e6:.1f} MB,"

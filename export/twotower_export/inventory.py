@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
 
-from twotower_export.config import ModelConfig
-from twotower_export.layout import BASE_PREFIX, HEADS, Tower
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import Tower
+from twotower_contract.shards import ITEM_SIZES
+from twotower_contract.sizes import (
+    EXPERT_PARTS,
+    MIXER_PARTS,
+    PARTS,
+    conv_bytes,
+    kv_bytes_per_token,
+    part_of,
+    ssm_bytes,
+)
 
-STORED_BYTES: Final = {"BF16": 2, "F32": 4}
-CACHE_BYTES: Final = {"bfloat16": 2, "float32": 4}
-SSM_BYTES: Final = 4  # the SSM state is float32 whatever the weights are
 BLOCK: Final = 16
 GIB: Final = 2**30
 WORKSPACE_SHARE: Final = 0.05
@@ -29,24 +35,6 @@ CONTEXTS: Final = (4096, 32768, 131072, 262144)
 EXPERTS_SEEN: Final = (60, 90)
 """Distinct experts per layer that 16 tokens of real text were routed to, least and most, of 128
 (measured by drowzeys on two DGX Spark)."""
-
-_MIXERS: Final = {"M": "mamba", "*": "attention"}
-_EXPERT_PARTS: Final = (
-    (".experts.", "routed experts"),
-    (".shared_experts.", "shared experts"),
-    (".gate.", "router"),
-)
-PARTS: Final = (
-    "embeddings",
-    "mamba",
-    "attention",
-    "router",
-    "shared experts",
-    "routed experts",
-    "norms",
-    "head",
-    "time conditioning",
-)
 
 
 @dataclass(frozen=True)
@@ -99,21 +87,17 @@ class Inventory:
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values that one token adds to a context."""
-        c = self.config
-        return 2 * len(c.layers_of_kind["*"]) * c.kv_width * CACHE_BYTES[c.dtype]
+        return kv_bytes_per_token(self.config, self.config.item_bytes)
 
     @property
     def ssm_bytes_per_sequence(self) -> int:
         """SSM states of one sequence, in float32."""
-        c = self.config
-        return len(c.layers_of_kind["M"]) * c.d_inner * c.ssm_state_size * SSM_BYTES
+        return ssm_bytes(self.config)
 
     @property
     def conv_bytes_per_sequence(self) -> int:
         """The newest raw columns of every convolution: one fewer than its kernel has."""
-        c = self.config
-        columns = len(c.layers_of_kind["M"]) * (c.conv_kernel - 1)
-        return columns * c.conv_dim * CACHE_BYTES[c.dtype]
+        return conv_bytes(self.config, self.config.item_bytes)
 
     @property
     def state_bytes_per_sequence(self) -> int:
@@ -134,11 +118,11 @@ class Inventory:
         size = {part.name: part.parameters for part in self.parts if part.tower == first}
         layers = {kind: len(found) for kind, found in self.config.layers_of_kind.items()}
         per: dict[str, int] = {}
-        for kind, name in _MIXERS.items():
+        for kind, name in MIXER_PARTS.items():
             if layers[kind]:
                 per[name] = size.get(name, 0) // layers[kind]
         if layers["E"]:
-            mixture = sum(size.get(name, 0) for _, name in _EXPERT_PARTS)
+            mixture = sum(size.get(name, 0) for name in EXPERT_PARTS.values())
             per["mixture of experts"] = mixture // layers["E"]
             routed = size.get("routed experts", 0)
             per["expert"] = routed // (layers["E"] * self.config.num_experts)
@@ -251,10 +235,10 @@ def take_inventory(
     sizes: Counter[tuple[Tower, str]] = Counter()
     base = not any(name.startswith("context_tower.") for name in tensors)
     for name, (dtype, shape) in tensors.items():
-        part = _part_of(config, name, base)
+        part = part_of(config, name, base=base)
         counts[part] += 1
         parameters[part] += math.prod(shape)
-        sizes[part] += math.prod(shape) * STORED_BYTES[dtype]
+        sizes[part] += math.prod(shape) * ITEM_SIZES[dtype]
     order: list[tuple[Tower, str]] = [("context", name) for name in PARTS]
     order += [("denoiser", name) for name in PARTS]
     return Inventory(
@@ -266,26 +250,6 @@ def take_inventory(
         ),
         dict(sorted(Counter(dtype for dtype, _ in tensors.values()).items())),
     )
-
-
-def _part_of(config: ModelConfig, name: str, base: bool) -> tuple[Tower, str]:
-    if name == HEADS["context"] or (base and name == HEADS["denoiser"]):
-        return "context", "head"
-    if name == HEADS["denoiser"]:
-        return "denoiser", "head"
-    prefix, _, rest = name.partition(".")
-    if prefix not in ("context_tower", "denoiser_tower", BASE_PREFIX):
-        return "denoiser", "time conditioning"
-    tower: Tower = "denoiser" if prefix == "denoiser_tower" else "context"
-    if rest.startswith("embeddings."):
-        return tower, "embeddings"
-    layer = re.match(r"layers\.(\d+)\.mixer\.", rest)
-    if layer is None:
-        return tower, "norms"
-    kind = config.pattern[int(layer[1])]
-    if kind in _MIXERS:
-        return tower, _MIXERS[kind]
-    return tower, next(part for mark, part in _EXPERT_PARTS if mark in name)
 
 
 @dataclass(frozen=True)

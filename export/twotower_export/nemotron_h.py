@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from twotower_contract.atomic import check_replaceable, new_folder
+from twotower_contract.config import config_json
+from twotower_contract.errors import BundleError
+from twotower_contract.json_file import format_of, read_json, write_json
+from twotower_contract.layout import base_name, expected_tensors
 from twotower_contract.machine import read_at
-from twotower_export.bundle import check_replaceable, folder_beside
+from twotower_contract.shards import TensorEntry
 from twotower_export.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, Progress
-from twotower_export.config import config_json, read_json
-from twotower_export.errors import BundleError
-from twotower_export.layout import base_name, expected_tensors
-from twotower_export.shards import Tensor
 from twotower_export.tokens import tokenizer_files
 
 SHARD_BYTES: Final = 5_000_000_000
@@ -38,7 +39,7 @@ class _Member:
     """A tensor on its way: its name in the new checkpoint, and where it comes from."""
 
     name: str
-    tensor: Tensor
+    tensor: TensorEntry
 
     @property
     def bytes(self) -> int:
@@ -66,27 +67,27 @@ def write_nemotron_h(
     Raises:
         BundleError: `out` holds something else, or the disk is too small.
     """
-    check_replaceable(out, ORIGIN_FILE, FORMAT, "a checkpoint from --target tensorrt-llm")
+    check_replaceable(out, "a checkpoint from --target tensorrt-llm", _is_ours, BundleError)
     members = list(_members(checkpoint))
     total = sum(member.bytes for member in members)
-    with folder_beside(out) as partial:
-        free = shutil.disk_usage(partial).free
+    with new_folder(out, BundleError) as folder:
+        free = shutil.disk_usage(folder).free
         if free < total:
             raise BundleError(
                 f"{out}: the context tower takes {total / 1e9:.1f} GB and the disk has "
                 f"{free / 1e9:.1f} GB left; name a folder on another disk"
             )
-        _write_shards(checkpoint, members, partial, shard_bytes, progress)
+        _write_shards(checkpoint, members, folder, shard_bytes, progress)
         for file in tokenizer_files(checkpoint.path):
-            shutil.copyfile(file, partial / file.name)
-        _write_json(partial / CONFIG_FILE, nemotron_h_config(checkpoint))
+            shutil.copyfile(file, folder / file.name)
+        write_json(folder / CONFIG_FILE, nemotron_h_config(checkpoint))
         origin = {
             "format": FORMAT,
             "checkpoint": checkpoint.id or str(checkpoint.path),
             "revision": checkpoint.revision,
             "fingerprint": checkpoint.fingerprint,
         }
-        _write_json(partial / ORIGIN_FILE, origin)
+        write_json(folder / ORIGIN_FILE, origin)
 
 
 def nemotron_h_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def nemotron_h_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Keys that the source lacks are filled in with what the towers compute.
     """
-    source = read_json(checkpoint.path / CONFIG_FILE)
+    source = read_json(checkpoint.path / CONFIG_FILE).values
     values = config_json(checkpoint.config) | source
     values["architectures"] = ["NemotronHForCausalLM"]
     for key in _DROPPED:
@@ -131,7 +132,7 @@ def _write_shards(
     if len(files) > 1:
         weight_map = {member.name: file for file, some in files.items() for member in some}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / INDEX_FILE, index)
+        write_json(folder / INDEX_FILE, index)
 
 
 def _spread(members: Sequence[_Member], shard_bytes: int) -> dict[str, list[_Member]]:
@@ -170,14 +171,15 @@ def _pieces(checkpoint: Checkpoint, member: _Member) -> Iterator[bytes]:
     shard = checkpoint.shards[member.tensor.shard]
     offset = shard.data_start + member.tensor.begin
     end = shard.data_start + member.tensor.end
-    with shard.path.open("rb", buffering=0) as source:
+    path = checkpoint.path / shard.file
+    with path.open("rb", buffering=0) as source:
         while offset < end:
             piece = read_at(source.fileno(), min(PIECE_BYTES, end - offset), offset)
             if not piece:
-                raise BundleError(f"{shard.path}: ended while it was read; was it replaced?")
+                raise BundleError(f"{path}: ended while it was read; was it replaced?")
             yield piece
             offset += len(piece)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _is_ours(folder: Path) -> bool:
+    return bool(format_of(folder / ORIGIN_FILE) == FORMAT)

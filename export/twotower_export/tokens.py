@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from twotower_export.config import ModelConfig, token_ids
-from twotower_export.errors import ConfigError
-from twotower_export.json_file import read_json
+from twotower_contract.config import ModelConfig, token_ids
+from twotower_contract.errors import ConfigError
+from twotower_contract.json_file import read_json
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -53,7 +53,7 @@ def _ids_of_files(folder: Path) -> Iterator[tuple[Path, int]]:
     """Ends of text beside the configuration, with the file that names each."""
     generation = folder / "generation_config.json"
     if generation.is_file():
-        for id_ in token_ids(read_json(generation).get("eos_token_id"), str(generation)):
+        for id_ in token_ids(read_json(generation).values.get("eos_token_id"), str(generation)):
             yield generation, id_
     of_tokenizer = _tokenizer_eos(folder)
     if of_tokenizer is not None:
@@ -65,7 +65,7 @@ def _tokenizer_eos(folder: Path) -> int | None:
     settings, vocabulary = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if not settings.is_file() or not vocabulary.is_file():
         return None
-    token: Any = read_json(settings).get("eos_token")
+    token: Any = read_json(settings).values.get("eos_token")
     if isinstance(token, dict):  # an AddedToken, written out
         token = token.get("content")
     if not isinstance(token, str):

@@ -11,9 +11,9 @@ from pathlib import Path
 import click
 import pytest
 
+from tests.support import ROOT, TWOTOWER
 from twotower_client import cli as root
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "transformers", "triton", "tokenizers")
 
 
@@ -125,7 +125,7 @@ def test_missing_submodule_of_an_installed_package_is_a_bug() -> None:
 
 
 def test_user_error_is_one_line_and_bug_is_a_traceback() -> None:
-    user = run_verb("from twotower_engines.errors import EngineSetError as E; raise E('no, why')")
+    user = run_verb("from twotower_contract.errors import EngineSetError as E; raise E('no, why')")
     assert (user.returncode, user.stderr) == (2, "error: no, why\n")
     bug = run_verb("raise ValueError('oops')")
     assert bug.returncode == 1
@@ -163,7 +163,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path, arguments: list
     write_bundle(open_checkpoint(places["checkpoint"]), Path(places["bundle"]))
     Path(places["file"]).write_text("")
     ran = subprocess.run(
-        [sys.executable, "-m", "twotower_client.cli", *(a.format(**places) for a in arguments)],
+        [*TWOTOWER, *(a.format(**places) for a in arguments)],
         capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": "/proc/zz"},
     )  # fmt: skip
     assert ran.returncode == 2, ran.stderr

@@ -11,8 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import twotower_client as tt
-from twotower_client.generate_cli import _as_utf8, generate
-from twotower_client.request import Options, infer_request, stop_request
+from twotower_client.generate_cli import generate
+from twotower_client.request import infer_request, stop_request
+from twotower_contract.command_line import read_prompt
+from twotower_contract.options import OPTIONS
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +43,36 @@ def client():
         ({"prompt_ids": np.array(5)}, "prompt_ids is array(5); it must be a list of token ids"),
         ({"prompt_ids": np.array([[5, 6]])}, "array([5, 6]) at place 0"),
         ({"prompt_ids": np.array([5.0])}, "at place 0 is no token id"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 to"),
+        (
+            {"max_new_tokens": 0},
+            "max_new_tokens is 0; it must be at least 1 and at most 2147483647",
+        ),
         ({"max_new_tokens": 2**31}, "max_new_tokens is 2147483648"),
         ({"max_new_tokens": 1.0}, "max_new_tokens is 1.0; it must be a whole number"),
         ({"block_size": 2**31}, "block_size is 2147483648"),
-        ({"mode": 5}, "mode is 5; it must be the name of a mode"),
-        ({"mode": "\udcff"}, "it must be the name of a mode"),
+        ({"block_size": 0}, "block_size is 0; it must be at least 1"),
+        ({"mode": 5}, "mode is 5; it must be one of mask_diffusion, mock_ar, ar"),
+        ({"mode": "\udcff"}, "it must be one of mask_diffusion"),
+        ({"policy": "hope"}, "policy is 'hope'; it must be one of threshold, quota"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": -1}, "steps is -1"),
         ({"threshold": 0}, "threshold is 0; it must be more than 0 and at most 1"),
-        ({"threshold": 1.01}, "threshold is 1.01"),
+        (
+            {"threshold": 1.01},
+            "threshold is 1.01; it must be more than 0 and at most 1 with policy",
+        ),
+        ({"threshold": 1e-50}, "threshold is 1e-50; it must be more than 0"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": "0.9"}, "threshold is '0.9'; it must be a number"),
         ({"threshold": float("inf"), "policy": "factor"}, "threshold is inf"),
-        ({"temperature": -0.1}, "temperature is -0.1; it must be 0 or more"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be 0 (greedy), or at least 1e-06"),
         ({"temperature": float("inf")}, "temperature is inf"),
-        ({"temperature": 1e300}, "temperature is 1e+300; it must be 0 or more and at most 3.4e+38"),
-        ({"temperature": 10**400}, "it must be 0 or more and at most 3.4e+38"),
-        ({"temperature": 1e-7}, "temperature is 1e-07: use 0 (greedy) or at least 1e-6"),
+        ({"temperature": 1e300}, "at least 1e-06 and at most 3.4e+38"),
+        ({"temperature": 10**400}, "at least 1e-06 and at most 3.4e+38"),
+        ({"temperature": 1e-7}, "temperature is 1e-07; it must be 0 (greedy)"),
         ({"threshold": 1e300, "policy": "factor"}, "threshold is 1e+300"),
-        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": -1}, "top_k is -1; it must be 0 (keeps all), or at least 1"),
+        ({"top_k": 5}, "mask_diffusion draws from all tokens; leave them out, or use mode ar"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"seed": -1}, "seed is -1"),
@@ -90,7 +102,7 @@ def test_refused_before_anything_is_sent(client, arguments, said) -> None:
 
 
 def test_an_unknown_option_is_a_mistake_of_the_caller(client) -> None:
-    with pytest.raises(TypeError, match="no option 'treshold'; the options are max_new_tokens"):
+    with pytest.raises(TypeError, match="no option 'treshold'; the options are mode, max_new"):
         client.stream("a", treshold=0.9)
 
 
@@ -129,7 +141,7 @@ def test_ids_come_as_any_sequence(ids) -> None:
 
 
 def test_an_option_that_is_none_is_left_out() -> None:
-    message = infer_request("a", None, dict.fromkeys(Options.__annotations__), "name", 1.5)
+    message = infer_request("a", None, dict.fromkeys(OPTIONS), "name", 1.5)
     assert [tensor.name for tensor in message.inputs] == ["text_input", "timeout_seconds"]
 
 
@@ -146,7 +158,7 @@ def test_an_async_client_that_was_closed_says_so() -> None:
     async def calls() -> None:
         client = tt.AsyncTwoTowerClient("127.0.0.1:9")
         await client.close()
-        for call in (client.check_ready, lambda: client.generate("a")):
+        for call in (client.check_ready, client.wait_until_ready, lambda: client.generate("a")):
             with pytest.raises(tt.ClientError, match="the client was closed; make a new one"):
                 await call()
         assert await client.stop("name") is False
@@ -181,8 +193,8 @@ def test_the_command_refuses_in_its_own_words(arguments, said) -> None:
 
 
 def test_the_command_reads_a_prompt_as_utf8_whatever_the_locale() -> None:
-    assert _as_utf8("Łódź") == "Łódź"
-    assert _as_utf8("Łódź".encode().decode("ascii", "surrogateescape")) == "Łódź"
+    for given in ("Łódź", "Łódź".encode().decode("ascii", "surrogateescape")):
+        assert read_prompt(given, None, "PROMPT", tt.RequestRefusedError) == ("Łódź", None)
 
 
 def test_what_is_sent() -> None:

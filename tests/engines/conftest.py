@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +10,9 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent))  # cuda_fake, trt_fake: tests are no package
+from tests.support import reference as _reference
 
 VOCABULARY = 300
-
-
-def _load_reference() -> ModuleType:
-    """Import tests/export/reference.py: tests are no package, so by its path."""
-    name = "twotower_tests_reference"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "export" / "reference.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @dataclass
@@ -37,7 +24,7 @@ class RandomEngines:
 
     @cached_property
     def engines(self):
-        from twotower_engines.artifacts.engine_set import open_engine_set
+        from twotower_contract.engine_set import open_engine_set
 
         return open_engine_set(self.folder)
 
@@ -49,13 +36,13 @@ class RandomEngines:
 
     @cached_property
     def reference(self):
-        return _load_reference().ReferenceModel.load(self.checkpoint)
+        return _reference.ReferenceModel.load(self.checkpoint)
 
 
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
-    """The module `tests/export/reference.py`."""
-    return _load_reference()
+    """The module `tests.support.reference`."""
+    return _reference
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +89,7 @@ def _engines_of(folder: Path) -> RandomEngines:
 
 def _poison(checkpoint: Path, token: int, hidden: int) -> None:
     """Make the float32 embedding of a token NaN in both towers."""
-    from twotower_engines.artifacts.weights import read_header
+    from twotower_contract.shards import read_header
 
     for path in checkpoint.glob("*.safetensors"):
         header, start = read_header(path)

@@ -1,21 +1,16 @@
-"""Makes `reference` and its like importable here, as tests are no package; a bundle to verify."""
+"""A bundle to verify."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A checkpoint with tensors in both dtypes, and its bundle."""
-    from sabotage import PATTERN
-
+    from tests.support.sabotage import PATTERN
     from twotower_export.bundle import write_bundle
     from twotower_export.checkpoint import open_checkpoint
     from twotower_export.tiny.checkpoints import write_random_checkpoint

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
-from checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
 from click.testing import CliRunner
-from sparse_checkpoint import write_sparse_checkpoint
 
+from tests.support.checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
+from tests.support.sparse_checkpoint import write_sparse_checkpoint
+from twotower_contract.config import config_json
+from twotower_contract.errors import BundleError, TwoTowerError
+from twotower_contract.manifest import read_manifest
 from twotower_export import bundle as bundle_module
 from twotower_export.agreement import check_agreement
-from twotower_export.bundle import read_manifest, write_bundle
+from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli.export import export_command, inspect_command
-from twotower_export.config import config_json
-from twotower_export.errors import BundleError, ExportError
 from twotower_export.tiny.checkpoints import tiny_config
 
 CONFIG = tiny_config("ME*", hidden=16)
@@ -61,36 +63,35 @@ def test_manifest_maps_every_weight_input(bundle, checkpoint):
     """The graphs' weight inputs, the map, and the shards' bytes are one story."""
     manifest = read_manifest(bundle)
     stored = {"BF16": "BFLOAT16", "F32": "FLOAT"}
-    assert manifest["model"]["pattern"] == "ME*"
-    assert manifest["towers"] == ["context", "denoiser"]
-    for tower, inputs in manifest["weights"].items():
-        native = weight_inputs(bundle / manifest["graphs"]["native"][tower]["file"])
-        wide = weight_inputs(bundle / manifest["graphs"]["float32"][tower]["file"])
+    assert manifest.model.pattern == "ME*"
+    assert manifest.towers == ("context", "denoiser")
+    for tower, inputs in manifest.weights.items():
+        native = weight_inputs(bundle / manifest.graph("native", tower).file)
+        wide = weight_inputs(bundle / manifest.graph("float32", tower).file)
         assert set(native) == set(wide) == set(inputs)
         for name, weight in inputs.items():
-            sources = [manifest["tensors"][source] for source in weight["sources"]]
-            assert native[name] == (tuple(weight["shape"]), stored[sources[0]["dtype"]]), name
-            assert wide[name] == (tuple(weight["shape"]), "FLOAT"), name
-            parts = [tuple(source["shape"]) for source in sources]
+            sources = [manifest.tensors[source] for source in weight.sources]
+            assert native[name] == (weight.shape, stored[sources[0].dtype]), name
+            assert wide[name] == (weight.shape, "FLOAT"), name
+            parts = [source.shape for source in sources]
             made = {
                 "as_is": parts[0],
                 "stack": (len(parts), *parts[0]),
                 "squeeze": tuple(size for size in parts[0] if size != 1),
             }
-            assert made[weight["how"]] == tuple(weight["shape"])
-    used = {s for w in manifest["weights"].values() for one in w.values() for s in one["sources"]}
+            assert made[weight.how] == weight.shape
+    used = {s for w in manifest.weights.values() for one in w.values() for s in one.sources}
     assert used == set(checkpoint.tensors)
 
 
 def test_graphs_have_the_recorded_digests_and_say_what_they_are_of(bundle, checkpoint):
-    manifest = read_manifest(bundle)
-    graphs = manifest["graphs"]
+    graphs = read_manifest(bundle).graphs
     assert set(graphs) == {"native", "float32"}
     for some in graphs.values():
         assert set(some) == {"context", "denoiser", "refine"}
         for one in some.values():
-            content = (bundle / one["file"]).read_bytes()
-            assert hashlib.sha256(content).hexdigest() == one["sha256"]
+            content = (bundle / one.file).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == one.sha256
             model = onnx.load_from_string(content)
             onnx.checker.check_model(model)
             metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -111,24 +112,24 @@ def test_everything_in_float32_shares_its_graphs(tmp_path):
     config = tiny_config("ME*", hidden=16, dtype="float32")
     folder = write_checkpoint(tmp_path / "c", config, random_tensors(config, float32=("",)))
     manifest = write_bundle(open_checkpoint(folder), tmp_path / "bundle")
-    assert manifest["graphs"]["native"] == manifest["graphs"]["float32"]
+    assert manifest.graphs["native"] == manifest.graphs["float32"]
     assert not (tmp_path / "bundle/graphs/float32").exists()
 
 
 def test_context_tower_alone(tmp_path, checkpoint):
     manifest = write_bundle(checkpoint, tmp_path / "bundle", towers=("context",))
-    assert manifest["towers"] == ["context"]
-    assert set(manifest["graphs"]["native"]) == set(manifest["weights"]) == {"context"}
+    assert manifest.towers == ("context",)
+    assert set(manifest.graphs["native"]) == set(manifest.weights) == {"context"}
 
 
 def test_base_checkpoint_feeds_the_same_inputs(tmp_path, bundle):
     tensors = random_tensors(CONFIG, towers=("context",), base=True)
     opened = open_checkpoint(write_checkpoint(tmp_path / "base", CONFIG, tensors))
-    weights = write_bundle(opened, tmp_path / "bundle")["weights"]["context"]
-    assert list(weights) == list(read_manifest(bundle)["weights"]["context"])
-    assert weights["context_lm_head.weight"]["sources"] == ["lm_head.weight"]
+    weights = write_bundle(opened, tmp_path / "bundle").weights["context"]
+    assert list(weights) == list(read_manifest(bundle).weights["context"])
+    assert weights["context_lm_head.weight"].sources == ("lm_head.weight",)
     embeddings = weights["context_tower.embeddings.weight"]
-    assert embeddings["sources"] == ["backbone.embeddings.weight"]
+    assert embeddings.sources == ("backbone.embeddings.weight",)
 
 
 def test_export_is_repeatable(tmp_path, checkpoint, bundle):
@@ -143,7 +144,7 @@ def test_bundle_is_replaced_and_other_folders_are_not(tmp_path, checkpoint):
     write_bundle(checkpoint, out, towers=("context",))
     (out / "stale").write_text("")
     write_bundle(checkpoint, out)
-    assert read_manifest(out)["towers"] == ["context", "denoiser"]
+    assert read_manifest(out).towers == ("context", "denoiser")
     assert not (out / "stale").exists()
     with pytest.raises(BundleError, match="holds files that are not a bundle"):
         write_bundle(checkpoint, checkpoint.path)
@@ -192,7 +193,7 @@ class TestAgreement:
     def test_its_own_in_other_files(self, tmp_path, bundle, tensors):
         """The runtime maps bytes where the manifest says, so equal tensors are not enough."""
         other = write_checkpoint(tmp_path / "c", CONFIG, tensors, shards=5)
-        message = "holds the weights of this bundle, but in other files: .* export .* again"
+        message = "it holds the same weights in other files: .* export this one"
         with pytest.raises(BundleError, match=message):
             check_agreement(read_manifest(bundle), open_checkpoint(other))
         padded = write_checkpoint(tmp_path / "p", CONFIG, tensors)
@@ -218,7 +219,7 @@ class TestAgreement:
         snapshot = write_sparse_checkpoint(tmp_path, config_json(CONFIG), shards=2)
         manifest = write_bundle(open_checkpoint(snapshot), tmp_path / "bundle")
         shard = snapshot / "model-00002-of-00002.safetensors"
-        assert manifest["shards"][1]["sha256"] == shard.resolve().name
+        assert manifest.shards[1].sha256 == shard.resolve().name
         check_agreement(manifest, open_checkpoint(snapshot))
         other = shard.resolve().rename(shard.resolve().with_name("d" * 64))
         shard.unlink()
@@ -243,7 +244,7 @@ class TestAgreement:
         other = in_other_tower(name)
         message = refusal(tensors | {name: tensors[other], other: tensors[name]})
         assert "towers are swapped" not in message
-        assert "tensors changed places with the other tower's: " in message
+        assert "2 of its tensors changed places: " in message
         assert name in message
         assert other in message
 
@@ -285,7 +286,8 @@ class TestAgreement:
 
     def test_edited_manifest(self, bundle, tmp_path, tensors):
         manifest = read_manifest(bundle)
-        manifest["tensors"]["lm_head.weight"]["sample"] = "0" * 16
+        head = replace(manifest.tensors["lm_head.weight"], sample="0" * 16)
+        manifest = replace(manifest, tensors={**manifest.tensors, "lm_head.weight": head})
         other = tensors | {"lm_head.weight": tensors["context_lm_head.weight"]}
         opened = open_checkpoint(write_checkpoint(tmp_path / "c", CONFIG, other))
         with pytest.raises(BundleError, match="contradicts itself"):
@@ -320,11 +322,11 @@ class TestCommands:
         result = CliRunner().invoke(export_command, [*arguments, "--towers", "context"])
         assert result.exit_code == 0, result.output
         manifest = read_manifest(tmp_path / "b")
-        assert (manifest["mask_token_id"], manifest["towers"]) == (9, ["context"])
+        assert (manifest.model.mask_token_id, manifest.towers) == (9, ("context",))
 
     def test_refusals_carry_exit_code_two(self, tmp_path):
         result = CliRunner().invoke(export_command, [str(tmp_path), str(tmp_path / "b")])
-        assert isinstance(result.exception, ExportError)
+        assert isinstance(result.exception, TwoTowerError)
         assert result.exception.exit_code == 2
 
     def test_inspect_bundle(self, bundle, checkpoint, tmp_path):

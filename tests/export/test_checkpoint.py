@@ -10,7 +10,8 @@ import struct
 
 import numpy as np
 import pytest
-from checkpoint_files import (
+
+from tests.support.checkpoint_files import (
     INDEX,
     RawTensor,
     edit_index,
@@ -20,11 +21,10 @@ from checkpoint_files import (
     write_raw_shard,
     write_shard,
 )
-from sparse_checkpoint import HUB_ID, REVISION, write_sparse_checkpoint
-
+from tests.support.sparse_checkpoint import HUB_ID, REVISION, write_sparse_checkpoint
+from twotower_contract.config import config_json
+from twotower_contract.errors import CheckpointError, ConfigError
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
-from twotower_export.config import config_json
-from twotower_export.errors import CheckpointError, ConfigError
 from twotower_export.tiny.checkpoints import tiny_config
 
 CONFIG = tiny_config("ME*", hidden=16)
@@ -50,7 +50,7 @@ def test_whole_checkpoint_is_described(folder, tensors):
     assert opened.tensors.keys() == tensors.keys()
     for name, tensor in opened.tensors.items():
         shard = opened.shards[tensor.shard]
-        content = shard.path.read_bytes()[shard.data_start :][tensor.begin : tensor.end]
+        content = (folder / shard.file).read_bytes()[shard.data_start :][tensor.begin : tensor.end]
         assert content == tensors[name].data, name
         assert tensor.shape == tensors[name].shape
 
@@ -242,7 +242,7 @@ def test_full_digests_are_of_the_whole_content(folder):
     hashed = with_full_digests(open_checkpoint(folder), lambda *now: seen.append(now))
     assert [shard.sha256 for shard in open_checkpoint(folder).shards] == [None] * 3
     for shard in hashed.shards:
-        assert shard.sha256 == hashlib.sha256(shard.path.read_bytes()).hexdigest()
+        assert shard.sha256 == hashlib.sha256((folder / shard.file).read_bytes()).hexdigest()
     assert {what for what, _, _ in seen} == {"hashing megabytes"}
     assert seen[-1][1] == seen[-1][2]
 
@@ -251,14 +251,15 @@ def test_cache_names_the_digest_and_a_damaged_blob_is_found(tmp_path):
     snapshot = write_sparse_checkpoint(tmp_path, config_json(CONFIG), shards=2)
     opened = open_checkpoint(snapshot)
     for shard in opened.shards:
-        assert shard.sha256 == shard.path.resolve().name
+        assert shard.sha256 == (snapshot / shard.file).resolve().name
     with pytest.raises(CheckpointError, match=r"00001-of-00002.*but the cache names it .*damaged"):
         with_full_digests(opened)  # holes are not what their names say
     for shard in opened.shards:
-        blob = shard.path.resolve()
+        path = snapshot / shard.file
+        blob = path.resolve()
         renamed = blob.rename(blob.with_name(hashlib.sha256(blob.read_bytes()).hexdigest()))
-        shard.path.unlink()
-        shard.path.symlink_to(renamed)
+        path.unlink()
+        path.symlink_to(renamed)
     opened = open_checkpoint(snapshot)
     assert with_full_digests(opened) == opened
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import onnx
 import pytest
-from measured import run_measured
-from sparse_checkpoint import FULL_TENSORS, HUB_ID, REVISION, write_sparse_checkpoint
 
-from twotower_export.bundle import read_manifest
+from tests.support import TWOTOWER
+from tests.support.measured import run_measured
+from tests.support.sparse_checkpoint import FULL_TENSORS, HUB_ID, REVISION, write_sparse_checkpoint
+from twotower_contract.manifest import read_manifest
 
 SECONDS = 60
 PEAK_BYTES = 2e9
@@ -77,24 +77,24 @@ def test_export_is_fast_and_small(exported):
 
 def test_bundle_names_every_tensor_once(exported):
     manifest = read_manifest(exported[0])
-    assert (manifest["checkpoint"]["id"], manifest["checkpoint"]["revision"]) == (HUB_ID, REVISION)
+    assert (manifest.checkpoint.id, manifest.checkpoint.revision) == (HUB_ID, REVISION)
     used = [
         source
-        for inputs in manifest["weights"].values()
+        for inputs in manifest.weights.values()
         for weight in inputs.values()
-        for source in weight["sources"]
+        for source in weight.sources
     ]
     assert len(used) == len(set(used)) == FULL_TENSORS
-    assert set(used) == set(manifest["tensors"])
-    assert [len(inputs) for inputs in manifest["weights"].values()] == [401, 459]
+    assert set(used) == set(manifest.tensors)
+    assert [len(inputs) for inputs in manifest.weights.values()] == [401, 459]
 
 
 @pytest.mark.parametrize("precision", ["native", "float32"])
 def test_graphs_are_valid_and_open_as_layers(exported, precision):
     """One node per layer on the top level, so that a viewer shows the architecture."""
     out = exported[0]
-    for tower, entry in read_manifest(out)["graphs"][precision].items():
-        model = onnx.load(out / entry["file"])
+    for tower, entry in read_manifest(out).graphs[precision].items():
+        model = onnx.load(out / entry.file)
         onnx.checker.check_model(model)
         metadata = {one.key: one.value for one in model.metadata_props}
         assert (metadata["checkpoint"], metadata["revision"]) == (HUB_ID, REVISION)
@@ -117,7 +117,7 @@ def test_refusals_come_before_the_work(snapshot):
     link.unlink()
     link.symlink_to((snapshot / "model-00014-of-00024.safetensors").readlink())
     try:
-        command = [sys.executable, "-m", "twotower_client.cli", "inspect", str(snapshot)]
+        command = [*TWOTOWER, "inspect", str(snapshot)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     finally:
         link.unlink()

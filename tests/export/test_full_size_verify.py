@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from measured import run_measured
-from sparse_checkpoint import FULL_TENSORS, fill_random, write_sparse_checkpoint
+
+from tests.support.measured import run_measured
+from tests.support.sparse_checkpoint import FULL_TENSORS, fill_random, write_sparse_checkpoint
 
 LAYERS = (0, 1, 5)
 """A Mamba, a MoE and an attention layer."""

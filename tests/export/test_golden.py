@@ -7,13 +7,15 @@ import json
 
 import numpy as np
 import pytest
-import reference
-from reference import ReferenceModel, generate_ar, generate_mask_diffusion
+from click.testing import CliRunner
 
+from tests.support import reference
+from tests.support.reference import ReferenceModel, generate_ar, generate_mask_diffusion
+from twotower_contract.errors import TwoTowerError
 from twotower_contract.policies import POLICIES
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.errors import ExportError
+from twotower_export.cli.golden import golden as command
 from twotower_export.reference import golden as module
 from twotower_export.reference import sequence
 from twotower_export.reference.golden import (
@@ -21,7 +23,6 @@ from twotower_export.reference.golden import (
     MAX_NEW_TOKENS,
     compute_golden,
     golden_for,
-    main,
     read_golden,
     stream_golden,
     write_golden,
@@ -36,6 +37,11 @@ from twotower_export.tiny.checkpoints import (
 )
 
 MASK_ID = reference.MASK_ID
+
+
+def run(*arguments):
+    """Call the verb in this process; errors of the user come back as the exception."""
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def test_without_a_denoiser_the_answer_is_autoregressive(checkpoint):
 def test_a_bundle_has_it(checkpoint, tmp_path):
     manifest = write_bundle(checkpoint, tmp_path / "bundle")
     stored = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert stored["golden"] == manifest["golden"] == compute_golden(checkpoint)
+    assert stored["golden"] == manifest.golden == compute_golden(checkpoint)
     assert stored["golden_missing"] is None
 
 
@@ -88,7 +94,7 @@ def test_a_checkpoint_brings_its_own(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("tower", ["context", "denoiser"])
-def test_weights_that_are_no_numbers_give_no_answer(tmp_path, capsys, tower):
+def test_weights_that_are_no_numbers_give_no_answer(tmp_path, tower):
     folder = tmp_path / "checkpoint"
     config = tiny_config("ME*", 32)
     tensors = random_tensors(config, seed=3)
@@ -97,8 +103,10 @@ def test_weights_that_are_no_numbers_give_no_answer(tmp_path, capsys, tower):
     golden, missing = golden_for(open_checkpoint(folder))
     assert golden is None
     assert f"the {tower} tower's logits hold NaN" in missing["reason"]
-    assert main([str(folder)]) == 2
-    assert "logits hold NaN" in capsys.readouterr().err
+    refused = run(folder).exception
+    assert isinstance(refused, TwoTowerError)
+    assert refused.exit_code == 2
+    assert "logits hold NaN" in str(refused)
     assert not (folder / "golden.json").exists()
 
 
@@ -106,7 +114,7 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
     monkeypatch.setattr(module, "FLOAT32_BOUND", 1000)
     golden, missing = golden_for(checkpoint)
     assert golden is None
-    assert f"python -m twotower_export.reference.golden {checkpoint.path}" in missing["reason"]
+    assert f"twotower golden {checkpoint.path}" in missing["reason"]
     assert "\n" not in missing["reason"]
     monkeypatch.undo()
     computed = golden_for(checkpoint)[0]
@@ -124,19 +132,23 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
 def test_a_file_of_something_else_is_refused(checkpoint, change, message):
     path = write_golden(checkpoint, compute_golden(checkpoint))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(TwoTowerError, match=message):
         golden_for(checkpoint)
 
 
-def test_the_command_streams_and_gives_the_answer_of_the_towers_in_memory(checkpoint, capsys):
+def test_the_command_streams_and_gives_the_answer_of_the_towers_in_memory(checkpoint):
     """Its towers are streamed whatever their size: equal to those that are loaded, all of it."""
-    assert main([str(checkpoint.path)]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.strip() == str(checkpoint.path / "golden.json")
-    assert "6 to 51 calls that read about 0.0 GB" in printed.err
-    assert read_golden(checkpoint) == compute_golden(checkpoint)
-    assert main([str(checkpoint.path / "nothing")]) == 2
-    assert "error: " in capsys.readouterr().err
+    done = run(checkpoint.path)
+    assert done.exit_code == 0, done.output
+    computed = compute_golden(checkpoint)
+    calls = computed["denoiser_calls"]
+    path = checkpoint.path / "golden.json"
+    assert done.stdout.startswith(f"{path}: 48 tokens in {calls} denoiser calls, ")
+    assert "6 to 51 calls that read about 0.0 GB" in done.stderr
+    assert read_golden(checkpoint) == computed
+    printed = json.loads(run(checkpoint.path, "--json").stdout)
+    assert (printed["file"], printed["golden"]) == (str(path), computed)
+    assert isinstance(run(checkpoint.path / "nothing").exception, TwoTowerError)
 
 
 def test_an_autoregressive_answer_is_streamed_too(checkpoint):
@@ -153,30 +165,28 @@ def test_progress_counts_calls_layers_and_bytes(checkpoint):
     assert told[-1][0].endswith("denoiser layer")
 
 
-def test_an_interrupted_command_leaves_nothing(checkpoint, capsys, monkeypatch):
+def test_an_interrupted_command_leaves_nothing(checkpoint, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     before = sorted(checkpoint.path.iterdir())
     monkeypatch.setattr(sequence, "run_layer", interrupt)
-    assert main([str(checkpoint.path)]) == 130
-    assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
+    done = run(checkpoint.path)
+    assert done.exit_code == 130
+    assert done.stderr.endswith("interrupted: nothing was written\n")
     assert sorted(checkpoint.path.iterdir()) == before
 
 
-def test_the_command_needs_pytorch(checkpoint, capsys, monkeypatch):
+def test_the_command_needs_pytorch(checkpoint, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main([str(checkpoint.path)]) == 2
-    assert "error: PyTorch is not installed" in capsys.readouterr().err
+    assert "PyTorch is not installed" in str(run(checkpoint.path).exception)
 
 
 def test_the_trained_checkpoint_ships_a_golden_answer_that_is_still_right(tmp_path):
     copy_pretrained(tmp_path / "trained")
     trained = open_checkpoint(tmp_path / "trained")
     shipped, computed = read_golden(trained), compute_golden(trained)
-    assert shipped is not None, (
-        "run: python -m twotower_export.reference.golden export/.../data/tiny"
-    )
+    assert shipped is not None, "run: twotower golden export/twotower_export/data/tiny"
     versions = ("computed_with",)
     for name, value in computed.items():
         if name not in versions:

@@ -14,10 +14,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from twotower_contract.layout import graph_weights
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.body import Body, in_section, inputs
 from twotower_export.graph.layers import FLOAT_WEIGHTS
-from twotower_export.layout import graph_weights
 from twotower_export.reference.towers import ContextTower, Denoiser
 from twotower_export.tiny.checkpoints import random_tensors, tiny_config
 

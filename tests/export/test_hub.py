@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
-from checkpoint_files import random_tensors, write_checkpoint
-from hub_server import HubServer
 
+from tests.support import TWOTOWER
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from tests.support.hub_server import HubServer
+from twotower_contract.manifest import read_manifest
 from twotower_export import hub
-from twotower_export.bundle import read_manifest
 from twotower_export.tiny.checkpoints import tiny_config
 
 ID = "somebody/TwoTower-tiny"
@@ -40,7 +40,7 @@ def twotower(tmp_path, server):
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         environment.pop("HF_HUB_CACHE", None)
-        command = [sys.executable, "-m", "twotower_client.cli", *map(str, arguments)]
+        command = [*TWOTOWER, *map(str, arguments)]
         return subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
         )
@@ -52,9 +52,9 @@ def test_pinned_checkpoint_is_fetched_once(tmp_path, server, twotower):
     done = twotower("export", f"{ID}@{COMMIT}", "bundle", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["warnings"] == []
-    source = read_manifest(tmp_path / "bundle")["checkpoint"]
-    assert (source["id"], source["revision"]) == (ID, COMMIT)
-    assert source["path"].endswith(f"snapshots/{COMMIT}")
+    source = read_manifest(tmp_path / "bundle").checkpoint
+    assert (source.id, source.revision) == (ID, COMMIT)
+    assert source.path.match(f"snapshots/{COMMIT}")
     assert not server.requests["GET", "modeling.py"], "remote code is never fetched"
     fetched = sum(count for (method, _), count in server.requests.items() if method == "GET")
     again = twotower("export", ID, "again", "--revision", COMMIT)
@@ -67,7 +67,7 @@ def test_unpinned_checkpoint_is_warned_about_and_recorded(tmp_path, twotower):
     assert done.returncode == 0, done.stderr
     assert f"warning: {ID}: no revision was named; took {COMMIT}" in done.stderr
     assert f"{ID}@{COMMIT}" in json.loads(done.stdout)["warnings"][0]
-    assert read_manifest(tmp_path / "bundle")["checkpoint"]["revision"] == COMMIT
+    assert read_manifest(tmp_path / "bundle").checkpoint.revision == COMMIT
 
 
 def test_interrupted_download_goes_on_with_what_is_missing(tmp_path, server, twotower):

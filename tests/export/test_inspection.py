@@ -7,13 +7,14 @@ import json
 import shutil
 
 import pytest
-from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from twotower_contract.engine_set import BuildRecord, Limits, PlanFile
+from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
 from twotower_export.cli.export import export_command, inspect_command
-from twotower_export.errors import BundleError, CheckpointError, ExportError
 from twotower_export.inspection import inspect_source
 from twotower_export.tiny.checkpoints import tiny_config
 from twotower_export.verification.target import open_target
@@ -31,7 +32,7 @@ def inspected(*arguments):
 def refused(*arguments):
     """The sentence that a refusal prints."""
     result = CliRunner().invoke(inspect_command, [*map(str, arguments)])
-    assert isinstance(result.exception, ExportError), result.exception
+    assert isinstance(result.exception, TwoTowerError), result.exception
     assert result.exception.exit_code == 2
     return str(result.exception)
 
@@ -58,13 +59,20 @@ def write_engines(folder, bundle, sku="cpu", **changes):
     for tower in ("context", "denoiser"):
         shutil.copyfile(bundle / graphs[tower]["file"], folder / f"{tower}.onnx")
         digests[tower] = graphs[tower]["sha256"]
-        plans[tower] = {"file": f"{tower}.onnx", "sha256": digests[tower]}
-    build = {"format": "twotower-engines", "sku": sku, "flavour": "onnxruntime", "plans": plans}
-    build["graph_sha256"] = digests
-    build["profiles"] = {"context": [{"name": "all", "batch": [1, 4, 16], "tokens": [1, 16, 256]}]}
+        plans[tower] = PlanFile(f"{tower}.onnx", digests[tower])
+    profiles = {"context": [{"name": "all", "batch": [1, 4, 16], "tokens": [1, 16, 256]}]}
     parsed = {"layers": 1199, "inputs": {key: ["FLOAT", [1]] for key in "abc"}, "outputs": {}}
-    build["extra"] = {"reports": {"context": {"parsed": parsed, "engine": None}}}
-    (folder / "build.json").write_text(json.dumps(build | changes))
+    record = BuildRecord(
+        sku=sku,
+        flavour="onnxruntime",
+        precision="float32",
+        limits=Limits(slots=4, context=256, max_tokens_per_call=256, block_size_max=16),
+        plans=plans,
+        graph_sha256=digests,
+        profiles=profiles,
+        extra={"reports": {"context": {"parsed": parsed, "engine": None}}},
+    )
+    (folder / "build.json").write_text(json.dumps(record.as_json() | changes))
     return folder
 
 
@@ -133,9 +141,9 @@ def test_engine_sets_of_two_checkpoints_show_their_own_model(tmp_path, bundle):
     [
         ({"plans": {"context": {"file": "context.onnx"}}}, "plans: context: sha256` is missing"),
         ({"plans": 3}, "`plans` should be an object, found 3"),
-        ({"sku": None}, "`sku` should be of type str, found None"),
+        ({"sku": None}, "`sku` should be a string, found None"),
         ({"limits": []}, "`limits` should be an object"),
-        ({"profiles": {"context": 7}}, "`profiles: context` should be a list, found 7"),
+        ({"profiles": {"context": 7}}, "`profiles: context` should be a list of objects, found 7"),
     ],
 )
 def test_malformed_build_record(tmp_path, bundle, changes, message):
@@ -169,9 +177,9 @@ SOME = "context_tower.layers.0.mixer.A_log"
         (lambda m: m["weights"].update(context={}), "`weights: context` is missing or empty"),
         (
             lambda m: m["weights"]["context"]["context_lm_head.weight"].update(sources=["x.y"]),
-            "the weight `context: context_lm_head.weight` is made of x.y",
+            "the field `weights: context: context_lm_head.weight` is made of x.y",
         ),
-        (lambda m: m["checkpoint"].update(path=None), "`checkpoint: path` should be of type str"),
+        (lambda m: m["checkpoint"].update(path=None), "`checkpoint: path` should be a string"),
     ],
 )
 def test_malformed_manifest_is_one_sentence(tmp_path, bundle, damage, message):
@@ -249,7 +257,7 @@ def test_unfinished_checkpoint_of_a_bundle(tmp_path, bundle, checkpoint):
 
 def test_same_weights_in_other_files_are_not_unchanged(tmp_path, bundle):
     other = write_checkpoint(tmp_path / "other", CONFIG, random_tensors(CONFIG), shards=2)
-    assert "but in other files: " in refused(bundle, "--checkpoint", other)
+    assert "the same weights in other files: " in refused(bundle, "--checkpoint", other)
 
 
 class TestTensorRtLlm:
@@ -259,7 +267,7 @@ class TestTensorRtLlm:
     def test_options_without_meaning(self, tmp_path, checkpoint, options):
         arguments = [str(checkpoint), str(tmp_path / "out"), "--target", "tensorrt-llm", *options]
         result = CliRunner().invoke(export_command, arguments)
-        assert isinstance(result.exception, ExportError)
+        assert isinstance(result.exception, TwoTowerError)
         assert f"{' '.join(options)} means nothing with --target" in str(result.exception)
         assert not (tmp_path / "out").exists()
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
-from sparse_checkpoint import full_config
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from tests.support.sparse_checkpoint import full_config
+from twotower_contract.layout import expected_tensors
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli.export import inspect_command
 from twotower_export.inspection_text import report
 from twotower_export.inventory import fitting_skus, take_inventory
-from twotower_export.layout import expected_tensors
 from twotower_export.tiny.checkpoints import tiny_config
 
 

@@ -12,16 +12,16 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import random_tensors, write_checkpoint
 from click.testing import CliRunner
-from measured import run_measured
-from sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from tests.support.measured import run_measured
+from tests.support.sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
+from twotower_contract.errors import BundleError
+from twotower_contract.layout import base_name
 from twotower_export import nemotron_h
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli.export import export_command
-from twotower_export.errors import BundleError
-from twotower_export.layout import base_name
 from twotower_export.nemotron_h import write_nemotron_h
 from twotower_export.reference.towers import empty_states, load_towers
 from twotower_export.tiny.checkpoints import tiny_config, write_random_checkpoint
@@ -92,7 +92,7 @@ def test_bytes_are_the_context_towers(tmp_path, checkpoint, shard_bytes):
 def content(checkpoint, name):
     tensor = checkpoint.tensors[name]
     shard = checkpoint.shards[tensor.shard]
-    data = shard.path.read_bytes()[shard.data_start :]
+    data = (checkpoint.path / shard.file).read_bytes()[shard.data_start :]
     return data[tensor.begin : tensor.end]
 
 

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 
+from tests.support.sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.reference.sequence import LoadedTowers, StreamedTowers
 from twotower_export.tiny.checkpoints import write_random_checkpoint

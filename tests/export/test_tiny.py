@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from reference import ReferenceModel, logsumexp
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from tests.support.reference import ReferenceModel, logsumexp
+from twotower_contract.config import config_json, read_config
+from twotower_contract.errors import ConfigError, TwoTowerError
+from twotower_contract.layout import expected_tensors
 from twotower_export.cli.tiny import tiny
-from twotower_export.config import config_json, read_config
-from twotower_export.errors import ConfigError, ExportError
-from twotower_export.layout import expected_tensors
 from twotower_export.progress import LineMeter
 from twotower_export.tiny.checkpoints import (
     TinyError,
@@ -216,7 +216,7 @@ def test_command_writes_a_random_checkpoint(tmp_path):
 )
 def test_command_refuses_what_makes_no_sense(tmp_path, arguments, words):
     result = CliRunner().invoke(tiny, [str(tmp_path / "out"), *arguments])
-    assert isinstance(result.exception, ExportError)
+    assert isinstance(result.exception, TwoTowerError)
     assert all(word in str(result.exception) for word in words)
 
 
@@ -240,7 +240,7 @@ def test_training_says_in_a_log_how_far_it_is(capsys):
 def test_command_leaves_a_used_folder_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = CliRunner().invoke(tiny, [str(tmp_path), "--random"])
-    assert isinstance(result.exception, ExportError)
+    assert isinstance(result.exception, TwoTowerError)
     assert "not empty" in str(result.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

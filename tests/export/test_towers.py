@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from reference import ReferenceModel, generate_mask_diffusion, rounded_to_bfloat16
-from torch_generation import generate
 
-from twotower_export.layout import expected_tensors
+from tests.support.reference import ReferenceModel, generate_mask_diffusion, rounded_to_bfloat16
+from tests.support.torch_generation import generate
+from twotower_contract.layout import expected_tensors
 from twotower_export.reference.mixers import selective_scan
 from twotower_export.reference.towers import (
     ContextTower,

@@ -6,11 +6,11 @@ from itertools import islice
 
 import pytest
 import torch
-from reference import ReferenceModel, generate_ar, generate_mask_diffusion
 from tokenizers import Tokenizer
-from torch_generation import END_ID, generate
 
-from twotower_export.config import read_config
+from tests.support.reference import ReferenceModel, generate_ar, generate_mask_diffusion
+from tests.support.torch_generation import END_ID, generate
+from twotower_contract.config import read_config
 from twotower_export.reference.towers import (
     ContextTower,
     Denoiser,

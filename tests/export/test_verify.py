@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from sabotage import (
+
+from tests.support import TWOTOWER
+from tests.support.sabotage import (
     PATTERN,
     change_graph,
     change_manifest,
@@ -23,10 +24,9 @@ from sabotage import (
     replace_operator,
     run,
 )
-
-from twotower_engines.artifacts.engine_set import BuildRecord, Limits, PlanFile, write_build_record
+from twotower_contract.engine_set import BuildRecord, Limits, PlanFile, write_build_record
+from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.errors import BundleError, ExportError
 from twotower_export.tiny.checkpoints import write_random_checkpoint
 from twotower_export.verification.calls import call_shapes, random_feed
 from twotower_export.verification.comparison import compare
@@ -66,7 +66,7 @@ def test_layers_of_a_large_model_are_verified_alone(exported):
         "context.layers.2",
         "denoiser.layers.2",
     }
-    with pytest.raises(ExportError, match="no layer 4: the model has 4"):
+    with pytest.raises(TwoTowerError, match="no layer 4: the model has 4"):
         run(exported, layers=[4])
 
 
@@ -82,7 +82,7 @@ def test_parts_are_verified_alone_whatever_the_size(exported):
         for precision in ("float32", "bfloat16")
     }
     assert any("only head, embeddings, 1" in note for note in report.notes)
-    with pytest.raises(ExportError, match="no layer 4: the model has 4"):
+    with pytest.raises(TwoTowerError, match="no layer 4: the model has 4"):
         run(exported, parts=[4])
 
 
@@ -246,7 +246,7 @@ def as_engines(folder):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "twotower_client.cli", "verify", *map(str, arguments)],
+        [*TWOTOWER, "verify", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

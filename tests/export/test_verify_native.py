@@ -12,8 +12,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from sabotage import change_graph, change_tensors, run
 
+from tests.support.sabotage import change_graph, change_tensors, run
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.tiny.checkpoints import write_random_checkpoint

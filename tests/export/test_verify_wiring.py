@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import onnx
 import pytest
-from sabotage import change_graph, run
 
+from tests.support.sabotage import change_graph, run
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.verification.target import open_target
 from twotower_export.verification.wiring import wiring_problems

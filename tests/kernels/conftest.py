@@ -11,12 +11,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))  # kernel_reference: tests are no package
 
 os.environ["TRITON_INTERPRET"] = "1"
 from twotower_engines.kernels import (

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
-import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import MASK, block, draw_experts, draw_mamba, row_tensors
-from kernel_reference import Row
 
+import tests.support.kernel_reference as reference
+from benchmarks import denoiser_step as step
+from benchmarks import eager
+from benchmarks import kernels as bench
+from tests.support import ROOT
+from tests.support.kernel_inputs import MASK, block, draw_experts, draw_mamba, row_tensors
+from tests.support.kernel_reference import Row
 from twotower_engines.planning.sku_lookup import find_sku
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def eager() -> ModuleType:
-    """The baselines: `benchmarks/eager.py`."""
-    spec = importlib.util.spec_from_file_location("kernel_baselines", BENCHMARKS / "eager.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_refinement_baseline_is_the_op(eager: ModuleType) -> None:
+def test_the_refinement_baseline_is_the_op() -> None:
     generator = np.random.default_rng(1)
     logits = torch.from_numpy(generator.normal(0, 3, (4, 8, 120))).float()
     logits[3, 2, 5] = float("nan")
@@ -50,7 +38,7 @@ def test_the_refinement_baseline_is_the_op(eager: ModuleType) -> None:
             np.testing.assert_array_equal(got[index][b], want[index])
 
 
-def test_the_dense_baseline_is_the_op(eager: ModuleType) -> None:
+def test_the_dense_baseline_is_the_op() -> None:
     args = draw_experts(np.random.default_rng(2), 10, 2, 5, 24, 16)
     args[1][3, 0] = -1
     x, _, weights, up, down = (arg.double().numpy() for arg in args)
@@ -58,7 +46,7 @@ def test_the_dense_baseline_is_the_op(eager: ModuleType) -> None:
     np.testing.assert_allclose(eager.dense_experts(*args), want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_mamba_baseline_is_the_op(eager: ModuleType) -> None:
+def test_the_mamba_baseline_is_the_op() -> None:
     args = draw_mamba(np.random.default_rng(3), 12, [12, 5])
     want = reference.mamba_block_step(*[x.double().numpy() for x in args], 2, 1e-5, "fp32")
     got = eager.mamba_block_step(*args, 2, 1e-5)
@@ -68,16 +56,8 @@ def test_the_mamba_baseline_is_the_op(eager: ModuleType) -> None:
     np.testing.assert_allclose(got[2], want[2], rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`benchmarks/kernels.py`, which imports its neighbours by name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)
-    return importlib.import_module("kernels")
-
-
 def test_a_failing_case_is_recorded_and_the_next_one_runs(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "microseconds", lambda call, sets, graph: call(*sets[0]))
 
@@ -97,26 +77,26 @@ def test_a_failing_case_is_recorded_and_the_next_one_runs(
     assert set(document["versions"]) == {"torch", "triton"}
 
 
-def test_sets_of_inputs_leave_the_cache(bench: ModuleType) -> None:
+def test_sets_of_inputs_leave_the_cache() -> None:
     """One row of the small ops is 2.6 and 4.2 MB; an H200's cache holds 60."""
     for case in (case for name in ("refine", "mamba") for case in bench.CASES[name]("cpu")):
         assert bench.set_count(case.bytes) * case.bytes > 120e6, case.shape
         assert case.most_of_bound is not None, case.shape
 
 
-def test_the_sweep_of_tiles_is_bounded(bench: ModuleType) -> None:
+def test_the_sweep_of_tiles_is_bounded() -> None:
     assert 20 < len(bench.TILES) <= 60
 
 
-def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     clean |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300)
 
 
 def test_without_a_gpu_the_table_says_so(tmp_path: Path) -> None:
-    done = run("kernels.py", "--output", str(tmp_path))
+    done = run("kernels", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "Nothing here was measured" in done.stdout
     (kept,) = tmp_path.glob("kernels-no-gpu-*.json")
@@ -133,20 +113,15 @@ def test_without_a_gpu_the_table_says_so(tmp_path: Path) -> None:
 
 
 def test_a_tiny_denoiser_step_runs_on_the_kernels() -> None:
-    done = run("denoiser_step.py", "--tiny", TRITON_INTERPRET="1")
+    done = run("denoiser_step", "--tiny", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     for ids, still in zip(made["new_ids"], made["still_masked"], strict=True):
         assert ids.count(MASK) == still < 8
 
 
-def test_the_step_is_held_against_the_roofline_of_the_plan(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_step_is_held_against_the_roofline_of_the_plan() -> None:
     """One block reads the 34 experts of each layer that were measured, and little else."""
-    monkeypatch.delitem(sys.modules, "denoiser_step", raising=False)
-    step = importlib.import_module("denoiser_step")
-    assert step.bench is bench
     cost = step.roofline_of(step.FULL, find_sku("h200"), 1, 8192)
     assert cost.distinct == pytest.approx(34, abs=1)
     assert 0.002 < cost.total_seconds < 0.02
@@ -154,6 +129,6 @@ def test_the_step_is_held_against_the_roofline_of_the_plan(
 
 
 def test_the_full_size_step_asks_for_a_gpu() -> None:
-    done = run("denoiser_step.py")
+    done = run("denoiser_step")
     assert done.returncode == 2
     assert "needs a GPU" in done.stderr

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import draw_experts
 
+import tests.support.kernel_reference as reference
+from tests.support.kernel_inputs import draw_experts
 from twotower_engines.kernels import experts
 from twotower_engines.kernels.jit import Launch, launch
 

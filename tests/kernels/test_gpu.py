@@ -1,17 +1,16 @@
-"""The kernels on a real GPU. Each check is a process of its own: see `gpu_checks.py`."""
+"""The kernels on a real GPU. Each check is a process of its own: see `tests.support.gpu_checks`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +18,9 @@ def check(compiled: Callable[..., Any]) -> Callable[[str], Any]:
     """What one of the checks prints."""
 
     def run(name: str) -> Any:
-        paths = [str(ROOT / "engines"), os.environ.get("PYTHONPATH", "")]
-        script = str(Path(__file__).with_name("gpu_checks.py"))
+        paths = [str(ROOT), str(ROOT / "engines"), os.environ.get("PYTHONPATH", "")]
         source = f"import runpy, sys\nsys.argv = ['', {name!r}]\n"
-        source += f"runpy.run_path({script!r}, run_name='__main__')"
+        source += "runpy.run_module('tests.support.gpu_checks', run_name='__main__')"
         environment = {
             "PYTHONPATH": os.pathsep.join(paths),
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic torch asks for it

@@ -12,10 +12,18 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
-from kernel_reference import Row
 
-from twotower_engines.kernels import experts, mamba, nodes, refine
+from tests.support.kernel_inputs import (
+    MASK,
+    block,
+    draw_experts,
+    draw_mamba,
+    mixed_rows,
+    row_tensors,
+)
+from tests.support.kernel_reference import Row
+from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels.nodes import OPS
 from twotower_export.graph import build_refine_graph
 from twotower_export.graph.body import Body
 from twotower_export.graph.experts import sparse_experts
@@ -41,9 +49,9 @@ def one_op(function: ir.Function, tensors: Sequence[torch.Tensor]) -> ir.Model:
     body = Body(ir.DataType.FLOAT)
     values = [
         ir.val(name, ir.DataType.from_numpy(tensor.numpy().dtype), tensor.shape)
-        for name, tensor in zip(nodes.OP_INPUTS[function.name], tensors, strict=True)
+        for name, tensor in zip(OPS[function.name].inputs, tensors, strict=True)
     ]
-    outputs = body.call(function, values, "op", nodes.OP_OUTPUTS[function.name])
+    outputs = body.call(function, values, "op", OPS[function.name].outputs)
     graph = ir.Graph(
         values,
         list(outputs),

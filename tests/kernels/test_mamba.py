@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import draw_mamba
 
+import tests.support.kernel_reference as reference
+from tests.support.kernel_inputs import draw_mamba
 from twotower_engines.kernels import mamba
 
 G = 2

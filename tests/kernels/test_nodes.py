@@ -13,8 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
 
+from tests.support.kernel_inputs import (
+    MASK,
+    block,
+    draw_experts,
+    draw_mamba,
+    mixed_rows,
+    row_tensors,
+)
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import experts, mamba, nodes, refine
 from twotower_engines.kernels.compile import all_specs
@@ -31,7 +38,7 @@ def run_node(
     node: nodes.Node, inputs: list[torch.Tensor], attributes: dict[str, Any]
 ) -> list[torch.Tensor]:
     """What TensorRT would do with a node, on integers."""
-    tensors = dict(zip(node.inputs, inputs, strict=True))
+    tensors = dict(zip(node.takes, inputs, strict=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
     chosen = {name: attributes[name] for name in node.attributes}
@@ -57,12 +64,10 @@ def run_node(
 
 def run_chain(op: str, inputs: list[torch.Tensor], attributes: dict[str, Any]) -> dict[str, Any]:
     """Every tensor of an op's chain by name."""
-    by_name = {node.name: node for node in nodes.NODES}
-    tensors = dict(zip(nodes.OP_INPUTS[op], inputs, strict=True))
-    for link in nodes.CHAINS[op]:
-        takes = [tensors[name] for name in link.takes]
-        made = run_node(by_name[link.node], takes, attributes)
-        tensors.update(zip(link.makes, made, strict=True))
+    tensors = dict(zip(nodes.OPS[op].inputs, inputs, strict=True))
+    for node in nodes.OPS[op].chain:
+        made = run_node(node, [tensors[name] for name in node.takes], attributes)
+        tensors.update(zip(node.makes, made, strict=True))
     return tensors
 
 
@@ -74,7 +79,7 @@ def test_refine_chain(V: int) -> None:
     rows = row_tensors(mixed_rows(generator, 2, 5))
     made = run_chain("RefineBlock", [logits, ids, *rows], {"mask_id": MASK})
     want = refine.refine_block(logits, ids, *rows, MASK)
-    for name, tensor in zip(nodes.OP_OUTPUTS["RefineBlock"], want, strict=True):
+    for name, tensor in zip(nodes.OPS["RefineBlock"].outputs, want, strict=True):
         np.testing.assert_array_equal(made[name], tensor)
 
 
@@ -101,15 +106,17 @@ def test_mamba_chain(L: int, states: bool) -> None:
         assert made["ssm_state_new"].shape == (1,)
 
 
-def test_every_node_is_in_one_chain() -> None:
-    linked = [link.node for chain in nodes.CHAINS.values() for link in chain]
-    assert sorted(linked) == sorted(node.name for node in nodes.NODES)
-    for op, chain in nodes.CHAINS.items():
-        known = set(nodes.OP_INPUTS[op])
-        for link in chain:
-            assert set(link.takes) <= known
-            known |= set(link.makes)
-        assert set(nodes.OP_OUTPUTS[op]) <= known
+NODES = {node.name: node for op in nodes.OPS.values() for node in op.chain}
+
+
+def test_every_node_takes_what_was_made_before_it() -> None:
+    assert len(NODES) == sum(len(op.chain) for op in nodes.OPS.values()), "two nodes of one name"
+    for op in nodes.OPS.values():
+        known = set(op.inputs)
+        for node in op.chain:
+            assert set(node.takes) <= known
+            known |= set(node.makes)
+        assert set(op.outputs) <= known
 
 
 def test_an_unbounded_dimension_is_refused() -> None:
@@ -130,7 +137,7 @@ def released(node: str, rows: int, block: int, usual: dict[str, int] | None) -> 
         return {
             **{"projected": (B, L, H * P + conv_dim + H), "scanned": (B, L, H * P)},
             **{"conv_state": (B, 3, conv_dim), "ssm_state": (B, H, P, N), "lengths": (B,)},
-            **{"weight": (conv_dim, 4), "bias": (conv_dim,)},
+            **{"weight": (conv_dim, 4), "bias": (conv_dim,), "norm_weight": (H * P,)},
             **dict.fromkeys(("dt_bias", "A_log", "D"), (H,)),
             **{"x": (tokens, h), "indices": (tokens, K), "weights": (tokens, K), "pairs": pairs},
             **{"up": (E, inner, h), "down": (E, h, inner), "counts": (E,)},
@@ -149,8 +156,7 @@ def released(node: str, rows: int, block: int, usual: dict[str, int] | None) -> 
         {"num_experts": E, "n_groups": G, "states": 0, "epsilon": 1e-5},
         usual=shapes(usual["rows"], usual["block"]) if usual else {},
     )
-    (found,) = [one for one in nodes.NODES if one.name == node]
-    return found.launching(call)
+    return NODES[node].launching(call)
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -161,7 +167,7 @@ def test_an_engine_runs_what_is_compiled_and_timed(rows: int) -> None:
     tiles of the ops' own launchers, which `benchmarks/kernels.py` times.
     """
     listed = {spec.name: spec for spec in all_specs(Sizes(rows=rows, block=16))}
-    mine = [n.name for n in nodes.NODES if n.name.startswith(("Experts", "Mamba"))]
+    mine = [name for name in NODES if name.startswith(("Experts", "Mamba"))]
     launchings = [released(name, rows, 16, {"rows": rows, "block": 16}) for name in mine]
     for one in launchings:
         assert one.spec == listed[one.spec.name]

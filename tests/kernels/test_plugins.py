@@ -18,31 +18,42 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from kernel_inputs import MASK, block, draw_experts, draw_mamba, mixed_rows, row_tensors
 
+from tests.support import ROOT
+from tests.support.kernel_inputs import (
+    MASK,
+    block,
+    draw_experts,
+    draw_mamba,
+    mixed_rows,
+    row_tensors,
+)
+from twotower_contract.layout import graph_weights
 from twotower_engines.building.flavours.rtx_library import find_library
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels import nodes, plugins
+from twotower_engines.kernels.nodes import NAMESPACE, OPS
+from twotower_engines.kernels.plugin_graph import with_plugins
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
 from twotower_export.graph.refine import refine_block
-from twotower_export.layout import graph_weights
 from twotower_export.tiny.checkpoints import tiny_config
 
-CHECKS = Path(__file__).with_name("tensorrt_checks.py")
+CHECKS = "tests.support.tensorrt_checks"
 FLOAT = ir.DataType.FLOAT
 
 
 @pytest.fixture(scope="module")
 def tensorrt() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs one of `tensorrt_checks.py` in a process of its own."""
+    """Runs one of `tests.support.tensorrt_checks` in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= find_library().environment
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, CHECKS, *args]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-m", CHECKS, *args]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
 
     return run
 
@@ -89,7 +100,7 @@ def wrapped(function: ir.Function, given: list[torch.Tensor]) -> onnx.ModelProto
         "twotower", "Wrapper", list(proto.input), list(proto.output), [call], opsets
     )
     types = {torch.float32: onnx.TensorProto.FLOAT, torch.int32: onnx.TensorProto.INT32}
-    names = nodes.OP_INPUTS[function.name]
+    names = OPS[function.name].inputs
     inputs = [
         helper.make_tensor_value_info(name, types[tensor.dtype], tensor.shape)
         for name, tensor in zip(names, given, strict=True)
@@ -99,7 +110,7 @@ def wrapped(function: ir.Function, given: list[torch.Tensor]) -> onnx.ModelProto
         helper.make_tensor_value_info(
             name, onnx.TensorProto.INT32 if name in integers else onnx.TensorProto.FLOAT, []
         )
-        for name in nodes.OP_OUTPUTS[function.name]
+        for name in OPS[function.name].outputs
     ]
     node = helper.make_node(
         "Wrapper", [i.name for i in inputs], [o.name for o in outputs], domain="twotower"
@@ -114,18 +125,15 @@ def run(model: onnx.ModelProto, given: list[torch.Tensor]) -> list[np.ndarray]:
     return session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))
 
 
-OPS = tuple(nodes.CHAINS)
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_the_graph_with_plugins_means_the_same(op: str) -> None:
     model, given = op_model(op)
     before = model.SerializeToString()
-    changed = plugins.with_plugins(model)
+    changed = with_plugins(model)
     assert model.SerializeToString() == before, "the bundle's graph was changed"
     onnx.checker.check_model(changed)
-    called = [node.op_type for node in changed.graph.node if node.domain == plugins.NAMESPACE]
-    assert called == [link.node for link in nodes.CHAINS[op]]
+    called = [node.op_type for node in changed.graph.node if node.domain == NAMESPACE]
+    assert called == [node.name for node in OPS[op].chain]
     for mine, theirs in zip(run(changed, given), run(model, given), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -139,10 +147,10 @@ def test_a_whole_tower_with_plugins_means_the_same(tower: Literal["denoiser", "c
     config = tiny_config("ME*ME", hidden=16)
     dtypes = dict.fromkeys(graph_weights(config, tower), "F32")
     model = ir.to_proto(TOWERS[tower](config, "float32", dtypes, {}))
-    changed = plugins.with_plugins(model)
+    changed = with_plugins(model)
     chains = {"MambaBlockStep": 2, "SparseExperts": 2, "RefineBlock": int(tower == "denoiser")}
     counts = Counter(node.op_type for node in changed.graph.node if node.domain == "twotower")
-    assert counts == {link.node: n for op, n in chains.items() for link in nodes.CHAINS[op] if n}
+    assert counts == {node.name: n for op, n in chains.items() for node in OPS[op].chain if n}
     states = {a.i for node in changed.graph.node for a in node.attribute if a.name == "states"}
     assert states == {int(tower == "context")}
 
@@ -170,7 +178,7 @@ def random_inputs(model: onnx.ModelProto, sizes: dict[str, int]) -> list[torch.T
 def test_new_states_are_asked_for_where_the_graph_returns_them() -> None:
     model, _ = op_model("MambaBlockStep")
     for wanted in (1, 0):
-        called = plugins.with_plugins(model).graph.node
+        called = with_plugins(model).graph.node
         states = [a.i for node in called for a in node.attribute if a.name == "states"]
         assert states == [wanted]
         del model.graph.output[1:]
@@ -180,15 +188,16 @@ def test_a_graph_without_ops_is_refused() -> None:
     model, _ = op_model("RefineBlock")
     del model.graph.node[:]
     with pytest.raises(BuildError, match="calls none of RefineBlock"):
-        plugins.with_plugins(model)
+        with_plugins(model)
 
 
 def test_tensorrt_registers_and_validates_every_definition(check: Callable[..., Any]) -> None:
     found = check("registered")
-    assert (found["before"], found["after"]) == (False, True)
-    assert sorted(found["creators"]) == sorted(node.name for node in nodes.NODES)
-    for node in nodes.NODES:
-        assert sorted(found["creators"][node.name]) == sorted(node.attributes)
+    assert found["before"] == {}
+    nodes = [node for op in OPS.values() for node in op.chain]
+    assert sorted(found["after"]) == sorted(node.name for node in nodes)
+    for node in nodes:
+        assert sorted(found["after"][node.name]) == sorted(node.attributes)
     assert "registered its plugins for 9.0" in found["refusal"]
 
 
@@ -241,7 +250,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One graph per op with its plugin nodes, on disk."""
     folder = tmp_path_factory.mktemp("graphs")
     for op in OPS:
-        onnx.save(plugins.with_plugins(op_model(op)[0]), folder / f"{op}.onnx")
+        onnx.save(with_plugins(op_model(op)[0]), folder / f"{op}.onnx")
     return {op: folder / f"{op}.onnx" for op in OPS}
 
 
@@ -274,8 +283,7 @@ def test_the_parser_asks_a_plugin_of_that_name(
     """
     done = tensorrt("other_plugins", graphs[op])
     asked = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"plugin"')]
-    first = nodes.CHAINS[op][0].node
-    assert [one["plugin"] for one in asked] == [first], done.stderr[-2000:]
+    first = OPS[op].chain[0]
+    assert [one["plugin"] for one in asked] == [first.name], done.stderr[-2000:]
     expected = {"mask_id": [MASK], "num_experts": [5], "n_groups": [2], "states": [1]}
-    attributes = next(node.attributes for node in nodes.NODES if node.name == first)
-    assert asked[0]["attributes"] == {name: expected[name] for name in attributes}
+    assert asked[0]["attributes"] == {name: expected[name] for name in first.attributes}

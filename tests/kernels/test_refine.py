@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
-from kernel_reference import Row, gumbel, refine_row
 from scipy.stats import kstest
 
+from tests.support import ROOT
+from tests.support.kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
+from tests.support.kernel_reference import Row, gumbel, refine_row
 from twotower_contract.policies import POLICIES
 from twotower_engines.kernels import jit, noise, refine, vocabulary
 from twotower_export.graph.policies import POLICY_RULES
@@ -130,7 +130,7 @@ def test_both_packages_and_the_page_number_the_policies_alike() -> None:
     assert dict(enumerate(EXPORTED)) == {number: name for name, number in POLICIES.items()}
     assert list(POLICY_RULES) == list(EXPORTED)
     assert len(BOUNDS) == len(POLICIES), "the tests draw a bound for each"
-    table = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    table = (ROOT / "docs" / "kernels.md").read_text()
     found = re.findall(r"^\| (\d) \| `(\w+)` \|", table, re.MULTILINE)
     assert {name: int(number) for number, name in found} == POLICIES
 

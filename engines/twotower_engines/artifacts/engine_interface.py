@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from twotower_engines.artifacts.manifest import Manifest, ModelConfig
+from twotower_contract.config import ModelConfig
+from twotower_contract.manifest import Manifest
 
 __all__ = ["DYNAMIC", "Interface", "TensorSpec", "differences", "interface_of"]
 
@@ -48,7 +49,7 @@ def interface_of(manifest: Manifest, tower: str) -> Interface:
         manifest: Of the bundle.
         tower: `context` or `denoiser`.
     """
-    model, dtype = manifest.model, COMPUTED[manifest.dtype]
+    model, dtype = manifest.model, COMPUTED[manifest.model.dtype]
     states = dict(_states(model, dtype))
     rows = {"ids": 2, "lengths": 1, "context_lengths": 1}
     if tower == "denoiser":

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.manifest import Manifest, Shard, WeightInput
-from twotower_engines.artifacts.moved_tensors import explain_difference, listed
-from twotower_engines.artifacts.shard_file import (
-    named_sha256,
-    read_header,
-    sample_digest,
-    tensor_sample,
-)
-from twotower_engines.errors import CheckpointError
+from twotower_contract.errors import CheckpointError, listed
+from twotower_contract.manifest import Manifest, WeightInput
+from twotower_contract.moved_tensors import moved_tensors
+from twotower_contract.shards import Shard, TensorEntry, read_shard
 
-__all__ = ["Progress", "WeightStore", "read_header", "sample_digest", "tensor_sample"]
+__all__ = ["Progress", "WeightStore"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -65,7 +61,7 @@ class WeightStore:
             try:
                 self._check_shard(index, shard)
             except CheckpointError as error:
-                reason = explain_difference(self.manifest, self.folder)
+                reason = self._moved()
                 if reason is None:
                     raise
                 raise CheckpointError(
@@ -103,7 +99,7 @@ class WeightStore:
     def all_float32(
         self, tower: str, progress: Progress | None = None
     ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Yield (name, array) of every weight input of a tower's graph, largest shard order kept.
+        """Yield (name, array) of every weight input of a tower's graph, in the manifest's order.
 
         Args:
             tower: `context` or `denoiser`.
@@ -127,60 +123,54 @@ class WeightStore:
 
     def _check_shard(self, index: int, shard: Shard) -> None:
         path = self.folder / shard.file
-        if not path.is_file():
+        if path.is_file() and path.stat().st_size != shard.size:
             raise CheckpointError(
-                f"{path}: this shard is missing; restore it, or say where the checkpoint is with "
-                "--checkpoint PATH"
+                f"{path}: has {path.stat().st_size} bytes, but {shard.size} when it was exported; "
+                "restore the file, or export the checkpoint again"
             )
-        size = path.stat().st_size
-        if size != shard.size:
-            raise CheckpointError(
-                f"{path}: has {size} bytes, but {shard.size} when it was exported; restore the "
-                "file, or export the checkpoint again"
-            )
-        header, data_start = read_header(path)
-        problems = [] if data_start == shard.data_start else ["the header's length"]
-        for name, entry in self.manifest.tensors.items():
-            if entry.shard != index:
-                continue
-            expected = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": [entry.begin, entry.end],
-            }
-            if header.get(name) != expected:
+        found, tensors = read_shard(path, shard.file, index)
+        recorded = {n: entry for n, entry in self.manifest.tensors.items() if entry.shard == index}
+        problems = [] if found.data_start == shard.data_start else ["the header's length"]
+        for name, entry in recorded.items():
+            if name not in tensors or replace(tensors[name], sample=entry.sample) != entry:
                 problems.append(name)
         if problems:
             raise CheckpointError(
                 f"{path}: its header changed since export: {listed(problems)}; "
                 "export the checkpoint again"
             )
-        self._check_content(index, path, shard)
-
-    def _check_content(self, index: int, path: Path, shard: Shard) -> None:
-        """Compare samples of a shard's content: spread over the file, and one of each tensor."""
-        tensors = self.manifest.tensors.items()
-        mine = [(name, entry) for name, entry in tensors if entry.shard == index and entry.sample]
-        with path.open("rb", buffering=0) as stream:  # no read-ahead around the samples
-            changed = [
-                name
-                for name, entry in mine
-                if tensor_sample(stream, shard.data_start + entry.begin, entry.end - entry.begin)
-                != entry.sample
-            ]
-        named = named_sha256(path)
-        if named and shard.sha256 and named != shard.sha256:
+        if found.sha256 and shard.sha256 and found.sha256 != shard.sha256:
             raise CheckpointError(
-                f"{path}: is another file than at export: the cache names it {named}, then "
+                f"{path}: is another file than at export: the cache names it {found.sha256}, then "
                 f"{shard.sha256}; name the snapshot that was exported with --checkpoint PATH, or "
                 "export this one"
             )
-        if changed or sample_digest(path) != shard.sample_sha256:
+        changed = [name for name, entry in recorded.items() if tensors[name] != entry]
+        if changed or found.sample_sha256 != shard.sample_sha256:
             raise CheckpointError(
                 f"{path}: its content changed since export (same size and header, other bytes"
                 f"{' in ' + listed(changed) if changed else ''}); "
                 "restore the file, or export the checkpoint again"
             )
+
+    def _moved(self) -> str | None:
+        """Look for the manifest's tensors in all shards of the folder, whatever these are called.
+
+        Returns:
+            What happened to the tensors; None where more than their places changed.
+        """
+        shards: list[Shard] = []
+        tensors: dict[str, TensorEntry] = {}
+        try:
+            for index, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
+                shard, found = read_shard(path, path.name, index)
+                if tensors.keys() & found:
+                    return None
+                shards.append(shard)
+                tensors |= found
+        except CheckpointError:
+            return None  # a broken shard, which is reason enough
+        return moved_tensors(self.manifest.tensors, self.manifest.shards, tensors, shards)
 
 
 def _widen(source: npt.NDArray[Any], target: npt.NDArray[np.float32]) -> None:

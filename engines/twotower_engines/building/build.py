@@ -13,22 +13,23 @@ import importlib.metadata
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.engine_set import (
+from twotower_contract.atomic import partial_folder, put_in_place
+from twotower_contract.digests import file_sha256, file_state
+from twotower_contract.engine_set import (
     BUILD_FILE,
     BuildRecord,
     EngineSet,
     Limits,
     PlanFile,
-    file_sha256,
     open_engine_set,
     write_build_record,
 )
-from twotower_engines.artifacts.manifest import MANIFEST_FILE, Manifest, read_manifest
-from twotower_engines.artifacts.partial import partial_folder, put_in_place
+from twotower_contract.errors import TwoTowerError
+from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 from twotower_engines.building.build_cache import CachedPlan, PlanCache, digest_of
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.building.flavours.flavour import Flavour, Order, Target, layers_file
@@ -36,13 +37,12 @@ from twotower_engines.building.flavours.onnxruntime import OnnxRuntimeFlavour
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
 from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
-from twotower_engines.errors import BuildError, EnginesError, PlanError
+from twotower_engines.errors import BuildError, PlanError
 from twotower_engines.planning.fit import gib, refusal, require_fit
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanRequest, plan_memory
 from twotower_engines.planning.precisions import BUILT, PRECISIONS
-from twotower_engines.planning.sku_lookup import find_sku
-from twotower_engines.planning.skus import Sku
+from twotower_engines.planning.skus import Sku, known_skus
 
 __all__ = ["FLAVOURS", "BuildOptions", "build_engines"]
 
@@ -53,7 +53,7 @@ FLAVOURS: dict[str, Flavour] = {
 TOKENIZER_FILES = "*token*.json"
 CONTEXT = 8192
 PLAN_CODE = ("twotower_engines/building/flavours/*.py",)
-SET_CODE = ("twotower_engines/building/build.py", "twotower_engines/artifacts/engine_set.py")
+SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")
 """Sources that decide what a plan is, and what a set is besides; a recipe knows the kernels'."""
 
 
@@ -62,7 +62,7 @@ class BuildOptions:
     """What an engine set is built for.
 
     Attributes:
-        sku: A name of the table, `local`, or the path of a SKU file.
+        sku: The GPU, or the CPU of this machine.
         slots: Requests that can be in flight at once.
         context: Tokens of a request, prompt and answer together; None for 8192, or all that the
             model takes where that is less.
@@ -72,7 +72,7 @@ class BuildOptions:
         block_size_max: Tokens of the largest block that the denoiser takes.
     """
 
-    sku: str = "cpu"
+    sku: Sku = field(default_factory=lambda: known_skus()["cpu"])
     slots: int = 16
     context: int | None = None
     flavour: str = "auto"
@@ -97,13 +97,13 @@ def build_engines(
 
     Raises:
         BundleError: The folder is no bundle.
-        PlanError: There is no such SKU, or what is asked does not fit on it.
+        PlanError: What is asked does not fit on the SKU.
         BuildError: A graph is missing or changed, or the engines cannot be built.
     """
     progress = progress or (lambda tower, text: None)
     manifest = read_manifest(bundle)
-    sku = find_sku(options.sku)
-    plan = _plan(bundle, manifest, sku, options)
+    sku = options.sku
+    plan = _plan(bundle, manifest, options)
     flavour = FLAVOURS[plan.flavour]
     chunk = min(plan.max_tokens_per_call, manifest.max_tokens_per_call)
     limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
@@ -146,7 +146,7 @@ class _Wanted:
     record: BuildRecord
 
 
-def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> MemoryPlan:
+def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan:
     """Return the memory plan of what is asked.
 
     Raises:
@@ -162,13 +162,13 @@ def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> 
         raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
     flavour = None if options.flavour == "auto" else options.flavour
     request = PlanRequest(
-        sku,
+        options.sku,
         options.gpus,
         options.slots,
         options.context or min(CONTEXT, manifest.model.max_position_embeddings),
         flavour=flavour,
         block_size_max=options.block_size_max,
-        kernels=FLAVOURS[flavour or sku.flavour].has_kernels(),
+        kernels=FLAVOURS[flavour or options.sku.flavour].has_kernels(),
     )
 
     def planned(precision: str) -> MemoryPlan:
@@ -181,14 +181,14 @@ def _plan(bundle: Path, manifest: Manifest, sku: Sku, options: BuildOptions) -> 
 
 
 def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:
-    graphs = {}
+    graphs: dict[str, Path] = {}
     for tower in manifest.towers:
         entry = manifest.graph(precision, tower)
         path = bundle / entry.file
-        if not path.is_file():
-            raise BuildError(f"{path}: is missing; export the checkpoint again")
-        if file_sha256(path) != entry.sha256:
-            raise BuildError(f"{path}: was changed since export; export the checkpoint again")
+        state = file_state(path, entry.sha256)
+        if state != "ok":
+            what = "is missing" if state == "missing" else "was changed since export"
+            raise BuildError(f"{path}: {what}; export the checkpoint again")
         graphs[tower] = path
     return graphs
 
@@ -265,7 +265,7 @@ def _wanted(
 
 def _present(folder: Path, key: str) -> EngineSet | None:
     """Return an engine set that is complete, unchanged and of this key."""
-    with contextlib.suppress(EnginesError):
+    with contextlib.suppress(TwoTowerError):
         present = open_engine_set(folder)
         if present.build.key == key:
             present.check_plans()

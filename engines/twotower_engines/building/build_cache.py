@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.atomic import locked, partial_folder, put_in_place
+from twotower_contract.digests import file_sha256, file_state
+from twotower_contract.json_file import read_json, write_json
 from twotower_engines.artifacts.cache_root import in_cache
-from twotower_engines.artifacts.document import read_json, write_json
-from twotower_engines.artifacts.engine_set import file_sha256
-from twotower_engines.artifacts.partial import locked, partial_folder, put_in_place
 from twotower_engines.building.flavours.flavour import layers_file
 from twotower_engines.errors import BuildError
 
@@ -85,7 +85,7 @@ class PlanCache:
         except BuildError:
             return None
         path = folder / PLAN_FILE
-        if not path.is_file() or file_sha256(path) != digest:
+        if file_state(path, digest) != "ok":
             return None
         return _cached(folder, digest, report)
 

@@ -10,23 +10,22 @@ the packages share files, not code.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from twotower_contract.atomic import partial_folder, put_in_place
+from twotower_contract.engine_set import BUILD_FILE
+from twotower_contract.errors import CheckpointError
 from twotower_contract.processes import run_child
+from twotower_contract.shards import read_header, sample_digest
 from twotower_engines.artifacts.cache_root import cache_root, in_cache
-from twotower_engines.artifacts.engine_set import BUILD_FILE
-from twotower_engines.artifacts.weights import read_header, sample_digest
 from twotower_engines.building.code_digest import code_digest
-from twotower_engines.errors import BuildError, CheckpointError
+from twotower_engines.errors import BuildError
 
 __all__ = ["cached_engines", "is_hub_id"]
 
@@ -63,26 +62,16 @@ def cached_engines(checkpoint: str, root: Path | None = None) -> Path:
     if root is None:
         in_cache()
     print(f"exporting and building {checkpoint} into {folder}", file=sys.stderr)
-    with _beside(folder) as made:
+    with partial_folder(folder.parent) as work:
+        made = work / folder.name
+        made.mkdir()
         bundle = str(made / "bundle")
         _run_verb(["export", checkpoint, bundle], CheckpointError)
         _run_verb(["build", bundle, "--sku", SKU, str(made / "engines")], BuildError)
-        with contextlib.suppress(OSError):  # another process was first; its engines are the same
-            made.rename(folder)
+        put_in_place(made, folder, replace=False)  # another one's engines are the same
     if not (engines / BUILD_FILE).is_file():
         raise BuildError(f"{folder}: exists, but holds no engines; delete it and run again")
     return engines
-
-
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """Give a folder to work in that is renamed when it is complete, and is never left behind."""
-    made = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    made.mkdir(parents=True, exist_ok=True)
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _key(checkpoint: str) -> str:

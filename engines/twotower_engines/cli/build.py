@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.errors import TwoTowerError
+
 if TYPE_CHECKING:
     from twotower_engines.building.build import BuildOptions
 
@@ -21,11 +23,18 @@ Examples:
   twotower build bundle --sku l40s,rtx-pro-6000 engines --flavour tensorrt-rtx
   twotower build bundle --sku all engines --json
 
-What is asked must fit; `twotower plan` says what does. Engines for data-centre GPUs (flavour
-tensorrt) are built on the GPU, engines for RTX GPUs (flavour tensorrt-rtx) on any machine.
-Plans are kept in $XDG_CACHE_HOME/twotower/builds, and building the same again takes no time.
-With several SKUs, what can be built is built, and the exit code is 1 if anything could not be.
+The build is refused if it does not fit in memory; `twotower plan` shows what fits. Engines for
+data-centre GPUs (flavour tensorrt) are built on the GPU, engines for RTX GPUs (flavour
+tensorrt-rtx) on any machine. Engine files are kept in $XDG_CACHE_HOME/twotower/builds, so that
+building the same again takes no time. With several SKUs, every one that can be built is built, and
+the exit code is 1 if any could not be.
 """
+
+
+class PartlyBuiltError(TwoTowerError):
+    """Engines of some SKUs were built, of others not."""
+
+    exit_code = 1
 
 
 @click.command(epilog=EPILOG)
@@ -37,14 +46,14 @@ With several SKUs, what can be built is built, and the exit code is 1 if anythin
     default="cpu",
     show_default=True,
     metavar="NAME[,NAME...]|all",
-    help="What to build for: names of the table of `twotower plan`, `local`, or SKU files.",
+    help="SKUs to build for: names from `twotower plan --sku all`, `local`, or SKU files.",
 )
 @click.option(
     "--flavour",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]),
     default="auto",
     show_default=True,
-    help="What builds and runs them. `auto`: the SKU's own.",
+    help="Library that builds and runs them. `auto`: the SKU's default.",
 )
 @click.option(
     "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests in flight."
@@ -52,17 +61,19 @@ With several SKUs, what can be built is built, and the exit code is 1 if anythin
 @click.option(
     "--context",
     type=click.IntRange(min=1),
-    help="Tokens of a request, prompt and answer. Default: 8192, or what the model takes.",
+    help="Most tokens of a request, prompt and answer together.  [default: 8192, or the model's]",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bf16", "fp8", "nvfp4", "int4"]),
     default="auto",
     show_default=True,
-    help="Of the weights. Only float32 and bf16 are built yet.",
+    help="Precision of the weights. Only float32 and bf16 can be built yet.",
 )
 @click.option(
-    "--gpus", type=click.IntRange(1, 2), help="2: one tower on each. Default: the fewest."
+    "--gpus",
+    type=click.IntRange(1, 2),
+    help="2: one tower on each.  [default: the fewest that fit]",
 )
 @click.option(
     "--block-size-max",
@@ -85,53 +96,37 @@ def build(
     as_json: bool,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
+    from twotower_contract.errors import TwoTowerError
     from twotower_engines.building.build import BuildOptions
-    from twotower_engines.errors import BuildError, EnginesError
+    from twotower_engines.planning.sku_lookup import resolve_skus
 
-    names = _names(skus)
+    chosen = resolve_skus(skus)  # a misspelt one is refused before the first is built
     results = []
-    for name in names:
-        options = BuildOptions(name, slots, context, flavour, precision, gpus, block_size_max)
+    for sku in chosen:
+        options = BuildOptions(sku, slots, context, flavour, precision, gpus, block_size_max)
         try:
             results.append(_build_one(bundle, engines, options))
-        except EnginesError as problem:
-            if len(names) == 1:
+        except TwoTowerError as problem:
+            if len(chosen) == 1:
                 raise
-            results.append({"sku": name, "error": str(problem)})
+            results.append({"sku": sku.name, "error": str(problem)})
         if not as_json:
             print(_line(results[-1]), flush=True)
     if as_json:
         print(json.dumps({"engine_sets": results}, indent=2))
     failed = [result["sku"] for result in results if "error" in result]
     if failed:
-        error = BuildError(
-            f"not built: {', '.join(failed)} ({len(failed)} of {len(names)}); the reasons are above"
+        raise PartlyBuiltError(
+            f"not built: {', '.join(failed)} ({len(failed)} of {len(chosen)}); "
+            "the reasons are above"
         )
-        error.exit_code = 1
-        raise error
-
-
-def _names(skus: str) -> list[str]:
-    """Return the SKUs that `--sku` names, each once; files by their path."""
-    from twotower_engines.errors import BuildError
-    from twotower_engines.planning.sku_lookup import find_sku
-    from twotower_engines.planning.skus import known_skus
-
-    names: dict[str, None] = {}
-    for part in filter(None, (part.strip() for part in skus.split(","))):
-        for name in known_skus() if part == "all" else [part]:
-            find_sku(name)  # a misspelt one is refused before the first is built
-            names[name] = None
-    if not names:
-        raise BuildError(f"--sku is {skus!r}: name at least one SKU, or `all`")
-    return list(names)
 
 
 def _build_one(bundle: Path, engines: Path, options: BuildOptions) -> dict[str, Any]:
     from twotower_engines.building.build import build_engines
     from twotower_engines.building.progress import BuildProgress
 
-    progress = BuildProgress(options.sku)
+    progress = BuildProgress(options.sku.name)
     start = time.monotonic()
     try:
         made, is_new = build_engines(bundle, engines, options, progress)

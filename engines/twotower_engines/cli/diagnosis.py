@@ -1,8 +1,8 @@
-"""What this machine can do, and what is missing for what.
+"""Finds out what works on this machine and what is missing.
 
-Looks without importing: packages are found by name and asked for their recorded version, the GPU
-through its driver's own tool. Nothing is changed but the cache, where the links are kept that
-TensorRT-RTX from PyPI needs.
+Nothing is imported: packages are found by name and recorded version, the GPU through its driver's
+own tool. Nothing is changed except the cache, which keeps the links that TensorRT-RTX from PyPI
+needs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from twotower_contract.errors import TwoTowerError
 from twotower_contract.machine import cores, memory_bytes
-from twotower_engines.errors import EnginesError
 
 __all__ = ["Ability", "Examination", "examine"]
 
@@ -41,18 +41,17 @@ DISTRIBUTIONS = (
     "cuda-python",
     "nvidia-pytriton",
     "triton",
-    "matplotlib",
 )
 GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
 
 
 @dataclass(frozen=True, slots=True)
 class Ability:
-    """Something that the project does, and what stands in its way here.
+    """Something that the project does, and whether it works here.
 
     Attributes:
-        name: As a person would say it.
-        missing: What is missing, with the remedy; empty where nothing is.
+        name: Name for people.
+        missing: Missing parts, each with the remedy; empty where nothing is missing.
     """
 
     name: str
@@ -61,17 +60,17 @@ class Ability:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """All that was found.
+    """The findings.
 
     Attributes:
         python: Version of this interpreter.
         system: Operating system and architecture.
-        cores: That this process may use.
-        memory_bytes: Of the machine, or of the control group where that is less.
-        gpus: For each, `GPU_FIELDS` as the driver's tool gives them.
-        packages: Distribution to its version, of those that are installed.
-        server: Where a Triton server is; None where none is.
-        abilities: In the order of the path from checkpoint to answer.
+        cores: CPU cores that this process may use.
+        memory_bytes: Memory of the machine, or of the control group where that is less.
+        gpus: `GPU_FIELDS` of each GPU, as the driver's tool gives them.
+        packages: Installed distributions, with their versions.
+        server: Path of a Triton server; None where there is none.
+        abilities: Abilities, in the order of the path from checkpoint to answer.
     """
 
     python: str
@@ -114,8 +113,7 @@ def _abilities(
     cpu_engines = needs("build", "onnxruntime", "tokenizers")
     return [
         Ability("ask a server (generate)"),
-        Ability("say what fits on which GPU (plan)"),
-        Ability("chart that (plan --plot)", needs("plot", "matplotlib")),
+        Ability("plan what fits on which GPU (plan)"),
         Ability(
             "make a small checkpoint (tiny)",
             needs("reference", "torch", "safetensors", "tokenizers"),
@@ -154,7 +152,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
 
     try:
         found = find_server()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return None, [str(problem)]
     problems = []
     unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
@@ -167,7 +165,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
 def _problem(look: Callable[[], Any]) -> tuple[str, ...]:
     try:
         look()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return (str(problem),)
     return ()
 

@@ -23,7 +23,7 @@ Examples:
 @click.command(epilog=EPILOG)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Say what this machine can do, and what is missing for what."""
+    """Report what works on this machine and what is missing."""
     from twotower_engines.cli.diagnosis import examine
 
     found = examine()

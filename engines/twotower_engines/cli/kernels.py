@@ -1,4 +1,4 @@
-"""`twotower kernels`: compiles the kernels for any GPU, and lists what they use."""
+"""The verb `twotower kernels`: compiles the kernels for any GPU, and lists their resources."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from twotower_contract.atomic import write_text
 
 if TYPE_CHECKING:
     from twotower_engines.kernels.compile import Compiled
@@ -75,7 +77,7 @@ Examples:
     default="bf16",
     show_default=True,
     type=click.Choice(["bf16", "fp32"]),
-    help="Of weights and activations.",
+    help="Type of weights and activations.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one object per kernel and target.")
 @click.option(
@@ -91,7 +93,7 @@ def kernels(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Compile our GPU kernels and list what they use.
+    """Compile our GPU kernels and list their resources.
 
     Every kernel of the released model's sizes is compiled to PTX for each GPU generation, without a
     GPU. Registers and spills are per thread and are the assembler's; shared memory is per program.
@@ -119,7 +121,7 @@ def kernels(
 
 
 def _line(spec: KernelSpec, gpu: Any, output: Path | None) -> dict[str, Any]:
-    """What one kernel uses on one GPU."""
+    """Return the resources of one kernel on one GPU."""
     from twotower_engines.kernels.compile import compile_kernel, resources
 
     compiled = compile_kernel(spec, gpu)
@@ -143,12 +145,7 @@ def _line(spec: KernelSpec, gpu: Any, output: Path | None) -> dict[str, Any]:
 def _write(compiled: Compiled, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{compiled.name}.sm_{compiled.target.arch}.ptx"
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(compiled.ptx, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, compiled.ptx)
 
 
 class _Progress:

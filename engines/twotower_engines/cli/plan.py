@@ -1,4 +1,4 @@
-"""`twotower plan`: what fits on which GPU, and how fast it can be."""
+"""The verb `twotower plan`: the GPUs that a model fits on, and how fast it can be."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Examples:
   twotower plan CHECKPOINT --sku all
   twotower plan CHECKPOINT --sku h200 --slots 32 --context 32768
   twotower plan BUNDLE --sku h100-sxm --gpus 2 --json
-  twotower plan CHECKPOINT --sku all,my-gpu.toml --plot plan.png
+  twotower plan CHECKPOINT --sku all,my-gpu.toml
 """
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -35,39 +35,34 @@ Examples:
     "skus",
     required=True,
     metavar="NAME[,NAME...]",
-    help="SKUs to plan for: names of the table, `all`, `local` (this machine's GPU), or the path "
+    help="SKUs to plan for: names from the table, `all`, `local` (this machine's GPU), or the path "
     "of a SKU file (.toml, .json).",
 )
 @click.option(
     "--gpus",
     type=click.IntRange(1, 2),
-    help="1: both towers on one. 2: one on each. Default: the fewest that fit.",
+    help="1: both towers on one. 2: one on each.  [default: the fewest that fit]",
 )
 @click.option("--slots", default=16, show_default=True, help="Requests in flight.")
 @click.option(
     "--context",
     type=int,
-    help="Tokens of a request, prompt and answer.  [default: 8192, or what the model takes]",
+    help="Most tokens of a request, prompt and answer together.  [default: 8192, or the model's]",
 )
 @click.option(
     "--precision",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", *PRECISIONS]),
-    help="Of the weights. `auto`: the widest that fits.",
+    help="Precision of the weights. `auto`: the widest that fits.",
 )
 @click.option(
     "--threshold",
     default=0.9,
     show_default=True,
-    help="Confidence threshold that tokens per second are told for (measured: 0.5 to 0.95).",
+    help="Confidence threshold for the estimate of tokens per second (measured: 0.5 to 0.95).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers for programs.")
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a chart too (.png, .svg or .pdf; needs the extra [plot]).",
-)
 def plan(
     checkpoint: Path,
     skus: str,
@@ -77,16 +72,16 @@ def plan(
     precision: str,
     threshold: float,
     as_json: bool,
-    plot: Path | None,
 ) -> None:
-    """Say what fits on which GPU, and how fast it can be.
+    """Show whether a model fits on a GPU, and how fast it can be.
 
     CHECKPOINT is a checkpoint folder, its config.json, or a bundle: only sizes are read, no
     weights. The plan counts weights, states, buffers and workspace per GPU, bounds the time of each
-    call, and says what it assumes.
+    call, and lists its assumptions.
 
-    What does not fit, or fits only in a precision that cannot be built yet, is refused with the
-    nearest plans that do fit: exit code 2. With several SKUs each has its line and the code is 0.
+    A plan that does not fit, or that fits only in a precision that cannot be built yet, is refused
+    with the nearest plans that do fit, and exit code 2. With several SKUs each has a line, and the
+    exit code is 0.
     """
     model = read_model_size(checkpoint)
     if context is None:
@@ -118,10 +113,5 @@ def plan(
         click.echo(text_of_many(reports) if several else text_of_one(reports[0]))
         for text in problems:
             click.echo(f"  {text}")
-    if plot is not None:
-        from twotower_engines.planning.plan_chart import draw_plans
-
-        draw_plans(reports, plot)
-        click.echo(f"chart: {plot}", err=True)
     if not several and reports[0].refused is not None:
         raise PlanError(reports[0].refused)

@@ -1,4 +1,4 @@
-"""The verb `twotower selftest`: engines answer a fixed prompt as the bundle says they must."""
+"""The verb `twotower selftest`: engines answer a fixed prompt whose answer is known."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 
 if TYPE_CHECKING:
-    from twotower_engines.artifacts.engine_set import EngineSet
+    from twotower_contract.engine_set import EngineSet
     from twotower_engines.runtime.interface import Runtime
 
 EPILOG = """\b
@@ -23,14 +23,14 @@ Examples:
 
 Exits with 1 where the answer is wrong. Without a golden answer it says PLAUSIBLE where nothing is
 plainly wrong (and exits with 0), or UNAVAILABLE where nothing could be tested (with 2). A server
-runs the same test when it starts. `python -m twotower_export.reference.golden CHECKPOINT` computes
-the golden answer of a model of any size; --record is for where that takes too long, on engines that
-`twotower verify` passed: the file says which they were. The next export takes the answer from
+runs the same test when it starts. `twotower golden CHECKPOINT` computes the golden answer of a
+model of any size. Where that takes too long, --record takes the answer of engines that `twotower
+verify` passed, and the file names them. The next export takes the answer from
 CHECKPOINT/golden.json.
 """
 
 
-class SelfTestError(EnginesError):
+class SelfTestError(TwoTowerError):
     """The engines answer the golden prompt wrongly."""
 
     exit_code = 1
@@ -38,7 +38,7 @@ class SelfTestError(EnginesError):
 
 @click.command(epilog=EPILOG)
 @click.argument("engines", metavar="ENGINES", type=click.Path(path_type=Path))
-@click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -49,7 +49,7 @@ class SelfTestError(EnginesError):
     "--record",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Do not compare: write these engines' answer as the golden one.",
+    help="Write the answer of these engines as the golden one, and compare nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def selftest(
@@ -62,9 +62,10 @@ def selftest(
 ) -> None:
     """Let ENGINES answer a fixed prompt, and compare with the answer that the bundle stores.
 
-    It catches what looks like an answer and is none: word salad at one token per denoiser call.
+    The test detects engines that run without errors but produce garbage, such as word salad at one
+    token per denoiser call.
     """
-    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_contract.engine_set import open_engine_set
     from twotower_engines.runtime.opening import open_runtime
     from twotower_engines.runtime.progress import ByteMeter
 
@@ -80,9 +81,9 @@ def selftest(
 
 
 def _check(engines: EngineSet, runtime: Runtime, as_json: bool) -> None:
-    from twotower_engines.verify.self_test import check
+    from twotower_engines.verify.self_test import run_self_test
 
-    result = check(engines, runtime)
+    result = run_self_test(engines, runtime)
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:
@@ -90,16 +91,16 @@ def _check(engines: EngineSet, runtime: Runtime, as_json: bool) -> None:
     if result.status == "failed":
         raise SelfTestError(f"{engines.folder}: {result.reason}")
     if result.status == "unavailable":
-        raise EnginesError(f"{engines.folder}: {result.reason}")
+        raise TwoTowerError(f"{engines.folder}: {result.reason}")
 
 
 def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> None:
-    """Write what these engines answer, unless it is plainly no answer.
+    """Write the answer of these engines, unless it is plainly wrong.
 
     Raises:
-        SelfTestError: It has what no right answer has.
+        SelfTestError: The answer is plainly wrong.
     """
-    from twotower_engines.artifacts.document import write_json
+    from twotower_contract.json_file import write_json
     from twotower_engines.verify.invariants import objections, run_request
     from twotower_engines.verify.self_test import golden_request
 
@@ -107,10 +108,10 @@ def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> 
     result = run_request(runtime, request)
     ids = result.output_ids[len(request.prompt_ids) :]
     calls = result.denoiser_calls
-    found = objections(runtime, request, result)
-    if found:
+    flaws = objections(runtime, request, result)
+    if flaws:
         raise SelfTestError(
-            f"{engines.folder}: {'; '.join(found)}. Nothing was recorded; compare these engines "
+            f"{engines.folder}: {'; '.join(flaws)}. Nothing was recorded; compare these engines "
             "with `twotower verify` first"
         )
     build = engines.build

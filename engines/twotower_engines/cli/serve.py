@@ -38,7 +38,7 @@ or with --json the same as an object. Ctrl-C or SIGTERM ends the server, a secon
 @click.command(epilog=PACKAGE_EPILOG)
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.argument("repo", type=click.Path(path_type=Path))
-@click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -61,7 +61,7 @@ def package(
 
     REPO refers to the engines and the checkpoint by path; neither is copied.
     """
-    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_contract.engine_set import open_engine_set
     from twotower_engines.serving.package import package as write
     from twotower_engines.serving.repository import MODELS
     from twotower_engines.serving.settings import Settings
@@ -112,7 +112,7 @@ def serve(
 ) -> None:
     """Run a Triton server on a model repository until it is told to end.
 
-    The `tritonserver` on PATH is used, or else the one inside the package nvidia-pytriton.
+    The server is the `tritonserver` on PATH, or else the one inside the package nvidia-pytriton.
     """
     from twotower_engines.errors import ServingError
     from twotower_engines.serving.server import ServerOptions, TritonServer

@@ -1,7 +1,7 @@
-"""`python -m twotower_engines.cli.verify`: verifies engines for a GPU for the verb `verify`.
+"""The part of the verb `twotower verify` that verifies engines for a GPU.
 
 `twotower verify ENGINES CHECKPOINT` compares graphs with PyTorch in the package that owns both, and
-calls this for the engine sets that it cannot run.
+runs `python -m twotower_engines.cli.verify` for the engine sets that it cannot run itself.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import click
 
+from twotower_contract.errors import TwoTowerError
 from twotower_contract.processes import INTERRUPTED, interruptible
-from twotower_engines.errors import EnginesError
 
 __all__ = ["main", "verify_engine_set"]
 
 
-class VerificationError(EnginesError):
+class VerificationError(TwoTowerError):
     """Something about an engine set is wrong."""
 
     exit_code = 1
@@ -27,8 +27,10 @@ class VerificationError(EnginesError):
 @click.command()
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--sku", help="Which engines, where ENGINES holds several.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="What ENGINES was built from.")
+@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Bundle that ENGINES was built from."
+)
 @click.option("--against", type=click.Path(path_type=Path), help="CPU engines to compare with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify_engine_set(
@@ -40,23 +42,23 @@ def verify_engine_set(
     as_json: bool,
 ) -> None:
     """Verify ENGINES for a GPU as far as this machine can."""
-    from twotower_engines.artifacts.engine_set import open_engine_set
+    from twotower_contract.engine_set import open_engine_set
     from twotower_engines.verify.engines import verify_engines
 
     reference = open_engine_set(against) if against is not None else None
-    found = verify_engines(open_engine_set(engines, sku), checkpoint, bundle, reference)
+    result = verify_engines(open_engine_set(engines, sku), checkpoint, bundle, reference)
     if as_json:
-        click.echo(json.dumps(found.as_json()))
+        click.echo(json.dumps(result.as_json()))
     else:
-        for line in found.verified:
+        for line in result.verified:
             click.echo(f"  ok       {line}")
-        for line in found.problems:
+        for line in result.problems:
             click.echo(f"  FAILED   {line}")
-        for line in found.not_verified:
+        for line in result.not_verified:
             click.echo(f"  not verified: {line}")
-        click.echo("PASSED, as far as this machine can tell" if found.passed else "FAILED")
-    if not found.passed:
-        raise VerificationError(f"{found.engines}: {'; '.join(found.problems)}")
+        click.echo("PASSED, as far as this machine can tell" if result.passed else "FAILED")
+    if not result.passed:
+        raise VerificationError(f"{result.engines}: {'; '.join(result.problems)}")
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
     interruptible()
     try:
         verify_engine_set.main(prog_name="twotower verify", standalone_mode=False)
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
     except click.ClickException as problem:

@@ -17,29 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.errors import GenerationError
-from twotower_engines.generation.request import (
-    BlockEvent,
-    FinishReason,
-    Mode,
-    Request,
-    RequestLimits,
-)
+from twotower_engines.generation.request import BlockEvent, FinishReason, Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import LoadProgress
 from twotower_engines.runtime.opening import open_runtime
 
-__all__ = [
-    "BlockEvent",
-    "FinishReason",
-    "Generator",
-    "Mode",
-    "Request",
-    "RequestLimits",
-    "Result",
-    "generate",
-]
+__all__ = ["Generator", "Result", "result_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +35,10 @@ class Result:
         output_ids: The prompt, then the new tokens.
         blocks: For each block the positions masked before each of its denoiser calls; empty in the
             autoregressive modes.
-        denoiser_calls: In all.
-        context_calls: In all, prefill included.
+        denoiser_calls: Number of denoiser calls.
+        context_calls: Number of context calls, prefill included.
         finish_reason: Why the answer ended.
-        seconds: From submission to the last block.
+        seconds: Time from submission to the last block.
     """
 
     output_ids: tuple[int, ...]
@@ -71,7 +56,7 @@ class Generator:
         engines: The engine set.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: CPU threads; None for one per core.
-        progress: Told of the weights that are bound and of the calls that are prepared.
+        progress: Receives the weights that are bound and the calls that are prepared.
     """
 
     def __init__(
@@ -113,7 +98,7 @@ class Generator:
         return result_of(request, list(self.stream(request)), time.perf_counter() - start)
 
     def close(self) -> None:
-        """Free the engines."""
+        """Free the engines; a second call does nothing."""
         self._runtime.close()
 
     def __enter__(self) -> Self:
@@ -126,17 +111,6 @@ class Generator:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def generate(engines: EngineSet, request: Request, checkpoint: Path | None = None) -> Result:
-    """Load an engine set, answer one request, and free it again.
-
-    Raises:
-        EnginesError: As `Generator` and its `generate`.
-    """
-    request.check(RequestLimits.of_engines(engines))
-    with Generator(engines, checkpoint) as generator:
-        return generator.generate(request)
 
 
 def result_of(request: Request, events: list[BlockEvent], seconds: float) -> Result:

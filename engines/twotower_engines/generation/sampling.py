@@ -1,8 +1,8 @@
-"""Choosing tokens from logits on the host, and the seeds of the noise inside the denoiser graph.
+"""Chooses tokens from logits on the host, and makes the seeds of the denoiser graph's noise.
 
-Used by the autoregressive modes; mask diffusion samples inside its graph. Every random number is a
-function of the request's seed and of the position it is for, never of a generator's state, so that
-an answer does not depend on what else was in the batch.
+The autoregressive modes sample here; mask diffusion samples inside its graph. Every random number
+is a function of the request's seed and of a position, never of a generator's state, so that an
+answer does not depend on the other requests of the batch.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def row_seed(seed: int, block_start: int, step: int) -> int:
     generators", 2014): `mix(mix(seed) + block_start) + step`, mixed again, top 31 bits.
 
     Args:
-        seed: Of the request, any integer; its low 64 bits count.
+        seed: Seed of the request, any integer; its low 64 bits count.
         block_start: Position of the block's first token in the sequence, prompt included.
-        step: Denoiser calls that the block had before this one.
+        step: Number of earlier denoiser calls of the block.
 
     Returns:
         An integer from 0 to 2**31 - 1.
@@ -53,8 +53,8 @@ def sample(
         temperature: 0 or less for the largest logit (lowest index of equals).
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the most likely tokens up to this mass; 1 keeps all.
-        seed: Of the request.
-        position: Of the token that is drawn, in the sequence.
+        seed: Seed of the request.
+        position: Position of the token in the sequence.
     """
     if temperature <= 0:
         return int(np.argmax(logits))

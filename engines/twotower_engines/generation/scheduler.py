@@ -13,7 +13,7 @@ waiting -> prefilling -> stepping <-> committing
 ```
 The rules of generation are NVIDIA's `generate_mask_diffusion`, `generate_mock_ar` and `generate_ar`
 (`modeling_nemotron_twotower.py`). For one request whose length is a multiple of the block they give
-the same tokens. What differs:
+the same tokens. The differences are:
 
 - Every row is on its own: the masked fraction t, the count of committed positions, the end. NVIDIA
   takes one t for a batch, of prompts of one length, and stops all rows when one meets an end token.
@@ -51,7 +51,7 @@ __all__ = ["Scheduler"]
 
 
 class _Stage(Enum):
-    EXTENDING = "tokens wait to be appended to the context: of the prompt, or of a finished block"
+    EXTENDING = "tokens of the prompt or of a finished block wait to be appended to the context"
     STEPPING = "a denoise step or a token comes next"
     DONE = "the last event was made"
 
@@ -61,12 +61,13 @@ class _Row:
     """One request in a slot.
 
     Attributes:
-        pending: Tokens that the context does not hold yet and should.
-        block: mask_diffusion: the block as it is now. Other modes: the tokens of the next event.
-        masked_counts: Before each denoiser call of the block.
-        generated: Tokens in earlier events.
+        pending: Tokens that must be appended to the context.
+        block: The block as it is now, masks included; mask_diffusion only.
+        unsent: Tokens of the next event; empty in mask_diffusion, which sends whole blocks.
+        masked_counts: Masked positions before each denoiser call of the block.
+        generated: Number of tokens in earlier events.
         last_id: The newest token of the sequence.
-        logits: ar: of the next token, once the context holds all before it.
+        logits: Logits of the next token, once the context holds all before it; ar only.
     """
 
     request: Request
@@ -75,6 +76,7 @@ class _Row:
     block: npt.NDArray[np.int32]
     last_id: int
     stage: _Stage = _Stage.EXTENDING
+    unsent: list[int] = field(default_factory=list)
     masked_counts: list[int] = field(default_factory=list)
     generated: int = 0
     logits: npt.NDArray[np.float32] | None = None
@@ -84,7 +86,7 @@ class _Row:
 
     @property
     def position(self) -> int:
-        """Place in the sequence of the first token after all earlier events."""
+        """Position in the sequence of the first token after all earlier events."""
         return len(self.request.prompt_ids) + self.generated
 
     def event(
@@ -115,7 +117,7 @@ class Scheduler:
 
     Args:
         runtime: Loaded engines.
-        slots: How many to use; all that the engines have, where not given.
+        slots: Number of slots to use; all of the engines' where not given.
     """
 
     def __init__(self, runtime: Runtime, slots: int | None = None) -> None:
@@ -184,7 +186,7 @@ class Scheduler:
         context call per size of extension.
 
         Returns:
-            What came out, in no order that means anything between requests.
+            The events of this turn; the order across requests is unspecified.
         """
         events = self._drop_cancelled()
         self._admit()
@@ -211,8 +213,7 @@ class Scheduler:
         self._cancelled_waiting.clear()
         for row in self._in_order():
             if row.cancelled:
-                unsent = () if row.request.mode == "mask_diffusion" else row.block.tolist()
-                events.append(row.event(unsent, "cancelled"))
+                events.append(row.event(row.unsent, "cancelled"))
         self._release()
         return events
 
@@ -228,16 +229,14 @@ class Scheduler:
             slot, request = self._free.pop(0), self._waiting.popleft()
             self._runtime.reset(slot)
             prompt = np.array(request.prompt_ids, np.int32)
-            row = _Row(request, slot, prompt, prompt[:0], int(prompt[-1]))
-            if request.mode == "mask_diffusion":
-                row.block = self._masked_block(request)
-            self._rows[slot] = row
+            block = self._masked_block(request)
+            self._rows[slot] = _Row(request, slot, prompt, block, int(prompt[-1]))
 
     def _masked_block(self, request: Request) -> npt.NDArray[np.int32]:
         return np.full(request.block_size, self._runtime.mask_token_id, np.int32)
 
     def _extend(self) -> None:
-        """Append what is pending, one call for each kind of size, so that little is padding."""
+        """Append pending tokens, in one call for each kind of size, to keep padding small."""
         block = self._runtime.limits.block_size_max
         calls: dict[int, list[tuple[_Row, ExtendRow]]] = {}
         for row in self._in_order():
@@ -299,7 +298,7 @@ class Scheduler:
         return events
 
     def _finish_block(self, row: _Row) -> BlockEvent:
-        """Give a finished block, and make ready for its commit unless it was the last."""
+        """Return a finished block, and prepare its commit unless it was the last."""
         request, block = row.request, row.block
         ids = block[: request.max_new_tokens - row.generated].tolist()
         reason: FinishReason | None = None
@@ -330,30 +329,30 @@ class Scheduler:
         return events
 
     def _take_token(self, row: _Row, logits: npt.NDArray[np.float32]) -> list[BlockEvent]:
-        """Choose a row's next token; give an event when enough have gathered, or at the end."""
+        """Choose a row's next token; return an event when a block is full, or at the end."""
         request = row.request
         if not np.isfinite(logits).all():
-            return [row.event(row.block.tolist(), error=_not_a_number(row))]
+            return [row.event(row.unsent, error=_not_a_number(row))]
         token = sample(
             logits,
             request.temperature,
             request.top_k,
             request.top_p,
             request.seed,
-            row.position + row.block.size,
+            row.position + len(row.unsent),
         )
         row.last_id = token
-        row.block = np.append(row.block, np.int32(token))
+        row.unsent.append(token)
         reason: FinishReason | None = None
         if token in request.eos_ids:
             reason = "eos"
-        elif row.generated + row.block.size == request.max_new_tokens:
+        elif row.generated + len(row.unsent) == request.max_new_tokens:
             reason = "length"
         else:
-            row.pending, row.stage = row.block[-1:], _Stage.EXTENDING
-        if reason is None and row.block.size < request.block_size:
+            row.pending, row.stage = np.array([token], np.int32), _Stage.EXTENDING
+        if reason is None and len(row.unsent) < request.block_size:
             return []
-        ids, row.block = row.block.tolist(), row.block[:0]
+        ids, row.unsent = row.unsent, []
         return [row.event(ids, reason)]
 
 

@@ -8,7 +8,7 @@ Each file has its kernels, a table of their launch configurations, the specifica
 `compile` turns into PTX for a GPU that is not there (`targets`), and a function on torch tensors
 that launches them. The semantics are those of the ONNX functions of the same names in a bundle's
 graphs. With `TRITON_INTERPRET=1` in the environment, set before this package is imported, the same
-kernels run on a CPU; that is how the tests check them.
+kernels run on a CPU, and that is how the tests check them.
 
 Importing this package loads nothing heavy; importing one of its modules loads the compiler.
 """

@@ -1,4 +1,4 @@
-"""Compiles kernels ahead of time, for GPUs that this machine need not have.
+"""Compiles kernels ahead of time, for GPUs that this machine does not need to have.
 
 The result is PTX that a TensorRT plugin can carry: its parameters are exactly the kernel's own, and
 its version is one that the GPU's oldest driver takes (`targets`). The Triton compiler keeps its own
@@ -37,11 +37,11 @@ class Compiled:
     """A kernel as PTX.
 
     Attributes:
-        entry: the name to launch.
-        ptx: the source, for `target` alone.
-        parameters: declarations of the entry's parameters by name, in the kernel's order.
-        threads: of a program.
-        shared_memory: bytes of dynamic shared memory of a program.
+        entry: Name to launch.
+        ptx: Source, for `target` alone.
+        parameters: Declarations of the entry's parameters by name, in the kernel's order.
+        threads: Threads of a program.
+        shared_memory: Bytes of dynamic shared memory of a program.
     """
 
     name: str
@@ -54,18 +54,18 @@ class Compiled:
 
     @property
     def ptx_version(self) -> str:
-        """What the file states."""
+        """Version of PTX that the file states, as `8.0`."""
         found = re.search(r"^\.version (\S+)", self.ptx, re.MULTILINE)
         assert found, "the compiler wrote no version"
         return found.group(1)
 
     def arranged(self, order: Sequence[str | None]) -> str:
-        """The same kernel with its parameters in another order.
+        """Return the same kernel with its parameters in another order.
 
         PTX refers to parameters by name, so their order is free.
 
         Args:
-            order: every parameter's name once; None for a pointer that is passed and ignored.
+            order: Every parameter's name once; None for a pointer that is passed and ignored.
         """
         assert sorted(filter(None, order)) == sorted(self.parameters), (
             "order names other parameters"
@@ -80,11 +80,11 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the assembler says that a kernel takes.
+    """Resources of a kernel, as the assembler reports them.
 
     Attributes:
         registers: 32-bit registers of a thread.
-        spill_bytes: bytes that a thread stores and loads because registers ran out.
+        spill_bytes: Bytes that a thread stores and loads because registers ran out.
     """
 
     registers: int
@@ -92,15 +92,15 @@ class Resources:
 
 
 def all_specs(sizes: Sizes) -> list[KernelSpec]:
-    """Every kernel of one model."""
+    """Return every kernel of one model."""
     return [*refine.specs(sizes), *experts.specs(sizes), *mamba.specs(sizes)]
 
 
 def compile_kernel(spec: KernelSpec, target: Target) -> Compiled:
-    """PTX of one kernel for one GPU.
+    """Return the PTX of one kernel for one GPU.
 
     Raises:
-        BuildError: kernels were loaded for the interpreter.
+        BuildError: Kernels were loaded for the interpreter.
     """
     if INTERPRETED:
         raise BuildError(
@@ -161,13 +161,13 @@ ENTRY = r"(?<=\.visible \.entry {}\()(.*?)(?=\n\))"
 
 
 def _declared(ptx: str, entry: str, count: int) -> list[str]:
-    """Declarations of an entry's own `count` parameters.
+    """Return the declarations of an entry's own `count` parameters.
 
     The compiler adds two pointers to scratch memory at the end. TensorRT passes a kernel's own
     arguments only, so the driver would read two pointers past the end of its list: they must go.
 
     Raises:
-        BuildError: the parameters are not as expected, or a scratch pointer is used.
+        BuildError: The parameters are not as expected, or a scratch pointer is used.
     """
     found = re.search(ENTRY.format(re.escape(entry)), ptx, re.DOTALL)
     lines = [line.strip().rstrip(",") for line in found.group(1).split("\n")[1:]] if found else []
@@ -184,13 +184,13 @@ def _declared(ptx: str, entry: str, count: int) -> list[str]:
 
 
 def _with_parameters(ptx: str, entry: str, lines: Sequence[str]) -> str:
-    """PTX whose entry has these parameters."""
+    """Return PTX whose entry has these parameters."""
     text = "".join(f"\n\t{line}," for line in lines).rstrip(",")
     return re.sub(ENTRY.format(re.escape(entry)), lambda _: text, ptx, count=1, flags=re.DOTALL)
 
 
 def resources(compiled: Compiled) -> Resources | None:
-    """Registers and spills by the assembler that comes with Triton; None where there is none."""
+    """Return registers and spills by the assembler of the Triton package; None without it."""
     tool = (
         triton.knobs.nvidia.ptxas
         if compiled.target.arch < 90

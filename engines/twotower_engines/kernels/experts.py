@@ -45,7 +45,7 @@ def route_tokens(
     pairs: tl.tensor,
     CHUNK: tl.constexpr,
 ) -> None:
-    """Pairs of one expert, in their order, at its place in the sorted list; grid (E,).
+    """Write the pairs of one expert, in order, at its place in the sorted list; grid (E,).
 
     Where an expert's pairs start is the number of pairs of lower experts, which every program
     counts for itself: programs need not meet. Negative indices belong to no expert.
@@ -78,7 +78,7 @@ def tile_of(
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ) -> tl.tensor:
-    """(expert, first sorted pair, number of pairs) of a tile; no pairs where it has no work.
+    """Return (expert, first sorted pair, number of pairs) of a tile; 0 pairs without work.
 
     Tiles number the experts' pairs in groups of BLOCK_T. Safe for any counts: TensorRT times a
     plugin on inputs of its own making.
@@ -110,7 +110,7 @@ def product_tile(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> tl.tensor:
-    """weight[first : first + BLOCK_F] @ tokens[rows].T in float32; [BLOCK_F, BLOCK_T].
+    """Return weight[first : first + BLOCK_F] @ tokens[rows].T, [BLOCK_F, BLOCK_T] float32.
 
     weight [FEATURES, DEPTH] and tokens [*, DEPTH] are contiguous, `used` marks real rows.
     """
@@ -154,7 +154,7 @@ def experts_up(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """relu(up[e] x)^2 for one tile of pairs and of features; grid (features / BLOCK_F, tiles).
+    """Compute relu(up[e] x)^2 for a tile of pairs and features; grid (features / BLOCK_F, tiles).
 
     Rounded to T before the square and after, as the op's function is.
     """
@@ -194,7 +194,7 @@ def experts_down(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """down[e] inner for one tile of pairs and of features; grid (features / BLOCK_F, tiles)."""
+    """Compute down[e] inner for a tile of pairs and features; grid (features / BLOCK_F, tiles)."""
     expert, start, count = tile_of(tl.program_id(1), counts, PAIRS, E, BLOCK_E, BLOCK_T)
     if count <= 0:
         return
@@ -223,7 +223,7 @@ def experts_sum(
     K: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ) -> None:
-    """y = sum over k of weight * partial, in float32 and in the order of k.
+    """Compute y = sum over k of weight * partial, in float32 and in the order of k.
 
     Grid (n, features / BLOCK_F), for only the first dimension of a grid goes beyond 65535. A pair
     without an expert has no partial: it is not read.
@@ -244,7 +244,7 @@ def experts_sum(
 
 
 def tile_bound(pairs: int, experts: int, block_t: int) -> int:
-    """Most tiles that any routing of that many pairs can need.
+    """Return the most tiles that any routing of that many pairs can need.
 
     Every expert has at most one tile that is not full, and no tile is empty.
     """
@@ -252,7 +252,7 @@ def tile_bound(pairs: int, experts: int, block_t: int) -> int:
 
 
 def matmul_launch(tokens: int, experts: int, per_token: int, dtype: str) -> Launch:
-    """Tiles of both products, by how many tokens an expert gets on average.
+    """Return the tiles of both products, by the mean number of tokens of an expert.
 
     Few tokens: the time is the weights', so tiles are small in tokens and four are in flight. A
     program's shared memory is 40 kB there, and five programs of a multiprocessor keep 160 kB of
@@ -269,19 +269,19 @@ def matmul_launch(tokens: int, experts: int, per_token: int, dtype: str) -> Laun
 
 
 def route_launch() -> Launch:
-    """Tiles of the routing pass: 1024 pairs, all of them in a denoise step of 10 rows."""
+    """Return the tiles of the routing pass: 1024 pairs, as many as a step of 10 rows has."""
     return Launch({"CHUNK": 1024}, num_warps=4)
 
 
 def sum_launch() -> Launch:
-    """Tiles of the weighted sum."""
+    """Return the tiles of the weighted sum."""
     return Launch({"BLOCK_F": 512}, num_warps=4)
 
 
 def sparse_experts(
     x: Any, indices: Any, weights: Any, up: Any, down: Any, config: Launch | None = None
 ) -> Any:
-    """The routed experts' weighted sum on torch tensors; nothing is synchronized.
+    """Return the routed experts' weighted sum on torch tensors, without synchronizing.
 
     Args:
         x: [n, hidden] T (bf16 or float32), contiguous, as all others.
@@ -289,7 +289,7 @@ def sparse_experts(
         weights: [n, K] float32.
         up: [E, inner, hidden] T.
         down: [E, hidden, inner] T.
-        config: tiles of the products; by default `matmul_launch`.
+        config: Tiles of the products; by default `matmul_launch`.
 
     Returns:
         y [n, hidden] T.
@@ -334,7 +334,7 @@ def sparse_experts(
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:
-    """All four kernels for one model."""
+    """Return all four kernels for one model."""
     T = f"*{sizes.dtype}"
     dims = {"HIDDEN": sizes.hidden, "INNER": sizes.inner, "E": sizes.experts}
     matmul = {**dims, "BLOCK_E": triton.next_power_of_2(sizes.experts), "UPCAST": False}

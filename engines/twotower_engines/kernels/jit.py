@@ -26,7 +26,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run on the CPU, in Triton's interpreter."""
 
 SHARED_MEMORY_LIMIT = 48 * 1024
-"""Bytes of shared memory that a block gets without asking the driver for more.
+"""Bytes of shared memory that a program gets without asking the driver for more.
 
 TensorRT launches a plugin's kernel, and nothing says that it asks.
 """
@@ -40,34 +40,34 @@ Matrix products contract anyway.
 
 
 class Kernel(Protocol):
-    """A function that the Triton compiler, or its interpreter, has taken over."""
+    """A function that the Triton compiler, or its interpreter, has wrapped."""
 
     __name__: str
     arg_names: list[str]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        """The launcher for a grid of up to three dimensions."""
+        """Return the launcher for a grid of up to three dimensions."""
         ...
 
     def __call__(self, *args: Any) -> Any:
-        """A call from another kernel: the callee is inlined."""
+        """Inline the kernel into another one that calls it."""
         ...
 
 
 def kernel(function: Callable[..., Any]) -> Kernel:
-    """`triton.jit` with a type: kernels stay visible to type checkers."""
+    """Decorate with `triton.jit`, and keep a type that type checkers see."""
     return cast(Kernel, triton.jit(function))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut into programs.
+    """Tile sizes and resources of a kernel's programs.
 
     Attributes:
-        constants: compile-time sizes of tiles, by parameter name.
-        num_warps: warps of 32 threads per program.
-        num_stages: tiles in flight in a software-pipelined loop.
-        max_registers: of a thread; None leaves it to the assembler.
+        constants: Compile-time sizes of tiles, by parameter name.
+        num_warps: Warps of 32 threads per program.
+        num_stages: Tiles in flight in a software-pipelined loop.
+        max_registers: Registers of a thread; None leaves it to the assembler.
     """
 
     constants: Mapping[str, int]
@@ -93,13 +93,13 @@ def launch(
     constants: Mapping[str, Any],
     config: Launch,
 ) -> None:
-    """Starts a kernel on torch tensors, on the current stream.
+    """Start a kernel on torch tensors, on the current stream.
 
     Args:
-        grid: programs along each dimension; an empty grid launches nothing.
-        args: tensors and integers in the kernel's order.
-        constants: compile-time constants beside those of `config`.
-        config: tile sizes, warps and stages.
+        grid: Programs along each dimension; an empty grid launches nothing.
+        args: Tensors and integers in the kernel's order.
+        constants: Compile-time constants beside those of `config`.
+        config: Tile sizes, warps and stages.
     """
     if not all(grid):
         return

@@ -75,7 +75,7 @@ def mamba_scan(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """One chunk of a row of one head or part of it; grid (H * cdiv(P, BLOCK_P), B, chunks).
+    """Scan one chunk of a row, for one head or part of it; grid (H * cdiv(P, BLOCK_P), B, chunks).
 
     Tokens past a row's length get 0. No new states are written: their pointers are not used.
     """
@@ -157,7 +157,7 @@ def mamba_scan_states(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """All tokens of a row of one head or part of it; grid (H * cdiv(P, BLOCK_P), B).
+    """Scan all tokens of a row, for one head or part of it; grid (H * cdiv(P, BLOCK_P), B).
 
     Tokens past a row's length get 0 and leave the new states alone. The new columns need memory of
     their own: a group's heads all read the old ones, and one of them writes.
@@ -221,7 +221,7 @@ def mamba_norm(
     projected: tl.tensor,
     scanned: tl.tensor,
     lengths: tl.tensor,
-    weight: tl.tensor,
+    norm_weight: tl.tensor,
     L: tl.tensor,
     y: tl.tensor,
     H: tl.constexpr,
@@ -231,7 +231,7 @@ def mamba_norm(
     EPSILON: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """u = scanned * silu(z), divided by its root mean square over the group; grid (G, L, B).
+    """Compute scanned * silu(z) over its root mean square in the group; grid (G, L, B).
 
     Tokens past a row's length get 0.
     """
@@ -248,20 +248,20 @@ def mamba_norm(
     value = tl.load(scanned + token * D_INNER + channel, mask=real, other=0.0).to(tl.float32)
     gated = value * (z / (1.0 + tl.exp(-z)))
     mean = tl.sum(gated * gated, axis=0) / WIDTH
-    factor = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    factor = tl.load(norm_weight + channel, mask=real, other=0.0).to(tl.float32)
     normed = gated / tl.sqrt(mean + EPSILON) * factor
     out = y + token * D_INNER + channel
     tl.store(out, normed.to(y.dtype.element_ty), mask=lane < WIDTH)
 
 
 def scan_launch(head_dim: int, state: int, dtype: str, *, states: bool) -> Launch:
-    """Tiles of the scan.
+    """Return the tiles of the scan.
 
     Args:
-        head_dim: channels of a head.
-        state: numbers of a channel's state.
+        head_dim: Channels of a head.
+        state: Numbers of a channel's state.
         dtype: "bf16" or "fp32"; float32 products are made of scalar ones and need more registers.
-        states: whether new states are written, which takes registers for a second product with the
+        states: Whether new states are written, which takes registers for a second product with the
             state. Without, a program has a whole head, 64 of them at one row of the released model,
             and 128 registers a thread: a multiprocessor holds two.
     """
@@ -275,7 +275,7 @@ def scan_launch(head_dim: int, state: int, dtype: str, *, states: bool) -> Launc
 
 
 def norm_launch(width: int) -> Launch:
-    """Tiles of the gated norm: one group of one token, by one warp."""
+    """Return the tiles of the gated norm: one group of one token, by one warp."""
     return Launch({"BLOCK_C": triton.next_power_of_2(width)}, num_warps=1)
 
 
@@ -295,7 +295,7 @@ def mamba_block_step(
     *,
     states: bool = True,
 ) -> tuple[Any, Any, Any]:
-    """One block through convolution, scan and gated norm, on torch tensors.
+    """Run one block through convolution, scan and gated norm, on torch tensors.
 
     Args:
         projected: [B, L, d_inner + conv_dim + H] T: z, xBC, dt; contiguous, as all others.
@@ -304,13 +304,13 @@ def mamba_block_step(
         lengths: [B] int32.
         conv_weight: [conv_dim, 4].
         conv_bias: [conv_dim].
-        dt_bias: [H], as A_log and D.
-        A_log: logarithm of the decay rates.
-        D: weight of the direct path.
+        dt_bias: [H].
+        A_log: [H], logarithm of the decay rates.
+        D: [H], weight of the direct path.
         norm_weight: [d_inner].
-        n_groups: heads of a group share B and C, and a norm.
-        epsilon: of the norm.
-        states: whether the new states are wanted.
+        n_groups: Groups of heads; the heads of a group share B and C, and a norm.
+        epsilon: Epsilon of the norm.
+        states: Whether the new states are wanted.
 
     Returns:
         y [B, L, d_inner] T; conv_state and ssm_state after each row's last token, or None twice.
@@ -347,7 +347,7 @@ def mamba_block_step(
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:
-    """The scan with and without new states, and the norm."""
+    """Return the kernels of one model: the scan with and without new states, and the norm."""
     T, small = f"*{sizes.dtype}", f"*{sizes.small_dtype}"
     dims: dict[str, int | float] = {
         "H": sizes.heads,
@@ -362,7 +362,7 @@ def specs(sizes: Sizes) -> list[KernelSpec]:
     }
     norm_types = {
         **{"projected": T, "scanned": T, "lengths": "*i32"},
-        **{"weight": small, "L": "i32", "y": T},
+        **{"norm_weight": small, "L": "i32", "y": T},
     }
     scans = [
         KernelSpec(

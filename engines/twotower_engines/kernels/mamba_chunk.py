@@ -14,7 +14,7 @@ __all__ = ["attended", "decays", "product", "similar", "within"]
 
 @kernel
 def softplus(x: tl.tensor) -> tl.tensor:
-    """log(1 + e^x), accurate where e^x is far below 1: dt of a closed head is small, not 0."""
+    """Return log(1 + e^x), accurate where e^x is far below 1: dt of a closed head is not 0."""
     power = tl.exp(tl.minimum(x, 20.0))
     one_more = 1.0 + power
     # log(u) * e / (u - 1) repairs the rounding of u = 1 + e (Kahan).
@@ -28,7 +28,7 @@ def softplus(x: tl.tensor) -> tl.tensor:
 def product(
     a: tl.tensor, b: tl.tensor, c: tl.tensor, SPLIT: tl.constexpr, UPCAST: tl.constexpr
 ) -> tl.tensor:
-    """a @ b + c, accumulated in float32.
+    """Return a @ b + c, accumulated in float32.
 
     SPLIT: which factor is float32 while the other is bf16, "left" or "right"; it enters as the sum
     of two bf16 numbers, the smaller first. "none": both are of one type.
@@ -62,7 +62,7 @@ def decays(
     rate: tl.tensor,
     STRIDE: tl.constexpr,
 ) -> tl.tensor:
-    """Of a chunk of one head: steps, the decay's logarithm up to each token, and over the chunk.
+    """Return steps, the decay's logarithm up to each token, and over the chunk, of one head.
 
     dt: the head's column of the row's first token. Tokens past a row's length take no step.
     """
@@ -75,14 +75,14 @@ def decays(
 
 @kernel
 def within(total: tl.tensor, lane: tl.tensor) -> tl.tensor:
-    """Decay from each token of a chunk (columns) to each one (rows); 0 from later ones."""
+    """Return the decay from each token of a chunk (columns) to each (rows); 0 from later ones."""
     since = total[:, None] - total[None, :]
     return tl.exp(tl.where(lane[:, None] >= lane[None, :], since, float("-inf")))
 
 
 @kernel
 def similar(c: tl.tensor, b: tl.tensor, decay: tl.tensor, UPCAST: tl.constexpr) -> tl.tensor:
-    """How much of a chunk's tokens (columns) each of some tokens (rows) sees."""
+    """Return how much of a chunk's tokens (columns) each of some tokens (rows) sees."""
     zero = tl.zeros((c.shape[0], b.shape[0]), dtype=tl.float32)
     return product(c, tl.trans(b), zero, "none", UPCAST) * decay
 
@@ -98,7 +98,7 @@ def attended(
     since: tl.tensor,
     UPCAST: tl.constexpr,
 ) -> tl.tensor:
-    """What a chunk's tokens see of the chunk and of a state; [tokens, channels].
+    """Return what a chunk's tokens see of the chunk and of a state, [tokens, channels].
 
     decay: within the chunk; since: its logarithm from the state to each token.
     The products are one chain on purpose: with two accumulators the compiler

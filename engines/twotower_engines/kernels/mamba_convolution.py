@@ -20,7 +20,7 @@ def four_taps(
     BLOCK: tl.constexpr,
     AGAIN: tl.constexpr,
 ) -> tl.tensor:
-    """The taps of BLOCK channels from `first` on, oldest first, each [1, BLOCK] float32.
+    """Return the taps of BLOCK channels from `first` on, oldest first, [1, BLOCK] float32 each.
 
     weight: [conv_dim, 4], read as vectors; channels from `count` on get 0. AGAIN: read in every
     turn of a loop, where the compiler would hold them in registers throughout; float32 has none to
@@ -46,7 +46,7 @@ def raw_columns(
     STRIDE: tl.constexpr,
     CONV_DIM: tl.constexpr,
 ) -> tl.tensor:
-    """xBC before the convolution, [times, channels] T; times below 0 are history.
+    """Return xBC before the convolution, [times, channels] T; times below 0 are history.
 
     xbc: the row's first token; history: the row's three columns, newest last. Times outside
     -3 .. length - 1 give 0.
@@ -72,7 +72,7 @@ def convolved(
     STRIDE: tl.constexpr,
     CONV_DIM: tl.constexpr,
 ) -> tl.tensor:
-    """SiLU(conv + bias) of `count` channels from `first` on, [times, BLOCK], rounded to T.
+    """Return SiLU(conv + bias) of `count` channels from `first`, [times, BLOCK], rounded to T.
 
     Tokens past a row's length get 0, and so do channels from `count` on.
     """
@@ -105,7 +105,7 @@ def keep_columns(
     STRIDE: tl.constexpr,
     CONV_DIM: tl.constexpr,
 ) -> None:
-    """Writes a row's last three raw columns of some channels; out: the row's new history."""
+    """Write a row's last three raw columns of some channels; out: the row's new history."""
     slot = tl.arange(0, TAPS)
     time = length - (TAPS - 1) + slot
     newest = raw_columns(xbc, history, time, length, channel, real, STRIDE, CONV_DIM)

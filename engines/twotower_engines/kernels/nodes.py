@@ -1,8 +1,9 @@
 """Each op as a chain of nodes with one kernel launch each, as TensorRT's plugins must be.
 
-A node knows the shapes of its outputs and how its kernel is launched, as arithmetic on the
-dimensions of its inputs. The arithmetic works on integers, for tests, and on TensorRT's symbolic
-dimensions, in `twotower_engines.kernels.plugins`; nothing here imports TensorRT.
+`OPS` is the table: the tensors of each op and the nodes that compute it. A node knows the shapes of
+its outputs and how its kernel is launched, as arithmetic on the dimensions of its inputs. The
+arithmetic works on integers, for tests, and on TensorRT's symbolic dimensions, in `plugins`;
+nothing here imports TensorRT. `plugin_graph` puts the chains into a graph.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from twotower_engines.errors import BuildError
 from twotower_engines.kernels import experts, mamba, refine, vocabulary
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
-__all__ = ["CHAINS", "NODES", "Call", "Launching", "Link", "Node", "Output"]
+__all__ = ["NAMESPACE", "OPS", "Call", "Launching", "Node", "Op", "Output"]
+
+NAMESPACE = "twotower"
+"""ONNX domain of the ops and nodes, and TensorRT's namespace of the plugins."""
 
 Dim = Any
-"""A dimension: an integer or a symbolic expression with + - * // and a size unknown until later."""
+"""A dimension: an integer, or a symbolic expression with + - * // whose size is known later."""
 
 POINTERS = {"bf16": "*bf16", "fp32": "*fp32", "i32": "*i32"}
 
 
 def integer_cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
@@ -33,15 +37,15 @@ class Call:
     """One node's inputs, while it is put into a network.
 
     Attributes:
-        dims: dimensions of each input, by name.
-        largest: the same as integers, the largest of the profile; empty while TensorRT only asks
-            for shapes.
-        dtypes: "bf16", "fp32" or "i32" of each input.
-        attributes: by name.
-        cdiv: division rounded up, on dimensions.
-        minimum: the smaller of two dimensions.
-        usual: as `largest`, of the calls that the profile is tuned for. Tiles are chosen by it: a
-            kernel is right for any size, and as fast as it can be for this one.
+        dims: Input name to its dimensions.
+        largest: Input name to its largest dimensions in the profile, as integers; empty while
+            TensorRT only asks for shapes.
+        dtypes: Input name to "bf16", "fp32" or "i32".
+        attributes: Attribute name to its value.
+        cdiv: Division of dimensions, rounded up.
+        minimum: The smaller of two dimensions.
+        usual: As `largest`, for the calls that the profile is tuned for. Tiles are chosen by it: a
+            kernel is right for any size, and fastest for this one.
     """
 
     dims: Mapping[str, Sequence[Dim]]
@@ -53,7 +57,7 @@ class Call:
     usual: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def size(self, name: str, axis: int) -> int:
-        """An input's largest size along an axis.
+        """Return an input's largest size along an axis.
 
         Raises:
             BuildError: TensorRT does not know it.
@@ -64,7 +68,7 @@ class Call:
         return size
 
     def tokens(self, name: str) -> int:
-        """The usual size along an input's first axis; a block's where TensorRT does not know it."""
+        """Return the usual size along an input's first axis; a block's where it is unknown."""
         known = int(self.usual[name][0]) if name in self.usual else -1
         return known if known > 0 else Sizes().block
 
@@ -88,25 +92,42 @@ class Launching:
 
 @dataclass(frozen=True)
 class Node:
-    """One plugin.
+    """One plugin: one kernel launch of an op's chain.
 
     Attributes:
-        inputs: names, in the node's order. Those that the kernel has no parameter for are passed
-            to it all the same, and ignored: they tell sizes, or are for the node's function.
-        attributes: types by name.
-        outputs: of a call, in order; named as in the kernel.
-        launching: of a call whose largest sizes are known.
+        name: Name of the plugin.
+        takes: Tensors of the op, or of earlier nodes, in the order of the node's inputs. A tensor
+            that the kernel has no parameter for is passed all the same, and ignored: it tells
+            sizes, or is for the node's function.
+        makes: Tensors that the node computes, in order.
+        attributes: Attribute name to its type.
+        outputs: Returns the types and dimensions of what a call makes.
+        launching: Returns the launch of a call whose largest sizes are known.
+        function: What an engine without the plugin computes in its place. "op": the op itself, on
+            the node's first inputs; "same": the second input; "nothing": a constant, because the
+            nodes that follow do not look at it.
     """
 
     name: str
-    inputs: tuple[str, ...]
+    takes: tuple[str, ...]
+    makes: tuple[str, ...]
     attributes: Mapping[str, type]
     outputs: Callable[[Call], tuple[Output, ...]]
     launching: Callable[[Call], Launching]
+    function: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of the exported graphs: its tensors in order, and the nodes that compute it."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    chain: tuple[Node, ...]
 
 
 def _spec(name: str, specs: Sequence[KernelSpec], call: Call) -> KernelSpec:
-    """The specification of that name, with the types that the inputs really have."""
+    """Return the specification of that name, with the types that the inputs really have."""
     (spec,) = [spec for spec in specs if spec.name == name]
     given = {name: POINTERS[call.dtypes[name]] for name in spec.types if name in call.dtypes}
     return replace(spec, types={**spec.types, **given})
@@ -117,6 +138,7 @@ def _spec(name: str, specs: Sequence[KernelSpec], call: Call) -> KernelSpec:
 REFINE_INPUTS = tuple(
     "logits ids lengths threshold steps_left temperature policy seed".split()  # noqa: SIM905
 )
+REFINE_OUTPUTS = ("new_ids", "confidence", "committed", "still_masked")
 
 
 def _refine_sizes(call: Call, vocab_size: int, dtype: str) -> Sizes:
@@ -235,7 +257,7 @@ MAMBA_INPUTS = tuple(
 
 
 def _mamba_sizes(call: Call) -> Sizes:
-    """Tiles do not depend on the block's length: the scan is made for any."""
+    """Return the sizes of a model; tiles do not depend on the length of the block."""
     heads, head_dim, state = (call.size("ssm_state", axis) for axis in (1, 2, 3))
     return Sizes(
         heads=heads,
@@ -248,7 +270,7 @@ def _mamba_sizes(call: Call) -> Sizes:
 
 
 def _where_wanted(call: Call, name: str) -> Output:
-    """A new state, or one number that nobody reads."""
+    """Return the shape of a new state, or of one number that nobody reads."""
     dims = tuple(call.dims[name]) if call.attributes["states"] else (1,)
     return Output(call.dtypes[name], dims)
 
@@ -280,99 +302,96 @@ def _norm(call: Call) -> Launching:
     return Launching(spec, (call.attributes["n_groups"], L, B), {"L": L})
 
 
-NODES = (
-    Node(
-        "RefineVocabulary",
-        ("logits", "ids", "lengths", "temperature", "policy", "seed"),
-        {"mask_id": int},
-        _vocabulary_outputs,
-        _vocabulary,
-    ),
-    Node(
-        "RefineDecision",
-        (*REFINE_INPUTS, "partials", "partial_ids"),
-        {"mask_id": int},
-        _decision_outputs,
-        _decision,
-    ),
-    Node("ExpertsRoute", ("indices",), {"num_experts": int}, _route_outputs, _route),
-    Node("ExpertsUp", ("x", "up", "counts", "pairs", "indices"), {}, _up_outputs, _up),
-    Node("ExpertsDown", ("inner", "down", "counts", "pairs", "indices"), {}, _down_outputs, _down),
-    Node(
-        "ExpertsSum",
-        ("x", "indices", "weights", "up", "down", "partial"),
-        {},
-        _sum_outputs,
-        _sum,
-    ),
-    Node("MambaScan", MAMBA_INPUTS, {"n_groups": int, "states": int}, _scan_outputs, _scan),
-    Node(
-        "MambaNorm",
-        ("projected", "scanned", "lengths", "weight", "ssm_state"),
-        {"n_groups": int, "epsilon": float},
-        _norm_outputs,
-        _norm,
-    ),
-)
-"""Every plugin, in the order in which a step meets them."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """One node of a chain: which tensors of the op, or of an earlier link, it takes and makes.
-
-    Attributes:
-        function: what an engine without the plugin computes in its place. "op": the op itself, on
-            the link's first inputs; "same": its second input; "nothing": a constant, since what
-            follows does not look at it.
-    """
-
-    node: str
-    takes: tuple[str, ...]
-    makes: tuple[str, ...]
-    function: str
-
-
-REFINE_OUTPUTS = ("new_ids", "confidence", "committed", "still_masked")
-
-CHAINS = {
-    "RefineBlock": (
-        Link(
-            "RefineVocabulary",
-            ("logits", "ids", "lengths", "temperature", "policy", "seed"),
-            ("partials", "partial_ids"),
-            "nothing",
+OPS = {
+    "RefineBlock": Op(
+        REFINE_INPUTS,
+        REFINE_OUTPUTS,
+        (
+            Node(
+                "RefineVocabulary",
+                ("logits", "ids", "lengths", "temperature", "policy", "seed"),
+                ("partials", "partial_ids"),
+                {"mask_id": int},
+                _vocabulary_outputs,
+                _vocabulary,
+                "nothing",
+            ),
+            Node(
+                "RefineDecision",
+                (*REFINE_INPUTS, "partials", "partial_ids"),
+                REFINE_OUTPUTS,
+                {"mask_id": int},
+                _decision_outputs,
+                _decision,
+                "op",
+            ),
         ),
-        Link("RefineDecision", (*REFINE_INPUTS, "partials", "partial_ids"), REFINE_OUTPUTS, "op"),
     ),
-    "SparseExperts": (
-        Link("ExpertsRoute", ("indices",), ("counts", "pairs"), "nothing"),
-        Link("ExpertsUp", ("x", "up", "counts", "pairs", "indices"), ("inner",), "nothing"),
-        Link(
-            "ExpertsDown", ("inner", "down", "counts", "pairs", "indices"), ("partial",), "nothing"
+    "SparseExperts": Op(
+        ("x", "indices", "weights", "up", "down"),
+        ("y",),
+        (
+            Node(
+                "ExpertsRoute",
+                ("indices",),
+                ("counts", "pairs"),
+                {"num_experts": int},
+                _route_outputs,
+                _route,
+                "nothing",
+            ),
+            Node(
+                "ExpertsUp",
+                ("x", "up", "counts", "pairs", "indices"),
+                ("inner",),
+                {},
+                _up_outputs,
+                _up,
+                "nothing",
+            ),
+            Node(
+                "ExpertsDown",
+                ("inner", "down", "counts", "pairs", "indices"),
+                ("partial",),
+                {},
+                _down_outputs,
+                _down,
+                "nothing",
+            ),
+            Node(
+                "ExpertsSum",
+                ("x", "indices", "weights", "up", "down", "partial"),
+                ("y",),
+                {},
+                _sum_outputs,
+                _sum,
+                "op",
+            ),
         ),
-        Link("ExpertsSum", ("x", "indices", "weights", "up", "down", "partial"), ("y",), "op"),
     ),
-    "MambaBlockStep": (
-        Link("MambaScan", MAMBA_INPUTS, ("scanned", "conv_state_new", "ssm_state_new"), "op"),
-        Link(
-            "MambaNorm",
-            ("projected", "scanned", "lengths", "norm_weight", "ssm_state"),
-            ("y",),
-            "same",
+    "MambaBlockStep": Op(
+        MAMBA_INPUTS,
+        ("y", "conv_state_new", "ssm_state_new"),
+        (
+            Node(
+                "MambaScan",
+                MAMBA_INPUTS,
+                ("scanned", "conv_state_new", "ssm_state_new"),
+                {"n_groups": int, "states": int},
+                _scan_outputs,
+                _scan,
+                "op",
+            ),
+            Node(
+                "MambaNorm",
+                ("projected", "scanned", "lengths", "norm_weight", "ssm_state"),
+                ("y",),
+                {"n_groups": int, "epsilon": float},
+                _norm_outputs,
+                _norm,
+                "same",
+            ),
         ),
     ),
 }
-"""The chain of each op. A link's tensors are named as the op's inputs and outputs, or as made by
-an earlier link."""
-
-OP_INPUTS = {
-    "RefineBlock": REFINE_INPUTS,
-    "SparseExperts": ("x", "indices", "weights", "up", "down"),
-    "MambaBlockStep": MAMBA_INPUTS,
-}
-OP_OUTPUTS = {
-    "RefineBlock": REFINE_OUTPUTS,
-    "SparseExperts": ("y",),
-    "MambaBlockStep": ("y", "conv_state_new", "ssm_state_new"),
-}
+"""The ops by name, each with its chain in the order in which a step meets it."""

@@ -18,18 +18,18 @@ PRIME = tl.constexpr(2**31 - 1)
 """Elements of the field."""
 
 MOST_NOISE = tl.constexpr(16.64)
-"""No noise is above this: U is at most 1 - 2^-24, and -log(-log(U)) then 16.6355."""
+"""Upper bound of the noise: U is at most 1 - 2^-24, and -log(-log(U)) then 16.6355."""
 
 
 @kernel
 def folded(x: tl.tensor) -> tl.tensor:
-    """x less PRIME where it is at least that; uint32 below 2 * PRIME."""
+    """Return x less PRIME where it is at least that; x is a uint32 below 2 * PRIME."""
     return tl.minimum(x, x - PRIME)  # the difference wraps round to a large number otherwise
 
 
 @kernel
 def multiply(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """x * y in the field; uint32 below PRIME.
+    """Return x * y in the field; both are uint32 below PRIME.
 
     The product's upper and lower 31 bits add up to it, since 2^31 = 1: no division.
     """
@@ -39,14 +39,14 @@ def multiply(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 @kernel
 def fifth_power(x: tl.tensor) -> tl.tensor:
-    """x^5 in the field: a permutation, since 5 does not divide 2^31 - 2."""
+    """Return x^5 in the field: a permutation, since 5 does not divide 2^31 - 2."""
     square = multiply(x, x)
     return multiply(multiply(square, square), x)
 
 
 @kernel
 def noise_keys(seed: tl.tensor, position: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The two round keys of a position; int32 scalars to uint32 ones."""
+    """Return the two round keys of a position, int32 scalars as uint32."""
     place = seed.to(tl.uint32) + 7919 * (position.to(tl.uint32) + 1) + 1
     first = fifth_power(folded((place & PRIME) + (place >> 31)))
     return first, fifth_power(folded(first + 104729))
@@ -54,7 +54,7 @@ def noise_keys(seed: tl.tensor, position: tl.tensor) -> tuple[tl.tensor, tl.tens
 
 @kernel
 def gumbel(token: tl.tensor, first: tl.tensor, second: tl.tensor) -> tl.tensor:
-    """Gumbel noise of a token under a position's keys; float32.
+    """Return the Gumbel noise of a token under a position's keys, float32.
 
     U lies strictly inside (0, 1) and is exact in float32: 23 bits and a half.
     """

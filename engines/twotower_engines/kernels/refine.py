@@ -56,7 +56,7 @@ def refine_decision(
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ) -> None:
-    """Merges the splits of a row and decides what it commits; grid (B,).
+    """Merge the splits of a row and decide what it commits; grid (B,).
 
     BLOCK_S and BLOCK_P are at least S and P, and powers of two.
     """
@@ -100,10 +100,10 @@ def refine_decision(
     open_ = masked & (failed == 0)
 
     rule = tl.load(policy + row)
-    bound = tl.load(threshold + row)
+    row_threshold = tl.load(threshold + row)
     where = position.to(tl.float32)
     # Twice: the second time for what depends on the order, which the first gives.
-    key, _ = policy_rule(rule, bound, confidence, entropy, where, where, where)
+    key, _ = policy_rule(rule, row_threshold, confidence, entropy, where, where, where)
     key = tl.where(open_, key, 3e38)
     other, mine = key[None, :], key[:, None]
     later = position[None, :] > position[:, None]
@@ -115,7 +115,7 @@ def refine_decision(
     n = tl.sum(open_.to(tl.int32), axis=0)
     number = rank + 1
     _, fits = policy_rule(
-        rule, bound, confidence, entropy, where, number.to(tl.float32), entropy_before
+        rule, row_threshold, confidence, entropy, where, number.to(tl.float32), entropy_before
     )
     wanted = tl.max(tl.where(open_ & fits, number, 0), axis=0)
     steps = tl.load(steps_left + row)
@@ -132,7 +132,7 @@ def refine_decision(
 
 
 def decision_launch(block: int, split_count: int) -> Launch:
-    """Tiles of the decision: one row's positions by its splits."""
+    """Return the tiles of the decision: one row's positions by its splits."""
     constants = {
         "BLOCK_S": triton.next_power_of_2(block),
         "BLOCK_P": triton.next_power_of_2(split_count),
@@ -152,7 +152,7 @@ def refine_block(
     seed: Any,
     mask_id: int,
 ) -> tuple[Any, Any, Any, Any]:
-    """One refinement step on torch tensors; nothing is synchronized.
+    """Run one refinement step on torch tensors, without synchronizing.
 
     Args:
         logits: [B, S, V] bf16 or float32, contiguous.
@@ -162,9 +162,9 @@ def refine_block(
         steps_left: [B] int32, this one included.
         temperature: [B] float32: 0, or at least 1e-6.
         policy: [B] int32.
-        seed: [B] int32, not negative. The noise is a function of seed, position and token: who
-            wants other noise in another step gives another seed, as `sampling.row_seed` does.
-        mask_id: token of a position that is not decided.
+        seed: [B] int32, not negative. The noise is a function of seed, position and token; give
+            each step a seed of its own, as `sampling.row_seed` does.
+        mask_id: Token of a position that is not decided.
 
     Returns:
         new_ids [B, S] int32, confidence [B, S] float32, committed [B, S] int32, still_masked [B]
@@ -216,7 +216,7 @@ DECISION_TYPES = {
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:
-    """Both kernels for one model, for batches of any number of rows."""
+    """Return both kernels for one model, for batches of any number of rows."""
     most_splits = -(-sizes.vocab_size // (tiles(1) * TILE))
     return [
         KernelSpec(

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: the types of its arguments and the sizes baked into it.
+"""Specifications of kernels: the types of their arguments and the sizes compiled into them.
 
 This module knows no kernel and imports no compiler.
 """
@@ -20,10 +20,10 @@ class Sizes:
     """Sizes that the kernels of one model are compiled for; the defaults are the released model's.
 
     Attributes:
-        dtype: of logits, activations and large weights: "bf16" or "fp32".
-        small_dtype: of the weights that are stored as they were trained (biases, A_log, D, norms).
-        rows: rows of a batch that launch configurations are chosen for.
-        block: positions of a block.
+        dtype: Type of logits, activations and large weights: "bf16" or "fp32".
+        small_dtype: Type of the weights that stay as they were trained (biases, A_log, D, norms).
+        rows: Rows of a batch that launch configurations are chosen for.
+        block: Positions of a block.
     """
 
     vocab_size: int = 131072
@@ -53,12 +53,12 @@ class KernelSpec:
     """One kernel for one set of types and sizes.
 
     Attributes:
-        name: unique among the specifications of a model; ends in the type where there are two.
-        function: the kernel.
-        types: of every run-time parameter in Triton's spelling, `*bf16` for a pointer, `i32` for
-            an integer; in the kernel's order.
-        constants: every compile-time parameter that `launch` does not give.
-        launch: tiles, warps and stages.
+        name: Unique among the specifications of a model; ends in the type where there are two.
+        function: The kernel.
+        types: Every run-time parameter's type in Triton's spelling, `*bf16` for a pointer, `i32`
+            for an integer; in the kernel's order.
+        constants: Every compile-time parameter that `launch` does not give.
+        launch: Tiles, warps and stages.
     """
 
     name: str

@@ -19,16 +19,14 @@ class Target:
     """One GPU generation.
 
     Attributes:
-        compute_capability: as in `skus.json`, e.g. "9.0".
-        ptx: version of PTX times ten.
-        cuda: the CUDA version whose driver first takes that PTX.
-        examples: products.
+        compute_capability: As in `skus.json`, for example "9.0".
+        ptx: Version of PTX times ten.
+        cuda: The CUDA version whose driver first takes that PTX.
     """
 
     compute_capability: str
     ptx: int
     cuda: str
-    examples: str
 
     @property
     def arch(self) -> int:
@@ -38,22 +36,22 @@ class Target:
 
 
 TARGETS = (
-    Target("8.0", 80, "12.0", "A100"),
-    Target("8.6", 80, "12.0", "A10, RTX 3090"),
-    Target("8.9", 80, "12.0", "L4, L40S, RTX 4090"),
-    Target("9.0", 80, "12.0", "H100, H200, GH200"),
-    Target("10.0", 86, "12.7", "B200, GB200"),
-    Target("10.3", 88, "12.9", "B300, GB300"),
-    Target("12.0", 87, "12.8", "RTX PRO 6000 Blackwell, RTX 5090"),
-    Target("12.1", 88, "12.9", "GB10 (DGX Spark)"),
+    Target("8.0", 80, "12.0"),  # A100
+    Target("8.6", 80, "12.0"),  # A10, RTX 3090
+    Target("8.9", 80, "12.0"),  # L4, L40S, RTX 4090
+    Target("9.0", 80, "12.0"),  # H100, H200, GH200
+    Target("10.0", 86, "12.7"),  # B200, GB200
+    Target("10.3", 88, "12.9"),  # B300, GB300
+    Target("12.0", 87, "12.8"),  # RTX PRO 6000 Blackwell, RTX 5090
+    Target("12.1", 88, "12.9"),  # GB10 (DGX Spark)
 )
 
 
 def target(compute_capability: str) -> Target:
-    """The target of a compute capability.
+    """Return the target of a compute capability.
 
     Raises:
-        BuildError: no kernel is compiled for it.
+        BuildError: No kernel is compiled for it.
     """
     for candidate in TARGETS:
         if candidate.compute_capability == compute_capability:

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 TILE = 2048
-"""Tokens that a program looks at together: 16 for each of its 128 threads. Four tiles of 4 or 8 kB
+"""Tokens that a program reads together: 16 for each of its 128 threads. Four tiles of 4 or 8 kB
 are in flight."""
 
 TILES = 2
@@ -51,7 +51,7 @@ NO_TOKEN = tl.constexpr(2**31 - 1)
 
 @kernel
 def exponential(x: tl.tensor) -> tl.tensor:
-    """e^x as `tl.exp` computes it, but with results below 2^-126 made 0: half the instructions.
+    """Return e^x as `tl.exp` does, but 0 for results below 2^-126: half the instructions.
 
     Such a result is a weight next to one of 1, so no sum over a vocabulary changes by it.
     """
@@ -73,7 +73,7 @@ def scan(
     TILE: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """What 128 lanes see of the logits [first, last) of one position.
+    """Reduce the logits [first, last) of one position in 128 lanes.
 
     Each keeps its own running maximum, so that lanes meet once, at the end of the split, and not
     once per tile; a lane's logits are 8 neighbours at a time, 16 bytes of bf16.
@@ -132,7 +132,7 @@ def sample(
     MASK_ID: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """(best score, its token) of a split, with noise; the lowest token of equal ones.
+    """Return (best score, its token) of a split, with noise; the lowest token of equal ones.
 
     Reads the split again, from the cache and in pieces, and computes noise only for pieces that
     can hold the winner: the split's best token has its score, and no noise is above MOST_NOISE.
@@ -175,7 +175,7 @@ def refine_vocabulary(
     TILE: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """One split of the vocabulary, TILES tiles, at one position; grid (splits, S, B).
+    """Reduce one split of the vocabulary, TILES tiles, at one position; grid (splits, S, B).
 
     Reads its logits once. Positions that are not masked are left alone: their logits are not read
     and their partials not written.
@@ -233,10 +233,10 @@ VOCABULARY_TYPES = {
 
 
 def tiles(rows: Any, minimum: Callable[[Any, int], Any] = min) -> Any:
-    """Tiles of a split in a batch of that many rows, which TensorRT may know as a symbol only."""
+    """Return the tiles of a split in a batch of `rows`, an integer or one of TensorRT's symbols."""
     return minimum(rows, MOST_ROWS) * TILES
 
 
 def vocabulary_launch() -> Launch:
-    """Tiles of the vocabulary pass, and pieces of the sampling."""
+    """Return the tiles of the vocabulary pass, and pieces of the sampling."""
     return Launch({"TILE": TILE, "PIECE": 512}, num_warps=4)

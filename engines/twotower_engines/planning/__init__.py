@@ -1,1 +1,1 @@
-"""What fits where, and how fast it can be."""
+"""Plans: the models that fit on a GPU, and how fast they can be."""

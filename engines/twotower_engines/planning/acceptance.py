@@ -1,4 +1,4 @@
-"""How many denoiser calls a block takes, as measured on the released model.
+"""The number of denoiser calls that a block takes, as measured on the released model.
 
 The measurements (`data/acceptance.json`, made by `benchmarks/acceptance_statistics.py`) are runs
 and traces of NVIDIA's code on the real checkpoint by junze-eng/twotower-repro. In the traces a call
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower_engines.artifacts.document import read_json
+from twotower_contract.json_file import read_json
 from twotower_engines.errors import PlanError
 
 __all__ = [
@@ -48,11 +48,11 @@ class Measurement:
     """Runs of one task at one setting, block size 16.
 
     Attributes:
-        runs: How many.
-        tokens: Generated in all of them.
-        calls: Denoiser calls in all of them.
-        seconds: Of the reference code on two A100 80 GB, bf16, batch 1.
-        burst_rate: Fitted; None where it is not (other than 16 steps).
+        runs: Number of runs.
+        tokens: Tokens generated in all runs.
+        calls: Denoiser calls of all runs.
+        seconds: Time of the reference code on two A100 80 GB, bf16, batch 1.
+        burst_rate: Fitted burst rate; None for other than 16 steps.
     """
 
     task: str
@@ -72,7 +72,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What NVIDIA's code took on two A100 80 GB, bf16, batch 1, in seconds.
+    """Times of NVIDIA's code on two A100 80 GB, bf16, batch 1, in seconds.
 
     A fit of seconds = calls x denoiser_call + blocks x context_extension over all runs.
     """
@@ -84,11 +84,11 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """How many denoiser calls a block takes.
+    """Distribution of the number of denoiser calls of a block.
 
     Attributes:
         block: Tokens of the block.
-        probabilities: Of 1, 2, .. calls.
+        probabilities: Probabilities of 1, 2, .. calls.
     """
 
     block: int
@@ -126,7 +126,6 @@ class Acceptance:
 
     source: str
     measurements: tuple[Measurement, ...]
-    traces: tuple[tuple[int, ...], ...]
     reference: Reference
 
     @property
@@ -139,7 +138,7 @@ class Acceptance:
         """Return the burst rate of a task at a threshold.
 
         Raises:
-            PlanError: The task was not measured, or the threshold lies outside of what was.
+            PlanError: The task was not measured, or the threshold is outside of the measured range.
         """
         base = self._curve(BASE_TASK)
         low, high = base[0][0], base[-1][0]
@@ -159,7 +158,7 @@ class Acceptance:
         """Return how many calls a block of 16 takes.
 
         Raises:
-            PlanError: As for `burst_rate`.
+            PlanError: The same errors as `burst_rate`.
         """
         return calls_per_block(BLOCK, steps, self.burst_rate(task, threshold))
 
@@ -217,19 +216,9 @@ def load_acceptance() -> Acceptance:
     return Acceptance(
         source=document.text("source"),
         measurements=tuple(
-            Measurement(
-                task=one.text("task"),
-                threshold=one.number("threshold"),
-                steps=one.integer("steps"),
-                runs=one.integer("runs"),
-                tokens=one.integer("tokens"),
-                calls=one.integer("calls"),
-                seconds=one.number("seconds"),
-                burst_rate=one.number("burst_rate") if one.values["burst_rate"] else None,
-            )
+            one.record(Measurement, burst_rate=one.values["burst_rate"] or None)
             for one in document.items("measurements")
         ),
-        traces=tuple(one.integers("masked") for one in document.items("traces")),
         reference=Reference(
             denoiser_call=reference.number("denoiser_call_seconds"),
             context_extension=reference.number("context_extension_seconds"),

@@ -1,7 +1,7 @@
-"""What would fit where a plan does not, and how far a plan can be stretched.
+"""Searches for what fits where a plan does not, and for the largest plan that does.
 
-Searches over the plans of `plan.py`: more or fewer slots, another context, a second GPU, another
-SKU, a narrower precision. All else of a request stays as it was asked.
+The searches vary the requests of `plan.py`: more or fewer slots, another context, a second GPU,
+another SKU, a narrower precision. Everything else of a request stays as it was.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """Something that fits.
+    """A change of a request with which it fits.
 
     Attributes:
-        options: What to type beside what was typed, or in its place.
-        remark: What to know about it; may be empty.
-        plan: Its plan.
+        options: Options to add to the command, or to change in it.
+        remark: Note on the change; may be empty.
+        plan: Plan of the changed request.
     """
 
     options: str
@@ -57,7 +57,7 @@ def require_fit(plan: MemoryPlan) -> MemoryPlan:
     """Return a plan that fits.
 
     Raises:
-        PlanError: It does not; the message says what is short and what would fit.
+        PlanError: It does not fit; the message says what is short and what would fit.
     """
     if not plan.fits:
         raise PlanError(refusal(plan))
@@ -82,7 +82,7 @@ def refusal(plan: MemoryPlan) -> str:
 def nearest_fits(plan: MemoryPlan) -> list[Suggestion]:
     """Return the nearest plans that fit, nearest first.
 
-    What was asked for stays, but for what a suggestion names: flavour, largest block and all.
+    Each suggestion changes only what it names; flavour, largest block and the rest stay.
     """
     count = len(plan.gpus)
     here = replace(plan.asked, gpus=count, precision=plan.precision)
@@ -108,8 +108,8 @@ def largest_slots(model: ModelSize, request: PlanRequest) -> int:
     """Return how many slots fit beside a request's context; 0 where not even one does.
 
     Args:
-        model: Sizes.
-        request: Its slots do not matter.
+        model: Sizes of the model.
+        request: Request to vary; its slots do not matter.
     """
     return _largest(
         range(1, MAX_SLOTS + 1),
@@ -121,8 +121,8 @@ def largest_context(model: ModelSize, request: PlanRequest) -> int:
     """Return how many tokens of context fit, a multiple of 256; 0 where not even 256 do.
 
     Args:
-        model: Sizes.
-        request: Its context does not matter.
+        model: Sizes of the model.
+        request: Request to vary; its context does not matter.
     """
     limit = model.config.max_position_embeddings
     return _largest(
@@ -167,7 +167,7 @@ def _narrower(plan: MemoryPlan) -> Iterator[Suggestion]:
 
 def _other_skus(plan: MemoryPlan) -> Iterator[Suggestion]:
     """Name the smallest SKU that holds the plan on one GPU, and the smallest on two."""
-    by_memory = sorted(known_skus().values(), key=lambda one: one.memory)
+    by_memory = sorted(known_skus().values(), key=lambda sku: sku.memory)
     others = [sku for sku in by_memory if sku.name not in (plan.sku.name, "cpu")]
     for count in (1, 2):
         fitting = (one for sku in others for one in _on_another(plan, sku, count))

@@ -1,4 +1,4 @@
-"""The GPU of this machine: what its driver says, and the SKU that it is.
+"""The GPU of this machine, as its driver reports it, and its SKU.
 
 A card that the table does not know is planned as its nearest relative: its own memory and compute
 capability, the relative's speeds, and sources that say so.
@@ -18,10 +18,10 @@ from twotower_engines.planning.skus import GIB, Sku, known_skus
 __all__ = ["LocalGpu", "local_gpu", "local_sku"]
 
 CUDA_SHARE = 0.975
-"""What CUDA gives of the memory that nvidia-smi reports: the least of the table's GPUs."""
+"""Share of the memory that nvidia-smi reports and CUDA gives: the least of the table's GPUs."""
 
 SAME_MEMORY = 0.05
-"""Memory of one product differs by no more between drivers, with error correction or without."""
+"""Largest relative difference in memory of one product, between drivers and with or without ECC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class LocalGpu:
     """A GPU as nvidia-smi reports it.
 
     Attributes:
-        name: Of the product, without "NVIDIA".
-        memory: Bytes; None on unified memory, of which it reports none.
-        compute_capability: As `9.0`.
+        name: Product name, without "NVIDIA".
+        memory: Bytes; None for unified memory, which nvidia-smi does not report.
+        compute_capability: Compute capability, as `9.0`.
     """
 
     name: str
@@ -39,7 +39,7 @@ class LocalGpu:
     compute_capability: str
 
     def is_a(self, sku: Sku) -> bool:
-        """Whether it is that product: by its name, or where the SKU has none by its numbers."""
+        """Whether it is this SKU: by its name, or by its numbers where the SKU has no name."""
         if sku.device_names:
             return self.name in sku.device_names
         if self.compute_capability != sku.compute_capability:

@@ -1,10 +1,11 @@
-"""What fits on which GPU: a plan of memory for one model, SKU and set of limits.
+"""The memory plan of one model, SKU and set of limits.
 
-`plan_memory` adds up, per GPU, what the runtime allocates: weights, states, the buffers of its
-calls, and the engines' workspace. A plan says whether it fits; `fit.py` says what would. All of it
-is arithmetic: no GPU is touched. (`build.py` compares what TensorRT then asks for with it.)
+`plan_memory` adds up, per GPU, the memory that the runtime allocates: weights, states, the buffers
+of its calls, and the engines' workspace. A plan says whether it fits; `fit.py` finds what would fit
+instead. It is all arithmetic and needs no GPU. (After a build, `build.py` checks the memory that
+TensorRT reports against the plan.)
 
-What is assumed rather than known is in `ASSUMPTIONS`, and every report prints it.
+`ASSUMPTIONS` lists what is assumed rather than known, and every report prints it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import BUILT, PRECISIONS
@@ -35,7 +37,7 @@ CHUNKS = (256, 128, 64, 32)
 """Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks."""
 BLOCK = 16
 BLOCK_SIZE_MAX = 64
-"""What engines are built for; most requests have blocks of 16."""
+"""Default for the largest block of the engines; most requests have blocks of 16."""
 MAX_SLOTS = 256
 OVERHEAD = {"onnxruntime": 512 << 20, "tensorrt": GIB, "tensorrt-rtx": GIB}
 MARGIN = 0.02
@@ -58,16 +60,16 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """What one GPU holds.
+    """Memory of one GPU, in bytes.
 
     Attributes:
-        towers: Which run on it.
+        towers: Towers that run on it.
         weights: Tower, then part, to bytes.
         states: Context states of all slots, by kind.
         buffers: Inputs and outputs of the calls, by kind.
         workspace: Intermediates of each tower's engine.
         overhead: CUDA context and libraries.
-        capacity: What there is to use: memory less what is reserved and the margin.
+        capacity: Usable memory: all of it less the reserved part and the margin.
     """
 
     towers: tuple[str, ...]
@@ -91,7 +93,7 @@ class GpuMemory:
 
     @property
     def free(self) -> int:
-        """What is left; negative where it does not fit."""
+        """Memory that is left; negative where the plan does not fit."""
         return self.capacity - self.total
 
     def as_json(self) -> dict[str, Any]:
@@ -111,16 +113,16 @@ class GpuMemory:
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What a plan is asked for.
+    """The request for a plan.
 
     Attributes:
-        sku: From `find_sku`.
+        sku: The GPU, or the CPU.
         gpus: 1: both towers on one; 2: one tower on each. None: the fewest that fit.
         slots: Requests in flight.
         context: Tokens of a request, prompt and answer together.
         precision: A name of `PRECISIONS`; `auto`: the widest that fits and that the SKU computes
             in, the weights as released where none fits.
-        flavour: Of the engines; None for the SKU's default.
+        flavour: Flavour of the engines; None for the SKU's default.
         max_tokens_per_call: Tokens of one row in one context call; None: the largest of 256, 128,
             64 and 32 with which the plan fits.
         block_size_max: Largest block of the denoiser.
@@ -141,14 +143,14 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """A plan: what was asked, and what each GPU would hold.
+    """A plan: the request, and what each GPU would hold.
 
     Attributes:
-        asked: The request as it came, `auto` and all.
-        precision: The precision that was chosen.
-        max_tokens_per_call: Tokens of one row in one context call: what was asked, or else the
+        asked: The request, unchanged.
+        precision: The chosen precision.
+        max_tokens_per_call: Tokens of one row in one context call: as requested, or else the
             largest chunk with which the plan fits. Engines are to be built with it.
-        gpus: One for each GPU.
+        gpus: Memory of each GPU.
     """
 
     model: ModelSize
@@ -159,12 +161,12 @@ class MemoryPlan:
 
     @property
     def sku(self) -> Sku:
-        """What it is planned for."""
+        """The SKU of the request."""
         return self.asked.sku
 
     @property
     def flavour(self) -> str:
-        """Of the engines."""
+        """Flavour of the engines."""
         return self.asked.flavour or self.sku.flavour
 
     @property
@@ -194,7 +196,7 @@ class MemoryPlan:
 
     @property
     def placement(self) -> str:
-        """Which tower is where, in words."""
+        """The GPU of each tower, in words."""
         where = "this machine" if self.sku.compute_capability is None else "one GPU"
         if len(self.gpus) == 2:
             return "context tower on GPU 0, denoiser tower on GPU 1"
@@ -224,8 +226,8 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     """Plan the memory of a model.
 
     Raises:
-        PlanError: Something is asked for that cannot be: no such precision on this SKU, two GPUs
-            where there is one, a context beyond the model's, fewer than one slot.
+        PlanError: The request is impossible: no such precision on this SKU, two GPUs where there is
+            one, a context beyond the model's, fewer than one slot.
     """
     _check_request(model, request)
     sku = request.sku
@@ -244,7 +246,7 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
 
 
 def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
-    """Return the precision that a name stands for, of `auto` the widest.
+    """Return the precision that a name stands for; `auto` stands for the widest.
 
     Raises:
         PlanError: The precision does not exist, or the SKU does not compute in it.
@@ -252,7 +254,7 @@ def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
     if precision != "auto" and precision not in PRECISIONS:
         raise PlanError(f"--precision is {precision!r}, none of auto, {', '.join(PRECISIONS)}")
     as_released = precision in ("auto", "bf16", "float32")
-    if as_released and (model.dtype == "float32" or sku.precisions == ("float32",)):
+    if as_released and (model.config.dtype == "float32" or sku.precisions == ("float32",)):
         # an fp32 checkpoint stays fp32, and ONNX Runtime's CPU provider has no bf16 products
         return "float32"
     if precision == "auto":
@@ -266,13 +268,13 @@ def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
 
 
 def gpu_counts(model: ModelSize, sku: Sku) -> tuple[int, ...]:
-    """Return on how many GPUs of a SKU a model may be placed: one, or one for each tower."""
+    """Return the numbers of GPUs that a model may be placed on: one, or one for each tower."""
     return tuple(range(1, min(sku.max_gpus, len(model.towers)) + 1))
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What a request may leave open: GPUs, precision, and tokens of a row in one context call."""
+    """A choice where a request is open: GPUs, precision, tokens of a row in one context call."""
 
     gpus: int
     precision: str
@@ -341,36 +343,36 @@ class _Sizes:
 
     def weights(self, tower: str) -> dict[str, int]:
         precision = PRECISIONS[self.choice.precision]
-        parts = self.model.parts(tower).items()
+        parts = parts_of_tower(self.model.config, tower).items()
         return {part: precision.size(part, count) for part, count in parts if count}
 
     def states(self, towers: Sequence[str]) -> dict[str, int]:
-        mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
+        mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
         states = {
             "keys and values": self.request.slots
             * self.request.context
-            * self.model.kv_bytes_per_token(self.item),
-            "ssm": self.request.slots * self.model.ssm_bytes,
-            "conv": self.request.slots * self.model.conv_bytes(self.item),
+            * kv_bytes_per_token(self.model.config, self.item),
+            "ssm": self.request.slots * ssm_bytes(self.model.config),
+            "conv": self.request.slots * conv_bytes(self.model.config, self.item),
         }
         if "denoiser" in towers:
             states["mock_ar copy"] = self.request.slots * mamba
         return states
 
     def buffers(self, tower: str) -> Iterator[tuple[str, int]]:
-        """What the runtime allocates for the calls of a tower: one place, for the largest."""
+        """Yield the buffers for the calls of a tower: one set, for the largest call."""
         slots = self.request.slots
         logits = self.model.config.vocab_size * FLOAT32
         if tower == "denoiser":
             yield "denoiser logits", slots * self.request.block_size_max * logits
             return
-        mamba = self.model.ssm_bytes + self.model.conv_bytes(self.item)
-        token = self.model.kv_bytes_per_token(self.item)
+        mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
+        token = kv_bytes_per_token(self.model.config, self.item)
         yield "new states", slots * (mamba + self.choice.chunk * token)
         yield "context logits", slots * logits
 
     def workspace(self, tower: str) -> int:
-        """The largest layer's intermediates in the largest call of a tower."""
+        """Return the bytes of the largest layer's intermediates in a tower's largest call."""
         length = self.choice.chunk if tower == "context" else self.request.block_size_max
         tokens = self.request.slots * length
         kinds = {"M": self._mamba, "*": self._attention, "E": self._experts}

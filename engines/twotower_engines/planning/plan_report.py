@@ -1,7 +1,8 @@
-"""A plan with everything that a person or a program asks of it.
+"""The report of a plan, for people and programs.
 
-`PlanReport` gathers memory, how far it stretches, what each precision takes, the roofline and the
-expected tokens per second of one SKU. `as_json` is for programs; `plan_text.py` writes tables.
+`PlanReport` gathers memory, the largest limits that fit, the size in each precision, the roofline
+and the expected tokens per second of one SKU. `as_json` is for programs; `plan_text.py` writes
+tables.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from twotower_contract.sizes import parts_of_tower
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance, load_acceptance
@@ -37,10 +39,10 @@ class PlanReport:
     """One SKU's plan.
 
     Attributes:
-        plan: The memory plan: of what was asked; with `auto`, of the widest precision that fits.
-        wide: The same in the widest precision of the SKU, where `plan` is in a narrower one.
-        refused: None where it can be built; else why not, and what would fit.
-        threshold: Of the acceptance model.
+        plan: The memory plan of the request; with `auto`, in the widest precision that fits.
+        wide: The plan in the widest precision of the SKU, where `plan` is in a narrower one.
+        refused: None where it can be built; else the reason, and what would fit.
+        threshold: Confidence threshold for the estimate of tokens per second.
     """
 
     plan: MemoryPlan
@@ -61,12 +63,12 @@ class PlanReport:
 
     @cached_property
     def nearest(self) -> tuple[str, ...]:
-        """What would fit instead; nothing where the plan can be built."""
+        """Requests that would fit instead; none where the plan can be built."""
         return () if self.refused is None else tuple(map(str, nearest_fits(self.wide)))
 
     @property
     def _settled(self) -> PlanRequest:
-        """The request with what was left open as the plan settled it."""
+        """The request with the plan's choice of GPUs and precision."""
         plan = self.plan
         return replace(plan.asked, gpus=len(plan.gpus), precision=plan.precision)
 
@@ -110,7 +112,7 @@ class PlanReport:
         )
 
     def throughput(self, task: str, rows: int, threshold: float | None = None) -> Throughput:
-        """Return what a batch of requests of a task gets."""
+        """Return the throughput of a batch of requests of a task."""
         calls = self.acceptance.calls(task, self.threshold if threshold is None else threshold)
         return roofline.throughput(self.plan, rows, calls)
 
@@ -129,7 +131,7 @@ class PlanReport:
             sizes = [
                 precision.size(part, count)
                 for tower in plan.model.towers
-                for part, count in plan.model.parts(tower).items()
+                for part, count in parts_of_tower(plan.model.config, tower).items()
             ]
             runs = name in plan.sku.precisions or name == plan.precision
             fitting = (
@@ -204,7 +206,7 @@ def plan_report(model: ModelSize, request: PlanRequest, threshold: float) -> Pla
     """Plan a model on a SKU and say whether it can be built.
 
     Raises:
-        PlanError: As for `plan_memory`, or the threshold lies outside of what was measured.
+        PlanError: The request is impossible, or the threshold is outside of the measured range.
     """
     acceptance = load_acceptance()
     acceptance.burst_rate(acceptance.tasks[0], threshold)  # refuses a threshold without data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance
@@ -15,13 +16,13 @@ from twotower_engines.planning.precisions import BUILT
 from twotower_engines.planning.roofline import ROWS, CallCost
 from twotower_engines.planning.skus import GIB
 
-__all__ = ["text_of_many", "text_of_one", "thousands"]
+__all__ = ["text_of_many", "text_of_one"]
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 
 def text_of_many(reports: Sequence[PlanReport]) -> str:
-    """Return one line per SKU, and what the columns mean."""
+    """Return one line per SKU, and the meaning of the columns."""
     first = reports[0].plan
     ends = _task_range(reports[0].acceptance)
     many = f"x{first.slots}"
@@ -87,7 +88,7 @@ def text_of_one(report: PlanReport) -> str:
 def _heading(model: ModelSize, plan: MemoryPlan) -> str:
     towers = " and ".join(model.towers)
     return (
-        f"{model.parameters_in_words}, {towers} tower, {model.dtype}: "
+        f"{model.parameters_in_words}, {towers} tower, {model.config.dtype}: "
         f"{plan.slots} slots x {plan.context} tokens"
     )
 
@@ -103,7 +104,7 @@ def _verdict(report: PlanReport) -> str:
 
 
 def _line(report: PlanReport) -> tuple[str, ...]:
-    """The row of one SKU."""
+    """Return the row of one SKU."""
     plan, sku = report.plan, report.sku
     fullest = min(plan.gpus, key=lambda gpu: gpu.free)
     later = plan.precision not in BUILT
@@ -113,7 +114,7 @@ def _line(report: PlanReport) -> tuple[str, ...]:
     name = (sku.name, f"{sku.memory / GIB:.1f}")
     if not plan.fits:
         return (*name, *memory, *("-",) * 6)
-    stretch = (_most(report.most_slots), thousands(report.most_context))
+    stretch = (_most(report.most_slots), _thousands(report.most_context))
     if not report.has_denoiser:
         speed = tuple(f"{report.autoregressive(rows):,.0f}" for rows in (1, plan.slots))
         return (*name, *memory, *stretch, "-", "-", *speed)
@@ -122,7 +123,7 @@ def _line(report: PlanReport) -> tuple[str, ...]:
 
 
 def _memory_table(plan: MemoryPlan) -> str:
-    """Bytes per GPU, a line per part."""
+    """Return the bytes per GPU, a line per part."""
     names: dict[tuple[str, str], None] = {}
     cells: list[dict[tuple[str, str], int]] = []
     for gpu in plan.gpus:
@@ -165,16 +166,16 @@ def _cell(size: float) -> str:
 def _stretch(report: PlanReport) -> str:
     plan = report.plan
     model, item = plan.model, roofline.machine_of(plan).item
-    fixed = model.ssm_bytes + model.conv_bytes(item)
-    grows = plan.context * model.kv_bytes_per_token(item)
+    fixed = ssm_bytes(model.config) + conv_bytes(model.config, item)
+    grows = plan.context * kv_bytes_per_token(model.config, item)
     text = (
         f"A slot takes {gib(fixed + grows)}: {gib(fixed)} of Mamba states and "
-        f"{model.kv_bytes_per_token(item):,} B per token of context."
+        f"{kv_bytes_per_token(model.config, item):,} B per token of context."
     )
     if not any(report.slots_by_context.values()):
         return f"{text} Not even one slot of 4096 tokens fits."
     rows: list[tuple[str, ...]] = [
-        ("context", *(thousands(context) for context in report.slots_by_context)),
+        ("context", *(_thousands(context) for context in report.slots_by_context)),
         ("slots", *(_most(slots) for slots in report.slots_by_context.values())),
     ]
     most = f"Beside {plan.slots} slots fit {report.most_context} tokens of context."
@@ -200,7 +201,7 @@ def _precision_text(report: PlanReport) -> str:
 
 
 def _call_table(report: PlanReport) -> str:
-    """Bytes and time per denoiser step and context extension, by rows."""
+    """Return bytes and time of a denoiser step and a context extension, by rows."""
     rows: list[tuple[str, ...]] = []
     for count in ROWS:
         extension = report.extension(count)
@@ -240,7 +241,7 @@ def _call_cells(call: CallCost) -> tuple[str, str, str]:
 
 
 def _bound(call: CallCost, plan: MemoryPlan) -> str:
-    """Name the part that takes longest, and whether bytes or operations make it so."""
+    """Name the part that takes longest, and whether bytes or operations limit it."""
     part, seconds = max(call.seconds.items(), key=lambda pair: pair[1])
     if part not in call.bytes:
         return part
@@ -249,7 +250,7 @@ def _bound(call: CallCost, plan: MemoryPlan) -> str:
 
 
 def _token_table(report: PlanReport) -> str:
-    """Expected tokens per second: by rows at the threshold, and by threshold."""
+    """Return the expected tokens per second: by rows at the threshold, and by threshold."""
     tasks = report.acceptance.tasks
     if not report.has_denoiser:
         rows = [("rows", "tok/s"), *((str(n), f"{report.autoregressive(n):,.0f}") for n in ROWS)]
@@ -325,8 +326,8 @@ def _most(slots: int) -> str:
     return f"{slots}+" if slots == MAX_SLOTS else str(slots)
 
 
-def thousands(tokens: int) -> str:
-    """Return a number of tokens, in units of 1024 from there on."""
+def _thousands(tokens: int) -> str:
+    """Write a number of tokens, in units of 1024 from 1024 on."""
     return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
 
 

@@ -1,4 +1,4 @@
-"""What each precision takes: bits per weight of each part of a tower, scales included.
+"""The precisions: bits per weight of each part of a tower, scales included.
 
 Two parts are never narrow. The time conditioning stays bf16: its angles are t x 1000, and a port
 that quantized it produced degenerate text. Embeddings and heads take at least 8 bits for the same
@@ -25,7 +25,7 @@ class Precision:
     """Bits per weight.
 
     Attributes:
-        name: As `--precision` takes it.
+        name: Value of `--precision`.
         experts: Routed and shared experts: 94% of the bytes.
         projections: The in and out projections of Mamba and attention layers.
         vocabulary: Embeddings and heads.
@@ -41,7 +41,7 @@ class Precision:
     summary: str
 
     def bits(self, part: str) -> Fraction:
-        """Return the bits per weight of a part named as in `model_size.PARTS`."""
+        """Return the bits per weight of a part named as in `sizes.PARTS`."""
         if part in ("routed experts", "shared experts"):
             return self.experts
         if part in ("mamba", "attention"):
@@ -69,7 +69,7 @@ PRECISIONS: dict[str, Precision] = {
         ),
     )
 }
-"""From widest to narrowest."""
+"""The precisions by name, from widest to narrowest."""
 
 BUILT = frozenset({"float32", "bf16"})
-"""What `twotower build` can make today."""
+"""Precisions that `twotower build` can make today."""

@@ -1,11 +1,12 @@
-"""How fast a plan can be: bytes and operations of each call, and the time that these take at least.
+"""The roofline of a plan: bytes and operations of each call, and the least time that these take.
 
 A denoiser step or a context extension is taken apart into parts; each part takes the longer of its
 bytes over the achieved bandwidth and its operations over the achieved rate. The parts follow each
-other, so their times add up, and each kernel and each call costs a little besides. What a batch
-reads of the routed experts comes from the measured routing (`routing.py`), how many steps a block
-takes from the measured acceptance (`acceptance.py`). Only the denoiser's calls are captured as CUDA
-graphs: the host enqueues a context call kernel by kernel, and short kernels wait for it.
+other, so their times add up, and each kernel and each call has a small cost of its own. The number
+of routed experts that a batch reads comes from the measured routing (`routing.py`), the number of
+steps of a block from the measured acceptance (`acceptance.py`). Only the denoiser's calls are
+captured as CUDA graphs: the host enqueues a context call kernel by kernel, and short kernels wait
+for it.
 
 This is a floor for the time and a ceiling for tokens per second: real engines stay above and below.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Any, Literal
 
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
 from twotower_engines.planning.acceptance import Calls
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import BLOCK, MemoryPlan
@@ -41,9 +43,9 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 FLOAT32 = 4
 MATRIX_EFFICIENCY = 0.6
 KERNEL_SECONDS = {"tensorrt": 2e-6, "tensorrt-rtx": 2e-6, "onnxruntime": 5e-6}
-"""From the end of a kernel to the begin of the next."""
+"""Seconds from the end of a kernel to the start of the next."""
 ENQUEUE_SECONDS = 5e-6
-"""What the host takes to enqueue a kernel that is no part of a captured graph."""
+"""Seconds that the host takes to enqueue a kernel outside of a captured graph."""
 CALL_SECONDS = 300e-6
 # Kernels per layer of each kind, and before and after all layers. With our kernels a Mamba layer is
 # norm, projection, two of ours, projection, residual; an MoE layer has four of ours, and function
@@ -79,7 +81,7 @@ RoutingKind = Literal["measured", "uniform"]
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a call runs on: a SKU, the flavour of the engines, the precision of the weights."""
+    """A SKU with the flavour of its engines and the precision of the weights."""
 
     sku: Sku
     flavour: str
@@ -102,11 +104,11 @@ class CallCost:
 
     Attributes:
         rows: Requests of the batch.
-        tokens: Of each row.
+        tokens: Tokens of each row.
         distinct: Experts that a layer reads, on average.
-        bytes: By part.
-        flops: By part.
-        seconds: By part, `launches` and `state copies` among them.
+        bytes: Part to its bytes.
+        flops: Part to its operations.
+        seconds: Part to its time, `launches` and `state copies` included.
     """
 
     rows: int
@@ -123,11 +125,11 @@ class CallCost:
 
     @property
     def total_seconds(self) -> float:
-        """Time of the call, at least."""
+        """Least time of the call."""
         return sum(self.seconds.values())
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it."""
+        """Return all numbers, for programs."""
         return {
             "rows": self.rows,
             "tokens_per_row": self.tokens,
@@ -142,14 +144,14 @@ class CallCost:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What a batch of requests gets in the steady state.
+    """Throughput of a batch of requests in the steady state.
 
     Attributes:
         rows: Requests in flight.
-        tokens_per_second: Of all of them.
-        turn_seconds: One denoiser step and its share of context extensions.
-        block_seconds: From one block of a request to its next, on average.
-        slow_block_seconds: As long as, or less, for 95% of the blocks.
+        tokens_per_second: Tokens per second of all requests.
+        turn_seconds: Time of one denoiser step and its share of context extensions.
+        block_seconds: Mean time from one block of a request to its next.
+        slow_block_seconds: The 95th percentile of that time.
     """
 
     rows: int
@@ -159,7 +161,7 @@ class Throughput:
     slow_block_seconds: float
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it."""
+        """Return all numbers, for programs."""
         return {
             "rows": self.rows,
             "tokens_per_second": self.tokens_per_second,
@@ -181,12 +183,12 @@ def denoiser_step(
     """Return the cost of one denoiser step.
 
     Args:
-        model: Sizes.
-        machine: What it runs on.
+        model: Sizes of the model.
+        machine: Machine that runs the call.
         rows: Blocks that are refined together.
         context: Tokens of context that each row has room for.
-        tokens: Of a block.
-        routing: Where the number of distinct experts comes from.
+        tokens: Tokens of a block.
+        routing: Source of the number of distinct experts.
     """
     parts = _Parts(model, machine, "denoiser", rows, tokens, context, "denoiser block", routing)
     vocabulary = model.config.vocab_size
@@ -207,20 +209,20 @@ def context_call(
     """Return the cost of one call of the context tower: extension, prefill chunk or single token.
 
     Args:
-        model: Sizes.
-        machine: What it runs on.
+        model: Sizes of the model.
+        machine: Machine that runs the call.
         rows: Requests of the call.
         context: Tokens of context that each row has room for.
-        tokens: Of each row.
-        routing: Where the number of distinct experts comes from.
+        tokens: Tokens of each row.
+        routing: Source of the number of distinct experts.
         to_second_gpu: The denoiser is on another GPU and gets a copy of the new states.
     """
     table: Routing = "context token" if tokens == 1 else "context block"
     parts = _Parts(model, machine, "context", rows, tokens, context, table, routing)
     item = machine.item
-    new = rows * (model.ssm_bytes + model.conv_bytes(item))
-    new += rows * tokens * model.kv_bytes_per_token(item)
-    # landed states are read and written once more to come home
+    new = rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
+    new += rows * tokens * kv_bytes_per_token(model.config, item)
+    # new states are read and written once more to reach their slots
     copies = 2 * new / parts.bandwidth
     if to_second_gpu and machine.sku.peer:
         copies += new / machine.sku.peer
@@ -266,7 +268,7 @@ def ar_throughput(plan: MemoryPlan, rows: int, routing: RoutingKind = "measured"
 
 
 def machine_of(plan: MemoryPlan) -> Machine:
-    """Return what a plan's calls run on."""
+    """Return the machine that runs a plan's calls."""
     return Machine(plan.sku, plan.flavour, plan.precision)
 
 
@@ -287,7 +289,7 @@ class _Parts:
         self.model, self.machine, self.rows, self.tokens = model, machine, rows, tokens
         self.context, self.tower = context, tower
         self.count = rows * tokens
-        self.parameters = model.parts(tower)
+        self.parameters = parts_of_tower(model.config, tower)
         precision = PRECISIONS[machine.precision]
         self.weights = {part: precision.size(part, n) for part, n in self.parameters.items()}
         self.bandwidth = machine.sku.bandwidth * machine.sku.achieved
@@ -303,10 +305,10 @@ class _Parts:
         """Put the parts together.
 
         Args:
-            logits: float32 values written or read.
+            logits: Number of float32 values written or read.
             heads: Positions that the head is applied to.
             written: Bytes of new states.
-            copies: Seconds that new states take to reach their place.
+            copies: Seconds that new states take to reach their slots.
         """
         sizes, flops = self._bytes(logits, written), self._flops(heads)
         sku = self.machine.sku
@@ -331,8 +333,8 @@ class _Parts:
     def _bytes(self, logits: int, written: float) -> dict[str, float]:
         model, c, item, n = self.model, self.model.config, self.machine.item, self.count
         layers, w = len(c.pattern), self.weights
-        mamba = self.rows * (model.ssm_bytes + model.conv_bytes(item))
-        keys = self.rows * self.context * model.kv_bytes_per_token(item)
+        mamba = self.rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
+        keys = self.rows * self.context * kv_bytes_per_token(model.config, item)
         share = self.distinct / c.num_experts if c.num_experts else 0.0
         return {
             "routed experts": w["routed experts"] * share + self._expert_activations(),

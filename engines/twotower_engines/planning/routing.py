@@ -1,4 +1,4 @@
-"""How many distinct experts a batch of tokens is routed to, per layer.
+"""The number of distinct experts that a batch of tokens is routed to, per layer.
 
 `data/routing_statistics.json` is the measurement (made by `benchmarks/routing_statistics.py`); for
 models of other shapes, and as the pessimistic end, uniform routing has a formula.
@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from twotower_engines.artifacts.document import read_json
+from twotower_contract.json_file import read_json
 from twotower_engines.errors import PlanError
 
 __all__ = ["Routing", "distinct_experts", "load_routing", "uniform_experts"]
@@ -54,9 +54,9 @@ def distinct_experts(
     """Return how many distinct experts a layer reads for a batch, on average.
 
     Args:
-        table: Which measurement: blocks of 16 in either tower, or single tokens.
+        table: Measurement to use: blocks of 16 in either tower, or single tokens.
         rows: Rows of the batch.
-        tokens: Of each row. A row of more or fewer than the table's counts as more or fewer rows.
+        tokens: Tokens of each row. A longer or shorter row counts as more or fewer rows.
         experts: Routed experts of a layer.
         chosen: Experts per token.
         routing: `uniform` takes the formula; so does a model of another shape.

@@ -1,4 +1,4 @@
-"""Finds the SKUs that `--sku` names: of the table, of this machine, or of a file."""
+"""Finds the SKUs that `--sku` names: in the table, on this machine, or in a file."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def resolve_skus(text: str) -> list[Sku]:
     """Return the SKUs of a comma-separated list; `all` stands for the whole table.
 
     Raises:
-        PlanError: As for `find_sku`, or the list is empty.
+        PlanError: The list is empty, or a name in it is not that of a SKU.
     """
-    found: dict[str, Sku] = {}
+    skus: dict[str, Sku] = {}
     for name in (part.strip() for part in text.split(",")):
         if not name:
             continue
         for sku in known_skus().values() if name == "all" else [find_sku(name)]:
-            found[sku.name] = sku
-    if not found:
+            skus[sku.name] = sku
+    if not skus:
         raise PlanError(f"--sku is {text!r}: name at least one SKU, or `all`")
-    return list(found.values())
+    return list(skus.values())

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import platform
 import re
 import tomllib
@@ -34,8 +33,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.json_file import read_json
 from twotower_contract.machine import memory_bytes
-from twotower_engines.artifacts.document import read_json
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.precisions import PRECISIONS
 
@@ -62,7 +61,7 @@ OPTIONAL_KEYS = (
 
 
 WORDS = ("title", "device_names", "note")
-"""Keys of the table's rows that are no numbers and need no source."""
+"""Keys of the table's rows that are not numbers and need no source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +69,21 @@ class Sku:
     """One GPU, or the CPU.
 
     Attributes:
-        name: As `--sku` takes it; the folder of its engines.
-        title: For people.
-        compute_capability: As `9.0`; None for the CPU.
-        arch: CPU architecture of the machines that have it, as `platform.machine()` says it: a
-            plan runs only on the architecture that built it.
+        name: Value of `--sku`, and the folder of its engines.
+        title: Name for people.
+        compute_capability: Compute capability, as `9.0`; None for the CPU.
+        arch: CPU architecture of its machines, as `platform.machine()` names it: an engine runs
+            only on the architecture that built it.
         memory: Bytes that CUDA sees; for the CPU, of this machine.
         reserved: Bytes of these that are never free: the system's part of unified memory.
         bandwidth: Bytes per second, as specified.
         achieved: Share of the bandwidth that kernels reach.
         flops: Dense bf16 operations per second; for the CPU, fp32.
         peer: Bytes per second to a second GPU of the machine; None where there can be no second.
-        precisions: What the hardware computes in, widest first.
-        flavours: Which can serve it; the first is the default.
-        device_names: What the driver calls it, without "NVIDIA".
-        note: What its siblings have otherwise, for people; may be empty.
+        precisions: Precisions that the hardware computes in, widest first.
+        flavours: Flavours that can serve it; the first is the default.
+        device_names: Names that the driver gives it, without "NVIDIA".
+        note: Differences of sibling products, for people; may be empty.
         sources: Field of the table to the source of its number.
     """
 
@@ -111,7 +110,7 @@ class Sku:
 
     @property
     def max_gpus(self) -> int:
-        """How many GPUs one process can use: two with a way between them, else one."""
+        """Number of GPUs that one process can use: two if they are connected, else one."""
         return 1 if self.peer is None else 2
 
     def as_json(self) -> dict[str, Any]:
@@ -148,7 +147,7 @@ def known_skus() -> dict[str, Sku]:
 
 
 def precisions_of(capability: str) -> tuple[str, ...]:
-    """Return what a compute capability computes in, by TensorRT's support matrix."""
+    """Return the precisions of a compute capability, by TensorRT's support matrix."""
     number = tuple(int(part) for part in capability.split("."))
     found = ["bf16"]
     if number >= (8, 9):
@@ -172,20 +171,20 @@ def _sku_of_table(name: str, row: Mapping[str, Any], sources: Mapping[str, Any])
 
 
 def sku_of_file(path: Path) -> Sku:
-    """Return the SKU that a file of the user's own describes.
+    """Return the SKU that a user's file describes.
 
     Raises:
-        PlanError: The file is unreadable or malformed; naming the key, its value and the remedy.
+        PlanError: The file is unreadable or malformed; the message names key, value and remedy.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as problem:
-        raise PlanError(f"{path}: the SKU file cannot be read ({problem.strerror})") from problem
-    except ValueError as problem:
-        raise PlanError(f"{path}: is not valid {path.suffix[1:].upper()} ({problem})") from problem
-    if not isinstance(values, dict):
-        raise PlanError(f"{path}: should hold one SKU, found {type(values).__name__}")
+    if path.suffix == ".toml":
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise PlanError(f"{path}: cannot be read: {problem.strerror}") from problem
+        except ValueError as problem:
+            raise PlanError(f"{path}: is not TOML: {problem}; correct it") from problem
+    else:
+        values = read_json(path, PlanError, "correct it").values
     _check_file(path, values)
     capability = values["compute_capability"]
     is_rtx = capability in ("8.6", "8.9", "12.0")

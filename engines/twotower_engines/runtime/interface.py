@@ -1,4 +1,4 @@
-"""What every flavour of engine can do: a fixed number of slots, and calls over rows of them.
+"""The interface of every flavour of engine: a fixed number of slots, and calls over rows of them.
 
 A slot holds the context of one request: keys and values of its attention layers, convolution and
 SSM states of its Mamba layers, and how many tokens they stand for. The scheduler decides which
@@ -7,7 +7,7 @@ the results back. Rows of a call may differ in everything but the engine.
 
 The interface leaves the layout to the flavour: on the CPU a slot's states are arrays of their own;
 on a GPU they are rows of resident buffers, and a context call writes the new states to a landing
-place from which those of the rows that took part are copied home.
+buffer, from which the rows that took part are copied to their slots.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
 
 __all__ = [
+    "CLOSED",
     "DenoiseRow",
     "Denoised",
     "ExtendRow",
@@ -30,13 +31,16 @@ __all__ = [
     "Runtime",
 ]
 
+CLOSED = "these engines are closed; open the engine set again"
+"""Message of the RuntimeError of every call after `Runtime.close`."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExtendRow:
     """Tokens to append to a slot's context.
 
     Attributes:
-        slot: Which slot.
+        slot: Number of the slot.
         ids: (tokens,) int32, from 1 to `limits.max_tokens_per_call` of them.
         logits: Whether the logits of the last token are wanted.
         keep_previous: Keep the Mamba states from before this call for `predict`; one token only.
@@ -53,13 +57,14 @@ class DenoiseRow:
     """A block to refine once against a slot's context, which is only read.
 
     Attributes:
-        slot: Which slot.
+        slot: Number of the slot.
         ids: (block,) int32; the mask token where nothing is decided yet.
-        threshold: Of confidence; for policy `factor` the factor, for `entropy` the bound in nats.
+        threshold: Confidence threshold; the factor for policy `factor`, the bound in nats for
+            `entropy`.
         steps_left: Denoiser calls left for this block, this one included.
         temperature: 0 for greedy predictions.
         policy: One of the numbers in `POLICIES`.
-        seed: Of the Gumbel noise, from 0 to 2**31 - 1.
+        seed: Seed of the Gumbel noise, from 0 to 2**31 - 1.
     """
 
     slot: int
@@ -96,7 +101,7 @@ class Runtime(Protocol):
     """Loaded engines with their weights bound.
 
     Attributes:
-        limits: What the engines were built for.
+        limits: Limits that the engines were built for.
         vocab_size: Tokens of the vocabulary.
         mask_token_id: The token that means "not decided yet" inside a block.
         has_denoiser: False where only the context tower was built.
@@ -110,14 +115,11 @@ class Runtime(Protocol):
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
 
-    def context_length(self, slot: int) -> int:
-        """Return how many tokens a slot's context holds."""
-
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine.
 
         Args:
-            rows: Of different slots.
+            rows: Rows of different slots.
 
         Returns:
             For each row (vocab,) float32 logits of its last token, or None where not asked for.
@@ -127,7 +129,7 @@ class Runtime(Protocol):
         """Refine one block of each row, in one call of the denoiser engine.
 
         Args:
-            rows: Of different slots; blocks may differ in size.
+            rows: Rows of different slots; blocks may differ in size.
         """
 
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
@@ -142,14 +144,17 @@ class Runtime(Protocol):
         """
 
     def close(self) -> None:
-        """Free the engines, the weights and the states."""
+        """Free the engines, the weights and the states.
+
+        A second close does nothing; any other call after it raises RuntimeError.
+        """
 
 
 class LoadProgress(Protocol):
-    """Told how far loading is."""
+    """Receives the progress of loading."""
 
     def __call__(self, done: int, total: int) -> None:
-        """So many bytes of all weights are bound."""
+        """Show that `done` of `total` bytes of weights are bound."""
 
     def prepared(self, done: int, total: int) -> None:
-        """So many calls of all are prepared; only where a flavour prepares calls."""
+        """Show that `done` of `total` calls are prepared; only for flavours that prepare calls."""

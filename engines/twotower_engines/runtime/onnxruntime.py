@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import EngineSet
-from twotower_engines.artifacts.manifest import ModelConfig
+from twotower_contract.config import ModelConfig
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
-from twotower_engines.runtime.interface import Denoised, DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 
 __all__ = ["OnnxRuntime"]
 
@@ -59,13 +59,13 @@ class _Binding:
 
 
 class OnnxRuntime:
-    """A runtime on the CPU; see `runtime.Runtime` for its methods.
+    """A runtime on the CPU; see `runtime.interface.Runtime` for its methods.
 
     Args:
         engines: An engine set of flavour `onnxruntime`.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: Threads of one operator; None for one per core.
-        progress: Told how many bytes of weights are bound.
+        progress: Called with the bytes of weights that are bound, and their sum.
     """
 
     def __init__(
@@ -79,40 +79,39 @@ class OnnxRuntime:
         model = engines.manifest.model
         self.limits = engines.build.limits
         self.vocab_size = model.vocab_size
-        self.mask_token_id = engines.manifest.mask_token_id
+        self.mask_token_id = engines.manifest.model.mask_token_id
         self.has_denoiser = "denoiser" in engines.build.plans
         engines.check_plans()
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
         self._options = self._ort.RunOptions()
-        # heads that nobody asked for cost nothing: prefill needs no logits, a denoise step no copy
+        # outputs that nobody asked for are not computed: prefill needs no logits
         self._options.only_execute_path_to_fetches = True
         self._weights: dict[str, Any] = {}
         towers = ["context", "denoiser"] if self.has_denoiser else ["context"]
         sessions = {tower: self._session(engines.plan_path(tower), threads) for tower in towers}
         for tower in towers:
             self._weights[tower] = self._load_weights(store, tower, progress)
-        self._extend_states = self._binding(sessions["context"], "context")
-        self._extend_logits = self._binding(sessions["context"], "context")
+        calls = {"extend": "context", "extend with logits": "context"}
         if self.has_denoiser:
-            self._refine = self._binding(sessions["denoiser"], "denoiser")
-            self._predict = self._binding(sessions["denoiser"], "denoiser")
+            calls |= {"denoise": "denoiser", "predict": "denoiser"}
+        self._bindings = {
+            call: self._binding(sessions[tower], tower) for call, tower in calls.items()
+        }
         self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
         # a block is denoised several times against the same states: gather them once
         self._gathered: tuple[tuple[tuple[int, int], ...], dict[str, Array]] | None = None
 
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
+        self._check_open()
         self._slots[slot] = self._empty_slot()
         self._gathered = None
 
-    def context_length(self, slot: int) -> int:
-        """Return how many tokens a slot's context holds."""
-        return self._slots[slot].length
-
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine."""
+        self._check_open()
         slots = [self._slots[row.slot] for row in rows]
         tokens = max(row.ids.size for row in rows)
         inputs = {
@@ -125,13 +124,14 @@ class OnnxRuntime:
         wanted = any(row.logits for row in rows)
         if wanted:
             outputs["logits"] = np.empty((len(rows), self.vocab_size), np.float32)
-        self._run(self._extend_logits if wanted else self._extend_states, inputs, outputs)
+        self._run("extend with logits" if wanted else "extend", inputs, outputs)
         for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
             self._advance(slot, row, index, outputs)
         return [outputs["logits"][index] if row.logits else None for index, row in enumerate(rows)]
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
+        self._check_open()
         slots = [self._slots[row.slot] for row in rows]
         sizes = [row.ids.size for row in rows]
         block = max(sizes)
@@ -149,7 +149,7 @@ class OnnxRuntime:
         }
         new_ids = np.empty((len(rows), block), np.int32)
         still_masked = np.empty(len(rows), np.int32)
-        self._run(self._refine, inputs, {"new_ids": new_ids, "still_masked": still_masked})
+        self._run("denoise", inputs, {"new_ids": new_ids, "still_masked": still_masked})
         return [
             Denoised(new_ids[index, :size], int(still_masked[index]))
             for index, size in enumerate(sizes)
@@ -157,6 +157,7 @@ class OnnxRuntime:
 
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
         """Run the denoiser tower on each slot's last token to predict the next."""
+        self._check_open()
         slots = [self._slots[row.slot] for row in rows]
         count = len(rows)
         ones = np.ones(count, np.int32)
@@ -173,12 +174,19 @@ class OnnxRuntime:
             **self._gather(slots, previous=True),
         }
         logits = np.empty((count, 1, self.vocab_size), np.float32)
-        self._run(self._predict, inputs, {"logits": logits})
+        self._run("predict", inputs, {"logits": logits})
         return logits[:, 0]
 
     def close(self) -> None:
-        """Free the sessions, the weights and the states."""
-        self.__dict__.clear()
+        """Free the sessions, the weights and the states; a second time does nothing."""
+        self._bindings.clear()
+        self._weights.clear()
+        self._slots.clear()
+        self._gathered = None
+
+    def _check_open(self) -> None:
+        if not self._slots:
+            raise RuntimeError(CLOSED)
 
     def _session(self, path: Path, threads: int | None) -> Any:
         options = self._ort.SessionOptions()
@@ -209,8 +217,9 @@ class OnnxRuntime:
             io.bind_ortvalue_input(name, value)
         return _Binding(session, io)
 
-    def _run(self, binding: _Binding, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
+    def _run(self, call: str, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         """Run a session: read `inputs`, and write `outputs` in place."""
+        binding = self._bindings[call]
         of = self._ort.OrtValue.ortvalue_from_numpy
         for name, array in inputs.items():
             binding.io.bind_ortvalue_input(name, of(array))
@@ -229,7 +238,7 @@ class OnnxRuntime:
             name: np.zeros((1, heads, CAPACITY_STEP, size), np.float32)
             for name, (heads, size) in self._attention_shapes.items()
         }
-        # before the first token the states are zero as well, so a prompt of one token needs no rule
+        # before the first token the states are zero as well, so one token is a prompt too
         return _Slot(0, mamba, mamba, attention)
 
     def _gather(self, slots: Sequence[_Slot], previous: bool = False) -> dict[str, Array]:
@@ -242,7 +251,7 @@ class OnnxRuntime:
         }
         capacity = max((cache.shape[2] for s in slots for cache in s.attention.values()), default=0)
         for name, (heads, size) in self._attention_shapes.items():
-            # zero, not empty: what lies past a row's length is masked, but must be finite
+            # zero, not empty: values past a row's length are masked, but must be finite
             joined = np.zeros((len(slots), heads, capacity, size), np.float32)
             for row, slot in zip(joined, slots, strict=True):
                 row[:, : slot.length] = slot.attention[name][0, :, : slot.length]
@@ -295,7 +304,7 @@ def _state_shapes(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     """Return shapes per row of the Mamba states, and (heads, head_dim) of keys and values."""
     mamba: dict[str, tuple[int, ...]] = {}
-    for layer in model.mamba_layers:
+    for layer in model.layers_of_kind["M"]:
         mamba[f"context.layers.{layer}.conv_state"] = (model.conv_kernel - 1, model.conv_dim)
         mamba[f"context.layers.{layer}.ssm_state"] = (
             model.mamba_num_heads,
@@ -304,7 +313,7 @@ def _state_shapes(
         )
     attention = {
         f"context.layers.{layer}.{kind}_cache": (model.num_key_value_heads, model.head_dim)
-        for layer in model.attention_layers
+        for layer in model.layers_of_kind["*"]
         for kind in ("k", "v")
     }
     return mamba, attention
@@ -321,7 +330,7 @@ def _previous(slot: _Slot) -> dict[str, Array]:
 
 
 def _padded(rows: Sequence[npt.NDArray[np.int32]], width: int) -> npt.NDArray[np.int32]:
-    """Stack rows of ids; what lies past a row's length is ignored by the engines."""
+    """Stack rows of ids; the engines ignore ids past the length of a row."""
     padded = np.zeros((len(rows), width), np.int32)
     for target, row in zip(padded, rows, strict=True):
         target[: row.size] = row

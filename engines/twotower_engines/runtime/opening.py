@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.runtime.interface import LoadProgress, Runtime
 
 __all__ = ["open_runtime"]
@@ -22,7 +22,7 @@ def open_runtime(
         engines: The engine set.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: CPU threads; None for one per core.
-        progress: Told of the weights that are bound and of the calls that are prepared.
+        progress: Receives the weights that are bound and the calls that are prepared.
 
     Raises:
         RuntimeLoadError: This flavour cannot run here.

@@ -1,7 +1,7 @@
-"""Lines on standard error that say how far a long load is.
+"""Progress of a long load, on standard error.
 
-On a terminal a line is drawn again and again; elsewhere (a log, a Triton server) one line says at
-the end what it took. Nothing appears for work that ends within two seconds.
+On a terminal a line is drawn again and again; elsewhere (a log, a Triton server) one line at the
+end says how long it took. Nothing appears for work that ends within two seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Line:
     """One line, and when it is time to draw it.
 
     Attributes:
-        first: What was done at the first call, when the time begins.
+        first: Count at the first call, when the time begins.
     """
 
     def __init__(self, what: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower_engines.errors import EnginesError
+from twotower_contract.errors import TwoTowerError
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
@@ -22,7 +22,7 @@ from twotower_engines.serving.lifeline import on_cut
 from twotower_engines.serving.loop import EngineLoop, Failure, Part
 from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.wire import decode
-from twotower_engines.verify.self_test import check
+from twotower_engines.verify.self_test import run_self_test
 
 __all__ = ["TritonPythonModel"]
 
@@ -95,7 +95,7 @@ class TritonPythonModel:
         self._runtime = open_runtime(
             engines, settings.checkpoint, settings.threads, ByteMeter("twotower: binding weights")
         )
-        tested = check(engines, self._runtime)
+        tested = run_self_test(engines, self._runtime)
         print(f"twotower: golden self-test {tested.status}: {tested.reason}", file=sys.stderr)
         tested.require()
         slots = settings.slots or self._runtime.limits.slots
@@ -112,7 +112,7 @@ class TritonPythonModel:
             content = triton.get_input_tensor_by_name(request, "request").as_numpy()
             try:
                 message = decode(bytes(content.reshape(-1)[0]))
-            except EnginesError as problem:
+            except TwoTowerError as problem:
                 reply.fail(str(problem), "refused")
             else:
                 self._loop.put(message, reply)

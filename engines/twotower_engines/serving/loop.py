@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol
 
+from twotower_contract.errors import TwoTowerError
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
-from twotower_engines.errors import EnginesError
 from twotower_engines.generation.request import BlockEvent, Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.serving.wire import Job, Stop
@@ -154,7 +154,7 @@ class EngineLoop:
         try:
             job.check_timeout()
             self._scheduler.submit(_with_id(job, key))
-        except EnginesError as problem:
+        except TwoTowerError as problem:
             message = str(problem)
             self._safely(lambda: reply.fail(message, "refused"))
             return

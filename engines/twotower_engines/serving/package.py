@@ -13,8 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.engine_set import EngineSet
-from twotower_engines.artifacts.partial import partial_folder, put_in_place
+from twotower_contract.atomic import partial_folder, put_in_place
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.repository import (
@@ -58,7 +58,7 @@ def package(engines: EngineSet, repository: Path, settings: Settings) -> None:
         settings: What the models are to know.
 
     Raises:
-        EnginesError: The engines or their checkpoint are missing or changed, the slots are more
+        TwoTowerError: The engines or their checkpoint are missing or changed, the slots are more
             than the engines have, something else lies at `repository`, or it cannot be written.
     """
     engines.check_plans()

@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.engine_set import open_engine_set
-from twotower_engines.errors import EnginesError, ServingError
+from twotower_contract.engine_set import open_engine_set
+from twotower_contract.errors import TwoTowerError
+from twotower_engines.errors import ServingError
 from twotower_engines.serving.repository import CONFIG_FILE, config_text, read_config
 
 __all__ = ["link_models", "make_folder", "refusal"]
@@ -85,7 +86,7 @@ def _give_plain_paths(config: Any, folder: Path) -> bool:
         return False
     paths = {name: config.parameters[name].string_value for name in (ENGINES, CHECKPOINT)}
     if not paths[CHECKPOINT]:
-        with contextlib.suppress(EnginesError):  # the model itself says what is wrong
+        with contextlib.suppress(TwoTowerError):  # the model itself says what is wrong
             opened = open_engine_set(Path(paths[ENGINES]))
             paths[CHECKPOINT] = str(opened.manifest.checkpoint.path)
     if "".join(paths.values()).isascii():

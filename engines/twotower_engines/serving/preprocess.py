@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet
+from twotower_contract.errors import TwoTowerError
+from twotower_contract.options import INPUTS, OPTIONS, Option
 from twotower_engines.artifacts.tokenizer import Tokenizer
-from twotower_engines.errors import EnginesError, RequestError
-from twotower_engines.generation.request import Mode, Request, RequestLimits
+from twotower_engines.errors import RequestError
+from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.wire import Job, Stop, encode
 
@@ -32,12 +34,6 @@ BYTES_PER_TOKEN = 256
 # `triton_grpc_error` they would, but server 2.51 ends with a segmentation fault when several such
 # streams fail at once.) So a refusal begins with these words.
 REFUSED = "request refused: "
-
-INTEGERS = ("max_new_tokens", "block_size", "steps", "top_k", "seed")
-NUMBERS = ("threshold", "temperature", "top_p")
-WORDS = ("mode", "policy")
-OTHERS = ("text_input", "input_ids", "eos_ids", "timeout_seconds", "stop")
-INPUTS = (*OTHERS, *INTEGERS, *NUMBERS, *WORDS)
 
 
 class Preprocessor:
@@ -65,16 +61,10 @@ class Preprocessor:
         """
         if "stop" in tensors:
             return encode(Stop(_text(tensors, "stop")))
-        options: dict[str, Any] = {name: _text(tensors, name) for name in WORDS if name in tensors}
-        options |= {name: int(_one(tensors, name)) for name in INTEGERS if name in tensors}
-        options |= {name: _number(tensors, name) for name in NUMBERS if name in tensors}
-        if "mode" in options:
-            options["mode"] = cast(Mode, options["mode"])  # checked with all the rest below
         request = Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt_ids=self._prompt_ids(tensors),
-            eos_ids=tuple(tensors["eos_ids"].tolist()) if "eos_ids" in tensors else (),
-            **options,
+            **{name: _value(tensors, one) for name, one in OPTIONS.items() if name in tensors},
         )
         request.check(self._limits)
         timeout = _number(tensors, "timeout_seconds") if "timeout_seconds" in tensors else 0.0
@@ -97,6 +87,17 @@ class Preprocessor:
                 f"{self._limits.context} tokens: shorten it"
             )
         return self._tokenizer.encode(_text(tensors, "text_input"))
+
+
+def _value(tensors: Tensors, option: Option) -> Any:
+    """Return the value of an option that was given."""
+    if option.is_list:
+        return tuple(tensors[option.name].tolist())
+    if option.wire == "BYTES":
+        return _text(tensors, option.name)
+    return (
+        _number(tensors, option.name) if option.wire == "FP32" else int(_one(tensors, option.name))
+    )
 
 
 def _one(tensors: Tensors, name: str) -> Any:
@@ -145,7 +146,7 @@ class TritonPythonModel:
         }
         try:
             message = self._preprocessor.message(given, request.request_id())
-        except EnginesError as problem:
+        except TwoTowerError as problem:
             error = triton.TritonError(f"{REFUSED}{problem}", triton.TritonError.INVALID_ARG)
             return triton.InferenceResponse(error=error)
         output = triton.Tensor("request", np.array([message], dtype=np.object_))

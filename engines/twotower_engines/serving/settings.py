@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.engine_set import EngineSet, open_engine_set
+from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.errors import ServingError
 
 __all__ = ["Settings"]
@@ -87,6 +87,6 @@ class Settings:
         """Open the engine set.
 
         Raises:
-            EnginesError: It is missing or broken.
+            TwoTowerError: It is missing or broken.
         """
         return open_engine_set(self.engine_set)

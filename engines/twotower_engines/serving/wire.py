@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from twotower_contract.options import OPTIONS, ids_refusal, refusal
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
 
@@ -80,25 +81,16 @@ def decode(content: bytes) -> Job | Stop:
 
 
 def _request(values: dict[str, Any]) -> Request:
-    known = {field.name for field in fields(Request)}
-    unknown = sorted(set(values) - known)
-    missing = sorted({"request_id", "prompt_ids"} - set(values))
+    known = ("request_id", "prompt_ids", *OPTIONS)
+    unknown = sorted(set(values) - set(known))
+    missing = sorted(set(known[:2]) - set(values))
     if unknown or missing:
         what, names = ("unknown", unknown) if unknown else ("missing", missing)
         raise RequestError(f"request: {what} field `{names[0]}`; known: {', '.join(sorted(known))}")
-    hints = get_type_hints(Request)
-    return Request(**{name: _value(name, hints[name], value) for name, value in values.items()})
-
-
-def _value(name: str, kind: Any, value: Any) -> Any:
-    """Check a JSON value against the type of a request's field."""
-    if kind == tuple[int, ...]:
-        if isinstance(value, list) and all(type(one) is int for one in value):
-            return tuple(value)
-        raise RequestError(f"request: {name} should be a list of integers, found {value!r:.80}")
-    if kind is float and type(value) is int:
-        return float(value)
-    wanted = kind if kind in (int, float) else str  # Mode is a kind of string
-    if type(value) is not wanted:
-        raise RequestError(f"request: {name} should be {wanted.__name__}, found {value!r:.80}")
-    return value
+    why = ids_refusal("prompt_ids", values["prompt_ids"]) or refusal(values)
+    if not isinstance(values["request_id"], str):
+        why = f"request_id is {values['request_id']!r}; it must be text"
+    if why is not None:
+        raise RequestError(f"request: {why}")
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Request(**{**values, **lists})

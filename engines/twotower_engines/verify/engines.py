@@ -2,7 +2,7 @@
 
 Anywhere: digests, the checkpoint, the profiles, and the inputs and outputs that TensorRT's own
 parser found in the graphs. On the GPU: what the engines compute (`verify_running.py`). What was not
-verified is said, never passed over.
+verified is reported, never passed over.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.artifacts.document import Document
+from twotower_contract.digests import file_sha256
+from twotower_contract.engine_set import BUILD_FILE, EngineSet, Limits
+from twotower_contract.errors import EngineSetError, TwoTowerError
+from twotower_contract.json_file import Document
+from twotower_contract.manifest import read_manifest
 from twotower_engines.artifacts.engine_interface import Interface, differences, interface_of
-from twotower_engines.artifacts.engine_set import BUILD_FILE, EngineSet, Limits, file_sha256
-from twotower_engines.artifacts.manifest import read_manifest
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.flavours.parsing import parse, specs_of
-from twotower_engines.errors import BuildError, EnginesError, EngineSetError, PlanError
-from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.errors import BuildError
+from twotower_engines.planning.skus import known_skus
 from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.running import verify_running
 
@@ -75,20 +77,18 @@ def verify_engines(
 
 
 def _raised(check: Callable[[], None]) -> list[str]:
-    """The message of the error that a check raises."""
+    """Return the message of the error that a check raises."""
     try:
         check()
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         return [str(problem)]
     return []
 
 
 def _capability_problems(engines: EngineSet) -> list[str]:
     build = engines.build
-    try:
-        expected = find_sku(build.sku).compute_capability
-    except PlanError:  # a SKU file of the user's: nothing to compare with
-        expected = build.compute_capability
+    known = known_skus().get(build.sku)  # None for a SKU file: nothing to compare with
+    expected = build.compute_capability if known is None else known.compute_capability
     runs_on = build.extra.get("compute_capabilities", [])
     problems = []
     if build.compute_capability != expected:
@@ -105,9 +105,9 @@ def _capability_problems(engines: EngineSet) -> list[str]:
 
 
 def _profile_problems(engines: EngineSet, tower: str) -> list[str]:
-    """Sizes of calls that no profile takes: each dimension must be covered from 1 to its limit."""
+    """Return sizes of calls that no profile takes: each must be covered from 1 to its limit."""
     profiles = engines.build.profiles.get(tower)
-    if not isinstance(profiles, list) or not profiles:
+    if not profiles:
         return [f"{BUILD_FILE}: the {tower} plan has no profiles; build again"]
     problems = []
     for dim, limit in BOUNDS[tower].items():
@@ -172,7 +172,7 @@ def _reported(parsed: Any) -> Interface | None:
 
 
 def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interface]:
-    """The name of the library, and what it finds in the graph that the plan was built from.
+    """Return the name of the library, and what it finds in the graph of the engine.
 
     Raises:
         BuildError: The graph is another one, or cannot be parsed.

@@ -1,4 +1,4 @@
-"""What can be said against an answer without knowing the right one.
+"""Checks that flag an implausible answer when no reference is known.
 
 Each of these holds for correct engines of any trained model and a prompt of plain text, and each
 catches a failure that raises no error:
@@ -111,7 +111,7 @@ def objections(runtime: Runtime, request: Request, result: Result) -> list[str]:
 
 
 def _another(prompt: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """The same tokens in reverse; others, where that is the same."""
+    """Return the same tokens in reverse; others, where that is the same."""
     reverse = tuple(reversed(prompt))
     if reverse != tuple(prompt):
         return reverse

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.engine_set import Limits
+from twotower_contract.manifest import Manifest
 from twotower_engines.artifacts.engine_interface import Interface, TensorSpec, interface_of
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import Manifest
 from twotower_engines.runtime.resident.runtime import Tower
 from twotower_engines.verify.differences import Array, Difference, compare_arrays
 
@@ -149,7 +149,7 @@ def _calls(tower: str, limits: Limits, manifest: Manifest) -> Iterator[_Call]:
         whole = {"conditioned": conditioned, "steps_left": 2, "policy": 0, "seed": 1}
         made.inputs.update({key: np.full(rows, value, np.int32) for key, value in whole.items()})
         made.inputs["threshold"] = np.full(rows, 0.5, np.float32)
-        made.inputs["ids"][:, ::2] = manifest.mask_token_id
+        made.inputs["ids"][:, ::2] = manifest.model.mask_token_id
         made.inputs["temperature"] = np.zeros(rows, np.float32)
         yield made
 

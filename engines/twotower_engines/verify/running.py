@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from twotower_engines.artifacts.engine_set import EngineSet, open_engine_set
+from twotower_contract.engine_set import EngineSet, open_engine_set
+from twotower_contract.errors import EngineSetError, TwoTowerError
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.checkpoint_engines import cached_engines
-from twotower_engines.errors import EnginesError, EngineSetError
 from twotower_engines.planning.fit import require_fit
 from twotower_engines.planning.local_gpu import local_gpu
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
-from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.planning.skus import known_skus
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.resident.runtime import Tower
@@ -30,7 +30,7 @@ from twotower_engines.verify.differences import TOLERANCES, Array, Difference
 from twotower_engines.verify.outputs import Reference, compare_tower
 from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.runtimes import compare_runtimes
-from twotower_engines.verify.self_test import check
+from twotower_engines.verify.self_test import run_self_test
 
 __all__ = ["cpu_engines", "verify_loaded", "verify_outputs", "verify_running"]
 
@@ -50,7 +50,7 @@ def verify_running(found: Verification, engines: EngineSet, sources: Sources) ->
     with contextlib.ExitStack() as stack:
         try:
             runtime = open_runtime(engines, sources.checkpoint)
-        except EnginesError as problem:
+        except TwoTowerError as problem:
             found.problems.append(f"the engines cannot be loaded: {problem}")
             return
         try:
@@ -86,7 +86,7 @@ def _not_here(engines: EngineSet) -> str | None:
 
 def verify_golden(found: Verification, engines: EngineSet, runtime: Runtime) -> None:
     """Ask loaded engines for the bundle's golden answer."""
-    golden = check(engines, runtime)
+    golden = run_self_test(engines, runtime)
     if golden.status in ("unavailable", "plausible"):
         found.not_verified.append(f"the golden answer: {golden.reason}")
     else:
@@ -104,7 +104,7 @@ def _reference(
         return stack.enter_context(cpu_engines(engines, sources))
     except EngineSetError as problem:
         found.problems.append(str(problem))
-    except EnginesError as problem:
+    except TwoTowerError as problem:
         found.not_verified.append(f"outputs against the CPU flavour: {problem}")
     return None
 
@@ -128,14 +128,15 @@ def cpu_engines(engines: EngineSet, sources: Sources) -> Iterator[EngineSet]:
         return
     context = min(CONTEXT, engines.build.limits.context)
     size = read_model_size(engines.folder)
-    require_fit(plan_memory(size, PlanRequest(find_sku("cpu"), slots=SLOTS, context=context)))
+    cpu = known_skus()["cpu"]
+    require_fit(plan_memory(size, PlanRequest(cpu, slots=SLOTS, context=context)))
     beside = _beside(engines)
     if beside is not None:
         yield beside
         return
     if sources.bundle is not None:
         with tempfile.TemporaryDirectory() as folder:
-            options = BuildOptions(slots=SLOTS, context=context)
+            options = BuildOptions(cpu, slots=SLOTS, context=context)
             yield build_engines(sources.bundle, Path(folder), options)[0]
         return
     checkpoint = sources.checkpoint or WeightStore(engines.manifest).folder
@@ -144,7 +145,7 @@ def cpu_engines(engines: EngineSet, sources: Sources) -> Iterator[EngineSet]:
 
 def _beside(engines: EngineSet) -> EngineSet | None:
     """Return the CPU's engines in the same folder, if they are there and of the same checkpoint."""
-    with contextlib.suppress(EnginesError):
+    with contextlib.suppress(TwoTowerError):
         found = open_engine_set(engines.folder.parent, "cpu")
         _check_reference(found, engines.manifest.checkpoint.fingerprint)
         return found

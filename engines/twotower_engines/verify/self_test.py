@@ -1,27 +1,35 @@
 """The golden self-test: engines answer a fixed prompt, as the bundle says that they must.
 
 It exists because a broken stack need not fail: users of the reference code got word salad, one
-token per denoiser call, and no error. `check` runs through the same scheduler as every request and
-says which kind of failure it met. Where no answer is known, or these engines are too small for it,
-it looks for what no right answer has (`self_test_invariants`).
+token per denoiser call, and no error. `run_self_test` uses the same scheduler as every request and
+names the kind of failure that it met. Where no answer is known, or these engines are too small for
+it, it looks for what no right answer has (`invariants`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from twotower_engines.artifacts.document import Document, read_json
-from twotower_engines.artifacts.engine_set import EngineSet
-from twotower_engines.artifacts.manifest import MANIFEST_FILE
-from twotower_engines.errors import BundleError, GenerationError, RequestError
+from twotower_contract.engine_set import EngineSet
+from twotower_contract.errors import BundleError
+from twotower_contract.json_file import Document
+from twotower_contract.manifest import MANIFEST_FILE
+from twotower_engines.errors import GenerationError, RequestError
 from twotower_engines.generation.generator import Result
 from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.verify.invariants import objections, run_request, shortened
 
-__all__ = ["GoldenAnswer", "SelfTestResult", "check", "golden_request"]
+__all__ = [
+    "GoldenAnswer",
+    "GoldenMissingError",
+    "SelfTestResult",
+    "golden_request",
+    "judge",
+    "run_self_test",
+]
 
 Status = Literal["passed", "deviates", "plausible", "failed", "unavailable"]
 
@@ -32,6 +40,10 @@ CALLS_FACTOR = 2.0
 """A deviating answer may take so many times as many denoiser calls, and no more."""
 
 
+class GoldenMissingError(Exception):
+    """A bundle holds no golden answer; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class GoldenAnswer:
     """The request of the self-test and the answer that must follow.
@@ -39,8 +51,8 @@ class GoldenAnswer:
     Attributes:
         request: Greedy mask diffusion, or autoregressive where there is no denoiser.
         output_ids: The new tokens, without the prompt.
-        denoiser_calls: That they take.
-        computed_with: Who computed it.
+        denoiser_calls: Denoiser calls that they take.
+        computed_with: The software that computed it.
     """
 
     request: Request
@@ -51,7 +63,7 @@ class GoldenAnswer:
 
 @dataclass(frozen=True, slots=True)
 class SelfTestResult:
-    """What the self-test found.
+    """Outcome of the self-test.
 
     Attributes:
         status: `passed`: the same tokens, of float32 engines in as many calls. `deviates`: engines
@@ -61,10 +73,10 @@ class SelfTestResult:
             tested.
         reason: One sentence for people.
         equal_tokens: Tokens before the first that differs.
-        tokens: Of the answer.
-        denoiser_calls: That the engines made.
-        expected_calls: That the golden answer made.
-        seconds: It took.
+        tokens: Tokens of the answer.
+        denoiser_calls: Denoiser calls that the engines made.
+        expected_calls: Denoiser calls of the golden answer.
+        seconds: Time that the answer took.
     """
 
     status: Status
@@ -90,7 +102,7 @@ class SelfTestResult:
             raise GenerationError(f"golden self-test: {self.reason}")
 
 
-def check(engines: EngineSet, runtime: Runtime) -> SelfTestResult:
+def run_self_test(engines: EngineSet, runtime: Runtime) -> SelfTestResult:
     """Run the golden request on loaded engines that do nothing else at the time.
 
     Args:
@@ -104,10 +116,10 @@ def check(engines: EngineSet, runtime: Runtime) -> SelfTestResult:
     try:
         golden = golden_answer(engines)
         golden.request.check(limits)
-    except LookupError as problem:
-        return _check_without(engines, runtime, str(problem.args[0]))
+    except GoldenMissingError as problem:
+        return _test_without_answer(engines, runtime, str(problem))
     except RequestError as problem:
-        return _check_without(engines, runtime, f"these engines cannot run it: {problem}")
+        return _test_without_answer(engines, runtime, f"these engines cannot run it: {problem}")
     try:
         result = run_request(runtime, golden.request)
     except GenerationError as problem:
@@ -115,13 +127,13 @@ def check(engines: EngineSet, runtime: Runtime) -> SelfTestResult:
     return judge(golden, result, engines.build.precision)
 
 
-def _check_without(engines: EngineSet, runtime: Runtime, why: str) -> SelfTestResult:
+def _test_without_answer(engines: EngineSet, runtime: Runtime, why: str) -> SelfTestResult:
     """Test engines without a golden answer.
 
     Args:
         engines: The engine set.
         runtime: The same, loaded.
-        why: There is nothing to compare with.
+        why: Why there is nothing to compare with.
     """
     limits = RequestLimits.of_runtime(runtime)
     try:
@@ -133,13 +145,13 @@ def _check_without(engines: EngineSet, runtime: Runtime, why: str) -> SelfTestRe
         return SelfTestResult("unavailable", f"{why}; {problem}")
     try:
         result = run_request(runtime, request)
-        found = objections(runtime, request, result)
+        flaws = objections(runtime, request, result)
     except GenerationError as problem:
         return SelfTestResult("failed", str(problem))
     tokens, calls = len(result.output_ids) - len(request.prompt_ids), result.denoiser_calls
-    if found:
+    if flaws:
         reason = (
-            f"{'; '.join(found)}. That is what broken engines of a trained model give; "
+            f"{'; '.join(flaws)}. That is what broken engines of a trained model give; "
             f"`twotower verify` compares them with the checkpoint ({why})"
         )
         return SelfTestResult("failed", reason, 0, tokens, calls, seconds=result.seconds)
@@ -154,15 +166,15 @@ def golden_answer(engines: EngineSet) -> GoldenAnswer:
     """Read the golden block of an engine set's manifest.
 
     Raises:
-        LookupError: There is none; the reason is its argument.
+        GoldenMissingError: There is none.
         BundleError: It is malformed.
     """
     values = engines.manifest.golden
     if values is None:
         missing = _missing(engines)
         why = missing.text("reason") if missing is not None else "the exporter stored none"
-        raise LookupError(f"the bundle has no golden answer: {why}")
-    document = Document(values, f"{engines.folder / MANIFEST_FILE}: golden", BundleError)
+        raise GoldenMissingError(f"the bundle has no golden answer: {why}")
+    document = _document(engines, values, "golden")
     return GoldenAnswer(
         request=_request(document),
         output_ids=document.integers("output_ids"),
@@ -191,15 +203,15 @@ def judge(golden: GoldenAnswer, result: Result, precision: str) -> SelfTestResul
     """Compare an answer with the golden one, and name the failure.
 
     Args:
-        golden: What was expected.
-        result: What the engines answered.
-        precision: Of the engines.
+        golden: The expected answer.
+        result: The engines' answer.
+        precision: Precision of the engines.
     """
     ids = result.output_ids[len(golden.request.prompt_ids) :]
     expected, calls = golden.output_ids, result.denoiser_calls
     equal = _equal_at_first(ids, expected)
 
-    def found(status: Status, reason: str) -> SelfTestResult:
+    def outcome(status: Status, reason: str) -> SelfTestResult:
         return SelfTestResult(
             status, reason, equal, len(ids), calls, golden.denoiser_calls, result.seconds
         )
@@ -211,49 +223,50 @@ def judge(golden: GoldenAnswer, result: Result, precision: str) -> SelfTestResul
     )
     exact = precision == EXACT_PRECISION
     if ids == expected and (calls == golden.denoiser_calls or not exact):
-        return found("passed", f"{len(ids)} tokens as expected, {counts}")
+        return outcome("passed", f"{len(ids)} tokens as expected, {counts}")
     if ids == expected:
-        return found("failed", f"the tokens are right, but not the number of calls: {counts}")
+        return outcome("failed", f"the tokens are right, but not the number of calls: {counts}")
     if calls == len(ids) > golden.denoiser_calls:
-        return found(
+        return outcome(
             "failed",
             f"word salad: exactly one token per denoiser call, and tokens differ from number "
             f"{equal + 1} on ({counts}). The denoiser does not see its context: check the Mamba "
             "seeds and the kernels of this build with `twotower verify`",
         )
     if equal < golden.request.block_size // 2 or calls > CALLS_FACTOR * golden.denoiser_calls:
-        return found(
+        return outcome(
             "failed",
             f"a wrong answer: tokens differ from number {equal + 1} of {len(expected)} on; "
             f"{counts}. `twotower verify --layers` shows which layer computes something else",
         )
     if exact:
-        return found(
+        return outcome(
             "failed", f"numerics: {late}. `twotower verify --layers` shows where it starts"
         )
-    return found("deviates", f"numerics of {precision} engines: {late}")
+    return outcome("deviates", f"numerics of {precision} engines: {late}")
 
 
 def _equal_at_first(ids: Sequence[int], expected: Sequence[int]) -> int:
-    """How many tokens agree before the first that does not."""
+    """Return how many tokens agree before the first that does not."""
     pairs = zip(ids, expected, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(expected)))
 
 
 def _missing(engines: EngineSet) -> Document | None:
-    """What the manifest says where it has no golden answer."""
-    manifest = read_json(engines.folder / MANIFEST_FILE, BundleError)
-    return (
-        None
-        if manifest.values.get("golden_missing") is None
-        else manifest.section("golden_missing")
-    )
+    """Return what the manifest says in place of a golden answer."""
+    values = engines.manifest.golden_missing
+    return None if values is None else _document(engines, values, "golden_missing")
+
+
+def _document(engines: EngineSet, values: dict[str, Any], name: str) -> Document:
+    remedy = "export the checkpoint again"
+    return Document(values, str(engines.folder / MANIFEST_FILE), BundleError, remedy, name)
 
 
 def _request(document: Document) -> Request:
     mode = document.text("mode")
     if mode not in ("mask_diffusion", "ar"):
-        raise BundleError(f"{document.where}: mode is {mode!r}; export the checkpoint again")
+        raise document.refusal(f"the field `{document.name_of('mode')}` is {mode!r}")
     return Request(
         request_id="golden",
         prompt_ids=document.integers("prompt_ids"),

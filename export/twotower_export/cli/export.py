@@ -71,8 +71,8 @@ def export_command(
     CHECKPOINT is a folder or a hub id, ORGANISATION/NAME[@REVISION]. A bundle that is there already
     is replaced; any other folder is refused.
     """
+    from twotower_contract.layout import TOWERS, Tower
     from twotower_export.checkpoint import open_checkpoint, with_full_digests
-    from twotower_export.layout import TOWERS, Tower
 
     if target != "bundle":
         _refuse_options_of_bundles(target, towers, full)
@@ -95,9 +95,9 @@ def export_command(
         from twotower_export.bundle import write_bundle
 
         manifest = write_bundle(opened, out, towers=chosen, progress=meter)
-        exported = manifest["towers"]
-        if manifest["golden"] is None:
-            reason = manifest["golden_missing"]["reason"]
+        exported: list[str] = list(manifest.towers)
+        if manifest.golden_missing is not None:
+            reason = manifest.golden_missing["reason"]
             print(f"note: no golden self-test: {reason}", file=sys.stderr)
     else:
         from twotower_export.nemotron_h import write_nemotron_h
@@ -122,7 +122,7 @@ def export_command(
         click.echo(json.dumps(result))
         return
     click.echo(
-        f"{out}: {' and '.join(result['towers'])} tower{'s' * (len(exported) > 1)} of "
+        f"{out}: {' and '.join(exported)} tower{'s' * (len(exported) > 1)} of "
         f"{opened.id or opened.path}, {size / 1e6:.1f} MB in {result['seconds']} s"
     )
     if target == "bundle":
@@ -131,11 +131,11 @@ def export_command(
 
 def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> None:
     """Refuse what would be ignored: a standard checkpoint has one tower and no manifest."""
-    from twotower_export.errors import ExportError
+    from twotower_contract.errors import TwoTowerError
 
     for option, is_given in {"--towers both": towers == "both", "--full": full}.items():
         if is_given:
-            raise ExportError(
+            raise TwoTowerError(
                 f"{option} means nothing with --target {target}, which writes the context tower "
                 "only, as a standard checkpoint: leave it out"
             )

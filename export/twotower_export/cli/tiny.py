@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from twotower_export.errors import ExportError
+from twotower_contract.atomic import new_folder
+from twotower_contract.errors import TwoTowerError
 from twotower_export.progress import LineMeter
 
 MOST_WEIGHTS = 2**28  # a gibibyte of float32
@@ -52,29 +53,32 @@ def tiny(
     tower autoregressively, then the denoiser by masked diffusion.
     """
     if is_random and is_copy:
-        raise ExportError("--random and --pretrained are both given: leave one of them out")
+        raise TwoTowerError("--random and --pretrained are both given: leave one of them out")
     if out.is_dir() and any(out.iterdir()):
-        raise ExportError(f"{out} is not empty: name another folder, or delete it first")
+        raise TwoTowerError(f"{out} is not empty: name another folder, or delete it first")
     given = {"pattern": pattern, "hidden": hidden, "seed": seed, "dtype": dtype}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     how = "random" if is_random else "pretrained" if is_copy else "trained"
     if is_copy:
         if options:
-            raise ExportError(
+            raise TwoTowerError(
                 f"--pretrained copies one fixed checkpoint, so --{next(iter(options))} means "
                 "nothing: leave it out, or leave out --pretrained to train"
             )
         from twotower_export.tiny.checkpoints import copy_pretrained
 
-        copy_pretrained(out)
+        with new_folder(out, TwoTowerError) as made:
+            copy_pretrained(made)
     elif is_random:
         from twotower_export.tiny.checkpoints import write_random_checkpoint
 
         _check_size(pattern, hidden)
-        write_random_checkpoint(out, **options)
+        with new_folder(out, TwoTowerError) as made:
+            write_random_checkpoint(made, **options)
     else:
         _check_size(pattern, hidden)
-        _train(out, options)
+        with new_folder(out, TwoTowerError) as made:
+            _train(made, options)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     if as_json:
         click.echo(json.dumps({"checkpoint": str(out), "how": how, "bytes": size}))
@@ -84,7 +88,7 @@ def tiny(
 
 def _check_size(pattern: str | None, hidden: int | None) -> None:
     """Refuse sizes that are not tiny: all of it is held in memory, in float32."""
-    from twotower_export.layout import expected_tensors
+    from twotower_contract.layout import expected_tensors
     from twotower_export.tiny.checkpoints import DEFAULT_HIDDEN, DEFAULT_PATTERN, tiny_config
 
     config = tiny_config(
@@ -93,7 +97,7 @@ def _check_size(pattern: str | None, hidden: int | None) -> None:
     )
     count = sum(map(math.prod, expected_tensors(config).values()))
     if count > MOST_WEIGHTS:
-        raise ExportError(
+        raise TwoTowerError(
             f"--hidden {config.hidden_size} with {len(config.pattern)} layers makes {count:.2g} "
             f"weights, and a tiny checkpoint has at most {MOST_WEIGHTS:.2g}: give a smaller "
             "--hidden or a shorter --pattern"

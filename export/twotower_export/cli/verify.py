@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.errors import TwoTowerError
 from twotower_contract.processes import run_child
-from twotower_export.errors import ExportError
 
 if TYPE_CHECKING:
     from twotower_export.verification.comparison import Comparison, TensorDifference
@@ -50,7 +50,7 @@ class _PartType(click.ParamType[int | str]):
             self.fail(f"{value!r} is neither embeddings, head nor a layer's number", param, ctx)
 
 
-class VerificationError(ExportError):
+class VerificationError(TwoTowerError):
     """Graphs do not compute what the reference computes."""
 
     exit_code = 1
@@ -106,31 +106,32 @@ def verify(
     rows of different lengths. BUNDLE or ENGINES is what is verified, CHECKPOINT (folder or hub id)
     what it was exported from.
     """
-    from twotower_export.verification.target import engine_folder, open_target
+    from twotower_contract.engine_set import find_engine_sets, open_engine_set
+    from twotower_export.verification.target import open_target
 
-    engines = engine_folder(target, sku)
-    if engines is not None and _flavour(engines).startswith("tensorrt"):
+    engines = open_engine_set(target, sku) if find_engine_sets(target) else None
+    if engines is not None and engines.build.flavour != "onnxruntime":
         if every_layer or layers or parts:
-            raise ExportError(
-                f"{engines}: plans cannot be read layer by layer; verify the bundle with --layers, "
-                "--layer or --part"
+            raise TwoTowerError(
+                f"{engines.folder}: plans cannot be read layer by layer; verify the bundle with "
+                "--layers, --layer or --part"
             )
         given = click.get_current_context().get_parameter_source("reference")
         if given is click.core.ParameterSource.COMMANDLINE:
-            raise ExportError(
-                f"{engines}: plans are compared with the CPU flavour; leave out --reference, or "
-                "verify the bundle with it"
+            raise TwoTowerError(
+                f"{engines.folder}: plans are compared with the CPU flavour; leave out "
+                "--reference, or verify the bundle with it"
             )
-        _verify_device_engines(engines, checkpoint, bundle, against, as_json)
+        _verify_device_engines(engines.folder, checkpoint, bundle, against, as_json)
         return
     if bundle is not None or against is not None:
-        raise ExportError("--bundle and --against are for engines for a GPU; leave them out here")
-    opened = open_target(target, sku)
+        raise TwoTowerError("--bundle and --against are for engines for a GPU; leave them out here")
+    opened = open_target(target if engines is None else engines)
 
     from twotower_export.verification.verify import verify as compare
 
     if every_layer:
-        layers = tuple(range(len(opened.manifest["model"]["pattern"])))
+        layers = tuple(range(opened.manifest.model.num_layers))
 
     def say(part: str) -> None:
         click.echo(f"comparing {part}", err=True)
@@ -155,12 +156,6 @@ def _verify_device_engines(
     done = run_child([*command, "--json"] if as_json else command)
     if done.returncode:
         sys.exit(done.returncode)
-
-
-def _flavour(engines: Path) -> str:
-    from twotower_export.config import read_json
-
-    return str(read_json(engines / "build.json").get("flavour"))
 
 
 def _print(report: Report) -> None:

@@ -14,7 +14,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from twotower_export.config import ModelConfig
+from twotower_contract.config import ModelConfig
 from twotower_export.graph.body import FLOAT, INT32, Body, inputs
 
 WEIGHTS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from twotower_export.layout import WeightSource
+from twotower_contract.layout import WeightSource
 
 BLOCK_IDS: Final = "Token ids; the mask id where nothing is decided yet."
 

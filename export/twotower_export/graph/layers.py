@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from twotower_export.config import ModelConfig
+from twotower_contract.config import ModelConfig
 from twotower_export.graph import attention, experts, mamba
 from twotower_export.graph.body import Body, inputs
 from twotower_export.graph.conditioning import modulation

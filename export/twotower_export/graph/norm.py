@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from twotower_export.config import ModelConfig
+from twotower_contract.config import ModelConfig
 from twotower_export.graph.body import FLOAT, Body, inputs
 
 

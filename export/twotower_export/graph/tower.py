@@ -12,7 +12,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from twotower_export.config import ModelConfig
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import graph_weights
 from twotower_export.graph.attention import last_valid
 from twotower_export.graph.body import DOMAIN, FLOAT, INT32, OPSET, Body, prefixed
 from twotower_export.graph.conditioning import WEIGHTS as TIME_WEIGHTS
@@ -20,7 +21,6 @@ from twotower_export.graph.conditioning import time_embedding
 from twotower_export.graph.descriptions import BLOCK_IDS, describe, describe_weight
 from twotower_export.graph.layers import FLOAT_WEIGHTS, KINDS, layer_functions, weight_suffixes
 from twotower_export.graph.refine import ROW_INPUTS, refine_block
-from twotower_export.layout import graph_weights
 
 IR_VERSION = 10
 DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float32": ir.DataType.FLOAT}

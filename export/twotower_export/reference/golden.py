@@ -6,7 +6,7 @@ is word salad, one token per denoiser call, and no error anywhere.
 The expected answer is computed with the PyTorch towers in float32 and stored in the bundle: by the
 export itself where they fit into memory, otherwise beforehand by
 
-    python -m twotower_export.reference.golden CHECKPOINT
+    twotower golden CHECKPOINT
 
 which streams them layer by layer, whatever their size, and leaves the answer in the checkpoint's
 `golden.json`, where every export finds it.
@@ -15,21 +15,18 @@ which streams them layer by layer, whatever their size, and leaves the answer in
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from twotower_export.checkpoint import Checkpoint, open_checkpoint
-from twotower_export.config import read_json
-from twotower_export.errors import ExportError
+from twotower_contract.errors import TwoTowerError
+from twotower_contract.json_file import read_json, write_json
+from twotower_contract.layout import TOWERS, Tower, expected_tensors
+from twotower_export.checkpoint import Checkpoint
 from twotower_export.inventory import take_inventory
-from twotower_export.layout import TOWERS, Tower, expected_tensors
 from twotower_export.reference.refinement import Rule, refine
 
 if TYPE_CHECKING:
@@ -37,8 +34,6 @@ if TYPE_CHECKING:
     from twotower_export.reference.sequence import SequenceTowers
 
 GOLDEN_FILE: Final = "golden.json"
-MODULE: Final = "twotower_export.reference.golden"
-INTERRUPTED: Final = 130
 FORMAT: Final = "twotower-golden"
 FORMAT_VERSION: Final = 1
 
@@ -70,7 +65,7 @@ def golden_for(
         run the model records the answer.
 
     Raises:
-        ExportError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
+        TwoTowerError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
     """
     mode = "mask_diffusion" if "denoiser" in towers else "ar"
     recorded = read_golden(checkpoint)
@@ -80,7 +75,7 @@ def golden_for(
     if size > FLOAT32_BOUND:
         reason = (
             f"the towers take {size / 1e9:.0f} GB in float32, too much to answer during an export; "
-            f"compute the answer with `python -m {MODULE} {checkpoint.path}`, which streams them "
+            f"compute the answer with `twotower golden {checkpoint.path}`, which streams them "
             "through a few GB of memory, and export again"
         )
     elif importlib.util.find_spec("torch") is None:
@@ -100,22 +95,22 @@ def read_golden(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The answer that a checkpoint brings along, or None.
 
     Raises:
-        ExportError: the file is unreadable or another checkpoint's.
+        TwoTowerError: the file is unreadable or another checkpoint's.
     """
     path = checkpoint.path / GOLDEN_FILE
     if not path.is_file():
         return None
-    content = read_json(path)
+    content = read_json(path).values
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise ExportError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}; delete it")
+        raise TwoTowerError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}; delete it")
     if content.get("fingerprint") != checkpoint.fingerprint:
-        raise ExportError(
+        raise TwoTowerError(
             f"{path}: is of a checkpoint with fingerprint {str(content.get('fingerprint'))[:12]}, "
             f"not {checkpoint.fingerprint[:12]}; delete it, or record it again"
         )
     golden = content.get("golden")
     if not isinstance(golden, dict) or not golden.get("output_ids"):
-        raise ExportError(f"{path}: holds no answer; delete it, or record it again")
+        raise TwoTowerError(f"{path}: holds no answer; delete it, or record it again")
     return golden
 
 
@@ -128,9 +123,7 @@ def write_golden(checkpoint: Checkpoint, golden: Mapping[str, Any]) -> Path:
         "golden": dict(golden),
     }
     path = checkpoint.path / GOLDEN_FILE
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, content)
     return path
 
 
@@ -289,50 +282,3 @@ def _autoregressive(towers: SequenceTowers, prompt: Sequence[int]) -> list[int]:
     while len(ids) < MAX_NEW_TOKENS:
         ids.append(int(towers.extend(ids[-1:]).argmax()))
     return ids
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Write a checkpoint's `golden.json`; returns the exit status."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m twotower_export.reference.golden CHECKPOINT", file=sys.stderr)
-        return 2
-    try:
-        print(_write_streamed(arguments[0]))
-    except ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except FloatingPointError as error:
-        print(f"error: {arguments[0]}: {error}; there is no golden answer", file=sys.stderr)
-        return ExportError.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-def _write_streamed(name: str) -> Path:
-    """Compute a checkpoint's answer and write it; what can be refused is refused before the work.
-
-    Raises:
-        ExportError: the checkpoint cannot be opened or written to, or PyTorch is missing.
-        FloatingPointError: the logits hold NaN or infinity.
-    """
-    from twotower_export.progress import StepMeter
-
-    checkpoint = open_checkpoint(name)
-    if importlib.util.find_spec("torch") is None:
-        raise ExportError("PyTorch is not installed; pip install 'twotower[reference]'")
-    if not os.access(checkpoint.path, os.W_OK):
-        raise ExportError(f"{checkpoint.path}: is not writable; run this where it is")
-    mode = "mask_diffusion" if "denoiser" in checkpoint.towers else "ar"
-    print(expected_work(checkpoint, mode), file=sys.stderr)
-    meter = StepMeter()
-    try:
-        golden = stream_golden(checkpoint, mode, meter)
-    finally:
-        meter.finish()
-    return write_golden(checkpoint, golden)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from twotower_export.config import ModelConfig, read_json
-from twotower_export.errors import CheckpointError
-from twotower_export.layout import Tower, base_name
+from twotower_contract.config import ModelConfig
+from twotower_contract.errors import CheckpointError
+from twotower_contract.json_file import read_json
+from twotower_contract.layout import Tower, base_name
 from twotower_export.reference.towers import ContextTower, Denoiser, on_meta
 
 OpenShards = dict[str, Any]
@@ -33,7 +34,7 @@ class NamedTensors:
         index = checkpoint / "model.safetensors.index.json"
         self._files: dict[str, str] = {}
         if index.is_file():
-            self._files = dict(read_json(index)["weight_map"])
+            self._files = dict(read_json(index).values["weight_map"])
             return
         from safetensors import safe_open
 

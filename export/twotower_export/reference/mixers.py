@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, relu, silu, softplus
 
 if TYPE_CHECKING:
-    from twotower_export.config import ModelConfig
+    from twotower_contract.config import ModelConfig
 
 
 def project(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from twotower_export.layout import HEADS, Tower
+from twotower_contract.layout import HEADS, Tower
 from twotower_export.reference.mapped import NamedTensors, OpenShards, load_module, load_tower
 from twotower_export.reference.mixers import Expert, Layer, RMSNorm
 from twotower_export.reference.towers import (

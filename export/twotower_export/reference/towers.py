@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
-from twotower_export.config import ModelConfig, read_config, read_json
-from twotower_export.errors import CheckpointError
+from twotower_contract.config import ModelConfig, read_config
+from twotower_contract.errors import CheckpointError
+from twotower_contract.json_file import read_json
 from twotower_export.reference.mixers import Layer, RMSNorm, project, split_dim
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -373,7 +374,9 @@ def load_towers(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Tow
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        return [
+            folder / name for name in sorted(set(read_json(index).values["weight_map"].values()))
+        ]
     return sorted(folder.glob("*.safetensors"))
 
 

@@ -6,7 +6,6 @@ with an index, and a tokenizer whose id 3 is the mask; everything that reads it 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from twotower_export.config import ModelConfig, config_json
-from twotower_export.errors import ExportError
-from twotower_export.layout import expected_tensors
+from twotower_contract.atomic import partial_file, write_text
+from twotower_contract.config import ModelConfig, config_json
+from twotower_contract.errors import TwoTowerError
+from twotower_contract.json_file import write_json
+from twotower_contract.layout import expected_tensors
 from twotower_export.tiny.tokenizer import (
     END_ID,
     MASK_ID,
@@ -35,7 +36,7 @@ DEFAULT_HIDDEN = 64
 DEFAULT_VOCABULARY = 848
 
 
-class TinyError(ExportError):
+class TinyError(TwoTowerError):
     """A tiny checkpoint that cannot be made as asked."""
 
 
@@ -221,10 +222,10 @@ def write_checkpoint(
     if texts is None:
         texts = corpus_tokenizer_files(config.vocab_size)
     for name, text in texts.items():
-        _write_text(folder / name, text)
+        write_text(folder / name, text)
     _write_shards(folder, stored, shards)
     # Last, because a folder with a config.json looks like a whole checkpoint.
-    _write_text(folder / "config.json", json.dumps(config_json(config), indent=2) + "\n")
+    write_json(folder / "config.json", config_json(config))
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int) -> None:
@@ -238,21 +239,14 @@ def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         files[file] = names[number * size : (number + 1) * size]
     for file, members in files.items():
-        partial = folder / (file + ".partial")
-        save_file({name: tensors[name] for name in members}, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors makes private files; a server may be another user
-        partial.replace(folder / file)
+        with partial_file(folder / file) as partial:
+            save_file({name: tensors[name] for name in members}, partial, metadata={"format": "pt"})
+            partial.chmod(0o644)  # safetensors makes private files; a server may be another user
     index = {
         "metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())},
         "weight_map": {name: file for file, members in files.items() for name in members},
     }
-    _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def copy_pretrained(out: str | Path) -> None:
@@ -274,6 +268,5 @@ def copy_pretrained(out: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # config.json last: a folder that has it looks like a whole checkpoint.
         for file in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
-            partial = folder / (file.name + ".partial")
-            shutil.copyfile(file, partial)
-            partial.replace(folder / file.name)
+            with partial_file(folder / file.name) as partial:
+                shutil.copyfile(file, partial)

@@ -39,7 +39,7 @@ from twotower_export.tiny.tokenizer import END_ID, MASK_ID, tokenizer_files, tra
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from twotower_export.config import ModelConfig
+    from twotower_contract.config import ModelConfig
 
 WORKERS = 2
 """Threads that share each step; fixed, because it is part of what a seed gives."""

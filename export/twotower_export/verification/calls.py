@@ -13,9 +13,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import Tower
 from twotower_contract.policies import POLICIES
-from twotower_export.config import ModelConfig
-from twotower_export.layout import Tower
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]

@@ -16,7 +16,7 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto, helper
 
-from twotower_export.errors import BundleError
+from twotower_contract.errors import BundleError
 from twotower_export.verification.graphs import GraphPart
 
 BFLOAT16: Final = TensorProto.BFLOAT16

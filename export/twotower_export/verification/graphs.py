@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from twotower_contract.errors import BundleError, CheckpointError
+from twotower_contract.layout import Tower
 from twotower_contract.machine import read_at
-from twotower_export.errors import BundleError, CheckpointError
-from twotower_export.layout import Tower
+from twotower_contract.manifest import Manifest
 
 Array = npt.NDArray[Any]
 Part = Literal["embeddings", "head"] | int
@@ -157,18 +158,18 @@ class ManifestWeights:
     in memory.
 
     Args:
-        manifest: parsed `manifest.json` of a bundle or engine set.
+        manifest: of a bundle or engine set.
         checkpoint: the checkpoint's folder.
         tower: whose weights.
     """
 
-    def __init__(self, manifest: Mapping[str, Any], checkpoint: Path, tower: Tower) -> None:
+    def __init__(self, manifest: Manifest, checkpoint: Path, tower: Tower) -> None:
         self._manifest, self._checkpoint = manifest, checkpoint
-        self.inputs: Mapping[str, Any] = manifest["weights"][tower]
+        self.inputs = manifest.weights[tower]
 
     def float32(self, name: str) -> Array:
         """A weight input in float32, in the shape of the graph's input."""
-        made = np.empty(self.inputs[name]["shape"], np.float32)
+        made = np.empty(self.inputs[name].shape, np.float32)
         for target, source in self._sources(name, made):
             for piece, values in self._pieces(source, target):
                 if values.itemsize == 2:  # bfloat16 is the upper half of a float32
@@ -183,7 +184,7 @@ class ManifestWeights:
         Raises:
             BundleError: it is stored in float32.
         """
-        made = np.empty(self.inputs[name]["shape"], np.uint16)
+        made = np.empty(self.inputs[name].shape, np.uint16)
         for target, source in self._sources(name, made):
             for piece, values in self._pieces(source, target):
                 if values.itemsize != 2:
@@ -195,23 +196,23 @@ class ManifestWeights:
 
     def _sources(self, name: str, made: Array) -> Iterator[tuple[Array, str]]:
         """Each tensor that a weight input is made of, and where it goes."""
-        sources = self.inputs[name]["sources"]
+        sources = self.inputs[name].sources
         return zip(made.reshape(len(sources), -1), sources, strict=True)
 
     def _pieces(self, source: str, target: Array) -> Iterator[tuple[Array, Array]]:
         """Pieces of a tensor's place, and the elements as they are stored."""
-        entry = self._manifest["tensors"][source]
-        shard = self._manifest["shards"][entry["shard"]]
-        path = self._checkpoint / shard["file"]
-        stored = np.dtype("<u2") if entry["dtype"] == "BF16" else np.dtype("<f4")
-        count = (entry["end"] - entry["begin"]) // stored.itemsize
+        entry = self._manifest.tensors[source]
+        shard = self._manifest.shards[entry.shard]
+        path = self._checkpoint / shard.file
+        stored = np.dtype("<u2") if entry.dtype == "BF16" else np.dtype("<f4")
+        count = (entry.end - entry.begin) // stored.itemsize
         if count != target.size:
             raise BundleError(
                 f"manifest.json gives {source} {count} elements, but its weight input takes "
                 f"{target.size}; export the checkpoint again"
             )
         with path.open("rb", buffering=0) as file:
-            offset = shard["data_start"] + entry["begin"]
+            offset = shard.data_start + entry.begin
             for start in range(0, count, _PIECE):
                 piece = target[start : start + _PIECE]
                 size, at = piece.size * stored.itemsize, offset + start * stored.itemsize

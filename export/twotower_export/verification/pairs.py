@@ -13,8 +13,8 @@ from typing import Final, Literal
 
 import onnx
 
+from twotower_contract.layout import Tower
 from twotower_export.checkpoint import Checkpoint
-from twotower_export.layout import Tower
 from twotower_export.reference.mapped import NamedTensors
 from twotower_export.reference.towers import DTYPES
 from twotower_export.verification.comparison import Side
@@ -86,7 +86,7 @@ def whole(
         graph = _graph_side(target, checkpoint, tower, part)
         return Pair(graph, reference, range(checkpoint.config.num_layers), wants_hidden=False)
 
-    chunk = int(target.manifest["max_tokens_per_call"])
+    chunk = target.manifest.max_tokens_per_call
     yield Planned(tower, tower, "float32", chunk, make)
 
 
@@ -101,14 +101,14 @@ def by_part(
     def make(part: Part) -> Pair:
         cut = graph_part(model, tower, part, FLOAT if precision == "float32" else BFLOAT16)
         if kind == "native":
-            cut = emulated(cut, target.manifest["weights"][tower])
+            cut = emulated(cut, target.manifest.weights[tower])
         tensors, dtype = NamedTensors(checkpoint.path), DTYPES[precision]
         reference = TowerPartSide("torch", config, tower, tensors, part, dtype)
         graph = _graph_side(target, checkpoint, tower, cut)
         own = [part] if isinstance(part, int) else []
         return Pair(graph, reference, own, wants_hidden=part != "embeddings")
 
-    chunk = int(target.manifest["max_tokens_per_call"])
+    chunk = target.manifest.max_tokens_per_call
     every: list[Part] = ["embeddings", *range(config.num_layers), "head"]
     for part in parts or every:
         dense = part in config.layers_of_kind["E"]

@@ -5,18 +5,18 @@ Digests and the sets of names are compared here, before anything runs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 
-from twotower_export.bundle import read_manifest
-from twotower_export.config import ModelConfig, read_json
-from twotower_export.errors import BundleError
-from twotower_export.layout import TOWERS, Tower, graph_weights
+from twotower_contract.config import ModelConfig
+from twotower_contract.digests import file_state
+from twotower_contract.engine_set import EngineSet
+from twotower_contract.errors import BundleError
+from twotower_contract.layout import TOWERS, Tower, graph_weights
+from twotower_contract.manifest import Manifest, read_manifest
 from twotower_export.verification.calls import inputs_of, outputs_of
 from twotower_export.verification.structure import differences
 
@@ -28,62 +28,48 @@ class Target:
     Attributes:
         folder: of the bundle or engine set.
         kind: `bundle` or `engines`.
-        manifest: its parsed manifest.json.
+        manifest: its manifest.
         graphs: tower -> file of the float32 graph that runs.
         native: tower -> file of the graph in the checkpoint's dtype, where it is another.
     """
 
     folder: Path
     kind: str
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     graphs: Mapping[Tower, Path]
     native: Mapping[Tower, Path]
 
 
-def open_target(path: Path, sku: str | None = None) -> Target:
+def open_target(found: Path | EngineSet) -> Target:
     """Find the graphs of a bundle or of a CPU engine set, and check their digests.
 
+    Args:
+        found: Folder of a bundle, or an opened engine set.
+
     Raises:
-        BundleError: the folder is neither, or a graph is missing or was changed.
+        BundleError: the folder is no bundle, or a graph is missing or was changed.
     """
-    folder = engine_folder(path, sku) or path
-    manifest = read_manifest(folder)
-    if (folder / "build.json").is_file():
-        build = read_json(folder / "build.json")
-        if build["flavour"] != "onnxruntime":
-            raise BundleError(f"{folder}: engines of flavour {build['flavour']} hold no graph")
-        files, kind, native = build["plans"], "engines", {}
+    if isinstance(found, EngineSet):
+        folder, kind, manifest = found.folder, "engines", found.manifest
+        if found.build.flavour != "onnxruntime":
+            raise BundleError(f"{folder}: engines of flavour {found.build.flavour} hold no graph")
+        files = {name: (plan.file, plan.sha256) for name, plan in found.build.plans.items()}
+        native = {}
     else:
-        kind = "bundle"
-        files, native = manifest["graphs"]["float32"], manifest["graphs"]["native"]
+        folder, kind, manifest = found, "bundle", read_manifest(found)
+        files, native = (
+            {name: (graph.file, graph.sha256) for name, graph in manifest.graphs[precision].items()}
+            for precision in ("float32", "native")
+        )
     towers = [tower for tower in TOWERS if tower in files]
     if not towers:
         raise BundleError(f"{folder}: names no graph of a tower; export again")
-    for name, entry in [*files.items(), *native.items()]:
-        _check_digest(folder / entry["file"], entry["sha256"], name)
-    graphs = {tower: folder / files[tower]["file"] for tower in towers}
-    others = {tower: folder / native[tower]["file"] for tower in towers if tower in native}
+    for name, (file, sha256) in [*files.items(), *native.items()]:
+        _check_digest(folder / file, sha256, name)
+    graphs = {tower: folder / files[tower][0] for tower in towers}
+    others = {tower: folder / native[tower][0] for tower in towers if tower in native}
     others = {tower: path for tower, path in others.items() if path != graphs[tower]}
     return Target(folder, kind, manifest, graphs, others)
-
-
-def engine_folder(path: Path, sku: str | None = None) -> Path | None:
-    """The folder with build.json: `path`, or the only (or named) SKU in it; None for no engines.
-
-    Raises:
-        BundleError: there are several and none was named, or not the named one.
-    """
-    if (path / "build.json").is_file():
-        return path
-    found = {one.parent.name: one.parent for one in path.glob("*/build.json")}
-    if not found:
-        return None
-    if sku is None and len(found) == 1:
-        return next(iter(found.values()))
-    if sku is None or sku not in found:
-        asked = "name one with --sku" if sku is None else f"not for {sku}"
-        raise BundleError(f"{path}: holds engines for {', '.join(sorted(found))}; {asked}")
-    return found[sku]
 
 
 def structure_problems(
@@ -97,7 +83,7 @@ def structure_problems(
     where = f"{tower} graph"
     problems = _set_problems(f"{where}: input", found_inputs, inputs)
     problems += _set_problems(f"{where}: output", found_outputs, set(outputs_of(config, tower)))
-    listed = set(target.manifest["weights"][tower])
+    listed = set(target.manifest.weights[tower])
     problems += _set_problems(f"manifest.json, {tower}: weight", listed, weights)
     return problems
 
@@ -109,10 +95,9 @@ def native_problems(
     problems = differences(native, float32)
     stored = {"BF16": onnx.TensorProto.BFLOAT16, "F32": onnx.TensorProto.FLOAT}
     inputs = {given.name: given.type.tensor_type.elem_type for given in native.graph.input}
-    for name, weight in target.manifest["weights"][tower].items():
-        dtypes = {target.manifest["tensors"][source]["dtype"] for source in weight["sources"]}
-        if name in inputs and {stored[dtype] for dtype in dtypes} != {inputs[name]}:
-            problems.append(f"it takes {name} as other than {' and '.join(sorted(dtypes))}")
+    for name, weight in target.manifest.weights[tower].items():
+        if name in inputs and stored[weight.dtype] != inputs[name]:
+            problems.append(f"it takes {name} as other than {weight.dtype}")
     return problems
 
 
@@ -124,7 +109,7 @@ def _set_problems(what: str, found: set[str], expected: set[str]) -> list[str]:
 
 
 def _check_digest(path: Path, expected: str, name: str) -> None:
-    if not path.is_file():
-        raise BundleError(f"{path}: the {name} graph is missing; export or build again")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise BundleError(f"{path}: the {name} graph was changed since; export or build again")
+    state = file_state(path, expected)
+    if state != "ok":
+        what = "is missing" if state == "missing" else "was changed since"
+        raise BundleError(f"{path}: the {name} graph {what}; export or build again")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from twotower_export.config import ModelConfig
-from twotower_export.layout import HEADS, Tower
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import HEADS, Tower
 from twotower_export.reference.mapped import NamedTensors, load_module, load_tower
 from twotower_export.reference.mixers import Layer, RMSNorm, Router, project
 from twotower_export.reference.towers import Call, Denoiser, on_meta, run_layer

@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from twotower_contract.config import ModelConfig
+from twotower_contract.errors import BundleError, TwoTowerError
+from twotower_contract.layout import Tower, graph_weights
 from twotower_contract.policies import POLICY_NAMES
 from twotower_export.agreement import check_agreement
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
-from twotower_export.config import ModelConfig
-from twotower_export.errors import BundleError, ExportError
-from twotower_export.layout import Tower, graph_weights
 from twotower_export.reference.refinement import Rule, refine
 from twotower_export.verification.calls import (
     CallShape,
@@ -134,16 +134,16 @@ def verify(
         progress: told what is being compared.
 
     Raises:
-        ExportError: the checkpoint is another one than was exported, or there is no such layer.
+        TwoTowerError: the checkpoint is another one than was exported, or there is no such layer.
     """
     towers = list(target.graphs)
     opened = open_checkpoint(
-        checkpoint, mask_token_id=target.manifest["mask_token_id"], towers=towers
+        checkpoint, mask_token_id=target.manifest.model.mask_token_id, towers=towers
     )
     check_agreement(target.manifest, opened)
     for layer in (*layers, *(part for part in parts if isinstance(part, int))):
         if not 0 <= layer < opened.config.num_layers:
-            raise ExportError(
+            raise TwoTowerError(
                 f"there is no layer {layer}: the model has {opened.config.num_layers}, from 0"
             )
     largest = max(_float32_bytes(opened.config, tower) for tower in towers)
@@ -270,7 +270,7 @@ def _refined(
 def _notes(target: Target, selected: Sequence[Part], report: Report) -> list[str]:
     notes = [str(redraw) for redraw in report.redraws]
     if target.native:
-        dtype = target.manifest["dtype"]
+        dtype = target.manifest.model.dtype
         notes.append(
             f"the {dtype} graphs were run part by part, on a CPU: every operator in float32, every "
             f"{dtype} value rounded; what a GPU's kernels do beside that is not known here"

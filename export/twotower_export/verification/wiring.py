@@ -14,8 +14,8 @@ from typing import Final
 import onnx
 from onnx import TensorProto
 
-from twotower_export.config import ModelConfig
-from twotower_export.layout import HEADS, Tower, graph_weights
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import HEADS, Tower, graph_weights
 from twotower_export.verification.graphs import hidden_names
 
 ROWS: Final = {"M": ("lengths",), "*": ("lengths", "context_lengths"), "E": ("lengths",)}

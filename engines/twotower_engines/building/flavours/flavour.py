@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.planning.skus import Sku
 

@@ -11,12 +11,12 @@ are named by the graph, and no tensor is asked for more than its name, dtype and
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.atomic import partial_file
 from twotower_contract.logfile import is_verbose
 from twotower_contract.logfile import log as write_log
 
@@ -211,7 +211,8 @@ def _graph_with_plugins(graph: Path, compute_capability: str) -> bytes:
     """Return a graph whose ops are plugin nodes, and register the plugins with TensorRT."""
     import onnx
 
-    from twotower_engines.kernels.plugins import register_plugins, with_plugins
+    from twotower_engines.kernels.plugin_graph import with_plugins
+    from twotower_engines.kernels.plugins import register_plugins
 
     register_plugins(compute_capability)
     model = with_plugins(onnx.load(str(graph), load_external_data=False))
@@ -267,7 +268,5 @@ def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as stream:
+    with partial_file(path) as partial, partial.open("wb") as stream:
         stream.write(memoryview(content))
-    partial.replace(path)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
 from twotower_engines.errors import BuildError
 
 __all__ = ["Profile", "Sizes", "narrow_profiles", "wide_profiles"]

@@ -20,8 +20,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from twotower_contract.atomic import partial_folder, put_in_place
 from twotower_engines.artifacts.cache_root import cache_root, in_cache
-from twotower_engines.artifacts.partial import partial_folder, put_in_place
 from twotower_engines.building.flavours.process import Library
 from twotower_engines.errors import BuildError
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import Limits
+from twotower_contract.engine_set import Limits
 from twotower_engines.runtime.resident.device import Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
 
@@ -37,7 +37,7 @@ Layout = Mapping[str, tuple[Shape, type]]
 Verb = Literal["extend", "denoise", "predict"]
 
 SMALLEST_BLOCK = 16
-"""Tokens: the block that the released model was trained for, and that profiles are tuned for."""
+"""Tokens of the block that the released model was trained for, and that profiles are tuned for."""
 
 REFINE_ROWS = ("steps_left", "policy", "seed", "threshold", "temperature")
 FLOATS = ("threshold", "temperature")
@@ -45,12 +45,12 @@ FLOATS = ("threshold", "temperature")
 
 @dataclass(frozen=True, slots=True)
 class CallSize:
-    """What a call is prepared for.
+    """The size that a call is prepared for.
 
     Attributes:
         verb: The runtime's method.
         rows: Neighbouring slots that it covers.
-        tokens: Of each row, padding included.
+        tokens: Tokens of each row, padding included.
     """
 
     verb: Verb
@@ -93,7 +93,7 @@ def call_sizes(verb: Verb, limits: Limits) -> list[CallSize]:
 
 
 def input_layout(size: CallSize) -> Layout:
-    """Return shape and dtype of what the host gives: the ids, and one value per row of the rest."""
+    """Return shape and dtype of the host's inputs: the ids, and one value per row for the rest."""
     names = ["lengths", "context_lengths"]
     if size.verb != "extend":
         names += ["conditioned", *REFINE_ROWS]
@@ -133,8 +133,8 @@ def _denoiser_outputs(size: CallSize, vocabulary: int) -> Layout:
 class Tensors:
     """The small inputs or outputs of one call, in one piece on host and device.
 
-    One upload and one download per call, whatever the number of tensors. The piece is another
-    call's as well: nothing in it outlives a call.
+    There is one upload and one download per call, whatever the number of tensors. Other calls use
+    the same piece, so nothing in it outlives a call.
     """
 
     def __init__(self, device: Device, host: Array, start: int, layout: Layout) -> None:
@@ -148,7 +148,7 @@ class Tensors:
         }
 
     def clear(self) -> None:
-        """Fill with 0: rows that take no part must hold ids that there are."""
+        """Fill with 0: inactive rows must still hold valid token ids."""
         self._host[:] = 0
 
     def upload(self) -> None:
@@ -164,10 +164,10 @@ class CallMemory:
     """The memory in which all calls of one tower take turns.
 
     Args:
-        device: The tower's.
-        sizes: Of all calls.
-        vocabulary: Tokens of it.
-        unseen: Bytes of what the largest call leaves on the device: new states, logits that nobody
+        device: Device of the tower.
+        sizes: Sizes of all calls.
+        vocabulary: Tokens of the vocabulary.
+        unseen: Bytes that the largest call leaves on the device: new states, and logits that nobody
             reads.
     """
 

@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.errors import EnginesError, RuntimeLoadError
+from twotower_contract.errors import TwoTowerError
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.device import Box, Device, Fence
 
-__all__ = ["CudaDevice", "CudaError", "check_peers", "cuda_version", "driver_cuda", "usable_gpus"]
+__all__ = [
+    "CudaDevice",
+    "CudaError",
+    "cuda_version",
+    "driver_cuda",
+    "enable_peer_access",
+    "usable_gpus",
+]
 
 
-class CudaError(EnginesError):
+class CudaError(TwoTowerError):
     """A CUDA call failed: a device that is lost, a driver in trouble, or a bug of ours."""
 
     exit_code = 1
@@ -47,7 +55,7 @@ def _done(result: tuple[Any, ...]) -> Any:
 
 
 def _forget_error() -> None:
-    """Clear CUDA's last error, which TensorRT would find after its next launch and take as its."""
+    """Clear CUDA's last error, which TensorRT would otherwise report after its next launch."""
     _runtime().cudaGetLastError()
 
 
@@ -109,7 +117,7 @@ class CudaDevice:
     """See `device.Device`.
 
     Args:
-        index: Which GPU.
+        index: Number of the GPU.
 
     Raises:
         RuntimeLoadError: There is no such GPU, or no driver that serves it.
@@ -136,7 +144,7 @@ class CudaDevice:
         self._graphs: list[Any] = []
 
     def use(self) -> None:
-        """Make this the thread's current device: what has no stream of its own happens there."""
+        """Make this the current device of the thread, for calls that take no stream."""
         _done(self._cuda.cudaSetDevice(self.index))
 
     def free_memory(self) -> int:
@@ -238,14 +246,14 @@ class CudaDevice:
         """Run `work` once, record it as a CUDA graph, and return the graph's launch."""
         cuda = self._cuda
         self.use()
-        work()  # what an engine sets up lazily may not happen inside a capture
+        work()  # an engine's lazy set-up must not happen inside a capture
         self.synchronize()
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _done(cuda.cudaStreamBeginCapture(self.stream, mode))
         try:
             work()
         except BaseException:
-            # what went wrong inside has spoiled the capture, and EndCapture would only say so
+            # the error has spoiled the capture, and EndCapture would only repeat that
             _, graph = cuda.cudaStreamEndCapture(self.stream)
             if graph is not None and int(graph):
                 cuda.cudaGraphDestroy(graph)
@@ -271,15 +279,15 @@ class CudaDevice:
         self._graphs.clear()
 
     def synchronize(self) -> None:
-        """Wait until all that was asked is done."""
+        """Wait until all queued work is done."""
         self.use()
         _done(self._cuda.cudaStreamSynchronize(self.stream))
 
     def close(self) -> None:
         """Free graphs, memory and stream.
 
-        Statuses are not looked at: on a lost device each call fails for the reason that was raised
-        when it was lost, and there is nothing to be done about it.
+        Statuses are ignored: on a lost device each call fails with the error that was raised when
+        it was lost, and nothing can be done about it.
         """
         if self._is_closed:
             return
@@ -298,10 +306,10 @@ class CudaDevice:
         _forget_error()
 
 
-def check_peers(first: CudaDevice, second: CudaDevice) -> bool:
+def enable_peer_access(first: CudaDevice, second: CudaDevice) -> bool:
     """Let two GPUs read each other's memory, where the machine can; returns whether it can.
 
-    Without peer access the same copies go through the host: slower, not wrong.
+    Without peer access the same copies go through the host, which is slower but right.
     """
     cuda = _runtime()
     can = True

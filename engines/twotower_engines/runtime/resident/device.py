@@ -1,4 +1,4 @@
-"""What the resident runtime asks of a device: memory, copies in the order of one stream, capture.
+"""The interface of a device: memory, copies in the order of one stream, and capture.
 
 Addresses are plain integers, as CUDA and TensorRT take them. Every copy is ordered with every other
 and with the engines that run on the same device; only `synchronize` and `download` wait.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 __all__ = ["ALIGNMENT", "Box", "Device", "Fence", "aligned"]
 
 ALIGNMENT = 256
-"""Bytes to which allocations are aligned, and tensors inside them: what TensorRT asks for."""
+"""Alignment in bytes of allocations, and of tensors inside them: TensorRT's requirement."""
 
 
 def aligned(size: int) -> int:
@@ -58,7 +58,7 @@ class Device(Protocol):
     """One device and its stream.
 
     Attributes:
-        name: For messages, as `cuda:0`.
+        name: Name in messages, as `cuda:0`.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Device(Protocol):
         """Free what `staging` returned, before the device is closed."""
 
     def upload(self, target: int, source: npt.NDArray[Any]) -> None:
-        """Copy a contiguous host array to an address; the array must stay as it is until then."""
+        """Copy a contiguous host array to an address; the array must not change until then."""
 
     def download(self, target: npt.NDArray[Any], source: int) -> None:
         """Copy to a contiguous host array, and wait for it."""
@@ -91,11 +91,11 @@ class Device(Protocol):
         """Copy `width` bytes of each of `rows` rows of `layers` layers, in one call.
 
         Args:
-            target: On the device `to`.
-            source: On this device, in whose order the copy happens.
-            width: No more than either pitch.
-            rows: No more than either height.
-            layers: How many.
+            target: Box on the device `to`.
+            source: Box on this device, in whose order the copy happens.
+            width: Bytes of a row, at most either pitch.
+            rows: Rows of a layer, at most either height.
+            layers: Number of layers.
             to: This device or another.
         """
 
@@ -106,16 +106,16 @@ class Device(Protocol):
         """Mark this point of the stream."""
 
     def follow(self, other: Device) -> None:
-        """Let what comes next here wait for what was asked of another device so far."""
+        """Let later work of this device wait for the work queued on another device so far."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` asks of this device, and return what repeats it."""
+        """Record what `work` queues on this device, and return a function that repeats it."""
 
     def drop_captures(self) -> None:
-        """Free what `capture` recorded: before the engines go that it runs."""
+        """Free what `capture` recorded; call it before the engines are freed."""
 
     def synchronize(self) -> None:
-        """Wait until all that was asked is done."""
+        """Wait until all queued work is done."""
 
     def close(self) -> None:
-        """Free all memory, and the stream. Once; later calls do nothing."""
+        """Free all memory, and the stream; a second call does nothing."""

@@ -1,4 +1,4 @@
-"""What the resident runtime asks of an engine: calls with fixed shapes and bound addresses."""
+"""The interface of an engine: calls with fixed shapes and bound addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Call(Protocol):
     """An engine prepared for one choice of shapes."""
 
     def bind(self, addresses: Mapping[str, int]) -> None:
-        """Say where inputs and outputs lie; what was bound before stays bound."""
+        """Set the addresses of inputs and outputs; earlier bindings stay."""
 
     def can_capture(self) -> bool:
         """Return whether the bound call can become part of a CUDA graph."""

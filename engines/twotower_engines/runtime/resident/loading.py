@@ -6,12 +6,16 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
+from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.cache_root import cache_root
-from twotower_engines.artifacts.engine_set import EngineSet
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import BuildError
 from twotower_engines.runtime.interface import LoadProgress
-from twotower_engines.runtime.resident.cuda_device import CudaDevice, check_peers, driver_cuda
+from twotower_engines.runtime.resident.cuda_device import (
+    CudaDevice,
+    driver_cuda,
+    enable_peer_access,
+)
 from twotower_engines.runtime.resident.refusals import (
     check_build,
     check_gpus,
@@ -28,20 +32,20 @@ __all__ = ["open_resident_runtime"]
 def open_resident_runtime(
     engines: EngineSet, checkpoint: Path | None = None, progress: LoadProgress | None = None
 ) -> ResidentRuntime:
-    """Load TensorRT plans: what can be refused is refused before one is deserialized.
+    """Load TensorRT engines, after everything that can be checked without loading them.
 
-    All plans are deserialized before the first weight travels: TensorRT's refusal of the second
-    must not come after minutes of the first one's upload. What was made is freed on failure.
+    All engines are deserialized before the first weight is uploaded: TensorRT must not refuse the
+    second one after minutes of uploading the first one's weights. On failure everything is freed.
 
     Args:
         engines: An engine set of flavour `tensorrt` or `tensorrt-rtx`, which says on which GPU each
             of its towers runs.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
-        progress: Told of the weights that are on their way, and of the calls that are prepared.
+        progress: Receives the weights that are uploaded and the calls that are prepared.
 
     Raises:
         RuntimeLoadError: The package, the GPU, its driver or its memory is not what is needed.
-        EngineSetError: A plan is missing or changed.
+        EngineSetError: An engine file is missing or changed.
         CheckpointError: The checkpoint is missing or changed.
         CudaError: CUDA failed.
     """
@@ -63,7 +67,7 @@ def open_resident_runtime(
             weights = sum(tower_bytes(engines.manifest, tower) for tower in towers)
             check_room(build, device, index, weights)
         if len(devices) == 2:
-            check_peers(*devices.values())
+            enable_peer_access(*devices.values())
         loaded = {}
         for tower, index in placed.items():
             engine = TensorRtEngine(
@@ -101,7 +105,7 @@ def _upload(
     devices: dict[str, CudaDevice],
     progress: LoadProgress | None,
 ) -> dict[str, Tower]:
-    """Bring each tower's weights to its device; progress counts those of all towers together."""
+    """Upload each tower's weights to its device; progress counts all towers together."""
     made: dict[str, Tower] = {}
     manifest = store.manifest
     sizes = {t: sum(map(weight_bytes, manifest.weights[t].values())) for t in engines}

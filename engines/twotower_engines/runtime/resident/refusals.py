@@ -1,7 +1,6 @@
-"""What is refused before a plan is deserialized, each by name.
+"""Checks before an engine is deserialized, each with an error of its own.
 
-TensorRT's own answer to a plan that was built for something else is an error without a name, or a
-crash.
+TensorRT answers an engine that was built for another machine with a vague error, or it crashes.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import platform
 import re
 
-from twotower_engines.artifacts.engine_set import BuildRecord
+from twotower_contract.engine_set import BuildRecord
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, cuda_version, usable_gpus
 from twotower_engines.runtime.resident.tensorrt_engine import MODULES
@@ -18,7 +17,7 @@ __all__ = ["check_build", "check_gpus", "check_room", "placement"]
 
 BUILD_AGAIN = "build them for this GPU with `twotower build BUNDLE --sku local ENGINES`"
 VERSION_PARTS = {"tensorrt": 4, "tensorrt-rtx": 2}
-"""How many numbers of the version must be the same: TensorRT promises a plan nothing else."""
+"""Leading numbers of the version that must be equal: TensorRT promises no wider compatibility."""
 
 
 def placement(build: BuildRecord) -> dict[str, int]:
@@ -53,10 +52,10 @@ def check_build(
     """Refuse engines that were built for another machine, GPU, driver or TensorRT.
 
     Args:
-        build: Of the engine set.
-        version: Of the TensorRT that is installed.
-        device: What to call the GPU in a message.
-        compute_capability: Of the GPU.
+        build: Build record of the engine set.
+        version: Version of the installed TensorRT.
+        device: Name of the GPU in messages.
+        compute_capability: Compute capability of the GPU.
         driver: The newest CUDA that the driver serves, for example 13010.
 
     Raises:
@@ -95,16 +94,16 @@ def check_room(build: BuildRecord, device: CudaDevice, index: int, weights: int)
     """Refuse a GPU whose free memory is less than what will be allocated on it.
 
     Args:
-        build: Of the engine set; its memory plan says what the engines and states take.
-        device: Of the machine.
-        index: Which of the engine set's GPUs that is.
+        build: Build record of the engine set; its memory plan has the size of engines and states.
+        device: The GPU.
+        index: Index of the GPU in the memory plan.
         weights: Bytes of the weights that go there.
 
     Raises:
         RuntimeLoadError: Says what is needed and what is free.
     """
     shares = build.memory.get("per_gpu", [])
-    # the overhead is CUDA's own, most of which is in use since the device was opened
+    # the overhead is CUDA's own, and most of it is in use since the device was opened
     planned = shares[index]["total"] - shares[index]["overhead"] if index < len(shares) else 0
     needed, free = max(planned, weights), device.free_memory()
     if needed > free:

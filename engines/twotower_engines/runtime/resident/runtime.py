@@ -1,9 +1,9 @@
-"""The runtime of a device: fixed slots, row buckets; of a denoise step, only ids cross to the host.
+"""The GPU runtime: fixed slots and row buckets; a denoise step copies only token ids to the host.
 
-A call covers a window of neighbouring slots, so that states are read where they lie; slots inside
-the window that take no part have length 0. Rows and tokens of calls come in a few sizes, and all
-calls are prepared when the runtime is made. Denoiser calls begin at slot 0, so that each can be
-captured then and is replayed later: one launch per step instead of some hundreds.
+A call covers a window of neighbouring slots, so that states are read where they lie; inactive slots
+inside the window have length 0. Rows and tokens of calls come in a few sizes, and all calls are
+prepared when the runtime is made. Denoiser calls begin at slot 0, so that each can be captured once
+and replayed later: one launch per step instead of some hundreds.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import ITEM_SIZES, Manifest
+from twotower_contract.engine_set import Limits
+from twotower_contract.manifest import Manifest
 from twotower_engines.artifacts.weights import Progress
-from twotower_engines.runtime.interface import Denoised, DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.resident.calls import (
     REFINE_ROWS,
     CallMemory,
@@ -71,11 +71,11 @@ class ResidentRuntime:
     """A runtime on one or two devices; see `runtime.interface.Runtime` for its methods.
 
     Args:
-        manifest: Of the engine set.
-        limits: Of the engine set.
+        manifest: Manifest of the engine set.
+        limits: Limits of the engine set.
         context: The context tower; the states of its slots live on its device.
         denoiser: The denoiser tower, or None. On another device it gets a copy of the states.
-        progress: Told how many calls of all are prepared.
+        progress: Called with the number of calls that are prepared, and of all calls.
 
     Raises:
         RuntimeLoadError: A device has no room, or no profile of an engine takes a call.
@@ -91,10 +91,10 @@ class ResidentRuntime:
     ) -> None:
         self.limits = limits
         self.vocab_size = manifest.model.vocab_size
-        self.mask_token_id = manifest.mask_token_id
+        self.mask_token_id = manifest.model.mask_token_id
         self.has_denoiser = denoiser is not None
         self._context, self._denoiser = context, denoiser
-        item = ITEM_SIZES["BF16" if manifest.dtype == "bfloat16" else "F32"]
+        item = manifest.model.item_bytes
         self._kinds = state_kinds(manifest.model, limits, item)
         self._step = window_step(self._kinds)
         has_mirror = denoiser is not None and denoiser.device is not context.device
@@ -116,16 +116,14 @@ class ResidentRuntime:
 
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
+        self._check_open()
         self._lengths[slot] = 0
         for states in self._all_states():
             states.reset(slot)
 
-    def context_length(self, slot: int) -> int:
-        """Return how many tokens a slot's context holds."""
-        return self._lengths[slot]
-
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine."""
+        self._check_open()
         first, count = self._window(row.slot for row in rows)
         tokens = token_bucket("extend", max(row.ids.size for row in rows), self.limits)
         prepared = self._calls[CallSize("extend", count, tokens)]
@@ -145,13 +143,14 @@ class ResidentRuntime:
         if any(row.logits for row in rows):
             prepared.outputs.download()
         else:
-            # the staging memory is written again next time, and the denoiser's GPU reads the states
+            # the next call writes the staging memory, and the denoiser's GPU reads the states
             self._context.device.synchronize()
         logits = prepared.outputs.arrays["logits"]
         return [logits[row.slot - first].copy() if row.logits else None for row in rows]
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
+        self._check_open()
         count = bucket(max(row.slot for row in rows) + 1, self.limits.slots)
         tokens = token_bucket("denoise", max(row.ids.size for row in rows), self.limits)
         prepared = self._calls[CallSize("denoise", count, tokens)]
@@ -172,6 +171,7 @@ class ResidentRuntime:
 
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
         """Run the denoiser tower on each slot's last token to predict the next."""
+        self._check_open()
         count = bucket(max(row.slot for row in rows) + 1, self.limits.slots)
         prepared = self._calls[CallSize("predict", count, 1)]
         arrays = prepared.inputs.arrays
@@ -186,7 +186,7 @@ class ResidentRuntime:
         return np.stack([logits[row.slot, 0] for row in rows])
 
     def close(self) -> None:
-        """Free the engines, the weights and the states."""
+        """Free the engines, the weights and the states; a second time does nothing."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -199,6 +199,10 @@ class ResidentRuntime:
             tower.engine.close()
         for device in devices:
             device.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(CLOSED)
 
     def _all_states(self) -> list[SlotStates]:
         return [self._states] if self._mirror is self._states else [self._states, self._mirror]
@@ -217,7 +221,7 @@ class ResidentRuntime:
         return first, count
 
     def _take(self, prepared: _Prepared, first: int, rows: Sequence[ExtendRow]) -> None:
-        """Bring a context call's new states to their slots, on each device that has them."""
+        """Copy a context call's new states to their slots, on each device that has them."""
         taken = [
             Taken(row.slot - first, row.slot, self._lengths[row.slot], row.ids.size)
             for row in sorted(rows, key=lambda row: row.slot)
@@ -228,7 +232,7 @@ class ResidentRuntime:
             self._lengths[row.slot] += row.ids.size
 
     def _run(self, prepared: _Prepared) -> None:
-        """Run a denoiser call, and wait for what it says."""
+        """Run a denoiser call, and wait for its outputs."""
         prepared.inputs.upload()
         prepared.launch()
         prepared.outputs.download()
@@ -271,7 +275,7 @@ class ResidentRuntime:
         call.bind(self._states.addresses())
         inputs.clear()
         inputs.upload()
-        call.enqueue()  # what an engine sets up at its first run is not a request's to wait for
+        call.enqueue()  # warm up now, so that no request pays for lazy set-up
         tower.device.synchronize()
         return _Prepared(call, inputs, outputs, call.enqueue, landing.boxes(memory.unseen))
 
@@ -284,7 +288,7 @@ class ResidentRuntime:
         states = self._mirror.addresses(previous=size.verb == "predict")
         stay = {name: memory.unseen + offset for name, offset in unseen.items()}
         call.bind({**tower.weights, **states, **inputs.addresses, **outputs.addresses, **stay})
-        inputs.clear()  # capturing runs the call once, and it must not read just anything
+        inputs.clear()  # capturing runs the call once, and it must read valid ids
         inputs.upload()
         is_captured = call.can_capture()
         if is_captured:

@@ -2,14 +2,14 @@
 
 States of one kind (SSM, convolution, keys and values) have one shape in all layers, so each kind is
 one allocation, [layers][slots][a slot's row], and an engine reads the rows of neighbouring slots
-where they lie. A context call writes its new states to a landing place of the same order, and the
-rows that took part are copied home from there: 46 MB of SSM states per row of the full-size model,
-20 microseconds on an H200, against some 5 ms of the call. (Two buffers taking turns would save that
+where they lie. A context call writes its new states to a landing buffer of the same layout, and the
+active rows are copied to their slots from there: 46 MB of SSM states per row of the full model, 20
+microseconds on an H200, against some 5 ms of the call. (Two buffers taking turns would save that
 copy, but a call covers only some of the slots, and the others would be left behind in the wrong
 buffer.)
 
 Because all layers of a kind lie in one allocation, a strided copy takes a row of every layer home
-at once. An extension asks for one copy of each Mamba kind for each run of neighbouring slots, and
+at once. An extension takes one copy of each Mamba kind for each run of neighbouring slots, and
 one of keys and values for each slot, whatever the number of layers: 18 copies for 16 neighbouring
 slots, twice that where the denoiser's GPU has the states as well.
 """
@@ -20,8 +20,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from twotower_engines.artifacts.engine_set import Limits
-from twotower_engines.artifacts.manifest import ModelConfig
+from twotower_contract.config import ModelConfig
+from twotower_contract.engine_set import Limits
 from twotower_engines.runtime.resident.device import ALIGNMENT, Box, Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
 
@@ -35,7 +35,7 @@ class StateKind:
     """State inputs of one shape: the same state of all layers that have it.
 
     Attributes:
-        names: Of the inputs, in the order of the layers, as `context.layers.0.ssm_state`.
+        names: Names of the inputs, in the order of the layers, as `context.layers.0.ssm_state`.
         row: Shape of one slot's row.
         item: Bytes per element.
         grows: True for keys and values, [heads, tokens, size], of which a call returns only its
@@ -81,7 +81,7 @@ def state_kinds(model: ModelConfig, limits: Limits, item: int) -> tuple[StateKin
     """Return all states of a model; `item` is the size of the graph's dtype in bytes."""
     mamba, attention = (
         [f"context.layers.{layer}" for layer in layers]
-        for layers in (model.mamba_layers, model.attention_layers)
+        for layers in (model.layers_of_kind["M"], model.layers_of_kind["*"])
     )
     conv = (model.conv_kernel - 1, model.conv_dim)
     ssm = (model.mamba_num_heads, model.mamba_head_dim, model.ssm_state_size)
@@ -96,7 +96,7 @@ def state_kinds(model: ModelConfig, limits: Limits, item: int) -> tuple[StateKin
 
 
 def window_step(kinds: Sequence[StateKind]) -> int:
-    """Return of what number the first slot of a call is a multiple, so that states are aligned.
+    """Return the slot stride at which the states of a call are aligned.
 
     It is 1 for the full-size model; a tiny one has rows of fewer than 256 bytes.
     """
@@ -109,8 +109,8 @@ class Taken:
     """A row of a context call, and the slot that it extended.
 
     Attributes:
-        row: In the call.
-        slot: Whose it is.
+        row: Row of the call.
+        slot: Slot that the row extended.
         length: Tokens of the slot's context before the call.
         valid: Tokens of this row in the call.
     """
@@ -125,9 +125,9 @@ class Landing:
     """Where the new states of a context call are written.
 
     Args:
-        kinds: Which there are.
-        rows: Of the call.
-        tokens: Of each row, padding included.
+        kinds: Kinds of states.
+        rows: Rows of the call.
+        tokens: Tokens of each row, padding included.
     """
 
     def __init__(self, kinds: Sequence[StateKind], rows: int, tokens: int) -> None:
@@ -155,9 +155,9 @@ class SlotStates:
     """The states of every slot on one device.
 
     Args:
-        device: Where they live.
-        kinds: Which there are.
-        slots: Rows of each.
+        device: Device that holds the states.
+        kinds: Kinds of states.
+        slots: Rows of each kind.
         keeps_previous: Whether there is a second set of Mamba states, for `keep_previous`.
     """
 
@@ -173,7 +173,7 @@ class SlotStates:
         }
 
     def reset(self, slot: int) -> None:
-        """Set a slot's Mamba states to zero. Keys and values past a length are never seen."""
+        """Set a slot's Mamba states to zero. Keys and values past a length are never read."""
         for boxes in (self._boxes, self._previous):
             for kind, box in boxes.items():
                 if not kind.grows:
@@ -206,7 +206,7 @@ class SlotStates:
         Args:
             source: The device of the call, in whose order the copies happen.
             landed: Where each kind landed.
-            rows: Those that took part, by row.
+            rows: Active rows, in order.
         """
         for kind, home in self._boxes.items():
             if not kind.grows:
@@ -234,7 +234,7 @@ class SlotStates:
     def _move(
         self, source: Device, kind: StateKind, home: Box, new: Box, rows: Sequence[Taken]
     ) -> None:
-        """Copy whole rows home: a run of neighbours and all layers at once."""
+        """Copy whole rows to their slots: a run of neighbours and all layers at once."""
         for row, slot, count in _runs(rows):
             target, begin = home.moved(slot * home.pitch), new.moved(row * new.pitch)
             source.copy_box(target, begin, home.pitch, count, len(kind.names), self.device)

@@ -1,7 +1,7 @@
-"""TensorRT plans as engines of the resident runtime; both TensorRT and TensorRT-RTX.
+"""TensorRT and TensorRT-RTX engines for the resident runtime.
 
-One execution context per choice of shapes, because a captured call must keep its own; they share
-one workspace, since calls of one stream never overlap.
+Each choice of shapes has an execution context, because a captured call must keep its own; they
+share one workspace, since calls of one stream never overlap.
 
 TensorRT-RTX compiles kernels when it meets a shape. It is told to do so at once, not in the
 background (a kernel that replaced another later would not be in a captured graph), and what it
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.atomic import partial_file
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError
 from twotower_engines.runtime.resident.engine import Shape
@@ -51,14 +51,14 @@ class TensorRtEngine:
     """See `engine.Engine`.
 
     Args:
-        path: The plan; its digest was checked.
+        path: The engine file; its digest was checked.
         flavour: `tensorrt` or `tensorrt-rtx`.
-        device: Where it runs.
-        kernels: Where to keep kernels that TensorRT-RTX compiles for this plan; TensorRT proper
-            compiles none.
+        device: Device that runs it.
+        kernels: File that keeps the kernels that TensorRT-RTX compiles for this engine; TensorRT
+            proper compiles none.
 
     Raises:
-        RuntimeLoadError: TensorRT refuses the plan, or the device has no room for its workspace.
+        RuntimeLoadError: TensorRT refuses the engine, or the device has no room for its workspace.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TensorRtEngine:
         self._trt = trt = import_tensorrt(flavour)
         self._device = device
         self._kernels = kernels
-        device.use()  # a plan is deserialized for the current device
+        device.use()  # an engine is deserialized for the current device
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
@@ -110,15 +110,14 @@ class TensorRtEngine:
     def keep_kernels(self) -> None:
         """Write the kernels that were compiled so far, for the next load.
 
-        They are a cache and nothing else: a folder that cannot be written costs time, no answer.
+        They are only a cache: if the folder cannot be written, the next load takes longer.
         """
         if self._cache is None or self._kernels is None:
             return
-        partial = self._kernels.with_name(f"{self._kernels.name}.{os.getpid()}.partial")
         with contextlib.suppress(OSError):
             self._kernels.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(memoryview(self._cache.serialize()))
-            partial.replace(self._kernels)
+            with partial_file(self._kernels) as partial:
+                partial.write_bytes(memoryview(self._cache.serialize()))
 
     def close(self) -> None:
         """Free the engine; its workspace goes with the device."""
@@ -126,7 +125,7 @@ class TensorRtEngine:
         self._config = self._cache = self._engine = self._runtime = None
 
     def _runtime_config(self) -> Any:
-        """Return how TensorRT-RTX is to run; None for TensorRT, which has nothing to choose."""
+        """Return the runtime settings of TensorRT-RTX; None for TensorRT, which has none."""
         strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
         if strategies is None:
             return None

@@ -21,21 +21,22 @@ from typing import Any
 
 import numpy.typing as npt
 
-from twotower_engines.artifacts.manifest import ITEM_SIZES, Manifest, WeightInput
+from twotower_contract.errors import CheckpointError
+from twotower_contract.manifest import Manifest, WeightInput
+from twotower_contract.shards import ITEM_SIZES
 from twotower_engines.artifacts.weights import Progress, WeightStore
-from twotower_engines.errors import CheckpointError
 from twotower_engines.runtime.resident.device import Device, Fence, aligned
 
 __all__ = ["WINDOW", "tower_bytes", "upload_weights", "weight_bytes"]
 
 WINDOW = 64 << 20
-"""Bytes of one staging buffer: long enough that a copy's start-up costs nothing."""
+"""Bytes of one staging buffer: large enough that the start-up of a copy costs nothing."""
 
 READERS = 2
-"""Threads that read: one does not fill a PCIe 5 link from the page cache."""
+"""Threads that read: a single one does not fill a PCIe 5 link from the page cache."""
 
 BUFFERS = READERS + 2
-"""Windows that are read, or wait to travel, or travel."""
+"""Windows that are being read, wait for upload, or are being uploaded."""
 
 
 def weight_bytes(weight: WeightInput) -> int:
@@ -60,8 +61,8 @@ def upload_weights(
     Args:
         store: The checkpoint, checked.
         tower: `context` or `denoiser`.
-        device: Where to.
-        progress: Told how many bytes are on their way.
+        device: Device to copy to.
+        progress: Called with the bytes that are on their way, and their sum.
         window: Bytes of each staging buffer.
 
     Returns:
@@ -101,7 +102,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Neighbouring bytes of the device, and what they are made of."""
+    """Neighbouring bytes of the device, and the pieces that they are made of."""
 
     place: int
     size: int
@@ -158,7 +159,7 @@ class _Files:
 
 
 class _Journey:
-    """Windows on their way: read by threads, sent in order."""
+    """Uploads windows: threads read them, and they are sent in order."""
 
     def __init__(
         self,
@@ -183,7 +184,7 @@ class _Journey:
                 turn = number % len(self._buffers)
                 fence = self._fences[turn]
                 if fence is not None:
-                    fence.wait()  # the buffer's last journey is over
+                    fence.wait()  # the buffer's last upload is done
                 parts = [(files.open(piece.path), piece) for piece in window.pieces]
                 read = readers.submit(_read, self._buffers[turn], window.place, parts)
                 self._reading.append((read, window, turn))

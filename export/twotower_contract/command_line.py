@@ -1,0 +1,154 @@
+"""The parts that `twotower run` and `twotower generate` share: options, prompt, and output.
+
+Click is imported when a command is made: importing this module loads the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from twotower_contract.options import MODES, OPTIONS, Option
+
+__all__ = [
+    "JSON_HELP",
+    "Outcome",
+    "given_options",
+    "read_prompt",
+    "request_options",
+    "warn_of_mask",
+]
+
+JSON_HELP = """With --json one object is printed at
+the end: output_ids (the prompt included), text (of the new tokens), denoiser_calls, context_calls,
+blocks (for each block, the positions still masked before each denoiser call), seconds,
+finish_reason."""
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a request to a command, and those for its prompt and its output."""
+    import click
+
+    types = {"INT32": int, "UINT64": int, "FP32": float, "BYTES": str}
+    added = [
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+    ]
+    for name, option in reversed(OPTIONS.items()):
+        flag = name.removesuffix("s") if option.is_list else name
+        added.append(
+            click.option(
+                f"--{flag.replace('_', '-')}",
+                name,
+                type=types[option.wire],
+                multiple=option.is_list,
+                help=_help(option),
+            )
+        )
+    text = "Token ids to continue, instead of text."
+    added.append(click.option("--prompt-ids", metavar="5,6,7", help=text))
+    for add in added:
+        command = add(command)
+    return command
+
+
+def _help(option: Option) -> str:
+    modes = "" if option.modes == MODES else f" Used by {' and '.join(option.modes)} only."
+    return option.help + modes + ("" if option.is_list else f"  [default: {option.default}]")
+
+
+def given_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the command line names, without those that it leaves out."""
+    return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+def read_prompt(
+    text: str | None, ids: str | None, name: str, error: type[Exception]
+) -> tuple[str | None, tuple[int, ...] | None]:
+    """Return the prompt as text or as ids, and None for the other; refuse one that is empty.
+
+    Args:
+        text: Text from the command line.
+        ids: Value of `--prompt-ids`.
+        name: Name of the parameter that gives the text.
+        error: Class of the error for a prompt that is missing or malformed.
+    """
+    if text is None and ids is None:
+        given = f"{name} TEXT" if name.startswith("-") else name
+        raise error(f"there is no prompt; give {given} or --prompt-ids 5,6,7")
+    if text is not None and ids is not None:
+        raise error(f"{name} and --prompt-ids are both given; leave one of them out")
+    if not (text or (ids or "").strip()):
+        raise error("the prompt is empty; give at least one token")
+    if ids is None:
+        return _as_utf8(text or "", name, error), None
+    try:
+        return None, tuple(int(part) for part in ids.split(","))
+    except ValueError:
+        raise error(
+            f"--prompt-ids is {ids!r}; give whole numbers with commas between them, as 5,6,7"
+        ) from None
+
+
+def _as_utf8(argument: str, name: str, error: type[Exception]) -> str:
+    """Return what a terminal sent as the UTF-8 that it is, whatever the locale calls it.
+
+    Python keeps the bytes of an argument that its locale (C, for one) cannot read as surrogates.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(argument).decode()
+        except UnicodeError as problem:
+            raise error(f"{name} is not valid UTF-8 ({problem}); give it as UTF-8") from None
+    return argument
+
+
+def warn_of_mask(prompt_ids: Sequence[int], mask_id: int) -> None:
+    """Warn of a prompt that holds the mask token.
+
+    It is harmless to the towers, which mask by position, but surely not what was meant.
+    """
+    if mask_id in prompt_ids:
+        print("warning: the prompt holds the mask token and is read as such", file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An answer as both verbs print it; the attributes are the fields of `--json`."""
+
+    output_ids: tuple[int, ...]
+    text: str | None
+    denoiser_calls: int
+    context_calls: int
+    blocks: tuple[tuple[int, ...], ...]
+    seconds: float
+    finish_reason: str
+
+    def as_json(self) -> str:
+        """Return the answer as one JSON object."""
+        return json.dumps({**asdict(self), "seconds": round(self.seconds, 6)})
+
+    def figures(self, prompt_length: int) -> str:
+        """Return one line of figures for people.
+
+        Args:
+            prompt_length: Tokens of the prompt, which `output_ids` begins with.
+        """
+        count = len(self.output_ids) - prompt_length
+        calls = _number(self.denoiser_calls, "denoiser call")
+        if self.denoiser_calls:
+            calls += f" ({count / self.denoiser_calls:.2f} tokens per call)"
+        return (
+            f"{_number(count, 'token')} in {self.seconds:.2f} s "
+            f"({count / self.seconds:.1f} tokens/s), {calls}, "
+            f"{_number(self.context_calls, 'context call')}, ended by {self.finish_reason}"
+        )
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

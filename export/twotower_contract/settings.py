@@ -1,0 +1,67 @@
+"""Settings of `config.json` that change the mathematics, and the values that are implemented."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from twotower_contract.errors import ConfigError
+
+IMPLEMENTED: Final[dict[str, tuple[Any, ...]]] = {
+    "attention_bias": (False,),
+    "bidirectional_mamba": (False, None),
+    "conv_kernel": (4,),  # the cached history has three columns
+    "mamba_hidden_act": ("silu",),
+    "mamba_proj_bias": (False,),
+    "mlp_bias": (False,),
+    "mlp_hidden_act": ("relu2",),
+    "moe_latent_size": (None,),
+    "n_group": (1,),  # group-limited routing
+    "n_shared_experts": (1,),
+    "num_nextn_predict_layers": (0, None),
+    "residual_in_fp32": (False,),
+    "sliding_window": (None,),
+    "tie_word_embeddings": (False,),
+    "topk_group": (1,),
+    "use_bias": (False,),
+    "use_conv_bias": (True,),
+}
+"""Values that the towers implement, the usual one first; a key that is absent means that value."""
+
+
+def check_settings(values: Mapping[str, Any], source: str) -> None:
+    """Refuse a setting under which the towers would compute something else.
+
+    Args:
+        values: a parsed `config.json`.
+        source: what to call it in messages.
+
+    Raises:
+        ConfigError: names the key, its value, and what is implemented.
+    """
+    for key, allowed in IMPLEMENTED.items():
+        if key in values and values[key] not in allowed:
+            raise ConfigError(
+                f"{source}: {key} is {values[key]!r}, but TwoTower's towers are defined with "
+                f"{allowed[0]!r} only; this is another model"
+            )
+    _check_time_step_limit(values.get("time_step_limit"), source)
+
+
+def _check_time_step_limit(limit: Any, source: str) -> None:
+    """Refuse a clamp of the time step that has an effect: the towers have none."""
+    if limit is None:
+        return
+    try:
+        low, high = float(limit[0]), float(limit[1])
+    except (TypeError, ValueError, LookupError):
+        raise ConfigError(
+            f"{source}: time_step_limit is {limit!r}, not two numbers [low, high]"
+        ) from None
+    # softplus is positive: any low bound <= 0 clamps nothing
+    if not low <= 0 or high != math.inf:  # NaN is refused, too
+        raise ConfigError(
+            f"{source}: time_step_limit is [{low}, {high}], which clamps Mamba's time step; "
+            "the released model has [0, Infinity] and the towers implement no clamp"
+        )

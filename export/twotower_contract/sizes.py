@@ -1,0 +1,91 @@
+"""Sizes of a model: the parts of a tower, their parameters, and the states of a context."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import BASE_PREFIX, HEADS, Tower, expected_tensors
+
+__all__ = [
+    "EXPERT_PARTS",
+    "MIXER_PARTS",
+    "PARTS",
+    "conv_bytes",
+    "kv_bytes_per_token",
+    "part_of",
+    "parts_of_tower",
+    "ssm_bytes",
+]
+
+PARTS: Final = (
+    "embeddings",
+    "mamba",
+    "attention",
+    "router",
+    "shared experts",
+    "routed experts",
+    "norms",
+    "head",
+    "time conditioning",
+)
+"""Parts of a tower, in the order in which they are listed."""
+
+MIXER_PARTS: Final = {"M": "mamba", "*": "attention"}
+EXPERT_PARTS: Final = {
+    ".experts.": "routed experts",
+    ".shared_experts.": "shared experts",
+    ".gate.": "router",
+}
+"""What stands in a tensor's name -> the part of a layer of experts."""
+
+SSM_ITEM: Final = 4  # the SSM state is float32 whatever the weights are
+
+
+def part_of(config: ModelConfig, name: str, *, base: bool = False) -> tuple[Tower, str]:
+    """Return tower and part of a tensor; `base` for names of the single-tower base checkpoint."""
+    if name == HEADS["context"] or (base and name == HEADS["denoiser"]):
+        return "context", "head"
+    if name == HEADS["denoiser"]:
+        return "denoiser", "head"
+    prefix, _, rest = name.partition(".")
+    if prefix not in ("context_tower", "denoiser_tower", BASE_PREFIX):
+        return "denoiser", "time conditioning"
+    tower: Tower = "denoiser" if prefix == "denoiser_tower" else "context"
+    if rest.startswith("embeddings."):
+        return tower, "embeddings"
+    layer = re.match(r"layers\.(\d+)\.mixer\.", rest)
+    if layer is None:
+        return tower, "norms"
+    kind = config.pattern[int(layer[1])]
+    if kind in MIXER_PARTS:
+        return tower, MIXER_PARTS[kind]
+    return tower, next(part for mark, part in EXPERT_PARTS.items() if mark in name)
+
+
+@functools.cache
+def parts_of_tower(config: ModelConfig, tower: Tower) -> Mapping[str, int]:
+    """Return the parameters of each part of a tower; embeddings and head are its own."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, shape in expected_tensors(config, (tower,)).items():
+        sizes[part_of(config, name)[1]] += math.prod(shape)
+    return sizes
+
+
+def kv_bytes_per_token(config: ModelConfig, item: int) -> int:
+    """Return the bytes of keys and values that one context token leaves, all layers together."""
+    return len(config.layers_of_kind["*"]) * 2 * config.kv_width * item
+
+
+def ssm_bytes(config: ModelConfig) -> int:
+    """Return the bytes of the SSM states of one sequence, in float32."""
+    return len(config.layers_of_kind["M"]) * config.d_inner * config.ssm_state_size * SSM_ITEM
+
+
+def conv_bytes(config: ModelConfig, item: int) -> int:
+    """Return the bytes of the convolution histories of one sequence: the newest raw columns."""
+    return len(config.layers_of_kind["M"]) * (config.conv_kernel - 1) * config.conv_dim * item

@@ -1,0 +1,430 @@
+"""The real TensorRT-RTX on this machine: every graph that the project exports becomes a plan.
+
+This is the compile check for TensorRT: parsed, strongly typed, dynamic shapes, weights as inputs.
+What a plan computes needs a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.engine_bundles import (
+    MemoryWatch,
+    start_build,
+    wait_for,
+    write_bundle_of,
+    write_full_size_bundle,
+)
+from twotower_contract.engine_set import Limits, open_engine_set
+from twotower_contract.manifest import read_manifest
+from twotower_engines.building.build import BuildOptions, build_engines
+from twotower_engines.building.flavours import process as process_module
+from twotower_engines.building.flavours import rtx_library
+from twotower_engines.building.flavours.flavour import Order, Target
+from twotower_engines.building.flavours.jobs import graph_inputs, plan_job, plan_recipe
+from twotower_engines.building.flavours.process import Library, build_plans, check_library
+from twotower_engines.building.flavours.profiles import (
+    Profile,
+    Sizes,
+    narrow_profiles,
+    wide_profiles,
+)
+from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
+from twotower_engines.errors import BuildError
+from twotower_engines.planning.sku_lookup import find_sku
+
+LIMITS = Limits(slots=4, context=64, max_tokens_per_call=256, block_size_max=64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """A cache of these tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def library():
+    return rtx_library.find_library()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return write_bundle_of(tmp_path_factory.mktemp("rtx"))
+
+
+def no_progress(tower, text):
+    pass
+
+
+def order_of(graph, folder, profiles, **recipe):
+    values = {**plan_recipe(profiles), **recipe}
+    return Order(graph, folder / f"{graph.stem}.plan", values)
+
+
+def build(library, graph, folder, profiles, **recipe):
+    job = plan_job(order_of(graph, folder, profiles, **recipe))
+    return build_plans(library, {graph.stem: job}, 1, no_progress)[graph.stem]
+
+
+def test_the_library_loads_and_builds_a_node(library):
+    assert check_library(library) == {"tensorrt_bindings": "11.4.0.106", "library": "1.7.1"}
+
+
+def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
+    seen = []
+    options = BuildOptions(find_sku("rtx-pro-6000"), slots=4, context=64)
+    made, _ = build_engines(bundle, tmp_path, options, lambda tower, text: seen.append(tower))
+    record = made.build
+    assert (record.flavour, record.precision) == ("tensorrt-rtx", "bf16")
+    assert record.compute_capability == "12.0"
+    assert (record.machine, record.cuda) == (platform.machine(), None)
+    written = json.loads((made.folder / "build.json").read_text())
+    assert (written["machine"], written["cuda"]) == (platform.machine(), None)
+    assert "12.0" in record.extra["compute_capabilities"]
+    assert "9.0" not in record.extra["compute_capabilities"]
+    assert record.versions["tensorrt_rtx"] == "1.7.1"
+    assert record.extra["placement"] == {"context": 0, "denoiser": 0}
+    assert record.profiles["denoiser"] == [
+        {"name": "all", "batch": [1, 4, 4], "context": [1, 64, 64], "block": [1, 16, 64]}
+    ]
+    for tower in ("context", "denoiser"):
+        report = record.extra["reports"][tower]
+        graph = graph_inputs(bundle / made.manifest.graph("native", tower).file)
+        assert report["parsed"]["inputs"].keys() == graph.keys() > {"ids"}
+        assert report["parsed"]["layers"] > 100
+        assert report["engine"] is None, "a plan is opened on its GPU only"
+        assert "TF32" not in report["flags"]
+        assert made.plan_path(tower).stat().st_size == report["bytes"] > 100_000
+    assert record.extra["reports"]["denoiser"]["parsed"]["outputs"]["new_ids"] == [
+        "INT32",
+        [-1, -1],
+    ]
+    assert record.extra["reports"]["context"]["parsed"]["outputs"]["logits"] == ["FLOAT", [-1, 300]]
+    assert set(seen) == {"context", "denoiser"}
+
+
+@pytest.mark.parametrize("name", ["context", "denoiser", "refine"])
+@pytest.mark.parametrize("precision", ["native", "float32"])
+def test_every_graph_of_a_bundle(library, bundle, tmp_path, precision, name):
+    graph = bundle / read_manifest(bundle).graph(precision, name).file
+    profiles = wide_profiles("context" if name == "context" else "denoiser", LIMITS)
+    made = build(library, graph, tmp_path, profiles)
+    assert made["bytes"] > 100_000
+    if name != "context":
+        outputs = {"new_ids", "confidence", "committed", "still_masked"}
+        assert outputs <= made["parsed"]["outputs"].keys()
+
+
+def test_float32_is_float32(library, tmp_path):
+    """Left alone, the library sets TF32, and the plan of a float32 product is another one."""
+    text = "agraph (float[batch, 8] x, float[8, 8] w) => (float[batch, 8] y) { y = MatMul(x, w) }"
+    recipes = {
+        "ours": {},
+        "cleared": {"flags": {"TF32": False}},
+        "set": {"flags": {"TF32": True}},
+        "default": {"flags": {}},
+    }
+    plans, flags = {}, {}
+    for name, wanted in recipes.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        made = build(library, tiny_graph(folder, text), folder, BATCH, **wanted)
+        plans[name], flags[name] = (folder / "graph.plan").read_bytes(), made["flags"]
+    assert "TF32" in flags["default"]
+    assert "TF32" not in flags["ours"]
+    assert plans["ours"] == plans["cleared"] != plans["set"] == plans["default"]
+
+
+def test_a_checkpoint_of_float32(library, tmp_path):
+    """Its native graphs compute in float32, with no cast at any input."""
+    bundle = write_bundle_of(tmp_path, dtype="float32")
+    graph = bundle / read_manifest(bundle).graph("native", "denoiser").file
+    made = build(library, graph, tmp_path, wide_profiles("denoiser", LIMITS))
+    assert made["parsed"]["outputs"]["logits"] == ["FLOAT", [-1, -1, 300]]
+
+
+def test_nvidias_own_package_is_taken_where_it_is_installed(monkeypatch, tmp_path):
+    """A package of its name stands in for it: the real one cannot be had here."""
+    (tmp_path / "tensorrt_rtx").mkdir()
+    (tmp_path / "tensorrt_rtx" / "__init__.py").write_text("__version__ = '1.7.1.1'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert rtx_library.find_library().module == "tensorrt_rtx"
+    flavour = TensorRtRtxFlavour()
+    target = Target(find_sku("rtx-pro-6000"), LIMITS, "bf16")
+    assert flavour.recipe("denoiser", target)["compute_capabilities"] == ["12.0"]
+    assert flavour.loader(target) == {"compute_capabilities": ["12.0"]}
+
+
+@pytest.mark.parametrize("tower", ["context", "denoiser"])
+def test_the_narrow_profiles_of_tensorrt(library, bundle, tmp_path, tower):
+    """TensorRT's several profiles in one plan: the part of that flavour that needs no GPU."""
+    graph = bundle / read_manifest(bundle).graph("native", tower).file
+    profiles = narrow_profiles(tower, LIMITS)
+    assert len(profiles) > 1
+    assert build(library, graph, tmp_path, profiles)["bytes"] > 100_000
+
+
+def test_a_plan_holds_no_weights(library, tmp_path):
+    """A hundred times the experts, and the plan stays as large."""
+    sizes = []
+    for name, experts in (("few", 4), ("many", 400)):
+        from twotower_export.bundle import write_bundle
+        from twotower_export.checkpoint import open_checkpoint
+        from twotower_export.tiny.checkpoints import write_random_checkpoint
+
+        folder = tmp_path / name
+        write_random_checkpoint(folder / "c", "E", 32, 0, "bfloat16", num_experts=experts)
+        write_bundle(open_checkpoint(folder / "c"), folder / "b")
+        graph = folder / "b" / read_manifest(folder / "b").graph("native", "context").file
+        profiles = wide_profiles("context", LIMITS)
+        sizes.append(build(library, graph, folder, profiles)["bytes"])
+    assert abs(sizes[1] - sizes[0]) < 20_000
+
+
+# What the library refuses, and what happens to it.
+
+
+def tiny_graph(folder, text):
+    import onnx
+
+    path = folder / "graph.onnx"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]>\n{text}'), path)
+    return path
+
+
+BATCH = [Profile("all", {"batch": Sizes(1, 2, 4)})]
+
+
+def test_a_refused_graph_names_the_node(library, tmp_path):
+    text = "agraph (bool[batch, 8] x) => (int64[2, found] y) { y = NonZero(x) }"
+    with pytest.raises(BuildError, match=r"TensorRT-RTX refuses the graph graph: NonZero"):
+        build(library, tiny_graph(tmp_path, text), tmp_path, BATCH)
+    assert not list(tmp_path.glob("*.plan"))
+
+
+def test_a_dimension_that_no_profile_knows(tmp_path):
+    text = "agraph (float[rows, 8] x) => (float[rows, 8] y) { y = Relu(x) }"
+    order = order_of(tiny_graph(tmp_path, text), tmp_path, BATCH)
+    with pytest.raises(BuildError, match="its dimension `rows` is none of batch"):
+        plan_job(order)
+
+
+def test_a_dimension_without_a_name(tmp_path):
+    import onnx
+
+    path = tiny_graph(tmp_path, "agraph (float[batch, 8] x) => (float[batch, 8] y) { y = Relu(x) }")
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].ClearField("dim_param")
+    onnx.save(model, path)
+    with pytest.raises(BuildError, match="x has neither a size nor a name"):
+        graph_inputs(path)
+
+
+def test_what_is_no_graph(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(BuildError, match="is no ONNX file"):
+        graph_inputs(tmp_path / "a.onnx")
+
+
+def test_inputs_that_the_parser_sees_otherwise(library, tmp_path):
+    path = tiny_graph(tmp_path, "agraph (float[batch, 8] x) => (float[batch, 8] y) { y = Relu(x) }")
+    job = plan_job(order_of(path, tmp_path, BATCH))
+    job["inputs"] = {"x": ["batch", 9]}
+    with pytest.raises(BuildError, match=r"gives x the shape \[-1, 8\]"):
+        build_plans(library, {"graph": job}, 1, no_progress)
+
+
+def test_a_range_that_is_none():
+    with pytest.raises(BuildError, match="sizes 4 to 2"):
+        Sizes(4, 3, 2)
+
+
+def fake_module(folder, monkeypatch, name, content):
+    """A Python module that stands in for the API, in the worker's process alone."""
+    (folder / f"{name}.py").write_text(content)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return Library("TensorRT-RTX", name, "install it")
+
+
+def test_a_crash_of_the_library_is_an_error_with_a_name(tmp_path, monkeypatch):
+    content = "import os, signal, sys\nprint('about to fall', file=sys.stderr, flush=True)\n"
+    content += "os.kill(os.getpid(), signal.SIGSEGV)\n"
+    library = fake_module(tmp_path, monkeypatch, "crashing_api", content)
+    with pytest.raises(BuildError, match=r"signal SIGSEGV, in the phase `loading.*about to fall"):
+        check_library(library)
+
+
+def test_a_worker_that_is_killed_speaks_of_memory(tmp_path, monkeypatch):
+    content = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    library = fake_module(tmp_path, monkeypatch, "killed_api", content)
+    with pytest.raises(BuildError, match="may have run out of memory"):
+        check_library(library)
+
+
+def test_a_library_that_is_not_there():
+    library = Library("TensorRT-RTX", "no_such_module", "install it")
+    with pytest.raises(BuildError, match=r"cannot be loaded: No module named .*; install it"):
+        check_library(library)
+
+
+def test_bindings_without_their_libraries(library):
+    """The linker finds no libnvinfer.so.11: what happens without the folder of links."""
+    with pytest.raises(
+        BuildError, match=r"cannot be loaded: lib\w+\.so\.11: .*twotower\[rtx-aot\]"
+    ):
+        check_library(replace(library, environment={}))
+
+
+def test_a_library_of_another_version(library):
+    with pytest.raises(BuildError, match=r"TensorRT-RTX 1\.8\.0 is wanted, but .* says 1\.7\.1"):
+        check_library(replace(library, version="1.8.0"))
+
+
+@pytest.mark.parametrize(
+    "missing", ["tensorrt-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"]
+)
+def test_a_missing_wheel(monkeypatch, missing):
+    installed = rtx_library._installed
+    monkeypatch.setattr(
+        rtx_library, "_installed", lambda name: None if name == missing else installed(name)
+    )
+    with pytest.raises(BuildError, match=rf"{missing} is not installed.*twotower\[rtx-aot\]"):
+        rtx_library.find_library()
+
+
+def test_a_wheel_of_another_version(monkeypatch):
+    monkeypatch.setattr(rtx_library, "_installed", lambda name: "11.5.0")
+    with pytest.raises(BuildError, match=r"11\.5\.0 is installed, and 11\.4\.0\.106 is needed"):
+        rtx_library.find_library()
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rtx_library.shutil, "which", lambda name: None)
+    with pytest.raises(BuildError, match="a C compiler is needed once"):
+        rtx_library.find_library()
+    assert not list(tmp_path.glob("twotower/libraries/*"))
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rtx_library, "PLUGIN_STUB", "this is not C")
+    with pytest.raises(BuildError, match="cannot compile the stand-in"):
+        rtx_library.find_library()
+
+
+def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, monkeypatch):
+    """With no memory to share the second tower waits for the first, and both are built."""
+    paused = []
+    original = process_module._Worker.pause
+
+    def pause(worker, is_wanted):
+        paused.append((worker.tower, is_wanted))
+        original(worker, is_wanted)
+
+    monkeypatch.setattr(process_module, "MEMORY_TO_SHARE", 0)
+    monkeypatch.setattr(process_module._Worker, "pause", pause)
+    jobs = {
+        tower: plan_job(
+            order_of(
+                bundle / read_manifest(bundle).graph("native", tower).file,
+                tmp_path,
+                wide_profiles(tower, LIMITS),
+            )
+        )
+        for tower in ("context", "denoiser")
+    }
+    made = build_plans(library, jobs, 2, no_progress)
+    assert made.keys() == jobs.keys()
+    assert ("denoiser", True) in paused
+    assert ("context", True) not in paused
+    assert paused[-1] == ("denoiser", False)
+
+
+def test_an_interrupted_build_keeps_its_timings(library, bundle, tmp_path):
+    """The real builder, asked in the middle to stop: it ends at its next step and writes them."""
+    graph = bundle / read_manifest(bundle).graph("native", "denoiser").file
+    job = plan_job(order_of(graph, tmp_path, wide_profiles("denoiser", LIMITS)))
+    timings = tmp_path / "timing.cache"
+
+    def interrupt(tower, text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_plans(library, {"denoiser": {**job, "timing_cache": str(timings)}}, 1, interrupt)
+    assert timings.stat().st_size > 0
+    assert not list(tmp_path.glob("*.plan"))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_worker_that_does_not_stop_is_killed(tmp_path, monkeypatch):
+    content = "import time\ntime.sleep(60)\n"
+    library = fake_module(tmp_path, monkeypatch, "sleeping_api", content)
+    monkeypatch.setattr(process_module, "GRACE_SECONDS", 0.2)
+    worker = process_module._Worker(library, "t", {**library.job(), "timing_cache": "x"}, tmp_path)
+    worker.start()
+    process = worker._process
+    wait_for(lambda: b"worker" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+    worker.end()
+    assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM)  # the second: before it listens
+    assert not Path(f"/proc/{process.pid}").exists()
+
+
+# The released model's size.
+
+
+def build_full_size(folder, bundle):
+    """Build both towers with an empty cache.
+
+    Returns:
+        The build record; seconds from start to end, less those in which the tower that waited
+        longer was ready and had no core, because other processes of this machine had them; and the
+        most bytes that all processes of the build held at once.
+    """
+    start = time.monotonic()
+    process = start_build(bundle, "--sku", "rtx-pro-6000", folder / "engines", "--json")
+    watch = MemoryWatch(process.pid)
+    _, stderr = process.communicate(timeout=600)
+    seconds = time.monotonic() - start
+    peak = watch.stop()
+    assert process.returncode == 0, stderr
+    build = open_engine_set(folder / "engines").build
+    waited = max(report["waited_seconds"] for report in build.extra["reports"].values())
+    print(f"{seconds:.1f} s, of which {waited:.1f} s without a core; {peak / 1e9:.2f} GB")
+    return build, seconds - waited, peak
+
+
+@pytest.mark.slow  # both cores for a minute or more: beside another test it measures that one too
+def test_both_full_size_towers_in_a_minute_and_two_gigabytes(tmp_path, monkeypatch):
+    """On cores of its own. On shared ones the better of two tries counts, less what it waited.
+
+    That difference is what two cores would have needed: caches and memory bandwidth that other
+    processes take slow it down still, which the second try is for.
+    """
+    bundle = write_full_size_bundle(tmp_path)
+    best = float("inf")
+    for attempt in range(2):  # some 45 s on idle cores; a second try where they were not idle
+        folder = tmp_path / str(attempt)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        build, seconds, peak = build_full_size(folder, bundle)
+        assert peak < 2e9
+        best = min(best, seconds)
+        if best < 60:
+            break
+    assert best < 60
+    reports = build.extra["reports"]
+    assert build.extra["placement"] == {"context": 0, "denoiser": 1}, "63 GB of weights each"
+    assert {tower: len(report["parsed"]["inputs"]) > 400 for tower, report in reports.items()} == {
+        "context": True,
+        "denoiser": True,
+    }
+    assert sum(report["bytes"] for report in reports.values()) < 100e6

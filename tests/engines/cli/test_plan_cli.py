@@ -1,0 +1,177 @@
+"""`twotower plan` as a user calls it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from tests.support import FULL_SIZE, TWOTOWER
+from twotower_engines.cli.plan import plan
+from twotower_engines.errors import PlanError
+
+
+def run(*arguments):
+    """Call the verb in this process; errors of the user come back as the exception."""
+    return CliRunner().invoke(plan, [str(argument) for argument in arguments])
+
+
+def test_all_skus_in_one_table():
+    result = run(FULL_SIZE, "--sku", "all")
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line.split() for line in result.output.splitlines()[3:21]}
+    assert len(rows) == 18
+    assert rows["h200"][2:5] == ["yes", "1", "bf16"]
+    assert rows["h100-sxm"][2:5] == ["yes", "2", "bf16"]
+    assert rows["l40s"][2:5] == ["later", "2", "fp8"]
+    assert rows["a10"][2] == "no"
+    assert "What would fit instead" in result.output
+    assert "--sku h200 --gpus 1" in result.output
+
+
+def test_one_sku_shows_everything():
+    result = run(FULL_SIZE, "--sku", "h200")
+    assert result.exit_code == 0, result.output
+    for text in (
+        "63.19 B parameters",
+        "FITS: both towers on one GPU, bf16, prefill in chunks of 256",
+        "routed experts       54.71",
+        "A slot takes 94.8 MiB: 46.8 MiB of Mamba states and 6,144 B per token",
+        "fp8         58.9 GiB  1 x h200",
+        "nvfp4       34.6 GiB  not on h200",
+        "not built yet",
+        "Prefill of one request",
+        "By threshold, from task `open` to `arithmetic`",
+        "Assumed:",
+        "matrix products reach 60%",
+        "Sources:",
+        "430 ms per denoiser call",
+    ):
+        assert text in result.output, text
+
+
+def test_json_has_what_the_tables_have():
+    result = run(FULL_SIZE, "--sku", "h200,a10", "--json", "--threshold", "0.8")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.output)
+    h200, a10 = values["plans"]
+    assert values["model"]["parameters"] == 63_185_902_848
+    assert h200["fits"]
+    assert h200["buildable"]
+    assert h200["memory"]["gpus"][0]["free"] > 0
+    assert [call["rows"] for call in h200["roofline"]["context_extension"]] == [
+        1, 2, 4, 8, 16, 32, 64,
+    ]  # fmt: skip
+    steps = h200["roofline"]["denoiser_step_measured_routing"]
+    assert steps[0]["distinct_experts"] == pytest.approx(34.3)
+    assert h200["tokens_per_second"]["mask_diffusion"]["threshold"] == 0.8
+    tasks = h200["tokens_per_second"]["mask_diffusion"]["tasks"]
+    assert tasks["arithmetic"]["tokens_per_call"] == pytest.approx(3.1, abs=0.05)
+    assert not a10["fits"]
+    assert any("h200" in one for one in a10["nearest"])
+    assert h200["sku"]["sources"]["memory_gib"]
+
+
+def test_a_sku_that_does_not_fit_is_refused_after_its_table():
+    result = run(FULL_SIZE, "--sku", "a10")
+    assert isinstance(result.exception, PlanError)
+    assert "--sku h200 --gpus 1" in str(result.exception)
+    assert "DOES NOT FIT" in result.output
+    assert "Not even one slot of 4096 tokens fits." in result.output
+
+
+def test_what_only_fits_narrower_is_refused_until_it_can_be_built():
+    result = run(FULL_SIZE, "--sku", "l40s")
+    assert isinstance(result.exception, PlanError)
+    assert "--precision fp8 --gpus 2 (not built yet)" in str(result.exception)
+    assert "FITS, but fp8 is not built yet" in result.output
+    asked = run(FULL_SIZE, "--sku", "l40s", "--precision", "fp8")
+    assert asked.exit_code == 0
+    assert "FITS, but fp8 is not built yet" in asked.output
+
+
+def test_options_reach_the_plan():
+    result = run(FULL_SIZE, "--sku", "b200", "--slots", "32", "--context", "32768", "--gpus", "2",
+                 "--json")  # fmt: skip
+    memory = json.loads(result.output)["plans"][0]["memory"]
+    assert (memory["slots"], memory["context"], len(memory["gpus"])) == (32, 32768, 2)
+
+
+def test_a_list_goes_on_where_one_sku_cannot():
+    result = run(FULL_SIZE, "--sku", "h200,gh200", "--gpus", "2")
+    assert result.exit_code == 0, result.output
+    assert "gh200: --gpus is 2, but a machine with NVIDIA GH200 96 GB has one" in result.output
+    alone = run(FULL_SIZE, "--sku", "gh200", "--gpus", "2")
+    assert isinstance(alone.exception, PlanError)
+
+
+def test_a_sku_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'name = "mine"\ncompute_capability = "9.0"\nmemory_gib = 141\nbandwidth_gb_s = 4900\n'
+        "bf16_tflops = 990\n"
+    )
+    result = run(FULL_SIZE, "--sku", path)
+    assert result.exit_code == 0, result.output
+    assert "mine (9.0, tensorrt): 141.0 GiB" in result.output
+
+
+def test_a_tiny_checkpoint_and_its_engines_on_the_cpu(random_engines):
+    made = random_engines("MEM*E")
+    for path in (made.checkpoint, made.checkpoint / "config.json", made.folder):
+        result = run(path, "--sku", "cpu", "--slots", "4")
+        assert result.exit_code == 0, result.output
+        assert "FITS: both towers on this machine, float32" in result.output
+        assert "MiB" in result.output
+    both = run(made.checkpoint, "--sku", "all")
+    assert both.exit_code == 0
+
+
+def test_a_context_tower_alone(tmp_path):
+    values = json.loads((FULL_SIZE / "config.json").read_text())
+    values["architectures"] = ["NemotronHForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    result = run(tmp_path, "--sku", "h100-sxm")
+    assert result.exit_code == 0, result.output
+    assert "FITS: context tower on one GPU" in result.output
+    assert "Tokens per second, autoregressive" in result.output
+    assert run(tmp_path, "--sku", "all").exit_code == 0
+    values = json.loads(run(tmp_path, "--sku", "h100-sxm", "--json").output)["plans"][0]
+    assert "mask_diffusion" not in values["tokens_per_second"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sku", "h2000"], "did you mean h200"),
+        (["--sku", "h200", "--slots", "0"], "--slots is 0"),
+        (["--sku", "h200", "--context", "999999"], "takes 1 to 262144"),
+        (["--sku", "h200", "--threshold", "0.2"], "measured from 0.5 to 0.95"),
+        (["--sku", "h200", "--precision", "nvfp4"], "does not compute in nvfp4"),
+    ],
+)
+def test_refusals(arguments, message):
+    result = run(FULL_SIZE, *arguments)
+    assert isinstance(result.exception, PlanError)
+    with pytest.raises(PlanError, match=message):
+        raise result.exception
+
+
+def test_the_command_line_exits_with_2_and_no_traceback():
+    command = [*TWOTOWER, "plan", str(FULL_SIZE), "--sku", "a10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 16 slots x 8192 tokens in bf16 do not fit on 2 x a10")
+    assert "Traceback" not in done.stderr
+
+
+def test_planning_loads_nothing_heavy():
+    code = (
+        "import sys; from twotower_engines.cli.plan import plan;"
+        f"plan.main([{str(FULL_SIZE)!r}, '--sku', 'h200'], standalone_mode=False);"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt', 'numpy'};"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

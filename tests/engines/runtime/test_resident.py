@@ -1,0 +1,341 @@
+"""The resident runtime on a device made of this machine's memory: the CPU flavour's answers."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.support import host_device as host
+from twotower_contract.engine_set import Limits
+from twotower_contract.errors import CheckpointError
+from twotower_contract.policies import POLICIES
+from twotower_engines.artifacts.weights import WeightStore
+from twotower_engines.errors import RuntimeLoadError
+from twotower_engines.generation.request import Request
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.opening import open_runtime
+from twotower_engines.runtime.resident.calls import call_sizes, token_bucket
+from twotower_engines.runtime.resident.device import Device
+from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
+from twotower_engines.runtime.resident.states import state_kinds, window_step
+from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_bytes
+
+LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
+
+
+def make_resident(engines, gpus=1, limits=LIMITS, progress=None, can_capture=True):
+    """The runtime as `loading.open_resident_runtime` makes it, with host engines."""
+    store = WeightStore(engines.manifest)
+    store.check()
+    devices = [host.HostDevice(f"host:{index}") for index in range(gpus)]
+    towers = []
+    for name, device in (("context", devices[0]), ("denoiser", devices[-1])):
+        engine = host.HostEngine(engines.plan_path(name), device, can_capture=can_capture)
+        towers.append(Tower(engine, device, upload_weights(store, name, device, window=1 << 12)))
+    return ResidentRuntime(engines.manifest, limits, *towers, progress)
+
+
+@pytest.fixture(scope="module")
+def engines(random_engines):
+    return random_engines("MEM*E*M", seed=11)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-gpu", "two-gpus"])
+def resident(engines, request):
+    runtime = make_resident(engines.engines, request.param)
+    yield runtime
+    runtime.close()
+
+
+def draw_request(number, generator):
+    mode = generator.choice(["mask_diffusion", "mask_diffusion", "mock_ar", "ar"])
+    return Request(
+        request_id=str(number),
+        prompt_ids=tuple(generator.randrange(4, 300) for _ in range(generator.randint(1, 50))),
+        mode=mode,
+        max_new_tokens=generator.randint(1, 30),
+        block_size=generator.choice([4, 9, 16]),
+        steps=generator.randint(1, 12),
+        threshold=generator.uniform(0.05, 0.95),
+        policy=generator.choice(list(POLICIES)),
+        temperature=generator.choice([0.0, 0.8]),
+        seed=generator.randrange(1 << 30),
+    )
+
+
+def answers(runtime, requests):
+    scheduler = Scheduler(runtime)
+    for request in requests:
+        scheduler.submit(request)
+    got = {request.request_id: [] for request in requests}
+    while not scheduler.idle:
+        for event in scheduler.turn():
+            assert event.error is None
+            got[event.request_id] += event.ids
+    return got
+
+
+def test_answers_are_those_of_the_cpu_flavour(engines, resident):
+    generator = random.Random(1)
+    requests = [draw_request(number, generator) for number in range(14)]
+    assert answers(resident, requests) == answers(engines.runtime, requests)
+
+
+def test_slots_are_clean_when_they_are_used_again(engines, resident):
+    generator = random.Random(2)
+    request = draw_request(0, generator)
+    first = answers(resident, [request])
+    answers(resident, [draw_request(number, generator) for number in range(1, 8)])
+    assert answers(resident, [request]) == first
+
+
+def test_a_call_leaves_the_slots_inside_its_window_alone(resident):
+    ids = np.arange(5, 13, dtype=np.int32)
+    block = np.full(8, resident.mask_token_id, np.int32)
+
+    def refined():
+        row = DenoiseRow(1, block, threshold=1.0, steps_left=1)
+        return resident.denoise([row])[0].ids.tolist()
+
+    for slot in range(4):
+        resident.reset(slot)
+    resident.extend([ExtendRow(1, ids)])
+    before = refined()
+    resident.extend([ExtendRow(0, ids[:3]), ExtendRow(2, ids[:5])])
+    assert resident._lengths[1] == 8
+    assert refined() == before
+
+
+def test_every_call_is_prepared_before_the_first_request(engines):
+    seen = []
+    limits = replace(LIMITS, block_size_max=40, max_tokens_per_call=72)
+    runtime = make_resident(
+        engines.engines, limits=limits, progress=lambda *told: seen.append(told)
+    )
+    device, room = runtime._denoiser.device, runtime._denoiser.device.room
+    rows = {1, 2, 4, 5}
+    extended = {(row, tokens) for row in rows for tokens in (1, 16, 32, 40, 72)}
+    denoised = {(row, tokens) for row in rows for tokens in (16, 32, 40)}
+    predicted = {(row, 1) for row in rows}
+    assert sorted(runtime._context.engine.prepared) == sorted(extended)
+    assert sorted(runtime._denoiser.engine.prepared) == sorted([*denoised, *predicted])
+    assert device.captures == len(denoised) + len(predicted) == 16
+    assert seen == [(done, 36) for done in range(1, 37)]
+    for slot in range(5):
+        runtime.reset(slot)
+        for tokens in (1, 3, 17, 32, 38):
+            ids = np.full(tokens, 7, np.int32)
+            runtime.extend([ExtendRow(slot, ids)] if tokens < 38 else [ExtendRow(slot, ids[:2])])
+            runtime.denoise([DenoiseRow(slot, ids, threshold=0.5, steps_left=2)])
+        runtime.predict([PredictRow(slot, 7)])
+    # whatever a client asks for: nothing more is prepared, captured or allocated
+    assert len(runtime._context.engine.prepared) == len(extended)
+    assert (device.captures, device.room) == (16, room)
+    runtime.close()
+
+
+@pytest.mark.parametrize(
+    ("verb", "tokens", "padded"),
+    [
+        ("extend", 1, 1),
+        ("extend", 2, 16),
+        ("extend", 16, 16),
+        ("extend", 17, 32),
+        ("extend", 64, 64),
+        ("extend", 65, 256),
+        ("denoise", 1, 16),
+        ("denoise", 16, 16),
+        ("denoise", 33, 64),
+    ],
+)
+def test_tokens_are_padded_to_what_profiles_are_tuned_for(verb, tokens, padded):
+    assert token_bucket(verb, tokens, Limits(16, 8192, 256, 64)) == padded
+
+
+@pytest.mark.parametrize(
+    ("block", "chunk", "blocks"),
+    [
+        (64, 256, [16, 32, 64]),
+        (48, 64, [16, 32, 48]),
+        (16, 32, [16]),
+        (7, 32, [7]),
+        (64, 32, [16, 32, 64]),
+    ],
+)
+def test_blocks_come_in_few_sizes(block, chunk, blocks):
+    limits = Limits(slots=3, context=512, max_tokens_per_call=chunk, block_size_max=block)
+    sizes = call_sizes("denoise", limits)
+    assert sorted({size.tokens for size in sizes}) == blocks
+    assert sorted({size.rows for size in sizes}) == [1, 2, 3]
+    for verb, most in (("denoise", block), ("extend", chunk)):
+        sizes = {size.tokens for size in call_sizes(verb, limits)}
+        assert all(token_bucket(verb, count, limits) in sizes for count in range(1, most + 1))
+        assert max(sizes) == most
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_what_is_allocated_is_within_the_memory_plan(engines, gpus):
+    """For the limits of the engine set; all of it is allocated when the runtime is made."""
+    build = engines.engines.build
+    (share,) = build.memory["per_gpu"]
+    runtime = make_resident(engines.engines, gpus, build.limits)
+    manifest = engines.engines.manifest
+    for towers in [("context", "denoiser")] if gpus == 1 else [("context",), ("denoiser",)]:
+        device = getattr(runtime, f"_{towers[0]}").device
+        used = (1 << 30) - device.room - sum(tower_bytes(manifest, tower) for tower in towers)
+        buffers = sum(
+            size
+            for name, size in share["buffers"].items()
+            if ("denoiser" in name) == (towers == ("denoiser",)) or gpus == 1
+        )
+        # the small inputs, and gaps between tensors: what the plan's 2% are for
+        assert used <= sum(share["states"].values()) + buffers + (64 << 10)
+    runtime.close()
+
+
+def test_rows_of_all_layers_come_home_in_few_copies(engines):
+    """Not one copy for each layer and row: 929 were counted for 16 rows of the full-size model."""
+    runtime = make_resident(engines.engines)
+    device = runtime._context.device
+    for slot in range(5):
+        runtime.reset(slot)
+    ids = np.arange(5, 21, dtype=np.int32)
+
+    def copies(slots, **options):
+        before = device.copies
+        runtime.extend([ExtendRow(slot, ids[:1] if options else ids, **options) for slot in slots])
+        return device.copies - before
+
+    assert copies([0, 1, 2, 3, 4]) == 2 + 5
+    assert copies([3, 1, 2]) == 2 + 3
+    assert copies([0, 1, 3]) == 2 * 2 + 3
+    assert copies([0, 2], keep_previous=True) == 2 * (2 + 2) + 2
+    before = device.copies
+    runtime.reset(1)
+    assert device.copies - before == 4
+    runtime.close()
+
+
+def test_windows_begin_where_states_are_aligned(engines):
+    """TensorRT takes tensors at multiples of 256; host engines refuse any other."""
+    kinds = state_kinds(engines.engines.manifest.model, LIMITS, 2)
+    assert window_step(kinds) > 1
+    for kind in kinds:
+        assert kind.pitch() * kind.parts * window_step(kinds) % 256 == 0
+    model = replace(
+        engines.engines.manifest.model,
+        num_key_value_heads=2, head_dim=128, mamba_num_heads=64, mamba_head_dim=64,
+        n_groups=8, ssm_state_size=128, conv_kernel=4,
+    )  # fmt: skip
+    assert window_step(state_kinds(model, LIMITS, 2)) == 1
+
+
+def test_engines_that_cannot_be_captured_answer_alike_and_say_so(engines, caplog):
+    plain = make_resident(engines.engines, can_capture=False)
+    assert plain._denoiser.device.captures == 0
+    assert "cannot be captured as a CUDA graph" in caplog.text
+    generator = random.Random(4)
+    requests = [draw_request(number, generator) for number in range(4)]
+    assert answers(plain, requests) == answers(engines.runtime, requests)
+    plain.close()
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_each_device_is_closed_once(engines, gpus):
+    runtime = make_resident(engines.engines, gpus)
+    devices = {runtime._context.device.name: runtime._context.device}
+    devices[runtime._denoiser.device.name] = runtime._denoiser.device
+    runtime.close()
+    runtime.close()
+    assert [device.closes for device in devices.values()] == [1] * gpus
+
+
+def test_a_closed_runtime_says_so(engines):
+    runtime = make_resident(engines.engines)
+    runtime.close()
+    runtime.close()
+    block = np.full(8, 3, np.int32)
+    calls = (
+        lambda: runtime.reset(0),
+        lambda: runtime.extend([ExtendRow(0, block)]),
+        lambda: runtime.denoise([DenoiseRow(0, block, threshold=0.9, steps_left=1)]),
+        lambda: runtime.predict([PredictRow(0, 5)]),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="these engines are closed; open the engine set"):
+            call()
+
+
+@pytest.mark.parametrize("window", [4096, 1 << 20])
+def test_upload_in_windows_keeps_every_byte(engines, window):
+    store = WeightStore(engines.engines.manifest)
+    device = host.HostDevice()
+    seen = []
+    addresses = upload_weights(
+        store, "denoiser", device, lambda done, total: seen.append((done, total)), window
+    )
+    for name, weight in store.manifest.weights["denoiser"].items():
+        there = host.view(addresses[name], weight_bytes(weight)).view(np.float32)
+        np.testing.assert_array_equal(there.reshape(weight.shape), store.float32(weight))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+    assert device.staged == {}, "pinned memory is given back"
+
+
+def test_a_window_holds_many_small_tensors(engines):
+    store = WeightStore(engines.engines.manifest)
+    uploads = []
+
+    class Counted(host.HostDevice):
+        def upload(self, target, source):
+            uploads.append(source.nbytes)
+            super().upload(target, source)
+
+    upload_weights(store, "context", Counted(), window=1 << 16)
+    total = tower_bytes(store.manifest, "context")
+    assert len(uploads) == -(-total // (1 << 16)) < len(store.manifest.weights["context"])
+
+
+def test_a_shard_that_ends_early_is_named(engines, tmp_path):
+    checkpoint = shutil.copytree(engines.checkpoint, tmp_path / "checkpoint")
+    store = WeightStore(engines.engines.manifest, checkpoint)
+    for path in checkpoint.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1000])
+    device = host.HostDevice()
+
+    def upload():
+        for tower in ("context", "denoiser"):
+            upload_weights(store, tower, device)
+
+    with pytest.raises(CheckpointError, match=r"safetensors: ends \d+ bytes before a tensor"):
+        upload()
+    assert device.staged == {}
+
+
+def test_no_room_is_said_with_the_device(engines):
+    store = WeightStore(engines.engines.manifest)
+    with pytest.raises(RuntimeLoadError, match=r"host:0: no room"):
+        upload_weights(store, "context", host.HostDevice(room=10_000))
+
+
+def test_the_host_device_does_all_that_a_device_must():
+    asked = {name for name in vars(Device) if not name.startswith("_")}
+    assert asked <= set(dir(host.HostDevice()))
+
+
+@pytest.mark.parametrize(
+    ("flavour", "message"),
+    [
+        ("tensorrt", "`tensorrt` need the package tensorrt, which is not installed"),
+        ("openvino", "`openvino` are not known to this version"),
+    ],
+)
+def test_engines_that_nothing_here_can_run_are_refused(engines, flavour, message):
+    build = replace(engines.engines.build, flavour=flavour)
+    with pytest.raises(RuntimeLoadError, match=message):
+        open_runtime(replace(engines.engines, build=build))

@@ -1,0 +1,239 @@
+"""`twotower serve`: what it prints, how it ends, and what it says when it cannot start."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import twotower_client as tt
+from tests.support import TWOTOWER
+from twotower_engines.errors import ServingError
+from twotower_engines.serving.ports import choose_ports
+
+COMMAND = [*TWOTOWER, "serve"]
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path, monkeypatch) -> None:
+    """A command that is killed cannot remove its folder of links."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+def start(repository: Path, *options: str) -> tuple[subprocess.Popen, dict]:
+    """Start `twotower serve` and return it with its ready line."""
+    command = [*COMMAND, str(repository), "--grpc-port", "0", "--no-http", "--no-metrics"]
+    running = subprocess.Popen(
+        [*command, "--json", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    line = running.stdout.readline()
+    assert line, running.communicate(timeout=30)[1]
+    return running, json.loads(line)
+
+
+@pytest.mark.server
+def test_ready_line_and_ctrl_c(packaged, alive) -> None:
+    running, ready = start(packaged.repository)
+    assert ready["event"] == "ready"
+    assert ready["http"] is None
+    with tt.TwoTowerClient(ready["grpc"]) as client:
+        client.check_ready()
+    running.send_signal(signal.SIGINT)
+    rest, said = running.communicate(timeout=30)
+    assert (running.returncode, rest) == (0, "")
+    assert "loading" in said
+    assert "ending the server" in said
+    assert alive(ready["pid"]) == []
+
+
+def open_stream(address: str) -> subprocess.Popen:
+    """Start `twotower generate` on an answer of many minutes; return it when it has begun."""
+    command = [*TWOTOWER, "generate", "--prompt-ids", "5"]
+    command += ["--url", address, "--stream", "--max-new-tokens", "4000", "--threshold", "1"]
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asking.stdout.read(1)
+    return asking
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_open_stream_is_told_and_does_not_hold_the_server(packaged, alive, how) -> None:
+    running, ready = start(packaged.repository)
+    asking = open_stream(ready["grpc"])
+    assert len(alive(ready["pid"])) >= 4  # the server and three models
+    assert all(remains(running.pid))
+    running.send_signal(how)
+    start_of_end = time.monotonic()
+    _, said = asking.communicate(timeout=20)
+    assert asking.returncode == 1
+    assert b"the server is shutting down" in said
+    running.communicate(timeout=20)
+    assert running.returncode == (0 if how == signal.SIGINT else -signal.SIGKILL)
+    wait_until(lambda: alive(ready["pid"]) == [] and remains(running.pid) == ([], []), 20)
+    assert time.monotonic() - start_of_end < 14
+
+
+@pytest.mark.server
+def test_a_server_that_hangs_is_killed(packaged, alive, monkeypatch) -> None:
+    """Stopped processes stand for anything that hangs; only the time that they get is shorter."""
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    monkeypatch.setattr("twotower_engines.serving.server.KILL_SECONDS", 0.5)
+    before = remains(os.getpid())
+    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None)) as server:
+        server.wait_until_ready(60)
+        os.killpg(server.pid, signal.SIGSTOP)
+        start_of_end = time.monotonic()
+        server.request_stop()
+        assert server.wait() == -signal.SIGKILL
+        assert time.monotonic() - start_of_end < 5
+        wait_until(lambda: alive(server.pid) == [] and remains(os.getpid()) == before, 5)
+
+
+def remains(starter: int) -> tuple[list[Path], list[Path]]:
+    """What servers of a process leave when nobody cleans up: shared memory and folders of links."""
+    folders = Path(os.environ["TMPDIR"]).glob("twotower-serve-*")
+    return sorted(Path("/dev/shm").glob(f"twotower_{starter}_*")), sorted(folders)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.server
+def test_a_model_that_cannot_load_says_why(tmp_path, packaged) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(packaged.repository, broken)
+    config = broken / "generate" / "config.pbtxt"
+    config.write_text(config.read_text().replace(str(packaged.engines), "/no/engines"))
+    ran = subprocess.run(
+        [*COMMAND, str(broken), "--grpc-port", "0", "--no-http", "--no-metrics"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "/no/engines" in ran.stderr
+    assert "Traceback (most recent call last)" not in ran.stderr.partition("log says")[0]
+
+
+@pytest.mark.server
+def test_a_server_without_our_model_is_not_ready(tmp_path) -> None:
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    model = tmp_path / "repository" / "other"
+    (model / "1").mkdir(parents=True)
+    (model / "config.pbtxt").write_text(
+        'name: "other" backend: "python" max_batch_size: 0\n'
+        'input [ { name: "a" data_type: TYPE_INT32 dims: [ 1 ] } ]\n'
+        'output [ { name: "b" data_type: TYPE_INT32 dims: [ 1 ] } ]\n'
+    )
+    (model / "1" / "model.py").write_text(
+        "class TritonPythonModel:\n    def execute(self, requests):\n        return []\n"
+    )
+    options = ServerOptions("127.0.0.1", 0, None, None)
+    with TritonServer(model.parent, options, models=("other",)) as server:
+        server.wait_until_ready(60)
+        with tt.TwoTowerClient(server.grpc_address) as client:
+            for call in (client.check_ready, lambda: client.generate("a")):
+                with pytest.raises(tt.ModelNotReadyError, match="`twotower` is not ready"):
+                    call()
+            with pytest.raises(tt.ModelNotReadyError):
+                client.wait_until_ready(0.3)
+
+
+def test_a_taken_port_is_named(packaged) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for option in ("--grpc-port", "--http-port", "--metrics-port"):
+            ports = dict.fromkeys(("--grpc-port", "--http-port", "--metrics-port"), 0)
+            with pytest.raises(ServingError, match=f"port {port} is taken.*{option}"):
+                choose_ports("127.0.0.1", {**ports, option: port})
+        command = [*COMMAND, str(packaged.repository), "--grpc-port", str(port)]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 2
+    assert f"error: port {port} is taken" in ran.stderr
+
+
+def test_ports_are_free_and_different() -> None:
+    wanted = {"--grpc-port": 0, "--http-port": 0, "--metrics-port": 0}
+    ports = choose_ports("127.0.0.1", wanted)
+    assert len(set(ports.values())) == 3
+    assert all(port > 0 for port in ports.values())
+    assert choose_ports("127.0.0.1", ports) == ports
+    with pytest.raises(ServingError, match="are both 7777"):
+        choose_ports("127.0.0.1", {"--grpc-port": 7777, "--http-port": 7777})
+    with pytest.raises(ServingError, match="--grpc-port is 70000"):
+        choose_ports("127.0.0.1", {"--grpc-port": 70000})
+    with pytest.raises(ServingError, match=r"--host no\.such\.host\.invalid"):
+        choose_ports("no.such.host.invalid", {"--grpc-port": 0})
+    if os.geteuid() != 0:
+        with pytest.raises(ServingError, match="port 80 "):
+            choose_ports("127.0.0.1", {"--grpc-port": 80})
+
+
+def test_no_repository_and_no_server(tmp_path, packaged, monkeypatch) -> None:
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    options = ServerOptions(grpc_port=0, http_port=None, metrics_port=None)
+    with pytest.raises(ServingError, match="no such folder"):
+        TritonServer(tmp_path / "none", options)
+    with pytest.raises(ServingError, match="is no model repository of ours"):
+        TritonServer(tmp_path, options)
+    # the wheel is installed wherever the tests run, so its absence can only be played
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pytriton" else find(name)
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ServingError, match=r"twotower\[serve\]"):
+        TritonServer(packaged.repository, options)
+
+
+def test_a_numpy_that_empties_answers_is_refused(packaged, monkeypatch) -> None:
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.1.0" if name == "numpy" else version(name)
+    )
+    with pytest.raises(ServingError, match=r"numpy is 2\.1\.0.*numpy==1\.26\.4"):
+        TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None))
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path, packaged) -> None:
+    (tmp_path / "file").touch()
+    for log in ("/proc/x.log", str(tmp_path / "file" / "x.log")):
+        command = [*COMMAND, str(packaged.repository), "--grpc-port", "0", "--http-port", "0"]
+        command += ["--metrics-port", "0", "--log", log]
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        _, said = running.communicate(timeout=30)
+        assert running.returncode == 2
+        assert said.startswith(f"error: {log}: the log cannot be written (")
+        assert said.count("\n") == 1
+        assert remains(running.pid) == ([], [])
+
+
+def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:
+    from twotower_engines.serving.installation import find_server, make_backends
+
+    binary = tmp_path / "tritonserver"
+    binary.write_text("#!/bin/sh\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = find_server()
+    assert found.binary == binary
+    assert make_backends(found, tmp_path) is None

@@ -1,0 +1,218 @@
+"""The engine's thread: every request gets an end, whatever happens to it or to the thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from twotower_contract.engine_set import open_engine_set
+from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
+from twotower_engines.generation.request import Request
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.opening import open_runtime
+from twotower_engines.serving.loop import EngineLoop
+from twotower_engines.serving.wire import Job, Stop
+
+SECONDS = 20
+
+
+class Answer:
+    """A reply that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.parts, self.failures, self.cancelled = [], [], False
+        self.ended, self.begun = threading.Event(), threading.Event()
+
+    def send(self, part) -> None:
+        assert not self.ended.is_set(), "nothing may follow the end"
+        self.parts.append(part)
+        self.begun.set()
+        if part.event.is_last:
+            self.ended.set()
+
+    def fail(self, message, failure) -> None:
+        assert not self.ended.is_set(), "nothing may follow the end"
+        self.failures.append((failure, message))
+        self.ended.set()
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def wait(self) -> Answer:
+        assert self.ended.wait(SECONDS), "no end came"
+        return self
+
+
+@pytest.fixture(scope="module")
+def runtime(packaged):
+    return open_runtime(open_engine_set(packaged.engines), threads=1)
+
+
+@pytest.fixture
+def death() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def loop(runtime, death):
+    made = EngineLoop(Scheduler(runtime, slots=2), max_open=3, on_death=death.set)
+    yield made
+    made.close()
+
+
+def job(*prompt: int, name: str = "a", timeout: float = 0.0, **options) -> Job:
+    options.setdefault("max_new_tokens", 4)
+    return Job(Request(name, prompt or (5,), **options), timeout)
+
+
+LONG = {"max_new_tokens": 4000, "threshold": 1.0}
+
+
+def test_parts_carry_the_prompt_once_and_the_ids_before(loop) -> None:
+    answer = Answer()
+    loop.put(job(5, 6, max_new_tokens=80, block_size=16), answer)
+    answer.wait()
+    assert [part.prompt_ids for part in answer.parts] == [(5, 6), (), (), (), ()]
+    ids = [token for part in answer.parts for token in part.event.ids]
+    assert len(ids) == 80
+    before = 0
+    for part in answer.parts:
+        assert part.previous_ids == tuple(ids[:before][-PREVIOUS_IDS:])
+        before += len(part.event.ids)
+    assert answer.parts[-1].event.finish_reason == "length"
+
+
+def test_a_bad_request_is_refused_and_hurts_nobody(loop) -> None:
+    good, bad = Answer(), Answer()
+    loop.put(job(max_new_tokens=64), good)
+    loop.put(job(99999), bad)
+    assert bad.wait().failures[0][0] == "refused"
+    assert "99999" in bad.failures[0][1]
+    assert good.wait().parts[-1].event.finish_reason == "length"
+
+
+def test_too_many_at_once_are_told_to_come_again(loop) -> None:
+    open_ones = [Answer() for _ in range(3)]
+    for one in open_ones:
+        loop.put(job(**LONG), one)
+    late = Answer()
+    loop.put(job(), late)
+    assert late.wait().failures[0][0] == "busy"
+    loop.put(Stop("a"), Answer())
+    for one in open_ones:
+        one.wait()
+    again = Answer()
+    loop.put(job(), again)
+    assert again.wait().parts
+
+
+def test_a_stop_ends_all_requests_of_that_id_and_no_other(loop) -> None:
+    mine, waiting, other = Answer(), Answer(), Answer()
+    loop.put(job(name="mine", **LONG), mine)
+    loop.put(job(name="other", max_new_tokens=200), other)
+    loop.put(job(name="mine", **LONG), waiting)
+    assert mine.begun.wait(SECONDS)
+    told = Answer()
+    loop.put(Stop("mine"), told)
+    assert told.wait().parts[-1].event.finish_reason == "cancelled"
+    assert mine.wait().parts[-1].event.finish_reason == "cancelled"
+    assert waiting.wait().parts[-1].event.finish_reason == "cancelled"
+    assert other.wait().parts[-1].event.finish_reason == "length"
+
+
+def test_a_caller_who_left_frees_the_slot(loop) -> None:
+    gone = Answer()
+    loop.put(job(**LONG), gone)
+    assert gone.begun.wait(SECONDS)
+    gone.cancelled = True
+    assert gone.wait().parts[-1].event.finish_reason == "cancelled"
+
+
+def test_a_request_is_given_up_after_its_timeout(loop) -> None:
+    late = Answer()
+    start = time.monotonic()
+    loop.put(job(timeout=0.2, **LONG), late)
+    [(failure, message)] = late.wait().failures
+    assert failure == "late"
+    assert "0.2" in message
+    assert 0.2 <= time.monotonic() - start < 5
+    assert late.parts, "what was made before is not taken back"
+
+
+def test_a_caller_who_cannot_be_reached_hurts_nobody(loop, death, capfd) -> None:
+    class Broken(Answer):
+        def send(self, part) -> None:
+            self.begun.set()
+            raise RuntimeError("the pipe is broken")
+
+    broken, good = Broken(), Answer()
+    loop.put(job(**LONG), broken)
+    assert broken.begun.wait(SECONDS)
+    loop.put(job(max_new_tokens=64), good)
+    good.wait()
+    assert not death.is_set()
+    assert "the pipe is broken" in capfd.readouterr().err
+
+
+def test_a_request_that_fails_on_the_way_says_why(packaged, runtime, loop) -> None:
+    class Poisoned:
+        """The runtime, whose logits are NaN: the checkpoint's own weights give none."""
+
+        def __getattr__(self, name):
+            return getattr(runtime, name)
+
+        def denoise(self, rows):
+            return [type(one)(one.ids, -1) for one in runtime.denoise(rows)]
+
+    poisoned = EngineLoop(Scheduler(Poisoned(), slots=2), 3, lambda: None)
+    answer = Answer()
+    poisoned.put(job(), answer)
+    [(failure, message)] = answer.wait().failures
+    assert failure == "failed"
+    assert "NaN" in message
+    poisoned.close()
+
+
+def test_when_the_thread_dies_every_request_is_told(runtime, death, capfd) -> None:
+    class Dying(Scheduler):
+        turns = 0
+
+        def turn(self):
+            self.turns += 1
+            if self.turns == 30:
+                raise MemoryError("out of slots")
+            return super().turn()
+
+    loop = EngineLoop(Dying(runtime, slots=2), 5, death.set)
+    answers = [Answer() for _ in range(3)]
+    for one in answers:
+        loop.put(job(**LONG), one)
+    for one in answers:
+        [(failure, message)] = one.wait().failures
+        assert failure == "failed"
+        assert "MemoryError: out of slots" in message
+    assert death.wait(SECONDS)
+    after = Answer()
+    loop.put(job(), after)
+    assert after.wait().failures[0][1].startswith("the engine has stopped")
+    assert "MemoryError" in capfd.readouterr().err
+    for slot in range(2):  # the runtime is shared with the other tests
+        runtime.reset(slot)
+
+
+def test_closing_answers_what_is_open(runtime, death) -> None:
+    loop = EngineLoop(Scheduler(runtime, slots=2), 5, death.set)
+    running = Answer()
+    loop.put(job(**LONG), running)
+    assert running.begun.wait(SECONDS)
+    loop.close()
+    assert running.wait().failures[0][0] == "busy"
+    after = Answer()
+    loop.put(job(), after)
+    [(failure, message)] = after.wait().failures
+    assert failure == "busy"
+    assert "shutting down" in message
+    loop.close()  # the lifeline and Triton both ask for it
+    assert not death.is_set()

@@ -1,0 +1,264 @@
+"""Everything that a client can do wrong, as the real server and the real client answer it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import struct
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2_grpc
+
+import twotower_client as tt
+from tests.support import TWOTOWER
+from twotower_client.request import Message
+
+pytestmark = pytest.mark.server
+
+LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
+
+
+def ask(client, **tensors) -> None:
+    """Send tensors that the client's own checks would not let pass, and read the answer."""
+    message = Message("raw")
+    for name, value in tensors.items():
+        message.add(name, value)
+    for _ in tt.AnswerStream(client, message.message, 20):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"text_input": b""}, "prompt is empty"),
+        ({"input_ids": []}, "prompt is empty"),
+        ({"text_input": b"ab\xff"}, "text_input is not valid UTF-8 at byte 2"),
+        ({"text_input": b"x" * 8_000_000}, "8000000 bytes"),
+        ({"input_ids": [1] * 9000}, "prompt has 9000 tokens"),
+        ({"text_input": b"x" * 20000}, "these engines hold 4096"),
+        ({"input_ids": [1, 4096]}, "token 4096 at place 1 is outside the vocabulary"),
+        ({"input_ids": [-1]}, "token -1 at place 0"),
+        ({"input_ids": [1], "text_input": b"a"}, "either text_input or input_ids"),
+        ({"max_new_tokens": 5}, "either text_input or input_ids"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 4096}, "4097 together"),
+        ({"threshold": 0.0}, "threshold is 0.0"),
+        ({"threshold": 1.5}, "threshold is 1.5"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"block_size": 65}, "these engines take 1 to 64"),
+        ({"block_size": 0}, "block_size is 0; these engines take 1 to 64"),
+        ({"mode": b"magic"}, "mode is 'magic'"),
+        ({"policy": b"hope"}, "policy is 'hope'"),
+        ({"policy": b"\xff"}, "policy is not valid UTF-8"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 5}, "leave them out, or use mode ar"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+        ({"eos_ids": [9999]}, "eos_ids: token 9999"),
+        ({"timeout_seconds": -1.0}, "timeout_seconds is -1.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_server_refuses(client, tensors, said) -> None:
+    prompt = {} if {"text_input", "input_ids"} & set(tensors) or said.startswith("either") else None
+    with pytest.raises(tt.RequestRefusedError) as refusal:
+        ask(client, **(prompt if prompt is not None else {"input_ids": [1]}), **tensors)
+    assert said in str(refusal.value)
+    assert "ensemble" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"text_input": ""}, "the prompt is empty"),
+        ({"text_input": "hi", "max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+    ids=["prompt", "max_new_tokens"],
+)
+def test_a_refusal_over_http_is_a_bad_request(server, path, inputs, said) -> None:
+    url = f"http://{server.http_address}/v2/models/twotower/{path}"
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(url, json.dumps(inputs).encode(), timeout=20)
+    assert refusal.value.code == 400
+    body = refusal.value.read().decode().removeprefix("data: ")
+    assert f"request refused: {said}" in json.loads(body)["error"]
+
+
+def test_a_refusal_over_grpc_is_told_as_documented(server) -> None:
+    """A stream carries a message, no code; a call of `preprocess` has the code."""
+    message = Message("raw")
+    message.add("input_ids", [1])
+    message.add("max_new_tokens", 0)
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        [part] = stub.ModelStreamInfer(iter([message.message]), timeout=20)
+        words = "in ensemble 'twotower', request refused: max_new_tokens is 0"
+        assert part.error_message.startswith(words)
+        assert part.infer_response.parameters["triton_final_response"].bool_param
+        message.message.model_name = "preprocess"
+        with pytest.raises(grpc.RpcError) as refusal:
+            stub.ModelInfer(message.message, timeout=20)
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refusal.value.details().startswith("request refused: max_new_tokens is 0")
+
+
+def test_a_prompt_of_one_token_works_in_every_mode(client) -> None:
+    for mode in ("mask_diffusion", "mock_ar", "ar"):
+        assert len(client.generate(prompt_ids=[9], mode=mode, max_new_tokens=3).ids) == 3
+
+
+def test_triton_refuses_an_unknown_tensor_and_a_wrong_type(client) -> None:
+    message = Message("raw")
+    message.add("input_ids", [1])
+    message.add_tensor("colour", "INT32", 1, struct.pack("<i", 3))
+    with pytest.raises(tt.RequestFailedError, match="unexpected inference input 'colour'"):
+        list(tt.AnswerStream(client, message.message, 20))
+    message = Message("raw")
+    message.add_tensor("input_ids", "INT64", 1, struct.pack("<q", 5))
+    with pytest.raises(tt.RequestFailedError, match="data-type"):
+        list(tt.AnswerStream(client, message.message, 20))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_closing_a_client_ends_its_streams(server, client) -> None:
+    closing = tt.TwoTowerClient(server.grpc_address)
+    read, dropped = (closing.stream(prompt_ids=[5], **LONG) for _ in range(2))
+    next(read)
+    next(dropped)
+    names = [read.request_id, dropped.request_id]
+    closing.close()
+    with pytest.raises(tt.ClientError):
+        list(read)
+    del dropped
+    gc.collect()
+    for name in names:  # the closed client could not tell the server
+        assert client.stop(name)
+    client.generate(prompt_ids=[5], max_new_tokens=4, timeout=10)
+
+
+def test_deadline_frees_the_slot(client) -> None:
+    start = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(tt.DeadlineError, match=r"after 0\.3 s"):
+            client.generate(prompt_ids=[5], timeout=0.3, **LONG)
+    client.generate(prompt_ids=[5], max_new_tokens=4)
+    assert time.monotonic() - start < 4
+
+
+def test_the_server_gives_up_by_itself(client) -> None:
+    """The client dies: neither cancellation nor a stop request reaches the model."""
+    with pytest.raises(tt.DeadlineError, match=r"timeout_seconds, 0\.3"):
+        ask(client, input_ids=[5], timeout_seconds=0.3, max_new_tokens=4000, threshold=1.0)
+
+
+def test_inactivity(server) -> None:
+    with (
+        tt.TwoTowerClient(server.grpc_address, inactivity_timeout=0.001) as hasty,
+        pytest.raises(tt.InactivityError, match=r"nothing came from the server for 0\.001 s"),
+    ):
+        hasty.generate(prompt_ids=[5], **LONG)
+
+
+def test_cancel_from_another_thread(client) -> None:
+    stream = client.stream(prompt_ids=[5], **LONG)
+    threading.Timer(0.3, stream.cancel).start()
+    with pytest.raises(tt.RequestCancelledError):
+        stream.answer()
+    assert not stream.is_done
+    with pytest.raises(tt.RequestCancelledError):
+        next(stream)
+
+
+def test_dropping_a_stream_stops_the_request(client) -> None:
+    for number in (5, 6):  # as many as there are slots
+        for _ in client.stream(prompt_ids=[number], **LONG):
+            break
+    start = time.monotonic()
+    client.generate(prompt_ids=[7], max_new_tokens=4)
+    assert time.monotonic() - start < 3
+
+
+def test_ctrl_c_stops_the_request(server, client) -> None:
+    command = [*TWOTOWER, "generate", "--prompt-ids", "5"]
+    command += ["--url", server.grpc_address, "--stream"]
+    command += ["--max-new-tokens", "4000", "--threshold", "1"]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)
+    ]
+    for one in running:
+        assert one.stdout.read(1)
+        one.send_signal(signal.SIGINT)
+    for one in running:
+        _, said = one.communicate(timeout=20)
+        assert one.returncode == 1
+        assert b"Traceback" not in said
+    start = time.monotonic()
+    client.generate(prompt_ids=[7], max_new_tokens=4)
+    assert time.monotonic() - start < 3
+
+
+def test_nobody_listens() -> None:
+    with tt.TwoTowerClient("127.0.0.1:9") as lonely:
+        with pytest.raises(tt.ServerUnavailableError, match="no Triton server answers at 127"):
+            lonely.generate("a")
+        with pytest.raises(tt.ServerUnavailableError):
+            lonely.check_ready()
+
+
+def test_the_http_port_is_no_grpc_port(server) -> None:
+    with (
+        tt.TwoTowerClient(server.http_address) as lost,
+        pytest.raises(tt.ServerUnavailableError, match="not the HTTP port"),
+    ):
+        lost.generate("a")
+
+
+def test_a_model_process_that_dies(tmp_path, packaged, alive) -> None:
+    """A server of its own, as it does not recover. It says neither data nor error, and is ready.
+
+    Now and then it ends instead: server 2.51 aborts (`boost::interprocess::lock_exception`) where
+    the process held a lock in their shared memory when it was killed.
+    """
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    options = ServerOptions("127.0.0.1", 0, None, None, log=tmp_path / "log" / "server.log")
+    with TritonServer(packaged.repository, options) as fragile:
+        fragile.wait_until_ready(60)
+        with tt.TwoTowerClient(fragile.grpc_address, inactivity_timeout=1) as client:
+            with client.stream(prompt_ids=[5], **LONG) as stream:
+                next(stream)
+                os.kill(process_of_model(fragile.pid, "generate", alive), signal.SIGKILL)
+                with pytest.raises((tt.InactivityError, tt.RequestFailedError)):
+                    stream.answer()
+            # the server takes up to half a minute to notice; until then it is as silent
+            silent = (tt.InactivityError, tt.RequestFailedError)
+            gone = tt.ServerUnavailableError
+            with pytest.raises((*silent, gone)) as raised:
+                client.generate(prompt_ids=[5], max_new_tokens=4)
+            aborted = "lock_exception" in options.log.read_text()
+            assert aborted or not isinstance(raised.value, gone)
+        fragile.kill()  # ending in peace would wait for the model that cannot answer
+        group = fragile.pid
+    assert alive(group) == []
+    assert "generate" in options.log.read_text()
+
+
+def process_of_model(group: int, model: str, alive) -> int:
+    """Return the process of a Python model: its command line names the model's file."""
+    from pathlib import Path
+
+    for process in alive(group):
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
+        if "triton_python_backend_stub" in words[0] and any(f"/{model}/1/" in one for one in words):
+            return process
+    raise AssertionError(f"no process of {model}")

@@ -1,0 +1,145 @@
+"""The kernels compiled and run on a GPU, at the released model's sizes; prints errors as JSON.
+
+A process of its own, because the other tests here run the kernels in the interpreter:
+
+    python -m tests.support.gpu_checks refine|experts|mamba
+
+References are float64: NumPy's where they are quick enough, PyTorch's on the GPU otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+import tests.support.kernel_reference as reference
+from benchmarks import eager
+from benchmarks.kernel_cases import routed
+from tests.support.kernel_inputs import (
+    MASK,
+    block,
+    draw_experts,
+    draw_mamba,
+    mixed_rows,
+    row_tensors,
+)
+from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels.spec import Sizes
+
+SIZES = Sizes()
+
+
+def to_gpu(tensors: Any) -> list[Any]:
+    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in tensors]
+
+
+def relative(got: torch.Tensor, want: Any) -> float:
+    """Norm of the error over the norm of the reference, in float64 on the CPU."""
+    exact = torch.as_tensor(want).double().cpu()
+    return float((got.double().cpu() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two runs gave the same bits."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+
+
+def check_refine() -> dict[str, Any]:
+    """All policies, noise and ragged rows; then the full vocabulary against PyTorch in float64."""
+    generator = np.random.default_rng(1)
+    wrong = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.from_numpy(generator.normal(0, 3, (10, 16, 9001))).to(dtype)
+        ids = block(generator, 10, 16, 9001, 0.7).astype(np.int32)
+        rows = mixed_rows(generator, 10, 16)
+        given = to_gpu([logits, torch.from_numpy(ids), *row_tensors(rows)])
+        got = [x.cpu().numpy() for x in refine.refine_block(*given, MASK)]
+        for b, row in enumerate(rows):
+            want = reference.refine_row(logits[b].double().numpy(), ids[b], row, MASK)
+            wrong += int((got[0][b] != want[0]).sum() + (got[2][b] != want[2]).sum())
+            wrong += int(got[3][b] != want[3])
+
+    B, S, V = 4, 16, SIZES.vocab_size
+    logits = torch.randn(B, S, V, device="cuda", dtype=torch.float32) * 4
+    logits[2, 5, 77] = torch.nan
+    ids = torch.full((B, S), MASK, dtype=torch.int32, device="cuda")
+    rows = mixed_rows(generator, B, S)
+    for row in rows:
+        row.policy, row.temperature, row.threshold, row.length = 0, 0.0, 0.5, S
+    lengths, threshold, steps, *rest = to_gpu(row_tensors(rows))
+    got = refine.refine_block(logits, ids, lengths, threshold, steps, *rest, MASK)
+    again = refine.refine_block(logits, ids, lengths, threshold, steps, *rest, MASK)
+    want = eager.refine_block(logits, ids, lengths, threshold, steps, MASK)
+    good = torch.tensor([0, 1, 3], device="cuda")
+    return {
+        "wrong": wrong,
+        "full_size_wrong": sum(int((got[i] != want[i]).sum()) for i in (0, 2, 3)),
+        "confidence": relative(got[1][good], want[1][good]),
+        "failed_row": int(got[3][2]),
+        "same": same([x.nan_to_num() for x in got], [x.nan_to_num() for x in again]),
+    }
+
+
+def check_experts() -> dict[str, Any]:
+    """Small float32, then full-size banks at 1, 16, 64 and 1024 tokens."""
+    small = draw_experts(np.random.default_rng(2), 40, 2, 8, 96, 80)
+    got = experts.sparse_experts(*to_gpu(small))
+    exact = [x.double().numpy() for x in small]
+    exact[1] = small[1].numpy()
+    errors = {"float32": relative(got, reference.sparse_experts(*exact, "fp32"))}
+    shape = (SIZES.experts, SIZES.inner, SIZES.hidden)
+    up = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(0, SIZES.hidden**-0.5)
+    down = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(0, SIZES.inner**-0.5)
+    down = down.view(SIZES.experts, SIZES.hidden, SIZES.inner)
+    equal = True
+    for tokens, used in ((1, 6), (16, 34), (64, 71), (1024, 118)):
+        x = torch.randn(tokens, SIZES.hidden, device="cuda").bfloat16()
+        indices = routed(tokens, used, SIZES).cuda()
+        indices[tokens // 2, 1] = -1
+        weights = torch.rand(tokens, SIZES.experts_per_token, device="cuda")
+        got = experts.sparse_experts(x, indices, weights, up, down)
+        equal = equal and torch.equal(got, experts.sparse_experts(x, indices, weights, up, down))
+        some = range(0, tokens, max(1, tokens // 16))
+        want = torch.zeros(len(some), SIZES.hidden, device="cuda", dtype=torch.float64)
+        for place, n in enumerate(some):
+            for k in range(SIZES.experts_per_token):
+                e = int(indices[n, k])
+                if e >= 0:
+                    inner = torch.relu(up[e].double() @ x[n].double()).bfloat16()
+                    inner = inner.double().square().bfloat16().double()
+                    want[place] += weights[n, k].double() * (down[e].double() @ inner)
+        errors[f"{tokens} tokens"] = relative(got[list(some)], want)
+    return {"errors": errors, "same": equal}
+
+
+def check_mamba() -> dict[str, Any]:
+    """Full-size heads: denoise steps, and calls of several chunks, with large seeds."""
+    generator = np.random.default_rng(3)
+    sizes = (SIZES.heads, SIZES.head_dim, SIZES.state, SIZES.groups)
+    errors, equal = {}, True
+    for dtype in (torch.float32, torch.bfloat16):
+        name = "fp32" if dtype == torch.float32 else "bf16"
+        for L, lengths in ((16, [16, 9, 0]), (100, [100, 33])):
+            args = draw_mamba(generator, L, lengths, dtype, sizes=sizes, seed_scale=30.0)
+            exact = [x.double().numpy() for x in args]
+            want = reference.mamba_block_step(*exact, SIZES.groups, 1e-5, name)
+            given = to_gpu(args)
+            got = mamba.mamba_block_step(*given, SIZES.groups, 1e-5)
+            equal = equal and same(got, mamba.mamba_block_step(*given, SIZES.groups, 1e-5))
+            without = mamba.mamba_block_step(*given, SIZES.groups, 1e-5, states=False)
+            errors[f"{name} {L} y without states"] = relative(without[0], want[0])
+            again = mamba.mamba_block_step(*given, SIZES.groups, 1e-5, states=False)
+            equal = equal and torch.equal(without[0], again[0])
+            for part, mine, theirs in zip(("y", "conv", "state"), got, want, strict=True):
+                errors[f"{name} {L} {part}"] = relative(mine, theirs)
+    return {"errors": errors, "same": equal}
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    checks = {"refine": check_refine, "experts": check_experts, "mamba": check_mamba}
+    print(json.dumps(checks[sys.argv[1]]()))

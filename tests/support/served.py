@@ -1,0 +1,93 @@
+"""Engines of a random checkpoint, and real servers on them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A checkpoint with its engines and its model repository."""
+
+    checkpoint: Path
+    engines: Path
+    repository: Path
+
+
+@pytest.fixture(scope="session")
+def packaged(tmp_path_factory) -> Packaged:
+    """A random checkpoint with a real tokenizer, packaged with two slots."""
+    from twotower_contract.engine_set import open_engine_set
+    from twotower_engines.serving.package import package
+    from twotower_engines.serving.settings import Settings
+
+    folder = tmp_path_factory.mktemp("served")
+    engines = build_random_engines(folder)
+    settings = Settings(engines, slots=2, threads=1)
+    package(open_engine_set(engines), folder / "repository", settings)
+    return Packaged(folder / "checkpoint", engines, folder / "repository")
+
+
+def build_random_engines(folder: Path) -> Path:
+    """Export and build a random checkpoint for the CPU; return the engine set."""
+    from twotower_client.cli import cli
+    from twotower_export.tiny.checkpoints import write_random_checkpoint
+
+    checkpoint, bundle, engines = (folder / name for name in ("checkpoint", "bundle", "engines"))
+    write_random_checkpoint(checkpoint, "ME*M", 32, 3)
+    cli.main(["export", str(checkpoint), str(bundle)], standalone_mode=False)
+    build = ["build", str(bundle), str(engines), "--sku", "cpu", "--slots", "4"]
+    cli.main([*build, "--context", "4096"], standalone_mode=False)
+    return engines / "cpu"
+
+
+@pytest.fixture(scope="session")
+def server(packaged):
+    """The server that most tests share. At the end nothing of it may be left."""
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, 0, 0)) as running:
+        running.seconds_to_ready = running.wait_until_ready(60)
+        group = running.pid
+        yield running
+    assert processes_of(group) == []
+    assert not list(Path("/dev/shm").glob(f"{running._prefix}*"))
+
+
+@pytest.fixture
+def client(server):
+    from twotower_client import TwoTowerClient
+
+    with TwoTowerClient(server.grpc_address, timeout=60) as connected:
+        yield connected
+
+
+def processes_of(group: int) -> list[int]:
+    """Return the processes of a group that are not zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended while we looked
+            continue
+        if after_name[0] != "Z" and int(after_name[2]) == group:
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+@pytest.fixture(scope="session")
+def alive():
+    """The function `processes_of`."""
+    return processes_of
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """GRPC would ask a proxy for 127.0.0.1 too."""
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", os.environ.get("no_proxy", "") + ",127.0.0.1,localhost")
