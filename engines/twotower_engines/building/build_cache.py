@@ -21,7 +21,7 @@ from typing import Any
 from twotower_contract.atomic import locked, partial_folder, put_in_place
 from twotower_contract.digests import file_sha256, file_state
 from twotower_contract.json_file import read_json, write_json
-from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.cache_root import in_cache
 from twotower_engines.building.flavours.flavour import layers_file
 from twotower_engines.errors import BuildError
 
@@ -57,7 +57,7 @@ class EngineCache:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = cache_root() / "builds" if root is None else root
+        self.root = in_cache("builds") if root is None else root
 
     @contextlib.contextmanager
     def holding(self, keys: Iterable[str], waiting: Callable[[], None]) -> Iterator[None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twotower_contract.errors import TwoTowerError
-from twotower_engines.planning.skus import machine_memory
+from twotower_contract.machine import cores, memory_bytes
 
 __all__ = ["Ability", "Examination", "examine"]
 
@@ -41,7 +40,6 @@ DISTRIBUTIONS = (
     "triton",
 )
 GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
-SHARED_MEMORY_NEEDED = 64 * 2**20  # for the four models of a repository, with room
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +88,8 @@ def examine() -> Examination:
     return Examination(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)),
-        memory_bytes=machine_memory(),
+        cores=cores(),
+        memory_bytes=memory_bytes(),
         gpus=gpus,
         packages=packages,
         server=server,
@@ -149,6 +147,7 @@ def _missing_rtx() -> tuple[str, ...]:
 def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
     """Return where the Triton server is, and what keeps it from serving."""
     from twotower_engines.serving.installation import find_server, problem_of
+    from twotower_engines.serving.place import refusal
 
     try:
         found = find_server()
@@ -158,12 +157,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
     unusable = problem_of(found, packages["numpy"]) if "numpy" in packages else None
     if unusable is not None:
         problems.append(unusable)
-    free = _free_shared_memory()
-    if free is not None and free < SHARED_MEMORY_NEEDED:
-        problems.append(
-            f"/dev/shm has {free // 2**20} MB free, the models need {SHARED_MEMORY_NEEDED // 2**20}"
-            " MB: free some, or start the container with --shm-size=1g"
-        )
+    problems += filter(None, [refusal()])
     return found.source, problems
 
 
@@ -193,10 +187,3 @@ def _gpus() -> tuple[dict[str, str], ...]:
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line]
     return tuple(dict(zip(GPU_FIELDS, row, strict=False)) for row in rows)
-
-
-def _free_shared_memory() -> int | None:
-    try:
-        return shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return None

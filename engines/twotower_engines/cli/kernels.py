@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from twotower_engines.kernels.spec import KernelSpec
 
 __all__ = ["kernels"]
+
+LOG_SECONDS = 10.0  # between two lines where standard error is no terminal
 
 COLUMNS = (
     ("kernel", "<20"),
@@ -56,9 +59,19 @@ Examples:
     help="Compute capability to compile for; may be given again.  [default: all]",
 )
 @click.option(
-    "--rows", default=1, show_default=True, help="Blocks of a batch, which tiles are chosen for."
+    "--rows",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Blocks of a batch, which tiles are chosen for.",
 )
-@click.option("--block", default=16, show_default=True, help="Tokens of a block.")
+@click.option(
+    "--block",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="Tokens of a block.",
+)
 @click.option(
     "--dtype",
     default="bf16",
@@ -93,9 +106,9 @@ def kernels(
     wanted = [target(name) for name in targets] or list(TARGETS)
     specs = all_specs(Sizes(rows=rows, block=block, dtype=dtype))
     lines = []
-    count = len(wanted) * len(specs)
+    report = _Progress(len(wanted) * len(specs))
     for number, (gpu, spec) in enumerate(((gpu, spec) for gpu in wanted for spec in specs), 1):
-        _report(f"{spec.name} for {gpu.compute_capability}", number, count)
+        report(f"{spec.name} for {gpu.compute_capability}", number)
         lines.append(_line(spec, gpu, output))
     if as_json:
         click.echo(json.dumps(lines, indent=2))
@@ -135,8 +148,17 @@ def _write(compiled: Compiled, folder: Path) -> None:
     write_text(path, compiled.ptx)
 
 
-def _report(what: str, number: int, count: int) -> None:
-    """Show progress on a terminal; the first compilation of all kernels takes minutes."""
-    if sys.stderr.isatty():
-        end = "\n" if number == count else ""
-        print(f"\r{number}/{count} {what:40}", end=end, file=sys.stderr, flush=True)
+class _Progress:
+    """Says how far the compilation is, which takes minutes the first time."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._said = count, time.monotonic()
+
+    def __call__(self, what: str, number: int) -> None:
+        line = f"compiling {number} of {self._count}: {what}"
+        if sys.stderr.isatty():
+            end = "\n" if number == self._count else ""
+            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
+        elif time.monotonic() - self._said >= LOG_SECONDS:
+            self._said = time.monotonic()
+            print(line, file=sys.stderr, flush=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.processes import ENDING
+
 if TYPE_CHECKING:
     from twotower_engines.serving.server import TritonServer
 
@@ -162,7 +164,7 @@ class _Interrupted:
             self.server.kill()
 
     def __enter__(self) -> _Interrupted:
-        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        wanted = (signal.SIGINT, *ENDING)
         self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from twotower_contract.errors import TwoTowerError
+from twotower_contract.processes import INTERRUPTED, interruptible
 
 __all__ = ["main", "verify_engine_set"]
 
@@ -62,6 +63,7 @@ def verify_engine_set(
 
 def main() -> None:
     """Run the command with the exit codes of the `twotower` command line."""
+    interruptible()
     try:
         verify_engine_set.main(prog_name="twotower verify", standalone_mode=False)
     except TwoTowerError as problem:
@@ -70,6 +72,8 @@ def main() -> None:
     except click.ClickException as problem:
         problem.show()
         sys.exit(problem.exit_code)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A server on PATH (as in NVIDIA's containers) comes first. Otherwise the one inside the wheel
 `nvidia-pytriton` is used: a real binary, whose Python backend needs a stub for this interpreter
-beside its library. The wheel keeps the stubs elsewhere, so a private folder of links is made.
+beside its library. The wheel keeps the stubs elsewhere, so a private folder is made.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.stubs import python_version, stub_problem
 
-__all__ = ["ServerInstallation", "find_server", "link_backends", "problem_of"]
+__all__ = ["ServerInstallation", "find_server", "make_backends", "problem_of"]
 
 STUB = "triton_python_backend_stub"
+LIBRARIES = "nvidia_pytriton.libs"
 GLIBC_NEEDED = (2, 35)
 CONTAINER = "serve in NVIDIA's Triton container, whose own server is used (docs/deploy.md says how)"
 
@@ -111,8 +112,10 @@ def _unfit() -> str | None:
     return None
 
 
-def link_backends(installation: ServerInstallation, folder: Path) -> Path | None:
-    """Make a folder of links that the wheel's server can use as its backend directory.
+def make_backends(installation: ServerInstallation, folder: Path) -> Path | None:
+    """Make a folder that the wheel's server can use as its backend directory.
+
+    It holds links, and a copy of the stub: Triton changes its mode, through a link too.
 
     Args:
         installation: As found.
@@ -123,11 +126,13 @@ def link_backends(installation: ServerInstallation, folder: Path) -> Path | None
     """
     if installation.wheel is None:
         return None
-    python = folder / "backends" / "python"
+    # As deep as in the wheel: the stub looks for its libraries four folders up.
+    python = folder / "pytriton" / "tritonserver" / "backends" / "python"
     python.mkdir(parents=True)
+    (folder / LIBRARIES).symlink_to(installation.wheel.parents[1] / LIBRARIES)
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
         (python / name).symlink_to(installation.wheel / "backends" / "python" / name)
-    (python / STUB).symlink_to(_stub(installation.wheel))
+    shutil.copy(_stub(installation.wheel), python / STUB)
     return python.parent
 
 

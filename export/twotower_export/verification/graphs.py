@@ -6,7 +6,6 @@ with weights that are read where the manifest says they lie.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import onnx
 
 from twotower_contract.errors import BundleError, CheckpointError
 from twotower_contract.layout import Tower
+from twotower_contract.machine import read_at
 from twotower_contract.manifest import Manifest
 from twotower_contract.onnxruntime import import_onnxruntime
 
@@ -216,7 +216,7 @@ class ManifestWeights:
             for start in range(0, count, _PIECE):
                 piece = target[start : start + _PIECE]
                 size, at = piece.size * stored.itemsize, offset + start * stored.itemsize
-                content = os.pread(file.fileno(), size, at)
+                content = read_at(file.fileno(), size, at)
                 if len(content) != size:
                     raise CheckpointError(f"{path}: ends inside {source}; restore the file")
                 yield piece, np.frombuffer(content, stored)

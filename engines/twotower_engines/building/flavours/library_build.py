@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import onnx
 
 from twotower_contract.atomic import partial_file
+from twotower_contract.logfile import is_verbose
+from twotower_contract.logfile import log as write_log
 
 __all__ = ["RefusedError", "build_engine_file", "one_node_engine"]
 
@@ -138,7 +140,10 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _log(trt: Any) -> Any:
-    """Return a logger that keeps errors; a subclass, and so only made once `trt` is there."""
+    """Return a logger that keeps errors, and writes all it is told into the `--log`.
+
+    A subclass, and so only made once `trt` is there.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -148,6 +153,8 @@ def _log(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            if severity != trt.ILogger.Severity.VERBOSE or is_verbose():
+                write_log(f"TensorRT {severity.name}", message)
 
         def text(self) -> str:
             return "; ".join(self.errors[-MESSAGES:])

@@ -253,6 +253,8 @@ class _Worker:
                 f"{library.title} loads, but cannot build a network of one node: {message}; "
                 f"{library.install}"
             )
+        if kind == "system":
+            return f"{message}, while the {self.tower} plan was built or written"
         return (
             f"{library.title} refuses the {self.tower} graph: {message}; "
             "export the checkpoint again with this version of twotower"

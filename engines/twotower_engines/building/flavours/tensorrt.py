@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.cache_root import in_cache
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.building.flavours.flavour import Needs, Order, Target, layers_file
 from twotower_engines.building.flavours.jobs import (
@@ -116,9 +116,7 @@ class TensorRtFlavour:
         self, orders: Mapping[str, Order], target: Target, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """Build plans one after the other: two at once would disturb each other's timings."""
-        folder = cache_root() / "timing"
-        folder.mkdir(parents=True, exist_ok=True)
-        cache = folder / f"{_timed_on()}-{self.versions()['tensorrt']}.cache"
+        cache = in_cache("timing") / f"{_timed_on()}-{self.versions()['tensorrt']}.cache"
         jobs = {
             tower: {
                 **engine_job(order),

@@ -6,7 +6,7 @@ writes events, one JSON object per line, to a pipe that its parent passed:
     {"progress": [phase, done, total]}     many
     {"versions": {...}}                    once the library is loaded and has built one node
     {"done": {...}}                        the plan is written
-    {"failed": kind, "message": text}      kind: import, check, build
+    {"failed": kind, "message": text}      kind: import, check, build, system
 
 Where the job has a timing cache, SIGTERM ends the build at its next step, and the cache is written.
 
@@ -103,6 +103,10 @@ def main() -> None:
         events.send({"failed": problem.kind, "message": str(problem)})
     except RefusedError as problem:
         events.send({"failed": "build", "message": str(problem)})
+    except OSError as problem:
+        where = problem.filename2 or problem.filename or Path(job.get("plan", "")).parent
+        message = f"{where}: {problem.strerror or problem}"
+        events.send({"failed": "system", "message": message})
     sys.stdout.flush()
     os._exit(0)  # the library's own teardown is not always survived, and nothing is left to lose
 
