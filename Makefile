@@ -47,7 +47,7 @@ test-slow: $(VENV)/.dev ## Full-size tests
 test-nightly: test-slow ## The other Pythons and versions of the kernels' compiler; needs python3.12 and python3.13
 	$(MAKE) test VENV=.venv-3.12 PYTHON=python3.12
 	$(MAKE) .venv-3.13/.dev VENV=.venv-3.13 PYTHON=python3.13
-	.venv-3.13/bin/python -m pytest -m "not slow and not server" --ignore=tests/triton
+	.venv-3.13/bin/python -m pytest -m "not slow and not server"
 	for version in 3.6.0 3.9.0; do \
 		$(MAKE) .venv-triton-$$version/.dev VENV=.venv-triton-$$version && \
 		.venv-triton-$$version/bin/python -m pip install --no-deps triton==$$version && \
