@@ -21,6 +21,7 @@ from twotower_engines.artifacts.manifest import ModelConfig
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.interface import Denoised, DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.pruning import flat_graph, pruned
 
 __all__ = ["OnnxRuntime"]
 
@@ -50,11 +51,15 @@ class _Binding:
     """An I/O binding of one session with its weights bound, for one choice of outputs.
 
     Attributes:
-        held: The values bound last; ONNX Runtime does not keep the arrays behind them alive.
+        inputs: Names that its graph reads.
+        weights: The values bound once, and the arrays behind them.
+        held: Those bound last; ONNX Runtime does not keep the arrays behind values alive.
     """
 
     session: Any
     io: Any
+    inputs: frozenset[str]
+    weights: dict[str, tuple[Any, Array]]
     held: dict[str, Array] = field(default_factory=dict)
 
 
@@ -85,19 +90,21 @@ class OnnxRuntime:
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
-        self._options = self._ort.RunOptions()
-        # heads that nobody asked for cost nothing: prefill needs no logits, a denoise step no copy
-        self._options.only_execute_path_to_fetches = True
-        self._weights: dict[str, Any] = {}
-        towers = ["context", "denoiser"] if self.has_denoiser else ["context"]
-        sessions = {tower: self._session(engines.plan_path(tower), threads) for tower in towers}
-        for tower in towers:
-            self._weights[tower] = self._load_weights(store, tower, progress)
-        self._extend_states = self._binding(sessions["context"], "context")
-        self._extend_logits = self._binding(sessions["context"], "context")
+        states = list(self._new_states(1, 1))
+        calls = {"context": [states or ["logits"], [*states, "logits"]]}
         if self.has_denoiser:
-            self._refine = self._binding(sessions["denoiser"], "denoiser")
-            self._predict = self._binding(sessions["denoiser"], "denoiser")
+            calls["denoiser"] = [["new_ids", "still_masked"], ["logits"]]
+        sessions = {
+            tower: self._sessions(engines.plan_path(tower), outputs, threads)
+            for tower, outputs in calls.items()
+        }
+        bindings = {}
+        for tower, made in sessions.items():
+            weights = self._load_weights(store, tower, progress)
+            bindings[tower] = [self._binding(session, weights) for session in made]
+        self._extend_states, self._extend_logits = bindings["context"]
+        if self.has_denoiser:
+            self._refine, self._predict = bindings["denoiser"]
         self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
         # a block is denoised several times against the same states: gather them once
         self._gathered: tuple[tuple[tuple[int, int], ...], dict[str, Array]] | None = None
@@ -180,7 +187,10 @@ class OnnxRuntime:
         """Free the sessions, the weights and the states."""
         self.__dict__.clear()
 
-    def _session(self, path: Path, threads: int | None) -> Any:
+    def _sessions(
+        self, path: Path, calls: Sequence[Sequence[str]], threads: int | None
+    ) -> list[Any]:
+        """Open a graph once for each choice of its outputs, with the nodes that these need."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
@@ -190,8 +200,11 @@ class OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            return self._ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-        except Exception as problem:  # ONNX Runtime's own exceptions share no useful base
+            graph = flat_graph(path)
+            graphs = [pruned(graph, outputs).SerializeToString() for outputs in calls]
+            open_session = self._ort.InferenceSession
+            return [open_session(one, options, ["CPUExecutionProvider"]) for one in graphs]
+        except Exception as problem:  # ONNX's and its Runtime's own exceptions share no useful base
             raise RuntimeLoadError(
                 f"{path}: ONNX Runtime {self._ort.__version__} cannot load it: {problem}"
             ) from problem
@@ -203,23 +216,25 @@ class OnnxRuntime:
         of = self._ort.OrtValue.ortvalue_from_numpy
         return {name: (of(array), array) for name, array in store.all_float32(tower, progress)}
 
-    def _binding(self, session: Any, tower: str) -> _Binding:
+    def _binding(self, session: Any, weights: dict[str, tuple[Any, Array]]) -> _Binding:
         io = session.io_binding()
-        for name, (value, _) in self._weights[tower].items():
+        inputs = frozenset(value.name for value in session.get_inputs())
+        held = {name: weight for name, weight in weights.items() if name in inputs}
+        for name, (value, _) in held.items():
             io.bind_ortvalue_input(name, value)
-        return _Binding(session, io)
+        return _Binding(session, io, inputs, held)
 
     def _run(self, binding: _Binding, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         """Run a session: read `inputs`, and write `outputs` in place."""
         of = self._ort.OrtValue.ortvalue_from_numpy
-        for name, array in inputs.items():
-            binding.io.bind_ortvalue_input(name, of(array))
+        for name in binding.inputs & inputs.keys():
+            binding.io.bind_ortvalue_input(name, of(inputs[name]))
         for name, array in outputs.items():
             binding.io.bind_ortvalue_output(name, of(array))
         if not outputs:  # a tower of experts alone has no states to extend
             return
         binding.held = {**inputs, **outputs}
-        binding.session.run_with_iobinding(binding.io, self._options)
+        binding.session.run_with_iobinding(binding.io)
 
     def _empty_slot(self) -> _Slot:
         mamba = {

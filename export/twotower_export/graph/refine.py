@@ -149,11 +149,6 @@ def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> i
     """
 
     def reduced(x: ir.Value) -> ir.Value:
-        whole = b.op.Mul(b.op.Div(x, b.i64(PRIME)), b.i64(PRIME))
-        made: ir.Value = b.op.Sub(x, whole)
-        return made
-
-    def reduced(x: ir.Value) -> ir.Value:
         # Not Mod, which TensorRT writes as eight operators that use each other twice.
         made: ir.Value = b.op.Sub(x, b.op.Mul(b.op.Div(x, b.i64(PRIME)), b.i64(PRIME)))
         return made
