@@ -88,6 +88,15 @@ def test_a_cache_is_read_once(compiled):
     assert sorted(read) == [f"context.layers.2.{kind}_cache" for kind in "kv"]
 
 
+def test_a_mamba_state_is_read_as_it_lies(compiled):
+    """Only the new state is as large as the old one."""
+    for kernel in compiled["kernels"]:
+        for name, _, size in kernel["inputs"]:
+            if name.endswith("ssm_state"):
+                large = [made for made, _, bytes_ in kernel["outputs"] if bytes_ >= size]
+                assert all(made.endswith("ssm_state_new") for made in large), kernel["name"]
+
+
 def test_refinement_writes_no_integers_for_each_token(compiled):
     """At 16 rows they were 269 MB."""
     vocabulary = FULL_CONFIG["vocab_size"]
