@@ -118,6 +118,11 @@ VERBS: dict[str, Verb] = {
         "doctor",
         "Report what works on this machine and what is missing.",
     ),
+    "cache": Verb(
+        "twotower_engines.cli.cache",
+        "cache",
+        "List or delete what is kept to be found again.",
+    ),
     "kernels": Verb(
         "twotower_engines.cli.kernels",
         "kernels",

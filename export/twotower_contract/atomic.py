@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -135,7 +134,7 @@ def partial_folder(parent: Path) -> Iterator[Path]:
             _put_back(path)
         made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         descriptor = os.open(made, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
     try:
         yield made
     finally:
@@ -180,21 +179,27 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, wait=False)
         except BlockingIOError:
             if waiting is not None:
                 waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool = True) -> None:
+    import fcntl  # Windows has none: what only reads imports this module there too
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_if_abandoned(path: Path) -> None:
     with contextlib.suppress(OSError):  # in use, or already gone
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, wait=False)
             shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(descriptor)
