@@ -289,6 +289,9 @@ def _run() -> int:
             message, code = refused_file(problem), 2
         if message is None or not isinstance(code, int):
             raise
+        if code == 0:  # a dry run
+            print(message)
+            return 0
         if is_verbose():
             traceback.print_exc()
         say_last(f"error: {message}")

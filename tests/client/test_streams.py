@@ -176,9 +176,9 @@ def test_what_works_beside_linux_simulated(tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stderr
     asked = run("generate", "hi", "--url", "127.0.0.1:9")
     assert asked.stderr.startswith("error: no Triton server answers")
-    built = run("build", str(checkpoint), str(tmp_path / "engines"), "--sku", "cpu")
-    assert built.returncode == 2
-    assert "runs on Linux only" in built.stderr
+    written = run("tiny", str(tmp_path / "other"), "--pretrained")
+    assert written.returncode == 2
+    assert "`twotower tiny` runs on Linux only" in written.stderr
 
 
 def test_the_cache_is_listed_and_cleaned(tmp_path: Path) -> None:
