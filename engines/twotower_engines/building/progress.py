@@ -1,4 +1,4 @@
-"""What `twotower build` says on standard error while it works.
+"""Progress of `twotower build`, on standard error.
 
 On a terminal one line is drawn again and again; elsewhere a line appears every ten seconds, so that
 a log shows that something happens.

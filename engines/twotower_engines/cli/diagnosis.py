@@ -1,8 +1,7 @@
 """Finds out what works on this machine and what is missing.
 
 Nothing is imported: packages are found by name and recorded version, the GPU through its driver's
-own tool. Nothing is changed except the cache, which keeps the links that TensorRT-RTX from PyPI
-needs.
+own tool. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ DISTRIBUTIONS = (
     "onnxruntime",
     "polygraphy",
     "tensorrt",
-    "tensorrt-rtx",
-    "tensorrt-cu13-bindings",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "tensorrt-rtx-cu13",
     "cuda-python",
     "nvidia-pytriton",
     "triton",
@@ -111,6 +108,7 @@ def _abilities(
 
     gpu = () if gpus else ("an NVIDIA GPU and its driver (nvidia-smi finds none)",)
     cpu_engines = needs("build", "onnxruntime", "tokenizers")
+    rtx = _missing_rtx()
     return [
         Ability("ask a server (generate)"),
         Ability("plan what fits on which GPU (plan)"),
@@ -125,7 +123,11 @@ def _abilities(
             needs("reference", "torch") + needs("build", "onnxruntime", "polygraphy"),
         ),
         Ability("build and run engines for the CPU (build --sku cpu, run)", cpu_engines),
-        Ability("build TensorRT-RTX engines, without a GPU too", _missing_rtx()),
+        Ability("build TensorRT-RTX engines, without a GPU too", rtx),
+        Ability(
+            "run TensorRT-RTX engines",
+            rtx + needs("rtx", "cuda-python") + needs("build", "tokenizers") + gpu,
+        ),
         Ability(
             "build and run TensorRT engines",
             needs("tensorrt", "tensorrt", "cuda-python") + gpu,
@@ -136,18 +138,15 @@ def _abilities(
 
 
 def _missing_rtx() -> tuple[str, ...]:
-    """Return what the TensorRT-RTX flavour says: it knows which versions go together."""
-    try:
-        from twotower_engines.building.flavours.rtx_library import find_library
-    except ModuleNotFoundError as problem:  # of Linux's Python
-        return (f"Linux (this system's Python has no module {problem.name})",)
+    """Return what the TensorRT-RTX flavour says: it knows which packages bring it."""
+    from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
 
-    return _problem(find_library)
+    return _problem(TensorRtRtxFlavour().versions)
 
 
 def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
     """Return where the Triton server is, and what keeps it from serving."""
-    from twotower_engines.serving.installation import find_server, numpy_problem
+    from twotower_engines.serving.installation import find_server, problem_of
     from twotower_engines.serving.place import refusal
 
     try:
@@ -155,7 +154,7 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
     except TwoTowerError as problem:
         return None, [str(problem)]
     problems = []
-    unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
+    unusable = problem_of(found, packages["numpy"]) if "numpy" in packages else None
     if unusable is not None:
         problems.append(unusable)
     problems += filter(None, [refusal()])

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["VARIABLE", "has_dead_child", "on_cut", "remove_left", "start_keeper"]
+__all__ = ["VARIABLE", "on_cut", "remove_left", "start_keeper"]
 
 VARIABLE = "TWOTOWER_LIFELINE"  # holds the descriptor of the pipe's reading end
 SHARED_MEMORY = Path("/dev/shm")
@@ -66,16 +66,6 @@ def start_keeper(
         cwd="/",
         start_new_session=True,  # a Ctrl-C at the terminal is not for it
     )
-
-
-def has_dead_child(parent: int) -> bool:
-    """Whether a process has a child that ended and that nobody took note of."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it is gone
-            state, its_parent = path.read_text().rpartition(")")[2].split()[:2]
-            if state == "Z" and int(its_parent) == parent:
-                return True
-    return False
 
 
 def remove_left(prefix: str, folder: Path) -> None:

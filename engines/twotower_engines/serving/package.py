@@ -64,7 +64,7 @@ def package(
         TwoTowerError: The engines or their checkpoint are missing or changed, the slots are more
             than the engines have, something else lies at `repository`, or it cannot be written.
     """
-    engines.check_plans()
+    engines.check_engine_files()
     WeightStore(engines.manifest, settings.checkpoint).check()
     _check_slots(engines, settings)
     _check_replaceable(repository, writing)

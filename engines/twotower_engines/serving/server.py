@@ -30,18 +30,19 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from twotower_engines.errors import ServingError
-from twotower_engines.serving.installation import find_server, make_backends, numpy_problem
-from twotower_engines.serving.lifeline import VARIABLE, has_dead_child, remove_left, start_keeper
+from twotower_engines.serving.installation import find_server, make_backends, problem_of
+from twotower_engines.serving.lifeline import VARIABLE, remove_left, start_keeper
 from twotower_engines.serving.place import link_models, make_folder, refusal
 from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
+from twotower_engines.serving.stubs import dead_stubs, library_path
 
 __all__ = ["ServerOptions", "TritonServer"]
 
 EXIT_SECONDS = 10  # how long the server may take to unload its models
 KILL_SECONDS = EXIT_SECONDS + 2  # after which it is killed
-DEAD_SECONDS = 1  # between two looks for processes that ended as they started
 GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine
+HEED_SECONDS = 2  # in which the server heeds a process of a model that ended, where it does at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,8 @@ class TritonServer:
         models: Models that must be ready.
 
     Raises:
-        ServingError: The folder is no model repository, no server is installed, its numpy would
-            give empty answers, a port is taken, or the log cannot be written.
+        ServingError: The folder is no model repository, no server is installed, it cannot run our
+            models, a port is taken, or the log cannot be written.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TritonServer:
         self._repository, self._models = repository.absolute(), models
         check_repository(self._repository, models)
         self._installation = find_server()
-        problem = numpy_problem(self._installation, importlib.metadata.version("numpy"))
+        problem = problem_of(self._installation, importlib.metadata.version("numpy"))
         problem = problem or refusal()
         if problem is not None:
             raise ServingError(problem)
@@ -149,14 +150,15 @@ class TritonServer:
             Seconds since the start.
 
         Raises:
-            ServingError: The server ended, or was not ready in time. Carries the end of its log.
+            ServingError: The server or the process of a model ended, or was not ready in time.
+                Carries the end of the server's log.
         """
         from tritonclient.grpc import InferenceServerClient
 
+        next_look = float(HEED_SECONDS)
         # It is our own, so no proxy of the environment stands between.
         direct = [("grpc.enable_http_proxy", 0)]
         with InferenceServerClient(_dialled(self.grpc_address), channel_args=direct) as client:
-            looked, was_dead = self._started, False
             while True:
                 elapsed = time.monotonic() - self._started
                 code = self._process.poll()
@@ -165,14 +167,9 @@ class TritonServer:
                 waiting = [name for name in self._models if not _is_ready(client, name)]
                 if not waiting:
                     return elapsed
-                if time.monotonic() - looked > DEAD_SECONDS:
-                    looked, is_dead = time.monotonic(), has_dead_child(self._process.pid)
-                    if is_dead and was_dead:  # the server waits for it for ever
-                        raise ServingError(
-                            f"the process of a model ended as it started: one of "
-                            f"{', '.join(waiting)}\n{self.log_tail()}"
-                        )
-                    was_dead = is_dead
+                if elapsed > next_look:
+                    self._check_models()
+                    next_look = elapsed + HEED_SECONDS
                 if elapsed > timeout:
                     raise ServingError(
                         f"not ready after {timeout:.0f} s: {', '.join(waiting)}; "
@@ -181,6 +178,16 @@ class TritonServer:
                 if progress is not None:
                     progress(f"loading {', '.join(waiting)} ({elapsed:.0f} s)")
                 time.sleep(0.1)
+
+    def _check_models(self) -> None:
+        """Refuse to wait for a model whose process has ended: the server would wait for ever."""
+        before = dead_stubs(self.pid)
+        time.sleep(0.5)  # one that the server is about to heed is gone by then
+        if set(before) & set(dead_stubs(self.pid)):
+            raise ServingError(
+                "the process of a model ended before it was ready, and the server does not heed "
+                f"it; `twotower doctor` tests what such a process needs\n{self.log_tail()}"
+            )
 
     def wait(self) -> int:
         """Wait until the server ends by itself, and return its exit code."""
@@ -303,6 +310,7 @@ class TritonServer:
     def _start(self, lifeline: int) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
         """Start the server and its keeper."""
         environment = {**os.environ, VARIABLE: str(lifeline)}
+        environment |= library_path(self._folder)
         # The stub embeds Python and finds packages through the first interpreter on PATH.
         scripts = str(Path(sys.executable).parent)
         environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"

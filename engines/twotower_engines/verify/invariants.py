@@ -78,7 +78,7 @@ def objections(runtime: Runtime, request: Request, result: Result) -> list[str]:
 
     Args:
         runtime: The engines that gave it, idle.
-        request: What was asked, greedily.
+        request: The request, with temperature 0.
         result: The answer.
 
     Raises:

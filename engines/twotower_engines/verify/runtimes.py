@@ -1,7 +1,7 @@
-"""Two loaded engine sets of one model, asked the same: what their runtimes hand out, side by side.
+"""Compares two loaded engine sets of one model: the outputs of their runtimes, side by side.
 
-Both are driven through `runtime.Runtime`, as the scheduler drives them, so it does not matter where
-their states live: a state that lands in the wrong place shows in the call after it.
+Both are driven through `runtime.interface.Runtime`, as the scheduler drives them, so it does not
+matter where their states live: a state in the wrong place shows in the call after it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def compare_runtimes(
 
     Args:
         runtime: Under test, with no request in flight.
-        reference: Of the same model, for example on the CPU.
-        precision: Of the engines under test.
-        seed: Of the prompts.
+        reference: Runtime of the same model, for example on the CPU.
+        precision: Precision of the engines under test.
+        seed: Random seed of the prompts.
 
     Raises:
         ValueError: One side lacks an output of the other.

@@ -20,6 +20,7 @@ from twotower_contract.errors import BundleError, CheckpointError
 from twotower_contract.layout import Tower
 from twotower_contract.machine import read_at
 from twotower_contract.manifest import Manifest
+from twotower_contract.onnxruntime import import_onnxruntime
 
 Array = npt.NDArray[Any]
 Part = Literal["embeddings", "head"] | int
@@ -136,8 +137,7 @@ def _cut(
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What ONNX Runtime says of a graph that it cannot take, as an error of the bundle."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state = import_onnxruntime().capi.onnxruntime_pybind11_state
     refusals = (
         state.Fail,
         state.InvalidArgument,
@@ -244,8 +244,7 @@ class GraphSide:
         Raises:
             BundleError: ONNX Runtime refuses the graph.
         """
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Shapes change from call to call; the arena would keep the largest of everything.

@@ -50,7 +50,7 @@ def open_resident_runtime(
         CudaError: CUDA failed.
     """
     build = engines.build
-    engines.check_plans()
+    engines.check_engine_files()
     store = WeightStore(engines.manifest, checkpoint)
     store.check()
     trt = import_tensorrt(build.flavour)
@@ -71,7 +71,7 @@ def open_resident_runtime(
         loaded = {}
         for tower, index in placed.items():
             engine = TensorRtEngine(
-                engines.plan_path(tower),
+                engines.engine_path(tower),
                 build.flavour,
                 devices[index],
                 _kernels_file(build.plans[tower].sha256),

@@ -24,6 +24,7 @@ from twotower_engines.runtime.resident.engine import Shape
 __all__ = ["MODULES", "TensorRtEngine", "import_tensorrt"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 def import_tensorrt(flavour: str) -> Any:
@@ -43,7 +44,8 @@ def import_tensorrt(flavour: str) -> Any:
     except ImportError as problem:
         raise RuntimeLoadError(
             f"engines of flavour `{flavour}` need the package {name.replace('_', '-')}, which is "
-            f"not installed ({problem}); install it from NVIDIA's index on the machine of the GPU"
+            f"not installed ({problem}); install it on the machine of the GPU with: "
+            f"pip install 'twotower[{EXTRAS[flavour]}]'"
         ) from problem
 
 
@@ -72,7 +74,7 @@ class TensorRtEngine:
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise RuntimeLoadError(
-                f"{path}: {flavour} {trt.__version__} cannot load this plan on {device.name} "
+                f"{path}: {flavour} {trt.__version__} cannot load this engine on {device.name} "
                 f"({device.model}); build the engines again on this machine"
             )
         self._engine = engine
