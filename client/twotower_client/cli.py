@@ -118,6 +118,11 @@ VERBS: dict[str, Verb] = {
         "doctor",
         "Report what works on this machine and what is missing.",
     ),
+    "cache": Verb(
+        "twotower_engines.cli.cache",
+        "cache",
+        "List or delete what is kept to be found again.",
+    ),
     "kernels": Verb(
         "twotower_engines.cli.kernels",
         "kernels",
@@ -282,6 +287,9 @@ def _run() -> int:
             message, code = refused_file(problem), 2
         if message is None or not isinstance(code, int):
             raise
+        if code == 0:  # a dry run
+            print(message)
+            return 0
         if is_verbose():
             traceback.print_exc()
         say_last(f"error: {message}")

@@ -13,6 +13,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "DryRunEndsError",
     "EngineSetError",
     "TwoTowerError",
     "listed",
@@ -29,6 +30,12 @@ class TwoTowerError(Exception):
     """
 
     exit_code: int = 2
+
+
+class DryRunEndsError(TwoTowerError):
+    """Everything was checked, and nothing is written, as `--dry-run` asks; not a failure."""
+
+    exit_code = 0
 
 
 class ConfigError(TwoTowerError):
