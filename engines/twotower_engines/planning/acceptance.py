@@ -33,7 +33,6 @@ __all__ = [
     "Measurement",
     "Reference",
     "calls_per_block",
-    "fit_burst_rate",
     "load_acceptance",
 ]
 
@@ -195,16 +194,6 @@ def calls_per_block(block: int, steps: int, burst_rate: float) -> Calls:
         ends.append(end)
         masked = following
     return Calls(block, tuple(ends))
-
-
-def fit_burst_rate(tokens_per_call: float, block: int = BLOCK, steps: int = STEPS) -> float:
-    """Return the burst rate at which a block takes so many tokens per call, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        is_slow = calls_per_block(block, steps, middle).tokens_per_call < tokens_per_call
-        low, high = (middle, high) if is_slow else (low, middle)
-    return (low + high) / 2
 
 
 @functools.cache
