@@ -17,8 +17,6 @@ from dataclasses import dataclass
 
 import click
 
-__all__ = ["EXTRAS_OF_MODULE", "VERBS", "Verb", "cli", "main"]
-
 
 @dataclass(frozen=True)
 class Verb:

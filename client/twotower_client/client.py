@@ -22,8 +22,6 @@ from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_contract.options import Options
 
-__all__ = ["AnswerStream", "TwoTowerClient"]
-
 
 class TwoTowerClient(ClientCore):
     """A connection to a Triton server that serves a TwoTower model.

@@ -29,8 +29,6 @@ from twotower_client.response import (
 from twotower_client.result import Answer, Block
 from twotower_contract.options import Options
 
-__all__ = ["READY_REQUEST", "ClientCore", "StreamCore", "needs_stop"]
-
 READY_REQUEST = service_pb2.ModelReadyRequest(name=MODEL)
 
 

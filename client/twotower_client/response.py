@@ -19,20 +19,6 @@ from twotower_client.errors import (
 from twotower_client.request import MODEL
 from twotower_client.result import Answer, Block
 
-__all__ = [
-    "answer_of",
-    "block_of",
-    "cancelled",
-    "ended_early",
-    "error_of",
-    "error_of_readiness",
-    "error_of_rpc",
-    "not_ready",
-    "prompt_ids_of",
-    "too_late",
-    "unexplained",
-]
-
 REFUSED = "request refused: "  # how our refusals begin; Triton puts the ensemble's name before
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
 

@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 from twotower_contract.atomic import write_text
 from twotower_contract.errors import ConfigError, TwoTowerError
 
-__all__ = ["Document", "format_of", "parse_object", "read_json", "write_json"]
-
 T = TypeVar("T")
 
 

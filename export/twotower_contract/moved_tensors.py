@@ -14,8 +14,6 @@ from twotower_contract.errors import listed
 from twotower_contract.layout import HEADS
 from twotower_contract.shards import Shard, TensorEntry
 
-__all__ = ["form", "moved_tensors"]
-
 
 def moved_tensors(
     recorded: Mapping[str, TensorEntry],

@@ -22,18 +22,6 @@ from typing import Any, Final
 from twotower_contract.errors import CheckpointError
 from twotower_contract.json_file import parse_object
 
-__all__ = [
-    "ITEM_SIZES",
-    "STORED_DTYPES",
-    "Shard",
-    "TensorEntry",
-    "named_sha256",
-    "read_header",
-    "read_shard",
-    "refuse_dangling",
-    "sample_digest",
-]
-
 ITEM_SIZES: Final[Mapping[str, int]] = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),

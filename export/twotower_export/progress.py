@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import time
 
-__all__ = ["LineMeter", "StepMeter"]
-
 
 class StepMeter:
     """Progress on standard error: nothing for work that ends within two seconds.

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from twotower_contract.config import ModelConfig
 from twotower_contract.manifest import Manifest
 
-__all__ = ["DYNAMIC", "Interface", "TensorSpec", "differences", "interface_of"]
-
 DYNAMIC = -1
 """A size that is not known before a call, as TensorRT writes it."""
 

@@ -22,8 +22,6 @@ from twotower_contract.manifest import Manifest, WeightInput
 from twotower_contract.moved_tensors import moved_tensors
 from twotower_contract.shards import Shard, TensorEntry, read_shard
 
-__all__ = ["Progress", "WeightStore"]
-
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 

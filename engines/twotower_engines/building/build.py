@@ -44,8 +44,6 @@ from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanReque
 from twotower_engines.planning.precisions import BUILT, PRECISIONS
 from twotower_engines.planning.skus import Sku, known_skus
 
-__all__ = ["FLAVOURS", "BuildOptions", "build_engines"]
-
 FLAVOURS: dict[str, Flavour] = {
     flavour.name: flavour
     for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())

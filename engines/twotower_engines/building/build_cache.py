@@ -25,8 +25,6 @@ from twotower_engines.artifacts.cache_root import cache_root
 from twotower_engines.building.flavours.flavour import layers_file
 from twotower_engines.errors import BuildError
 
-__all__ = ["CachedPlan", "PlanCache", "digest_of"]
-
 PLAN_FILE = "plan"
 RECORD_FILE = "record.json"
 LAYERS_FILE = "layers.json"

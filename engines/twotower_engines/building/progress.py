@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 import time
 
-__all__ = ["BuildProgress"]
-
 QUIET_SECONDS = 2.0
 REDRAW_SECONDS = 0.2
 LOG_SECONDS = 10.0

@@ -14,8 +14,6 @@ from twotower_contract.errors import TwoTowerError
 if TYPE_CHECKING:
     from twotower_engines.building.build import BuildOptions
 
-__all__ = ["build"]
-
 EPILOG = """\b
 Examples:
   twotower build bundle --sku cpu engines

@@ -20,8 +20,6 @@ from typing import Any
 from twotower_contract.errors import TwoTowerError
 from twotower_engines.planning.skus import machine_memory
 
-__all__ = ["Ability", "Examination", "examine"]
-
 # Distributions that somebody may ask about, in the order of the path from checkpoint to answer.
 DISTRIBUTIONS = (
     "twotower",

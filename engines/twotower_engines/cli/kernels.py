@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from twotower_engines.kernels.compile import Compiled
     from twotower_engines.kernels.spec import KernelSpec
 
-__all__ = ["kernels"]
-
 COLUMNS = (
     ("kernel", "<20"),
     ("target", ">6"),

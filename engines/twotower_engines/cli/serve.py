@@ -13,8 +13,6 @@ import click
 if TYPE_CHECKING:
     from twotower_engines.serving.server import TritonServer
 
-__all__ = ["package", "serve"]
-
 PACKAGE_EPILOG = """\b
 Examples:
   twotower package engines repository

@@ -14,8 +14,6 @@ import click
 
 from twotower_contract.errors import TwoTowerError
 
-__all__ = ["main", "verify_engine_set"]
-
 
 class VerificationError(TwoTowerError):
     """Something about an engine set is wrong."""

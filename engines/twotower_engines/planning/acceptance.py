@@ -27,15 +27,6 @@ from pathlib import Path
 from twotower_contract.json_file import read_json
 from twotower_engines.errors import PlanError
 
-__all__ = [
-    "Acceptance",
-    "Calls",
-    "Measurement",
-    "Reference",
-    "calls_per_block",
-    "load_acceptance",
-]
-
 DATA_FILE = Path(__file__).with_name("data") / "acceptance.json"
 BASE_TASK = "open"
 BLOCK = 16

@@ -24,16 +24,6 @@ from twotower_engines.planning.plan import (
 from twotower_engines.planning.precisions import BUILT
 from twotower_engines.planning.skus import Sku, known_skus
 
-__all__ = [
-    "Suggestion",
-    "gib",
-    "largest_context",
-    "largest_slots",
-    "nearest_fits",
-    "refusal",
-    "require_fit",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:

@@ -20,19 +20,6 @@ from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import BUILT, PRECISIONS
 from twotower_engines.planning.skus import GIB, Sku
 
-__all__ = [
-    "ASSUMPTIONS",
-    "BLOCK",
-    "BLOCK_SIZE_MAX",
-    "MAX_SLOTS",
-    "GpuMemory",
-    "MemoryPlan",
-    "PlanRequest",
-    "gpu_counts",
-    "plan_memory",
-    "resolve_precision",
-]
-
 CHUNKS = (256, 128, 64, 32)
 """Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks."""
 BLOCK = 16

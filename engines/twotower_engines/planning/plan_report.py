@@ -29,8 +29,6 @@ from twotower_engines.planning.roofline import (
 )
 from twotower_engines.planning.skus import Sku
 
-__all__ = ["PlanReport", "plan_report"]
-
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
 

@@ -16,8 +16,6 @@ from twotower_engines.planning.precisions import BUILT
 from twotower_engines.planning.roofline import ROWS, CallCost
 from twotower_engines.planning.skus import GIB
 
-__all__ = ["text_of_many", "text_of_one"]
-
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 

@@ -26,19 +26,6 @@ from twotower_engines.planning.precisions import PRECISIONS
 from twotower_engines.planning.routing import Routing, distinct_experts
 from twotower_engines.planning.skus import Sku
 
-__all__ = [
-    "ASSUMPTIONS",
-    "ROWS",
-    "CallCost",
-    "Machine",
-    "Throughput",
-    "ar_throughput",
-    "context_call",
-    "denoiser_step",
-    "machine_of",
-    "throughput",
-]
-
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 FLOAT32 = 4
 MATRIX_EFFICIENCY = 0.6

@@ -31,8 +31,6 @@ from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import ExtendRow, Runtime
 
-__all__ = ["objections", "run_request", "shortened"]
-
 LIKELY = 0.5
 """A token of an answer costs at most so much of what a blind guess costs, ln(vocabulary) nats."""
 

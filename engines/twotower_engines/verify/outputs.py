@@ -24,8 +24,6 @@ from twotower_engines.artifacts.engine_interface import Interface, TensorSpec, i
 from twotower_engines.runtime.resident.runtime import Tower
 from twotower_engines.verify.differences import Array, Difference, compare_arrays
 
-__all__ = ["Reference", "compare_tower"]
-
 ROWS = 2
 CHUNK, BLOCK, CAPACITY = 37, 16, 128
 NUMPY = {"INT32": np.int32, "FLOAT": np.float32, "BF16": np.uint16}

@@ -32,8 +32,6 @@ from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.runtimes import compare_runtimes
 from twotower_engines.verify.self_test import run_self_test
 
-__all__ = ["cpu_engines", "verify_loaded", "verify_outputs", "verify_running"]
-
 SLOTS, CONTEXT = 3, 256
 """Limits of a reference that is built for this: what the comparisons use."""
 

@@ -14,8 +14,6 @@ import numpy.typing as npt
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow, Runtime
 from twotower_engines.verify.differences import Array, Difference, compare_arrays
 
-__all__ = ["compare_runtimes"]
-
 PROMPTS: Final = (37, 5, 2)
 BLOCK: Final = 16
 

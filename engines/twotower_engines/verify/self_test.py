@@ -22,15 +22,6 @@ from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.verify.invariants import objections, run_request, shortened
 
-__all__ = [
-    "GoldenAnswer",
-    "GoldenMissingError",
-    "SelfTestResult",
-    "golden_request",
-    "judge",
-    "run_self_test",
-]
-
 Status = Literal["passed", "deviates", "plausible", "failed", "unavailable"]
 
 EXACT_PRECISION = "float32"

@@ -25,8 +25,6 @@ from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
 from twotower_engines.runtime.resident.tensorrt_engine import TensorRtEngine, import_tensorrt
 from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_bytes
 
-__all__ = ["open_resident_runtime"]
-
 
 def open_resident_runtime(
     engines: EngineSet, checkpoint: Path | None = None, progress: LoadProgress | None = None

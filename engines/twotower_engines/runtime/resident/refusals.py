@@ -13,8 +13,6 @@ from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, cuda_version, usable_gpus
 from twotower_engines.runtime.resident.tensorrt_engine import MODULES
 
-__all__ = ["check_build", "check_gpus", "check_room", "placement"]
-
 BUILD_AGAIN = "build them for this GPU with `twotower build BUNDLE --sku local ENGINES`"
 VERSION_PARTS = {"tensorrt": 4, "tensorrt-rtx": 2}
 """Leading numbers of the version that must be equal: TensorRT promises no wider compatibility."""

@@ -25,8 +25,6 @@ from twotower_contract.engine_set import Limits
 from twotower_engines.runtime.resident.device import ALIGNMENT, Box, Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
 
-__all__ = ["Landing", "SlotStates", "StateKind", "Taken", "state_kinds", "window_step"]
-
 SSM_ITEM = 4  # float32 in every graph
 
 

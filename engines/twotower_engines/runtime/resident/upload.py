@@ -27,8 +27,6 @@ from twotower_contract.shards import ITEM_SIZES
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.runtime.resident.device import Device, Fence, aligned
 
-__all__ = ["WINDOW", "tower_bytes", "upload_weights", "weight_bytes"]
-
 WINDOW = 64 << 20
 """Bytes of one staging buffer: large enough that the start-up of a copy costs nothing."""
 
