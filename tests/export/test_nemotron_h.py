@@ -22,7 +22,7 @@ from twotower_contract.errors import BundleError
 from twotower_contract.layout import base_name
 from twotower_export import nemotron_h
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.cli.export import export_command
+from twotower_export.cli.export import export
 from twotower_export.nemotron_h import write_nemotron_h
 from twotower_export.reference.towers import empty_states
 from twotower_export.tiny.checkpoints import tiny_config, write_random_checkpoint
@@ -145,7 +145,7 @@ def test_small_disk_is_refused_before_anything_is_copied(tmp_path, checkpoint, m
 
 def test_command_writes_it(tmp_path, checkpoint):
     arguments = [str(checkpoint.path), str(tmp_path / "out"), "--target", "tensorrt-llm", "--json"]
-    result = CliRunner().invoke(export_command, arguments)
+    result = CliRunner().invoke(export, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["towers"] == ["context"]
     assert open_checkpoint(tmp_path / "out").base
