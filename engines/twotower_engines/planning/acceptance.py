@@ -165,8 +165,6 @@ def calls_per_block(block: int, steps: int, burst_rate: float) -> Calls:
     """Return the distribution of calls per block, by the chain over (masked tokens, call).
 
     Args:
-        block: Tokens of a block.
-        steps: The most calls that a block may take.
         burst_rate: Probability that a call commits a burst.
     """
     masked = {block: 1.0}

@@ -95,9 +95,7 @@ class PlanReport:
         machine = roofline.machine_of(self.plan)
         return denoiser_step(self.plan.model, machine, rows, self.plan.context, routing=routing)
 
-    def extension(
-        self, rows: int, tokens: int = 16, routing: roofline.RoutingKind = "measured"
-    ) -> CallCost:
+    def extension(self, rows: int, tokens: int = 16) -> CallCost:
         """Return the cost of a context call."""
         return context_call(
             self.plan.model,
@@ -105,7 +103,6 @@ class PlanReport:
             rows,
             self.plan.context,
             tokens,
-            routing,
             to_second_gpu=len(self.plan.gpus) == 2,
         )
 
