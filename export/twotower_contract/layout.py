@@ -79,8 +79,6 @@ def graph_weights(
     The denoiser's graph has its head, the time embedding and the tables of modulation as well.
 
     Args:
-        config: the model.
-        tower: which graph.
         base: take the sources' names from the single-tower base checkpoint. Inputs keep theirs.
     """
     if base and tower != "context":

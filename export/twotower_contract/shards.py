@@ -103,7 +103,6 @@ def read_shard(path: Path, file: str, index: int) -> tuple[Shard, dict[str, Tens
     """Read one shard's header, check it against the file, and sample the content.
 
     Args:
-        path: The file.
         file: Its name relative to the checkpoint, as it stands in the manifest.
         index: Its place among the checkpoint's shards.
 

@@ -17,10 +17,6 @@ from twotower_export.checkpoint import Checkpoint, Progress, fingerprint, with_f
 def check_agreement(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that is not the bundle's.
 
-    Args:
-        manifest: the bundle's, as `read_manifest` gives it.
-        checkpoint: an open checkpoint.
-
     Raises:
         BundleError: it is another one; the message says what differs.
     """
@@ -41,11 +37,6 @@ def check_every_byte(
     manifest: Manifest, checkpoint: Checkpoint, progress: Progress | None = None
 ) -> None:
     """Refuse a checkpoint whose shards are not, byte for byte, those that were exported.
-
-    Args:
-        manifest: the bundle's.
-        checkpoint: one that agrees with it.
-        progress: told the megabytes that were hashed.
 
     Raises:
         BundleError: a digest is another one, or was not recorded at export.

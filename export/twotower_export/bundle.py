@@ -60,10 +60,7 @@ def write_bundle(
     Nothing appears at `out` before everything is written.
 
     Args:
-        checkpoint: the open checkpoint.
-        out: folder of the bundle.
         towers: towers to export; all that the checkpoint has by default.
-        progress: told about each graph.
 
     Returns:
         The manifest.

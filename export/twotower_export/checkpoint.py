@@ -137,10 +137,6 @@ def fingerprint(tensors: Mapping[str, TensorEntry]) -> str:
 def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkpoint:
     """The checkpoint with the sha256 of every shard, read from its first to its last byte.
 
-    Args:
-        checkpoint: an open checkpoint.
-        progress: told the megabytes that were hashed.
-
     Raises:
         CheckpointError: a shard's content is not what a Hugging Face cache names it by.
     """

@@ -224,12 +224,7 @@ class Inventory:
 def take_inventory(
     config: ModelConfig, tensors: Mapping[str, tuple[str, Sequence[int]]]
 ) -> Inventory:
-    """Sort tensors into parts.
-
-    Args:
-        config: the model.
-        tensors: stored dtype and shape by name.
-    """
+    """Sort tensors, stored dtype and shape by name, into parts."""
     counts: Counter[tuple[Tower, str]] = Counter()
     parameters: Counter[tuple[Tower, str]] = Counter()
     sizes: Counter[tuple[Tower, str]] = Counter()

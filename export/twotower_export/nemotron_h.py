@@ -59,10 +59,7 @@ def write_nemotron_h(
     needs room for the whole tower.
 
     Args:
-        checkpoint: an open checkpoint with a context tower.
-        out: folder to write.
         shard_bytes: most tensor bytes per file, unless a single tensor has more.
-        progress: told the megabytes that were copied.
 
     Raises:
         BundleError: `out` holds something else, or the disk is too small.

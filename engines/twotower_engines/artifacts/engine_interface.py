@@ -41,12 +41,7 @@ class Interface:
 
 
 def interface_of(manifest: Manifest, tower: str) -> Interface:
-    """Return the interface of a tower's engine in the checkpoint's dtype.
-
-    Args:
-        manifest: Of the bundle.
-        tower: `context` or `denoiser`.
-    """
+    """Return the interface of a tower's engine in the checkpoint's dtype."""
     model, dtype = manifest.model, COMPUTED[manifest.model.dtype]
     states = dict(_states(model, dtype))
     rows = {"ids": 2, "lengths": 1, "context_lengths": 1}

@@ -97,9 +97,6 @@ class TextStream:
     """The text of an answer as its ids arrive, where one process sees all of them.
 
     All pieces together are the text of all ids.
-
-    Args:
-        tokenizer: Of the model.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

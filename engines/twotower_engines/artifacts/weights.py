@@ -97,12 +97,7 @@ class WeightStore:
     def all_float32(
         self, tower: str, progress: Progress | None = None
     ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Yield (name, array) of every weight input of a tower's graph, in the manifest's order.
-
-        Args:
-            tower: `context` or `denoiser`.
-            progress: Told after each weight.
-        """
+        """Yield (name, array) of every weight input of a tower's graph, in the manifest's order."""
         weights = self.manifest.weights[tower]
         total = 4 * sum(math.prod(weight.shape) for weight in weights.values())
         done = 0

@@ -84,12 +84,6 @@ def build_engines(
 ) -> tuple[EngineSet, bool]:
     """Build `ENGINES/<sku>`, unless it is there already and was built from the same.
 
-    Args:
-        bundle: What `twotower export` wrote.
-        engines: Its subfolder of the SKU's name is written.
-        options: What to build for.
-        progress: Told what is being done.
-
     Returns:
         The engine set, and whether anything was written.
 

@@ -59,12 +59,7 @@ class PlanCache:
 
     @contextlib.contextmanager
     def holding(self, keys: Iterable[str], waiting: Callable[[], None]) -> Iterator[None]:
-        """Keep other processes from building these keys; waits for one that does.
-
-        Args:
-            keys: Of the plans that may be built.
-            waiting: Called before a wait.
-        """
+        """Keep other processes from building these keys; waits for one that does."""
         locks = self.root / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:

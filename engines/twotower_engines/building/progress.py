@@ -8,11 +8,7 @@ WIDTH = 100
 
 
 class BuildProgress:
-    """Shows what each tower's build is doing; call it with a tower and a text.
-
-    Args:
-        sku: Named in front.
-    """
+    """Shows what each tower's build is doing; call it with a tower and a text."""
 
     def __init__(self, sku: str) -> None:
         self._sku = sku

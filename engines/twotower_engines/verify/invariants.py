@@ -72,12 +72,7 @@ def shortened(request: Request, limits: RequestLimits) -> Request | None:
 
 
 def objections(runtime: Runtime, request: Request, result: Result) -> list[str]:
-    """Return what is wrong with an answer, one sentence each; none where nothing is.
-
-    Args:
-        runtime: The engines that gave it, idle.
-        request: What was asked, greedily.
-        result: The answer.
+    """Return what is wrong with a greedy answer of idle engines, a sentence each.
 
     Raises:
         GenerationError: Another question failed on the way.

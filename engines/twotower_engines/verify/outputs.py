@@ -51,7 +51,6 @@ class Reference:
     """The CPU flavour's graph of one tower.
 
     Args:
-        plan: The ONNX file.
         weights: Input name to float32 array.
     """
 
@@ -83,11 +82,6 @@ def compare_tower(
     """Compare every output of a tower's calls.
 
     Args:
-        name: `context` or `denoiser`.
-        tower: The plan, loaded.
-        reference: The graph of the CPU flavour.
-        manifest: Of the plan's engine set.
-        limits: Of the plan.
         precision: Of the plan, a key of `TOLERANCES`.
         states: The context's states after the chunk, by input name: filled by the context tower's
             comparison, which comes first, and read by the denoiser's.

@@ -169,15 +169,7 @@ def verify_loaded(
     reference: EngineSet,
     checkpoint: Path | None = None,
 ) -> None:
-    """Compare what loaded engines hand out, call after call, with the CPU flavour.
-
-    Args:
-        found: Receives what is found.
-        engines: The engine set.
-        runtime: The same, loaded.
-        reference: An engine set of the CPU flavour.
-        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
-    """
+    """Compare what loaded engines hand out, call after call, with the CPU flavour."""
     other = open_runtime(reference, checkpoint)
     try:
         differences = compare_runtimes(runtime, other, engines.build.precision)
@@ -196,11 +188,7 @@ def verify_outputs(
     """Compare every output of every plan with the CPU flavour, given the same inputs.
 
     Args:
-        found: Receives what is found.
-        engines: The engine set.
         open_tower: Loads one of its towers; one at a time.
-        reference: An engine set of the CPU flavour.
-        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
     """
     store = WeightStore(reference.manifest, checkpoint)
     states: dict[str, Array] = {}

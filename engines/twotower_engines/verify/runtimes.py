@@ -18,23 +18,18 @@ PROMPTS: Final = (37, 5, 2)
 BLOCK: Final = 16
 
 
-def compare_runtimes(
-    runtime: Runtime, reference: Runtime, precision: str, seed: int = 0
-) -> list[Difference]:
+def compare_runtimes(runtime: Runtime, reference: Runtime, precision: str) -> list[Difference]:
     """Run both on random prompts of different lengths, and compare all that they hand out.
 
     Args:
         runtime: Under test, with no request in flight.
-        reference: Of the same model, for example on the CPU.
-        precision: Of the engines under test.
-        seed: Of the prompts.
 
     Raises:
         ValueError: One side lacks an output of the other.
     """
     rows = min(len(PROMPTS), runtime.limits.slots, reference.limits.slots)
     longest = min(runtime.limits.context, reference.limits.context) - BLOCK
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     prompts = [
         generator.integers(0, runtime.vocab_size, max(2, min(size, longest)), dtype=np.int32)
         for size in PROMPTS[:rows]

@@ -106,11 +106,8 @@ def run_layer(
     """Returns the hidden states after one layer (batch, length, hidden).
 
     Args:
-        layer: The layer.
         index: Its number: of its states, and in ``call.modulation``.
         hidden: (batch, length, hidden).
-        call: What all layers share.
-        states: See the module's description.
         emitted: Receives the layer's new states.
     """
     if call.modulation is None:  # `NemotronHBlock`; the residual is not widened

@@ -57,7 +57,6 @@ def call_shapes(tower: Tower, chunk: int) -> tuple[CallShape, ...]:
     """The calls that one tower is verified with.
 
     Args:
-        tower: which graph.
         chunk: tokens of a prefill chunk of the context tower.
     """
     rows, past = 4, (0, CAPACITY, 3, 17)
@@ -84,10 +83,6 @@ def random_feed(
     """Every input of a call but the weights.
 
     Args:
-        config: the model.
-        tower: which graph.
-        shape: of the call.
-        seed: the same seed gives the same inputs.
         layers: whose states to make; all by default.
     """
     generator = np.random.default_rng((seed, shape.tokens, len(tower)))

@@ -153,9 +153,6 @@ def compare(
 
     Args:
         part: what is compared, for reports.
-        graph: the side under test.
-        reference: the side that is right.
-        feeds: inputs by name of the call.
         complete: further reference outputs; see `Completion`.
         precision: what both compute in, of `TOLERANCES`.
     """

@@ -43,9 +43,6 @@ class Target:
 def open_target(found: Path | EngineSet) -> Target:
     """Find the graphs of a bundle or of a CPU engine set, and check their digests.
 
-    Args:
-        found: Folder of a bundle, or an opened engine set.
-
     Raises:
         BundleError: the folder is no bundle, or a graph is missing or was changed.
     """

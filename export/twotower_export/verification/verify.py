@@ -125,13 +125,9 @@ def verify(
     """Compare a bundle's or engine set's graphs with the PyTorch towers of a checkpoint.
 
     Args:
-        target: from `open_target`.
-        checkpoint: folder or hub id.
         layers: whose hidden states to compare as well. Of a model that is verified part by part,
             only these layers are then verified.
         parts: the only parts to verify, whatever the size of the model.
-        whole_bytes: see `WHOLE_BYTES`.
-        progress: told what is being compared.
 
     Raises:
         TwoTowerError: the checkpoint is another one than was exported, or there is no such layer.

@@ -35,13 +35,7 @@ _FLOATS: Final = (TensorProto.FLOAT, TensorProto.BFLOAT16)
 
 
 def wiring_problems(model: onnx.ModelProto, tower: Tower, config: ModelConfig) -> list[str]:
-    """One sentence for every value that something takes from, or gives to, the wrong place.
-
-    Args:
-        model: a tower's graph, in any precision.
-        tower: which.
-        config: the model.
-    """
+    """Return a sentence for every value that something takes from, or gives to, a wrong place."""
     wires = _Wires.of(model)
     problems = [
         problem

@@ -107,9 +107,6 @@ class _Event:
 class CudaDevice:
     """See `device.Device`.
 
-    Args:
-        index: Number of the GPU.
-
     Raises:
         RuntimeLoadError: There is no such GPU, or no driver that serves it.
     """

@@ -50,10 +50,7 @@ def check_build(
     """Refuse engines that were built for another machine, GPU, driver or TensorRT.
 
     Args:
-        build: Build record of the engine set.
-        version: Version of the installed TensorRT.
         device: Name of the GPU in messages.
-        compute_capability: Compute capability of the GPU.
         driver: The newest CUDA that the driver serves, for example 13010.
 
     Raises:
@@ -93,8 +90,6 @@ def check_room(build: BuildRecord, device: CudaDevice, index: int, weights: int)
 
     Args:
         build: Build record of the engine set; its memory plan has the size of engines and states.
-        device: The GPU.
-        index: Index of the GPU in the memory plan.
         weights: Bytes of the weights that go there.
 
     Raises:

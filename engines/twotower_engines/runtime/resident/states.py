@@ -123,8 +123,6 @@ class Landing:
     """Where the new states of a context call are written.
 
     Args:
-        kinds: Kinds of states.
-        rows: Rows of the call.
         tokens: Tokens of each row, padding included.
     """
 
@@ -153,9 +151,6 @@ class SlotStates:
     """The states of every slot on one device.
 
     Args:
-        device: Device that holds the states.
-        kinds: Kinds of states.
-        slots: Rows of each kind.
         keeps_previous: Whether there is a second set of Mamba states, for `keep_previous`.
     """
 

@@ -57,9 +57,6 @@ def upload_weights(
     """Copy all weights of a tower to a device.
 
     Args:
-        store: The checkpoint, checked.
-        tower: `context` or `denoiser`.
-        device: Device to copy to.
         progress: Called with the bytes that are on their way, and their sum.
         window: Bytes of each staging buffer.
 
