@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -101,8 +101,10 @@ def open_checkpoint(
     config = read_config(folder / CONFIG_FILE, mask_token_id=mask_token_id)
     config = replace(config, eos_token_ids=eos_token_ids(folder, config))
     shards, tensors = _read_shards(folder, progress)
-    base = _is_base(tensors)
-    held: tuple[Tower, ...] = ("context",) if base or _is_context_only(tensors) else TOWERS
+    prefixes = {name.partition(".")[0] for name in tensors}
+    base = BASE_PREFIX in prefixes and not {"context_tower", "denoiser_tower"} & prefixes
+    context_only = "context_tower" in prefixes and not {"denoiser_tower", "lm_head"} & prefixes
+    held: tuple[Tower, ...] = ("context",) if base or context_only else TOWERS
     if towers is not None and not set(towers) <= set(held):
         kind = "the single-tower base checkpoint" if base else "a checkpoint of one tower"
         raise CheckpointError(
@@ -280,16 +282,6 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 f"{path}: {name} lies in {file!r}, which is no safetensors file of this folder"
             )
     return weight_map
-
-
-def _is_base(tensors: Iterable[str]) -> bool:
-    prefixes = {name.partition(".")[0] for name in tensors}
-    return BASE_PREFIX in prefixes and not {"context_tower", "denoiser_tower"} & prefixes
-
-
-def _is_context_only(tensors: Iterable[str]) -> bool:
-    prefixes = {name.partition(".")[0] for name in tensors}
-    return "context_tower" in prefixes and not {"denoiser_tower", "lm_head"} & prefixes
 
 
 def _check_tensors(

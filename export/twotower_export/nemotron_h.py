@@ -65,7 +65,8 @@ def write_nemotron_h(
         BundleError: `out` holds something else, or the disk is too small.
     """
     check_replaceable(out, "a checkpoint from --target tensorrt-llm", _is_ours, BundleError)
-    members = list(_members(checkpoint))
+    names = expected_tensors(checkpoint.config, ("context",), base=checkpoint.base)
+    members = [_Member(base_name(name), checkpoint.tensors[name]) for name in names]
     total = sum(member.bytes for member in members)
     with new_folder(out, BundleError) as folder:
         free = shutil.disk_usage(folder).free
@@ -100,11 +101,6 @@ def nemotron_h_config(checkpoint: Checkpoint) -> dict[str, Any]:
     ids = checkpoint.config.eos_token_ids
     values["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids)
     return dict(sorted(values.items()))
-
-
-def _members(checkpoint: Checkpoint) -> Iterator[_Member]:
-    for name in expected_tensors(checkpoint.config, ("context",), base=checkpoint.base):
-        yield _Member(base_name(name), checkpoint.tensors[name])
 
 
 def _write_shards(

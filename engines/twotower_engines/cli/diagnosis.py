@@ -7,15 +7,15 @@ needs.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from twotower_contract.errors import TwoTowerError
 from twotower_engines.planning.skus import machine_memory
@@ -139,7 +139,11 @@ def _missing_rtx() -> tuple[str, ...]:
     """Return what the TensorRT-RTX flavour says: it knows which versions go together."""
     from twotower_engines.building.flavours.rtx_library import find_library
 
-    return _problem(find_library)
+    try:
+        find_library()
+    except TwoTowerError as problem:
+        return (str(problem),)
+    return ()
 
 
 def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
@@ -150,25 +154,18 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
         found = find_server()
     except TwoTowerError as problem:
         return None, [str(problem)]
-    problems = []
+    problems, free = [], SHARED_MEMORY_NEEDED
     unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
     if unusable is not None:
         problems.append(unusable)
-    free = _free_shared_memory()
-    if free is not None and free < SHARED_MEMORY_NEEDED:
+    with contextlib.suppress(OSError):  # there is no /dev/shm
+        free = shutil.disk_usage("/dev/shm").free
+    if free < SHARED_MEMORY_NEEDED:
         problems.append(
             f"/dev/shm has {free // 2**20} MB free, the models need {SHARED_MEMORY_NEEDED // 2**20}"
             " MB: free some, or start the container with --shm-size=1g"
         )
     return found.source, problems
-
-
-def _problem(look: Callable[[], Any]) -> tuple[str, ...]:
-    try:
-        look()
-    except TwoTowerError as problem:
-        return (str(problem),)
-    return ()
 
 
 def _version(distribution: str) -> str | None:
@@ -189,10 +186,3 @@ def _gpus() -> tuple[dict[str, str], ...]:
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line]
     return tuple(dict(zip(GPU_FIELDS, row, strict=False)) for row in rows)
-
-
-def _free_shared_memory() -> int | None:
-    try:
-        return shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return None

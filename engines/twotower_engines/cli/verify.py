@@ -61,12 +61,9 @@ def verify_engine_set(
 def main() -> None:
     """Run the command with the exit codes of the `twotower` command line."""
     try:
-        verify_engine_set.main(prog_name="twotower verify", standalone_mode=False)
+        verify_engine_set.main(prog_name="twotower verify")
     except TwoTowerError as problem:
         print(f"error: {problem}", file=sys.stderr)
-        sys.exit(problem.exit_code)
-    except click.ClickException as problem:
-        problem.show()
         sys.exit(problem.exit_code)
 
 
