@@ -79,8 +79,6 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
     """Return the exception that a failed call stands for.
 
     Args:
-        problem: The `grpc.RpcError`.
-        url: Address of the server.
         started: Whether a part of the answer had arrived.
     """
     import grpc

@@ -20,6 +20,7 @@ from twotower_contract.errors import CheckpointError, listed
 from twotower_contract.json_file import read_json
 from twotower_contract.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
 from twotower_contract.shards import STORED_DTYPES, Shard, TensorEntry, read_shard, refuse_dangling
+from twotower_export import hub
 from twotower_export.tokens import eos_token_ids
 
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -170,8 +171,6 @@ def _locate(
     source: str | Path, revision: str | None, local_only: bool
 ) -> tuple[Path, tuple[str | None, str | None], list[str]]:
     """The folder, its (hub id, commit), and warnings; downloads a hub id."""
-    from twotower_export import hub
-
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder.resolve(), hub.cached_identity(folder), _check_revision(folder, revision)
@@ -194,8 +193,6 @@ def _locate(
 
 def _check_revision(folder: Path, revision: str | None) -> list[str]:
     """Refuse a folder of another revision than was asked for; warnings about an unknown one."""
-    from twotower_export import hub
-
     commit = hub.cached_identity(folder)[1]
     if revision is None and commit is None:
         return [

@@ -94,7 +94,6 @@ def build(
     as_json: bool,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
-    from twotower_contract.errors import TwoTowerError
     from twotower_engines.building.build import BuildOptions
     from twotower_engines.planning.sku_lookup import resolve_skus
 

@@ -142,7 +142,7 @@ class Acceptance:
             raise PlanError(f"acceptance of {task!r} was not measured, only of {measured}")
         inside = min(max(threshold, curve[0][0]), curve[-1][0])
         moved = _interpolate(base, threshold) - _interpolate(base, inside)
-        return _logistic(_interpolate(curve, inside) + moved)
+        return 1.0 / (1.0 + math.exp(-_interpolate(curve, inside) - moved))
 
     def calls(self, task: str, threshold: float, steps: int = STEPS) -> Calls:
         """Return how many calls a block of 16 takes.
@@ -155,7 +155,7 @@ class Acceptance:
     def _curve(self, task: str) -> list[tuple[float, float]]:
         """Return (threshold, logit of the rate) of a task, by threshold."""
         return sorted(
-            (one.threshold, _logit(one.burst_rate))
+            (one.threshold, math.log(one.burst_rate / (1.0 - one.burst_rate)))
             for one in self.measurements
             if one.task == task and one.burst_rate is not None
         )
@@ -219,11 +219,3 @@ def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
         if left <= x <= right:
             return low + (high - low) * (x - left) / (right - left)
     return points[0][1]
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1.0 - p))
-
-
-def _logistic(x: float) -> float:
-    return 1.0 / (1.0 + math.exp(-x))

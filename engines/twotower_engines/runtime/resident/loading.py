@@ -37,8 +37,6 @@ def open_resident_runtime(
     Args:
         engines: An engine set of flavour `tensorrt` or `tensorrt-rtx`, which says on which GPU each
             of its towers runs.
-        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
-        progress: Receives the weights that are uploaded and the calls that are prepared.
 
     Raises:
         RuntimeLoadError: The package, the GPU, its driver or its memory is not what is needed.
