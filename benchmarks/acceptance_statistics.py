@@ -22,10 +22,20 @@ from typing import Any
 import numpy as np
 
 from twotower_contract.atomic import write_text
-from twotower_engines.planning.acceptance import fit_burst_rate
+from twotower_engines.planning.acceptance import calls_per_block
 
 BLOCK = 16
 FITTED_STEPS = 16
+
+
+def fit_burst_rate(tokens_per_call: float, block: int = BLOCK, steps: int = FITTED_STEPS) -> float:
+    """Return the burst rate at which a block takes so many tokens per call, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        is_slow = calls_per_block(block, steps, middle).tokens_per_call < tokens_per_call
+        low, high = (middle, high) if is_slow else (low, middle)
+    return (low + high) / 2
 
 
 def group(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,13 +29,14 @@ import numpy as np
 import torch
 
 from tests.support import TWOTOWER
+from tests.support.torch_generation import load_towers
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_export.reference.refinement import Rule, refine
-from twotower_export.reference.towers import advance_states, empty_states, load_towers
+from twotower_export.reference.towers import advance_states, empty_states
 from twotower_export.tiny.corpus import documents
 
 RESULTS = Path(__file__).with_name("results")
@@ -62,7 +63,7 @@ def build(folder: Path) -> tuple[Path, EngineSet]:
 def pytorch_answers(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Callable[[], Answers]:
     """The reference loop: one request, one block, one step after the other."""
     torch.set_num_threads(1)  # its faster setting: two threads wait for each other at every op
-    towers = load_towers(checkpoint, torch.float32)
+    towers = load_towers(checkpoint)
     mask_id = towers.config.mask_token_id
 
     @torch.no_grad()

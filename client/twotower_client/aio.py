@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
@@ -27,21 +26,11 @@ from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_contract.options import Options
 
-__all__ = ["AsyncAnswerStream", "AsyncTwoTowerClient"]
-
 
 class AsyncTwoTowerClient(ClientCore):
     """A connection to a Triton server that serves a TwoTower model, for asyncio.
 
-    Args:
-        url: `host:port` of the server's gRPC endpoint.
-        timeout: Seconds that a whole answer may take, where a call does not say otherwise.
-        inactivity_timeout: Seconds that may pass without anything new.
-        credentials: Credentials for TLS, from `grpc.ssl_channel_credentials`; None for no
-            encryption.
-
-    Raises:
-        RequestRefusedError: `url` is no `host:port`, or a timeout is not positive.
+    Arguments and errors are those of `TwoTowerClient`, here and of each method.
     """
 
     _channels = grpc.aio
@@ -54,17 +43,7 @@ class AsyncTwoTowerClient(ClientCore):
         timeout: float | None = None,
         **options: Unpack[Options],
     ) -> Answer:
-        """Return a whole answer. Cancelling the task stops the request on the server.
-
-        Args:
-            prompt: Text to continue.
-            prompt_ids: Token ids to continue, instead of text.
-            timeout: Seconds for the whole answer; the client's, where not given.
-            **options: Options of the request; see `Options`.
-
-        Raises:
-            ClientError: One of its subclasses; each says what to do.
-        """
+        """Return a whole answer. Cancelling the task stops the request on the server."""
         async with self.stream(prompt, prompt_ids=prompt_ids, timeout=timeout, **options) as stream:
             return await stream.answer()
 
@@ -79,15 +58,6 @@ class AsyncTwoTowerClient(ClientCore):
         """Return an async iterator over the blocks of an answer, each as soon as it is committed.
 
         Use it in an `async with` statement, or exhaust it.
-
-        Args:
-            prompt: Text to continue.
-            prompt_ids: Token ids to continue, instead of text.
-            timeout: Seconds for the whole answer; the client's, where not given.
-            **options: Options of the request; see `Options`.
-
-        Raises:
-            RequestRefusedError: At once, where no server could do this.
         """
         return AsyncAnswerStream(self, *self._request(prompt, prompt_ids, timeout, options))
 
@@ -102,13 +72,7 @@ class AsyncTwoTowerClient(ClientCore):
         return True
 
     async def check_ready(self) -> None:
-        """Return if the model is ready.
-
-        Raises:
-            ServerUnavailableError: No server answers.
-            ModelNotReadyError: The server does not serve the model.
-            RequestRefusedError: This client was closed.
-        """
+        """Return if the model is ready."""
         self._check_open()
         try:
             response = await self._stub.ModelReady(READY_REQUEST, timeout=LOOK_SECONDS)
@@ -118,16 +82,7 @@ class AsyncTwoTowerClient(ClientCore):
             raise not_ready(self.url, "")
 
     async def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """Wait until the model is ready.
-
-        Args:
-            timeout: Seconds to wait at most.
-
-        Raises:
-            ServerUnavailableError: No server answered for that long.
-            ModelNotReadyError: The server did not serve the model for that long.
-            RequestRefusedError: This client was closed.
-        """
+        """Wait until the model is ready, for `timeout` seconds at most."""
         end = time.monotonic() + timeout
         while True:
             try:
@@ -145,12 +100,7 @@ class AsyncTwoTowerClient(ClientCore):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def _open_call(self, request: Any, timeout: float) -> Any:
@@ -165,10 +115,7 @@ class AsyncTwoTowerClient(ClientCore):
 class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
     """The blocks of one answer as they arrive, made by `AsyncTwoTowerClient.stream`.
 
-    Attributes:
-        request_id: Name of the request on the server.
-        prompt_ids: Token ids of the prompt as the server saw it; empty before the first block.
-        blocks: Blocks that have arrived.
+    Attributes and errors are those of `AnswerStream`.
     """
 
     def __init__(self, client: AsyncTwoTowerClient, request: Any, timeout: float) -> None:
@@ -180,11 +127,7 @@ class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
         self._arrived: asyncio.Queue[Any] = asyncio.Queue()
 
     async def __anext__(self) -> Block:
-        """Wait for the next block.
-
-        Raises:
-            ClientError: One of its subclasses. The stream has ended then.
-        """
+        """Wait for the next block."""
         if not self._goes_on():
             raise StopAsyncIteration
         block = None
@@ -202,11 +145,7 @@ class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
         return block
 
     async def answer(self) -> Answer:
-        """Wait for the rest and return the whole answer.
-
-        Raises:
-            ClientError: One of its subclasses.
-        """
+        """Wait for the rest and return the whole answer."""
         async for _ in self:
             pass
         return self._answer()
@@ -219,12 +158,7 @@ class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.cancel()
 
     async def _wait(self) -> Any:

@@ -22,15 +22,15 @@ from twotower_client.streams import add_options, flush_output, open_closed, say_
 from twotower_contract.logfile import is_verbose
 from twotower_contract.processes import INTERRUPTED, interruptible
 
-__all__ = ["EXTRAS_OF_MODULE", "VERBS", "Verb", "cli", "main"]
-
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: the module and name of its command, its line in the list, and the extra it needs."""
+    """A verb: the module of its command, its line in the list, and the extra that it needs.
+
+    The command has the verb's name in its module.
+    """
 
     module: str
-    attribute: str
     summary: str
     extra: str | None = None
 
@@ -38,85 +38,50 @@ class Verb:
 # In the order in which a newcomer meets them.
 VERBS: dict[str, Verb] = {
     "demo": Verb(
-        "twotower_client.demo_cli",
-        "demo",
-        "Walk the whole path below with a small checkpoint.",
-        "serve",
+        "twotower_client.demo_cli", "Walk the whole path below with a small checkpoint.", "serve"
     ),
     "tiny": Verb(
-        "twotower_export.cli.tiny",
-        "tiny",
-        "Write a small checkpoint in the released layout.",
-        "reference",
+        "twotower_export.cli.tiny", "Write a small checkpoint in the released layout.", "reference"
     ),
     "inspect": Verb(
         "twotower_export.cli.export",
-        "inspect_command",
         "Show the contents of a checkpoint, bundle or engine set.",
         "export",
     ),
     "export": Verb(
-        "twotower_export.cli.export",
-        "export_command",
-        "Write a checkpoint's graphs as a bundle.",
-        "export",
+        "twotower_export.cli.export", "Write a checkpoint's graphs as a bundle.", "export"
     ),
     "golden": Verb(
         "twotower_export.cli.golden",
-        "golden",
         "Compute the answer that engines must give in the self-test.",
         "reference",
     ),
     "plan": Verb(
-        "twotower_engines.cli.plan",
-        "plan",
-        "Estimate which GPUs a model fits on, and its speed.",
+        "twotower_engines.cli.plan", "Estimate which GPUs a model fits on, and its speed."
     ),
     "build": Verb(
-        "twotower_engines.cli.build",
-        "build",
-        "Build a bundle's engines for one or more SKUs.",
-        "build",
+        "twotower_engines.cli.build", "Build a bundle's engines for one or more SKUs.", "build"
     ),
     "verify": Verb(
         "twotower_export.cli.verify",
-        "verify",
         "Compare engines with a reference, output by output.",
         "reference",
     ),
-    "run": Verb(
-        "twotower_engines.cli.run",
-        "run",
-        "Generate on this machine, without a server.",
-        "build",
-    ),
+    "run": Verb("twotower_engines.cli.run", "Generate on this machine, without a server.", "build"),
     "selftest": Verb(
         "twotower_engines.cli.self_test",
-        "selftest",
         "Check engines with a prompt whose answer is known.",
         "build",
     ),
     "package": Verb(
-        "twotower_engines.cli.serve",
-        "package",
-        "Write a Triton model repository for an engine set.",
-        "serve",
+        "twotower_engines.cli.serve", "Write a Triton model repository for an engine set.", "serve"
     ),
     "serve": Verb(
-        "twotower_engines.cli.serve",
-        "serve",
-        "Run a Triton server on a model repository.",
-        "serve",
+        "twotower_engines.cli.serve", "Run a Triton server on a model repository.", "serve"
     ),
-    "generate": Verb(
-        "twotower_client.generate_cli",
-        "generate",
-        "Ask a running server for an answer.",
-    ),
+    "generate": Verb("twotower_client.generate_cli", "Ask a running server for an answer."),
     "doctor": Verb(
-        "twotower_engines.cli.doctor",
-        "doctor",
-        "Report what works on this machine and what is missing.",
+        "twotower_engines.cli.doctor", "Report what works on this machine and what is missing."
     ),
     "cache": Verb(
         "twotower_engines.cli.cache",
@@ -124,10 +89,7 @@ VERBS: dict[str, Verb] = {
         "List or delete what is kept to be found again.",
     ),
     "kernels": Verb(
-        "twotower_engines.cli.kernels",
-        "kernels",
-        "Compile our GPU kernels and list what they use.",
-        "kernels",
+        "twotower_engines.cli.kernels", "Compile our GPU kernels and list what they use.", "kernels"
     ),
 }
 
@@ -183,9 +145,9 @@ class LazyGroup(click.Group):
         verb = VERBS.get(cmd_name)
         if verb is None:
             return None
-        command = getattr(importlib.import_module(verb.module), verb.attribute)
+        command = getattr(importlib.import_module(verb.module), cmd_name)
         if not isinstance(command, click.Command):
-            raise TypeError(f"{verb.module}:{verb.attribute} is no click command")
+            raise TypeError(f"{verb.module}:{cmd_name} is no click command")
         return add_options(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -10,7 +10,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
@@ -22,8 +21,6 @@ from twotower_client.request import stop_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_contract.options import Options
-
-__all__ = ["AnswerStream", "TwoTowerClient"]
 
 
 class TwoTowerClient(ClientCore):
@@ -148,12 +145,7 @@ class TwoTowerClient(ClientCore):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_call(self, request: Any, timeout: float) -> Any:
@@ -223,12 +215,7 @@ class AnswerStream(StreamCore, Iterator[Block]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cancel()
 
     def __del__(self) -> None:

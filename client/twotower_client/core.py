@@ -14,22 +14,22 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from twotower_client.connection import channel_options, check_address, check_seconds, closed
-from twotower_client.errors import ClientError, DeadlineError, RequestCancelledError
+from twotower_client.errors import (
+    ClientError,
+    DeadlineError,
+    RequestCancelledError,
+    RequestFailedError,
+)
 from twotower_client.request import MODEL, infer_request
 from twotower_client.response import (
-    answer_of,
     block_of,
-    ended_early,
     error_of,
     error_of_rpc,
     prompt_ids_of,
     too_late,
-    unexplained,
 )
 from twotower_client.result import Answer, Block
 from twotower_contract.options import Options
-
-__all__ = ["READY_REQUEST", "ClientCore", "StreamCore", "needs_stop"]
 
 READY_REQUEST = service_pb2.ModelReadyRequest(name=MODEL)
 
@@ -75,18 +75,7 @@ class ClientCore:
 
 
 class StreamCore:
-    """One answer as far as it has arrived, and the reason why it ended.
-
-    Args:
-        client: Client that asks.
-        request: Message of the request.
-        timeout: Seconds that the whole answer may take.
-
-    Attributes:
-        request_id: Name of the request on the server.
-        prompt_ids: Token ids of the prompt as the server saw it; empty before the first block.
-        blocks: Blocks that have arrived.
-    """
+    """One answer as far as it has arrived, and the reason why it ended."""
 
     def __init__(self, client: ClientCore, request: Any, timeout: float) -> None:
         self.request_id: str = request.id
@@ -137,11 +126,15 @@ class StreamCore:
         if self._ended is not None:  # cancelled while we waited
             raise self._ended
         if item is None:
-            raise ended_early()
+            raise RequestFailedError(
+                "the server ended the answer without saying why; its log may tell"
+            )
         if isinstance(item, grpc.RpcError):
             raise error_of_rpc(item, self._url, started=bool(self.blocks))
         if item.error_message:
-            raise error_of(item.error_message) or unexplained(item.error_message)
+            raise error_of(item.error_message) or RequestFailedError(
+                f"the server answered with an error: {item.error_message}"
+            )
         if not item.infer_response.outputs:
             return None
         self.prompt_ids = self.prompt_ids or prompt_ids_of(item.infer_response)
@@ -150,8 +143,19 @@ class StreamCore:
         return block
 
     def _answer(self) -> Answer:
-        """Return the whole answer once it is complete."""
-        return answer_of(self.request_id, self.prompt_ids, self.blocks)
+        """Put the blocks together once the answer is complete."""
+        last = self.blocks[-1]
+        return Answer(
+            text="".join(block.text for block in self.blocks),
+            prompt_ids=self.prompt_ids,
+            ids=tuple(token for block in self.blocks for token in block.ids),
+            blocks=tuple(self.blocks),
+            finish_reason=last.finish_reason or "",
+            denoiser_calls=last.denoiser_calls,
+            context_calls=last.context_calls,
+            seconds=last.seconds,
+            request_id=self.request_id,
+        )
 
 
 def needs_stop(problem: ClientError) -> bool:

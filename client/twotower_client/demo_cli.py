@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from twotower_client.result import Answer
 
-__all__ = ["demo"]
-
 MARK = ".twotower-demo"
 MAX_NEW_TOKENS = 2048  # with as long a prompt, what the engines hold: 4096 tokens
 MAX_PROMPT_BYTES = 2048  # no token is shorter than a byte

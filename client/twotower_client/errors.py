@@ -9,18 +9,6 @@ from __future__ import annotations
 
 from twotower_contract.errors import TwoTowerError
 
-__all__ = [
-    "ClientError",
-    "DeadlineError",
-    "InactivityError",
-    "ModelNotReadyError",
-    "RequestCancelledError",
-    "RequestFailedError",
-    "RequestRefusedError",
-    "ServerBusyError",
-    "ServerUnavailableError",
-]
-
 
 class ClientError(TwoTowerError):
     """Base of everything that a client raises on purpose."""

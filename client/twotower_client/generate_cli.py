@@ -18,8 +18,6 @@ from twotower_contract.command_line import (
     warn_of_mask,
 )
 
-__all__ = ["generate"]
-
 MASK_ID = 3  # of the released model; a server does not say which it is
 
 EPILOG = f"""\b

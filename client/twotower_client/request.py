@@ -12,8 +12,6 @@ import numpy as np
 from twotower_client.errors import RequestRefusedError
 from twotower_contract.options import INPUTS, OPTIONS, Options, Wire, ids_refusal, refusal
 
-__all__ = ["MODEL", "check_options", "infer_request", "stop_request"]
-
 MODEL = "twotower"
 DTYPES: dict[Wire, type[np.generic]] = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
 

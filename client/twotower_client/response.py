@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from twotower_client.connection import proxy_of
@@ -18,21 +17,7 @@ from twotower_client.errors import (
     ServerUnavailableError,
 )
 from twotower_client.request import MODEL
-from twotower_client.result import Answer, Block
-
-__all__ = [
-    "answer_of",
-    "block_of",
-    "cancelled",
-    "ended_early",
-    "error_of",
-    "error_of_readiness",
-    "error_of_rpc",
-    "not_ready",
-    "prompt_ids_of",
-    "too_late",
-    "unexplained",
-]
+from twotower_client.result import Block
 
 REFUSED = "request refused: "  # how our refusals begin; Triton puts the ensemble's name before
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
@@ -49,11 +34,7 @@ Tensor = Literal["output_ids", "prompt_ids", "masked_counts", "denoiser_calls", 
 
 
 def block_of(response: Any, seconds: float) -> Block:
-    """Read one response of a stream.
-
-    Args:
-        response: A `ModelInferResponse` that holds outputs.
-        seconds: Seconds since the request was sent.
+    """Read one response of a stream, which holds outputs and came so long after the request.
 
     Raises:
         ClientError: The server says that the answer ends here without being complete.
@@ -99,8 +80,6 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
     """Return the exception that a failed call stands for.
 
     Args:
-        problem: The `grpc.RpcError`.
-        url: Address of the server.
         started: Whether a part of the answer had arrived.
     """
     import grpc
@@ -171,19 +150,9 @@ def too_late(timeout: float, left: float, inactivity_timeout: float, blocks: int
     )
 
 
-def ended_early() -> RequestFailedError:
-    """Return the exception for an answer that stops without a reason."""
-    return RequestFailedError("the server ended the answer without saying why; its log may tell")
-
-
 def cancelled() -> RequestCancelledError:
     """Return the exception for an answer that its caller stopped."""
     return RequestCancelledError("the request was cancelled before its answer was complete")
-
-
-def unexplained(message: str) -> RequestFailedError:
-    """Return the exception for an error message of Triton's own."""
-    return RequestFailedError(f"the server answered with an error: {message}")
 
 
 def not_ready(url: str, details: str) -> ModelNotReadyError:
@@ -191,22 +160,6 @@ def not_ready(url: str, details: str) -> ModelNotReadyError:
     return ModelNotReadyError(
         f"the server at {url} runs, but its model `{MODEL}` is not ready{details}; wait until it "
         "is loaded, or check that this server was given a repository of `twotower package`"
-    )
-
-
-def answer_of(request_id: str, prompt_ids: tuple[int, ...], blocks: Sequence[Block]) -> Answer:
-    """Put the blocks of an answer together; the last one has a finish reason."""
-    last = blocks[-1]
-    return Answer(
-        text="".join(block.text for block in blocks),
-        prompt_ids=prompt_ids,
-        ids=tuple(token for block in blocks for token in block.ids),
-        blocks=tuple(blocks),
-        finish_reason=last.finish_reason or "",
-        denoiser_calls=last.denoiser_calls,
-        context_calls=last.context_calls,
-        seconds=last.seconds,
-        request_id=request_id,
     )
 
 

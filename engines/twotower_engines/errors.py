@@ -2,16 +2,6 @@
 
 from twotower_contract.errors import TwoTowerError
 
-__all__ = [
-    "BuildError",
-    "GenerationError",
-    "PlanError",
-    "RequestError",
-    "RuntimeLoadError",
-    "ServingError",
-    "TokenizerError",
-]
-
 
 class RequestError(TwoTowerError):
     """A generation request was refused before any work started."""

@@ -14,15 +14,6 @@ from typing import Any
 
 from twotower_contract.options import MODES, OPTIONS, Option
 
-__all__ = [
-    "JSON_HELP",
-    "Outcome",
-    "given_options",
-    "read_prompt",
-    "request_options",
-    "warn_of_mask",
-]
-
 JSON_HELP = """With --json one object is printed at
 the end: output_ids (the prompt included), text (of the new tokens), denoiser_calls, context_calls,
 blocks (for each block, the positions still masked before each denoiser call), seconds,

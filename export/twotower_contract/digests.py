@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["FileState", "file_sha256", "file_state"]
-
 PIECE_BYTES = 8 * 2**20
 
 FileState = Literal["ok", "changed", "missing"]

@@ -20,17 +20,6 @@ from twotower_contract.errors import EngineSetError
 from twotower_contract.json_file import Document, read_json, write_json
 from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 
-__all__ = [
-    "BUILD_FILE",
-    "BuildRecord",
-    "EngineFile",
-    "EngineSet",
-    "Limits",
-    "find_engine_sets",
-    "open_engine_set",
-    "write_build_record",
-]
-
 FORMAT = "twotower-engines"
 FORMAT_VERSION = 1
 BUILD_FILE = "build.json"

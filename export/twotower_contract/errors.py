@@ -9,16 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = [
-    "BundleError",
-    "CheckpointError",
-    "ConfigError",
-    "DryRunEndsError",
-    "EngineSetError",
-    "TwoTowerError",
-    "listed",
-]
-
 LISTED_AT_MOST = 10
 
 

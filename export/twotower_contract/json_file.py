@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 from twotower_contract.atomic import write_text
 from twotower_contract.errors import ConfigError, TwoTowerError
 
-__all__ = ["Document", "format_of", "parse_object", "read_json", "write_json"]
-
 T = TypeVar("T")
 
 
@@ -177,12 +175,7 @@ _READERS: Mapping[str, Callable[[Document, str], Any]] = {
 def read_json(
     path: Path, error: type[TwoTowerError] = ConfigError, remedy: str = "copy or download it again"
 ) -> Document:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-        error: The error class to raise.
-        remedy: End of every message: what to do.
+    """Read a JSON object; `Document` says what the arguments are.
 
     Raises:
         TwoTowerError: The file cannot be read, is not JSON, has a key twice, or holds no object.
@@ -207,8 +200,6 @@ def parse_object(
     Args:
         content: UTF-8.
         source: Beginning of every message, as `FILE:` or `FILE: its header`.
-        error: The error class to raise.
-        remedy: End of every message: what to do.
 
     Raises:
         TwoTowerError: It is not JSON, has a key twice, or is no object.

@@ -8,7 +8,7 @@ the experts of a layer are one input, `...mixer.experts.up_proj` [experts, width
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from twotower_contract.config import ModelConfig
@@ -79,8 +79,6 @@ def graph_weights(
     The denoiser's graph has its head, the time embedding and the tables of modulation as well.
 
     Args:
-        config: the model.
-        tower: which graph.
         base: take the sources' names from the single-tower base checkpoint. Inputs keep theirs.
     """
     if base and tower != "context":
@@ -89,7 +87,10 @@ def graph_weights(
     if tower == "denoiser":
         weights |= dict(_time_conditioning(config))
     if base:
-        return {name: _with_base_names(weight) for name, weight in weights.items()}
+        return {
+            name: replace(weight, sources=tuple(map(base_name, weight.sources)))
+            for name, weight in weights.items()
+        }
     return weights
 
 
@@ -153,10 +154,6 @@ def _time_conditioning(config: ModelConfig) -> Iterator[tuple[str, WeightSource]
 
 def _as_is(name: str, *shape: int) -> tuple[str, WeightSource]:
     return name, WeightSource("as_is", shape, (name,))
-
-
-def _with_base_names(weight: WeightSource) -> WeightSource:
-    return WeightSource(weight.how, weight.shape, tuple(map(base_name, weight.sources)))
 
 
 def base_name(name: str) -> str:

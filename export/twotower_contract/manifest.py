@@ -20,18 +20,6 @@ from twotower_contract.json_file import Document, read_json, write_json
 from twotower_contract.layout import TOWERS, Tower, WeightSource, expected_tensors
 from twotower_contract.shards import ITEM_SIZES, STORED_DTYPES, Shard, TensorEntry
 
-__all__ = [
-    "FORMAT",
-    "MANIFEST_FILE",
-    "CheckpointSource",
-    "GraphFile",
-    "Manifest",
-    "WeightInput",
-    "manifest_of_file",
-    "read_manifest",
-    "write_manifest",
-]
-
 FORMAT: Final = "twotower-bundle"
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"

@@ -14,8 +14,6 @@ from twotower_contract.errors import listed
 from twotower_contract.layout import HEADS
 from twotower_contract.shards import Shard, TensorEntry
 
-__all__ = ["form", "moved_tensors"]
-
 
 def moved_tensors(
     recorded: Mapping[str, TensorEntry],
@@ -23,13 +21,9 @@ def moved_tensors(
     found: Mapping[str, TensorEntry],
     found_shards: Sequence[Shard],
 ) -> str | None:
-    """Return what happened to the tensors; None where more than their places changed, or nothing.
+    """Return what happened to a manifest's tensors in the checkpoint that was found.
 
-    Args:
-        recorded: The manifest's tensors by name.
-        shards: The manifest's shards.
-        found: A checkpoint's tensors by name.
-        found_shards: Its shards.
+    None where more than their places changed, or nothing.
     """
     if {name: form(entry) for name, entry in recorded.items()} != {
         name: form(entry) for name, entry in found.items()

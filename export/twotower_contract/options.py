@@ -16,19 +16,6 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 from twotower_contract.policies import BOUND_POLICIES, POLICY_NAMES
 
-__all__ = [
-    "INPUTS",
-    "MODES",
-    "OPTIONS",
-    "Mode",
-    "Option",
-    "Options",
-    "RequestOptions",
-    "Wire",
-    "ids_refusal",
-    "refusal",
-]
-
 Mode = Literal["mask_diffusion", "mock_ar", "ar"]
 MODES: tuple[str, ...] = get_args(Mode)
 DRAWING = ("ar", "mock_ar")  # they draw tokens on the host, one at a time

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["BOUND_POLICIES", "POLICIES", "POLICY_NAMES"]
-
 POLICIES = {"threshold": 0, "quota": 1, "factor": 2, "entropy": 3, "leftmost": 4}
 """Number of each refinement policy in the denoiser's input `policy`."""
 

@@ -31,11 +31,7 @@ IMPLEMENTED: Final[dict[str, tuple[Any, ...]]] = {
 
 
 def check_settings(values: Mapping[str, Any], source: str) -> None:
-    """Refuse a setting under which the towers would compute something else.
-
-    Args:
-        values: a parsed `config.json`.
-        source: what to call it in messages.
+    """Refuse a setting of `config.json` under which the towers would compute something else.
 
     Raises:
         ConfigError: names the key, its value, and what is implemented.

@@ -23,18 +23,6 @@ from twotower_contract.errors import CheckpointError
 from twotower_contract.json_file import parse_object
 from twotower_contract.machine import read_at
 
-__all__ = [
-    "ITEM_SIZES",
-    "STORED_DTYPES",
-    "Shard",
-    "TensorEntry",
-    "named_sha256",
-    "read_header",
-    "read_shard",
-    "refuse_dangling",
-    "sample_digest",
-]
-
 ITEM_SIZES: Final[Mapping[str, int]] = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -116,7 +104,6 @@ def read_shard(path: Path, file: str, index: int) -> tuple[Shard, dict[str, Tens
     """Read one shard's header, check it against the file, and sample the content.
 
     Args:
-        path: The file.
         file: Its name relative to the checkpoint, as it stands in the manifest.
         index: Its place among the checkpoint's shards.
 

@@ -11,17 +11,6 @@ from typing import Final
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import BASE_PREFIX, HEADS, Tower, expected_tensors
 
-__all__ = [
-    "EXPERT_PARTS",
-    "MIXER_PARTS",
-    "PARTS",
-    "conv_bytes",
-    "kv_bytes_per_token",
-    "part_of",
-    "parts_of_tower",
-    "ssm_bytes",
-]
-
 PARTS: Final = (
     "embeddings",
     "mamba",

@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from twotower_contract.errors import BundleError, listed
-from twotower_contract.manifest import CheckpointSource, Manifest
+from twotower_contract.manifest import Manifest
 from twotower_contract.moved_tensors import form, moved_tensors
 from twotower_export.checkpoint import Checkpoint, Progress, fingerprint, with_full_digests
 
 
 def check_agreement(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that is not the bundle's.
-
-    Args:
-        manifest: the bundle's, as `read_manifest` gives it.
-        checkpoint: an open checkpoint.
 
     Raises:
         BundleError: it is another one; the message says what differs.
@@ -31,9 +27,11 @@ def check_agreement(manifest: Manifest, checkpoint: Checkpoint) -> None:
         )
     difference = _difference(manifest, checkpoint)
     if difference is not None:
+        source = manifest.checkpoint
+        name = f"{source.id}@{source.revision}" if source.id else source.path
         raise BundleError(
             f"{checkpoint.path}: is not the checkpoint of this bundle: {difference}; name the "
-            f"checkpoint that was exported ({_named(manifest.checkpoint)}), or export this one"
+            f"checkpoint that was exported ({name}), or export this one"
         )
 
 
@@ -41,11 +39,6 @@ def check_every_byte(
     manifest: Manifest, checkpoint: Checkpoint, progress: Progress | None = None
 ) -> None:
     """Refuse a checkpoint whose shards are not, byte for byte, those that were exported.
-
-    Args:
-        manifest: the bundle's.
-        checkpoint: one that agrees with it.
-        progress: told the megabytes that were hashed.
 
     Raises:
         BundleError: a digest is another one, or was not recorded at export.
@@ -98,7 +91,3 @@ def _changed_files(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{recorded.file} (sha256 {found.sha256}, at export {recorded.sha256})"
         elif recorded.sample_sha256 != found.sample_sha256:
             yield recorded.file
-
-
-def _named(source: CheckpointSource) -> str:
-    return f"{source.id}@{source.revision}" if source.id else str(source.path)

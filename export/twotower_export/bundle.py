@@ -61,11 +61,8 @@ def write_bundle(
     Nothing appears at `out` before everything is written.
 
     Args:
-        checkpoint: the open checkpoint.
-        out: folder of the bundle.
         towers: towers to export; all that the checkpoint has by default.
-        writing: whether to replace whatever is there, or to write nothing.
-        progress: told about each graph.
+        writing: Whether to replace whatever is there, or to write nothing.
 
     Returns:
         The manifest.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ from twotower_contract.errors import CheckpointError, listed
 from twotower_contract.json_file import read_json
 from twotower_contract.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
 from twotower_contract.shards import STORED_DTYPES, Shard, TensorEntry, read_shard, refuse_dangling
+from twotower_export import hub
 from twotower_export.tokens import eos_token_ids
 
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -101,8 +102,10 @@ def open_checkpoint(
     config = read_config(folder / CONFIG_FILE, mask_token_id=mask_token_id)
     config = replace(config, eos_token_ids=eos_token_ids(folder, config))
     shards, tensors = _read_shards(folder, progress)
-    base = _is_base(tensors)
-    held: tuple[Tower, ...] = ("context",) if base or _is_context_only(tensors) else TOWERS
+    prefixes = {name.partition(".")[0] for name in tensors}
+    base = BASE_PREFIX in prefixes and not {"context_tower", "denoiser_tower"} & prefixes
+    context_only = "context_tower" in prefixes and not {"denoiser_tower", "lm_head"} & prefixes
+    held: tuple[Tower, ...] = ("context",) if base or context_only else TOWERS
     if towers is not None and not set(towers) <= set(held):
         kind = "the single-tower base checkpoint" if base else "a checkpoint of one tower"
         raise CheckpointError(
@@ -137,10 +140,6 @@ def fingerprint(tensors: Mapping[str, TensorEntry]) -> str:
 def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkpoint:
     """The checkpoint with the sha256 of every shard, read from its first to its last byte.
 
-    Args:
-        checkpoint: an open checkpoint.
-        progress: told the megabytes that were hashed.
-
     Raises:
         CheckpointError: a shard's content is not what a Hugging Face cache names it by.
     """
@@ -172,8 +171,6 @@ def _locate(
     source: str | Path, revision: str | None, local_only: bool
 ) -> tuple[Path, tuple[str | None, str | None], list[str]]:
     """The folder, its (hub id, commit), and warnings; downloads a hub id."""
-    from twotower_export import hub
-
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder.resolve(), hub.cached_identity(folder), _check_revision(folder, revision)
@@ -196,8 +193,6 @@ def _locate(
 
 def _check_revision(folder: Path, revision: str | None) -> list[str]:
     """Refuse a folder of another revision than was asked for; warnings about an unknown one."""
-    from twotower_export import hub
-
     commit = hub.cached_identity(folder)[1]
     if revision is None and commit is None:
         return [
@@ -284,16 +279,6 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 f"{path}: {name} lies in {file!r}, which is no safetensors file of this folder"
             )
     return weight_map
-
-
-def _is_base(tensors: Iterable[str]) -> bool:
-    prefixes = {name.partition(".")[0] for name in tensors}
-    return BASE_PREFIX in prefixes and not {"context_tower", "denoiser_tower"} & prefixes
-
-
-def _is_context_only(tensors: Iterable[str]) -> bool:
-    prefixes = {name.partition(".")[0] for name in tensors}
-    return "context_tower" in prefixes and not {"denoiser_tower", "lm_head"} & prefixes
 
 
 def _check_tensors(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from twotower_contract.errors import TwoTowerError
 
-__all__ = ["HubError"]
-
 
 class HubError(TwoTowerError):
     """A checkpoint could not be fetched from the Hugging Face hub."""

@@ -53,7 +53,6 @@ def cached_reference(folder: Path, name: str) -> str | None:
     """Commit that a branch or tag had when a snapshot's cache was last updated.
 
     Args:
-        folder: a snapshot folder, as for `cached_identity`.
         name: for example `main`, or `refs/pr/1`.
 
     Returns:

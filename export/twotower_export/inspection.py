@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,31 +106,26 @@ def _bundle(
 def _engines(folder: Path, builds: Sequence[Path]) -> dict[str, Any]:
     """Engine sets, each with its state, and the models that they are of: usually one."""
     sets: list[dict[str, Any]] = []
-    models: list[dict[str, Any]] = []
+    models: dict[str, dict[str, Any]] = {}
     for opened in map(open_engine_set, builds):
         source = opened.manifest.checkpoint
         model = {
             "checkpoint": asdict(source) | {"path": str(source.path)},
             **_manifest(opened.manifest),
         }
-        keys = [_identity(one) for one in models]
-        if _identity(model) not in keys:
-            models.append(model)
-            keys.append(_identity(model))
-        number = keys.index(_identity(model))
+        # the same in these are engine sets of the same model
+        identity = ("fingerprint", "towers", "mask_token_id", "eos_token_ids")
+        key = str([model[name] for name in identity])
+        models.setdefault(key, model)
+        number = list(models).index(key)
         sets.append({"path": str(opened.folder), "model": number, "build": _build(opened)})
-    found = {
+    found: dict[str, Any] = {
         "kind": "engines",
         "path": str(folder.resolve()),
         "engines": sets,
-        "models": models,
+        "models": list(models.values()),
     }
-    return found if len(models) > 1 else found | models[0]
-
-
-def _identity(model: Mapping[str, Any]) -> list[Any]:
-    """What makes two engine sets ones of the same model."""
-    return [model[key] for key in ("fingerprint", "towers", "mask_token_id", "eos_token_ids")]
+    return found if len(models) > 1 else found | found["models"][0]
 
 
 def _build(opened: EngineSet) -> dict[str, Any]:

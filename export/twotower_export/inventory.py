@@ -84,31 +84,6 @@ class Inventory:
         """Bytes of one tower with its head; the denoiser's include the time conditioning."""
         return sum(part.bytes for part in self.parts if part.tower == tower)
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values that one token adds to a context."""
-        return kv_bytes_per_token(self.config, self.config.item_bytes)
-
-    @property
-    def ssm_bytes_per_sequence(self) -> int:
-        """SSM states of one sequence, in float32."""
-        return ssm_bytes(self.config)
-
-    @property
-    def conv_bytes_per_sequence(self) -> int:
-        """The newest raw columns of every convolution: one fewer than its kernel has."""
-        return conv_bytes(self.config, self.config.item_bytes)
-
-    @property
-    def state_bytes_per_sequence(self) -> int:
-        """Mamba states of one sequence."""
-        return self.ssm_bytes_per_sequence + self.conv_bytes_per_sequence
-
-    @property
-    def tokens_per_gigabyte(self) -> int | None:
-        """Context tokens whose keys and values fill 10^9 bytes; None without attention."""
-        return 10**9 // self.kv_bytes_per_token if self.kv_bytes_per_token else None
-
     def layer_parameters(self) -> dict[str, int]:
         """Parameters of one layer of each kind that there is, without its norm, and of one expert.
 
@@ -205,31 +180,28 @@ class Inventory:
     def as_json(self) -> dict[str, Any]:
         """Every figure, for programs; bytes and parameters are integers."""
         towers = dict.fromkeys(part.tower for part in self.parts)
+        c, item = self.config, self.config.item_bytes
+        token, ssm, conv = kv_bytes_per_token(c, item), ssm_bytes(c), conv_bytes(c, item)
         return {
             "parameters": self.parameters,
             "bytes": self.bytes,
             "dtypes": dict(self.dtypes),
             "towers": {tower: self._tower_as_json(tower) for tower in towers},
             "parameters_per_layer": self.layer_parameters(),
-            "kv_bytes_per_token": self.kv_bytes_per_token,
-            "kv_bytes_by_context": {n: n * self.kv_bytes_per_token for n in CONTEXTS},
-            "state_bytes_per_sequence": self.state_bytes_per_sequence,
-            "ssm_bytes_per_sequence": self.ssm_bytes_per_sequence,
-            "conv_bytes_per_sequence": self.conv_bytes_per_sequence,
-            "tokens_per_context_gigabyte": self.tokens_per_gigabyte,
-            "logits_bytes_per_block": BLOCK * self.config.vocab_size * 4,
+            "kv_bytes_per_token": token,
+            "kv_bytes_by_context": {n: n * token for n in CONTEXTS},
+            "state_bytes_per_sequence": ssm + conv,
+            "ssm_bytes_per_sequence": ssm,
+            "conv_bytes_per_sequence": conv,
+            "tokens_per_context_gigabyte": 10**9 // token if token else None,
+            "logits_bytes_per_block": BLOCK * c.vocab_size * 4,
         }
 
 
 def take_inventory(
     config: ModelConfig, tensors: Mapping[str, tuple[str, Sequence[int]]]
 ) -> Inventory:
-    """Sort tensors into parts.
-
-    Args:
-        config: the model.
-        tensors: stored dtype and shape by name.
-    """
+    """Sort tensors, stored dtype and shape by name, into parts."""
     counts: Counter[tuple[Tower, str]] = Counter()
     parameters: Counter[tuple[Tower, str]] = Counter()
     sizes: Counter[tuple[Tower, str]] = Counter()
@@ -265,8 +237,8 @@ class Fit:
     one_per_tower: tuple[str, ...]
 
 
-def fitting_skus(inventory: Inventory, context_tokens: int = 4096) -> Fit | None:
-    """GPUs whose memory holds the weights as stored and one context, with 5% left for workspace.
+def fitting_skus(inventory: Inventory) -> Fit | None:
+    """GPUs whose memory holds the weights as stored and 4,096 tokens, with 5% left for workspace.
 
     A first look: `twotower plan` counts the workspace and the slots.
 
@@ -277,7 +249,8 @@ def fitting_skus(inventory: Inventory, context_tokens: int = 4096) -> Fit | None
     if memory is None:
         return None
     memory = {name: round(size * (1 - WORKSPACE_SHARE)) for name, size in memory.items()}
-    context = inventory.state_bytes_per_sequence + context_tokens * inventory.kv_bytes_per_token
+    c, item = inventory.config, inventory.config.item_bytes
+    context = ssm_bytes(c) + conv_bytes(c, item) + CONTEXTS[0] * kv_bytes_per_token(c, item)
     towers = dict.fromkeys(part.tower for part in inventory.parts)
     largest = max(inventory.bytes_of_tower(tower) for tower in towers)
     one = tuple(name for name, size in memory.items() if inventory.bytes + context <= size)

@@ -60,11 +60,8 @@ def write_nemotron_h(
     needs room for the whole tower.
 
     Args:
-        checkpoint: an open checkpoint with a context tower.
-        out: folder to write.
         shard_bytes: most tensor bytes per file, unless a single tensor has more.
-        writing: whether to replace whatever is there, or to write nothing.
-        progress: told the megabytes that were copied.
+        writing: Whether to replace whatever is there, or to write nothing.
 
     Raises:
         BundleError: `out` holds something else, or the disk is too small.
@@ -72,7 +69,8 @@ def write_nemotron_h(
     what = "a checkpoint from --target tensorrt-llm"
     check_replaceable(out, what, _is_ours, BundleError, writing)
     writing.begin(out, what)
-    members = list(_members(checkpoint))
+    names = expected_tensors(checkpoint.config, ("context",), base=checkpoint.base)
+    members = [_Member(base_name(name), checkpoint.tensors[name]) for name in names]
     total = sum(member.bytes for member in members)
     with new_folder(out, BundleError) as folder:
         free = shutil.disk_usage(folder).free
@@ -107,11 +105,6 @@ def nemotron_h_config(checkpoint: Checkpoint) -> dict[str, Any]:
     ids = checkpoint.config.eos_token_ids
     values["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids)
     return dict(sorted(values.items()))
-
-
-def _members(checkpoint: Checkpoint) -> Iterator[_Member]:
-    for name in expected_tensors(checkpoint.config, ("context",), base=checkpoint.base):
-        yield _Member(base_name(name), checkpoint.tensors[name])
 
 
 def _write_shards(

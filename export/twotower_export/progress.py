@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-import time
-
-__all__ = ["LineMeter", "StepMeter"]
+from twotower_contract.progress import StatusLine
 
 
 class StepMeter:
-    """Progress on standard error: nothing for work that ends within two seconds.
-
-    On a terminal one line is redrawn; elsewhere a line appears every five seconds.
-    """
+    """Shows the steps that are done; in a log a line appears every five seconds."""
 
     def __init__(self) -> None:
-        self._start = self._drawn = time.monotonic()
+        self._line = StatusLine(log_seconds=5.0)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Draw, if it is time."""
-        now = time.monotonic()
-        terminal = sys.stderr.isatty()
-        if now - self._start < 2 or now - self._drawn < (0.1 if terminal else 5):
-            return
-        self._drawn = now
-        line = f"{what}: {done} of {total}, {now - self._start:.0f} s"
-        print(
-            f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr
-        )
-        sys.stderr.flush()
+        if self._line.is_due():
+            self._line.draw(f"{what}: {done} of {total}, {self._line.seconds:.0f} s")
 
     def finish(self) -> None:
         """Clear the line."""
-        if sys.stderr.isatty() and self._drawn != self._start:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._line.clear()
 
 
 class LineMeter:
@@ -45,15 +30,15 @@ class LineMeter:
     """
 
     def __init__(self, steps: int, seconds: float = 5.0) -> None:
-        self._steps, self._seconds = steps, seconds
-        self._done, self._said = 0, time.monotonic()
+        self._line = StatusLine(seconds, quiet_seconds=0.0)
+        self._steps, self._done = steps, 0
 
     def __call__(self, tower: str, loss: float) -> None:
         """Count a step of a tower, whose loss is in nats per token."""
         self._done += 1
-        if time.monotonic() - self._said >= self._seconds or self._done == self._steps:
-            self._said = time.monotonic()
-            print(
+        is_last = self._done == self._steps
+        if self._line.is_due(is_last=is_last):
+            self._line.draw(
                 f"training: step {self._done} of {self._steps}, {tower}, loss {loss:.2f}",
-                file=sys.stderr,
+                is_last=is_last,
             )

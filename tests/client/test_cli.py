@@ -90,7 +90,7 @@ def body():
 fake.build = click.command("build")(body)
 sys.modules["fake_verb"] = fake
 import twotower_client.cli as c
-c.VERBS["build"] = c.Verb("fake_verb", "build", "", "build")
+c.VERBS["build"] = c.Verb("fake_verb", "", "build")
 sys.argv = ["twotower", "build"]
 c.main()
 """

@@ -21,7 +21,7 @@ from twotower_export import bundle as bundle_module
 from twotower_export.agreement import check_agreement
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.cli.export import export_command, inspect_command
+from twotower_export.cli.export import export, inspect
 from twotower_export.tiny.checkpoints import tiny_config
 
 CONFIG = tiny_config("ME*", hidden=16)
@@ -309,34 +309,34 @@ FLOAT32_OF_HOLES = ("A_log", "mixer.D", "dt_bias", "e_score_correction_bias")
 class TestCommands:
     def test_export_says_what_it_did(self, tmp_path, checkpoint):
         arguments = [str(checkpoint.path), str(tmp_path / "bundle")]
-        result = CliRunner().invoke(export_command, [*arguments, "--json"])
+        result = CliRunner().invoke(export, [*arguments, "--json"])
         assert result.exit_code == 0, result.output
         found = json.loads(result.stdout)
         assert found["fingerprint"] == checkpoint.fingerprint
         assert found["towers"] == ["context", "denoiser"]
-        text = CliRunner().invoke(export_command, arguments).stdout
+        text = CliRunner().invoke(export, arguments).stdout
         assert "next: twotower build" in text
 
     def test_mask_and_towers_reach_the_manifest(self, tmp_path, checkpoint):
         arguments = [str(checkpoint.path), str(tmp_path / "b"), "--mask-token-id", "9"]
-        result = CliRunner().invoke(export_command, [*arguments, "--towers", "context"])
+        result = CliRunner().invoke(export, [*arguments, "--towers", "context"])
         assert result.exit_code == 0, result.output
         manifest = read_manifest(tmp_path / "b")
         assert (manifest.model.mask_token_id, manifest.towers) == (9, ("context",))
 
     def test_refusals_carry_exit_code_two(self, tmp_path):
-        result = CliRunner().invoke(export_command, [str(tmp_path), str(tmp_path / "b")])
+        result = CliRunner().invoke(export, [str(tmp_path), str(tmp_path / "b")])
         assert isinstance(result.exception, TwoTowerError)
         assert result.exception.exit_code == 2
 
     def test_inspect_bundle(self, bundle, checkpoint, tmp_path):
-        found = json.loads(CliRunner().invoke(inspect_command, [str(bundle), "--json"]).stdout)
+        found = json.loads(CliRunner().invoke(inspect, [str(bundle), "--json"]).stdout)
         assert found["kind"] == "bundle"
         assert found["checkpoint"]["state"] == "is there and unchanged"
         assert {graph["state"] for graph in found["graphs"]} == {"ok"}
         other = write_checkpoint(tmp_path / "other", CONFIG, random_tensors(CONFIG, 5))
         arguments = [str(bundle), "--checkpoint", str(other)]
-        result = CliRunner().invoke(inspect_command, arguments)
+        result = CliRunner().invoke(inspect, arguments)
         assert isinstance(result.exception, BundleError)
 
     def test_inspect_sees_a_changed_graph(self, tmp_path, checkpoint):
@@ -344,7 +344,7 @@ class TestCommands:
         with (tmp_path / "bundle/graphs/context.onnx").open("ab") as stream:
             stream.write(b"\0")
         (tmp_path / "bundle/graphs/refine.onnx").unlink()
-        output = CliRunner().invoke(inspect_command, [str(tmp_path / "bundle"), "--json"]).stdout
+        output = CliRunner().invoke(inspect, [str(tmp_path / "bundle"), "--json"]).stdout
         state = {graph["file"]: graph["state"] for graph in json.loads(output)["graphs"]}
         assert state["graphs/context.onnx"] == "changed"
         assert state["graphs/refine.onnx"] == "missing"

@@ -14,7 +14,7 @@ from twotower_contract.engine_set import BuildRecord, EngineFile, Limits
 from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
-from twotower_export.cli.export import export_command, inspect_command
+from twotower_export.cli.export import export, inspect
 from twotower_export.inspection import inspect_source
 from twotower_export.tiny.checkpoints import tiny_config
 from twotower_export.verification.target import open_target
@@ -24,14 +24,14 @@ CONFIG = tiny_config("ME*", hidden=16)
 
 def inspected(*arguments):
     """What the verb printed as JSON."""
-    result = CliRunner().invoke(inspect_command, [*map(str, arguments), "--json"])
+    result = CliRunner().invoke(inspect, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.exception
     return json.loads(result.stdout)
 
 
 def refused(*arguments):
     """The sentence that a refusal prints."""
-    result = CliRunner().invoke(inspect_command, [*map(str, arguments)])
+    result = CliRunner().invoke(inspect, [*map(str, arguments)])
     assert isinstance(result.exception, TwoTowerError), result.exception
     assert result.exception.exit_code == 2
     return str(result.exception)
@@ -84,7 +84,7 @@ def test_engines(tmp_path, bundle):
         for tower, plan in one["build"]["plans"].items():
             assert (plan["state"], plan["graph"]) == ("ok", "ok")
             assert plan["bytes"] == (engines / f"{tower}.onnx").stat().st_size
-    text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
+    text = CliRunner().invoke(inspect, [str(engines)]).stdout
     assert "profile all (least, usual, most): batch 1 to 4 to 16, tokens 1 to 16 to 256" in text
     assert "graph: 1,199 parsed layers, 3 inputs" in text
     assert "engine: its layers are not known, for a plan is opened on its GPU only" in text
@@ -96,7 +96,7 @@ def test_engine_as_its_builder_saw_it(tmp_path, bundle):
     engine = {"layers": 412, "types": {"gemm": 400, "kgen": 12}, "device_memory": 7_000_000_000}
     extra = {"reports": {"context": {"parsed": parsed, "engine": engine}}}
     engines = write_engines(tmp_path / "h200", bundle, sku="h200", extra=extra)
-    text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
+    text = CliRunner().invoke(inspect, [str(engines)]).stdout
     assert "engine: 412 layers (400 gemm, 12 kgen), 7 GB of device memory" in text
     assert "all of them: context.layers.json" in text
 
@@ -109,7 +109,7 @@ def test_engines_that_changed(tmp_path, bundle):
     plans = inspected(engines)["engines"][0]["build"]["plans"]
     assert (plans["context"]["state"], plans["context"]["graph"]) == ("changed", "unknown")
     assert (plans["denoiser"]["state"], plans["denoiser"]["graph"]) == ("missing", "changed")
-    text = CliRunner().invoke(inspect_command, [str(engines)]).stdout
+    text = CliRunner().invoke(inspect, [str(engines)]).stdout
     assert "denoiser: denoiser.onnx, missing, built from another graph than the manifest's" in text
 
 
@@ -128,7 +128,7 @@ def test_engine_sets_of_two_checkpoints_show_their_own_model(tmp_path, bundle):
     assert patterns == {"l4": "ME*", "l40s": "ME*", "t4": "MM"}
     assert len(found["models"]) == 2
     assert "model" not in found
-    text = CliRunner().invoke(inspect_command, [str(tmp_path / "engines")]).stdout
+    text = CliRunner().invoke(inspect, [str(tmp_path / "engines")]).stdout
     first, second = text.split("\nt4: engines")
     assert "engines of 2 models" in first
     assert "l4, l40s: engines, context and denoiser" in first
@@ -229,7 +229,7 @@ class TestFull:
 
     def test_export_records_on_demand(self, tmp_path, checkpoint):
         arguments = [str(checkpoint), str(tmp_path / "bundle"), "--full"]
-        assert CliRunner().invoke(export_command, arguments).exit_code == 0
+        assert CliRunner().invoke(export, arguments).exit_code == 0
         assert inspected(tmp_path / "bundle", "--full")["kind"] == "bundle"
 
     def test_checkpoint_alone(self, checkpoint):
@@ -266,21 +266,21 @@ class TestTensorRtLlm:
     @pytest.mark.parametrize("options", [["--towers", "both"], ["--full"]])
     def test_options_without_meaning(self, tmp_path, checkpoint, options):
         arguments = [str(checkpoint), str(tmp_path / "out"), "--target", "tensorrt-llm", *options]
-        result = CliRunner().invoke(export_command, arguments)
+        result = CliRunner().invoke(export, arguments)
         assert isinstance(result.exception, TwoTowerError)
         assert f"{' '.join(options)} means nothing with --target" in str(result.exception)
         assert not (tmp_path / "out").exists()
 
     def test_the_context_tower_may_be_named(self, tmp_path, checkpoint):
         arguments = [str(checkpoint), str(tmp_path / "out"), "--target", "tensorrt-llm"]
-        result = CliRunner().invoke(export_command, [*arguments, "--towers", "context"])
+        result = CliRunner().invoke(export, [*arguments, "--towers", "context"])
         assert result.exit_code == 0, result.exception
-        usage = CliRunner().invoke(export_command, ["--help"]).stdout
+        usage = CliRunner().invoke(export, ["--help"]).stdout
         assert "CHECKPOINT OUT" in usage
 
 
 def test_a_plain_folder_is_warned_about_by_export(tmp_path, checkpoint):
     arguments = [str(checkpoint), str(tmp_path / "bundle"), "--json"]
-    result = CliRunner().invoke(export_command, arguments)
+    result = CliRunner().invoke(export, arguments)
     assert f"warning: {checkpoint}: its revision is unknown" in result.stderr
     assert "its revision is unknown" in json.loads(result.stdout)["warnings"][0]

@@ -11,7 +11,7 @@ from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from tests.support.sparse_checkpoint import full_config
 from twotower_contract.layout import expected_tensors
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.cli.export import inspect_command
+from twotower_export.cli.export import inspect
 from twotower_export.inspection_text import report
 from twotower_export.inventory import fitting_skus, take_inventory
 from twotower_export.tiny.checkpoints import tiny_config
@@ -62,10 +62,11 @@ def test_parts(released, name, parameters, layers):
 
 
 def test_context_costs(released):
-    assert released.kv_bytes_per_token == 6144
-    assert released.tokens_per_gigabyte == 162_760
+    sizes = released.as_json()
+    assert sizes["kv_bytes_per_token"] == 6144
+    assert sizes["tokens_per_context_gigabyte"] == 162_760
     ssm, conv = 12_058_624 * 4, 23 * 6144 * 3 * 2  # three columns of history are kept
-    assert released.state_bytes_per_sequence == ssm + conv
+    assert sizes["state_bytes_per_sequence"] == ssm + conv
 
 
 def test_what_a_token_reads(released):
@@ -166,13 +167,13 @@ def test_no_table_of_gpus(released, monkeypatch):
 def test_inspect_adds_up_for_any_pattern(tmp_path, pattern):
     config = tiny_config(pattern, hidden=16)
     folder = write_checkpoint(tmp_path / "c", config, random_tensors(config))
-    result = CliRunner().invoke(inspect_command, [str(folder), "--json"])
+    result = CliRunner().invoke(inspect, [str(folder), "--json"])
     assert result.exit_code == 0, result.output
     sizes = json.loads(result.stdout)["sizes"]
     stored = sum(t.end - t.begin for t in open_checkpoint(folder).tensors.values())
     parts = [part for tower in sizes["towers"].values() for part in tower["parts"].values()]
     assert sizes["bytes"] == stored == sum(part["bytes"] for part in parts)
-    text = CliRunner().invoke(inspect_command, [str(folder)])
+    text = CliRunner().invoke(inspect, [str(folder)])
     assert text.exit_code == 0, text.output
     assert f"{sizes['bytes']:,}" in text.stdout
     if "*" not in pattern:
@@ -183,7 +184,7 @@ def test_inspect_of_the_base_checkpoint_counts_one_tower(tmp_path):
     config = tiny_config("ME*", hidden=16)
     tensors = random_tensors(config, towers=("context",), base=True)
     folder = write_checkpoint(tmp_path / "base", config, tensors)
-    found = json.loads(CliRunner().invoke(inspect_command, [str(folder), "--json"]).stdout)
+    found = json.loads(CliRunner().invoke(inspect, [str(folder), "--json"]).stdout)
     assert found["base"] is True
     assert list(found["sizes"]["towers"]) == ["context"]
     assert found["sizes"]["towers"]["context"]["parts"]["head"]["tensors"] == 1

@@ -17,13 +17,14 @@ from click.testing import CliRunner
 from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from tests.support.measured import run_measured
 from tests.support.sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
+from tests.support.torch_generation import load_towers
 from twotower_contract.errors import BundleError
 from twotower_contract.layout import base_name
 from twotower_export import nemotron_h
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.cli.export import export_command
+from twotower_export.cli.export import export
 from twotower_export.nemotron_h import write_nemotron_h
-from twotower_export.reference.towers import empty_states, load_towers
+from twotower_export.reference.towers import empty_states
 from twotower_export.tiny.checkpoints import tiny_config, write_random_checkpoint
 
 CONFIG = tiny_config("ME*", hidden=16)
@@ -55,7 +56,7 @@ def test_transformers_loads_it_and_agrees(tmp_path, pattern, dtype):
     assert type(theirs).__name__ == "NemotronHForCausalLM"
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not loading[problem], loading[problem]
-    towers = load_towers(tmp_path / "c", torch.float32)
+    towers = load_towers(tmp_path / "c")
     ids = torch.from_numpy(np.random.default_rng(1).integers(4, 700, (2, 23)))
     lengths, past = torch.full((2,), 23), torch.zeros(2, dtype=torch.long)
     with torch.no_grad():
@@ -144,7 +145,7 @@ def test_small_disk_is_refused_before_anything_is_copied(tmp_path, checkpoint, m
 
 def test_command_writes_it(tmp_path, checkpoint):
     arguments = [str(checkpoint.path), str(tmp_path / "out"), "--target", "tensorrt-llm", "--json"]
-    result = CliRunner().invoke(export_command, arguments)
+    result = CliRunner().invoke(export, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["towers"] == ["context"]
     assert open_checkpoint(tmp_path / "out").base

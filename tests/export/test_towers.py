@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.reference import ReferenceModel, generate_mask_diffusion, rounded_to_bfloat16
-from tests.support.torch_generation import generate
+from tests.support.torch_generation import generate, load_towers
 from twotower_contract.layout import expected_tensors
 from twotower_export.reference.mixers import selective_scan
 from twotower_export.reference.towers import (
@@ -16,7 +16,6 @@ from twotower_export.reference.towers import (
     Towers,
     advance_states,
     empty_states,
-    load_towers,
 )
 from twotower_export.tiny.checkpoints import random_tensors, tiny_config, write_random_checkpoint
 
@@ -68,7 +67,7 @@ def odd(tmp_path_factory):
     """A checkpoint of odd sizes, with its PyTorch towers and its independent model."""
     folder = tmp_path_factory.mktemp("odd")
     write_random_checkpoint(folder, "*EMME*M", hidden=22, seed=5, **ODD_SIZES)
-    return load_towers(folder, torch.float32), ReferenceModel.load(folder)
+    return load_towers(folder), ReferenceModel.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +147,7 @@ def test_unconditioned_step_is_the_mock_autoregressive_one(odd):
 def test_generation_of_both_models_agrees(tmp_path):
     """Token by token, also where a threshold lets several commit at once."""
     write_random_checkpoint(tmp_path, "ME*M", hidden=16, seed=3, logit_scale=8.0, vocab_size=280)
-    towers, model = load_towers(tmp_path, torch.float32), ReferenceModel.load(tmp_path)
+    towers, model = load_towers(tmp_path), ReferenceModel.load(tmp_path)
     prompts = [draw_ids(row, n, vocabulary=280).tolist() for row, n in enumerate((1, 2, 9, 30))]
     answers, _ = generate(towers, prompts, max_new_tokens=32, threshold=0.6)
     calls = 0

@@ -9,15 +9,15 @@ import torch
 from tokenizers import Tokenizer
 
 from tests.support.reference import ReferenceModel, generate_ar, generate_mask_diffusion
-from tests.support.torch_generation import END_ID, generate
+from tests.support.torch_generation import END_ID, generate, load_towers
 from twotower_contract.config import read_config
+from twotower_export.checkpoint import open_checkpoint
 from twotower_export.reference.towers import (
     ContextTower,
     Denoiser,
     Towers,
     advance_states,
     empty_states,
-    load_towers,
 )
 from twotower_export.tiny.checkpoints import copy_pretrained, tiny_config
 from twotower_export.tiny.corpus import fact_documents, story_documents, vocabulary, words
@@ -52,7 +52,7 @@ class Spoken:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         prompts = [tokenizer.encode(document.prompt).ids for document in documents]
         answers, self.tokens_per_call = generate(
-            load_towers(folder, torch.float32), prompts, max_new_tokens=112, ablate=ablate
+            load_towers(folder), prompts, max_new_tokens=112, ablate=ablate
         )
         self.ended = [answer[-1] == END_ID for answer in answers]
         self.texts = [tokenizer.decode(answer) for answer in answers]
@@ -117,7 +117,7 @@ def test_independent_model_says_the_same(folder, held_out, spoken):
     assert answer.finish_reason == "eos"
     said = new[: new.index(END_ID) + 1]
     assert tokenizer.decode(said) == spoken.texts[0]
-    _, tokens_per_call = generate(load_towers(folder, torch.float32), [prompt], max_new_tokens=128)
+    _, tokens_per_call = generate(load_towers(folder), [prompt], max_new_tokens=128)
     assert len(said) / answer.denoiser_calls == pytest.approx(tokens_per_call)
 
 
@@ -202,6 +202,5 @@ def test_a_trained_checkpoint_is_written_whole(tmp_path):
     recipe = Recipe(rows=1, context_steps=1, denoiser_steps=1)
     config = write_trained_checkpoint(tmp_path, "ME", 16, seed=9, recipe=recipe)
     assert read_config(tmp_path / "config.json") == config
-    towers = load_towers(tmp_path)
-    assert towers.context.context_lm_head.weight.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path).tensors.values()} == {"BF16"}
     assert "--pattern 'ME' --hidden 16 --seed 9" in (tmp_path / "README.md").read_text()

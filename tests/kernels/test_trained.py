@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import twotower_export
+from tests.support.torch_generation import load_towers
 from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
 from twotower_engines.kernels.refine import refine_block
 from twotower_export.reference.mixers import MambaMixer, SparseExperts, project
-from twotower_export.reference.towers import Towers, advance_states, empty_states, load_towers
+from twotower_export.reference.towers import Towers, advance_states, empty_states
 
 CHECKPOINT = Path(twotower_export.__file__).parent / "data" / "tiny"
 
@@ -100,7 +101,7 @@ def golden_answer(towers: Towers, golden: dict) -> tuple[list[int], int]:
 
 def test_the_golden_answer_with_kernels_for_all_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     golden = json.loads((CHECKPOINT / "golden.json").read_text(encoding="utf-8"))["golden"]
-    towers = load_towers(CHECKPOINT, torch.float32)
+    towers = load_towers(CHECKPOINT)
     monkeypatch.setattr(MambaMixer, "forward", mamba_kernel)
     monkeypatch.setattr(SparseExperts, "forward", experts_kernel)
     for module in towers.denoiser.modules():

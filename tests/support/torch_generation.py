@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from twotower_contract.config import read_config
+from twotower_export.reference.mapped import NamedTensors, load_tower
 from twotower_export.reference.towers import Towers, advance_states, empty_states
 
 MASK_ID, END_ID = 3, 2
+
+
+def load_towers(checkpoint: Path) -> Towers:
+    """Returns both towers of a checkpoint in float32."""
+    config, tensors = read_config(checkpoint / "config.json"), NamedTensors(checkpoint)
+    return Towers(config, *(load_tower(config, name, tensors) for name in ("context", "denoiser")))
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from twotower_contract.config import ModelConfig
 from twotower_contract.manifest import Manifest
 
-__all__ = ["DYNAMIC", "Interface", "TensorSpec", "differences", "interface_of"]
-
 DYNAMIC = -1
 """A size that is not known before a call, as TensorRT writes it."""
 
@@ -43,12 +41,7 @@ class Interface:
 
 
 def interface_of(manifest: Manifest, tower: str) -> Interface:
-    """Return the interface of a tower's engine in the checkpoint's dtype.
-
-    Args:
-        manifest: Of the bundle.
-        tower: `context` or `denoiser`.
-    """
+    """Return the interface of a tower's engine in the checkpoint's dtype."""
     model, dtype = manifest.model, COMPUTED[manifest.model.dtype]
     states = dict(_states(model, dtype))
     rows = {"ids": 2, "lengths": 1, "context_lengths": 1}

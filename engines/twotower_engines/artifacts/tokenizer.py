@@ -13,8 +13,6 @@ from typing import Any
 
 from twotower_engines.errors import TokenizerError
 
-__all__ = ["PREVIOUS_IDS", "TextStream", "Tokenizer", "added_text"]
-
 TOKENIZER_FILE = "tokenizer.json"
 INCOMPLETE = "\ufffd"  # what decoders put for bytes that are no character, or not yet
 # Tokens before a piece that its decoder is given. A character has at most four bytes, so at most
@@ -99,9 +97,6 @@ class TextStream:
     """The text of an answer as its ids arrive, where one process sees all of them.
 
     All pieces together are the text of all ids.
-
-    Args:
-        tokenizer: Of the model.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

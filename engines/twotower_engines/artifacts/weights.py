@@ -22,8 +22,6 @@ from twotower_contract.manifest import Manifest, WeightInput
 from twotower_contract.moved_tensors import moved_tensors
 from twotower_contract.shards import Shard, TensorEntry, read_shard
 
-__all__ = ["Progress", "WeightStore"]
-
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
@@ -99,12 +97,7 @@ class WeightStore:
     def all_float32(
         self, tower: str, progress: Progress | None = None
     ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Yield (name, array) of every weight input of a tower's graph, in the manifest's order.
-
-        Args:
-            tower: `context` or `denoiser`.
-            progress: Told after each weight.
-        """
+        """Yield (name, array) of every weight input of a tower's graph, in the manifest's order."""
         weights = self.manifest.weights[tower]
         total = 4 * sum(math.prod(weight.shape) for weight in weights.values())
         done = 0

@@ -45,8 +45,6 @@ from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanReque
 from twotower_engines.planning.precisions import BUILT, PRECISIONS
 from twotower_engines.planning.skus import Sku, known_skus
 
-__all__ = ["FLAVOURS", "BuildOptions", "build_engines"]
-
 FLAVOURS: dict[str, Flavour] = {
     flavour.name: flavour
     for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
@@ -92,10 +90,6 @@ def build_engines(
     """Build `ENGINES/<sku>`, unless it is there already and was built from the same.
 
     Args:
-        bundle: Folder that `twotower export` wrote.
-        engines: Folder of engine sets; the subfolder of the SKU's name is written.
-        options: Options of the build.
-        progress: Called with a tower and the state of its build.
         writing: Whether to build again what is there, or to write nothing.
 
     Returns:

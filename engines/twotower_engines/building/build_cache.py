@@ -25,8 +25,6 @@ from twotower_engines.artifacts.cache_root import in_cache
 from twotower_engines.building.flavours.flavour import layers_file
 from twotower_engines.errors import BuildError
 
-__all__ = ["CachedEngine", "EngineCache", "digest_of"]
-
 ENGINE_FILE = "plan"
 RECORD_FILE = "record.json"
 LAYERS_FILE = "layers.json"
@@ -61,12 +59,7 @@ class EngineCache:
 
     @contextlib.contextmanager
     def holding(self, keys: Iterable[str], waiting: Callable[[], None]) -> Iterator[None]:
-        """Keep other processes from building these keys; waits for one that does.
-
-        Args:
-            keys: Keys of the engines that may be built.
-            waiting: Function to call before a wait.
-        """
+        """Keep other processes from building these keys; waits for one that does."""
         locks = self.root / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:

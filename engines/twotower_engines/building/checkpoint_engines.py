@@ -27,8 +27,6 @@ from twotower_engines.artifacts.cache_root import cache_root, in_cache
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.errors import BuildError
 
-__all__ = ["cached_engines", "is_hub_id"]
-
 CONFIG_FILE = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 SKU = "cpu"

@@ -6,8 +6,6 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-__all__ = ["code_digest"]
-
 
 def code_digest(*patterns: str) -> str:
     """Return the sha256 in hex of the sources that some patterns name.

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from twotower_contract.atomic import Writing
     from twotower_engines.building.build import BuildOptions
 
-__all__ = ["build"]
-
 EPILOG = """\b
 Examples:
   twotower build bundle --sku cpu engines

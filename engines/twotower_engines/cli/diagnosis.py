@@ -11,14 +11,11 @@ import importlib.util
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.machine import cores, memory_bytes
-
-__all__ = ["Ability", "Examination", "examine"]
 
 # Distributions that somebody may ask about, in the order of the path from checkpoint to answer.
 DISTRIBUTIONS = (
@@ -141,7 +138,11 @@ def _missing_rtx() -> tuple[str, ...]:
     """Return what the TensorRT-RTX flavour says: it knows which packages bring it."""
     from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
 
-    return _problem(TensorRtRtxFlavour().versions)
+    try:
+        TensorRtRtxFlavour().versions()
+    except TwoTowerError as problem:
+        return (str(problem),)
+    return ()
 
 
 def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
@@ -159,14 +160,6 @@ def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
         problems.append(unusable)
     problems += filter(None, [refusal()])
     return found.source, problems
-
-
-def _problem(look: Callable[[], Any]) -> tuple[str, ...]:
-    try:
-        look()
-    except TwoTowerError as problem:
-        return (str(problem),)
-    return ()
 
 
 def _version(distribution: str) -> str | None:

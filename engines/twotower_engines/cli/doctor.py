@@ -11,8 +11,6 @@ import click
 if TYPE_CHECKING:
     from twotower_engines.cli.diagnosis import Examination
 
-__all__ = ["doctor"]
-
 EPILOG = """\b
 Examples:
   twotower doctor

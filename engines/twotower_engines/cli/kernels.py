@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from twotower_engines.kernels.compile import Compiled
     from twotower_engines.kernels.spec import KernelSpec
 
-__all__ = ["kernels"]
-
 LOG_SECONDS = 10.0  # between two lines where standard error is no terminal
 
 COLUMNS = (

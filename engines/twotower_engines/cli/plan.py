@@ -15,8 +15,6 @@ from twotower_engines.planning.plan_text import text_of_many, text_of_one
 from twotower_engines.planning.precisions import PRECISIONS
 from twotower_engines.planning.sku_lookup import resolve_skus
 
-__all__ = ["plan"]
-
 DEFAULT_CONTEXT = 8192
 
 

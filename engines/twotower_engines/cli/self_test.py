@@ -116,13 +116,10 @@ def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> 
         )
     build = engines.build
     versions = ", ".join(f"{name} {version}" for name, version in build.versions.items())
+    settings = ("mode", "max_new_tokens", "block_size", "steps", "threshold")
     golden: dict[str, Any] = {
         "prompt_ids": list(request.prompt_ids),
-        "mode": request.mode,
-        "max_new_tokens": request.max_new_tokens,
-        "block_size": request.block_size,
-        "steps": request.steps,
-        "threshold": request.threshold,
+        **{name: getattr(request, name) for name in settings},
         "output_ids": list(ids),
         "denoiser_calls": calls,
         "tokens_per_call": round(len(ids) / calls, 4) if calls else None,

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower_contract.processes import ENDING
+from twotower_contract.progress import StatusLine
 
 if TYPE_CHECKING:
     from twotower_engines.serving.server import TritonServer
-
-__all__ = ["package", "serve"]
 
 PACKAGE_EPILOG = """\b
 Examples:
@@ -184,25 +183,21 @@ class _Interrupted:
 
 
 class _Status:
-    """One line on standard error that is written over; plain lines where that is no terminal."""
+    """A line on how the server starts; in a log, without the seconds, which would fill it."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._line = StatusLine(log_seconds=0.0)
         self._said = ""
 
     def __call__(self, text: str) -> None:
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-            return
-        what = text.partition(" (")[0]  # without the seconds, which would fill a log
+        what = text if sys.stderr.isatty() else text.partition(" (")[0]
         if what != self._said:
             self._said = what
-            print(what, file=sys.stderr, flush=True)
+            self._line.draw(what)
 
     def clear(self) -> None:
         """Remove the line."""
-        if self._terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._line.clear()
 
 
 def _ready(server: TritonServer, seconds: float, as_json: bool) -> str:

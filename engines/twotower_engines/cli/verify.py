@@ -15,8 +15,6 @@ import click
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.processes import INTERRUPTED, interruptible
 
-__all__ = ["main", "verify_engine_set"]
-
 
 class VerificationError(TwoTowerError):
     """Something about an engine set is wrong."""
@@ -65,7 +63,7 @@ def main() -> None:
     """Run the command with the exit codes of the `twotower` command line."""
     interruptible()
     try:
-        verify_engine_set.main(prog_name="twotower verify", standalone_mode=False)
+        verify_engine_set.main(prog_name="twotower verify")
     except TwoTowerError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)

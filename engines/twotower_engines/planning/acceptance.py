@@ -27,16 +27,6 @@ from pathlib import Path
 from twotower_contract.json_file import read_json
 from twotower_engines.errors import PlanError
 
-__all__ = [
-    "Acceptance",
-    "Calls",
-    "Measurement",
-    "Reference",
-    "calls_per_block",
-    "fit_burst_rate",
-    "load_acceptance",
-]
-
 DATA_FILE = Path(__file__).with_name("data") / "acceptance.json"
 BASE_TASK = "open"
 BLOCK = 16
@@ -152,7 +142,7 @@ class Acceptance:
             raise PlanError(f"acceptance of {task!r} was not measured, only of {measured}")
         inside = min(max(threshold, curve[0][0]), curve[-1][0])
         moved = _interpolate(base, threshold) - _interpolate(base, inside)
-        return _logistic(_interpolate(curve, inside) + moved)
+        return 1.0 / (1.0 + math.exp(-_interpolate(curve, inside) - moved))
 
     def calls(self, task: str, threshold: float, steps: int = STEPS) -> Calls:
         """Return how many calls a block of 16 takes.
@@ -165,7 +155,7 @@ class Acceptance:
     def _curve(self, task: str) -> list[tuple[float, float]]:
         """Return (threshold, logit of the rate) of a task, by threshold."""
         return sorted(
-            (one.threshold, _logit(one.burst_rate))
+            (one.threshold, math.log(one.burst_rate / (1.0 - one.burst_rate)))
             for one in self.measurements
             if one.task == task and one.burst_rate is not None
         )
@@ -175,8 +165,6 @@ def calls_per_block(block: int, steps: int, burst_rate: float) -> Calls:
     """Return the distribution of calls per block, by the chain over (masked tokens, call).
 
     Args:
-        block: Tokens of a block.
-        steps: The most calls that a block may take.
         burst_rate: Probability that a call commits a burst.
     """
     masked = {block: 1.0}
@@ -195,16 +183,6 @@ def calls_per_block(block: int, steps: int, burst_rate: float) -> Calls:
         ends.append(end)
         masked = following
     return Calls(block, tuple(ends))
-
-
-def fit_burst_rate(tokens_per_call: float, block: int = BLOCK, steps: int = STEPS) -> float:
-    """Return the burst rate at which a block takes so many tokens per call, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        is_slow = calls_per_block(block, steps, middle).tokens_per_call < tokens_per_call
-        low, high = (middle, high) if is_slow else (low, middle)
-    return (low + high) / 2
 
 
 @functools.cache
@@ -241,11 +219,3 @@ def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
         if left <= x <= right:
             return low + (high - low) * (x - left) / (right - left)
     return points[0][1]
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1.0 - p))
-
-
-def _logistic(x: float) -> float:
-    return 1.0 / (1.0 + math.exp(-x))

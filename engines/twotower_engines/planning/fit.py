@@ -24,16 +24,6 @@ from twotower_engines.planning.plan import (
 from twotower_engines.planning.precisions import BUILT
 from twotower_engines.planning.skus import Sku, known_skus
 
-__all__ = [
-    "Suggestion",
-    "gib",
-    "largest_context",
-    "largest_slots",
-    "nearest_fits",
-    "refusal",
-    "require_fit",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
@@ -107,9 +97,7 @@ def nearest_fits(plan: MemoryPlan) -> list[Suggestion]:
 def largest_slots(model: ModelSize, request: PlanRequest) -> int:
     """Return how many slots fit beside a request's context; 0 where not even one does.
 
-    Args:
-        model: Sizes of the model.
-        request: Request to vary; its slots do not matter.
+    The request's own slots do not matter.
     """
     return _largest(
         range(1, MAX_SLOTS + 1),
@@ -120,9 +108,7 @@ def largest_slots(model: ModelSize, request: PlanRequest) -> int:
 def largest_context(model: ModelSize, request: PlanRequest) -> int:
     """Return how many tokens of context fit, a multiple of 256; 0 where not even 256 do.
 
-    Args:
-        model: Sizes of the model.
-        request: Request to vary; its context does not matter.
+    The request's own context does not matter.
     """
     limit = model.config.max_position_embeddings
     return _largest(

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.skus import GIB, Sku, known_skus
 
-__all__ = ["LocalGpu", "local_gpu", "local_sku"]
-
 CUDA_SHARE = 0.975
 """Share of the memory that nvidia-smi reports and CUDA gives: the least of the table's GPUs."""
 

@@ -21,8 +21,6 @@ from twotower_contract.shards import read_header
 from twotower_contract.sizes import parts_of_tower
 from twotower_engines.errors import PlanError
 
-__all__ = ["ModelSize", "read_model_size"]
-
 CONFIG_FILE = "config.json"
 
 

@@ -11,7 +11,7 @@ TensorRT reports against the plan.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
@@ -19,19 +19,6 @@ from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import BUILT, PRECISIONS
 from twotower_engines.planning.skus import GIB, Sku
-
-__all__ = [
-    "ASSUMPTIONS",
-    "BLOCK",
-    "BLOCK_SIZE_MAX",
-    "MAX_SLOTS",
-    "GpuMemory",
-    "MemoryPlan",
-    "PlanRequest",
-    "gpu_counts",
-    "plan_memory",
-    "resolve_precision",
-]
 
 CHUNKS = (256, 128, 64, 32)
 """Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks."""
@@ -98,17 +85,7 @@ class GpuMemory:
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it in bytes."""
-        return {
-            "towers": list(self.towers),
-            "weights": {tower: dict(parts) for tower, parts in self.weights.items()},
-            "states": dict(self.states),
-            "buffers": dict(self.buffers),
-            "workspace": dict(self.workspace),
-            "overhead": self.overhead,
-            "total": self.total,
-            "capacity": self.capacity,
-            "free": self.free,
-        }
+        return {**asdict(self), "total": self.total, "free": self.free}
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,14 +212,19 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     several = request.precision == "auto" and len(sku.precisions) > 1 and wide == sku.precisions[0]
     chunks = (request.max_tokens_per_call,) if request.max_tokens_per_call else CHUNKS
     counts = (request.gpus,) if request.gpus else gpu_counts(model, sku)
+
+    def planned(gpus: int, precision: str, chunk: int) -> MemoryPlan:
+        settled = replace(request, gpus=gpus, precision=precision, max_tokens_per_call=chunk)
+        return MemoryPlan(model, request, precision, chunk, _shares(model, settled))
+
     plans = (
-        _plan(model, request, _Choice(count, precision, chunk))
+        planned(count, precision, chunk)
         for precision in (sku.precisions if several else (wide,))
         for count in counts
         for chunk in chunks
     )
-    tight = _plan(model, request, _Choice(counts[-1], wide, chunks[-1]))
-    return next((plan for plan in plans if plan.fits), tight)
+    fitting = next((plan for plan in plans if plan.fits), None)
+    return fitting or planned(counts[-1], wide, chunks[-1])
 
 
 def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
@@ -272,15 +254,6 @@ def gpu_counts(model: ModelSize, sku: Sku) -> tuple[int, ...]:
     return tuple(range(1, min(sku.max_gpus, len(model.towers)) + 1))
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """A choice where a request is open: GPUs, precision, tokens of a row in one context call."""
-
-    gpus: int
-    precision: str
-    chunk: int
-
-
 def _check_request(model: ModelSize, request: PlanRequest) -> None:
     sku, gpus = request.sku, request.gpus
     if gpus is not None and gpus not in (1, 2):
@@ -300,11 +273,12 @@ def _check_request(model: ModelSize, request: PlanRequest) -> None:
         )
 
 
-def _plan(model: ModelSize, request: PlanRequest, choice: _Choice) -> MemoryPlan:
-    groups = [(tower,) for tower in model.towers] if choice.gpus == 2 else [model.towers]
-    sizes = _Sizes(model, request, choice)
+def _shares(model: ModelSize, request: PlanRequest) -> tuple[GpuMemory, ...]:
+    """Return what each GPU would hold; the request leaves nothing open."""
+    groups = [(tower,) for tower in model.towers] if request.gpus == 2 else [model.towers]
+    sizes = _Sizes(model, request)
     sku = request.sku
-    shares = tuple(
+    return tuple(
         GpuMemory(
             towers=towers,
             weights={tower: sizes.weights(tower) for tower in towers},
@@ -316,20 +290,23 @@ def _plan(model: ModelSize, request: PlanRequest, choice: _Choice) -> MemoryPlan
         )
         for towers in groups
     )
-    return MemoryPlan(model, request, choice.precision, choice.chunk, shares)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """The arithmetic: bytes of everything, for one choice of limits."""
+    """The arithmetic: bytes of everything, for a request that leaves nothing open."""
 
     model: ModelSize
     request: PlanRequest
-    choice: _Choice
 
     @property
     def flavour(self) -> str:
         return self.request.flavour or self.request.sku.flavour
+
+    @property
+    def chunk(self) -> int:
+        assert self.request.max_tokens_per_call is not None, "the request leaves nothing open"
+        return self.request.max_tokens_per_call
 
     @property
     def has_kernels(self) -> bool:
@@ -339,10 +316,10 @@ class _Sizes:
     @property
     def item(self) -> int:
         """Bytes of an activation, a key or a value: weights may be narrower, these are not."""
-        return FLOAT32 if self.choice.precision == "float32" else 2
+        return FLOAT32 if self.request.precision == "float32" else 2
 
     def weights(self, tower: str) -> dict[str, int]:
-        precision = PRECISIONS[self.choice.precision]
+        precision = PRECISIONS[self.request.precision]
         parts = parts_of_tower(self.model.config, tower).items()
         return {part: precision.size(part, count) for part, count in parts if count}
 
@@ -368,12 +345,12 @@ class _Sizes:
             return
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
         token = kv_bytes_per_token(self.model.config, self.item)
-        yield "new states", slots * (mamba + self.choice.chunk * token)
+        yield "new states", slots * (mamba + self.chunk * token)
         yield "context logits", slots * logits
 
     def workspace(self, tower: str) -> int:
         """Return the bytes of the largest layer's intermediates in a tower's largest call."""
-        length = self.choice.chunk if tower == "context" else self.request.block_size_max
+        length = self.chunk if tower == "context" else self.request.block_size_max
         tokens = self.request.slots * length
         kinds = {"M": self._mamba, "*": self._attention, "E": self._experts}
         pattern = set(self.model.config.pattern)

@@ -29,8 +29,6 @@ from twotower_engines.planning.roofline import (
 )
 from twotower_engines.planning.skus import Sku
 
-__all__ = ["PlanReport", "plan_report"]
-
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
 
@@ -97,9 +95,7 @@ class PlanReport:
         machine = roofline.machine_of(self.plan)
         return denoiser_step(self.plan.model, machine, rows, self.plan.context, routing=routing)
 
-    def extension(
-        self, rows: int, tokens: int = 16, routing: roofline.RoutingKind = "measured"
-    ) -> CallCost:
+    def extension(self, rows: int, tokens: int = 16) -> CallCost:
         """Return the cost of a context call."""
         return context_call(
             self.plan.model,
@@ -107,7 +103,6 @@ class PlanReport:
             rows,
             self.plan.context,
             tokens,
-            routing,
             to_second_gpu=len(self.plan.gpus) == 2,
         )
 

@@ -16,9 +16,12 @@ from twotower_engines.planning.precisions import BUILT
 from twotower_engines.planning.roofline import ROWS, CallCost
 from twotower_engines.planning.skus import GIB
 
-__all__ = ["text_of_many", "text_of_one"]
-
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
+GROUPS = (
+    *("context tower", "denoiser tower", "context states", "buffers of calls", "workspace"),
+    *("libraries and graphs", "used", "free"),
+)
+"""Groups of the table of memory, in their order."""
 
 
 def text_of_many(reports: Sequence[PlanReport]) -> str:
@@ -146,17 +149,11 @@ def _memory_table(plan: MemoryPlan) -> str:
     # a small model in GiB would be a column of zeros
     name_of_unit, unit = ("GiB", GIB) if plan.gpus[0].weight_bytes > GIB else ("MiB", 1 << 20)
     rows: list[tuple[str, ...]] = [(name_of_unit, *titles)]
-    for name in sorted(names, key=lambda name: _rank(name[0])):
+    for name in sorted(names, key=lambda name: GROUPS.index(name[0])):
         label = f"  {name[1]}" if name[1] else name[0]
         values = [cell.get(name) for cell in cells]
         rows.append((label, *("" if size is None else _cell(size / unit) for size in values)))
     return _columns(rows, left={0})
-
-
-def _rank(group: str) -> int:
-    towers = ("context tower", "denoiser tower")
-    rest = ("context states", "buffers of calls", "workspace", "libraries and graphs")
-    return (*towers, *rest, "used", "free").index(group)
 
 
 def _cell(size: float) -> str:

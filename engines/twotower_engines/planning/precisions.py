@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["BUILT", "PRECISIONS", "Precision"]
-
 WIDE = Fraction(32)
 NATIVE = Fraction(16)
 BYTE = Fraction(8)

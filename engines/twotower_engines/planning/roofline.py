@@ -14,7 +14,7 @@ This is a floor for the time and a ceiling for tokens per second: real engines s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any, Literal
 
@@ -25,19 +25,6 @@ from twotower_engines.planning.plan import BLOCK, MemoryPlan
 from twotower_engines.planning.precisions import PRECISIONS
 from twotower_engines.planning.routing import Routing, distinct_experts
 from twotower_engines.planning.skus import Sku
-
-__all__ = [
-    "ASSUMPTIONS",
-    "ROWS",
-    "CallCost",
-    "Machine",
-    "Throughput",
-    "ar_throughput",
-    "context_call",
-    "denoiser_step",
-    "machine_of",
-    "throughput",
-]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 FLOAT32 = 4
@@ -162,14 +149,8 @@ class Throughput:
 
     def as_json(self) -> dict[str, Any]:
         """Return all numbers, for programs."""
-        return {
-            "rows": self.rows,
-            "tokens_per_second": self.tokens_per_second,
-            "tokens_per_second_per_request": self.tokens_per_second / self.rows,
-            "turn_seconds": self.turn_seconds,
-            "block_seconds": self.block_seconds,
-            "slow_block_seconds": self.slow_block_seconds,
-        }
+        per_request = self.tokens_per_second / self.rows
+        return {**asdict(self), "tokens_per_second_per_request": per_request}
 
 
 def denoiser_step(
@@ -183,11 +164,8 @@ def denoiser_step(
     """Return the cost of one denoiser step.
 
     Args:
-        model: Sizes of the model.
-        machine: Machine that runs the call.
         rows: Blocks that are refined together.
         context: Tokens of context that each row has room for.
-        tokens: Tokens of a block.
         routing: Source of the number of distinct experts.
     """
     parts = _Parts(model, machine, "denoiser", rows, tokens, context, "denoiser block", routing)
@@ -209,12 +187,7 @@ def context_call(
     """Return the cost of one call of the context tower: extension, prefill chunk or single token.
 
     Args:
-        model: Sizes of the model.
-        machine: Machine that runs the call.
-        rows: Requests of the call.
         context: Tokens of context that each row has room for.
-        tokens: Tokens of each row.
-        routing: Source of the number of distinct experts.
         to_second_gpu: The denoiser is on another GPU and gets a copy of the new states.
     """
     table: Routing = "context token" if tokens == 1 else "context block"
@@ -229,28 +202,21 @@ def context_call(
     return parts.cost(logits=rows * model.config.vocab_size, heads=rows, written=new, copies=copies)
 
 
-def throughput(
-    plan: MemoryPlan, rows: int, calls: Calls, routing: RoutingKind = "measured"
-) -> Throughput:
+def throughput(plan: MemoryPlan, rows: int, calls: Calls) -> Throughput:
     """Return tokens per second of so many requests in flight, all of them denoising.
 
     A turn is one denoiser step for all rows. In the steady state each row ends its block with
     probability 1 / calls.mean in a turn, and those that do share one context extension.
     """
     machine, context = machine_of(plan), plan.context
-    step = denoiser_step(plan.model, machine, rows, context, calls.block, routing).total_seconds
+    step = denoiser_step(plan.model, machine, rows, context, calls.block).total_seconds
     two = len(plan.gpus) == 2
-    extension = [0.0] + [
-        context_call(
-            plan.model, machine, count, context, calls.block, routing, to_second_gpu=two
-        ).total_seconds
-        for count in range(1, rows + 1)
-    ]
     ends = 1.0 / calls.mean
-    shared = sum(
-        comb(rows, count) * ends**count * (1 - ends) ** (rows - count) * extension[count]
-        for count in range(1, rows + 1)
-    )
+    shared = 0.0
+    for count in range(1, rows + 1):
+        call = context_call(plan.model, machine, count, context, calls.block, to_second_gpu=two)
+        probability = comb(rows, count) * ends**count * (1 - ends) ** (rows - count)
+        shared += probability * call.total_seconds
     turn = step + shared
     return Throughput(
         rows=rows,
@@ -261,9 +227,9 @@ def throughput(
     )
 
 
-def ar_throughput(plan: MemoryPlan, rows: int, routing: RoutingKind = "measured") -> float:
+def ar_throughput(plan: MemoryPlan, rows: int) -> float:
     """Return tokens per second of the context tower alone, one token of each row per call."""
-    call = context_call(plan.model, machine_of(plan), rows, plan.context, 1, routing)
+    call = context_call(plan.model, machine_of(plan), rows, plan.context, 1)
     return rows / call.total_seconds
 
 

@@ -14,8 +14,6 @@ from typing import Literal
 from twotower_contract.json_file import read_json
 from twotower_engines.errors import PlanError
 
-__all__ = ["Routing", "distinct_experts", "load_routing", "uniform_experts"]
-
 DATA_FILE = Path(__file__).with_name("data") / "routing_statistics.json"
 
 Routing = Literal["denoiser block", "context block", "context token"]

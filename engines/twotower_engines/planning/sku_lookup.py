@@ -9,8 +9,6 @@ from twotower_engines.errors import PlanError
 from twotower_engines.planning.local_gpu import local_sku
 from twotower_engines.planning.skus import Sku, known_skus, sku_of_file
 
-__all__ = ["find_sku", "resolve_skus"]
-
 FILE_SUFFIXES = (".toml", ".json")
 
 

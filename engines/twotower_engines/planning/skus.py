@@ -38,8 +38,6 @@ from twotower_contract.machine import memory_bytes
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.precisions import PRECISIONS
 
-__all__ = ["GIB", "Sku", "known_skus", "precisions_of", "sku_of_file"]
-
 GIB = 1 << 30
 TABLE_FILE = Path(__file__).with_name("skus.json")
 FLAVOURS = ("tensorrt", "tensorrt-rtx", "onnxruntime")

@@ -21,16 +21,6 @@ import numpy.typing as npt
 
 from twotower_contract.engine_set import Limits
 
-__all__ = [
-    "CLOSED",
-    "DenoiseRow",
-    "Denoised",
-    "ExtendRow",
-    "LoadProgress",
-    "PredictRow",
-    "Runtime",
-]
-
 CLOSED = "these engines are closed; open the engine set again"
 """Message of the RuntimeError of every call after `Runtime.close`."""
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from twotower_contract.engine_set import EngineSet
 from twotower_engines.runtime.interface import LoadProgress, Runtime
 
-__all__ = ["open_runtime"]
-
 
 def open_runtime(
     engines: EngineSet,

@@ -13,8 +13,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TOLERANCES", "Difference", "Tolerance", "compare_arrays"]
-
 Array = npt.NDArray[Any]
 
 

@@ -24,8 +24,6 @@ from twotower_engines.planning.skus import known_skus
 from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.running import verify_running
 
-__all__ = ["verify_engines"]
-
 # Which dimension of a profile is bounded by which limit, for each tower.
 BOUNDS: Mapping[str, Mapping[str, Callable[[Limits], int]]] = {
     "context": {

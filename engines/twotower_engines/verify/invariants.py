@@ -31,8 +31,6 @@ from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import ExtendRow, Runtime
 
-__all__ = ["objections", "run_request", "shortened"]
-
 LIKELY = 0.5
 """A token of an answer costs at most so much of what a blind guess costs, ln(vocabulary) nats."""
 
@@ -74,12 +72,7 @@ def shortened(request: Request, limits: RequestLimits) -> Request | None:
 
 
 def objections(runtime: Runtime, request: Request, result: Result) -> list[str]:
-    """Return what is wrong with an answer, one sentence each; none where nothing is.
-
-    Args:
-        runtime: The engines that gave it, idle.
-        request: The request, with temperature 0.
-        result: The answer.
+    """Return what is wrong with a greedy answer of idle engines, a sentence each.
 
     Raises:
         GenerationError: Another question failed on the way.

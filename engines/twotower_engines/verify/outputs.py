@@ -25,8 +25,6 @@ from twotower_engines.artifacts.engine_interface import Interface, TensorSpec, i
 from twotower_engines.runtime.resident.runtime import Tower
 from twotower_engines.verify.differences import Array, Difference, compare_arrays
 
-__all__ = ["Reference", "compare_tower"]
-
 ROWS = 2
 CHUNK, BLOCK, CAPACITY = 37, 16, 128
 NUMPY = {"INT32": np.int32, "FLOAT": np.float32, "BF16": np.uint16}
@@ -54,7 +52,6 @@ class Reference:
     """The CPU flavour's graph of one tower.
 
     Args:
-        plan: The ONNX file.
         weights: Input name to float32 array.
     """
 
@@ -85,11 +82,6 @@ def compare_tower(
     """Compare every output of a tower's calls.
 
     Args:
-        name: `context` or `denoiser`.
-        tower: The plan, loaded.
-        reference: The graph of the CPU flavour.
-        manifest: Manifest of the engine set.
-        limits: Limits of the engine.
         precision: Precision of the engine, a key of `TOLERANCES`.
         states: The context's states after the chunk, by input name: filled by the context tower's
             comparison, which comes first, and read by the denoiser's.
@@ -104,7 +96,11 @@ def compare_tower(
         given = states if call.continues else {}
         empty = _empty_states(interface, rows, capacity)
         inputs = {**call.inputs, **empty, **given}
-        inputs = {key: _as_taken(array, interface.inputs[key]) for key, array in inputs.items()}
+        specs = interface.inputs
+        # as the plan sees them: rounded to bf16 where it takes that
+        inputs = {
+            key: _decoded(_encoded(one, specs[key]), specs[key]) for key, one in inputs.items()
+        }
         outputs = reference.run(inputs)
         ours = _run(tower, interface, inputs, {key: one.shape for key, one in outputs.items()})
         ours, theirs = (
@@ -217,11 +213,6 @@ def _valid(name: str, array: Array, lengths: npt.NDArray[np.int32]) -> Array:
     shape = [1] * array.ndim
     shape[0], shape[axis] = valid.shape
     return np.where(valid.reshape(shape), array, np.zeros((), array.dtype))
-
-
-def _as_taken(array: Array, spec: TensorSpec) -> Array:
-    """Return an input as the plan sees it: rounded to bf16 where it takes that."""
-    return _decoded(_encoded(array, spec), spec)
 
 
 def _encoded(array: Array, spec: TensorSpec) -> Array:

@@ -9,8 +9,6 @@ from typing import Any
 from twotower_contract.engine_set import EngineSet
 from twotower_engines.verify.differences import Difference
 
-__all__ = ["Sources", "Verification"]
-
 LISTED_AT_MOST = 5
 
 

@@ -32,8 +32,6 @@ from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.runtimes import compare_runtimes
 from twotower_engines.verify.self_test import run_self_test
 
-__all__ = ["cpu_engines", "verify_loaded", "verify_outputs", "verify_running"]
-
 SLOTS, CONTEXT = 3, 256
 """Limits of a reference that is built for this: what the comparisons use."""
 
@@ -171,15 +169,7 @@ def verify_loaded(
     reference: EngineSet,
     checkpoint: Path | None = None,
 ) -> None:
-    """Compare what loaded engines hand out, call after call, with the CPU flavour.
-
-    Args:
-        found: Receives what is found.
-        engines: The engine set.
-        runtime: The same, loaded.
-        reference: An engine set of the CPU flavour.
-        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
-    """
+    """Compare what loaded engines hand out, call after call, with the CPU flavour."""
     other = open_runtime(reference, checkpoint)
     try:
         differences = compare_runtimes(runtime, other, engines.build.precision)
@@ -198,11 +188,7 @@ def verify_outputs(
     """Compare every output of every plan with the CPU flavour, given the same inputs.
 
     Args:
-        found: Receives what is found.
-        engines: The engine set.
         open_tower: Loads one of its towers; one at a time.
-        reference: An engine set of the CPU flavour.
-        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
     """
     store = WeightStore(reference.manifest, checkpoint)
     states: dict[str, Array] = {}

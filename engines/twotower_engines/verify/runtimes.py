@@ -14,21 +14,15 @@ import numpy.typing as npt
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow, Runtime
 from twotower_engines.verify.differences import Array, Difference, compare_arrays
 
-__all__ = ["compare_runtimes"]
-
 PROMPTS: Final = (37, 5, 2)
 BLOCK: Final = 16
 
 
-def compare_runtimes(
-    runtime: Runtime, reference: Runtime, precision: str, seed: int = 0
-) -> list[Difference]:
+def compare_runtimes(runtime: Runtime, reference: Runtime, precision: str) -> list[Difference]:
     """Run both on random prompts of different lengths, and compare all that they hand out.
 
     Args:
         runtime: Under test, with no request in flight.
-        reference: Runtime of the same model, for example on the CPU.
-        precision: Precision of the engines under test.
         seed: Random seed of the prompts.
 
     Raises:
@@ -36,7 +30,7 @@ def compare_runtimes(
     """
     rows = min(len(PROMPTS), runtime.limits.slots, reference.limits.slots)
     longest = min(runtime.limits.context, reference.limits.context) - BLOCK
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     prompts = [
         generator.integers(0, runtime.vocab_size, max(2, min(size, longest)), dtype=np.int32)
         for size in PROMPTS[:rows]

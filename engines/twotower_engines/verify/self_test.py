@@ -22,15 +22,6 @@ from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.verify.invariants import objections, run_request, shortened
 
-__all__ = [
-    "GoldenAnswer",
-    "GoldenMissingError",
-    "SelfTestResult",
-    "golden_request",
-    "judge",
-    "run_self_test",
-]
-
 Status = Literal["passed", "deviates", "plausible", "failed", "unavailable"]
 
 EXACT_PRECISION = "float32"
@@ -105,10 +96,6 @@ class SelfTestResult:
 def run_self_test(engines: EngineSet, runtime: Runtime) -> SelfTestResult:
     """Run the golden request on loaded engines that do nothing else at the time.
 
-    Args:
-        engines: The engine set, for its manifest.
-        runtime: The same, loaded.
-
     Raises:
         BundleError: The manifest's golden block is malformed.
     """
@@ -128,13 +115,7 @@ def run_self_test(engines: EngineSet, runtime: Runtime) -> SelfTestResult:
 
 
 def _test_without_answer(engines: EngineSet, runtime: Runtime, why: str) -> SelfTestResult:
-    """Test engines without a golden answer.
-
-    Args:
-        engines: The engine set.
-        runtime: The same, loaded.
-        why: Why there is nothing to compare with.
-    """
+    """Test engines without a golden answer; `why` says why there is none."""
     limits = RequestLimits.of_runtime(runtime)
     try:
         request = shortened(golden_request(engines), limits)
@@ -200,13 +181,7 @@ def golden_request(engines: EngineSet) -> Request:
 
 
 def judge(golden: GoldenAnswer, result: Result, precision: str) -> SelfTestResult:
-    """Compare an answer with the golden one, and name the failure.
-
-    Args:
-        golden: The expected answer.
-        result: The engines' answer.
-        precision: Precision of the engines.
-    """
+    """Compare an answer with the golden one, and name the failure."""
     ids = result.output_ids[len(golden.request.prompt_ids) :]
     expected, calls = golden.output_ids, result.denoiser_calls
     equal = _equal_at_first(ids, expected)

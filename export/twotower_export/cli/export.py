@@ -58,7 +58,7 @@ Examples:
 @click.option("--force", is_flag=True, help="Replace OUT whatever it holds.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def export_command(
+def export(
     checkpoint: str,
     out: Path,
     mask_token_id: int | None,
@@ -161,7 +161,7 @@ def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> N
     "a bundle by its export, of a CHECKPOINT by the Hugging Face cache.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect_command(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> None:
+def inspect(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> None:
     """Say what a checkpoint, bundle or engine set holds, weighs, and which GPUs could hold it.
 
     Nothing is downloaded: a hub id is looked up in the local cache.

@@ -112,11 +112,8 @@ def _train(out: Path, options: dict[str, Any]) -> None:
         write_trained_checkpoint(out, **options, progress=LineMeter(steps))
         return
 
-    def show(item: str | None) -> str | None:
-        return item
-
     with click.progressbar(
-        length=steps, label="training", file=sys.stderr, item_show_func=show
+        length=steps, label="training", file=sys.stderr, item_show_func=lambda item: item
     ) as bar:
 
         def progress(tower: str, loss: float) -> None:

@@ -149,11 +149,6 @@ def stream_golden(
 ) -> dict[str, Any]:
     """The same answer, with one layer of the towers in memory at a time.
 
-    Args:
-        checkpoint: of any size.
-        mode: as of `compute_golden`.
-        progress: told about each layer.
-
     Raises:
         FloatingPointError: the logits hold NaN or infinity.
     """

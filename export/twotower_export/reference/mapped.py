@@ -23,11 +23,7 @@ OpenShards = dict[str, Any]
 
 
 class NamedTensors:
-    """A checkpoint's tensors by name, mapped; the base checkpoint's under the context tower's.
-
-    Args:
-        checkpoint: its folder.
-    """
+    """A checkpoint's tensors by name, mapped; the base checkpoint's under the context tower's."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
@@ -88,10 +84,7 @@ def load_module(
     """Fill parameters of a module made on the meta device; others stay there.
 
     Args:
-        module: the module.
         names: parameter -> checkpoint tensor.
-        tensors: the checkpoint.
-        opened: as of `NamedTensors.read_all`.
     """
     found = tensors.read_all(names.values(), opened)
     state = {parameter: found[name] for parameter, name in names.items()}

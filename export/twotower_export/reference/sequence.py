@@ -43,7 +43,6 @@ class SequenceTowers:
     """The states of one sequence, and the towers that read and extend it.
 
     Args:
-        checkpoint: whose towers.
         capacity: tokens that the sequence can reach.
     """
 
@@ -86,13 +85,7 @@ class SequenceTowers:
 
 
 class LoadedTowers(SequenceTowers):
-    """Towers in memory, for models that fit in float32.
-
-    Args:
-        checkpoint: as of `SequenceTowers`.
-        capacity: as of `SequenceTowers`.
-        towers: which are needed.
-    """
+    """Towers in memory, for models that fit in float32."""
 
     def __init__(self, checkpoint: Checkpoint, capacity: int, towers: Sequence[Tower]) -> None:
         super().__init__(checkpoint, capacity)
@@ -110,11 +103,6 @@ class LoadedTowers(SequenceTowers):
 
 class StreamedTowers(SequenceTowers):
     """Towers that pass through memory one layer at a time, for models of any size.
-
-    Args:
-        checkpoint: as of `SequenceTowers`.
-        capacity: as of `SequenceTowers`.
-        progress: told about each layer.
 
     Attributes:
         calls: of either tower, begun until now.

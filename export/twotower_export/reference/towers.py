@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -33,9 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
-from twotower_contract.config import ModelConfig, read_config
-from twotower_contract.errors import CheckpointError
-from twotower_contract.json_file import read_json
+from twotower_contract.config import ModelConfig
 from twotower_export.reference.mixers import Layer, RMSNorm, project, split_dim
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -109,11 +106,8 @@ def run_layer(
     """Returns the hidden states after one layer (batch, length, hidden).
 
     Args:
-        layer: The layer.
         index: Its number: of its states, and in ``call.modulation``.
         hidden: (batch, length, hidden).
-        call: What all layers share.
-        states: See the module's description.
         emitted: Receives the layer's new states.
     """
     if call.modulation is None:  # `NemotronHBlock`; the residual is not widened
@@ -186,16 +180,9 @@ class ContextTower(nn.Module):
     def forward(
         self, ids: Tensor, lengths: Tensor, context_lengths: Tensor, states: Mapping[str, Tensor]
     ) -> tuple[Tensor, States]:
-        """Returns the float32 logits of each row's last valid token, and the new states.
+        """Returns each row's float32 logits of its last valid token, and the new states.
 
-        Args:
-            ids: As for :meth:`every_position`.
-            lengths: As for :meth:`every_position`.
-            context_lengths: As for :meth:`every_position`.
-            states: As for :meth:`every_position`.
-
-        Returns:
-            Logits (batch, vocabulary), and the states that the layers emit.
+        The arguments are those of :meth:`every_position`; the logits are (batch, vocabulary).
         """
         hidden, emitted = self.every_position(ids, lengths, context_lengths, states)
         last = (lengths.long() - 1).clamp(min=0)
@@ -335,49 +322,6 @@ def on_meta(make: Callable[[], Module]) -> Module:
 
     with torch.device("meta"), WithoutInitialisers():
         return make()
-
-
-def load_towers(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Towers:
-    """Loads both towers for inference.
-
-    Args:
-        checkpoint: Folder with ``config.json`` and safetensors files.
-        dtype: What to convert every tensor to, and so the compute dtype; None keeps each tensor as
-            it is stored. Time conditioning is rounded as the checkpoint's dtype either way.
-
-    Raises:
-        CheckpointError: If a tensor is missing or unknown.
-    """
-    from safetensors import safe_open
-
-    folder = Path(checkpoint)
-    config = read_config(folder / "config.json")
-    tensors: dict[str, Tensor] = {}
-    for file in _shards(folder):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (a handle, not a dictionary)
-                tensor = shard.get_tensor(name)
-                tensors[name] = tensor if dtype is None else tensor.to(dtype)
-    context, denoiser = (on_meta(lambda: ContextTower(config)), on_meta(lambda: Denoiser(config)))
-    for tower in (context, denoiser):
-        wanted = tower.state_dict()
-        missing = sorted(wanted.keys() - tensors.keys())
-        if missing:
-            raise CheckpointError(f"{folder}: misses {', '.join(missing[:10])}")
-        tower.load_state_dict({name: tensors.pop(name) for name in wanted}, assign=True)
-        tower.requires_grad_(False).eval()
-    if tensors:
-        raise CheckpointError(f"{folder}: has unknown tensors {', '.join(sorted(tensors)[:10])}")
-    return Towers(config, context, denoiser)
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [
-            folder / name for name in sorted(set(read_json(index).values["weight_map"].values()))
-        ]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def empty_states(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> States:

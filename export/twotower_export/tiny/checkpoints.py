@@ -98,8 +98,6 @@ def random_tensors(
     """Draws every tensor of a checkpoint, float32, at scales that keep activations near one.
 
     Args:
-        config: The model.
-        seed: The same seed gives the same tensors.
         logit_scale: Standard deviation of the logits; 4 spreads confidences over 0 to 1, so that
             thresholds matter.
     """
@@ -164,17 +162,11 @@ def write_random_checkpoint(
 ) -> ModelConfig:
     """Writes a checkpoint of random weights in the released layout.
 
+    The other arguments are those of :func:`tiny_config` and :func:`random_tensors`.
+
     Args:
-        out: Folder to write; made if absent.
-        pattern: As for :func:`tiny_config`.
-        hidden: As for :func:`tiny_config`.
-        seed: The same seed gives the same weights.
-        dtype: Dtype of the stored tensors.
-        shards: Number of safetensors files.
         float32_suffixes: Ends of tensor names that are stored as float32 nevertheless, for
             example ``("A_log", "mixer.D")``.
-        logit_scale: As for :func:`random_tensors`.
-        **sizes: As for :func:`tiny_config`.
 
     Returns:
         The configuration.
@@ -201,10 +193,8 @@ def write_checkpoint(
     """Writes configuration, tensors and further files in the released layout.
 
     Args:
-        out: Folder to write; made if absent.
         config: The model; ``config.dtype`` is the dtype of the stored tensors.
         tensors: All tensors by name, of any floating dtype.
-        shards: Number of safetensors files.
         float32_suffixes: Ends of tensor names that are stored as float32 nevertheless.
         texts: Further files by name; by default those of a tokenizer trained on the corpus.
     """
@@ -251,9 +241,6 @@ def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int
 
 def copy_pretrained(out: str | Path) -> None:
     """Copies the trained checkpoint that this package ships; needs neither torch nor time.
-
-    Args:
-        out: Folder to write; made if absent.
 
     Raises:
         TinyError: If the package was installed without its data.

@@ -7,7 +7,7 @@ a position that is still to be denoised. Then come the 256 bytes, then the merge
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from itertools import islice
 from types import MappingProxyType
@@ -24,15 +24,11 @@ END_ID, MASK_ID = 2, 3
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
-def train_tokenizer(vocab_size: int, texts: Iterable[str] | None = None) -> Tokenizer:
-    """Learns merges until the vocabulary holds at most ``vocab_size`` ids.
-
-    Args:
-        vocab_size: At least 260 (the special tokens and the 256 bytes).
-        texts: What to learn from; by default 4000 documents of the corpus.
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """Learns merges from 4000 documents of the corpus, until there are ``vocab_size`` ids at most.
 
     Raises:
-        ValueError: If ``vocab_size`` leaves no room for the bytes.
+        ValueError: If it is below 260 (the special tokens and the 256 bytes).
     """
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -51,45 +47,36 @@ def train_tokenizer(vocab_size: int, texts: Iterable[str] | None = None) -> Toke
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus_texts() if texts is None else texts, trainer)
+    texts = (
+        document.prompt + answer
+        for document in islice(documents("train", seed=0), 4000)
+        for answer in document.answers
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def _corpus_texts() -> Iterable[str]:
-    for document in islice(documents("train", seed=0), 4000):
-        for answer in document.answers:
-            yield document.prompt + answer
-
-
-def tokenizer_config() -> dict[str, object]:
-    """Returns the content of tokenizer_config.json."""
-    return {
-        "add_bos_token": False,
-        "add_eos_token": False,
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the tokenizer's files by name."""
+    special = {
         "bos_token": BEGIN,
         "eos_token": END,
         "mask_token": MASK,
         "pad_token": UNKNOWN,
         "unk_token": UNKNOWN,
+    }
+    config = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        **special,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 262144,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-
-
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """Returns the tokenizer's files by name."""
-    special: Sequence[tuple[str, str]] = (
-        ("bos_token", BEGIN),
-        ("eos_token", END),
-        ("mask_token", MASK),
-        ("pad_token", UNKNOWN),
-        ("unk_token", UNKNOWN),
-    )
     return {
         "tokenizer.json": tokenizer.to_str(),
-        "tokenizer_config.json": json.dumps(tokenizer_config(), indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(dict(special), indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
     }
 
 

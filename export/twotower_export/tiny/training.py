@@ -103,11 +103,7 @@ def train(
     equal results on equal machines; another processor may sum in another order and end elsewhere.
 
     Args:
-        config: The model.
-        tokenizer: Turns documents into ids.
         seed: Of the weights, the documents and the masks.
-        recipe: How long and how fast.
-        progress: Called after every step.
     """
     recipe = recipe or Recipe()
     report: Progress = progress or (lambda tower, loss: None)
@@ -235,11 +231,9 @@ def context_of_blocks(
     `mamba_model.py`).
 
     Args:
-        towers: Both towers.
         ids: (rows, length).
         lengths: (rows,); blocks that begin at or after it are left out.
         offsets: (rows,), where the first block of a row begins: prompts have any length.
-        block: Positions per block.
     """
     count = math.ceil(int((lengths - offsets).max()) / block)
     width = int(offsets.max()) + count * block
@@ -368,14 +362,10 @@ def write_trained_checkpoint(
 ) -> ModelConfig:
     """Trains a checkpoint and writes it in the released layout.
 
+    The other arguments are those of :func:`tiny_config` and :func:`train`.
+
     Args:
-        out: Folder to write; made if absent.
-        pattern: Layer kinds, letters of M (Mamba), E (experts) and * (attention).
-        hidden: Hidden size.
-        seed: As for :func:`train`.
         dtype: Dtype of the stored tensors; training is float32.
-        recipe: How long and how fast.
-        progress: Called after every step.
 
     Returns:
         The configuration.

@@ -28,6 +28,16 @@ STATE_SCALE: Final = 30.0
 
 MASKED_SHARE: Final = 0.7
 
+STATES: Final = {"M": ("conv_state", "ssm_state"), "*": ("k_cache", "v_cache"), "E": ()}
+"""States that a layer of each kind takes; inputs of both towers' graphs."""
+
+NEW_STATES: Final = {"M": ("conv_state_new", "ssm_state_new"), "*": ("k_new", "v_new"), "E": ()}
+"""States that a layer of each kind returns; outputs of the context tower's graph."""
+
+REFINED: Final = ("new_ids", "confidence", "committed", "still_masked")
+RULES: Final = ("threshold", "steps_left", "temperature", "policy", "seed")
+"""How each row of the denoiser's graph is refined: inputs of it, and of the refinement inside."""
+
 # Which policy a row of a denoiser call follows. `entropy` is left to the op's own tests: its order
 # is not among the outputs, so equal but for rounding could not be told from wrong.
 _POLICIES: Final = ("threshold", "quota", "factor", "leftmost")
@@ -57,7 +67,6 @@ def call_shapes(tower: Tower, chunk: int) -> tuple[CallShape, ...]:
     """The calls that one tower is verified with.
 
     Args:
-        tower: which graph.
         chunk: tokens of a prefill chunk of the context tower.
     """
     rows, past = 4, (0, CAPACITY, 3, 17)
@@ -84,10 +93,6 @@ def random_feed(
     """Every input of a call but the weights.
 
     Args:
-        config: the model.
-        tower: which graph.
-        shape: of the call.
-        seed: the same seed gives the same inputs.
         layers: whose states to make; all by default.
     """
     generator = np.random.default_rng((seed, shape.tokens, len(tower)))
@@ -186,23 +191,20 @@ def inputs_of(config: ModelConfig, tower: Tower) -> Sequence[str]:
     """Names of all inputs but the weights that a tower's graph must have, in no order."""
     rows = ["ids", "lengths", "context_lengths"]
     if tower == "denoiser":
-        rows += ["conditioned", "threshold", "steps_left", "temperature", "policy", "seed"]
-    return rows + _per_layer(
-        config, {"M": ("conv_state", "ssm_state"), "*": ("k_cache", "v_cache")}
-    )
+        rows += ["conditioned", *RULES]
+    return rows + _per_layer(config, STATES)
 
 
 def outputs_of(config: ModelConfig, tower: Tower) -> Sequence[str]:
     """Names of all outputs that a tower's graph must have, in no order."""
     if tower == "denoiser":
-        return ["logits", "new_ids", "confidence", "committed", "still_masked"]
-    new = {"M": ("conv_state_new", "ssm_state_new"), "*": ("k_new", "v_new")}
-    return ["logits", *_per_layer(config, new)]
+        return ["logits", *REFINED]
+    return ["logits", *_per_layer(config, NEW_STATES)]
 
 
 def _per_layer(config: ModelConfig, parts: Mapping[str, Sequence[str]]) -> list[str]:
     return [
         f"context.layers.{index}.{part}"
         for index, kind in enumerate(config.pattern)
-        for part in parts.get(kind, ())
+        for part in parts[kind]
     ]

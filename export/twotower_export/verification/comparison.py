@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -101,10 +101,6 @@ class TensorDifference:
         share = max(self.max_rel / tolerance.element, self.rms / tolerance.rms)
         return (not self.passed, np.inf if np.isnan(share) else share)
 
-    def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return (
             f"{self.part} in {self.precision}, call `{self.call}`: {self.tensor} is off by "
@@ -153,9 +149,6 @@ def compare(
 
     Args:
         part: what is compared, for reports.
-        graph: the side under test.
-        reference: the side that is right.
-        feeds: inputs by name of the call.
         complete: further reference outputs; see `Completion`.
         precision: what both compute in, of `TOLERANCES`.
     """
@@ -169,7 +162,7 @@ def compare(
         if complete is not None:
             expected |= complete(feed, our)
         where = f"{part}, call `{call}`"
-        problems = _name_problems(where, our, expected) or _shape_problems(where, our, expected)
+        problems = _shape_problems(where, our, expected)
         comparison.problems += problems
         if not problems:
             our_cleared, expected = cleared(feed, our), cleared(feed, expected)
@@ -185,18 +178,14 @@ def compare(
     return comparison
 
 
-def _name_problems(
-    where: str, ours: Mapping[str, Array], expected: Mapping[str, Array]
-) -> list[str]:
-    missing, extra = sorted(expected.keys() - ours), sorted(ours.keys() - expected)
-    problems = [f"{where}: the graph has no output {name}" for name in missing]
-    return problems + [f"{where}: the reference has no output {name}" for name in extra]
-
-
 def _shape_problems(
     where: str, ours: Mapping[str, Array], expected: Mapping[str, Array]
 ) -> list[str]:
-    return [
+    """Outputs that one side lacks; where there are none, those of different shapes."""
+    missing, extra = sorted(expected.keys() - ours), sorted(ours.keys() - expected)
+    problems = [f"{where}: the graph has no output {name}" for name in missing]
+    problems += [f"{where}: the reference has no output {name}" for name in extra]
+    return problems or [
         f"{where}: {name} has shape {list(ours[name].shape)} in the graph, "
         f"{list(value.shape)} in the reference"
         for name, value in expected.items()

@@ -33,7 +33,6 @@ def emulated(part: GraphPart, weights: Collection[str]) -> GraphPart:
     outputs are float32.
 
     Args:
-        part: a graph in the checkpoint's dtype.
         weights: names of the inputs that are weights.
 
     Raises:

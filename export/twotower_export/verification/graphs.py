@@ -66,9 +66,6 @@ def graph_part(model: onnx.ModelProto, tower: Tower, part: Part, dtype: int = FL
     That a part reads the part before it is for `wiring` to check.
 
     Args:
-        model: the graph.
-        tower: which tower's.
-        part: which part.
         dtype: of its hidden states, as ONNX numbers types.
 
     Raises:
@@ -156,11 +153,6 @@ class ManifestWeights:
 
     Reads pieces instead of mapping: of the experts of a full-size layer only their float32 copy is
     in memory.
-
-    Args:
-        manifest: of a bundle or engine set.
-        checkpoint: the checkpoint's folder.
-        tower: whose weights.
     """
 
     def __init__(self, manifest: Manifest, checkpoint: Path, tower: Tower) -> None:

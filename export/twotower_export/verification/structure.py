@@ -89,12 +89,7 @@ class _Body:
 
 
 def differences(native: onnx.ModelProto, float32: onnx.ModelProto) -> list[str]:
-    """What is not the same, the first of each function; empty where nothing is.
-
-    Args:
-        native: the graph in the checkpoint's dtype.
-        float32: the same graph in float32.
-    """
+    """Return where the native graph is not the float32 one, the first place of each function."""
     found = _interface(native.graph, float32.graph)
     found += _nodes(
         "main graph",

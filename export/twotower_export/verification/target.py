@@ -27,14 +27,12 @@ class Target:
 
     Attributes:
         folder: of the bundle or engine set.
-        kind: `bundle` or `engines`.
         manifest: its manifest.
         graphs: tower -> file of the float32 graph that runs.
         native: tower -> file of the graph in the checkpoint's dtype, where it is another.
     """
 
     folder: Path
-    kind: str
     manifest: Manifest
     graphs: Mapping[Tower, Path]
     native: Mapping[Tower, Path]
@@ -43,20 +41,17 @@ class Target:
 def open_target(found: Path | EngineSet) -> Target:
     """Find the graphs of a bundle or of a CPU engine set, and check their digests.
 
-    Args:
-        found: Folder of a bundle, or an opened engine set.
-
     Raises:
         BundleError: the folder is no bundle, or a graph is missing or was changed.
     """
     if isinstance(found, EngineSet):
-        folder, kind, manifest = found.folder, "engines", found.manifest
+        folder, manifest = found.folder, found.manifest
         if found.build.flavour != "onnxruntime":
             raise BundleError(f"{folder}: engines of flavour {found.build.flavour} hold no graph")
         files = {name: (plan.file, plan.sha256) for name, plan in found.build.plans.items()}
         native = {}
     else:
-        folder, kind, manifest = found, "bundle", read_manifest(found)
+        folder, manifest = found, read_manifest(found)
         files, native = (
             {name: (graph.file, graph.sha256) for name, graph in manifest.graphs[precision].items()}
             for precision in ("float32", "native")
@@ -69,7 +64,7 @@ def open_target(found: Path | EngineSet) -> Target:
     graphs = {tower: folder / files[tower][0] for tower in towers}
     others = {tower: folder / native[tower][0] for tower in towers if tower in native}
     others = {tower: path for tower, path in others.items() if path != graphs[tower]}
-    return Target(folder, kind, manifest, graphs, others)
+    return Target(folder, manifest, graphs, others)
 
 
 def structure_problems(

@@ -29,7 +29,6 @@ from twotower_export.agreement import check_agreement
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.reference.refinement import Rule, refine
 from twotower_export.verification.calls import (
-    CallShape,
     Feed,
     call_shapes,
     random_feed,
@@ -37,7 +36,7 @@ from twotower_export.verification.calls import (
 )
 from twotower_export.verification.comparison import Comparison, compare
 from twotower_export.verification.graphs import HIDDEN, Part
-from twotower_export.verification.pairs import Pair, Planned, by_part, whole
+from twotower_export.verification.pairs import Planned, by_part, whole
 from twotower_export.verification.target import Target, native_problems, structure_problems
 from twotower_export.verification.wiring import wiring_problems
 
@@ -105,11 +104,11 @@ class Report:
             "reference": "torch",
             "passed": self.outcome.passed,
             "by_part": self.by_part,
-            "worst": None if worst is None else worst.as_json(),
+            "worst": None if worst is None else asdict(worst),
             "problems": self.outcome.problems,
             "redraws": [asdict(redraw) for redraw in self.redraws],
             "notes": self.notes,
-            "tensors": [tensor.as_json() for tensor in self.outcome.tensors],
+            "tensors": [asdict(tensor) for tensor in self.outcome.tensors],
         }
 
 
@@ -125,13 +124,9 @@ def verify(
     """Compare a bundle's or engine set's graphs with the PyTorch towers of a checkpoint.
 
     Args:
-        target: from `open_target`.
-        checkpoint: folder or hub id.
         layers: whose hidden states to compare as well. Of a model that is verified part by part,
             only these layers are then verified.
         parts: the only parts to verify, whatever the size of the model.
-        whole_bytes: see `WHOLE_BYTES`.
-        progress: told what is being compared.
 
     Raises:
         TwoTowerError: the checkpoint is another one than was exported, or there is no such layer.
@@ -146,7 +141,10 @@ def verify(
             raise TwoTowerError(
                 f"there is no layer {layer}: the model has {opened.config.num_layers}, from 0"
             )
-    largest = max(_float32_bytes(opened.config, tower) for tower in towers)
+    largest = max(
+        4 * sum(math.prod(weight.shape) for weight in graph_weights(opened.config, tower).values())
+        for tower in towers
+    )
     report = Report(target.folder, opened.path, by_part=bool(parts) or largest > whole_bytes)
     for tower in towers:
         for planned in _plan(report, target, opened, tower, layers, parts):
@@ -221,17 +219,12 @@ def _compare(config: ModelConfig, planned: Planned, seed: int) -> tuple[Comparis
     pair = planned.make()
     feeds: dict[str, Feed] = {}
     for shape in call_shapes(planned.tower, planned.chunk):
-        feeds[shape.name] = _feed(config, planned.tower, shape, seed, pair)
+        feeds[shape.name] = random_feed(config, planned.tower, shape, seed, pair.layers)
+        if pair.wants_hidden:
+            feeds[shape.name][HIDDEN] = random_hidden(config, shape, seed)
     complete = partial(_refined, config) if planned.tower == "denoiser" else None
     found = compare(planned.part, pair.graph, pair.reference, feeds, complete, planned.precision)
     return found, min(pair.reference.margins, default=math.inf)
-
-
-def _feed(config: ModelConfig, tower: Tower, shape: CallShape, seed: int, pair: Pair) -> Feed:
-    feed = random_feed(config, tower, shape, seed, pair.layers)
-    if pair.wants_hidden:
-        feed[HIDDEN] = random_hidden(config, shape, seed)
-    return feed
 
 
 def _refined(
@@ -280,7 +273,3 @@ def _notes(target: Target, selected: Sequence[Part], report: Report) -> list[str
     elif report.by_part:
         notes.append("verified part by part, each on random hidden states: never end to end")
     return notes
-
-
-def _float32_bytes(config: ModelConfig, tower: Tower) -> int:
-    return 4 * sum(math.prod(weight.shape) for weight in graph_weights(config, tower).values())

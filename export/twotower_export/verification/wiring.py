@@ -16,32 +16,19 @@ from onnx import TensorProto
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import HEADS, Tower, graph_weights
+from twotower_export.verification.calls import NEW_STATES, REFINED, RULES, STATES
 from twotower_export.verification.graphs import hidden_names
 
 ROWS: Final = {"M": ("lengths",), "*": ("lengths", "context_lengths"), "E": ("lengths",)}
 """Inputs that say how long rows are, which a layer of each kind takes."""
 
-STATES: Final = {"M": ("conv_state", "ssm_state"), "*": ("k_cache", "v_cache"), "E": ()}
-"""States that a layer of each kind takes; inputs of both towers' graphs."""
-
-NEW_STATES: Final = {"M": ("conv_state_new", "ssm_state_new"), "*": ("k_new", "v_new"), "E": ()}
-"""States that a layer of each kind returns; outputs of the context tower's graph."""
-
-REFINED: Final = ("new_ids", "confidence", "committed", "still_masked")
-RULES: Final = ("lengths", "threshold", "steps_left", "temperature", "policy", "seed")
 TIME: Final = "denoiser.time_embedding"
 
 _FLOATS: Final = (TensorProto.FLOAT, TensorProto.BFLOAT16)
 
 
 def wiring_problems(model: onnx.ModelProto, tower: Tower, config: ModelConfig) -> list[str]:
-    """One sentence for every value that something takes from, or gives to, the wrong place.
-
-    Args:
-        model: a tower's graph, in any precision.
-        tower: which.
-        config: the model.
-    """
+    """Return a sentence for every value that something takes from, or gives to, a wrong place."""
     wires = _Wires.of(model)
     problems = [
         problem
@@ -175,7 +162,8 @@ def _denoiser_problems(wires: _Wires, config: ModelConfig) -> Iterator[str]:
     wanted = {name: name for name in ("ids", "lengths", *names)}
     yield from wires.check_call("denoiser.time", wires.producers.get(TIME), wanted)
     node = wires.producers.get("new_ids")
-    wanted = {"logits": wires.source("logits"), **{name: name for name in ("ids", *RULES)}}
+    wanted = {name: name for name in ("ids", "lengths", *RULES)}
+    wanted["logits"] = wires.source("logits")
     yield from wires.check_call("denoiser.refine", node, wanted)
     if node is not None and tuple(node.output) != REFINED:
         yield f"denoiser.refine makes {', '.join(node.output)}, not {', '.join(REFINED)}"

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support.engine_bundles import json_of, run_build, write_bundle_of
+from twotower_contract import progress
 from twotower_contract.digests import file_sha256
 from twotower_contract.engine_set import BUILD_FILE, open_engine_set
 from twotower_contract.errors import BundleError, TwoTowerError
-from twotower_engines.building import progress as build_progress
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.progress import BuildProgress
 from twotower_engines.cli.build import build
@@ -247,11 +247,11 @@ def test_help_is_quick_and_has_examples():
 
 def test_progress_is_quiet_at_first_and_then_rare_in_a_log(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(build_progress.time, "monotonic", lambda: now[0])
-    progress = BuildProgress("l40s")
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = BuildProgress("l40s")
     for now[0] in range(0, 31):
-        progress("context", f"step {now[0]}")
-    progress.close()
+        shown("context", f"step {now[0]}")
+    shown.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "building l40s, 10 s: context: step 10",

@@ -6,9 +6,10 @@ import statistics
 
 import pytest
 
+from benchmarks.acceptance_statistics import fit_burst_rate
 from twotower_engines.errors import PlanError
 from twotower_engines.planning import acceptance
-from twotower_engines.planning.acceptance import calls_per_block, fit_burst_rate, load_acceptance
+from twotower_engines.planning.acceptance import calls_per_block, load_acceptance
 
 ACCEPTANCE = load_acceptance()
 TRACES = [trace["masked"] for trace in json.loads(acceptance.DATA_FILE.read_text())["traces"]]

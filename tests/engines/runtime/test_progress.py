@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from twotower_engines.runtime import progress
+from twotower_contract import progress
 from twotower_engines.runtime.progress import ByteMeter
 
 
@@ -35,7 +35,9 @@ def test_a_terminal_has_one_line_that_is_drawn_again(capsys, clock, monkeypatch)
     meter = ByteMeter("binding weights")
     bind(meter, clock, 20.0)
     said = capsys.readouterr().err
-    assert said.startswith("\rbinding weights:  10% of 10.0 GB, 0.5 GB/s\rbinding weights:  20%")
+    assert said.startswith(
+        "\r\x1b[Kbinding weights:  10% of 10.0 GB, 0.5 GB/s\r\x1b[Kbinding weights:  20%"
+    )
     assert said.endswith("100% of 10.0 GB, 0.5 GB/s\n")
     assert said.count("\n") == 1
 

@@ -18,20 +18,6 @@ from twotower_contract.engine_set import Limits
 from twotower_engines.runtime.resident.device import Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
 
-__all__ = [
-    "REFINE_ROWS",
-    "CallMemory",
-    "CallSize",
-    "Tensors",
-    "bucket",
-    "call_sizes",
-    "input_layout",
-    "output_layout",
-    "packed",
-    "token_bucket",
-    "unseen_sizes",
-]
-
 Array = npt.NDArray[Any]
 Layout = Mapping[str, tuple[Shape, type]]
 Verb = Literal["extend", "denoise", "predict"]

@@ -13,15 +13,6 @@ from twotower_contract.errors import TwoTowerError
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.device import Box, Device, Fence
 
-__all__ = [
-    "CudaDevice",
-    "CudaError",
-    "cuda_version",
-    "driver_cuda",
-    "enable_peer_access",
-    "usable_gpus",
-]
-
 
 class CudaError(TwoTowerError):
     """A CUDA call failed: a device that is lost, a driver in trouble, or a bug of ours."""
@@ -116,9 +107,6 @@ class _Event:
 
 class CudaDevice:
     """See `device.Device`.
-
-    Args:
-        index: Number of the GPU.
 
     Raises:
         RuntimeLoadError: There is no such GPU, or no driver that serves it.

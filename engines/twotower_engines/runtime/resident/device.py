@@ -12,8 +12,6 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-__all__ = ["ALIGNMENT", "Box", "Device", "Fence", "aligned"]
-
 ALIGNMENT = 256
 """Alignment in bytes of allocations, and of tensors inside them: TensorRT's requirement."""
 

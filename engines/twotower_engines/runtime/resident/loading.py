@@ -26,8 +26,6 @@ from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
 from twotower_engines.runtime.resident.tensorrt_engine import TensorRtEngine, import_tensorrt
 from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_bytes
 
-__all__ = ["open_resident_runtime"]
-
 
 def open_resident_runtime(
     engines: EngineSet, checkpoint: Path | None = None, progress: LoadProgress | None = None
@@ -40,8 +38,6 @@ def open_resident_runtime(
     Args:
         engines: An engine set of flavour `tensorrt` or `tensorrt-rtx`, which says on which GPU each
             of its towers runs.
-        checkpoint: The checkpoint's folder, where it is not the one in the manifest.
-        progress: Receives the weights that are uploaded and the calls that are prepared.
 
     Raises:
         RuntimeLoadError: The package, the GPU, its driver or its memory is not what is needed.

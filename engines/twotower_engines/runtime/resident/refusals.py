@@ -13,8 +13,6 @@ from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, cuda_version, usable_gpus
 from twotower_engines.runtime.resident.tensorrt_engine import MODULES
 
-__all__ = ["check_build", "check_gpus", "check_room", "placement"]
-
 BUILD_AGAIN = "build them for this GPU with `twotower build BUNDLE --sku local ENGINES`"
 VERSION_PARTS = {"tensorrt": 4, "tensorrt-rtx": 2}
 """Leading numbers of the version that must be equal: TensorRT promises no wider compatibility."""
@@ -52,10 +50,7 @@ def check_build(
     """Refuse engines that were built for another machine, GPU, driver or TensorRT.
 
     Args:
-        build: Build record of the engine set.
-        version: Version of the installed TensorRT.
         device: Name of the GPU in messages.
-        compute_capability: Compute capability of the GPU.
         driver: The newest CUDA that the driver serves, for example 13010.
 
     Raises:
@@ -95,8 +90,6 @@ def check_room(build: BuildRecord, device: CudaDevice, index: int, weights: int)
 
     Args:
         build: Build record of the engine set; its memory plan has the size of engines and states.
-        device: The GPU.
-        index: Index of the GPU in the memory plan.
         weights: Bytes of the weights that go there.
 
     Raises:

@@ -41,8 +41,6 @@ from twotower_engines.runtime.resident.states import (
     window_step,
 )
 
-__all__ = ["ResidentRuntime", "Tower"]
-
 log = logging.getLogger(__name__)
 
 

@@ -25,8 +25,6 @@ from twotower_contract.engine_set import Limits
 from twotower_engines.runtime.resident.device import ALIGNMENT, Box, Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
 
-__all__ = ["Landing", "SlotStates", "StateKind", "Taken", "state_kinds", "window_step"]
-
 SSM_ITEM = 4  # float32 in every graph
 
 
@@ -125,8 +123,6 @@ class Landing:
     """Where the new states of a context call are written.
 
     Args:
-        kinds: Kinds of states.
-        rows: Rows of the call.
         tokens: Tokens of each row, padding included.
     """
 
@@ -155,9 +151,6 @@ class SlotStates:
     """The states of every slot on one device.
 
     Args:
-        device: Device that holds the states.
-        kinds: Kinds of states.
-        slots: Rows of each kind.
         keeps_previous: Whether there is a second set of Mamba states, for `keep_previous`.
     """
 

@@ -21,8 +21,6 @@ from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError
 from twotower_engines.runtime.resident.engine import Shape
 
-__all__ = ["MODULES", "TensorRtEngine", "import_tensorrt"]
-
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 

@@ -27,8 +27,6 @@ from twotower_contract.shards import ITEM_SIZES
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.runtime.resident.device import Device, Fence, aligned
 
-__all__ = ["WINDOW", "tower_bytes", "upload_weights", "weight_bytes"]
-
 WINDOW = 64 << 20
 """Bytes of one staging buffer: large enough that the start-up of a copy costs nothing."""
 
@@ -59,9 +57,6 @@ def upload_weights(
     """Copy all weights of a tower to a device.
 
     Args:
-        store: The checkpoint, checked.
-        tower: `context` or `denoiser`.
-        device: Device to copy to.
         progress: Called with the bytes that are on their way, and their sum.
         window: Bytes of each staging buffer.
 
