@@ -22,19 +22,6 @@ from pathlib import Path
 
 from twotower_contract.errors import DryRunEndsError, TwoTowerError
 
-__all__ = [
-    "WITH_CARE",
-    "Writing",
-    "check_replaceable",
-    "locked",
-    "new_folder",
-    "partial_file",
-    "partial_folder",
-    "put_in_place",
-    "reported",
-    "write_text",
-]
-
 PREFIX = ".partial-"
 REPLACED = ".replaced-"
 AT_FDCWD = -100

@@ -13,8 +13,6 @@ from twotower_contract.atomic import reported
 from twotower_engines.artifacts.cache_root import cache_root
 from twotower_engines.errors import BuildError
 
-__all__ = ["cache"]
-
 DAY = 86400
 
 EPILOG = """\b

@@ -24,8 +24,6 @@ from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.pruning import flat_graph, pruned
 
-__all__ = ["OnnxRuntime"]
-
 Array = npt.NDArray[Any]
 CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import onnx
 import onnx.inliner
 
-__all__ = ["flat_graph", "pruned"]
-
 
 def flat_graph(path: Path) -> onnx.ModelProto:
     """Read a graph and write its functions out, so that their parts can be left out as well."""

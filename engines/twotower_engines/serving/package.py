@@ -26,8 +26,6 @@ from twotower_engines.serving.repository import (
 )
 from twotower_engines.serving.settings import Settings
 
-__all__ = ["package", "templates_folder"]
-
 # The ensemble has no code of its own: the steps read the parameters.
 MODELS_WITH_CODE = tuple(name for name in MODELS if name != "twotower")
 
