@@ -13,7 +13,7 @@ from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.serving.loop import EngineLoop
-from twotower_engines.serving.wire import Job, Stop
+from twotower_engines.serving.wire import Cancel, Job
 
 SECONDS = 20
 
@@ -100,7 +100,7 @@ def test_too_many_at_once_are_told_to_come_again(loop) -> None:
     late = Answer()
     loop.put(job(), late)
     assert late.wait().failures[0][0] == "busy"
-    loop.put(Stop("a"), Answer())
+    loop.put(Cancel("a"), Answer())
     for one in open_ones:
         one.wait()
     again = Answer()
@@ -108,14 +108,14 @@ def test_too_many_at_once_are_told_to_come_again(loop) -> None:
     assert again.wait().parts
 
 
-def test_a_stop_ends_all_requests_of_that_id_and_no_other(loop) -> None:
+def test_a_cancel_ends_all_requests_of_that_id_and_no_other(loop) -> None:
     mine, waiting, other = Answer(), Answer(), Answer()
     loop.put(job(name="mine", **LONG), mine)
     loop.put(job(name="other", max_new_tokens=200), other)
     loop.put(job(name="mine", **LONG), waiting)
     assert mine.begun.wait(SECONDS)
     told = Answer()
-    loop.put(Stop("mine"), told)
+    loop.put(Cancel("mine"), told)
     assert told.wait().parts[-1].event.finish_reason == "cancelled"
     assert mine.wait().parts[-1].event.finish_reason == "cancelled"
     assert waiting.wait().parts[-1].event.finish_reason == "cancelled"
@@ -133,7 +133,7 @@ def test_a_caller_who_left_frees_the_slot(loop) -> None:
 def test_a_request_is_given_up_after_its_timeout(loop) -> None:
     late = Answer()
     start = time.monotonic()
-    loop.put(job(timeout=0.2, **LONG), late)
+    loop.put(job(timeout=0.2, block_size=1, **LONG), late)
     [(failure, message)] = late.wait().failures
     assert failure == "late"
     assert "0.2" in message
