@@ -216,3 +216,33 @@ def test_closing_answers_what_is_open(runtime, death) -> None:
     assert "shutting down" in message
     loop.close()  # the lifeline and Triton both ask for it
     assert not death.is_set()
+
+
+def test_those_who_wait_and_ask_are_told_their_places(loop) -> None:
+    running = [Answer() for _ in range(2)]
+    for one in running:
+        loop.put(job(name="running", **LONG), one)
+        assert one.begun.wait(SECONDS)
+    asks = Answer()
+    waiting = job(name="waiting")
+    loop.put(Job(waiting.request, queue_notice_seconds=0.1), asks)
+    assert asks.begun.wait(SECONDS)
+    loop.put(Cancel("running"), Answer())
+    asks.wait()
+    *notices, block = asks.parts
+    assert notices
+    assert {(one.queue_place, one.prompt_ids, one.event.ids) for one in notices} == {(1, (), ())}
+    assert (block.queue_place, block.prompt_ids, len(block.event.ids)) == (0, (5,), 4)
+
+
+def test_a_request_that_only_waited_is_not_told_to_be_shorter(loop) -> None:
+    running, late = [Answer() for _ in range(2)], Answer()
+    for one in running:
+        loop.put(job(name="running", **LONG), one)
+    loop.put(job(timeout=0.2), late)
+    [(failure, message)] = late.wait().failures
+    assert failure == "late"
+    assert message == (
+        "waited for a slot for all of timeout_seconds, 0.2; allow more, or try again later"
+    )
+    loop.put(Cancel("running"), Answer())
