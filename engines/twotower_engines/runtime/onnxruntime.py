@@ -8,6 +8,7 @@ Keys and values are the exception, they are appended to buffers that grow by hal
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,13 @@ class OnnxRuntime:
         sessions = {tower: self._session(engines.engine_path(tower), threads) for tower in towers}
         for tower in towers:
             self._weights[tower] = self._load_weights(store, tower, progress)
+        mapped = sum(map(store.mapped_bytes, towers))
+        if mapped:
+            print(
+                f"note: {mapped / 1e9:.1f} GB of float32 weights are used where they lie: leave "
+                f"the files in {store.folder} as they are while these engines run",
+                file=sys.stderr,
+            )
         calls = {"extend": "context", "extend with logits": "context"}
         if self.has_denoiser:
             calls |= {"denoise": "denoiser", "predict": "denoiser"}

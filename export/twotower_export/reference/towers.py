@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from twotower_contract.config import ModelConfig, read_config
 from twotower_contract.errors import CheckpointError
-from twotower_contract.json_file import read_json
+from twotower_contract.index import shard_files
 from twotower_export.reference.mixers import Layer, RMSNorm, project, split_dim
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -353,7 +353,7 @@ def load_towers(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Tow
     folder = Path(checkpoint)
     config = read_config(folder / "config.json")
     tensors: dict[str, Tensor] = {}
-    for file in _shards(folder):
+    for file in (folder / name for name in shard_files(folder)):
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (a handle, not a dictionary)
                 tensor = shard.get_tensor(name)
@@ -369,15 +369,6 @@ def load_towers(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Tow
     if tensors:
         raise CheckpointError(f"{folder}: has unknown tensors {', '.join(sorted(tensors)[:10])}")
     return Towers(config, context, denoiser)
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [
-            folder / name for name in sorted(set(read_json(index).values["weight_map"].values()))
-        ]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def empty_states(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> States:
