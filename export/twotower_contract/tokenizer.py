@@ -107,6 +107,8 @@ def _special(settings: Document) -> Iterator[tuple[str, Any]]:
             yield key, settings.values[key]
     for key in LISTS:
         several = settings.values.get(key) or []
+        if not isinstance(several, list | dict):
+            raise settings.refusal(f"the field `{key}` should be a list, found {several!r:.80}")
         for value in several.values() if isinstance(several, dict) else several:
             yield key, value
 

@@ -139,7 +139,7 @@ def _stored_parameters(folder: Path) -> int | None:
     except CheckpointError:
         return None
     return sum(
-        math.prod(entry["shape"])
+        int(math.prod(entry["shape"]))
         for header in headers
         for name, entry in header.items()
         if name != "__metadata__"

@@ -76,7 +76,7 @@ def golden_for(
     if size > FLOAT32_BOUND:
         reason = (
             f"the towers take {size / 1e9:.0f} GB in float32, too much to answer during an export; "
-            "compute the answer with `twotower golden CHECKPOINT`, which streams them through a few "
+            "compute it with `twotower golden CHECKPOINT`, which streams them through a few "
             "GB of memory, and export again"
         )
     elif importlib.util.find_spec("torch") is None:
