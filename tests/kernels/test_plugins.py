@@ -94,7 +94,7 @@ def wrapped(function: ir.Function, given: list[torch.Tensor]) -> onnx.ModelProto
     helper = onnx.helper
     call = helper.make_node(function.name, proto.input, proto.output, domain="twotower")
     call.attribute.extend(proto.attribute_proto)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("twotower", 1)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("twotower", 1)]
     wrapper = helper.make_function(
         "twotower", "Wrapper", list(proto.input), list(proto.output), [call], opsets
     )

@@ -55,6 +55,7 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
     _parse(trt, network, log, Path(job["graph"]), job.get("kernels"))
+    _let_attention_decompose(trt, network)
     _check_inputs(network, job["inputs"])
     config = builder.create_builder_config()
     for shapes in job["profiles"]:
@@ -203,6 +204,15 @@ def _with_plugins(model: onnx.ModelProto, compute_capability: str) -> onnx.Model
 
     register_plugins(compute_capability)
     return with_plugins(model)
+
+
+def _let_attention_decompose(trt: Any, network: Any) -> None:
+    """Let attention that no kernel of its own serves (float32, odd heads) be built of products."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_OUTPUT":
+            layer.__class__ = trt.IAttentionOutputLayer  # the API hands out the base class
+            layer.attention.decomposable = True
 
 
 def _check_inputs(network: Any, wanted: Mapping[str, Sequence[int | str]]) -> None:
