@@ -85,7 +85,6 @@ VERBS: dict[str, Verb] = {
     ),
     "cache": Verb(
         "twotower_engines.cli.cache",
-        "cache",
         "List or delete what is kept to be found again.",
     ),
     "kernels": Verb(
