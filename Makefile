@@ -1,36 +1,37 @@
 # Each target sets up what it needs the first time; a second run starts at once.
-# The first that runs and is one of those that the bundled Triton server has a stub for. (A name on
-# PATH may be a launcher without its Python.) What is tested is 3.11.
-PYTHON ?= $(shell for one in python3.11 python3.12 python3.13 python3; do \
-	$$one -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$one; break; }; done)
+# The first that runs and is one of those with which the bundled Triton server works. (A name on PATH
+# may be a launcher without its Python.) `make test-nightly` tests both.
+PYTHON ?= $(shell for one in python3.11 python3.12 python3; do \
+	$$one -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$one; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # Pip's own bar is the progress; PIP_ARGS lets a mirror or a cache be named.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cov test-slow check fix docs bench wheel test-wheel lock locked clean
+.PHONY: help demo test cov test-slow test-nightly check fix docs bench wheel test-wheel lock locked clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.base:
-	@command -v "$(PYTHON)" >/dev/null || { echo "error: no Python of version 3.11 to 3.13 found (looked for: $(or $(PYTHON),python3.11 python3.12 python3.13 python3)): install one, or name one with make PYTHON=..." >&2; exit 2; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no Python of version 3.11 or 3.12 found (looked for: $(or $(PYTHON),python3.11 python3.12 python3)): install one, or name one with make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml
-	@echo "installing what the demo needs (about 500 MB, once)"
+	@echo "installing what the demo needs (about 600 MB, once)"
 	$(PIP) -e '.[export,serve]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml
-	@echo "installing what the tests need (about 2 GB, once)"
+	@echo "installing what the tests need (about 3 GB, more where torch brings CUDA libraries; once)"
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo ## Export, build, package, serve and ask: the whole path, on this machine
 	$(BIN)/twotower demo
+	@echo "to give such commands yourself: . $(VENV)/bin/activate"
 
 test: $(VENV)/.dev ## All tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
@@ -40,6 +41,17 @@ cov: $(VENV)/.dev ## The same tests, and the lines that they miss
 
 test-slow: $(VENV)/.dev ## Full-size tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Each Python that we promise, and the oldest and newest compiler of our kernels, in environments of
+# their own. Python 3.13 has no bundled server: tests that start one are left out there.
+test-nightly: test-slow ## The other Pythons and versions of the kernels' compiler; needs python3.12 and python3.13
+	$(MAKE) test VENV=.venv-3.12 PYTHON=python3.12
+	$(MAKE) .venv-3.13/.dev VENV=.venv-3.13 PYTHON=python3.13
+	.venv-3.13/bin/python -m pytest -m "not slow and not server"
+	for version in 3.6.0 3.9.0; do \
+		$(MAKE) .venv-triton-$$version/.dev VENV=.venv-triton-$$version && \
+		.venv-triton-$$version/bin/python -m pip install --no-deps triton==$$version && \
+		.venv-triton-$$version/bin/python -m pytest -m "not slow" tests/kernels || exit 1; done
 
 check: $(VENV)/.dev ## Lint, format and types
 	$(BIN)/ruff check .
@@ -77,4 +89,4 @@ bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benc
 	for name in generation export build kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) demo dist site .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov
+	rm -rf $(VENV) .venv-* demo dist site .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov

@@ -53,7 +53,8 @@ torch.onnx.export(
 # Both print the seconds that the graph in their first argument takes, without the library's start.
 LOAD = """
 import sys, time
-import onnxruntime
+from twotower_contract.onnxruntime import import_onnxruntime
+onnxruntime = import_onnxruntime()
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3
 start = time.perf_counter()
@@ -122,15 +123,12 @@ def measure_trace(pattern: str) -> dict[str, Any]:
     return {"pattern": pattern, "seconds": round(run.seconds, 2), "peak_bytes": run.peak}
 
 
-def printed_seconds(
-    program: str, *arguments: str, environment: dict[str, str] | None = None
-) -> float:
+def printed_seconds(program: str, *arguments: str) -> float:
     """The best of some runs of a program that prints seconds."""
     command = [sys.executable, "-c", program, *arguments]
     found = []
     for _ in range(REPEATS):
-        given = {**os.environ, **(environment or {})}
-        done = subprocess.run(command, capture_output=True, text=True, env=given)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{arguments}: {done.stderr[-2000:]}")
         found.append(float(done.stdout))
@@ -142,9 +140,8 @@ def measure_functions(folder: Path) -> list[dict[str, Any]]:
     import onnx
     from onnx.inliner import inline_local_functions
 
-    from twotower_engines.building.flavours.rtx_library import find_library
+    from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY
 
-    library = find_library()
     rows = []
     for tower in ("context", "denoiser"):
         for form in ("functions", "inlined"):
@@ -162,9 +159,7 @@ def measure_functions(folder: Path) -> list[dict[str, Any]]:
                     row["bytes"] = graph.stat().st_size
                     row["onnxruntime_seconds"] = printed_seconds(LOAD, str(graph))
                 else:
-                    row["tensorrt_rtx_seconds"] = printed_seconds(
-                        PARSE, str(graph), library.module, environment=library.environment
-                    )
+                    row["tensorrt_rtx_seconds"] = printed_seconds(PARSE, str(graph), LIBRARY.module)
             rows.append(row)
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ WITH_SERVERS = ("tests/client/", "tests/serving/")
 # Before anything imports torch: its threads spin while they wait, which on two cores costs small
 # models ten times what it gains. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests import ONNX Runtime themselves, where our code goes through twotower_contract.onnxruntime.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 def _has_gpu() -> bool:
@@ -51,6 +54,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "servers" if file.startswith(WITH_SERVERS) else file
 
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="session")
+def tensorrt_environment(tmp_path_factory) -> dict[str, str]:
+    """Variables of a process that imports `tensorrt_bindings`, the Python API of TensorRT 11.4.
+
+    The package holds bindings alone, and NVIDIA promises no other library under them: this is for
+    tests of our plugins' definitions, and of names. The bindings ask the dynamic linker for
+    TensorRT's file names, so a folder of links gives TensorRT-RTX under them. It has no library of
+    plugins, of which the bindings need one function.
+    """
+    folder = tmp_path_factory.mktemp("tensorrt")
+    (package,) = importlib.util.find_spec("tensorrt_rtx_libs").submodule_search_locations
+    libraries = {"nvinfer": "tensorrt_rtx", "nvonnxparser": "tensorrt_onnxparser_rtx"}
+    for asked, given in libraries.items():
+        (folder / f"lib{asked}.so.11").symlink_to(Path(package) / f"lib{given}.so.1")
+    source = folder / "plugins.c"
+    source.write_text("_Bool initLibNvInferPlugins(void *log, char const *space) { return 1; }\n")
+    library = folder / "libnvinfer_plugin.so.11"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return {**os.environ, "LD_LIBRARY_PATH": str(folder)}
 
 
 @pytest.fixture(scope="session")

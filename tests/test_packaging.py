@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
+
+import pytest
 
 from tests.support import ROOT
 
@@ -44,9 +49,8 @@ def test_the_client_imports_nothing_else_but_the_contract():
     """The contract is in the same wheel, and itself imports the standard library alone."""
     ours = {"twotower_client", "twotower_contract"}
     allowed = sys.stdlib_module_names | ours | {"numpy", "tritonclient", "grpc", "click"}
-    for folder in ("client/twotower_client", "export/twotower_contract"):
-        for path in (ROOT / folder).rglob("*.py"):
-            assert imported(path) <= allowed, path
+    for path in (ROOT / "client/twotower_client").rglob("*.py"):
+        assert imported(path) <= allowed, path
     code = (
         "import sys, importlib, pkgutil, twotower_contract as c\n"
         "for one in pkgutil.iter_modules(c.__path__, 'twotower_contract.'):\n"
@@ -89,4 +93,39 @@ def test_make_takes_the_first_python_that_runs_and_is_new_enough(tmp_path):
         cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 2
-    assert "error: no Python of version 3.11 to 3.13 found" in ran.stderr
+    assert "error: no Python of version 3.11 or 3.12 found" in ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_every_extra_resolves(machine, python):
+    """All at once, so each alone too, against the public index, whatever index this machine has.
+
+    There torch asks for a compiler of kernels (`triton`) of its own choice, which the CPU builds of
+    some machines do not.
+    """
+    uv = shutil.which("uv", path=Path(sys.executable).parent)
+    command = [uv, "pip", "compile", "--no-config", "--no-python-downloads", "--all-extras"]
+    command += ["--python-platform", f"{machine}-manylinux_2_35", "--python-version", python]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
+    ran = subprocess.run(
+        [*command, "--no-annotate", "--no-header", "pyproject.toml"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if "error sending request" in ran.stderr and "No solution" not in ran.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert ran.returncode == 0, ran.stderr
+    chosen = dict(line.split("==") for line in ran.stdout.split())
+    assert chosen["torch"] == "2.13.0"
+    assert chosen["triton"] == "3.7.1", "what this torch asks for, where it is no CPU build"
+    assert ("nvidia-pytriton" in chosen) == (python != "3.13")
+    assert chosen["numpy"].startswith("1." if python != "3.13" else "2.")
+
+
+def test_the_pythons_that_are_promised_are_those_that_are_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    promised = {one.rpartition(" ")[2] for one in project["classifiers"] if "Python :: 3." in one}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert promised <= set(re.findall(r"PYTHON=python(3\.\d+)", makefile + gate))

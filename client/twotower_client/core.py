@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from twotower_client.connection import CHANNEL_OPTIONS, check_address, check_seconds, closed
+from twotower_client.connection import channel_options, check_address, check_seconds, closed
 from twotower_client.errors import (
     ClientError,
     DeadlineError,
@@ -51,9 +51,9 @@ class ClientCore:
         self.timeout = check_seconds("timeout", timeout)
         self.inactivity_timeout = check_seconds("inactivity_timeout", inactivity_timeout)
         self._channel = (
-            self._channels.insecure_channel(url, options=CHANNEL_OPTIONS)
+            self._channels.insecure_channel(url, options=channel_options(url))
             if credentials is None
-            else self._channels.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
+            else self._channels.secure_channel(url, credentials, options=channel_options(url))
         )
         self._is_closed = False
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)

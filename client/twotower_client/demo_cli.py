@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import click
 
 from twotower_client.errors import ClientError
+from twotower_contract.processes import run_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,7 +85,7 @@ def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
     ]
     for number, step in enumerate(steps, 1):
         _say(number, *step)
-        if _verb(*step).wait():
+        if run_child(_command(*step)).returncode:
             raise StepFailedError(f"`twotower {step[0]}` failed; its messages stand above")
     port = _free_port()
     serve = ("serve", repository, "--grpc-port", str(port), "--no-http", "--no-metrics")
@@ -167,9 +168,8 @@ def _free_port() -> int:
     return port
 
 
-def _verb(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "twotower_client.cli", *arguments]
-    return subprocess.Popen(command, text=True, **options)  # type: ignore[call-overload,no-any-return]
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "twotower_client.cli", *arguments]
 
 
 def _say(number: int, *arguments: str) -> None:
@@ -179,7 +179,7 @@ def _say(number: int, *arguments: str) -> None:
 @contextmanager
 def _server(serve: tuple[str, ...]) -> Iterator[None]:
     """Run `twotower serve` until the end of the `with` block, which begins when it is ready."""
-    process = _verb(*serve, stdout=subprocess.PIPE)
+    process = subprocess.Popen(_command(*serve), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from twotower_client.connection import proxy_of
 from twotower_client.errors import (
     ClientError,
     DeadlineError,
@@ -95,8 +96,9 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
         )
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailableError(
-            f"no Triton server answers at {url} ({details}); start one with `twotower serve REPO`, "
-            "or name its gRPC port (8001 by default, not the HTTP port) with --url HOST:PORT"
+            f"no Triton server answers at {url} ({details}){_by_proxy(url)}; start one with "
+            "`twotower serve REPO`, or name its gRPC port (8001 by default, not the HTTP port) "
+            "with --url HOST:PORT"
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ServerUnavailableError(
@@ -111,11 +113,20 @@ def error_of_readiness(problem: Any, url: str) -> ClientError:
 
     if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServerUnavailableError(
-            f"{url} did not answer in time; is the address right, and is a firewall in the way?"
+            f"{url} did not answer in time{_by_proxy(url)}; is the address right, and is a "
+            "firewall in the way?"
         )
     if problem.code() is grpc.StatusCode.NOT_FOUND:
         return not_ready(url, f" ({problem.details()})")
     return error_of_rpc(problem, url, started=False)
+
+
+def _by_proxy(url: str) -> str:
+    """Return what to say of a proxy that stands between a client and its server."""
+    proxy, host = proxy_of(url), url.rpartition(":")[0]
+    if proxy is None:
+        return ""
+    return f"; it was asked through the proxy {proxy}: add {host} to no_proxy to ask it directly"
 
 
 def too_late(timeout: float, left: float, inactivity_timeout: float, blocks: int) -> ClientError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -35,6 +36,7 @@ __all__ = [
 PREFIX = ".partial-"
 REPLACED = ".replaced-"
 AT_FDCWD = -100
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RENAME_EXCHANGE = 2  # of linux/fs.h
 
 
@@ -81,9 +83,19 @@ def reported(place: Path, error: type[TwoTowerError]) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise error(
-            f"{problem.filename or place}: cannot be written: {problem.strerror or problem}"
-        ) from problem
+        if problem.errno == errno.EBUSY:
+            raise _is_mounted(place, error) from problem
+        # Of two files the second was to be written; a full disk is that of the place.
+        name = problem.filename2 or problem.filename
+        where = place if problem.errno in FULL or name is None else name
+        raise error(f"{where}: cannot be written: {problem.strerror or problem}") from problem
+
+
+def _is_mounted(place: Path, error: type[TwoTowerError]) -> TwoTowerError:
+    return error(
+        f"{place}: is a mount point, which cannot be replaced; name a folder inside it, as "
+        f"{place / 'new'}"
+    )
 
 
 def check_replaceable(
@@ -99,6 +111,8 @@ def check_replaceable(
     """
     if not out.exists() and not out.is_symlink():
         return
+    if out.is_mount():
+        raise _is_mounted(out, error)
     if not out.is_dir():
         raise error(f"{out}: is a file; name a folder for {what}")
     if any(out.iterdir()) and not is_ours(out):

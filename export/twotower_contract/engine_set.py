@@ -43,7 +43,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanFile:
+class EngineFile:
     """An engine: file name inside the engine set, and sha256 in hex."""
 
     file: str
@@ -78,7 +78,7 @@ class BuildRecord:
     flavour: str
     precision: str
     limits: Limits
-    plans: dict[str, PlanFile]
+    plans: dict[str, EngineFile]
     compute_capability: str | None = None
     machine: str | None = None
     cuda: str | None = None
@@ -103,7 +103,7 @@ class EngineSet:
     build: BuildRecord
     manifest: Manifest
 
-    def plan_path(self, tower: str) -> Path:
+    def engine_path(self, tower: str) -> Path:
         """Return the engine file of `context` or `denoiser`.
 
         Raises:
@@ -117,14 +117,14 @@ class EngineSet:
             )
         return self.folder / self.build.plans[tower].file
 
-    def check_plans(self) -> None:
+    def check_engine_files(self) -> None:
         """Compare every engine file with the digest in the build record.
 
         Raises:
             EngineSetError: A file is missing or was changed since it was built.
         """
         for tower in self.build.plans:
-            path = self.plan_path(tower)
+            path = self.engine_path(tower)
             state = file_state(path, self.build.plans[tower].sha256)
             if state == "missing":
                 raise EngineSetError(f"{path}: is missing; build the engines again")
@@ -194,7 +194,9 @@ def _record(document: Document) -> BuildRecord:
     return document.record(
         BuildRecord,
         limits=document.section("limits").record(Limits),
-        plans={tower: plan.record(PlanFile) for tower, plan in document.sections("plans").items()},
+        plans={
+            tower: plan.record(EngineFile) for tower, plan in document.sections("plans").items()
+        },
         profiles={
             tower: [one.values for one in profiles.items(tower)] for tower in profiles.values
         },

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 from twotower_contract.policies import BOUND_POLICIES, POLICY_NAMES
 
@@ -36,8 +36,6 @@ class Option:
     """One option as it is declared.
 
     Attributes:
-        name: Its name, in Python and on the wire.
-        default: Value where it is not given.
         wire: Type of its tensor.
         help: Text of `--help`.
         low: Least number.
@@ -46,10 +44,10 @@ class Option:
         choices: Names that are allowed.
         modes: Modes that use the option.
         by_policy: Whether some policies allow any number above 0.
+        name: Name of the option, in Python and on the wire.
+        default: Value where it is not given.
     """
 
-    name: str
-    default: Any
     wire: Wire
     help: str
     low: float = 1
@@ -58,6 +56,8 @@ class Option:
     choices: tuple[str, ...] = ()
     modes: tuple[str, ...] = MODES
     by_policy: bool = False
+    name: str = ""
+    default: Any = None
 
     @property
     def is_list(self) -> bool:
@@ -87,103 +87,91 @@ class Option:
         )
 
 
-def _declared(wire: Wire, text: str, **more: Any) -> dict[str, Any]:
-    return {"wire": wire, "help": text, **more}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
     """All options of a request, each declared here and nowhere else. Defaults are NVIDIA's."""
 
-    mode: Mode = field(
-        default="mask_diffusion",
-        metadata=_declared(
+    mode: Annotated[
+        Mode,
+        Option(
             "BYTES",
             "mask_diffusion (both towers, block by block), ar (the context tower alone, token by "
             "token), or mock_ar (both towers, token by token).",
             choices=MODES,
         ),
-    )
-    max_new_tokens: int = field(
-        default=64,
-        metadata=_declared(
-            "INT32", "Length of the answer in tokens, unless an end token comes before."
-        ),
-    )
-    block_size: int = field(
-        default=16,
-        metadata=_declared(
+    ] = "mask_diffusion"
+    max_new_tokens: Annotated[
+        int, Option("INT32", "Length of the answer in tokens, unless an end token comes before.")
+    ] = 64
+    block_size: Annotated[
+        int,
+        Option(
             "INT32",
             "Tokens that are denoised together, or sent together in the other modes; the engines "
             "limit it.",
         ),
-    )
-    steps: int = field(
-        default=16,
-        metadata=_declared("INT32", "Most denoiser calls per block.", modes=DIFFUSION),
-    )
-    policy: str = field(
-        default="threshold",
-        metadata=_declared(
+    ] = 16
+    steps: Annotated[int, Option("INT32", "Most denoiser calls per block.", modes=DIFFUSION)] = 16
+    policy: Annotated[
+        str,
+        Option(
             "BYTES",
             f"Rule by which a step commits positions: {', '.join(POLICY_NAMES)}.",
             choices=POLICY_NAMES,
             modes=DIFFUSION,
         ),
-    )
-    threshold: float = field(
-        default=0.9,
-        metadata=_declared(
+    ] = "threshold"
+    threshold: Annotated[
+        float,
+        Option(
             "FP32",
             "Confidence above which a position is committed; with policy factor the factor, with "
             "entropy the bound in nats.",
             low=FLOAT32_LEAST,
             high=1.0,
-            modes=DIFFUSION,
             by_policy=True,
+            modes=DIFFUSION,
         ),
-    )
-    temperature: float = field(
-        default=0.0,
-        metadata=_declared(
+    ] = 0.9
+    temperature: Annotated[
+        float,
+        Option(
             "FP32",
             "Temperature of the draws, at least 1e-6; 0 takes the most likely tokens (greedy).",
             low=TEMPERATURE_MIN,
             high=FLOAT32_MAX,
             zero="greedy",
         ),
-    )
-    top_k: int = field(
-        default=0,
-        metadata=_declared(
+    ] = 0.0
+    top_k: Annotated[
+        int,
+        Option(
             "INT32",
             "Draw from the k most likely tokens; 0 keeps all.",
             zero="keeps all",
             modes=DRAWING,
         ),
-    )
-    top_p: float = field(
-        default=1.0,
-        metadata=_declared(
+    ] = 0
+    top_p: Annotated[
+        float,
+        Option(
             "FP32",
             "Draw from the most likely tokens up to this probability mass; 1 keeps all.",
             low=FLOAT32_LEAST,
             high=1.0,
             modes=DRAWING,
         ),
-    )
-    seed: int = field(
-        default=0,
-        metadata=_declared(
-            "UINT64", "Random seed; the same seed gives the same answer.", low=0, high=SEED_MAX
-        ),
-    )
-    eos_ids: tuple[int, ...] = field(
-        default=(),
-        metadata=_declared(
+    ] = 1.0
+    seed: Annotated[
+        int,
+        Option("UINT64", "Random seed; the same seed gives the same answer.", low=0, high=SEED_MAX),
+    ] = 0
+    eos_ids: Annotated[
+        tuple[int, ...],
+        Option(
             "INT32", "Token id that ends the answer; a denoised block is kept whole. Repeatable."
         ),
-    )
+    ] = ()
 
 
 class Options(TypedDict, total=False):
@@ -205,8 +193,11 @@ class Options(TypedDict, total=False):
     eos_ids: Sequence[int] | None
 
 
+_HINTS = get_type_hints(RequestOptions, include_extras=True)
+
 OPTIONS: dict[str, Option] = {
-    one.name: Option(one.name, one.default, **one.metadata) for one in fields(RequestOptions)
+    one.name: replace(_HINTS[one.name].__metadata__[0], name=one.name, default=one.default)
+    for one in fields(RequestOptions)
 }
 """Every option by name, in the order of `--help`."""
 

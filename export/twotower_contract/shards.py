@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from twotower_contract.errors import CheckpointError
 from twotower_contract.json_file import parse_object
+from twotower_contract.machine import read_at
 
 ITEM_SIZES: Final[Mapping[str, int]] = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -194,7 +195,7 @@ def _shard_sample(descriptor: int) -> str:
     last = max(0, size - SHARD_SAMPLE_BYTES)
     for index in range(SHARD_SAMPLES):
         offset = last * index // (SHARD_SAMPLES - 1)
-        digest.update(os.pread(descriptor, SHARD_SAMPLE_BYTES, offset))
+        digest.update(read_at(descriptor, SHARD_SAMPLE_BYTES, offset))
     return digest.hexdigest()
 
 
@@ -207,7 +208,7 @@ def _tensor_sample(descriptor: int, offset: int, length: int) -> str:
     if length > WHOLE_TENSOR_BYTES:
         offset += (length // 2) & ~(TENSOR_SAMPLE_BYTES - 1)
         length = TENSOR_SAMPLE_BYTES
-    return hashlib.sha256(os.pread(descriptor, length, offset)).hexdigest()[:16]
+    return hashlib.sha256(read_at(descriptor, length, offset)).hexdigest()[:16]
 
 
 _Entries = dict[str, tuple[str, tuple[int, ...], int, int]]
@@ -216,7 +217,7 @@ _Entries = dict[str, tuple[str, tuple[int, ...], int, int]]
 
 def _checked_header(descriptor: int, path: Path) -> tuple[dict[str, Any], int, _Entries]:
     size = os.fstat(descriptor).st_size
-    prefix = os.pread(descriptor, 8, 0)
+    prefix = read_at(descriptor, 8, 0)
     if prefix.startswith(b"version "):
         raise CheckpointError(
             f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
@@ -231,7 +232,7 @@ def _checked_header(descriptor: int, path: Path) -> tuple[dict[str, Any], int, _
             f"{path}: is truncated: {size} bytes, but its header alone takes {8 + length}; "
             "restore it or download it again"
         )
-    content = os.pread(descriptor, length, 8)
+    content = read_at(descriptor, length, 8)
     header = parse_object(content, f"{path}: its header", CheckpointError)
     entries = {
         name: _entry(path, name, value) for name, value in header.items() if name != "__metadata__"

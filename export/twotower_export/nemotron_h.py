@@ -8,7 +8,6 @@ Bytes are copied as they are, in pieces, whatever the size of the checkpoint.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from twotower_contract.config import config_json
 from twotower_contract.errors import BundleError
 from twotower_contract.json_file import format_of, read_json, write_json
 from twotower_contract.layout import base_name, expected_tensors
+from twotower_contract.machine import read_at
 from twotower_contract.shards import TensorEntry
 from twotower_export.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, Progress
 from twotower_export.tokens import tokenizer_files
@@ -167,7 +167,7 @@ def _pieces(checkpoint: Checkpoint, member: _Member) -> Iterator[bytes]:
     path = checkpoint.path / shard.file
     with path.open("rb", buffering=0) as source:
         while offset < end:
-            piece = os.pread(source.fileno(), min(PIECE_BYTES, end - offset), offset)
+            piece = read_at(source.fileno(), min(PIECE_BYTES, end - offset), offset)
             if not piece:
                 raise BundleError(f"{path}: ended while it was read; was it replaced?")
             yield piece

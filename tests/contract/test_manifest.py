@@ -11,8 +11,8 @@ import pytest
 from twotower_contract.engine_set import (
     BUILD_FILE,
     BuildRecord,
+    EngineFile,
     Limits,
-    PlanFile,
     open_engine_set,
     write_build_record,
 )
@@ -168,7 +168,7 @@ RECORD = BuildRecord(
     flavour="tensorrt",
     precision="bf16",
     limits=Limits(slots=16, context=8192, max_tokens_per_call=256, block_size_max=64),
-    plans={"context": PlanFile("context.plan", "0" * 64)},
+    plans={"context": EngineFile("context.plan", "0" * 64)},
     compute_capability="9.0",
     versions={"tensorrt": "10.13"},
     profiles={"context": [{"tokens": [1, 1, 1]}]},
@@ -241,12 +241,12 @@ def test_an_engine_set_without_its_manifest_is_refused(engines):
 def test_plans_are_checked_by_digest(engines):
     opened = open_engine_set(engines / "h200")
     with pytest.raises(EngineSetError, match=r"context.plan: is missing"):
-        opened.check_plans()
+        opened.check_engine_files()
     (engines / "h200" / "context.plan").write_bytes(b"changed")
     with pytest.raises(EngineSetError, match="changed since it was built"):
-        opened.check_plans()
+        opened.check_engine_files()
     with pytest.raises(EngineSetError, match=r"no engine of the denoiser tower \(only context\)"):
-        opened.plan_path("denoiser")
+        opened.engine_path("denoiser")
 
 
 def test_endless_nesting_is_refused(tmp_path):

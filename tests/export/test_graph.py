@@ -223,6 +223,43 @@ def test_denoiser_graph_equals_the_pytorch_tower(model, rounding):
             assert difference(logits[row, :length], expected[row, :length]) < TOLERANCE
 
 
+DENOISER_ROWS = {
+    "conditioned": np.ones(2, np.int32),
+    "steps_left": np.full(2, 3, np.int32),
+    "policy": np.zeros(2, np.int32),
+    "seed": np.zeros(2, np.int32),
+    "threshold": np.full(2, 0.5, np.float32),
+    "temperature": np.zeros(2, np.float32),
+}
+
+
+@pytest.mark.parametrize("build", [build_context_graph, build_denoiser_graph])
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf])
+def test_what_a_cache_holds_past_its_context_changes_nothing(build, rubbish):
+    """A slot that was given up may hold anything; the second row is given no token at all."""
+    config = tiny_config("*ME*", 32, "float32")
+    tower = "context" if build is build_context_graph else "denoiser"
+    weights = weights_of(config, tower, random_tensors(config, seed=1))
+    runner = session(build(config, "float32", dict.fromkeys(weights, "F32"), {}))
+    lengths = {"lengths": [4, 0], "context_lengths": [3, 0]}
+    feed = {"ids": np.full((2, 5), config.mask_token_id, np.int32)}
+    feed |= {name: np.array(values, np.int32) for name, values in lengths.items()}
+    feed |= DENOISER_ROWS if tower == "denoiser" else {}
+    states = random_states(config, 2, np.random.default_rng(5))
+
+    def run(past):
+        for name, state in states.items():
+            if name.endswith("_cache"):
+                state[0, :, 3:] = state[1] = past
+        made = runner.run(None, {**feed, **states, **weights})
+        return dict(zip((one.name for one in runner.get_outputs()), made, strict=True))
+
+    clean, dirty = run(0.0), run(rubbish)
+    for name, value in clean.items():
+        np.testing.assert_array_equal(value, dirty[name], err_msg=name)
+        assert not np.isnan(value).any(), name
+
+
 def test_a_plain_pass_has_no_time_conditioning(model):
     """One token, conditioned 0: the pass of mock-AR."""
     config, tensors = model
@@ -300,7 +337,7 @@ def test_node_names_say_where_a_node_belongs(graph):
     assert len(names) == len(set(names))
     assert {"MambaBlockStep/decay.exp", "ExpertsMixer/router.scores.sigmoid"} <= set(names)
     tower = graph.graph.name
-    assert {f"{tower}/embeddings.gather", f"{tower}.layers.3", f"{tower}/head.matmul"} <= set(names)
+    assert {f"{tower}/embeddings.gather", f"{tower}.layers.3", f"{tower}/head.gemm"} <= set(names)
 
 
 def test_a_node_more_renames_none_in_another_section():

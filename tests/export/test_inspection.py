@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support.checkpoint_files import random_tensors, write_checkpoint
-from twotower_contract.engine_set import BuildRecord, Limits, PlanFile
+from twotower_contract.engine_set import BuildRecord, EngineFile, Limits
 from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
@@ -59,7 +59,7 @@ def write_engines(folder, bundle, sku="cpu", **changes):
     for tower in ("context", "denoiser"):
         shutil.copyfile(bundle / graphs[tower]["file"], folder / f"{tower}.onnx")
         digests[tower] = graphs[tower]["sha256"]
-        plans[tower] = PlanFile(f"{tower}.onnx", digests[tower])
+        plans[tower] = EngineFile(f"{tower}.onnx", digests[tower])
     profiles = {"context": [{"name": "all", "batch": [1, 4, 16], "tokens": [1, 16, 256]}]}
     parsed = {"layers": 1199, "inputs": {key: ["FLOAT", [1]] for key in "abc"}, "outputs": {}}
     record = BuildRecord(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -12,7 +15,9 @@ from scipy import stats
 
 from twotower_contract.policies import POLICIES
 from twotower_export.graph import build_refine_graph
-from twotower_export.reference.refinement import Rule
+from twotower_export.graph.body import OPSET, Body, prefixed
+from twotower_export.graph.refine import _gumbel
+from twotower_export.reference.refinement import Rule, gumbel
 from twotower_export.reference.refinement import refine as rules_refine
 from twotower_export.tiny.checkpoints import tiny_config
 
@@ -248,3 +253,74 @@ def test_noise_depends_on_seed_and_position_and_nothing_else(refine):
     assert (got[0] == got[2]).all()
     assert (got[0] != got[1]).any()
     assert len(set(got[0])) > 4
+
+
+@pytest.fixture
+def noise_model():
+    """The noise alone, as the graph has it: seed [1] int32 -> [1, 4, 5000]."""
+    b = Body(ir.DataType.FLOAT)
+    seed = ir.val("seed", ir.DataType.INT32, [1])
+    vocabulary = b.unsqueeze(b.arange(b.i64([5000])), 0, 1)
+    noise = _gumbel(b, vocabulary, seed, b.arange(b.i64([4])))
+    noise.name, noise.type = "noise", ir.TensorType(ir.DataType.FLOAT)
+    nodes = prefixed(b.op.tape.nodes, "noise")
+    graph = ir.Graph([seed], [noise], nodes=nodes, opset_imports={"": OPSET}, name="noise")
+    return ir.to_proto(ir.Model(graph, ir_version=10))
+
+
+@pytest.mark.parametrize("error", [0, 4e-7])
+def test_noise_is_the_rules_and_does_not_depend_on_a_fast_log(noise_model, error):
+    """A GPU's log near 1 is off by 4e-7, where -log(U) is as small as 6e-8."""
+    logs = [node for node in noise_model.graph.node if node.op_type == "Log"]
+    for node in logs:
+        at = list(noise_model.graph.node).index(node)
+        added = onnx.helper.make_node("Add", [f"{node.output[0]}.exact", "error"], node.output[:])
+        node.output[0] = added.input[0]
+        noise_model.graph.node.insert(at + 1, added)
+    value = np.array(error, np.float32)
+    noise_model.graph.initializer.append(onnx.numpy_helper.from_array(value, "error"))
+    runner = ort.InferenceSession(noise_model.SerializeToString())
+    for seed in (0, 20240607, 2**31 - 1):
+        (got,) = runner.run(None, {"seed": np.array([seed], np.int32)})
+        want = gumbel(seed, np.arange(4), 5000)
+        assert want.max() > 8
+        np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-4 if error else 2e-6)
+
+
+@pytest.mark.parametrize("temperature", [[0.0, 0.0], [0.0, 0.7]])
+def test_a_greedy_row_draws_no_noise(refine, temperature):
+    """Neither alone, where noise is left out, nor beside a row that samples."""
+    logits = np.random.default_rng(3).standard_normal((2, 8, V)) * 0.1
+    ids = np.full((2, 8), MASK)
+    got = refine(logits, ids, threshold=0.5, steps_left=1, temperature=temperature)["new_ids"]
+    best = np.where(np.arange(V) == MASK, -np.inf, logits).argmax(-1)
+    np.testing.assert_array_equal(got[0], best[0])
+    assert (got[1] == best[1]).all() == (temperature[1] == 0)
+
+
+def test_noise_and_entropy_are_computed_on_demand_alone(tmp_path):
+    """What ONNX Runtime ran, by its own record."""
+    graph = build_refine_graph(tiny_config("M", vocab_size=V), "float32", {}, {})
+
+    def operators(temperature, policy):
+        options = ort.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(tmp_path / "run")
+        runner = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), options)
+        rows = {"temperature": temperature, "policy": policy, "lengths": 4, "steps_left": 2}
+        rows |= {"threshold": 0.5, "seed": 0}
+        feed = {n: np.full(1, v, ROW_DTYPES.get(n, np.int32)) for n, v in rows.items()}
+        ids = np.full((1, 4), MASK, np.int32)
+        runner.run(None, {**feed, "ids": ids, "logits": np.zeros((1, 4, V), np.float32)})
+        events = json.loads(Path(runner.end_profiling()).read_text())
+        return {event["name"] for event in events if event["cat"] == "Node"}
+
+    def ran(part, names):
+        return any(part in name for name in names)
+
+    greedy = operators(0.0, POLICIES["threshold"])
+    assert ran("statistics.log_p", greedy)
+    assert not ran("noise", greedy)
+    assert not ran("entropy.reducesum", greedy)
+    assert ran("noise", operators(0.5, POLICIES["threshold"]))
+    assert ran("entropy.reducesum", operators(0.0, POLICIES["entropy"]))

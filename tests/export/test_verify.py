@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,13 @@ from tests.support.sabotage import (
     replace_operator,
     run,
 )
-from twotower_contract.engine_set import BuildRecord, Limits, PlanFile, write_build_record
+from twotower_contract.engine_set import (
+    BuildRecord,
+    EngineFile,
+    Limits,
+    open_engine_set,
+    write_build_record,
+)
 from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.tiny.checkpoints import write_random_checkpoint
@@ -237,7 +244,7 @@ def as_engines(folder):
     for tower in ("context", "denoiser"):
         content = (folder / "bundle" / "graphs" / "float32" / f"{tower}.onnx").read_bytes()
         (engines / f"{tower}.onnx").write_bytes(content)
-        plans[tower] = PlanFile(f"{tower}.onnx", hashlib.sha256(content).hexdigest())
+        plans[tower] = EngineFile(f"{tower}.onnx", hashlib.sha256(content).hexdigest())
     shutil.copy(folder / "bundle" / "manifest.json", engines)
     limits = Limits(slots=2, context=256, max_tokens_per_call=256, block_size_max=32)
     write_build_record(engines, BuildRecord("cpu", "onnxruntime", "float32", limits, plans))
@@ -280,12 +287,13 @@ def test_the_command_verifies_engines_and_fails_with_a_reason(copied):
     assert "'tail' is neither embeddings, head nor a layer's number" in done.stderr
 
 
-def test_plans_have_no_parts_to_choose(tmp_path):
-    (tmp_path / "build.json").write_text('{"flavour": "tensorrt-rtx"}')
-    done = command(tmp_path, tmp_path, "--part", "head")
+def test_plans_have_no_parts_to_choose(copied):
+    engines, checkpoint = as_engines(copied) / "cpu", copied / "checkpoint"
+    write_build_record(engines, replace(open_engine_set(engines).build, flavour="tensorrt-rtx"))
+    done = command(engines, checkpoint, "--part", "head")
     assert done.returncode == 2
     assert "plans cannot be read layer by layer; verify the bundle with --layers" in done.stderr
-    done = command(tmp_path, tmp_path, "--reference", "torch")
+    done = command(engines, checkpoint, "--reference", "torch")
     assert done.returncode == 2
     assert "leave out --reference" in done.stderr
 

@@ -37,8 +37,8 @@ def epsilon(model):
 
 
 def attribute(model):
-    (node,) = [one for one in body_of(model, "BlockAttention").node if one.op_type == "Softmax"]
-    node.attribute[0].i = 2
+    (node,) = [one for one in body_of(model, "BlockAttention").node if one.op_type == "Attention"]
+    node.attribute[0].f *= 1.5
 
 
 def swapped_inputs(model):
@@ -107,7 +107,7 @@ def another_shape(model):
 
 CASES = {
     epsilon: "RMSNorm: RMSNorm/add: another constant as input 1",
-    attribute: "BlockAttention: BlockAttention/softmax.softmax: other attributes",
+    attribute: "BlockAttention: BlockAttention/attention.attention: other attributes",
     swapped_inputs: "MambaBlockStep/scan.within_block.sub: another value as input 0",
     shift_for_gate: "DenoiserAttentionLayer: DenoiserAttentionLayer/modulated.add: another value",
     operator: "SparseExperts: SparseExperts/up.relu: Abs instead of Relu",
@@ -164,45 +164,16 @@ def large_scores(name, tensor):
     return tensor * 8 if name.endswith("q_proj.weight") else tensor
 
 
-def rounded_scores(function):
-    """Rounds attention scores to bfloat16, as a product of bfloat16 matrices does."""
-
-    def change(model):
-        body = body_of(model, function)
-        producers = {name: node for node in body.node for name in node.output}
-        scaled = []
-        for node in body.node:
-            if node.op_type == "Where":
-                scaled.append(producers[node.input[1]])
-        assert [node.op_type for node in scaled] == ["Mul", "Mul"]
-        for number, node in enumerate(scaled):
-            product = node.input[0]
-            narrow, wide = f"narrow_{number}", f"wide_{number}"
-            place = list(body.node).index(node)
-            casts = [
-                helper.make_node("Cast", [product], [narrow], to=TensorProto.BFLOAT16),
-                helper.make_node("Cast", [narrow], [wide], to=TensorProto.FLOAT),
-            ]
-            for offset, cast in enumerate(casts):
-                body.node.insert(place + offset, cast)
-            body.node[place + 2].input[0] = wide
-
-    return change
-
-
 def test_attention_keeps_large_scores_in_float32(tmp_path):
-    """Rounding them is a structure that may be, and a result that may not."""
+    """Rounded to bfloat16, as the inputs are, they would put the result off by percents.
+
+    They never leave the operator, so that no graph of the same structure could round them.
+    """
     checkpoint = tmp_path / "checkpoint"
     write_random_checkpoint(checkpoint, "*", 32, seed=3)
     change_tensors(checkpoint, large_scores)
     write_bundle(open_checkpoint(checkpoint), tmp_path / "bundle")
     assert run(tmp_path, parts=[0]).outcome.passed
-    change_graph(tmp_path, "context", rounded_scores("CausalAttention"), "native")
-    change_graph(tmp_path, "denoiser", rounded_scores("BlockAttention"), "native")
-    report = run(tmp_path, parts=[0])
-    assert not report.outcome.problems
-    failed = {(t.part, t.precision) for t in report.outcome.tensors if not t.passed}
-    assert failed == {(f"{tower}.layers.0", "bfloat16") for tower in ("context", "denoiser")}
 
 
 def test_a_float32_model_with_some_tensors_in_bfloat16(tmp_path):

@@ -25,7 +25,7 @@ from tests.support.kernel_reference import Row
 from twotower_engines.kernels import experts, mamba, refine
 from twotower_engines.kernels.nodes import OPS
 from twotower_export.graph import build_refine_graph
-from twotower_export.graph.body import Body
+from twotower_export.graph.body import OPSET, Body
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
 from twotower_export.tiny.checkpoints import tiny_config
@@ -56,7 +56,7 @@ def one_op(function: ir.Function, tensors: Sequence[torch.Tensor]) -> ir.Model:
         values,
         list(outputs),
         nodes=body.op.tape.nodes,
-        opset_imports={"": 20, "twotower": 1},
+        opset_imports={"": OPSET, "twotower": 1},
         name="one_op",
     )
     return ir.Model(graph, ir_version=10, functions=[function])

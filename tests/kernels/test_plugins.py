@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,7 +28,6 @@ from tests.support.kernel_inputs import (
     row_tensors,
 )
 from twotower_contract.layout import graph_weights
-from twotower_engines.building.flavours.rtx_library import find_library
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.nodes import NAMESPACE, OPS
 from twotower_engines.kernels.plugin_graph import with_plugins
@@ -44,10 +42,11 @@ FLOAT = ir.DataType.FLOAT
 
 
 @pytest.fixture(scope="module")
-def tensorrt() -> Callable[..., subprocess.CompletedProcess[str]]:
+def tensorrt(
+    tensorrt_environment: dict[str, str],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs one of `tests.support.tensorrt_checks` in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= find_library().environment
+    environment = {k: v for k, v in tensorrt_environment.items() if k != "TRITON_INTERPRET"}
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", CHECKS, *args]

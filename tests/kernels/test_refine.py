@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton.language as tl
 from scipy.stats import kstest
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from tests.support import ROOT
 from tests.support.kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
@@ -290,3 +291,20 @@ def test_noise_is_the_reference_s_and_gumbel_distributed(seed: int, position: in
     want = [gumbel(seed, position, token) for token in range(8192)]
     np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-6)
     assert kstest(out.numpy(), "gumbel_r").pvalue > 1e-4
+
+
+def test_the_largest_noise_does_not_depend_on_a_fast_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's log near 1 is off by 4e-7, where -log(U) is as small as 6e-8."""
+    exact = InterpreterBuilder.create_log
+
+    def fast(self: InterpreterBuilder, x: TensorHandle) -> TensorHandle:
+        made = exact(self, x)
+        return TensorHandle(made.data + np.float32(4e-7), made.dtype)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_log", fast)
+    out = torch.empty(8192)
+    seed = torch.tensor([20240607], dtype=torch.int32)
+    jit.kernel(store_noise)[(1,)](seed, 15, out, COUNT=8192)
+    want = np.array([gumbel(20240607, 15, token) for token in range(8192)])
+    assert want.max() > 8
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-4)

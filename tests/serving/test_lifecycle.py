@@ -228,7 +228,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, packaged) -> None:
 
 
 def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:
-    from twotower_engines.serving.installation import find_server, link_backends
+    from twotower_engines.serving.installation import find_server, make_backends
 
     binary = tmp_path / "tritonserver"
     binary.write_text("#!/bin/sh\n")
@@ -236,4 +236,4 @@ def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = find_server()
     assert found.binary == binary
-    assert link_backends(found, tmp_path) is None
+    assert make_backends(found, tmp_path) is None

@@ -1,9 +1,9 @@
 """Checks that need TensorRT's bindings; each runs in a process of its own and prints JSON.
 
 The bindings are the real ones of 11.4; the library under them is TensorRT-RTX, which is the one
-that can be had without a GPU. It validates and registers our plugins, and its parser looks for
-them; it ends the process when a plugin layer is to be added without a GPU, and it builds no plugins
-of this kind at all.
+that can be had without a GPU (see the fixture `tensorrt_environment`). It validates and registers
+our plugins, and its parser looks for them; it ends the process when a plugin layer is to be added
+without a GPU, and it builds no plugins of this kind at all.
 
     python -m tests.support.tensorrt_checks <check> [model.onnx ..]
 """

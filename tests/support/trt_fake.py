@@ -1,8 +1,7 @@
 """Fakes of `tensorrt` and `tensorrt_rtx` that record what they are asked. They compute nothing.
 
-`API` has the names that the fakes of TensorRT proper offer, by NVIDIA's class; a test compares
-them with NVIDIA's own bindings. `RTX` has those of TensorRT-RTX alone, which the bindings from PyPI
-lack: they are from NVIDIA's API reference for `tensorrt_rtx`, and not checked.
+`API` has the names that the fakes of TensorRT proper offer, by NVIDIA's class, `RTX` those of
+TensorRT-RTX alone; a test compares both with NVIDIA's own packages.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """From a bundle to an engine set of one SKU.
 
 In order: what is asked must fit (`plan_memory`) and be buildable here (the flavour's `check`); an
-engine set that is there already and was built from the same is kept; plans come from the cache or
-from the flavour; what TensorRT asks for must fit as well, where it is known; the set is put
-together beside its place and takes it in one step. Nothing here knows how a plan is made.
+engine set that is there already and was built from the same is kept; engine files come from the
+cache or from the flavour; the memory that TensorRT reports must fit as well, where it is known. The
+set is put together beside its place and takes it in one step. Nothing here knows how an engine is
+made.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from twotower_contract.digests import file_sha256, file_state
 from twotower_contract.engine_set import (
     BUILD_FILE,
     BuildRecord,
+    EngineFile,
     EngineSet,
     Limits,
-    PlanFile,
     open_engine_set,
     write_build_record,
 )
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
-from twotower_engines.building.build_cache import CachedPlan, PlanCache, digest_of
+from twotower_engines.building.build_cache import CachedEngine, EngineCache, digest_of
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.building.flavours.flavour import Flavour, Order, Target, layers_file
 from twotower_engines.building.flavours.onnxruntime import OnnxRuntimeFlavour
@@ -50,14 +51,14 @@ FLAVOURS: dict[str, Flavour] = {
 }
 TOKENIZER_FILES = "*token*.json"
 CONTEXT = 8192
-PLAN_CODE = ("twotower_engines/building/flavours/*.py",)
+ENGINE_CODE = ("twotower_engines/building/flavours/*.py",)
 SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")
-"""Sources that decide what a plan is, and what a set is besides; a recipe knows the kernels'."""
+"""Sources that decide the bytes of an engine, and those of a set; recipes add the kernels'."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What an engine set is built for.
+    """Options of a build.
 
     Attributes:
         sku: The GPU, or the CPU of this machine.
@@ -65,7 +66,7 @@ class BuildOptions:
         context: Tokens of a request, prompt and answer together; None for 8192, or all that the
             model takes where that is less.
         flavour: `auto` for the SKU's default.
-        precision: Of the weights; `auto` for the widest that fits.
+        precision: Precision of the weights; `auto` for the widest that fits.
         gpus: 1, or 2 for one tower on each; None for the fewest that fit.
         block_size_max: Tokens of the largest block that the denoiser takes.
     """
@@ -89,7 +90,7 @@ def build_engines(
 
     Raises:
         BundleError: The folder is no bundle.
-        PlanError: What is asked does not fit on the SKU.
+        PlanError: The request does not fit on the SKU.
         BuildError: A graph is missing or changed, or the engines cannot be built.
     """
     progress = progress or (lambda tower, text: None)
@@ -108,11 +109,11 @@ def build_engines(
     present = _present(folder, wanted.record.key)
     if present is not None:
         return present, False
-    with partial_folder(engines) as work, _plans(flavour, wanted, progress) as plans:
-        _check_device_memory(plan, plans)
+    with partial_folder(engines) as work, _built(flavour, wanted, progress) as built:
+        _check_device_memory(plan, built)
         made = work / sku.name
         made.mkdir()
-        _write_set(made, bundle, flavour, wanted, plans)
+        _write_set(made, bundle, flavour, wanted, built)
         if folder.exists() and not (folder / BUILD_FILE).is_file():
             raise BuildError(f"{folder}: is there and is no engine set; choose another folder")
         put_in_place(made, folder)
@@ -121,14 +122,14 @@ def build_engines(
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """An engine set that is to be.
+    """The description of an engine set to build.
 
     Attributes:
-        target: What for.
+        target: SKU, limits and precision.
         graphs: Tower to ONNX file.
         recipes: Tower to the flavour's recipe.
-        keys: Tower to the key of its plan.
-        record: build.json, but for the plans.
+        keys: Tower to the cache key of its engine.
+        record: build.json, without the engine files.
     """
 
     target: Target
@@ -139,16 +140,16 @@ class _Wanted:
 
 
 def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan:
-    """Return the memory plan of what is asked.
+    """Return the memory plan of a build.
 
     Raises:
-        PlanError: It does not fit in what can be built, or asks for what the SKU has not.
-        BuildError: It asks for a precision that cannot be built yet.
+        PlanError: It does not fit in a precision that can be built, or the SKU cannot serve it.
+        BuildError: The precision cannot be built yet.
     """
     if options.precision in PRECISIONS and options.precision not in BUILT:
         raise BuildError(
             f"--precision {options.precision} is not built yet, only {' and '.join(sorted(BUILT))};"
-            " `twotower plan` says what it would take"
+            " `twotower plan` shows what it would take"
         )
     if options.flavour not in ("auto", *FLAVOURS):
         raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
@@ -196,7 +197,7 @@ def _wanted(
     """Describe an engine set in full, before anything is built.
 
     Raises:
-        BuildError: What builds is missing.
+        BuildError: The library that builds is missing.
     """
     versions = {"twotower": importlib.metadata.version("twotower"), **flavour.versions()}
     recipes = {tower: flavour.recipe(tower, target) for tower in graphs}
@@ -207,7 +208,7 @@ def _wanted(
                 "graph": digests[tower],
                 "flavour": flavour.name,
                 "versions": versions,
-                "code": code_digest(*PLAN_CODE),
+                "code": code_digest(*ENGINE_CODE),
                 "recipe": recipes[tower],
             }
         )
@@ -260,48 +261,49 @@ def _present(folder: Path, key: str) -> EngineSet | None:
     with contextlib.suppress(TwoTowerError):
         present = open_engine_set(folder)
         if present.build.key == key:
-            present.check_plans()
+            present.check_engine_files()
             return present
     return None
 
 
 @contextlib.contextmanager
-def _plans(
+def _built(
     flavour: Flavour, wanted: _Wanted, progress: Progress
-) -> Iterator[dict[str, CachedPlan]]:
-    """Give the plans: from the cache, or built now and, where the flavour says so, kept there."""
-    cache = PlanCache()
+) -> Iterator[dict[str, CachedEngine]]:
+    """Give the engine files: from the cache, or built now and, if the flavour says so, kept."""
+    cache = EngineCache()
     with cache.workplace() as work, cache.holding(wanted.keys.values(), _say_waiting):
-        plans = {tower: cache.find(key) for tower, key in wanted.keys.items()}
+        cached = {tower: cache.find(key) for tower, key in wanted.keys.items()}
         orders = {
             tower: Order(
                 wanted.graphs[tower], work / f"{tower}{flavour.suffix}", wanted.recipes[tower]
             )
-            for tower, plan in plans.items()
-            if plan is None
+            for tower, engine in cached.items()
+            if engine is None
         }
-        found = {tower: plan for tower, plan in plans.items() if plan is not None}
+        engines = {tower: engine for tower, engine in cached.items() if engine is not None}
         reports = flavour.build(orders, wanted.target, progress) if orders else {}
         for tower, order in orders.items():
             if flavour.is_cached:
-                found[tower] = cache.keep(wanted.keys[tower], order.plan, reports[tower])
+                engines[tower] = cache.keep(wanted.keys[tower], order.engine, reports[tower])
             else:
-                found[tower] = CachedPlan(order.plan, file_sha256(order.plan), reports[tower])
-        yield found
+                digest = file_sha256(order.engine)
+                engines[tower] = CachedEngine(order.engine, digest, reports[tower])
+        yield engines
 
 
 def _say_waiting() -> None:
-    print("waiting for another build of the same plan to end", file=sys.stderr, flush=True)
+    print("waiting for another build of the same engine to end", file=sys.stderr, flush=True)
 
 
-def _check_device_memory(plan: MemoryPlan, plans: Mapping[str, CachedPlan]) -> None:
-    """Compare what the opened engines take for intermediates with what the plan left for them.
+def _check_device_memory(plan: MemoryPlan, built: Mapping[str, CachedEngine]) -> None:
+    """Check the memory that TensorRT reports for intermediates against the memory plan.
 
     Raises:
-        BuildError: A GPU would not hold it all; never where the builder could not open a plan.
+        BuildError: A GPU would not hold it all; never where the builder could not open an engine.
     """
     for gpu in plan.gpus:
-        engines = {tower: plans[tower].report.get("engine") or {} for tower in gpu.towers}
+        engines = {tower: built[tower].report.get("engine") or {} for tower in gpu.towers}
         taken = {
             tower: engine["device_memory"]
             for tower, engine in engines.items()
@@ -321,20 +323,20 @@ def _check_device_memory(plan: MemoryPlan, plans: Mapping[str, CachedPlan]) -> N
 
 
 def _write_set(
-    folder: Path, bundle: Path, flavour: Flavour, wanted: _Wanted, plans: Mapping[str, CachedPlan]
+    folder: Path, bundle: Path, flavour: Flavour, wanted: _Wanted, built: Mapping[str, CachedEngine]
 ) -> None:
     """Write everything into a new folder, build.json last."""
     files = {}
     for tower in wanted.graphs:
-        plan = plans[tower]
+        engine = built[tower]
         path = folder / f"{tower}{flavour.suffix}"
-        shutil.copyfile(plan.path, path)
-        files[tower] = PlanFile(path.name, plan.sha256)
-        if plan.layers is not None:
-            shutil.copyfile(plan.layers, layers_file(path))
+        shutil.copyfile(engine.path, path)
+        files[tower] = EngineFile(path.name, engine.sha256)
+        if engine.layers is not None:
+            shutil.copyfile(engine.layers, layers_file(path))
     for path in _copied(bundle):
         shutil.copyfile(path, folder / path.name)
-    extra = {**wanted.record.extra, "reports": {t: plan.report for t, plan in plans.items()}}
+    extra = {**wanted.record.extra, "reports": {t: engine.report for t, engine in built.items()}}
     write_build_record(folder, replace(wanted.record, plans=files, extra=extra))
 
 

@@ -1,11 +1,11 @@
-"""Plans that were built before: `$XDG_CACHE_HOME/twotower/builds/<key>/{plan,record.json}`.
+"""Engine files that were built before: `$XDG_CACHE_HOME/twotower/builds/<key>/{plan,record.json}`.
 
-Where the builder could open a plan, `layers.json` lies beside it.
+Where the builder could open an engine, `layers.json` lies beside it.
 
-A key is a digest of everything that decides a plan's bytes: the graph, the flavour, the versions of
-its tools, the builder's code, flags and profiles, and the machines that it is for. So a SKU may
-find what was built for another one. Whoever builds holds the key's lock, and a second process waits
-and finds the result. Delete the folder to empty the cache.
+A key is a digest of everything that decides an engine's bytes: the graph, the flavour, the versions
+of its tools, the builder's code, flags and profiles, and the machines that it is for. So a SKU may
+find an engine that was built for another one. A builder holds the lock of the key, and a second
+process waits and finds the result. Delete the folder to empty the cache.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import Any
 from twotower_contract.atomic import locked, partial_folder, put_in_place
 from twotower_contract.digests import file_sha256, file_state
 from twotower_contract.json_file import read_json, write_json
-from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.cache_root import in_cache
 from twotower_engines.building.flavours.flavour import layers_file
 from twotower_engines.errors import BuildError
 
-PLAN_FILE = "plan"
+ENGINE_FILE = "plan"
 RECORD_FILE = "record.json"
 LAYERS_FILE = "layers.json"
 
 
 @dataclass(frozen=True, slots=True)
-class CachedPlan:
-    """A finished plan.
+class CachedEngine:
+    """A finished engine file.
 
     Attributes:
         path: Where it lies.
         sha256: In hex.
-        report: What its builder reported.
+        report: Report of its builder.
         layers: Where its layers are described; None where the builder could not open it.
     """
 
@@ -47,7 +47,7 @@ class CachedPlan:
     layers: Path | None = None
 
 
-class PlanCache:
+class EngineCache:
     """The cache in one folder.
 
     Args:
@@ -55,7 +55,7 @@ class PlanCache:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = cache_root() / "builds" if root is None else root
+        self.root = in_cache("builds") if root is None else root
 
     @contextlib.contextmanager
     def holding(self, keys: Iterable[str], waiting: Callable[[], None]) -> Iterator[None]:
@@ -69,41 +69,41 @@ class PlanCache:
                 stack.enter_context(locked(path, waiting))
             yield
 
-    def find(self, key: str) -> CachedPlan | None:
-        """Return the plan of a key, or None; one whose bytes were changed is not returned."""
+    def find(self, key: str) -> CachedEngine | None:
+        """Return the engine of a key; None where there is none, or its bytes were changed."""
         folder = self.root / key
         try:
             record = read_json(folder / RECORD_FILE, BuildError)
             digest, report = record.text("sha256"), record.section("report").values
         except BuildError:
             return None
-        path = folder / PLAN_FILE
+        path = folder / ENGINE_FILE
         if file_state(path, digest) != "ok":
             return None
         return _cached(folder, digest, report)
 
     @contextlib.contextmanager
     def workplace(self) -> Iterator[Path]:
-        """Give a folder in which plans are built, to be handed to `keep`."""
+        """Give a folder to build engines in, which are then handed to `keep`."""
         with partial_folder(self.root) as folder:
             yield folder
 
-    def keep(self, key: str, plan: Path, report: Mapping[str, Any]) -> CachedPlan:
-        """Take a plan over from a `workplace`; the caller holds the key."""
-        made = plan.parent / key
+    def keep(self, key: str, engine: Path, report: Mapping[str, Any]) -> CachedEngine:
+        """Move an engine from a `workplace` into the cache; the caller holds the key."""
+        made = engine.parent / key
         made.mkdir()
-        if layers_file(plan).is_file():
-            layers_file(plan).rename(made / LAYERS_FILE)
-        plan.rename(made / PLAN_FILE)
-        digest = file_sha256(made / PLAN_FILE)
+        if layers_file(engine).is_file():
+            layers_file(engine).rename(made / LAYERS_FILE)
+        engine.rename(made / ENGINE_FILE)
+        digest = file_sha256(made / ENGINE_FILE)
         write_json(made / RECORD_FILE, {"sha256": digest, "report": dict(report)})
         put_in_place(made, self.root / key)
         return _cached(self.root / key, digest, dict(report))
 
 
-def _cached(folder: Path, digest: str, report: dict[str, Any]) -> CachedPlan:
+def _cached(folder: Path, digest: str, report: dict[str, Any]) -> CachedEngine:
     layers = folder / LAYERS_FILE
-    return CachedPlan(folder / PLAN_FILE, digest, report, layers if layers.is_file() else None)
+    return CachedEngine(folder / ENGINE_FILE, digest, report, layers if layers.is_file() else None)
 
 
 def digest_of(parts: Mapping[str, Any]) -> str:

@@ -21,8 +21,9 @@ from pathlib import Path
 from twotower_contract.atomic import partial_folder, put_in_place
 from twotower_contract.engine_set import BUILD_FILE
 from twotower_contract.errors import CheckpointError
+from twotower_contract.processes import run_child
 from twotower_contract.shards import read_header, sample_digest
-from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.cache_root import cache_root, in_cache
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.errors import BuildError
 
@@ -56,6 +57,8 @@ def cached_engines(checkpoint: str, root: Path | None = None) -> Path:
     engines = folder / "engines" / SKU
     if (engines / BUILD_FILE).is_file():
         return engines
+    if root is None:
+        in_cache()
     print(f"exporting and building {checkpoint} into {folder}", file=sys.stderr)
     with partial_folder(folder.parent) as work:
         made = work / folder.name
@@ -103,10 +106,10 @@ def _run_verb(arguments: Sequence[str], error: type[BuildError] | type[Checkpoin
     """Run a verb of `twotower`; its progress is shown, its error becomes ours."""
     command = [sys.executable, "-m", "twotower_client.cli", *arguments]
     if sys.stderr.isatty():  # progress bars draw only on a terminal, so leave it to them
-        process = subprocess.run(command, stdout=subprocess.DEVNULL)
+        process = run_child(command, stdout=subprocess.DEVNULL)
         said = "its message is above"
     else:
-        process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = run_child(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         *before, said = process.stderr.decode(errors="replace").strip().rsplit("\n", maxsplit=1)
         if before:
             print(*before, sep="\n", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A digest of our own sources: a key of the version alone would give developers stale plans."""
+"""A digest of our own sources: a key of the version alone would give developers stale engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `twotower build` says on standard error while it works."""
+"""Progress of `twotower build`, on standard error."""
 
 from __future__ import annotations
 

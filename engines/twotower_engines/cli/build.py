@@ -140,7 +140,7 @@ def _build_one(bundle: Path, engines: Path, options: BuildOptions) -> dict[str, 
         "gpus": record.memory["gpus"],
         "slots": record.limits.slots,
         "context": record.limits.context,
-        "plans": {tower: made.plan_path(tower).stat().st_size for tower in record.plans},
+        "plans": {tower: made.engine_path(tower).stat().st_size for tower in record.plans},
         "seconds": round(time.monotonic() - start, 3),
     }
 

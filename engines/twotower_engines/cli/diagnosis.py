@@ -1,16 +1,13 @@
 """Finds out what works on this machine and what is missing.
 
 Nothing is imported: packages are found by name and recorded version, the GPU through its driver's
-own tool. Nothing is changed except the cache, which keeps the links that TensorRT-RTX from PyPI
-needs.
+own tool. Nothing is changed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -18,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from twotower_contract.errors import TwoTowerError
-from twotower_engines.planning.skus import machine_memory
+from twotower_contract.machine import cores, memory_bytes
 
 # Distributions that somebody may ask about, in the order of the path from checkpoint to answer.
 DISTRIBUTIONS = (
@@ -34,15 +31,12 @@ DISTRIBUTIONS = (
     "onnxruntime",
     "polygraphy",
     "tensorrt",
-    "tensorrt-rtx",
-    "tensorrt-cu13-bindings",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "tensorrt-rtx-cu13",
     "cuda-python",
     "nvidia-pytriton",
     "triton",
 )
 GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
-SHARED_MEMORY_NEEDED = 64 * 2**20  # for the four models of a repository, with room
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +85,8 @@ def examine() -> Examination:
     return Examination(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)),
-        memory_bytes=machine_memory(),
+        cores=cores(),
+        memory_bytes=memory_bytes(),
         gpus=gpus,
         packages=packages,
         server=server,
@@ -111,6 +105,7 @@ def _abilities(
 
     gpu = () if gpus else ("an NVIDIA GPU and its driver (nvidia-smi finds none)",)
     cpu_engines = needs("build", "onnxruntime", "tokenizers")
+    rtx = _missing_rtx()
     return [
         Ability("ask a server (generate)"),
         Ability("plan what fits on which GPU (plan)"),
@@ -125,7 +120,11 @@ def _abilities(
             needs("reference", "torch") + needs("build", "onnxruntime", "polygraphy"),
         ),
         Ability("build and run engines for the CPU (build --sku cpu, run)", cpu_engines),
-        Ability("build TensorRT-RTX engines, without a GPU too", _missing_rtx()),
+        Ability("build TensorRT-RTX engines, without a GPU too", rtx),
+        Ability(
+            "run TensorRT-RTX engines",
+            rtx + needs("rtx", "cuda-python") + needs("build", "tokenizers") + gpu,
+        ),
         Ability(
             "build and run TensorRT engines",
             needs("tensorrt", "tensorrt", "cuda-python") + gpu,
@@ -136,11 +135,11 @@ def _abilities(
 
 
 def _missing_rtx() -> tuple[str, ...]:
-    """Return what the TensorRT-RTX flavour says: it knows which versions go together."""
-    from twotower_engines.building.flavours.rtx_library import find_library
+    """Return what the TensorRT-RTX flavour says: it knows which packages bring it."""
+    from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
 
     try:
-        find_library()
+        TensorRtRtxFlavour().versions()
     except TwoTowerError as problem:
         return (str(problem),)
     return ()
@@ -148,23 +147,18 @@ def _missing_rtx() -> tuple[str, ...]:
 
 def _server(packages: dict[str, str]) -> tuple[str | None, list[str]]:
     """Return where the Triton server is, and what keeps it from serving."""
-    from twotower_engines.serving.installation import find_server, numpy_problem
+    from twotower_engines.serving.installation import find_server, problem_of
+    from twotower_engines.serving.place import refusal
 
     try:
         found = find_server()
     except TwoTowerError as problem:
         return None, [str(problem)]
-    problems, free = [], SHARED_MEMORY_NEEDED
-    unusable = numpy_problem(found, packages["numpy"]) if "numpy" in packages else None
+    problems = []
+    unusable = problem_of(found, packages["numpy"]) if "numpy" in packages else None
     if unusable is not None:
         problems.append(unusable)
-    with contextlib.suppress(OSError):  # there is no /dev/shm
-        free = shutil.disk_usage("/dev/shm").free
-    if free < SHARED_MEMORY_NEEDED:
-        problems.append(
-            f"/dev/shm has {free // 2**20} MB free, the models need {SHARED_MEMORY_NEEDED // 2**20}"
-            " MB: free some, or start the container with --shm-size=1g"
-        )
+    problems += filter(None, [refusal()])
     return found.source, problems
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from twotower_contract.atomic import write_text
+from twotower_contract.progress import StatusLine
 
 if TYPE_CHECKING:
     from twotower_engines.kernels.compile import Compiled
     from twotower_engines.kernels.spec import KernelSpec
+
+LOG_SECONDS = 10.0  # between two lines where standard error is no terminal
 
 COLUMNS = (
     ("kernel", "<20"),
@@ -54,9 +56,19 @@ Examples:
     help="Compute capability to compile for; may be given again.  [default: all]",
 )
 @click.option(
-    "--rows", default=1, show_default=True, help="Blocks of a batch, which tiles are chosen for."
+    "--rows",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Blocks of a batch, which tiles are chosen for.",
 )
-@click.option("--block", default=16, show_default=True, help="Tokens of a block.")
+@click.option(
+    "--block",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="Tokens of a block.",
+)
 @click.option(
     "--dtype",
     default="bf16",
@@ -92,9 +104,13 @@ def kernels(
     specs = all_specs(Sizes(rows=rows, block=block, dtype=dtype))
     lines = []
     count = len(wanted) * len(specs)
+    report = StatusLine(LOG_SECONDS, quiet_seconds=0.0)  # the first time takes minutes
     for number, (gpu, spec) in enumerate(((gpu, spec) for gpu in wanted for spec in specs), 1):
-        _report(f"{spec.name} for {gpu.compute_capability}", number, count)
+        if report.is_due():
+            what = f"{spec.name} for {gpu.compute_capability}"
+            report.draw(f"compiling {number} of {count}: {what}")
         lines.append(_line(spec, gpu, output))
+    report.clear()
     if as_json:
         click.echo(json.dumps(lines, indent=2))
         return
@@ -131,10 +147,3 @@ def _write(compiled: Compiled, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{compiled.name}.sm_{compiled.target.arch}.ptx"
     write_text(path, compiled.ptx)
-
-
-def _report(what: str, number: int, count: int) -> None:
-    """Show progress on a terminal; the first compilation of all kernels takes minutes."""
-    if sys.stderr.isatty():
-        end = "\n" if number == count else ""
-        print(f"\r{number}/{count} {what:40}", end=end, file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.processes import ENDING
 from twotower_contract.progress import StatusLine
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class _Interrupted:
             self.server.kill()
 
     def __enter__(self) -> _Interrupted:
-        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        wanted = (signal.SIGINT, *ENDING)
         self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from twotower_contract.errors import TwoTowerError
+from twotower_contract.processes import INTERRUPTED, interruptible
 
 
 class VerificationError(TwoTowerError):
@@ -60,11 +61,17 @@ def verify_engine_set(
 
 def main() -> None:
     """Run the command with the exit codes of the `twotower` command line."""
+    interruptible()
     try:
-        verify_engine_set.main(prog_name="twotower verify")
+        verify_engine_set.main(prog_name="twotower verify", standalone_mode=False)
     except TwoTowerError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
+    except click.ClickException as problem:
+        problem.show()
+        sys.exit(problem.exit_code)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.errors import CompilationError
 
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import experts, mamba, refine
@@ -116,9 +117,7 @@ def compile_kernel(spec: KernelSpec, target: Target) -> Compiled:
     with triton.knobs.compilation.scope():
         # Line information holds the paths of this machine: the same kernel would differ by folder.
         triton.knobs.compilation.disable_line_info = True
-        built: Any = triton.compile(
-            source, target=GPUTarget("cuda", target.arch, 32), options=options
-        )
+        built = _compiled(source, target, options)
     metadata, ptx = built.metadata, built.asm["ptx"]
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise BuildError(
@@ -135,6 +134,26 @@ def compile_kernel(spec: KernelSpec, target: Target) -> Compiled:
         threads=32 * metadata.num_warps,
         shared_memory=metadata.shared,
     )
+
+
+def _compiled(source: ASTSource, target: Target, options: dict[str, Any]) -> Any:
+    """Return what the Triton compiler makes, or what is in its cache."""
+    cache = Path(triton.knobs.cache.dir)
+    remedy = "set TRITON_CACHE_DIR to a folder that can be written"
+    if cache.parts[:1] == ("~",):  # it would be made under that very name in the current folder
+        raise BuildError(f"Triton has no place for its cache: this user has no home; {remedy}")
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=options)
+    except CompilationError as problem:
+        raise BuildError(
+            f"a kernel cannot be compiled for compute capability {target.compute_capability} in "
+            f"these sizes; ask for a smaller block or fewer rows: {problem}"
+        ) from problem
+    except OSError as problem:
+        raise BuildError(
+            f"{problem.filename2 or problem.filename or cache}: Triton's cache cannot be written "
+            f"({problem.strerror or problem}); {remedy}"
+        ) from problem
 
 
 ENTRY = r"(?<=\.visible \.entry {}\()(.*?)(?=\n\))"

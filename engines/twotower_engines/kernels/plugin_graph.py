@@ -17,7 +17,7 @@ from twotower_engines.kernels.nodes import NAMESPACE, OPS, Node
 __all__ = ["with_plugins"]
 
 VERSION = "1"
-OPSET = 20
+OPSET = 23
 
 
 def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:

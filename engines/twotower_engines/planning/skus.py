@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import os
 import platform
 import re
 import tomllib
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_contract.json_file import read_json
+from twotower_contract.machine import memory_bytes
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.precisions import PRECISIONS
 
@@ -157,23 +157,12 @@ def precisions_of(capability: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def machine_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container around this process."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    try:
-        text = limit.read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(text)) if text.isdigit() else total
-
-
 def _sku_of_table(name: str, row: Mapping[str, Any], sources: Mapping[str, Any]) -> Sku:
     values = {key: pair[0] for key, pair in row.items() if key not in WORDS}
     where = {key: str(sources[pair[1]]) for key, pair in row.items() if key in values}
     values |= {"name": name, **{key: row[key] for key in WORDS if key in row}}
     if values["memory_gib"] is None:
-        values["memory_gib"] = machine_memory() / GIB
+        values["memory_gib"] = memory_bytes() / GIB
     if values["arch"] is None:
         values["arch"] = platform.machine()
     return replace(_sku(values), sources=where)

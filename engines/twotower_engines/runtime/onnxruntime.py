@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.engine_set import EngineSet
+from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
@@ -81,7 +82,7 @@ class OnnxRuntime:
         self.vocab_size = model.vocab_size
         self.mask_token_id = engines.manifest.model.mask_token_id
         self.has_denoiser = "denoiser" in engines.build.plans
-        engines.check_plans()
+        engines.check_engine_files()
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
@@ -90,7 +91,7 @@ class OnnxRuntime:
         self._options.only_execute_path_to_fetches = True
         self._weights: dict[str, Any] = {}
         towers = ["context", "denoiser"] if self.has_denoiser else ["context"]
-        sessions = {tower: self._session(engines.plan_path(tower), threads) for tower in towers}
+        sessions = {tower: self._session(engines.engine_path(tower), threads) for tower in towers}
         for tower in towers:
             self._weights[tower] = self._load_weights(store, tower, progress)
         calls = {"extend": "context", "extend with logits": "context"}
@@ -291,12 +292,11 @@ class OnnxRuntime:
 
 def _import_onnxruntime() -> Any:
     try:
-        import onnxruntime
+        return import_onnxruntime()
     except ImportError as problem:
         raise RuntimeLoadError(
             "ONNX Runtime is not installed; install it with `pip install 'twotower[build]'`"
         ) from problem
-    return onnxruntime
 
 
 def _state_shapes(

@@ -17,7 +17,13 @@ from twotower_contract.atomic import partial_folder, put_in_place
 from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import ServingError
-from twotower_engines.serving.repository import CONFIG_FILE, MODELS, check_configs, read_config
+from twotower_engines.serving.repository import (
+    CONFIG_FILE,
+    MODELS,
+    check_configs,
+    config_text,
+    read_config,
+)
 from twotower_engines.serving.settings import Settings
 
 __all__ = ["package", "templates_folder"]
@@ -55,7 +61,7 @@ def package(engines: EngineSet, repository: Path, settings: Settings) -> None:
         TwoTowerError: The engines or their checkpoint are missing or changed, the slots are more
             than the engines have, something else lies at `repository`, or it cannot be written.
     """
-    engines.check_plans()
+    engines.check_engine_files()
     WeightStore(engines.manifest, settings.checkpoint).check()
     _check_slots(engines, settings)
     _check_replaceable(repository)
@@ -81,7 +87,7 @@ def _write(folder: Path, configs: Mapping[str, Any], templates: Path) -> None:
     """Write the configurations, and the code of the models that have any."""
     for name, config in configs.items():
         (folder / name / "1").mkdir(parents=True)
-        (folder / name / CONFIG_FILE).write_text(_as_text(config), encoding="utf-8")
+        (folder / name / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
     for name in MODELS_WITH_CODE:
         shutil.copyfile(templates / name / "1/model.py", folder / name / "1/model.py")
 
@@ -107,9 +113,3 @@ def _check_replaceable(repository: Path) -> None:
             f"{repository}: holds `{strange[0]}`, which no repository of ours has, so it is not "
             "replaced; name another place, or move that away"
         )
-
-
-def _as_text(config: Any) -> str:
-    from google.protobuf import text_format
-
-    return str(text_format.MessageToString(config))

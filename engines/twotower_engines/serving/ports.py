@@ -7,7 +7,7 @@ import socket
 
 from twotower_engines.errors import ServingError
 
-__all__ = ["choose_ports"]
+__all__ = ["choose_ports", "hold_ports"]
 
 
 def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
@@ -29,6 +29,34 @@ def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
     finally:
         for one in held.values():
             one.close()
+
+
+def hold_ports(host: str, ports: dict[str, int]) -> list[socket.socket]:
+    """Keep other servers of ours from these ports until the sockets are closed.
+
+    Between the look at a port and Triton's use of it, another `twotower serve` may look, and gRPC
+    lets two servers share a port in silence. The kernel lets go of these names when we are gone.
+
+    Args:
+        host: As for `choose_ports`.
+        ports: What that returned.
+
+    Raises:
+        ServingError: Another server of ours has just taken one of them.
+    """
+    held: list[socket.socket] = []
+    for option, port in ports.items():
+        held.append(socket.socket(socket.AF_UNIX))
+        try:
+            held[-1].bind(f"\0twotower-serve {host} {port}")  # an abstract name: no file
+        except OSError as problem:
+            for one in held:
+                one.close()
+            raise ServingError(
+                f"port {port} is taken by another `twotower serve`; stop it, or give another with "
+                f"{option} (0 chooses a free one)"
+            ) from problem
+    return held
 
 
 def _bind(host: str, port: int, option: str, wanted: dict[str, int]) -> socket.socket:

@@ -7,15 +7,24 @@ that is not there, or joins two tensors of different types.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from twotower_engines.errors import ServingError
 
-__all__ = ["CONFIG_FILE", "MODELS", "check_configs", "check_repository", "read_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "MODELS",
+    "check_configs",
+    "check_repository",
+    "config_text",
+    "read_config",
+]
 
 CONFIG_FILE = "config.pbtxt"
+MODEL_FILE = "model.py"
 MODELS = ("preprocess", "generate", "postprocess", "twotower")
 
 Config = Any  # tritonclient.grpc.model_config_pb2.ModelConfig, whose module has no types
@@ -39,6 +48,13 @@ def read_config(path: Path) -> Config:
         raise ServingError(f"{path}: is no valid model configuration: {problem}") from problem
 
 
+def config_text(config: Config) -> str:
+    """Return a configuration as config.pbtxt holds it."""
+    from google.protobuf import text_format
+
+    return str(text_format.MessageToString(config))
+
+
 def check_repository(repository: Path, models: Sequence[str]) -> None:
     """Check that a folder is a model repository with these models.
 
@@ -56,7 +72,15 @@ def check_repository(repository: Path, models: Sequence[str]) -> None:
             f"{repository}: is no model repository of ours, it holds no {missing[0]}/{CONFIG_FILE};"
             " write one with `twotower package ENGINES REPO`"
         )
-    check_configs({name: read_config(repository / name / CONFIG_FILE) for name in models})
+    configs = {name: read_config(repository / name / CONFIG_FILE) for name in models}
+    check_configs(configs)
+    for name, config in configs.items():
+        code = repository / name / "1" / (config.default_model_filename or MODEL_FILE)
+        if config.backend == "python" and not os.access(code, os.R_OK):
+            raise ServingError(
+                f"{code}: is missing or cannot be read; write the repository again with "
+                "`twotower package ENGINES REPO`"
+            )
 
 
 def check_configs(configs: Mapping[str, Config]) -> None:

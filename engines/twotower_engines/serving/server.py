@@ -19,9 +19,9 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,16 +30,19 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from twotower_engines.errors import ServingError
-from twotower_engines.serving.installation import find_server, link_backends, numpy_problem
+from twotower_engines.serving.installation import find_server, make_backends, problem_of
 from twotower_engines.serving.lifeline import VARIABLE, remove_left, start_keeper
-from twotower_engines.serving.ports import choose_ports
+from twotower_engines.serving.place import link_models, make_folder, refusal
+from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
+from twotower_engines.serving.stubs import dead_stubs, library_path
 
 __all__ = ["ServerOptions", "TritonServer"]
 
 EXIT_SECONDS = 10  # how long the server may take to unload its models
 KILL_SECONDS = EXIT_SECONDS + 2  # after which it is killed
 GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine
+HEED_SECONDS = 2  # in which the server heeds a process of a model that ended, where it does at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,8 @@ class TritonServer:
         models: Models that must be ready.
 
     Raises:
-        ServingError: The folder is no model repository, no server is installed, its numpy would
-            give empty answers, a port is taken, or the log cannot be written.
+        ServingError: The folder is no model repository, no server is installed, it cannot run our
+            models, a port is taken, or the log cannot be written.
     """
 
     def __init__(
@@ -84,21 +87,26 @@ class TritonServer:
         self._repository, self._models = repository.absolute(), models
         check_repository(self._repository, models)
         self._installation = find_server()
-        problem = numpy_problem(self._installation, importlib.metadata.version("numpy"))
+        problem = problem_of(self._installation, importlib.metadata.version("numpy"))
+        problem = problem or refusal()
         if problem is not None:
             raise ServingError(problem)
         self._ports = choose_ports(self._options.host, self._wanted_ports())
         self._started = time.monotonic()
         # Two servers with one prefix would read each other's shared memory.
         self._prefix = f"twotower_{os.getpid()}_{secrets.token_hex(4)}_"
-        self._folder = Path(tempfile.mkdtemp(prefix="twotower-serve-"))
-        self._log = self._options.log or self._folder / "server.log"
+        self._held: list[socket.socket] = []
+        self._folder = make_folder()
         # Whoever holds the reading end learns when we are gone: see `lifeline`.
         listening, self._lifeline = os.pipe()
         try:
+            self._held = hold_ports(self._options.host, self._ports)
+            self._links = link_models(self._repository, models, self._folder)
+            self._log = self._options.log or self._folder / "server.log"
             self._process, self._keeper = self._start(listening)
         except BaseException:
             self._cut()
+            self._let_go()
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
         finally:
@@ -142,11 +150,15 @@ class TritonServer:
             Seconds since the start.
 
         Raises:
-            ServingError: The server ended, or was not ready in time. Carries the end of its log.
+            ServingError: The server or the process of a model ended, or was not ready in time.
+                Carries the end of the server's log.
         """
         from tritonclient.grpc import InferenceServerClient
 
-        with InferenceServerClient(_dialled(self.grpc_address)) as client:
+        next_look = float(HEED_SECONDS)
+        # It is our own, so no proxy of the environment stands between.
+        direct = [("grpc.enable_http_proxy", 0)]
+        with InferenceServerClient(_dialled(self.grpc_address), channel_args=direct) as client:
             while True:
                 elapsed = time.monotonic() - self._started
                 code = self._process.poll()
@@ -155,6 +167,9 @@ class TritonServer:
                 waiting = [name for name in self._models if not _is_ready(client, name)]
                 if not waiting:
                     return elapsed
+                if elapsed > next_look:
+                    self._check_models()
+                    next_look = elapsed + HEED_SECONDS
                 if elapsed > timeout:
                     raise ServingError(
                         f"not ready after {timeout:.0f} s: {', '.join(waiting)}; "
@@ -163,6 +178,16 @@ class TritonServer:
                 if progress is not None:
                     progress(f"loading {', '.join(waiting)} ({elapsed:.0f} s)")
                 time.sleep(0.1)
+
+    def _check_models(self) -> None:
+        """Refuse to wait for a model whose process has ended: the server would wait for ever."""
+        before = dead_stubs(self.pid)
+        time.sleep(0.5)  # one that the server is about to heed is gone by then
+        if set(before) & set(dead_stubs(self.pid)):
+            raise ServingError(
+                "the process of a model ended before it was ready, and the server does not heed "
+                f"it; `twotower doctor` tests what such a process needs\n{self.log_tail()}"
+            )
 
     def wait(self) -> int:
         """Wait until the server ends by itself, and return its exit code."""
@@ -192,6 +217,7 @@ class TritonServer:
         self._keeper.kill()
         self._keeper.wait()
         remove_left(self._prefix, self._folder)
+        self._let_go()
 
     def _wait_for_models(self) -> None:
         """Wait, seconds at most, until the kernel has let go of the group's killed processes."""
@@ -209,6 +235,7 @@ class TritonServer:
             text = self._log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
+        text = text.replace(str(self._links), str(self._repository))
         kept = [line for line in text.splitlines() if line and not NOISE.search(line)]
         # A model's own error is worth more than the table and the messages of unloading after it.
         first = next((number for number, line in enumerate(kept) if ERROR.match(line)), None)
@@ -232,6 +259,11 @@ class TritonServer:
         if lifeline >= 0:
             os.close(lifeline)
 
+    def _let_go(self) -> None:
+        """Let other servers of ours have the ports."""
+        for one in self._held:
+            one.close()
+
     def _wanted_ports(self) -> dict[str, int]:
         wanted = {
             "--grpc-port": self._options.grpc_port,
@@ -247,14 +279,14 @@ class TritonServer:
     def _arguments(self) -> list[str]:
         host = self._options.host
         arguments = [
-            f"--model-repository={self._repository}",
+            f"--model-repository={self._links}",
             f"--exit-timeout-secs={EXIT_SECONDS}",
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
             "--backend-config=python,shm-default-byte-size=4194304",
             f"--grpc-address={host}",
             f"--grpc-port={self._ports['--grpc-port']}",
         ]
-        backends = link_backends(self._installation, self._folder)
+        backends = make_backends(self._installation, self._links.parent)
         if backends is not None:
             arguments.append(f"--backend-directory={backends}")
         for name in ("http", "metrics"):
@@ -278,6 +310,7 @@ class TritonServer:
     def _start(self, lifeline: int) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
         """Start the server and its keeper."""
         environment = {**os.environ, VARIABLE: str(lifeline)}
+        environment |= library_path(self._folder)
         # The stub embeds Python and finds packages through the first interpreter on PATH.
         scripts = str(Path(sys.executable).parent)
         environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
@@ -302,7 +335,7 @@ class TritonServer:
 
 
 NOISE = re.compile(r"pinned memory|CUDA driver|CudaDriver|NVML|DCGM|cudaError", re.IGNORECASE)
-ERROR = re.compile(r"E\d{4} |error:|Traceback")
+ERROR = re.compile(r"E\d{4} |error:|Traceback|terminate called|.*cannot open shared object")
 
 
 def _is_ready(client: object, model: str) -> bool:

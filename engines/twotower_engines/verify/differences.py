@@ -66,9 +66,9 @@ def compare_arrays(
     """Compare outputs by name.
 
     Args:
-        ours: Of the engines under test: floats in float32, whole numbers in int32.
-        theirs: Of the reference.
-        precision: Of the engines under test, a key of `TOLERANCES`.
+        ours: Outputs of the engines under test: floats in float32, whole numbers in int32.
+        theirs: Outputs of the reference.
+        precision: Precision of the engines under test, a key of `TOLERANCES`.
 
     Raises:
         ValueError: One side lacks an output of the other, or a shape differs.

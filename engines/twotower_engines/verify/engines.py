@@ -50,7 +50,7 @@ def verify_engines(
     Args:
         engines: An engine set of a flavour that needs a GPU.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
-        bundle: What the engines were built from, so that TensorRT parses its graphs again.
+        bundle: Bundle that the engines were built from, so that TensorRT parses its graphs again.
         against: An engine set of the CPU flavour of the same model, to compare with on the GPU;
             found or built where not given.
 
@@ -59,7 +59,7 @@ def verify_engines(
     """
     found = Verification(engines.folder)
     plans = ", ".join(sorted(engines.build.plans))
-    found.take(f"digests of the plans ({plans})", _raised(engines.check_plans))
+    found.take(f"digests of the plans ({plans})", _raised(engines.check_engine_files))
     store = WeightStore(engines.manifest, checkpoint)
     count = len(engines.manifest.tensors)
     found.take(f"checkpoint {store.folder}: {count} tensors as exported", _raised(store.check))
@@ -175,7 +175,7 @@ def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interfac
     Raises:
         BuildError: The graph is another one, or cannot be parsed.
     """
-    from twotower_engines.building.flavours.rtx_library import find_library
+    from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY
 
     manifest = read_manifest(bundle)
     digest = engines.build.graph_sha256.get(tower)
@@ -183,8 +183,7 @@ def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interfac
         path = bundle / manifest.graph(precision, tower).file
         if path.is_file() and file_sha256(path) == digest:
             # One of both parses for either flavour: it is the same parser, and here without a GPU.
-            library = find_library()
-            return library.title, parse(path, library)
+            return LIBRARY.title, parse(path, LIBRARY)
     raise BuildError(
         f"{bundle}: has no {tower} graph with sha256 {str(digest)[:12]}, from which the plan was "
         "built; name the bundle that the engines were built from"

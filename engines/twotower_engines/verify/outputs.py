@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from twotower_contract.engine_set import Limits
 from twotower_contract.manifest import Manifest
+from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.engine_interface import Interface, TensorSpec, interface_of
 from twotower_engines.runtime.resident.runtime import Tower
 from twotower_engines.verify.differences import Array, Difference, compare_arrays
@@ -55,8 +56,7 @@ class Reference:
     """
 
     def __init__(self, plan: Path, weights: Mapping[str, Array]) -> None:
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self._session = ort.InferenceSession(str(plan), options, ["CPUExecutionProvider"])
@@ -82,7 +82,7 @@ def compare_tower(
     """Compare every output of a tower's calls.
 
     Args:
-        precision: Of the plan, a key of `TOLERANCES`.
+        precision: Precision of the engine, a key of `TOLERANCES`.
         states: The context's states after the chunk, by input name: filled by the context tower's
             comparison, which comes first, and read by the denoiser's.
 

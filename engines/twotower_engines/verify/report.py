@@ -1,4 +1,4 @@
-"""What is found when an engine set is verified, and what it is verified with."""
+"""The findings of a verification, and the sources that it compares with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sources:
 
     Attributes:
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
-        bundle: What the engines were built from.
+        bundle: Bundle that the engines were built from.
         against: Engines of the CPU flavour of the same model.
     """
 
@@ -29,13 +29,13 @@ class Sources:
 
 @dataclass(slots=True)
 class Verification:
-    """What was found.
+    """The findings.
 
     Attributes:
         engines: Folder of the engine set.
-        verified: What was checked and is right, a sentence for each.
-        problems: What is wrong.
-        not_verified: What could not be checked here, and why.
+        verified: Checks that passed, a sentence for each.
+        problems: Checks that failed, a sentence for each.
+        not_verified: Checks that could not be made here, each with the reason.
         differences: Outputs that were compared on the GPU.
     """
 

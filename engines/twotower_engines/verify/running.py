@@ -194,7 +194,7 @@ def verify_outputs(
     states: dict[str, Array] = {}
     build = engines.build
     for name in (one for one in ("context", "denoiser") if one in build.plans):
-        graph = Reference(reference.plan_path(name), dict(store.all_float32(name)))
+        graph = Reference(reference.engine_path(name), dict(store.all_float32(name)))
         with open_tower(name) as tower:
             differences = compare_tower(
                 name, tower, graph, engines.manifest, build.limits, build.precision, states
@@ -218,7 +218,7 @@ def _on_device(engines: EngineSet, name: str, checkpoint: Path | None) -> Iterat
     device = CudaDevice(0)
     try:
         weights = upload_weights(WeightStore(engines.manifest, checkpoint), name, device)
-        engine = TensorRtEngine(engines.plan_path(name), engines.build.flavour, device)
+        engine = TensorRtEngine(engines.engine_path(name), engines.build.flavour, device)
         try:
             yield Tower(engine, device, weights)
         finally:

@@ -1,7 +1,7 @@
-"""Two loaded engine sets of one model, asked the same: what their runtimes hand out, side by side.
+"""Compares two loaded engine sets of one model: the outputs of their runtimes, side by side.
 
-Both are driven through `runtime.Runtime`, as the scheduler drives them, so it does not matter where
-their states live: a state that lands in the wrong place shows in the call after it.
+Both are driven through `runtime.interface.Runtime`, as the scheduler drives them, so it does not
+matter where their states live: a state in the wrong place shows in the call after it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from twotower_contract.atomic import new_folder
 from twotower_contract.errors import TwoTowerError
 from twotower_export.progress import LineMeter
 
@@ -66,15 +67,18 @@ def tiny(
             )
         from twotower_export.tiny.checkpoints import copy_pretrained
 
-        copy_pretrained(out)
+        with new_folder(out, TwoTowerError) as made:
+            copy_pretrained(made)
     elif is_random:
         from twotower_export.tiny.checkpoints import write_random_checkpoint
 
         _check_size(pattern, hidden)
-        write_random_checkpoint(out, **options)
+        with new_folder(out, TwoTowerError) as made:
+            write_random_checkpoint(made, **options)
     else:
         _check_size(pattern, hidden)
-        _train(out, options)
+        with new_folder(out, TwoTowerError) as made:
+            _train(made, options)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     if as_json:
         click.echo(json.dumps({"checkpoint": str(out), "how": how, "bytes": size}))

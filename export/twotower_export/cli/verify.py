@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower_contract.errors import TwoTowerError
+from twotower_contract.processes import run_child
 
 if TYPE_CHECKING:
     from twotower_export.verification.comparison import Comparison, TensorDifference
@@ -153,7 +153,7 @@ def _verify_device_engines(
     for option, value in (("--bundle", bundle), ("--against", against)):
         if value is not None:
             command += [option, str(value)]
-    done = subprocess.run([*command, "--json"] if as_json else command, check=False)
+    done = run_child([*command, "--json"] if as_json else command)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -1,20 +1,17 @@
 """Attention over cached context and the block: grouped queries, no positional encoding.
 
-The cache is read where it lies: scores over it and over the block are computed apart and meet in
-one softmax, because concatenating keys would copy the whole cache at every step.
+The standard operator `Attention` (opset 23) under a boolean mask: TensorRT makes one kernel of it,
+in which scores are float32 and never written, whatever their number, and ONNX Runtime computes it
+on a CPU. Written out as product, softmax and product, keys were transposed and cast to float32, and
+the scores of the whole capacity written three times: 136 MiB for each row, layer and 8192 tokens.
 
-Scores are float32, as in NVIDIA's fused attention: rounded to bfloat16, large ones put the result
-off by up to 3 %. The standard operators have no product of bfloat16 matrices with a float32 result,
-so queries and keys are cast before it. Where an engine writes the cast keys out, that is 4 bytes
-instead of 2 for each of their elements: at the released model's 2 heads of 128, 1 KiB of workspace
-per context token and row, one layer at a time (8 MiB for 8192 tokens), beside 192 bytes of float32
-scores and bfloat16 weights for each query token (3 KiB for a block of 16). Six layers write and
-read 12 KiB per context token: 0.1 GB of traffic for 8192 tokens, where a block pass reads 31 GB of
-weights or more. (TF32 tensor cores would multiply bfloat16 values exactly, but they are off for the
-whole plan: the scan needs float32.)
-
-Softmax weights are rounded to T for their product with the values, as in flash attention. Each
-part's result is rounded to T before the sum of the two; the PyTorch tower rounds only that sum.
+- The softmax's precision is not given: TensorRT refuses the attribute. Softmax weights may be
+  rounded to T for their product with the values, as in flash attention.
+- Not opset 24's `nonpad_kv_seqlen`: TensorRT's parser drops it without a word.
+- Keys and values of the context and of the block are joined before: one copy of the cache, 8 MiB
+  for each row, layer and 8192 tokens, in which what is not seen becomes 0. Opset 24's
+  `TensorScatter` into the cache's own room would save it, where a call may write to its states.
+- The cost follows the capacity of the cache that is given, not the context's length.
 
 Sources: NVIDIA's `modeling_nemotron_h.py`, `NemotronHAttention` (it applies no rotary embedding,
 whatever `rope_theta` in config.json), and `modeling_nemotron_twotower.py`,
@@ -26,10 +23,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
-from twotower_export.graph.body import INT64, Body, inputs
-
-HIDDEN_SCORE = -1e30
-"""Score of a key that may not be seen. Finite, so that a row that sees nothing stays finite."""
+from twotower_export.graph.body import INT32, INT64, Body, inputs
 
 MIXER_WEIGHTS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 """Weights of one attention mixer, in the order in which its function takes them."""
@@ -48,45 +42,45 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
     args = inputs("x", "k_cache", "v_cache", "lengths", "context_lengths", *MIXER_WEIGHTS)
     x, k_cache, v_cache, lengths, context_lengths, *projections = args
     heads, kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    group = heads // kv
 
     b.begin("qkv")
-    q, k, v = (b.linear(x, weight) for weight in projections[:3])
-    q = b.transpose(b.reshape(q, 0, -1, kv, group, D), 0, 2, 3, 1, 4)  # [B, kv, group, L, D]
-    q = b.reshape(q, 0, kv, -1, D)  # one product for all queries that share a key
-    k, v = (b.transpose(b.reshape(new, 0, -1, kv, D), 0, 2, 1, 3) for new in (k, v))
+    q, k, v = (
+        b.transpose(b.reshape(b.linear(x, weight), 0, -1, count, D), 0, 2, 1, 3)
+        for weight, count in zip(projections[:3], (heads, kv, kv), strict=True)
+    )
 
     b.begin("visible.cache")
     cached = b.arange(b.size(k_cache, 2))
-    sees_cache = b.op.Less(b.unsqueeze(cached, 0), b.unsqueeze(context_lengths, 1))
-    sees_cache = b.unsqueeze(sees_cache, 1, 2)  # [B, 1, 1, C]
+    sees_cache = b.op.Less(b.unsqueeze(cached, 0), b.unsqueeze(context_lengths, 1))  # [B, C]
     b.begin("visible.block")
     steps = b.arange(b.size(x, 1))
-    sees_block = b.unsqueeze(b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1)), 1, 2)
+    # At least one key is seen, also by a row that takes no part: its states must stay finite.
+    known = b.op.Max(lengths, b.i32(1))
+    sees_block = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(known, 1))  # [B, L]
+    b.begin("visible")
+    seen = b.unsqueeze(b.op.Concat(sees_cache, sees_block, axis=1), 1, 2)  # [B, 1, 1, C + L]
     if causal:
-        earlier = b.op.GreaterOrEqual(b.unsqueeze(steps, 1), b.unsqueeze(steps, 0))  # [L, L]
-        sees_block = b.op.And(sees_block, b.op.Tile(earlier, b.i64([group, 1])))
+        b.begin("visible.causal")
+        position = b.op.Sub(b.arange(b.size(seen, 3)), b.cast(b.size(k_cache, 2), INT32))
+        earlier = b.op.LessOrEqual(b.unsqueeze(position, 0), b.unsqueeze(steps, 1))
+        mask = b.op.And(seen, earlier)  # [B, 1, L, C + L]
+    else:
+        queries = b.op.Concat(b.i64([1, 1]), b.size(x, 1), b.i64([1]), axis=0)
+        mask = b.op.Expand(seen, queries)
 
-    b.begin("scores")
-    scale = b.f32(D**-0.5)
-    queries = b.up(q)
-
-    def scores(keys: ir.Value, seen: ir.Value) -> ir.Value:
-        product = b.op.MatMul(queries, b.up(b.transpose(keys, 0, 1, 3, 2)))
-        made: ir.Value = b.op.Where(seen, b.op.Mul(product, scale), b.f32(HIDDEN_SCORE))
+    def joined(cache: ir.Value, new: ir.Value) -> ir.Value:
+        # What is not seen is zeroed: 0 * NaN would reach the result, and a slot that was given up
+        # may hold one.
+        clean = b.op.Where(b.unsqueeze(sees_cache, 1, 3), cache, b.const(0.0, dtype))
+        made: ir.Value = b.op.Concat(clean, new, axis=2)
         return made
 
-    b.begin("softmax")
-    joined = b.op.Concat(scores(k_cache, sees_cache), scores(k, sees_block), axis=3)
-    weights = b.down(b.op.Softmax(joined, axis=3))
-    b.begin("values")
-    sizes = b.op.Concat(b.size(k_cache, 2), b.size(k, 2), axis=0)
-    on_cache, on_block = b.op.Split(weights, sizes, axis=3, _outputs=2)
-    y = b.op.Add(b.op.MatMul(on_cache, v_cache), b.op.MatMul(on_block, v))
-
+    b.begin("attention")
+    keys, values = joined(k_cache, k), joined(v_cache, v)
+    y = b.op.Attention(q, keys, values, mask, scale=D**-0.5)
     b.begin("o_proj")
-    y = b.transpose(b.reshape(y, 0, kv, group, -1, D), 0, 3, 1, 2, 4)
-    y = b.linear(b.reshape(y, 0, -1, heads * D), projections[3])
+    y = b.reshape(b.transpose(y, 0, 2, 1, 3), 0, -1, heads * D)
+    y = b.linear(y, projections[3])
     return b.function(
         "CausalAttention" if causal else "BlockAttention",
         args,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.tape
 
-OPSET = 20
-"""Version of the standard operators: the newest that TensorRT's parser documents in full."""
+OPSET = 23
+"""Version of the standard operators: the first that has `Attention`."""
 
 DOMAIN = "twotower"
 """Domain of the functions in this file and of the plugins that can replace three of them."""
@@ -85,6 +85,9 @@ class Body:
     _constants: dict[str, ir.Value] = field(default_factory=dict)
     _outer: str = ""
 
+    def __post_init__(self) -> None:
+        self._outside = self.op.tape
+
     def begin(self, section: str) -> None:
         """Name the part of the body that begins here; it ends where the next one begins."""
         self.op.section = self._outer + section
@@ -96,7 +99,8 @@ class Body:
         key = f"const_{dtype.name}_{'x'.join(map(str, array.shape))}_{digest}".lower()
         if key not in self._constants:
             tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=key)
-            made: ir.Value = self.op.Constant(value=tensor)
+            # Never inside a branch: whoever asks for it next may stand outside.
+            made = self._outside.op("Constant", [], {"value": tensor})
             made.name = key
             self._constants[key] = made
         return self._constants[key]
@@ -148,8 +152,14 @@ class Body:
         return made
 
     def linear(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """`x @ weight.T`; x [..., in], weight [out, in]."""
-        made: ir.Value = self.op.MatMul(x, self.transpose(weight, 1, 0))
+        """`x @ weight.T`; x [..., in], weight [out, in].
+
+        One Gemm over all rows, which reads the weight as it lies: TensorRT writes a transposed copy
+        of it at every call where a MatMul takes its Transpose.
+        """
+        rows = self.op.Gemm(self.op.Flatten(x, axis=-1), weight, transB=1)
+        shape = self.op.Concat(self.op.Shape(x, end=-1), self.i64([-1]), axis=0)
+        made: ir.Value = self.op.Reshape(rows, shape)
         return made
 
     def silu(self, x: ir.Value) -> ir.Value:
@@ -168,6 +178,41 @@ class Body:
         The range is int64: ONNX Runtime refuses an int32 one over a size that it knows.
         """
         return self.cast(self.op.Range(self.i64(0), self.op.Squeeze(size), self.i64(1)), INT32)
+
+    def when(
+        self,
+        condition: ir.Value,
+        then: Callable[[], ir.Value],
+        otherwise: Callable[[], ir.Value],
+        dtype: ir.DataType,
+    ) -> ir.Value:
+        """`then()` where the condition holds, `otherwise()` where not; only one is computed.
+
+        `then()` must be right in either case: on a GPU a condition is a wait for the host, which no
+        CUDA graph can capture, and TensorRT-RTX engines are built of `then` alone.
+
+        Args:
+            condition: bool [] or [1].
+            then: writes the nodes of one branch.
+            otherwise: writes those of the other.
+            dtype: of the result.
+        """
+        branches = {}
+        for name, write in (("then_branch", then), ("else_branch", otherwise)):
+            outer, self.op.tape = self.op.tape, ir.tape.Tape()
+            try:
+                value = write()
+                value.type = ir.TensorType(dtype)
+                nodes = self.op.tape.nodes
+            finally:
+                self.op.tape = outer
+            branches[name] = ir.Graph([], [value], nodes=nodes, name=name)
+            for node in nodes:  # a graph names its nodes, but they are part of this body
+                node.name = None
+                for value in node.outputs:
+                    value.name = None
+        made: ir.Value = self.op.If(condition, **branches)
+        return made
 
     def call(
         self,
@@ -259,7 +304,7 @@ def prefixed(nodes: Sequence[ir.Node], prefix: str) -> list[ir.Node]:
     Constants are named after what they hold.
     """
     counts: dict[str, int] = {}
-    for node in nodes:
+    for node in _with_branches(nodes):
         section = node.meta.pop(_SECTION, "")
         if node.op_type == "Constant":
             node.name = f"{prefix}/{node.outputs[0].name}"
@@ -272,6 +317,15 @@ def prefixed(nodes: Sequence[ir.Node], prefix: str) -> list[ir.Node]:
         for index, value in enumerate(node.outputs):
             value.name = value.name or (stem if len(node.outputs) == 1 else f"{stem}.{index}")
     return list(nodes)
+
+
+def _with_branches(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """Nodes, each followed by those of its branches."""
+    for node in nodes:
+        yield node
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _with_branches(attribute.as_graph())
 
 
 def inputs(*names: str) -> list[ir.Value]:

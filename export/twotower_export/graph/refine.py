@@ -26,6 +26,11 @@ PRIME = 2**31 - 1
 EXCLUDED = -np.inf
 """Logit of the mask token. (`_mdlm_forward`'s -1e12 would predict it where all are lower still.)"""
 
+TAIL = 2.0**-6
+TAIL_TERMS = 4
+"""Where U is at most this far from 1, -log(U) is the sum of (1 - U)^n / n over as many terms, which
+is exact to float32. A GPU's fast log is off by a fixed 4e-7 there, six times the least -log(U)."""
+
 LEAST_LOG_P = -1e12
 """Bound on the log probability of what has no probability: 0 * -inf is not a number."""
 
@@ -63,11 +68,11 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
     is_mask = b.op.Equal(vocabulary, b.i32(mask_id))
     logits = b.op.Where(is_mask, b.f32(EXCLUDED), b.cast(logits, FLOAT))
     b.begin("")
-    prediction = _predict(b, logits, b.cast(vocabulary, INT64), temperature, seed, steps)
-    log_p, entropy = _statistics(b, logits, prediction)
+    prediction = _predict(b, logits, vocabulary, temperature, seed, steps)
+    log_p, entropy = _statistics(b, logits, prediction, policy)
 
     b.begin("failed")
-    bad = b.op.And(masked, b.op.Or(b.op.IsNaN(log_p), b.op.IsNaN(entropy)))
+    bad = b.op.And(masked, b.op.IsNaN(log_p))
     failed = b.op.Greater(_count(b, bad), b.i32(0))  # [B]
     masked_ok = b.op.And(masked, b.op.Not(b.unsqueeze(failed, 1)))
     b.begin("confidence")
@@ -122,10 +127,16 @@ def _predict(
     """
     row = b.unsqueeze(temperature, 1, 2)
     sampled = b.op.Greater(row, b.f32(0.0))
-    divisor = b.op.Where(sampled, row, b.f32(1.0))
-    noise = b.op.Where(sampled, _gumbel(b, vocabulary, seed, steps), b.f32(0.0))
-    scores = b.op.Add(b.op.Div(logits, divisor), noise)
-    return b.cast(b.op.ArgMax(scores, axis=2, keepdims=0), INT32)
+
+    def best(scores: ir.Value) -> ir.Value:
+        return b.cast(b.op.ArgMax(scores, axis=2, keepdims=0), INT32)
+
+    def with_noise() -> ir.Value:
+        divisor = b.op.Where(sampled, row, b.f32(1.0))
+        noise = b.op.Where(sampled, _gumbel(b, vocabulary, seed, steps), b.f32(0.0))
+        return best(b.op.Add(b.op.Div(logits, divisor), noise))
+
+    return b.when(_any(b, sampled), with_noise, lambda: best(logits), INT32)
 
 
 @in_section("noise")
@@ -137,48 +148,62 @@ def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> i
     every runtime has.
     """
 
-    def fifth_power(x: ir.Value) -> ir.Value:
-        square = b.op.Mod(b.op.Mul(x, x), b.i64(PRIME))
-        fourth = b.op.Mod(b.op.Mul(square, square), b.i64(PRIME))
-        made: ir.Value = b.op.Mod(b.op.Mul(fourth, x), b.i64(PRIME))
+    def reduced(x: ir.Value) -> ir.Value:
+        # Not Mod, which TensorRT writes as eight operators that use each other twice.
+        made: ir.Value = b.op.Sub(x, b.op.Mul(b.op.Div(x, b.i64(PRIME)), b.i64(PRIME)))
         return made
 
-    def add(x: ir.Value, y: ir.Value) -> ir.Value:
-        made: ir.Value = b.op.Mod(b.op.Add(x, y), b.i64(PRIME))
-        return made
+    def fifth_power(x: ir.Value, key: ir.Value | None = None) -> ir.Value:
+        # Plus a key; x is below 3e9, so that its square fits an int64.
+        square = reduced(b.op.Mul(x, x))
+        fourth = reduced(b.op.Mul(square, square))
+        fifth = b.op.Mul(fourth, x)
+        return reduced(fifth if key is None else b.op.Add(fifth, key))
 
     def apart(x: ir.Value) -> ir.Value:
         # A maximum over one element. TensorRT-RTX writes a chain of elementwise operators out as
         # one expression, whose length doubles with each operand that is used twice: four rounds
-        # took it minutes for small vocabularies. A reduction ends the chain.
+        # took it minutes for small vocabularies. A reduction ends the chain, and what it reduces
+        # is written to memory: of keys, not of tokens.
         made: ir.Value = b.op.ReduceMax(b.unsqueeze(x, 0), b.i64([0]), keepdims=0)
         return made
 
     b.begin("key")
     place = b.op.Add(b.op.Mul(b.cast(steps, INT64), b.i64(7919)), b.i64(7919 + 1))
-    key = add(b.unsqueeze(b.cast(seed, INT64), 1), b.unsqueeze(place, 0))  # [B, S]
+    key = b.op.Add(b.unsqueeze(b.cast(seed, INT64), 1), b.unsqueeze(place, 0))  # [B, S]
     b.begin("first_key")
     first = apart(fifth_power(key))
     b.begin("second_key")
-    second = apart(fifth_power(add(first, b.i64(104729))))
+    second = apart(fifth_power(b.op.Add(first, b.i64(104729))))
     b.begin("first_round")
-    mixed = apart(fifth_power(add(vocabulary, b.unsqueeze(first, 2))))
+    token = b.op.Add(b.cast(vocabulary, INT64), b.unsqueeze(first, 2))
+    mixed = fifth_power(token, b.unsqueeze(second, 2))
     b.begin("second_round")
-    mixed = fifth_power(add(mixed, b.unsqueeze(second, 2)))
+    mixed = fifth_power(mixed)
     b.begin("uniform")
     top = b.cast(b.op.Div(mixed, b.i64(256)), FLOAT)  # 23 bits: U below is exact in float32
     uniform = b.op.Mul(b.op.Add(top, b.f32(0.5)), b.f32(2.0**-23))
+    b.begin("exponential")
+    rest = b.op.Sub(b.f32(1.0), uniform)  # exact where it is used
+    series = b.f32(1 / TAIL_TERMS)
+    for term in range(TAIL_TERMS - 1, 0, -1):
+        series = b.op.Add(b.op.Mul(series, rest), b.f32(1 / term))
+    tail = b.op.Mul(series, rest)
+    is_tail = b.op.Less(rest, b.f32(TAIL))
+    exponential = b.op.Where(is_tail, tail, b.op.Neg(b.op.Log(uniform)))
     b.begin("gumbel")
-    made: ir.Value = b.op.Neg(b.op.Log(b.op.Neg(b.op.Log(uniform))))
+    made: ir.Value = b.op.Neg(b.op.Log(exponential))
     return made
 
 
 @in_section("statistics")
-def _statistics(b: Body, logits: ir.Value, prediction: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _statistics(
+    b: Body, logits: ir.Value, prediction: ir.Value, policy: ir.Value
+) -> tuple[ir.Value, ir.Value]:
     """log p(prediction) and entropy in nats at temperature 1, each [B, S] float32.
 
     `confidence` of `generate_mask_diffusion` is taken from the unscaled distribution, after
-    `_mdlm_forward` has removed the mask token.
+    `_mdlm_forward` has removed the mask token. Entropy is 0 where no row's policy asks for it.
     """
     b.begin("log_p")
     top = b.op.ReduceMax(logits, b.i64([2]), keepdims=1)
@@ -189,10 +214,25 @@ def _statistics(b: Body, logits: ir.Value, prediction: ir.Value) -> tuple[ir.Val
     chosen = b.op.GatherElements(shifted, b.unsqueeze(b.cast(prediction, INT64), 2), axis=2)
     log_p = b.op.Squeeze(b.op.Sub(chosen, log_total), b.i64([2]))
     b.begin("entropy")
-    share = b.op.Mul(weight, b.op.Max(shifted, b.f32(LEAST_LOG_P)))
-    mean = b.op.Div(b.op.ReduceSum(share, b.i64([2]), keepdims=1), total)
-    entropy = b.op.Squeeze(b.op.Sub(log_total, mean), b.i64([2]))
-    return log_p, entropy
+
+    def entropy() -> ir.Value:
+        share = b.op.Mul(weight, b.op.Max(shifted, b.f32(LEAST_LOG_P)))
+        mean = b.op.Div(b.op.ReduceSum(share, b.i64([2]), keepdims=1), total)
+        made: ir.Value = b.op.Squeeze(b.op.Sub(log_total, mean), b.i64([2]))
+        return made
+
+    def none() -> ir.Value:
+        made: ir.Value = b.op.Mul(b.cast(prediction, FLOAT), b.f32(0.0))
+        return made
+
+    asked = _any(b, b.op.Equal(policy, b.i32(POLICIES["entropy"])))
+    return log_p, b.when(asked, entropy, none, FLOAT)
+
+
+def _any(b: Body, flags: ir.Value) -> ir.Value:
+    """Whether any flag is set; bool []."""
+    some: ir.Value = b.op.ReduceMax(b.cast(flags, INT32), keepdims=0)
+    return b.cast(some, ir.DataType.BOOL)
 
 
 def _of_policy(b: Body, policy: ir.Value, cases: Sequence[ir.Value]) -> ir.Value:

@@ -119,8 +119,8 @@ def gumbel(seed: int, positions: Array, vocabulary: int) -> Array:
     second = _fifth_power((first + 104729) % _PRIME)
     token = np.arange(vocabulary, dtype=np.int64)
     mixed = _fifth_power((_fifth_power((token + first) % _PRIME) + second) % _PRIME)
-    uniform = (mixed // 256 + 0.5) * 2.0**-23
-    noise: Array = -np.log(-np.log(uniform))
+    rest = (2**23 - mixed // 256 - 0.5) * 2.0**-23  # 1 - U
+    noise: Array = -np.log(-np.log1p(-rest))
     return noise
 
 

@@ -6,7 +6,6 @@ with weights that are read where the manifest says they lie.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,9 @@ import onnx
 
 from twotower_contract.errors import BundleError, CheckpointError
 from twotower_contract.layout import Tower
+from twotower_contract.machine import read_at
 from twotower_contract.manifest import Manifest
+from twotower_contract.onnxruntime import import_onnxruntime
 
 Array = npt.NDArray[Any]
 Part = Literal["embeddings", "head"] | int
@@ -133,8 +134,7 @@ def _cut(
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What ONNX Runtime says of a graph that it cannot take, as an error of the bundle."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state = import_onnxruntime().capi.onnxruntime_pybind11_state
     refusals = (
         state.Fail,
         state.InvalidArgument,
@@ -208,7 +208,7 @@ class ManifestWeights:
             for start in range(0, count, _PIECE):
                 piece = target[start : start + _PIECE]
                 size, at = piece.size * stored.itemsize, offset + start * stored.itemsize
-                content = os.pread(file.fileno(), size, at)
+                content = read_at(file.fileno(), size, at)
                 if len(content) != size:
                     raise CheckpointError(f"{path}: ends inside {source}; restore the file")
                 yield piece, np.frombuffer(content, stored)
@@ -236,8 +236,7 @@ class GraphSide:
         Raises:
             BundleError: ONNX Runtime refuses the graph.
         """
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Shapes change from call to call; the arena would keep the largest of everything.

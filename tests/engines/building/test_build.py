@@ -59,11 +59,11 @@ def test_an_engine_set_for_the_cpu(bundle, tmp_path):
     assert record.memory["fits"] is True
     for tower in ("context", "denoiser"):
         graph = bundle / made.manifest.graph("float32", tower).file
-        assert made.plan_path(tower).read_bytes() == graph.read_bytes()
+        assert made.engine_path(tower).read_bytes() == graph.read_bytes()
         assert record.graph_sha256[tower] == record.plans[tower].sha256 == file_sha256(graph)
     for file in ("manifest.json", "tokenizer.json", "tokenizer_config.json"):
         assert (made.folder / file).read_bytes() == (bundle / file).read_bytes()
-    made.check_plans()
+    made.check_engine_files()
     assert [path.name for path in tmp_path.iterdir()] == ["cpu"]
 
 

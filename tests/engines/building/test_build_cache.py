@@ -30,7 +30,7 @@ from twotower_contract.errors import EngineSetError
 from twotower_engines.building import build as build_module
 from twotower_engines.building import code_digest as code_digest_module
 from twotower_engines.building.build import BuildOptions, build_engines
-from twotower_engines.building.build_cache import PlanCache, digest_of
+from twotower_engines.building.build_cache import EngineCache, digest_of
 from twotower_engines.building.flavours.flavour import Needs, layers_file
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
@@ -87,8 +87,8 @@ class CountingFlavour:
     def build(self, orders, target, progress):
         for tower, order in orders.items():
             self.built.append(tower)
-            shutil.copyfile(order.graph, order.plan)
-            layers_file(order.plan).write_text('{"Layers": []}')
+            shutil.copyfile(order.graph, order.engine)
+            layers_file(order.engine).write_text('{"Layers": []}')
         return {tower: {"engine": self.engine} for tower in orders}
 
     def needs(self, target):
@@ -193,7 +193,7 @@ def test_layers_of_an_opened_plan_come_along(bundle, tmp_path, counting):
     for folder in ("engines", "from-the-cache"):
         made, _ = build_engines(bundle, tmp_path / folder, OPTIONS)
         for tower in BOTH:
-            assert layers_file(made.plan_path(tower)).read_text() == '{"Layers": []}'
+            assert layers_file(made.engine_path(tower)).read_text() == '{"Layers": []}'
     assert counting.built == BOTH
 
 
@@ -232,10 +232,10 @@ def test_what_decides_the_set_alone_writes_only_the_set(copied, tmp_path, counti
 
 def test_a_changed_plan_in_a_set_is_replaced(bundle, tmp_path, counting):
     made, _ = build_engines(bundle, tmp_path / "engines", OPTIONS)
-    made.plan_path("denoiser").write_bytes(b"bit rot")
+    made.engine_path("denoiser").write_bytes(b"bit rot")
     again, is_new = build_engines(bundle, tmp_path / "engines", OPTIONS)
     assert is_new
-    again.check_plans()
+    again.check_engine_files()
     assert counting.built == BOTH
 
 
@@ -244,7 +244,7 @@ def test_a_changed_plan_in_the_cache_is_built_anew(bundle, tmp_path, counting, c
     for path in cache.glob("*/plan"):
         path.write_bytes(b"bit rot")
     made, _ = build_engines(bundle, tmp_path / "elsewhere", OPTIONS)
-    made.check_plans()
+    made.check_engine_files()
     assert counting.built == BOTH + BOTH
 
 
@@ -275,7 +275,7 @@ def test_a_digest_does_not_depend_on_order():
 
 
 def test_nothing_is_found_in_an_empty_cache(tmp_path):
-    assert PlanCache(tmp_path / "none").find("0" * 64) is None
+    assert EngineCache(tmp_path / "none").find("0" * 64) is None
 
 
 # The real builder, in real processes.
@@ -305,7 +305,7 @@ def test_two_real_builds_at_once(bundle, tmp_path, cache):
     for process in processes:
         process.stdout_text, process.stderr_text = process.communicate(timeout=120)
         assert process.returncode == 0, process.stderr_text
-    open_engine_set(tmp_path / "engines").check_plans()
+    open_engine_set(tmp_path / "engines").check_engine_files()
     assert [path.name for path in (tmp_path / "engines").iterdir()] == [RTX]
     said = [process.stderr_text for process in processes]
     assert sum("waiting for another build of the same plan" in text for text in said) == 1

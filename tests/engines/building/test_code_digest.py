@@ -11,7 +11,7 @@ from twotower_engines.building.flavours import tensorrt
 
 
 @pytest.mark.parametrize(
-    "patterns", [build.PLAN_CODE, build.SET_CODE, tensorrt.KERNEL_CODE, cache.CODE]
+    "patterns", [build.ENGINE_CODE, build.SET_CODE, tensorrt.KERNEL_CODE, cache.CODE]
 )
 def test_every_pattern_in_use_matches(patterns):
     assert len(code_digest(*patterns)) == 64

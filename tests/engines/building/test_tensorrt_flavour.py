@@ -20,7 +20,7 @@ from twotower_engines.building import build as build_module
 from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
 from twotower_engines.building.flavours import tensorrt as module
 from twotower_engines.building.flavours.flavour import Needs, Order, Target
-from twotower_engines.building.flavours.jobs import plan_recipe
+from twotower_engines.building.flavours.jobs import engine_recipe
 from twotower_engines.building.flavours.library_build import RefusedError, _configure, _opened
 from twotower_engines.building.flavours.profiles import narrow_profiles, wide_profiles
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
@@ -174,7 +174,7 @@ def test_the_kernels_are_part_of_the_recipe(monkeypatch):
     assert needs.cuda == "12.7", "of the PTX that the plan carries"
     assert without["kernels"] is without["kernels_sha256"] is None
     assert flavour.needs(target("b200")).cuda is None
-    monkeypatch.setattr(module, "_installed", lambda: "11.4.0.106")
+    monkeypatch.setattr(module, "installed", lambda packages: "11.4.0.106")
     assert flavour.versions() == {"tensorrt": "11.4.0.106"}
 
 
@@ -188,7 +188,7 @@ def test_without_kernels_more_memory_is_planned(bundle, tmp_path, monkeypatch, p
         return plan_memory(model, request)
 
     monkeypatch.setattr(build_module, "plan_memory", record)
-    monkeypatch.setattr(module, "_installed", lambda: None)
+    monkeypatch.setattr(module, "installed", lambda packages: None)
     for has in (True, False):
         monkeypatch.setattr(TensorRtFlavour, "has_kernels", lambda self, has=has: has)
         with pytest.raises(BuildError, match="TensorRT is not installed"):
@@ -203,7 +203,7 @@ def test_the_memory_plan_limits_the_workspace():
 
 
 def test_no_tensorrt(monkeypatch):
-    monkeypatch.setattr(module, "_installed", lambda: None)
+    monkeypatch.setattr(module, "installed", lambda packages: None)
     with pytest.raises(BuildError, match=r"TensorRT is not installed; .*twotower\[tensorrt\]"):
         TensorRtFlavour().versions()
 
@@ -212,7 +212,7 @@ def test_no_tensorrt(monkeypatch):
     ("10.12.0.36", False), ("10.13.0.35", True), ("11.4.0.106", True), ("12.0.0", False),
 ])  # fmt: skip
 def test_which_versions_of_tensorrt_fit(monkeypatch, version, fits):
-    monkeypatch.setattr(module, "_installed", lambda: version)
+    monkeypatch.setattr(module, "installed", lambda packages: version)
     if fits:
         assert TensorRtFlavour().versions()["tensorrt"] == version
     else:
@@ -313,7 +313,6 @@ def configured(**job):
 
 def test_what_the_builder_is_told(tmp_path):
     assert configured(flags={"REFIT": True, "TF32": False}).told == ["refit", "no tf32"]
-    assert configured(flags_if_known=["REFIT", "UNHEARD_OF"]).told == ["refit"]
     assert configured().profiling_verbosity == "detailed"
     assert configured(workspace=1 << 20).told == [("workspace", 1 << 20)]
     assert configured(hardware=None).hardware_compatibility_level is None
@@ -343,8 +342,8 @@ def test_both_towers_share_the_timing_cache_of_this_gpu(bundle, tmp_path, monkey
         figures |= {"parsed": {}, "flags": [], "engine": None, "versions": {}}
         return dict.fromkeys(given, figures)
 
-    monkeypatch.setattr(module, "_installed", lambda: "11.4.0.106")
-    monkeypatch.setattr(module, "build_plans", record)
+    monkeypatch.setattr(module, "installed", lambda packages: "11.4.0.106")
+    monkeypatch.setattr(module, "build_engine_files", record)
     present("h100-sxm")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flavour = TensorRtFlavour()
@@ -404,7 +403,7 @@ def test_what_an_opened_engine_tells(tmp_path):
 
 
 def test_a_recipe_clears_tf32_and_names_the_cpu():
-    recipe = plan_recipe(wide_profiles("context", LIMITS))
+    recipe = engine_recipe(wide_profiles("context", LIMITS))
     assert recipe["flags"] == {"TF32": False}
     assert (recipe["verbosity"], recipe["machine"]) == ("DETAILED", platform.machine())
 
@@ -440,5 +439,5 @@ def test_a_plan_of_this_machines_gpu_is_loaded_by_it(bundle, tmp_path, monkeypat
     options = BuildOptions(find_sku("local"), slots=2, context=64, flavour="tensorrt")
     made, _ = build_engines(bundle, tmp_path / "engines", options)
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-    engine = runtime.deserialize_cuda_engine(made.plan_path("denoiser").read_bytes())
+    engine = runtime.deserialize_cuda_engine(made.engine_path("denoiser").read_bytes())
     assert engine.num_optimization_profiles == len(made.build.profiles["denoiser"])

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import platform
 import signal
+import subprocess
+import sys
 import time
-from dataclasses import replace
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from tests.support.engine_bundles import (
     MemoryWatch,
     start_build,
@@ -26,19 +29,24 @@ from twotower_contract.engine_set import Limits, open_engine_set
 from twotower_contract.manifest import read_manifest
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
-from twotower_engines.building.flavours import rtx_library
+from twotower_engines.building.flavours import tensorrt_rtx
 from twotower_engines.building.flavours.flavour import Order, Target
-from twotower_engines.building.flavours.jobs import graph_inputs, plan_job, plan_recipe
-from twotower_engines.building.flavours.process import Library, build_plans, check_library
+from twotower_engines.building.flavours.jobs import engine_job, engine_recipe, graph_inputs
+from twotower_engines.building.flavours.process import Library, build_engine_files, check_library
 from twotower_engines.building.flavours.profiles import (
     Profile,
     Sizes,
     narrow_profiles,
     wide_profiles,
 )
-from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
+from twotower_engines.building.flavours.tensorrt_rtx import (
+    CAPABILITIES,
+    LIBRARY,
+    TensorRtRtxFlavour,
+)
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.planning.skus import known_skus
 
 LIMITS = Limits(slots=4, context=64, max_tokens_per_call=256, block_size_max=64)
 
@@ -53,7 +61,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def library():
-    return rtx_library.find_library()
+    return LIBRARY
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +74,18 @@ def no_progress(tower, text):
 
 
 def order_of(graph, folder, profiles, **recipe):
-    values = {**plan_recipe(profiles), **recipe}
+    values = {**engine_recipe(profiles), **recipe}
     return Order(graph, folder / f"{graph.stem}.plan", values)
 
 
 def build(library, graph, folder, profiles, **recipe):
-    job = plan_job(order_of(graph, folder, profiles, **recipe))
-    return build_plans(library, {graph.stem: job}, 1, no_progress)[graph.stem]
+    job = engine_job(order_of(graph, folder, profiles, **recipe))
+    return build_engine_files(library, {graph.stem: job}, 1, no_progress)[graph.stem]
 
 
 def test_the_library_loads_and_builds_a_node(library):
-    assert check_library(library) == {"tensorrt_bindings": "11.4.0.106", "library": "1.7.1"}
+    assert check_library(library) == {"tensorrt_rtx": "1.7.1.116"}
+    assert TensorRtRtxFlavour().versions() == check_library(library)
 
 
 def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
@@ -89,9 +98,8 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     assert (record.machine, record.cuda) == (platform.machine(), None)
     written = json.loads((made.folder / "build.json").read_text())
     assert (written["machine"], written["cuda"]) == (platform.machine(), None)
-    assert "12.0" in record.extra["compute_capabilities"]
-    assert "9.0" not in record.extra["compute_capabilities"]
-    assert record.versions["tensorrt_rtx"] == "1.7.1"
+    assert record.extra["compute_capabilities"] == ["12.0"]
+    assert record.versions["tensorrt_rtx"] == "1.7.1.116"
     assert record.extra["placement"] == {"context": 0, "denoiser": 0}
     assert record.profiles["denoiser"] == [
         {"name": "all", "batch": [1, 4, 4], "context": [1, 64, 64], "block": [1, 16, 64]}
@@ -103,7 +111,6 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
         assert report["parsed"]["layers"] > 100
         assert report["engine"] is None, "a plan is opened on its GPU only"
         assert "TF32" not in report["flags"]
-        assert made.plan_path(tower).stat().st_size == report["bytes"] > 100_000
     assert record.extra["reports"]["denoiser"]["parsed"]["outputs"]["new_ids"] == [
         "INT32",
         [-1, -1],
@@ -152,16 +159,42 @@ def test_a_checkpoint_of_float32(library, tmp_path):
     assert made["parsed"]["outputs"]["logits"] == ["FLOAT", [-1, -1, 300]]
 
 
-def test_nvidias_own_package_is_taken_where_it_is_installed(monkeypatch, tmp_path):
-    """A package of its name stands in for it: the real one cannot be had here."""
-    (tmp_path / "tensorrt_rtx").mkdir()
-    (tmp_path / "tensorrt_rtx" / "__init__.py").write_text("__version__ = '1.7.1.1'\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert rtx_library.find_library().module == "tensorrt_rtx"
+def test_a_plan_is_for_the_skus_own_compute_capability(library, tmp_path):
     flavour = TensorRtRtxFlavour()
-    target = Target(find_sku("rtx-pro-6000"), LIMITS, "bf16")
-    assert flavour.recipe("denoiser", target)["compute_capabilities"] == ["12.0"]
-    assert flavour.loader(target) == {"compute_capabilities": ["12.0"]}
+    plans = {}
+    for name in ("a100-80", "rtx-pro-6000"):
+        target = Target(find_sku(name), LIMITS, "bf16")
+        recipe = flavour.recipe("denoiser", target)
+        assert recipe["compute_capabilities"] == [target.sku.compute_capability]
+        assert flavour.loader(target) == {"compute_capabilities": recipe["compute_capabilities"]}
+        folder = tmp_path / name
+        folder.mkdir()
+        aimed = {"compute_capabilities": recipe["compute_capabilities"]}
+        build(library, tiny_graph(folder, BF16_PRODUCT), folder, BATCH, **aimed)
+        plans[name] = (folder / "graph.plan").read_bytes()
+    assert plans["a100-80"] != plans["rtx-pro-6000"]
+
+
+def test_our_compute_capabilities_are_the_builders(library, tmp_path):
+    """They are those of its targets that have bfloat16; the table names no others."""
+    script = "import tensorrt_rtx as t; print(*t.ComputeCapability.__members__)"
+    names = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
+    known = set(names.split()) - {"NONE", "CURRENT"}
+    ours = {f"SM{one.replace('.', '')}" for one in CAPABILITIES}
+    assert known == ours | {"SM75"}
+    for capability in CAPABILITIES:
+        graph = tiny_graph(tmp_path, BF16_PRODUCT)
+        assert build(library, graph, tmp_path, BATCH, compute_capabilities=[capability])["bytes"]
+    for sku in known_skus().values():
+        if "tensorrt-rtx" in sku.flavours:
+            assert sku.compute_capability in CAPABILITIES
+            assert "1.7.1.116" in sku.sources["flavours"]
+
+
+def test_a_gpu_that_it_does_not_serve_is_refused():
+    target = Target(find_sku("h200"), LIMITS, "bf16")
+    with pytest.raises(BuildError, match=r"does not serve NVIDIA H200 .*9\.0.*--flavour tensorrt"):
+        TensorRtRtxFlavour().check(target)
 
 
 @pytest.mark.parametrize("tower", ["context", "denoiser"])
@@ -202,6 +235,9 @@ def tiny_graph(folder, text):
 
 
 BATCH = [Profile("all", {"batch": Sizes(1, 2, 4)})]
+BF16_PRODUCT = (
+    "agraph (bfloat16[batch, 8] x, bfloat16[8, 8] w) => (bfloat16[batch, 8] y) { y = MatMul(x, w) }"
+)
 
 
 def test_a_refused_graph_names_the_node(library, tmp_path):
@@ -215,7 +251,7 @@ def test_a_dimension_that_no_profile_knows(tmp_path):
     text = "agraph (float[rows, 8] x) => (float[rows, 8] y) { y = Relu(x) }"
     order = order_of(tiny_graph(tmp_path, text), tmp_path, BATCH)
     with pytest.raises(BuildError, match="its dimension `rows` is none of batch"):
-        plan_job(order)
+        engine_job(order)
 
 
 def test_a_dimension_without_a_name(tmp_path):
@@ -237,10 +273,10 @@ def test_what_is_no_graph(tmp_path):
 
 def test_inputs_that_the_parser_sees_otherwise(library, tmp_path):
     path = tiny_graph(tmp_path, "agraph (float[batch, 8] x) => (float[batch, 8] y) { y = Relu(x) }")
-    job = plan_job(order_of(path, tmp_path, BATCH))
+    job = engine_job(order_of(path, tmp_path, BATCH))
     job["inputs"] = {"x": ["batch", 9]}
     with pytest.raises(BuildError, match=r"gives x the shape \[-1, 8\]"):
-        build_plans(library, {"graph": job}, 1, no_progress)
+        build_engine_files(library, {"graph": job}, 1, no_progress)
 
 
 def test_a_range_that_is_none():
@@ -276,50 +312,15 @@ def test_a_library_that_is_not_there():
         check_library(library)
 
 
-def test_bindings_without_their_libraries(library):
-    """The linker finds no libnvinfer.so.11: what happens without the folder of links."""
-    with pytest.raises(
-        BuildError, match=r"cannot be loaded: lib\w+\.so\.11: .*twotower\[rtx-aot\]"
-    ):
-        check_library(replace(library, environment={}))
+def test_where_it_is_not_installed_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(tensorrt_rtx, "PACKAGES", ("no-such-distribution",))
+    with pytest.raises(BuildError, match=r"TensorRT-RTX is not installed.*twotower\[rtx\]"):
+        TensorRtRtxFlavour().versions()
 
 
-def test_a_library_of_another_version(library):
-    with pytest.raises(BuildError, match=r"TensorRT-RTX 1\.8\.0 is wanted, but .* says 1\.7\.1"):
-        check_library(replace(library, version="1.8.0"))
-
-
-@pytest.mark.parametrize(
-    "missing", ["tensorrt-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"]
-)
-def test_a_missing_wheel(monkeypatch, missing):
-    installed = rtx_library._installed
-    monkeypatch.setattr(
-        rtx_library, "_installed", lambda name: None if name == missing else installed(name)
-    )
-    with pytest.raises(BuildError, match=rf"{missing} is not installed.*twotower\[rtx-aot\]"):
-        rtx_library.find_library()
-
-
-def test_a_wheel_of_another_version(monkeypatch):
-    monkeypatch.setattr(rtx_library, "_installed", lambda name: "11.5.0")
-    with pytest.raises(BuildError, match=r"11\.5\.0 is installed, and 11\.4\.0\.106 is needed"):
-        rtx_library.find_library()
-
-
-def test_no_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(rtx_library.shutil, "which", lambda name: None)
-    with pytest.raises(BuildError, match="a C compiler is needed once"):
-        rtx_library.find_library()
-    assert not list(tmp_path.glob("twotower/libraries/*"))
-
-
-def test_a_compiler_that_fails(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(rtx_library, "PLUGIN_STUB", "this is not C")
-    with pytest.raises(BuildError, match="cannot compile the stand-in"):
-        rtx_library.find_library()
+def test_the_old_name_of_the_extra_still_installs_it():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["optional-dependencies"]["rtx-aot"] == ["twotower[rtx]"]
 
 
 def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, monkeypatch):
@@ -334,7 +335,7 @@ def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, mon
     monkeypatch.setattr(process_module, "MEMORY_TO_SHARE", 0)
     monkeypatch.setattr(process_module._Worker, "pause", pause)
     jobs = {
-        tower: plan_job(
+        tower: engine_job(
             order_of(
                 bundle / read_manifest(bundle).graph("native", tower).file,
                 tmp_path,
@@ -343,7 +344,7 @@ def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, mon
         )
         for tower in ("context", "denoiser")
     }
-    made = build_plans(library, jobs, 2, no_progress)
+    made = build_engine_files(library, jobs, 2, no_progress)
     assert made.keys() == jobs.keys()
     assert ("denoiser", True) in paused
     assert ("context", True) not in paused
@@ -353,14 +354,16 @@ def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, mon
 def test_an_interrupted_build_keeps_its_timings(library, bundle, tmp_path):
     """The real builder, asked in the middle to stop: it ends at its next step and writes them."""
     graph = bundle / read_manifest(bundle).graph("native", "denoiser").file
-    job = plan_job(order_of(graph, tmp_path, wide_profiles("denoiser", LIMITS)))
+    job = engine_job(order_of(graph, tmp_path, wide_profiles("denoiser", LIMITS)))
     timings = tmp_path / "timing.cache"
 
     def interrupt(tower, text):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plans(library, {"denoiser": {**job, "timing_cache": str(timings)}}, 1, interrupt)
+        build_engine_files(
+            library, {"denoiser": {**job, "timing_cache": str(timings)}}, 1, interrupt
+        )
     assert timings.stat().st_size > 0
     assert not list(tmp_path.glob("*.plan"))
     assert not list(tmp_path.glob("*.partial"))

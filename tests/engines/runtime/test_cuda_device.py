@@ -236,7 +236,7 @@ def test_answers_over_cuda_are_those_of_the_cpu_flavour(random_engines, monkeypa
             fake.submit(device.stream, work)
 
         engine = host.HostEngine(
-            made.engines.plan_path(name),
+            made.engines.engine_path(name),
             device,
             lambda address, size, index=device.index: fake.check(index, address, size),
             submit,

@@ -16,7 +16,7 @@ import tests.support.trt_fake as trts
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
 
 from twotower_contract.digests import file_sha256
-from twotower_contract.engine_set import BuildRecord, Limits, PlanFile
+from twotower_contract.engine_set import BuildRecord, EngineFile, Limits
 from twotower_contract.errors import EngineSetError
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.opening import open_runtime
@@ -44,7 +44,10 @@ def record(**changes):
         flavour="tensorrt",
         precision="bf16",
         limits=LIMITS,
-        plans={"context": PlanFile("context.plan", ""), "denoiser": PlanFile("denoiser.plan", "")},
+        plans={
+            "context": EngineFile("context.plan", ""),
+            "denoiser": EngineFile("denoiser.plan", ""),
+        },
         compute_capability="8.9",
         versions={"tensorrt": "11.4.0.106", "tensorrt_rtx": "1.7.1"},
     )
@@ -128,7 +131,7 @@ def placed(random_engines, tmp_path, monkeypatch):
     for tower in ("context", "denoiser"):
         path = tmp_path / f"{tower}.plan"
         path.write_bytes(tower.encode())
-        plans[tower] = PlanFile(path.name, file_sha256(path))
+        plans[tower] = EngineFile(path.name, file_sha256(path))
     build = replace(
         engines.build,
         sku="h100-sxm",
@@ -174,7 +177,7 @@ def test_what_can_be_refused_is_refused_before_a_plan_is_deserialized(
 
 def test_a_changed_plan_is_refused_before_cuda_is_asked(cuda, monkeypatch, placed):
     trt = trts.install(monkeypatch)
-    placed.plan_path("denoiser").write_bytes(b"other")
+    placed.engine_path("denoiser").write_bytes(b"other")
     with pytest.raises(EngineSetError, match=r"denoiser.plan: its sha256"):
         open_runtime(placed)
     assert cuda.calls == []

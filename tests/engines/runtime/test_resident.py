@@ -35,7 +35,7 @@ def make_resident(engines, gpus=1, limits=LIMITS, progress=None, can_capture=Tru
     devices = [host.HostDevice(f"host:{index}") for index in range(gpus)]
     towers = []
     for name, device in (("context", devices[0]), ("denoiser", devices[-1])):
-        engine = host.HostEngine(engines.plan_path(name), device, can_capture=can_capture)
+        engine = host.HostEngine(engines.engine_path(name), device, can_capture=can_capture)
         towers.append(Tower(engine, device, upload_weights(store, name, device, window=1 << 12)))
     return ResidentRuntime(engines.manifest, limits, *towers, progress)
 
@@ -331,7 +331,7 @@ def test_the_host_device_does_all_that_a_device_must():
 @pytest.mark.parametrize(
     ("flavour", "message"),
     [
-        ("tensorrt", "`tensorrt` need the package tensorrt, which is not installed"),
+        ("tensorrt", r"`tensorrt` need the package tensorrt, which is not .*twotower\[tensorrt\]"),
         ("openvino", "`openvino` are not known to this version"),
     ],
 )

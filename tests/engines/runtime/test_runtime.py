@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import chisquare
 
 from twotower_contract.digests import file_sha256
-from twotower_contract.engine_set import PlanFile, open_engine_set
+from twotower_contract.engine_set import EngineFile, open_engine_set
 from twotower_contract.errors import CheckpointError, EngineSetError
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.sampling import row_seed
@@ -198,7 +198,7 @@ def test_a_call_costs_little_beside_the_engine(runtime, rows):
 def test_a_plan_that_changed_is_refused(made, tmp_path):
     shutil.copytree(made.folder, tmp_path / "cpu")
     engines = open_engine_set(tmp_path)
-    path = engines.plan_path("denoiser")
+    path = engines.engine_path("denoiser")
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(EngineSetError, match="changed since it was built"):
         open_runtime(engines)
@@ -207,9 +207,9 @@ def test_a_plan_that_changed_is_refused(made, tmp_path):
 def test_a_plan_that_is_no_graph_is_refused(made, tmp_path):
     shutil.copytree(made.folder, tmp_path / "cpu")
     engines = open_engine_set(tmp_path)
-    path = engines.plan_path("context")
+    path = engines.engine_path("context")
     path.write_bytes(b"no graph")
-    plans = {**engines.build.plans, "context": PlanFile(path.name, file_sha256(path))}
+    plans = {**engines.build.plans, "context": EngineFile(path.name, file_sha256(path))}
     engines = replace(engines, build=replace(engines.build, plans=plans))
     with pytest.raises(RuntimeLoadError, match=r"context.onnx: ONNX Runtime .* cannot load it"):
         open_runtime(engines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -39,25 +38,22 @@ def open_engine(trt, tmp_path, device=None):
     return TensorRtEngine(plan, flavour, device or CudaDevice(), tmp_path / "kernels" / "a.cache")
 
 
-def test_the_fakes_names_are_nvidias():
-    """NVIDIA's bindings import where the extra [rtx-aot] is; in a process of their own."""
-    from twotower_engines.building.flavours.rtx_library import find_library
-    from twotower_engines.errors import BuildError
-
-    try:
-        library = find_library()
-    except BuildError as problem:
-        pytest.skip(str(problem))
+@pytest.mark.parametrize(
+    ("module", "fake"),
+    [("tensorrt_bindings", trts.API), ("tensorrt_rtx", trts.API), ("tensorrt_rtx", trts.RTX)],
+)
+def test_the_fakes_names_are_nvidias(tensorrt_environment, module, fake):
+    """Both of NVIDIA's packages have the names; each in a process of its own."""
     script = (
-        f"import json, {library.module} as trt; n = {list(trts.API)!r}; "
+        f"import json, {module} as trt; n = {list(fake)!r}; "
         "print(json.dumps({one: dir(getattr(trt, one) if one else trt) for one in n}))"
     )
     found = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, **library.environment}, capture_output=True, text=True, check=True,
+        env=tensorrt_environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     for kind, names in json.loads(found.stdout).items():
-        assert trts.API[kind] <= set(names), kind
+        assert fake[kind] <= set(names), kind
 
 
 def test_an_engine_knows_its_tensors_and_holds_one_workspace(cuda, trt, tmp_path):

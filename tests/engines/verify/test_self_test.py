@@ -324,4 +324,4 @@ def test_a_recorded_answer_is_taken_by_the_next_export(built, tmp_path):
     done = CliRunner().invoke(selftest, [str(built / "engines"), "--record", str(file)])
     assert done.exit_code == 0, done.output
     manifest = write_bundle(open_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle")
-    assert manifest["golden"]["computed_with"].startswith("onnxruntime engines for cpu (")
+    assert manifest.golden["computed_with"].startswith("onnxruntime engines for cpu (")

@@ -22,8 +22,8 @@ from tests.support import TWOTOWER
 from tests.support import host_device as host
 from twotower_contract.engine_set import (
     BuildRecord,
+    EngineFile,
     Limits,
-    PlanFile,
     open_engine_set,
     write_build_record,
 )
@@ -38,7 +38,7 @@ from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours.parsing import parse
 from twotower_engines.building.flavours.profiles import narrow_profiles
-from twotower_engines.building.flavours.rtx_library import find_library
+from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.local_gpu import LocalGpu
 from twotower_engines.planning.sku_lookup import find_sku
@@ -78,9 +78,8 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parsed(exported):
-    library = find_library()
     return {
-        tower: parse(exported / "bundle" / "graphs" / f"{tower}.onnx", library) for tower in TOWERS
+        tower: parse(exported / "bundle" / "graphs" / f"{tower}.onnx", LIBRARY) for tower in TOWERS
     }
 
 
@@ -93,7 +92,7 @@ def engines(exported, parsed, tmp_path):
     for tower in TOWERS:
         content = f"plan of {tower}".encode()
         (folder / f"{tower}.plan").write_bytes(content)
-        plans[tower] = PlanFile(f"{tower}.plan", hashlib.sha256(content).hexdigest())
+        plans[tower] = EngineFile(f"{tower}.plan", hashlib.sha256(content).hexdigest())
         graph = (exported / "bundle" / "graphs" / f"{tower}.onnx").read_bytes()
         digests[tower] = hashlib.sha256(graph).hexdigest()
         reports[tower] = {
@@ -362,7 +361,7 @@ def compared_outputs(engines, reference, changed=None):
     @contextlib.contextmanager
     def open_tower(name):
         device = host.HostDevice()
-        engine = host.HostEngine(engines.plan_path(name), device)
+        engine = host.HostEngine(engines.engine_path(name), device)
         if changed is not None:
             engine.session = Spoiled(engine.session, changed)
         yield Tower(engine, device, upload_weights(WeightStore(engines.manifest), name, device))

@@ -46,22 +46,22 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One plan to build.
+    """One engine to build.
 
     Attributes:
         graph: The ONNX file.
-        plan: Where the plan goes.
+        engine: Path of the engine file to write.
         recipe: What `Flavour.recipe` returned for its tower.
     """
 
     graph: Path
-    plan: Path
+    engine: Path
     recipe: Mapping[str, Any]
 
 
-def layers_file(plan: Path) -> Path:
-    """Return where the layers of a plan are described, in the form of TensorRT's inspector."""
-    return plan.with_suffix(".layers.json")
+def layers_file(engine: Path) -> Path:
+    """Return where an engine's layers are described, in the form of TensorRT's inspector."""
+    return engine.with_suffix(".layers.json")
 
 
 class Flavour(Protocol):

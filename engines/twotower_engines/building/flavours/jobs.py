@@ -6,6 +6,7 @@ dimensions, and the profiles give these their sizes.
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,14 @@ from twotower_engines.building.flavours.profiles import Profile, Sizes
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import Sku
 
-__all__ = ["check_arch", "graph_inputs", "plan_job", "plan_recipe", "plan_report"]
+__all__ = [
+    "check_arch",
+    "engine_job",
+    "engine_recipe",
+    "engine_report",
+    "graph_inputs",
+    "installed",
+]
 
 FLAGS = {"TF32": False}
 """Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
@@ -41,12 +49,22 @@ def check_arch(sku: Sku, where: str) -> None:
         )
 
 
-def plan_job(order: Order) -> Job:
+def installed(packages: Sequence[str]) -> str | None:
+    """Return the version of the first of some distributions that is installed, or None."""
+    for name in packages:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def engine_job(order: Order) -> Job:
     """Return the job that builds an order's plan.
 
     Args:
-        order: Its recipe is that of `plan_recipe`, and may have `hardware`, `workspace` and
-            `compute_capabilities`; see `library_build.build_plan`.
+        order: Its recipe is that of `engine_recipe`, and may have `hardware`, `workspace` and
+            `compute_capabilities`; see `library_build.build_engine_file`.
 
     Raises:
         BuildError: The graph cannot be read, or has a dimension that no profile knows.
@@ -63,7 +81,7 @@ def plan_job(order: Order) -> Job:
     return {
         **order.recipe,
         "graph": str(order.graph),
-        "plan": str(order.plan),
+        "plan": str(order.engine),
         "inputs": inputs,
         "profiles": shapes,
     }
@@ -92,7 +110,7 @@ def graph_inputs(path: Path) -> dict[str, list[int | str]]:
     return found
 
 
-def plan_recipe(profiles: Sequence[Profile]) -> dict[str, Any]:
+def engine_recipe(profiles: Sequence[Profile]) -> dict[str, Any]:
     """Return what the recipes of both flavours have in common.
 
     A plan runs only on the CPU architecture that it was built on, so that is part of it.
@@ -105,7 +123,7 @@ def plan_recipe(profiles: Sequence[Profile]) -> dict[str, Any]:
     }
 
 
-def plan_report(result: Mapping[str, Any]) -> dict[str, Any]:
+def engine_report(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return what build.json says of a plan: what the builder saw and what it took."""
     figures = ("peak_rss", "cpu_seconds", "waited_seconds")
     keys = ("parsed", "flags", "engine", "bytes", *figures, "versions")

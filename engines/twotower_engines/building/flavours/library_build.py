@@ -1,11 +1,7 @@
 """What TensorRT and TensorRT-RTX share: from a graph to a plan with NVIDIA's Python API.
 
-Runs inside the worker process (`worker.py`) and nowhere else. The module of the API is an argument:
-`tensorrt`, `tensorrt_rtx` or `tensorrt_bindings`; what differs between them is in the job.
-
-With the pairing of `tensorrt_bindings` and the TensorRT-RTX library, `ITensor.is_shape_tensor` and
-`ITensor.get_dimension_name` do not work (they crash, or answer at random). So dynamic dimensions
-are named by the graph, and no tensor is asked for more than its name, dtype and shape.
+Runs inside the worker process (`worker.py`) and nowhere else. The module of the API, `tensorrt` or
+`tensorrt_rtx`, is an argument; what differs between them is in the job.
 """
 
 from __future__ import annotations
@@ -14,11 +10,18 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from twotower_engines.building.flavours.branches import without_branches
+
+if TYPE_CHECKING:
+    import onnx
 
 from twotower_contract.atomic import partial_file
+from twotower_contract.logfile import is_verbose
+from twotower_contract.logfile import log as write_log
 
-__all__ = ["RefusedError", "build_plan", "library_version", "one_node_plan"]
+__all__ = ["RefusedError", "build_engine_file", "one_node_engine"]
 
 Report = Callable[[str, int, int], bool]
 """Told of progress: name of the phase, steps done, steps in all. False ends the build."""
@@ -30,7 +33,7 @@ class RefusedError(Exception):
     """The library refused a graph or could not build it; the message is the library's own."""
 
 
-def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Build one plan and write it.
 
     Args:
@@ -38,10 +41,9 @@ def build_plan(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, An
         job: `graph`, `plan` (where to write), `inputs` (name to dims), `profiles` (list of name to
             three shapes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
             profiling), and optionally `kernels` (the compute capability to compile our kernels
-            for), `hardware` (a hardware compatibility level), `compute_capabilities`,
-            `flags_if_known` (builder flags to set where the library has them), `workspace` (bytes
-            that a layer may take), `timing_cache` (a file), `layers` (a file: the plan is opened on
-            this machine's GPU, and its layers are described there).
+            for), `hardware` (a hardware compatibility level), `compute_capabilities`, `workspace`
+            (bytes that a layer may take), `timing_cache` (a file), `layers` (a file: the plan is
+            opened on this machine's GPU, and its layers are described there).
         report: Called from the library's threads.
 
     Returns:
@@ -114,7 +116,7 @@ def _opened(trt: Any, log: Any, plan: Any, layers: Path) -> dict[str, Any]:
     }
 
 
-def one_node_plan(trt: Any) -> int:
+def one_node_engine(trt: Any) -> int:
     """Build a network of one node; returns the size of its plan.
 
     Raises:
@@ -131,16 +133,6 @@ def one_node_plan(trt: Any) -> int:
     return int(plan.nbytes)
 
 
-def library_version(library: Any) -> str:
-    """Return the version that a loaded libnvinfer says it has, for example `1.7.1`.
-
-    Args:
-        library: From `ctypes.CDLL`.
-    """
-    parts = ("Major", "Minor", "Patch")
-    return ".".join(str(getattr(library, f"getInferLib{part}Version")()) for part in parts)
-
-
 def _strongly_typed(trt: Any) -> int:
     # the only mode from TensorRT 11 on, whose successors may drop the flag
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -148,7 +140,10 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _log(trt: Any) -> Any:
-    """Return a logger that keeps errors; a subclass, and so only made once `trt` is there."""
+    """Return a logger that keeps errors, and writes all it is told into the `--log`.
+
+    A subclass, and so only made once `trt` is there.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -158,6 +153,8 @@ def _log(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            if severity != trt.ILogger.Severity.VERBOSE or is_verbose():
+                write_log(f"TensorRT {severity.name}", message)
 
         def text(self) -> str:
             return "; ".join(self.errors[-MESSAGES:])
@@ -188,28 +185,26 @@ def _monitor(trt: Any, report: Report) -> Any:
 
 
 def _parse(trt: Any, network: Any, log: Any, graph: Path, kernels: str | None) -> None:
+    import onnx
+
+    model = without_branches(onnx.load(str(graph), load_external_data=False))
+    if kernels is not None:
+        model = _with_plugins(model, kernels)
     parser = trt.OnnxParser(network, log)
-    if kernels is None:
-        is_parsed = parser.parse_from_file(str(graph))
-    else:
-        is_parsed = parser.parse(_graph_with_plugins(graph, kernels))
-    if is_parsed:
+    if parser.parse(model.SerializeToString()):
         return
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     said = [f"{e.node_operator() or 'graph'} {e.node_name()}: {e.desc()}" for e in errors]
     raise RefusedError("; ".join(said[:MESSAGES]) or log.text() or "the parser gave no reason")
 
 
-def _graph_with_plugins(graph: Path, compute_capability: str) -> bytes:
+def _with_plugins(model: onnx.ModelProto, compute_capability: str) -> onnx.ModelProto:
     """Return a graph whose ops are plugin nodes, and register the plugins with TensorRT."""
-    import onnx
-
     from twotower_engines.kernels.plugin_graph import with_plugins
     from twotower_engines.kernels.plugins import register_plugins
 
     register_plugins(compute_capability)
-    model = with_plugins(onnx.load(str(graph), load_external_data=False))
-    return bytes(model.SerializeToString())
+    return with_plugins(model)
 
 
 def _check_inputs(network: Any, wanted: Mapping[str, Sequence[int | str]]) -> None:
@@ -237,9 +232,6 @@ def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
     for name, is_set in job["flags"].items():
         flag = getattr(trt.BuilderFlag, name)
         (config.set_flag if is_set else config.clear_flag)(flag)
-    for name in job.get("flags_if_known", ()):
-        if hasattr(trt.BuilderFlag, name):
-            config.set_flag(getattr(trt.BuilderFlag, name))
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, job["verbosity"])
     if job.get("workspace"):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.building.flavours.flavour import Needs, Order, Target
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.errors import BuildError
@@ -56,8 +57,8 @@ class OnnxRuntimeFlavour:
         made = {}
         for tower, order in orders.items():
             progress(tower, "opening it with ONNX Runtime")
-            shutil.copyfile(order.graph, order.plan)
-            made[tower] = _opened(order.plan, order.graph)
+            shutil.copyfile(order.graph, order.engine)
+            made[tower] = _opened(order.engine, order.graph)
         return made
 
     def needs(self, target: Target) -> Needs:
@@ -75,8 +76,7 @@ def _opened(plan: Path, graph: Path) -> dict[str, Any]:
     Raises:
         BuildError: It refuses the graph.
     """
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,6 @@ def parse(graph: Path, library: Library) -> Interface:
         command = [sys.executable, "-m", "twotower_engines.building.flavours.parsing"]
         done = subprocess.run(
             [*command, library.module, str(graph), str(result)],
-            env={**os.environ, **library.environment},
             capture_output=True,
             text=True,
             timeout=SECONDS,

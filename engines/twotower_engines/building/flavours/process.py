@@ -14,13 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from twotower_engines.errors import BuildError
 
-__all__ = ["Library", "Progress", "build_plans", "check_library"]
+__all__ = ["Library", "Progress", "build_engine_files", "check_library"]
 
 Progress = Callable[[str, str], None]
 """Told of a tower and what its build is doing."""
@@ -53,32 +53,23 @@ class Library:
     Attributes:
         title: For people.
         module: Of its Python API.
-        install: What to do where it is missing or of the wrong version.
-        environment: Variables that must be set before a process starts.
-        path: Its shared object, where we chose it and so check its version.
-        version: That version.
+        install: What to do where it is missing or does not work.
     """
 
     title: str
     module: str
     install: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-    path: Path | None = None
-    version: str | None = None
 
     def job(self) -> Job:
         """Return the part of a job that says which library to use."""
-        job: Job = {"module": self.module}
-        if self.path is not None:
-            job |= {"library": str(self.path), "library_version": self.version}
-        return job
+        return {"module": self.module}
 
 
 def check_library(library: Library) -> dict[str, str]:
     """Load a library in a worker and build one node; returns the versions that it reports.
 
     Raises:
-        BuildError: It cannot be loaded, is another version, crashes, or cannot build.
+        BuildError: It cannot be loaded, crashes, or cannot build.
     """
     with tempfile.TemporaryDirectory() as folder:
         workers = [_Worker(library, "self-check", library.job(), Path(folder))]
@@ -86,21 +77,21 @@ def check_library(library: Library) -> dict[str, str]:
         return dict(result["versions"])
 
 
-def build_plans(
+def build_engine_files(
     library: Library, jobs: Mapping[str, Job], at_once: int, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Build plans, each in a worker of its own.
 
     Args:
         library: Which builder.
-        jobs: Tower to what `library_build.build_plan` takes. Files of the work in progress go
-            beside the plan.
+        jobs: Tower to the job of `library_build.build_engine_file`. Files of the work in progress
+            go beside the engine file.
         at_once: How many workers may run at the same time.
         progress: Called while they run.
 
     Returns:
-        Tower to what `build_plan` returned, with `versions`, `peak_rss` in bytes, `cpu_seconds` and
-        `waited_seconds` (ready to run, without a core).
+        Tower to the result of `build_engine_file`, with `versions`, `peak_rss` in bytes,
+        `cpu_seconds` and `waited_seconds` (ready to run, without a core).
 
     Raises:
         BuildError: The library is missing or wrong, refuses a graph, or crashed.
@@ -171,7 +162,7 @@ class _Worker:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(self._job_file), str(writing)],
-                env={"GLIBC_TUNABLES": ALLOCATOR, **os.environ, **self._library.environment},
+                env={"GLIBC_TUNABLES": ALLOCATOR, **os.environ},
                 pass_fds=[writing],
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,  # the library prints on both
@@ -257,13 +248,13 @@ class _Worker:
         library = self._library
         if kind == "import":
             return f"{library.title} cannot be loaded: {message}; {library.install}"
-        if kind == "version":
-            return f"{library.title} {library.version} is wanted, but {message}; {library.install}"
         if kind == "check":
             return (
                 f"{library.title} loads, but cannot build a network of one node: {message}; "
                 f"{library.install}"
             )
+        if kind == "system":
+            return f"{message}, while the {self.tower} plan was built or written"
         return (
             f"{library.title} refuses the {self.tower} graph: {message}; "
             "export the checkpoint again with this version of twotower"

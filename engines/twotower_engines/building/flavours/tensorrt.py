@@ -14,11 +14,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from twotower_engines.artifacts.cache_root import cache_root
+from twotower_engines.artifacts.cache_root import in_cache
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.building.flavours.flavour import Needs, Order, Target, layers_file
-from twotower_engines.building.flavours.jobs import check_arch, plan_job, plan_recipe, plan_report
-from twotower_engines.building.flavours.process import Library, Progress, build_plans
+from twotower_engines.building.flavours.jobs import (
+    check_arch,
+    engine_job,
+    engine_recipe,
+    engine_report,
+    installed,
+)
+from twotower_engines.building.flavours.process import Library, Progress, build_engine_files
 from twotower_engines.building.flavours.profiles import narrow_profiles
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.targets import target as kernel_target
@@ -48,7 +54,7 @@ class TensorRtFlavour:
 
     def versions(self) -> dict[str, str]:
         """Return the version of TensorRT, without loading it."""
-        found = _installed()
+        found = installed(PACKAGES)
         if found is None:
             raise BuildError(f"{TITLE} is not installed; {INSTALL}")
         if not OLDEST <= _minor(found) <= NEWEST:
@@ -95,7 +101,7 @@ class TensorRtFlavour:
         """
         sku, has_kernels = target.sku, self.has_kernels()
         return {
-            **plan_recipe(narrow_profiles(tower, target.limits)),
+            **engine_recipe(narrow_profiles(tower, target.limits)),
             # our kernels in place of the ops' bodies: see plugins.py
             "kernels": sku.compute_capability if has_kernels else None,
             "kernels_sha256": code_digest(*KERNEL_CODE) if has_kernels else None,
@@ -110,20 +116,18 @@ class TensorRtFlavour:
         self, orders: Mapping[str, Order], target: Target, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """Build plans one after the other: two at once would disturb each other's timings."""
-        folder = cache_root() / "timing"
-        folder.mkdir(parents=True, exist_ok=True)
-        cache = folder / f"{_timed_on()}-{self.versions()['tensorrt']}.cache"
+        cache = in_cache("timing") / f"{_timed_on()}-{self.versions()['tensorrt']}.cache"
         jobs = {
             tower: {
-                **plan_job(order),
+                **engine_job(order),
                 "timing_cache": str(cache),
-                "layers": str(layers_file(order.plan)),
+                "layers": str(layers_file(order.engine)),
             }
             for tower, order in orders.items()
         }
         library = Library(TITLE, "tensorrt", INSTALL)
-        results = build_plans(library, jobs, 1, progress)
-        return {tower: plan_report(result) for tower, result in results.items()}
+        results = build_engine_files(library, jobs, 1, progress)
+        return {tower: engine_report(result) for tower, result in results.items()}
 
     def needs(self, target: Target) -> Needs:
         """Return the CPU architecture of this machine, and a driver that takes the kernels' PTX."""
@@ -135,15 +139,6 @@ class TensorRtFlavour:
     def loader(self, target: Target) -> dict[str, Any]:
         """Return the GPUs that the plans run on."""
         return {"compute_capabilities": [target.sku.compute_capability]}
-
-
-def _installed() -> str | None:
-    for name in PACKAGES:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _timed_on() -> str:

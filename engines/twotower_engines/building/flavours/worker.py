@@ -6,12 +6,12 @@ writes events, one JSON object per line, to a pipe that its parent passed:
     {"progress": [phase, done, total]}     many
     {"versions": {...}}                    once the library is loaded and has built one node
     {"done": {...}}                        the plan is written
-    {"failed": kind, "message": text}      kind: import, version, check, build
+    {"failed": kind, "message": text}      kind: import, check, build, system
 
 Where the job has a timing cache, SIGTERM ends the build at its next step, and the cache is written.
 
-A process of its own, because the library may terminate it, because the names of its shared objects
-are resolved from `LD_LIBRARY_PATH` as it starts, and because it can be killed at any time.
+A process of its own, because the library may terminate it, and because it can be killed at any
+time.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from typing import Any
 
 from twotower_engines.building.flavours.library_build import (
     RefusedError,
-    build_plan,
-    library_version,
-    one_node_plan,
+    build_engine_file,
+    one_node_engine,
 )
 
 __all__ = ["main"]
@@ -87,9 +86,10 @@ def main() -> None:
     threading.Thread(target=_give_back_memory, daemon=True).start()
     try:
         trt = _import(job["module"])
-        events.send({"versions": _versions(trt, job)})
+        _check(trt)
+        events.send({"versions": {job["module"]: str(trt.__version__)}})
         if "graph" in job:
-            made = build_plan(trt, job, events.progress)
+            made = build_engine_file(trt, job, events.progress)
             usage = resource.getrusage(resource.RUSAGE_SELF)
             made |= {
                 "peak_rss": usage.ru_maxrss << 10,
@@ -103,6 +103,10 @@ def main() -> None:
         events.send({"failed": problem.kind, "message": str(problem)})
     except RefusedError as problem:
         events.send({"failed": "build", "message": str(problem)})
+    except OSError as problem:
+        where = problem.filename2 or problem.filename or Path(job.get("plan", "")).parent
+        message = f"{where}: {problem.strerror or problem}"
+        events.send({"failed": "system", "message": message})
     sys.stdout.flush()
     os._exit(0)  # the library's own teardown is not always survived, and nothing is left to lose
 
@@ -157,19 +161,12 @@ def _import(name: str) -> Any:
         raise _FailedError("import", str(problem)) from problem
 
 
-def _versions(trt: Any, job: Mapping[str, Any]) -> dict[str, str]:
-    """Check the library before a graph goes in: its version, and a build of one node."""
-    versions = {job["module"]: str(trt.__version__)}
-    if job.get("library"):
-        found = library_version(ctypes.CDLL(job["library"]))
-        versions["library"] = found
-        if found != job["library_version"]:
-            raise _FailedError("version", f"{job['library']} says {found}")
+def _check(trt: Any) -> None:
+    """Build one node before a graph goes in."""
     try:
-        one_node_plan(trt)
+        one_node_engine(trt)
     except RefusedError as problem:
         raise _FailedError("check", str(problem)) from problem
-    return versions
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def _runtime() -> Any:
         from cuda.bindings import runtime
     except ImportError as problem:
         raise RuntimeLoadError(
-            "cuda-python is not installed; install it with `pip install 'twotower[tensorrt]'`"
+            "cuda-python is not installed; install it with `pip install 'twotower[tensorrt]'`, or "
+            "`pip install 'twotower[rtx]'` for engines of the flavour tensorrt-rtx"
         ) from problem
     return runtime
 

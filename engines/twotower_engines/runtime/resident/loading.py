@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.cache_root import cache_root
 from twotower_engines.artifacts.weights import WeightStore
+from twotower_engines.errors import BuildError
 from twotower_engines.runtime.interface import LoadProgress
 from twotower_engines.runtime.resident.cuda_device import (
     CudaDevice,
@@ -45,7 +46,7 @@ def open_resident_runtime(
         CudaError: CUDA failed.
     """
     build = engines.build
-    engines.check_plans()
+    engines.check_engine_files()
     store = WeightStore(engines.manifest, checkpoint)
     store.check()
     trt = import_tensorrt(build.flavour)
@@ -65,9 +66,11 @@ def open_resident_runtime(
             enable_peer_access(*devices.values())
         loaded = {}
         for tower, index in placed.items():
-            kernels = cache_root() / "rtx-kernels" / f"{build.plans[tower].sha256}.cache"
             engine = TensorRtEngine(
-                engines.plan_path(tower), build.flavour, devices[index], kernels
+                engines.engine_path(tower),
+                build.flavour,
+                devices[index],
+                _kernels_file(build.plans[tower].sha256),
             )
             stack.callback(engine.close)
             loaded[tower] = engine
@@ -83,6 +86,13 @@ def open_resident_runtime(
             engine.keep_kernels()
         stack.pop_all()
     return runtime
+
+
+def _kernels_file(plan: str) -> Path | None:
+    """Return where the kernels compiled for a plan are kept; None where there is no cache."""
+    with suppress(BuildError):
+        return cache_root() / "rtx-kernels" / f"{plan}.cache"
+    return None
 
 
 def _upload(

@@ -59,8 +59,8 @@ def check_build(
     machine = platform.machine()
     if build.machine is not None and build.machine != machine:
         raise RuntimeLoadError(
-            f"these engines were built on a {build.machine} machine, but this one is {machine}: a "
-            f"plan holds code for the host as well; {BUILD_AGAIN}"
+            f"these engines were built on a {build.machine} machine, but this one is {machine}: an "
+            f"engine holds code for the host as well; {BUILD_AGAIN}"
         )
     wanted = build.extra.get("compute_capabilities") or [build.compute_capability]
     if compute_capability not in wanted:
@@ -74,7 +74,7 @@ def check_build(
     if built_with is not None and not _is_same(built_with, version, parts):
         raise RuntimeLoadError(
             f"these engines were built with {module} {built_with}, but {version} "
-            "is installed: a plan runs only with the version that built it; install "
+            "is installed: an engine runs only with the version that built it; install "
             f"{built_with}, or build the engines again"
         )
     if build.cuda is not None and driver < _number(build.cuda):

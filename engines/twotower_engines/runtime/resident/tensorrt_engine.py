@@ -22,6 +22,7 @@ from twotower_engines.runtime.resident.cuda_device import CudaDevice, CudaError
 from twotower_engines.runtime.resident.engine import Shape
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 def import_tensorrt(flavour: str) -> Any:
@@ -41,7 +42,8 @@ def import_tensorrt(flavour: str) -> Any:
     except ImportError as problem:
         raise RuntimeLoadError(
             f"engines of flavour `{flavour}` need the package {name.replace('_', '-')}, which is "
-            f"not installed ({problem}); install it from NVIDIA's index on the machine of the GPU"
+            f"not installed ({problem}); install it on the machine of the GPU with: "
+            f"pip install 'twotower[{EXTRAS[flavour]}]'"
         ) from problem
 
 
@@ -70,7 +72,7 @@ class TensorRtEngine:
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise RuntimeLoadError(
-                f"{path}: {flavour} {trt.__version__} cannot load this plan on {device.name} "
+                f"{path}: {flavour} {trt.__version__} cannot load this engine on {device.name} "
                 f"({device.model}); build the engines again on this machine"
             )
         self._engine = engine

@@ -1,0 +1,44 @@
+"""Graphs without conditions, for engines whose calls are captured as CUDA graphs.
+
+A condition on a GPU waits for the host to read it and to jump, which no capture can hold. The
+exported graphs use conditions to leave out work that a call does not need, and what they compute
+where the condition holds is right in either case (`Body.when` of the exporter).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["without_branches"]
+
+
+def without_branches(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph in which each `If` is its branch `then_branch`.
+
+    Args:
+        model: A bundle's graph; it is not changed.
+    """
+    import onnx
+
+    flat = onnx.ModelProto()
+    flat.CopyFrom(model)
+    for body in (flat.graph, *flat.functions):
+        nodes = list(body.node)
+        del body.node[:]
+        for node in nodes:
+            body.node.extend(_then(node) if node.op_type == "If" else [node])
+    return flat
+
+
+def _then(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    (branch,) = [attribute.g for attribute in node.attribute if attribute.name == "then_branch"]
+    wanted = dict(zip((value.name for value in branch.output), node.output, strict=True))
+    for inner in branch.node:
+        for place, name in enumerate(inner.output):
+            inner.output[place] = wanted.get(name, name)
+        for place, name in enumerate(inner.input):
+            inner.input[place] = wanted.get(name, name)
+    return list(branch.node)

@@ -1,0 +1,83 @@
+"""The processes in which the bundled Triton server runs Python models: its stubs.
+
+A stub embeds Python, and asks the dynamic linker for its shared library by name. Where that of this
+interpreter is not on the linker's path (pyenv, uv, conda), a folder with a link to it is put there.
+The server waits for ever for a stub that died, so we look whether one did.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+__all__ = ["dead_stubs", "library_path", "python_version", "stub_problem"]
+
+LINKER_FAILED = 127  # what the dynamic linker exits with; a stub without arguments exits with 1
+
+
+def python_version() -> str:
+    """Return this interpreter's version as the stubs are named, for example `3.11`."""
+    return ".".join(str(part) for part in sys.version_info[:2])
+
+
+def library_path(folder: Path) -> dict[str, str]:
+    """Return the variables with which a stub finds this interpreter's shared library.
+
+    Args:
+        folder: Where to make a folder with the link: the library's own folder may hold others,
+            which the server must not take.
+
+    Returns:
+        Nothing where the interpreter has no such library of its own.
+    """
+    name = _library_name()
+    homes = (sysconfig.get_config_var("LIBDIR"), str(Path(sys.base_prefix) / "lib"))
+    for home in homes:
+        if home and (Path(home) / name).is_file():
+            links = folder / "python"
+            links.mkdir()
+            (links / name).symlink_to(Path(home) / name)
+            paths = [str(links), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+            return {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
+    return {}
+
+
+def _library_name() -> str:
+    return f"libpython{python_version()}.so.1.0"
+
+
+def stub_problem(stub: Path) -> str | None:
+    """Start a stub without arguments, which ends at once; return what keeps it from starting."""
+    with tempfile.TemporaryDirectory(prefix="twotower-stub-") as folder:
+        environment = {**os.environ, **library_path(Path(folder))}
+        try:
+            ran = subprocess.run(
+                [stub], env=environment, capture_output=True, text=True, timeout=60
+            )
+        except (OSError, subprocess.TimeoutExpired) as problem:
+            return f"the stub of the Triton server's Python backend cannot start: {problem}"
+    if ran.returncode != LINKER_FAILED:
+        return None
+    return (
+        f"the stub of the Triton server's Python backend cannot start: {ran.stderr.strip()}; use a "
+        f"Python {python_version()} that has its shared library (of the distribution with its "
+        f"package libpython{python_version()}, of uv, of conda, or of pyenv built with "
+        "--enable-shared)"
+    )
+
+
+def dead_stubs(server: int) -> list[int]:
+    """Return the process ids of a server's children that have ended and that it does not heed."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):  # it ended while we looked
+            continue
+        if state == "Z" and int(parent) == server:
+            found.append(int(path.parent.name))
+    return sorted(found)

@@ -1,0 +1,55 @@
+"""What is asked of the operating system, where not every one answers as Linux does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+__all__ = ["cores", "memory_bytes", "read_at"]
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux's
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Return the memory of this machine, or of the container around us; 0 if nobody says."""
+    if hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        total = _windows_memory()
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Read from a place of a file that one thread alone reads; fewer bytes come at its end only."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, length, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.read(descriptor, length)
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of Windows."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64 * 6),
+    )
+
+
+def _windows_memory() -> int:
+    library = getattr(ctypes, "windll", None)
+    if library is None:
+        return 0
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    return int(status.total) if library.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else 0
