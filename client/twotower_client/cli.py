@@ -83,6 +83,11 @@ VERBS: dict[str, Verb] = {
     "doctor": Verb(
         "twotower_engines.cli.doctor", "Report what works on this machine and what is missing."
     ),
+    "cache": Verb(
+        "twotower_engines.cli.cache",
+        "cache",
+        "List or delete what is kept to be found again.",
+    ),
     "kernels": Verb(
         "twotower_engines.cli.kernels", "Compile our GPU kernels and list what they use.", "kernels"
     ),
@@ -244,6 +249,9 @@ def _run() -> int:
             message, code = refused_file(problem), 2
         if message is None or not isinstance(code, int):
             raise
+        if code == 0:  # a dry run
+            print(message)
+            return 0
         if is_verbose():
             traceback.print_exc()
         say_last(f"error: {message}")

@@ -10,18 +10,6 @@ import numpy as np
 
 from twotower_client.errors import RequestRefusedError
 
-__all__ = [
-    "GRACE_SECONDS",
-    "LOOK_SECONDS",
-    "RETRY_SECONDS",
-    "STOP_SECONDS",
-    "channel_options",
-    "check_address",
-    "check_seconds",
-    "closed",
-    "proxy_of",
-]
-
 # In gRPC's order. Of the variables in capitals it knows none.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 SPARING_VARIABLES = ("no_grpc_proxy", "no_proxy")

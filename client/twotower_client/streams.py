@@ -15,8 +15,6 @@ import click
 
 from twotower_contract.logfile import FILE_VARIABLE, VERBOSE_VARIABLE, log
 
-__all__ = ["add_options", "flush_output", "open_closed", "say_last"]
-
 REDRAWN = re.compile(r"\r(\x1b\[K)?")
 
 

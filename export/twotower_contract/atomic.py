@@ -13,31 +13,46 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from twotower_contract.errors import TwoTowerError
-
-__all__ = [
-    "check_replaceable",
-    "locked",
-    "new_folder",
-    "partial_file",
-    "partial_folder",
-    "put_in_place",
-    "reported",
-    "write_text",
-]
+from twotower_contract.errors import DryRunEndsError, TwoTowerError
 
 PREFIX = ".partial-"
 REPLACED = ".replaced-"
 AT_FDCWD = -100
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RENAME_EXCHANGE = 2  # of linux/fs.h
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a command may write its output.
+
+    Attributes:
+        force: Replace what is there, whatever it is, and use nothing that was made before.
+        dry_run: Check everything, and write nothing.
+    """
+
+    force: bool = False
+    dry_run: bool = False
+
+    def begin(self, out: Path, what: str) -> None:
+        """End a dry run, now that all is checked.
+
+        Raises:
+            DryRunEndsError: Says what would be written.
+        """
+        if self.dry_run:
+            raise DryRunEndsError(f"would write {what} to {out}; nothing was written (--dry-run)")
+
+
+WITH_CARE = Writing()
+"""Replaces nothing but earlier output of the same kind."""
 
 
 @contextlib.contextmanager
@@ -99,7 +114,11 @@ def _is_mounted(place: Path, error: type[TwoTowerError]) -> TwoTowerError:
 
 
 def check_replaceable(
-    out: Path, what: str, is_ours: Callable[[Path], bool], error: type[TwoTowerError]
+    out: Path,
+    what: str,
+    is_ours: Callable[[Path], bool],
+    error: type[TwoTowerError],
+    writing: Writing = WITH_CARE,
 ) -> None:
     """Refuse to write over anything but an empty folder or an earlier output of the same kind.
 
@@ -108,6 +127,7 @@ def check_replaceable(
         what: Name of the kind in messages, as `a bundle`.
         is_ours: Whether a folder is an earlier output of this kind.
         error: Raised where there is something else.
+        writing: Whether something else is replaced all the same.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -115,9 +135,10 @@ def check_replaceable(
         raise _is_mounted(out, error)
     if not out.is_dir():
         raise error(f"{out}: is a file; name a folder for {what}")
-    if any(out.iterdir()) and not is_ours(out):
+    if any(out.iterdir()) and not writing.force and not is_ours(out):
         raise error(
-            f"{out}: holds files that are not {what}, and would be replaced; name another folder"
+            f"{out}: holds files that are not {what}, and would be replaced; name another folder, "
+            "or replace them with --force"
         )
 
 
@@ -135,7 +156,7 @@ def partial_folder(parent: Path) -> Iterator[Path]:
             _put_back(path)
         made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         descriptor = os.open(made, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
     try:
         yield made
     finally:
@@ -180,21 +201,27 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, wait=False)
         except BlockingIOError:
             if waiting is not None:
                 waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool = True) -> None:
+    import fcntl  # Windows has none: what only reads imports this module there too
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_if_abandoned(path: Path) -> None:
     with contextlib.suppress(OSError):  # in use, or already gone
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, wait=False)
             shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(descriptor)

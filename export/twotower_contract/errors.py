@@ -22,6 +22,12 @@ class TwoTowerError(Exception):
     exit_code: int = 2
 
 
+class DryRunEndsError(TwoTowerError):
+    """Everything was checked, and nothing is written, as `--dry-run` asks; not a failure."""
+
+    exit_code = 0
+
+
 class ConfigError(TwoTowerError):
     """`config.json` is unreadable or describes a model that the towers do not implement."""
 

@@ -11,8 +11,6 @@ import datetime
 import os
 from pathlib import Path
 
-__all__ = ["FILE_VARIABLE", "VERBOSE_VARIABLE", "is_verbose", "log"]
-
 FILE_VARIABLE = "TWOTOWER_LOG"
 VERBOSE_VARIABLE = "TWOTOWER_VERBOSE"
 

@@ -6,8 +6,6 @@ import ctypes
 import os
 from pathlib import Path
 
-__all__ = ["cores", "memory_bytes", "read_at"]
-
 
 def cores() -> int:
     """Return how many CPU cores this process may use."""

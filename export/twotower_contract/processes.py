@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-__all__ = ["ENDING", "INTERRUPTED", "interruptible", "run_child"]
-
 INTERRUPTED = 130
 GRACE_SECONDS = 10.0  # for a child to remove what it made
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))

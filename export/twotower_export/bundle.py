@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from twotower_contract.atomic import check_replaceable, new_folder
+from twotower_contract.atomic import WITH_CARE, Writing, check_replaceable, new_folder
 from twotower_contract.digests import file_sha256
 from twotower_contract.errors import BundleError
 from twotower_contract.json_file import format_of
@@ -54,6 +54,7 @@ def write_bundle(
     *,
     towers: Sequence[Tower] | None = None,
     progress: Progress | None = None,
+    writing: Writing = WITH_CARE,
 ) -> Manifest:
     """Write the bundle of a checkpoint; a bundle that lies there already is replaced.
 
@@ -61,6 +62,7 @@ def write_bundle(
 
     Args:
         towers: towers to export; all that the checkpoint has by default.
+        writing: Whether to replace whatever is there, or to write nothing.
 
     Returns:
         The manifest.
@@ -70,7 +72,9 @@ def write_bundle(
         CheckpointError: the checkpoint lacks one of the towers.
     """
     chosen = tuple(tower for tower in checkpoint.towers if towers is None or tower in towers)
-    check_replaceable(out, "a bundle", is_bundle, BundleError)
+    what = "a bundle"
+    check_replaceable(out, what, is_bundle, BundleError, writing)
+    writing.begin(out, what)
     with new_folder(out, BundleError) as folder:
         graphs: dict[str, dict[str, GraphFile]] = {}
         todo = list(_graphs(checkpoint, chosen))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from twotower_contract.atomic import check_replaceable, new_folder
+from twotower_contract.atomic import WITH_CARE, Writing, check_replaceable, new_folder
 from twotower_contract.config import config_json
 from twotower_contract.errors import BundleError
 from twotower_contract.json_file import format_of, read_json, write_json
@@ -52,6 +52,7 @@ def write_nemotron_h(
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    writing: Writing = WITH_CARE,
 ) -> None:
     """Write the context tower as a Nemotron-H checkpoint: configuration, shards, tokenizer.
 
@@ -60,11 +61,14 @@ def write_nemotron_h(
 
     Args:
         shard_bytes: most tensor bytes per file, unless a single tensor has more.
+        writing: Whether to replace whatever is there, or to write nothing.
 
     Raises:
         BundleError: `out` holds something else, or the disk is too small.
     """
-    check_replaceable(out, "a checkpoint from --target tensorrt-llm", _is_ours, BundleError)
+    what = "a checkpoint from --target tensorrt-llm"
+    check_replaceable(out, what, _is_ours, BundleError, writing)
+    writing.begin(out, what)
     names = expected_tensors(checkpoint.config, ("context",), base=checkpoint.base)
     members = [_Member(base_name(name), checkpoint.tensors[name]) for name in names]
     total = sum(member.bytes for member in members)

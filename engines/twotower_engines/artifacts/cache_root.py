@@ -7,8 +7,6 @@ from pathlib import Path
 
 from twotower_engines.errors import BuildError
 
-__all__ = ["cache_root", "in_cache"]
-
 REMEDY = "set XDG_CACHE_HOME to a folder that can be written"
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_contract.atomic import partial_folder, put_in_place
+from twotower_contract.atomic import WITH_CARE, Writing, partial_folder, put_in_place
 from twotower_contract.digests import file_sha256, file_state
 from twotower_contract.engine_set import (
     BUILD_FILE,
@@ -81,9 +81,16 @@ class BuildOptions:
 
 
 def build_engines(
-    bundle: Path, engines: Path, options: BuildOptions, progress: Progress | None = None
+    bundle: Path,
+    engines: Path,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    writing: Writing = WITH_CARE,
 ) -> tuple[EngineSet, bool]:
     """Build `ENGINES/<sku>`, unless it is there already and was built from the same.
+
+    Args:
+        writing: Whether to build again what is there, or to write nothing.
 
     Returns:
         The engine set, and whether anything was written.
@@ -107,14 +114,18 @@ def build_engines(
     wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
     folder = engines / sku.name
     present = _present(folder, wanted.record.key)
-    if present is not None:
+    if present is not None and not writing.force:
         return present, False
-    with partial_folder(engines) as work, _built(flavour, wanted, progress) as built:
+    writing.begin(folder, f"{flavour.name} engines in {plan.precision}")
+    with (
+        partial_folder(engines) as work,
+        _built(flavour, wanted, progress, writing.force) as built,
+    ):
         _check_device_memory(plan, built)
         made = work / sku.name
         made.mkdir()
         _write_set(made, bundle, flavour, wanted, built)
-        if folder.exists() and not (folder / BUILD_FILE).is_file():
+        if folder.exists() and not writing.force and not (folder / BUILD_FILE).is_file():
             raise BuildError(f"{folder}: is there and is no engine set; choose another folder")
         put_in_place(made, folder)
     return open_engine_set(folder), True
@@ -268,12 +279,14 @@ def _present(folder: Path, key: str) -> EngineSet | None:
 
 @contextlib.contextmanager
 def _built(
-    flavour: Flavour, wanted: _Wanted, progress: Progress
+    flavour: Flavour, wanted: _Wanted, progress: Progress, is_forced: bool
 ) -> Iterator[dict[str, CachedEngine]]:
     """Give the engine files: from the cache, or built now and, if the flavour says so, kept."""
     cache = EngineCache()
     with cache.workplace() as work, cache.holding(wanted.keys.values(), _say_waiting):
-        cached = {tower: cache.find(key) for tower, key in wanted.keys.items()}
+        cached = {
+            tower: None if is_forced else cache.find(key) for tower, key in wanted.keys.items()
+        }
         orders = {
             tower: Order(
                 wanted.graphs[tower], work / f"{tower}{flavour.suffix}", wanted.recipes[tower]

@@ -12,6 +12,7 @@ import click
 from twotower_contract.errors import TwoTowerError
 
 if TYPE_CHECKING:
+    from twotower_contract.atomic import Writing
     from twotower_engines.building.build import BuildOptions
 
 EPILOG = """\b
@@ -80,6 +81,8 @@ class PartlyBuiltError(TwoTowerError):
     show_default=True,
     help="Tokens of the largest block.",
 )
+@click.option("--force", is_flag=True, help="Build again what is there or cached.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def build(
     bundle: Path,
@@ -91,9 +94,13 @@ def build(
     precision: str,
     gpus: int | None,
     block_size_max: int,
+    force: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
+    from twotower_contract.atomic import Writing
+    from twotower_contract.errors import DryRunEndsError, TwoTowerError
     from twotower_engines.building.build import BuildOptions
     from twotower_engines.planning.sku_lookup import resolve_skus
 
@@ -102,7 +109,9 @@ def build(
     for sku in chosen:
         options = BuildOptions(sku, slots, context, flavour, precision, gpus, block_size_max)
         try:
-            results.append(_build_one(bundle, engines, options))
+            results.append(_build_one(bundle, engines, options, Writing(force, dry_run)))
+        except DryRunEndsError as told:
+            results.append({"sku": sku.name, "dry_run": str(told)})
         except TwoTowerError as problem:
             if len(chosen) == 1:
                 raise
@@ -119,14 +128,16 @@ def build(
         )
 
 
-def _build_one(bundle: Path, engines: Path, options: BuildOptions) -> dict[str, Any]:
+def _build_one(
+    bundle: Path, engines: Path, options: BuildOptions, writing: Writing
+) -> dict[str, Any]:
     from twotower_engines.building.build import build_engines
     from twotower_engines.building.progress import BuildProgress
 
     progress = BuildProgress(options.sku.name)
     start = time.monotonic()
     try:
-        made, is_new = build_engines(bundle, engines, options, progress)
+        made, is_new = build_engines(bundle, engines, options, progress, writing)
     finally:
         progress.close()
     record = made.build
@@ -146,6 +157,8 @@ def _build_one(bundle: Path, engines: Path, options: BuildOptions) -> dict[str, 
 
 
 def _line(result: dict[str, Any]) -> str:
+    if "dry_run" in result:
+        return f"{result['sku']}: {result['dry_run']}"
     if "error" in result:
         return f"{result['sku']}: not built: {result['error']}"
     size = sum(result["plans"].values()) / 1e6

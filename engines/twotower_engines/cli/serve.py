@@ -52,14 +52,24 @@ or with --json the same as an object. Ctrl-C or SIGTERM ends the server, a secon
     help="Requests that may wait for a slot before others are refused.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
+@click.option("--force", is_flag=True, help="Replace REPO whatever it holds.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def package(
-    engines: Path, repo: Path, sku: str | None, checkpoint: Path | None, as_json: bool, **rest: Any
+    engines: Path,
+    repo: Path,
+    sku: str | None,
+    checkpoint: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    **rest: Any,
 ) -> None:
     """Write a Triton model repository for an engine set.
 
     REPO refers to the engines and the checkpoint by path; neither is copied.
     """
+    from twotower_contract.atomic import Writing
     from twotower_contract.engine_set import open_engine_set
     from twotower_engines.serving.package import package as write
     from twotower_engines.serving.repository import MODELS
@@ -71,7 +81,7 @@ def package(
         checkpoint=checkpoint.resolve() if checkpoint is not None else None,
         **rest,
     )
-    write(opened, repo, settings)
+    write(opened, repo, settings, Writing(force, dry_run))
     if as_json:
         described = {"repository": str(repo.resolve()), "models": MODELS, **settings.parameters()}
         print(json.dumps(described))

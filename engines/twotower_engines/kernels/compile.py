@@ -26,8 +26,6 @@ from twotower_engines.kernels.jit import INTERPRETED
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 from twotower_engines.kernels.targets import Target
 
-__all__ = ["Compiled", "Resources", "all_specs", "compile_kernel", "resources"]
-
 ALIGNED = [["tt.divisibility", 16]]
 """Every tensor starts at a multiple of 16 bytes: TensorRT's, torch's and our own allocations do."""
 

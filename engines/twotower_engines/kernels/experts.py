@@ -25,17 +25,6 @@ import triton.language as tl
 from twotower_engines.kernels.jit import INTERPRETED, Launch, kernel, launch
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
-__all__ = [
-    "experts_down",
-    "experts_sum",
-    "experts_up",
-    "matmul_launch",
-    "route_tokens",
-    "sparse_experts",
-    "specs",
-    "tile_bound",
-]
-
 
 @kernel
 def route_tokens(

@@ -12,16 +12,6 @@ from typing import Any, Protocol, cast
 
 import triton
 
-__all__ = [
-    "FP_FUSION",
-    "INTERPRETED",
-    "SHARED_MEMORY_LIMIT",
-    "Kernel",
-    "Launch",
-    "kernel",
-    "launch",
-]
-
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run on the CPU, in Triton's interpreter."""
 

@@ -36,17 +36,6 @@ from twotower_engines.kernels.mamba_chunk import attended, decays, product, simi
 from twotower_engines.kernels.mamba_convolution import TAPS, convolved, keep_columns
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
-__all__ = [
-    "CHUNK",
-    "mamba_block_step",
-    "mamba_norm",
-    "mamba_scan",
-    "mamba_scan_states",
-    "norm_launch",
-    "scan_launch",
-    "specs",
-]
-
 CHUNK = 16
 """Tokens of a chunk of the scan; a denoiser's block is one chunk."""
 

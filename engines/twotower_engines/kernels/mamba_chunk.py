@@ -9,8 +9,6 @@ import triton.language as tl
 
 from twotower_engines.kernels.jit import kernel
 
-__all__ = ["attended", "decays", "product", "similar", "within"]
-
 
 @kernel
 def softplus(x: tl.tensor) -> tl.tensor:

@@ -6,8 +6,6 @@ import triton.language as tl
 
 from twotower_engines.kernels.jit import kernel
 
-__all__ = ["TAPS", "convolved", "keep_columns"]
-
 TAPS = tl.constexpr(4)
 """Width of the convolution; a row's history is one less."""
 

@@ -16,8 +16,6 @@ from twotower_engines.errors import BuildError
 from twotower_engines.kernels import experts, mamba, refine, vocabulary
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
-__all__ = ["NAMESPACE", "OPS", "Call", "Launching", "Node", "Op", "Output"]
-
 NAMESPACE = "twotower"
 """ONNX domain of the ops and nodes, and TensorRT's namespace of the plugins."""
 

@@ -12,8 +12,6 @@ import triton.language as tl
 
 from twotower_engines.kernels.jit import kernel
 
-__all__ = ["MOST_NOISE", "gumbel", "noise_keys"]
-
 PRIME = tl.constexpr(2**31 - 1)
 """Elements of the field."""
 

@@ -14,8 +14,6 @@ from onnx import TensorProto, helper
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.nodes import NAMESPACE, OPS, Node
 
-__all__ = ["with_plugins"]
-
 VERSION = "1"
 OPSET = 23
 

@@ -27,8 +27,6 @@ from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT
 from twotower_engines.kernels.nodes import NAMESPACE, OPS, Call, Node
 from twotower_engines.kernels.targets import Target, target
 
-__all__ = ["register_plugins"]
-
 DTYPES = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

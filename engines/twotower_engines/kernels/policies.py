@@ -11,8 +11,6 @@ import triton.language as tl
 from twotower_contract.policies import POLICIES
 from twotower_engines.kernels.jit import kernel
 
-__all__ = ["ENTROPY", "policy_rule"]
-
 THRESHOLD = tl.constexpr(POLICIES["threshold"])
 QUOTA = tl.constexpr(POLICIES["quota"])
 FACTOR = tl.constexpr(POLICIES["factor"])

@@ -34,8 +34,6 @@ from twotower_engines.kernels.vocabulary import (
     vocabulary_launch,
 )
 
-__all__ = ["decision_launch", "refine_block", "refine_decision", "specs"]
-
 
 @kernel
 def refine_decision(

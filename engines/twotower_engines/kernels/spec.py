@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from twotower_engines.kernels.jit import Kernel, Launch
 
-__all__ = ["KernelSpec", "Sizes"]
-
 
 @dataclass(frozen=True)
 class Sizes:

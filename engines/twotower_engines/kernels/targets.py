@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from twotower_engines.errors import BuildError
 
-__all__ = ["TARGETS", "Target", "target"]
-
 
 @dataclass(frozen=True)
 class Target:

@@ -17,16 +17,6 @@ from twotower_engines.kernels.jit import Launch, kernel
 from twotower_engines.kernels.noise import MOST_NOISE, gumbel, noise_keys
 from twotower_engines.kernels.policies import ENTROPY
 
-__all__ = [
-    "FIELDS",
-    "NO_TOKEN",
-    "TILE",
-    "VOCABULARY_TYPES",
-    "refine_vocabulary",
-    "tiles",
-    "vocabulary_launch",
-]
-
 TILE = 2048
 """Tokens that a program reads together: 16 for each of its 128 threads. Four tiles of 4 or 8 kB
 are in flight."""

@@ -22,8 +22,7 @@ from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
-
-__all__ = ["OnnxRuntime"]
+from twotower_engines.runtime.pruning import flat_graph, pruned
 
 Array = npt.NDArray[Any]
 CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
@@ -51,11 +50,15 @@ class _Binding:
     """An I/O binding of one session with its weights bound, for one choice of outputs.
 
     Attributes:
-        held: The values bound last; ONNX Runtime does not keep the arrays behind them alive.
+        inputs: Names that its graph reads.
+        weights: The values bound once, and the arrays behind them.
+        held: Those bound last; ONNX Runtime does not keep the arrays behind values alive.
     """
 
     session: Any
     io: Any
+    inputs: frozenset[str]
+    weights: dict[str, tuple[Any, Array]]
     held: dict[str, Array] = field(default_factory=dict)
 
 
@@ -86,20 +89,22 @@ class OnnxRuntime:
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
-        self._options = self._ort.RunOptions()
-        # outputs that nobody asked for are not computed: prefill needs no logits
-        self._options.only_execute_path_to_fetches = True
-        self._weights: dict[str, Any] = {}
-        towers = ["context", "denoiser"] if self.has_denoiser else ["context"]
-        sessions = {tower: self._session(engines.engine_path(tower), threads) for tower in towers}
-        for tower in towers:
-            self._weights[tower] = self._load_weights(store, tower, progress)
-        calls = {"extend": "context", "extend with logits": "context"}
-        if self.has_denoiser:
-            calls |= {"denoise": "denoiser", "predict": "denoiser"}
-        self._bindings = {
-            call: self._binding(sessions[tower], tower) for call, tower in calls.items()
+        states = list(self._new_states(1, 1))
+        # for each call of a tower the outputs that are read: the others are never computed
+        calls = {
+            "context": {"extend": states or ["logits"], "extend with logits": [*states, "logits"]}
         }
+        if self.has_denoiser:
+            calls["denoiser"] = {"denoise": ["new_ids", "still_masked"], "predict": ["logits"]}
+        sessions = {
+            tower: self._sessions(engines.engine_path(tower), list(outputs.values()), threads)
+            for tower, outputs in calls.items()
+        }
+        self._bindings: dict[str, _Binding] = {}
+        for tower, opened in sessions.items():
+            weights = self._load_weights(store, tower, progress)
+            for call, session in zip(calls[tower], opened, strict=True):
+                self._bindings[call] = self._binding(session, weights)
         self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
         # a block is denoised several times against the same states: gather them once
         self._gathered: tuple[tuple[tuple[int, int], ...], dict[str, Array]] | None = None
@@ -181,7 +186,6 @@ class OnnxRuntime:
     def close(self) -> None:
         """Free the sessions, the weights and the states; a second time does nothing."""
         self._bindings.clear()
-        self._weights.clear()
         self._slots.clear()
         self._gathered = None
 
@@ -189,7 +193,10 @@ class OnnxRuntime:
         if not self._slots:
             raise RuntimeError(CLOSED)
 
-    def _session(self, path: Path, threads: int | None) -> Any:
+    def _sessions(
+        self, path: Path, calls: Sequence[Sequence[str]], threads: int | None
+    ) -> list[Any]:
+        """Open a graph once for each choice of its outputs, with the nodes that these need."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
@@ -199,8 +206,11 @@ class OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            return self._ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-        except Exception as problem:  # ONNX Runtime's own exceptions share no useful base
+            graph = flat_graph(path)
+            graphs = [pruned(graph, outputs).SerializeToString() for outputs in calls]
+            open_session = self._ort.InferenceSession
+            return [open_session(one, options, ["CPUExecutionProvider"]) for one in graphs]
+        except Exception as problem:  # ONNX's and its Runtime's own exceptions share no useful base
             raise RuntimeLoadError(
                 f"{path}: ONNX Runtime {self._ort.__version__} cannot load it: {problem}"
             ) from problem
@@ -212,24 +222,26 @@ class OnnxRuntime:
         of = self._ort.OrtValue.ortvalue_from_numpy
         return {name: (of(array), array) for name, array in store.all_float32(tower, progress)}
 
-    def _binding(self, session: Any, tower: str) -> _Binding:
+    def _binding(self, session: Any, weights: dict[str, tuple[Any, Array]]) -> _Binding:
         io = session.io_binding()
-        for name, (value, _) in self._weights[tower].items():
+        inputs = frozenset(value.name for value in session.get_inputs())
+        held = {name: weight for name, weight in weights.items() if name in inputs}
+        for name, (value, _) in held.items():
             io.bind_ortvalue_input(name, value)
-        return _Binding(session, io)
+        return _Binding(session, io, inputs, held)
 
     def _run(self, call: str, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         """Run a session: read `inputs`, and write `outputs` in place."""
         binding = self._bindings[call]
         of = self._ort.OrtValue.ortvalue_from_numpy
-        for name, array in inputs.items():
-            binding.io.bind_ortvalue_input(name, of(array))
+        for name in binding.inputs & inputs.keys():
+            binding.io.bind_ortvalue_input(name, of(inputs[name]))
         for name, array in outputs.items():
             binding.io.bind_ortvalue_output(name, of(array))
         if not outputs:  # a tower of experts alone has no states to extend
             return
         binding.held = {**inputs, **outputs}
-        binding.session.run_with_iobinding(binding.io, self._options)
+        binding.session.run_with_iobinding(binding.io)
 
     def _empty_slot(self) -> _Slot:
         mamba = {

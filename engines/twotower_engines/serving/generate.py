@@ -24,8 +24,6 @@ from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.wire import decode
 from twotower_engines.verify.self_test import run_self_test
 
-__all__ = ["TritonPythonModel"]
-
 SECONDS_TO_DELIVER = 0.5  # for the last errors to leave a process that is about to end
 
 

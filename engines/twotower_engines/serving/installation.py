@@ -18,8 +18,6 @@ from pathlib import Path
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.stubs import python_version, stub_problem
 
-__all__ = ["ServerInstallation", "find_server", "make_backends", "problem_of"]
-
 STUB = "triton_python_backend_stub"
 LIBRARIES = "nvidia_pytriton.libs"
 GLIBC_NEEDED = (2, 35)

@@ -22,8 +22,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["VARIABLE", "on_cut", "remove_left", "start_keeper"]
-
 VARIABLE = "TWOTOWER_LIFELINE"  # holds the descriptor of the pipe's reading end
 SHARED_MEMORY = Path("/dev/shm")
 # A server that is told to end takes no more steps of an ensemble (seen with 2.51), so what the open

@@ -25,8 +25,6 @@ from twotower_engines.generation.request import BlockEvent, Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.serving.wire import Job, Stop
 
-__all__ = ["EngineLoop", "Failure", "Part", "Reply"]
-
 Failure = Literal["refused", "busy", "late", "failed"]
 """Why there is no (more) answer: the request must change; the same may work later; the time that
 was allowed is over; something broke."""

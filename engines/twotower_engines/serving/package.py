@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from twotower_contract.atomic import partial_folder, put_in_place
+from twotower_contract.atomic import WITH_CARE, Writing, partial_folder, put_in_place
 from twotower_contract.engine_set import EngineSet
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import ServingError
@@ -25,8 +25,6 @@ from twotower_engines.serving.repository import (
     read_config,
 )
 from twotower_engines.serving.settings import Settings
-
-__all__ = ["package", "templates_folder"]
 
 # The ensemble has no code of its own: the steps read the parameters.
 MODELS_WITH_CODE = tuple(name for name in MODELS if name != "twotower")
@@ -49,13 +47,16 @@ def templates_folder() -> Path:
     )
 
 
-def package(engines: EngineSet, repository: Path, settings: Settings) -> None:
+def package(
+    engines: EngineSet, repository: Path, settings: Settings, writing: Writing = WITH_CARE
+) -> None:
     """Write the model repository.
 
     Args:
         engines: The engine set, whose files and checkpoint are checked first.
         repository: Folder to write; an older repository of ours there is replaced.
         settings: What the models are to know.
+        writing: Whether to replace whatever is there, or to write nothing.
 
     Raises:
         TwoTowerError: The engines or their checkpoint are missing or changed, the slots are more
@@ -64,13 +65,14 @@ def package(engines: EngineSet, repository: Path, settings: Settings) -> None:
     engines.check_engine_files()
     WeightStore(engines.manifest, settings.checkpoint).check()
     _check_slots(engines, settings)
-    _check_replaceable(repository)
+    _check_replaceable(repository, writing)
     templates = templates_folder()
     configs = {name: read_config(templates / name / CONFIG_FILE) for name in MODELS}
     for name in MODELS_WITH_CODE:
         for key, value in settings.parameters().items():
             configs[name].parameters[key].string_value = value
     check_configs(configs)
+    writing.begin(repository, "a model repository")
     try:
         with partial_folder(repository.parent) as work:
             made = work / repository.name
@@ -101,15 +103,21 @@ def _check_slots(engines: EngineSet, settings: Settings) -> None:
         )
 
 
-def _check_replaceable(repository: Path) -> None:
+def _check_replaceable(repository: Path, writing: Writing) -> None:
     """Refuse to write over anything but an empty folder or an older repository of ours."""
     if not repository.exists() and not repository.is_symlink():
         return
     if not repository.is_dir() or repository.is_symlink():
         raise ServingError(f"{repository}: is no folder; name another place for the repository")
+    if repository.is_mount():
+        raise ServingError(
+            f"{repository}: is a mount point, which cannot be replaced; name a folder inside it"
+        )
+    if writing.force:
+        return
     strange = sorted(one.name for one in repository.iterdir() if one.name not in MODELS)
     if strange:
         raise ServingError(
             f"{repository}: holds `{strange[0]}`, which no repository of ours has, so it is not "
-            "replaced; name another place, or move that away"
+            "replaced; name another place, move that away, or replace it with --force"
         )

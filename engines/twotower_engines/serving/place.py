@@ -22,8 +22,6 @@ from twotower_contract.errors import TwoTowerError
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.repository import CONFIG_FILE, config_text, read_config
 
-__all__ = ["link_models", "make_folder", "refusal"]
-
 PLAIN = re.compile(r"[\w./@%+=:,-]+", re.ASCII)
 # Where the temporary folder will not do.
 PLACES = ("/tmp", "/var/tmp")

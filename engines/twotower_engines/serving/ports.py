@@ -7,8 +7,6 @@ import socket
 
 from twotower_engines.errors import ServingError
 
-__all__ = ["choose_ports", "hold_ports"]
-
 
 def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
     """Return a usable port for each use, all different.

@@ -13,8 +13,6 @@ import numpy as np
 from twotower_engines.artifacts.tokenizer import Tokenizer, added_text
 from twotower_engines.serving.settings import Settings
 
-__all__ = ["TritonPythonModel"]
-
 
 class TritonPythonModel:
     """What Triton calls."""

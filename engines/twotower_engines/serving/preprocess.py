@@ -22,8 +22,6 @@ from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.wire import Job, Stop, encode
 
-__all__ = ["Preprocessor", "TritonPythonModel"]
-
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 # Longer text cannot fit: no tokenizer that we know has a longer token. It keeps megabytes of text

@@ -14,15 +14,6 @@ from typing import Any
 
 from twotower_engines.errors import ServingError
 
-__all__ = [
-    "CONFIG_FILE",
-    "MODELS",
-    "check_configs",
-    "check_repository",
-    "config_text",
-    "read_config",
-]
-
 CONFIG_FILE = "config.pbtxt"
 MODEL_FILE = "model.py"
 MODELS = ("preprocess", "generate", "postprocess", "twotower")

@@ -37,8 +37,6 @@ from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
 from twotower_engines.serving.stubs import dead_stubs, library_path
 
-__all__ = ["ServerOptions", "TritonServer"]
-
 EXIT_SECONDS = 10  # how long the server may take to unload its models
 KILL_SECONDS = EXIT_SECONDS + 2  # after which it is killed
 GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine

@@ -10,8 +10,6 @@ from typing import Any
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.errors import ServingError
 
-__all__ = ["Settings"]
-
 MAX_WAITING = 256
 
 

@@ -14,8 +14,6 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-__all__ = ["dead_stubs", "library_path", "python_version", "stub_problem"]
-
 LINKER_FAILED = 127  # what the dynamic linker exits with; a stub without arguments exits with 1
 
 

@@ -15,8 +15,6 @@ from twotower_contract.options import OPTIONS, ids_refusal, refusal
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
 
-__all__ = ["Job", "Stop", "decode", "encode"]
-
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -55,6 +55,8 @@ Examples:
     help="Hash every shard and record its sha256, for `inspect --full`; a Hugging Face cache names "
     "it without.",
 )
+@click.option("--force", is_flag=True, help="Replace OUT whatever it holds.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(
     checkpoint: str,
@@ -64,6 +66,8 @@ def export(
     revision: str | None,
     target: str,
     full: bool,
+    force: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write the bundle of a CHECKPOINT to the folder OUT.
@@ -71,12 +75,14 @@ def export(
     CHECKPOINT is a folder or a hub id, ORGANISATION/NAME[@REVISION]. A bundle that is there already
     is replaced; any other folder is refused.
     """
+    from twotower_contract.atomic import Writing
     from twotower_contract.layout import TOWERS, Tower
     from twotower_export.checkpoint import open_checkpoint, with_full_digests
 
     if target != "bundle":
         _refuse_options_of_bundles(target, towers, full)
         towers = "context"
+    writing = Writing(force, dry_run)
     start = time.monotonic()
     meter = StepMeter()
     chosen: tuple[Tower, ...] = ("context",) if towers == "context" else TOWERS
@@ -94,7 +100,7 @@ def export(
     if target == "bundle":
         from twotower_export.bundle import write_bundle
 
-        manifest = write_bundle(opened, out, towers=chosen, progress=meter)
+        manifest = write_bundle(opened, out, towers=chosen, progress=meter, writing=writing)
         exported: list[str] = list(manifest.towers)
         if manifest.golden_missing is not None:
             reason = manifest.golden_missing["reason"]
@@ -102,7 +108,7 @@ def export(
     else:
         from twotower_export.nemotron_h import write_nemotron_h
 
-        write_nemotron_h(opened, out, progress=meter)
+        write_nemotron_h(opened, out, progress=meter, writing=writing)
         exported = ["context"]
     meter.finish()
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -135,8 +135,9 @@ def _from_seed(
 ) -> ir.Value:
     """What each token receives from the state before the block; [B, G, J, L, P]."""
     G, J, P = sizes
-    read = b.op.MatMul(C, b.transpose(seed, 0, 1, 3, 2))  # [B, G, L, J * P]
-    read = b.transpose(b.reshape(read, 0, G, -1, J, P), 0, 1, 3, 2, 4)
+    # The state is read as it lies; what is transposed is small.
+    read = b.op.MatMul(seed, b.transpose(C, 0, 1, 3, 2))  # [B, G, J * P, L]
+    read = b.transpose(b.reshape(read, 0, G, J, P, -1), 0, 1, 2, 4, 3)
     made: ir.Value = b.op.Mul(read, b.unsqueeze(b.op.Exp(total), 4))
     return made
 

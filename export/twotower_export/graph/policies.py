@@ -13,8 +13,6 @@ import onnx_ir as ir
 from twotower_contract.policies import POLICIES
 from twotower_export.graph.body import Body
 
-__all__ = ["POLICY_RULES", "Order", "PolicyRule", "Seen"]
-
 
 @dataclass(frozen=True)
 class Seen:

@@ -154,7 +154,8 @@ def test_noise_draws_the_models_distribution(made, runtime, reference):
 
 def test_states_of_a_checkpoint_in_float32_are_not_copied(made, runtime):
     """Weights stored as the graph wants them stay in the page cache, mapped."""
-    values = [array for weights in runtime._weights.values() for _, array in weights.values()]
+    bindings = (runtime._extend_logits, runtime._refine)
+    values = [array for one in bindings for _, array in one.weights.values()]
     mapped = sum(array.nbytes for array in values if not array.flags.owndata)
     stacked = sum(array.nbytes for array in values if array.flags.owndata)
     assert mapped > stacked > 0

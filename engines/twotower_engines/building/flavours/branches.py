@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["without_branches"]
-
 
 def without_branches(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph in which each `If` is its branch `then_branch`.

@@ -11,8 +11,6 @@ from twotower_contract.engine_set import Limits
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.planning.skus import Sku
 
-__all__ = ["Flavour", "Needs", "Order", "Target", "layers_file"]
-
 
 @dataclass(frozen=True, slots=True)
 class Target:

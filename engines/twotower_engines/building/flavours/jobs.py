@@ -18,15 +18,6 @@ from twotower_engines.building.flavours.profiles import Profile, Sizes
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import Sku
 
-__all__ = [
-    "check_arch",
-    "engine_job",
-    "engine_recipe",
-    "engine_report",
-    "graph_inputs",
-    "installed",
-]
-
 FLAGS = {"TF32": False}
 """Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
 to TF32's ten bits; here float32 in a graph (scan, router, scores) means float32."""

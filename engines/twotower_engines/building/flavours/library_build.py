@@ -21,8 +21,6 @@ from twotower_contract.atomic import partial_file
 from twotower_contract.logfile import is_verbose
 from twotower_contract.logfile import log as write_log
 
-__all__ = ["RefusedError", "build_engine_file", "one_node_engine"]
-
 Report = Callable[[str, int, int], bool]
 """Told of progress: name of the phase, steps done, steps in all. False ends the build."""
 

@@ -16,8 +16,6 @@ from twotower_engines.building.flavours.flavour import Needs, Order, Target
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.errors import BuildError
 
-__all__ = ["OnnxRuntimeFlavour"]
-
 
 class OnnxRuntimeFlavour:
     """See `flavour.Flavour`."""

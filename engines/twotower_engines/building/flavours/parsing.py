@@ -19,8 +19,6 @@ from twotower_engines.artifacts.engine_interface import Interface, TensorSpec
 from twotower_engines.building.flavours.process import Library
 from twotower_engines.errors import BuildError
 
-__all__ = ["parse", "specs_of"]
-
 SECONDS = 300
 
 

@@ -20,8 +20,6 @@ from typing import Any, TextIO
 
 from twotower_engines.errors import BuildError
 
-__all__ = ["Library", "Progress", "build_engine_files", "check_library"]
-
 Progress = Callable[[str, str], None]
 """Told of a tower and what its build is doing."""
 

@@ -14,8 +14,6 @@ from typing import Any
 from twotower_contract.engine_set import Limits
 from twotower_engines.errors import BuildError
 
-__all__ = ["Profile", "Sizes", "narrow_profiles", "wide_profiles"]
-
 Dims = Sequence[int | str]
 
 USUAL_BLOCK = 16

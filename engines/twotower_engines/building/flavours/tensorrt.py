@@ -31,8 +31,6 @@ from twotower_engines.kernels.targets import target as kernel_target
 from twotower_engines.planning.local_gpu import local_gpu
 from twotower_engines.planning.skus import Sku, known_skus
 
-__all__ = ["TensorRtFlavour"]
-
 TITLE = "TensorRT"
 OLDEST, NEWEST = (10, 13), (11, 99)
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")

@@ -23,8 +23,6 @@ from twotower_engines.building.flavours.process import Library, Progress, build_
 from twotower_engines.building.flavours.profiles import wide_profiles
 from twotower_engines.errors import BuildError
 
-__all__ = ["CAPABILITIES", "LIBRARY", "TensorRtRtxFlavour"]
-
 PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 """Distributions that bring the module `tensorrt_rtx`; the first is that of the extra [rtx]."""
 

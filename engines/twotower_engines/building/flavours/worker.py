@@ -36,8 +36,6 @@ from twotower_engines.building.flavours.library_build import (
     one_node_engine,
 )
 
-__all__ = ["main"]
-
 PROGRESS_SECONDS = 0.1
 TRIM_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1

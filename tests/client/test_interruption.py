@@ -1,0 +1,143 @@
+"""How a command is ended: SIGTERM is Ctrl-C, the exit code is 130, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "twotower_client.cli"]
+INTERRUPTED = 130
+# Keeps a verb at its longest step, where only a signal ends it.
+HELD = """
+import sys, time
+import {module} as module
+def hold(*args, **kwargs):
+    print("HELD", flush=True)
+    while True:
+        time.sleep(0.05)
+module.{name} = hold
+from twotower_client.cli import main
+sys.argv = ["twotower", *sys.argv[1:]]
+main()
+"""
+STEPS = {
+    "export": ("twotower_export.bundle", "_write_graph", ["export", "{checkpoint}", "{out}/x"]),
+    "tensorrt-llm": (
+        "twotower_export.nemotron_h",
+        "tokenizer_files",
+        ["export", "{checkpoint}", "{out}/x", "--target", "tensorrt-llm"],
+    ),
+    "build": (
+        "twotower_engines.building.build",
+        "_write_set",
+        ["build", "{bundle}", "{out}/x", "--sku", "cpu"],
+    ),
+    "tiny": ("shutil", "copyfile", ["tiny", "{out}/x", "--pretrained"]),
+    "package": ("twotower_engines.serving.package", "_write", ["package", "{engines}", "{out}/x"]),
+    "kernels": (
+        "twotower_engines.kernels.compile",
+        "compile_kernel",
+        ["kernels", "--output", "{out}/x"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, str]:
+    """A checkpoint, its bundle and its engines."""
+    folder = tmp_path_factory.mktemp("made")
+    names = {name: str(folder / name) for name in ("checkpoint", "bundle", "engines")}
+    steps = [
+        ["tiny", names["checkpoint"], "--pretrained"],
+        ["export", names["checkpoint"], names["bundle"]],
+        ["build", names["bundle"], names["engines"], "--sku", "cpu", "--context", "256"],
+    ]
+    for step in steps:
+        subprocess.run([*COMMAND, *step], check=True, capture_output=True)
+    return names
+
+
+def start_held(step: str, made: dict[str, str], out: Path) -> subprocess.Popen:
+    """Start a verb and return it once it stands in the middle of its work."""
+    module, name, words = STEPS[step]
+    code = HELD.format(module=module, name=name)
+    arguments = [word.format(**made, out=out) for word in words]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(out / "cache")}
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert running.stdout.readline() == "HELD\n", running.communicate()[1]
+    return running
+
+
+def left(out: Path) -> list[Path]:
+    """What a command left, but for empty folders, the cache's locks, and ONNX Runtime's own."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.parent.name != "locks"]
+    return [path for path in files if "Microsoft" not in path.parts]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("step", STEPS)
+def test_an_interrupted_verb_leaves_nothing(made, tmp_path, step, number) -> None:
+    running = start_held(step, made, tmp_path)
+    running.send_signal(number)
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == INTERRUPTED, said
+    assert said.endswith("interrupted\n")
+    assert "Traceback" not in said
+    assert left(tmp_path) == []
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+@pytest.mark.parametrize("step", ["export", "tensorrt-llm", "build", "tiny", "package"])
+def test_what_a_killed_verb_left_goes_with_the_next_run(made, tmp_path, step) -> None:
+    running = start_held(step, made, tmp_path)
+    running.kill()
+    running.communicate(timeout=30)
+    assert [path for path in tmp_path.rglob(".partial-*") if "cache" not in path.parts]
+    words = [word.format(**made, out=tmp_path) for word in STEPS[step][2]]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([*COMMAND, *words], check=True, capture_output=True, env=environment)
+    assert not list(tmp_path.rglob(".partial-*"))
+
+
+def test_children_are_ended_and_clean_up_first(tmp_path) -> None:
+    """`docker stop` reaches the parent alone, and the parent must not kill its child at once."""
+    mark, ready = tmp_path / "mark", tmp_path / "ready"
+    mark.touch()
+    child = (
+        "import pathlib, time; from twotower_contract.processes import interruptible\n"
+        "interruptible()\n"
+        "try:\n"
+        f"    pathlib.Path({str(ready)!r}).touch(); time.sleep(60)\n"
+        f"finally:\n    time.sleep(1); pathlib.Path({str(mark)!r}).unlink()\n"
+    )
+    parent = (
+        "import sys; from twotower_contract.processes import *\n"
+        f"interruptible(); run_child([sys.executable, '-c', {child!r}])"
+    )
+    running = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE)
+    end = time.monotonic() + 30
+    while not ready.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    running.terminate()
+    running.communicate(timeout=30)
+    assert not mark.exists()
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """`nohup` starts a command with SIGHUP ignored."""
+    code = (
+        "import signal; from twotower_contract.processes import interruptible\n"
+        "interruptible(); print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    )
+    words = ["bash", "-c", 'trap "" HUP; exec "$@"', "x", sys.executable, "-c", code]
+    assert subprocess.check_output(words, text=True) == "True\n"
