@@ -11,6 +11,7 @@ async with AsyncTwoTowerClient("localhost:8001") as client:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self, Unpack
@@ -19,9 +20,16 @@ import grpc
 import grpc.aio
 
 from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
-from twotower_client.core import READY_REQUEST, ClientCore, StreamCore, needs_stop
+from twotower_client.core import (
+    READY_REQUEST,
+    ClientCore,
+    Connection,
+    StreamCore,
+    is_unreachable,
+    needs_stop,
+)
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
-from twotower_client.request import stop_request
+from twotower_client.request import cancel_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_contract.options import Options
@@ -30,6 +38,7 @@ from twotower_contract.options import Options
 class AsyncTwoTowerClient(ClientCore):
     """A connection to a Triton server that serves a TwoTower model, for asyncio.
 
+    It may be made before there is an event loop, and used in several, one after the other.
     Arguments and errors are those of `TwoTowerClient`, here and of each method.
     """
 
@@ -57,26 +66,35 @@ class AsyncTwoTowerClient(ClientCore):
     ) -> AsyncAnswerStream:
         """Return an async iterator over the blocks of an answer, each as soon as it is committed.
 
-        Use it in an `async with` statement, or exhaust it.
+        Use it in an `async with` statement, exhaust it, or close it: leaving early tells the server
+        to stop. It is sent, and its time begins, when it is first waited for.
         """
         return AsyncAnswerStream(self, *self._request(prompt, prompt_ids, timeout, options))
 
     async def stop(self, request_id: str) -> bool:
         """Tell the server to stop a request; return whether it took note."""
+        connection = None
         try:
-            async for response in self._open_call(stop_request(request_id), STOP_SECONDS):
-                if response.error_message:
-                    return False
+            connection = self._connect(asyncio.get_running_loop())
+            call = connection.infer(cancel_request(request_id), timeout=STOP_SECONDS)
+            async with _errors_of(call):
+                async for response in call:
+                    if response.error_message:
+                        return False
         except (grpc.RpcError, ClientError):  # the latter where this client was closed
+            self._give_up(connection)
             return False
         return True
 
     async def check_ready(self) -> None:
         """Return if the model is ready."""
-        self._check_open()
+        connection = self._connect(asyncio.get_running_loop())
+        call = connection.ready(READY_REQUEST, timeout=LOOK_SECONDS)
         try:
-            response = await self._stub.ModelReady(READY_REQUEST, timeout=LOOK_SECONDS)
+            async with _errors_of(call):
+                response = await call
         except grpc.RpcError as problem:
+            self._give_up(connection)
             raise error_of_readiness(problem, self.url) from None
         if not response.ready:
             raise not_ready(self.url, "")
@@ -94,8 +112,15 @@ class AsyncTwoTowerClient(ClientCore):
 
     async def close(self) -> None:
         """Close the connection. Open streams end with an error, as do later calls."""
+        loop = asyncio.get_running_loop()
+        stopping = [task for task in self._stopping if task.get_loop() is loop]
+        if stopping:  # for dropped streams; each takes a limited time
+            await asyncio.wait(stopping)
         self._is_closed = True
-        await self._channel.close()
+        for connection in list(self._opened):  # those of other loops close by themselves
+            if connection.loop is loop:
+                await connection.channel.close()
+        self._connections.clear()
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,16 +128,14 @@ class AsyncTwoTowerClient(ClientCore):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _open_call(self, request: Any, timeout: float) -> Any:
-        self._check_open()
-
-        async def requests() -> AsyncIterator[Any]:
-            yield request
-
-        return self._stub.ModelStreamInfer(requests(), timeout=timeout)
+    def _stop_dropped(self, call: Any, reader: asyncio.Task[None], request_id: str) -> None:
+        """Begin to stop the request of a stream that is gone."""
+        task = asyncio.get_running_loop().create_task(_stop(self, call, reader, request_id))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
 
 
-class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
+class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
     """The blocks of one answer as they arrive, made by `AsyncTwoTowerClient.stream`.
 
     Attributes and errors are those of `AnswerStream`.
@@ -120,8 +143,8 @@ class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
 
     def __init__(self, client: AsyncTwoTowerClient, request: Any, timeout: float) -> None:
         super().__init__(client, request, timeout)
-        self._client = client
         self._request = request
+        self._connection: Connection | None = None
         self._call: Any = None
         self._reader: asyncio.Task[None] | None = None
         self._arrived: asyncio.Queue[Any] = asyncio.Queue()
@@ -132,7 +155,7 @@ class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
             raise StopAsyncIteration
         block = None
         try:
-            while block is None:  # newer servers end with an empty response
+            while block is None:  # a notice, or the empty response with which newer servers end
                 block = self._take(await self._wait())
         except ClientError as problem:
             await self._end(problem)
@@ -141,7 +164,7 @@ class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
             await asyncio.shield(self.cancel())
             raise
         if self.is_done:
-            await self._drain()
+            await _drain(self._call, self._reader)
         return block
 
     async def answer(self) -> Answer:
@@ -155,17 +178,35 @@ class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
         if not self.is_done and self._ended is None:
             await self._end(cancelled())
 
+    async def aclose(self) -> None:
+        """Do what `cancel` does; for `contextlib.aclosing`."""
+        await self.cancel()
+
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.cancel()
 
+    def __del__(self) -> None:
+        # An iterator that was dropped half way, in any thread: the loop that it ran in stops it.
+        reader = getattr(self, "_reader", None)  # None where it never began
+        if reader is None or self._ended is not None or self.is_done:
+            return
+        with contextlib.suppress(RuntimeError):  # that loop is closed, and its calls have ended
+            reader.get_loop().call_soon_threadsafe(
+                self._client._stop_dropped, self._call, reader, self.request_id
+            )
+
     async def _wait(self) -> Any:
         """Wait for the next item, but not too long."""
         if self._reader is None:  # here, as a stream may be made before there is a loop
-            self._call = self._client._open_call(self._request, self._timeout + GRACE_SECONDS)
-            self._reader = asyncio.create_task(_read(self._call, self._arrived))
+            self._connection = self._begin(asyncio.get_running_loop())
+            self._call = self._connection.infer(
+                self._request, timeout=self._timeout + GRACE_SECONDS
+            )
+            arguments = (self._connection, self._call, self._arrived)
+            self._reader = asyncio.create_task(_read(*arguments))
         try:
             # not wait_for, which in Python 3.11 loses a cancellation that comes with the message
             async with asyncio.timeout(self._patience()):
@@ -182,23 +223,59 @@ class AsyncAnswerStream(StreamCore, AsyncIterator[Block]):
         self._arrived.put_nowait(None)  # wakes a task that waits in __anext__
         if self._reader is None:
             return
-        told = not needs_stop(problem) or await self._client.stop(self.request_id)
-        await self._drain(GRACE_SECONDS if told else 0.0)
-
-    async def _drain(self, seconds: float = GRACE_SECONDS) -> None:
-        """Let the call end by itself (`client.AnswerStream._end` says why), or else cancel it."""
-        assert self._reader is not None, "there is a reader when something has arrived"
-        done, _ = await asyncio.wait([self._reader], timeout=seconds)
-        if not done:
-            self._call.cancel()
+        if is_unreachable(problem):
+            self._client._give_up(self._connection)
+        if needs_stop(problem):
+            await _stop(self._client, self._call, self._reader, self.request_id)
+        else:
+            await _drain(self._call, self._reader)
 
 
-async def _read(call: Any, arrived: asyncio.Queue[Any]) -> None:
-    """Pass on what arrives; None at the end."""
+async def _stop(
+    client: AsyncTwoTowerClient, call: Any, reader: asyncio.Task[None], request_id: str
+) -> None:
+    """Stop a request and wait for its call to end; cancel the call where that fails."""
+    told = await client.stop(request_id)
+    await _drain(call, reader, GRACE_SECONDS if told else 0.0)
+
+
+async def _drain(
+    call: Any, reader: asyncio.Task[None] | None, seconds: float = GRACE_SECONDS
+) -> None:
+    """Let the call end by itself (`client.AnswerStream._end` says why), or else cancel it."""
+    assert reader is not None, "there is a reader when something has arrived"
+    done, _ = await asyncio.wait([reader], timeout=seconds)
+    if not done:
+        call.cancel()
+
+
+async def _read(connection: Connection, call: Any, arrived: asyncio.Queue[Any]) -> None:
+    """Pass on what arrives; None at the end. The connection is held as long."""
     try:
-        async for message in call:
-            arrived.put_nowait(message)
-    except (grpc.RpcError, asyncio.CancelledError) as problem:
-        if isinstance(problem, grpc.RpcError):
-            arrived.put_nowait(problem)
-    arrived.put_nowait(None)
+        async with _errors_of(call):
+            async for message in call:
+                arrived.put_nowait(message)
+    except grpc.RpcError as problem:
+        arrived.put_nowait(problem)
+    finally:
+        arrived.put_nowait(None)
+
+
+@contextlib.asynccontextmanager
+async def _errors_of(call: Any) -> AsyncIterator[None]:
+    """Tell a call that ended with CANCELLED from a task that its caller cancelled.
+
+    grpc.aio raises `asyncio.CancelledError` for both; a balancer or a server may end a call so.
+
+    Raises:
+        grpc.RpcError: The call ended with CANCELLED.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling() or not call.done():
+            raise
+        nothing = grpc.aio.Metadata()
+        code, details = await call.code(), await call.details()
+        raise grpc.aio.AioRpcError(code, nothing, nothing, details) from None

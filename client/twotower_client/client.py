@@ -6,18 +6,28 @@ client at the same time.
 
 from __future__ import annotations
 
+import atexit
 import queue
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
 
 from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
-from twotower_client.core import READY_REQUEST, ClientCore, StreamCore, needs_stop
+from twotower_client.core import (
+    READY_REQUEST,
+    ClientCore,
+    Connection,
+    StreamCore,
+    is_unreachable,
+    needs_stop,
+)
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
-from twotower_client.request import stop_request
+from twotower_client.request import cancel_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_contract.options import Options
@@ -71,7 +81,8 @@ class TwoTowerClient(ClientCore):
     ) -> AnswerStream:
         """Return an iterator over the blocks of an answer, each as soon as it is committed.
 
-        Use it in a `with` statement, or exhaust it: leaving early tells the server to stop.
+        Use it in a `with` statement, exhaust it, or close it: leaving early tells the server to
+        stop.
 
         Args:
             prompt: Text to continue.
@@ -93,11 +104,14 @@ class TwoTowerClient(ClientCore):
         Returns:
             Whether the server took note. One that did not gives the request up after its timeout.
         """
+        connection = None
         try:
-            for response in self._open_call(stop_request(request_id), STOP_SECONDS):
+            connection = self._connect()
+            for response in connection.infer(cancel_request(request_id), timeout=STOP_SECONDS):
                 if response.error_message:
                     return False
         except (grpc.RpcError, ClientError):  # the latter where this client was closed
+            self._give_up(connection)
             return False
         return True
 
@@ -109,10 +123,11 @@ class TwoTowerClient(ClientCore):
             ModelNotReadyError: The server does not serve the model.
             RequestRefusedError: This client was closed.
         """
-        self._check_open()
+        connection = self._connect()
         try:
-            response = self._stub.ModelReady(READY_REQUEST, timeout=LOOK_SECONDS)
+            response = connection.ready(READY_REQUEST, timeout=LOOK_SECONDS)
         except grpc.RpcError as problem:
+            self._give_up(connection)
             raise error_of_readiness(problem, self.url) from None
         if not response.ready:
             raise not_ready(self.url, "")
@@ -140,7 +155,8 @@ class TwoTowerClient(ClientCore):
     def close(self) -> None:
         """Close the connection. Open streams end with an error, as do later calls."""
         self._is_closed = True
-        self._channel.close()
+        for connection in list(self._opened):
+            connection.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -148,28 +164,28 @@ class TwoTowerClient(ClientCore):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_call(self, request: Any, timeout: float) -> Any:
-        self._check_open()
-        return self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
 
-
-class AnswerStream(StreamCore, Iterator[Block]):
+class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
     """The blocks of one answer as they arrive, made by `TwoTowerClient.stream`.
 
     Attributes:
         request_id: Name of the request on the server.
         prompt_ids: Token ids of the prompt as the server saw it; empty before the first block.
         blocks: Blocks that have arrived.
+        queue_place: Place among the requests that wait for a slot, from 1, as the server told it
+            last; 0 otherwise.
     """
 
     def __init__(self, client: TwoTowerClient, request: Any, timeout: float) -> None:
         super().__init__(client, request, timeout)
-        self._client = client
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._call = client._open_call(request, timeout + GRACE_SECONDS)
+        self._connection = self._begin()
+        self._call = self._connection.infer(request, timeout=timeout + GRACE_SECONDS)
         # A thread waits for the server, so that we can wait for the thread with a limit.
-        self._reader = threading.Thread(target=_read, args=(self._call, self._arrived), daemon=True)
+        arguments = (self._connection, self._call, self._arrived)
+        self._reader = threading.Thread(target=_read, args=arguments, daemon=True)
         self._reader.start()
+        _UNDER_WAY.add(self)
 
     def __next__(self) -> Block:
         """Wait for the next block.
@@ -181,7 +197,7 @@ class AnswerStream(StreamCore, Iterator[Block]):
             raise StopIteration
         block = None
         try:
-            while block is None:  # newer servers end with an empty response
+            while block is None:  # a notice, or the empty response with which newer servers end
                 block = self._take(self._wait())
         except ClientError as problem:
             self._end(problem)
@@ -212,6 +228,10 @@ class AnswerStream(StreamCore, Iterator[Block]):
             self._end(cancelled())
             self._arrived.put(None)  # wakes a thread that waits in __next__
 
+    def close(self) -> None:
+        """Do what `cancel` does; for `contextlib.closing`."""
+        self.cancel()
+
     def __enter__(self) -> Self:
         return self
 
@@ -221,7 +241,8 @@ class AnswerStream(StreamCore, Iterator[Block]):
     def __del__(self) -> None:
         # An iterator that was dropped half way; whoever drops it must not wait for the server.
         is_open = hasattr(self, "_reader") and self._ended is None  # else it never began, or ended
-        if is_open and not self.is_done:
+        # No thread starts while Python shuts down; `_close_all` was there before.
+        if is_open and not self.is_done and not sys.is_finalizing():
             let_go = (self._client, self._call, self._reader, self.request_id)
             threading.Thread(target=_stop, args=let_go, daemon=True).start()
 
@@ -242,6 +263,8 @@ class AnswerStream(StreamCore, Iterator[Block]):
         it is ending counts the request as under way for ever, and then is slow to shut down.
         """
         self._ended = problem
+        if is_unreachable(problem):
+            self._client._give_up(self._connection)
         if needs_stop(problem):
             _stop(self._client, self._call, self._reader, self.request_id)
         else:
@@ -256,11 +279,21 @@ def _stop(client: TwoTowerClient, call: Any, reader: threading.Thread, request_i
         call.cancel()
 
 
-def _read(call: Any, arrived: queue.SimpleQueue[Any]) -> None:
-    """Pass on what arrives; None at the end."""
+def _read(connection: Connection, call: Any, arrived: queue.SimpleQueue[Any]) -> None:
+    """Pass on what arrives; None at the end. The connection is held as long."""
     try:
         for message in call:
             arrived.put(message)
     except grpc.RpcError as problem:
         arrived.put(problem)
     arrived.put(None)
+
+
+_UNDER_WAY: weakref.WeakSet[AnswerStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Stop what a script leaves half read, while threads still run."""
+    for stream in list(_UNDER_WAY):
+        stream.cancel()

@@ -13,6 +13,14 @@ from twotower_client.errors import RequestRefusedError
 # In gRPC's order. Of the variables in capitals it knows none.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 SPARING_VARIABLES = ("no_grpc_proxy", "no_proxy")
+# A connection that was dropped without a word, as idle ones are by balancers, is noticed during a
+# call: after 30 s of silence the server is asked whether it is there, and has 20 s to answer.
+# (Newer gRPC goes by the second limit, which is 60 s by default.)
+KEEP_ALIVE = [
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+]
 LOOK_SECONDS = 5.0  # for calls that only look
 STOP_SECONDS = 2.0  # for telling a server to stop; it may be the one that hangs
 RETRY_SECONDS = 0.2  # between two looks at a server that is not ready

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import time
 import uuid
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from twotower_client.connection import channel_options, check_address, check_seconds, closed
+from twotower_client.connection import (
+    KEEP_ALIVE,
+    channel_options,
+    check_address,
+    check_seconds,
+    closed,
+)
 from twotower_client.errors import (
     ClientError,
     DeadlineError,
+    InactivityError,
     RequestCancelledError,
     RequestFailedError,
+    ServerUnavailableError,
 )
 from twotower_client.request import MODEL, infer_request
 from twotower_client.response import (
@@ -26,16 +35,41 @@ from twotower_client.response import (
     error_of,
     error_of_rpc,
     prompt_ids_of,
+    queue_place_of,
     too_late,
+    unexplained,
 )
 from twotower_client.result import Answer, Block
 from twotower_contract.options import Options
 
 READY_REQUEST = service_pb2.ModelReadyRequest(name=MODEL)
+NOTICE_SECONDS = 5.0  # between two notices of the server that a request still waits
+# Otherwise a new channel would get the connection of the one that was given up.
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+
+
+class Connection:
+    """A channel and its calls. It closes when neither the client nor a call refers to it.
+
+    Args:
+        channel: Of `grpc` or `grpc.aio`.
+        loop: The event loop that it belongs to, if any.
+    """
+
+    def __init__(self, channel: Any, loop: Any) -> None:
+        self.channel = channel
+        self.loop = loop
+        self.ready = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelReady
+        # Triton's call takes many requests, for which gRPC would start a thread; we send one.
+        self.infer = channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
 
 
 class ClientCore:
-    """Settings and channel of a client."""
+    """Settings and connections of a client."""
 
     _channels: Any = grpc  # the module that opens channels
 
@@ -50,17 +84,42 @@ class ClientCore:
         self.url = check_address(url)
         self.timeout = check_seconds("timeout", timeout)
         self.inactivity_timeout = check_seconds("inactivity_timeout", inactivity_timeout)
-        self._channel = (
-            self._channels.insecure_channel(url, options=channel_options(url))
-            if credentials is None
-            else self._channels.secure_channel(url, credentials, options=channel_options(url))
-        )
+        self._credentials = credentials
+        self._connections: dict[Any, Connection] = {}  # by event loop; None with threads
+        self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()  # those given up, too
+        self._stopping: set[Any] = set()  # tasks that stop dropped streams; with asyncio only
         self._is_closed = False
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
-    def _check_open(self) -> None:
+    def _connect(self, loop: Any = None) -> Connection:
+        """Return the connection of a call that begins now.
+
+        It is made here and not with the client: one of asyncio belongs to the loop that runs, and
+        one that was given up is replaced.
+
+        Args:
+            loop: The event loop that runs, if any.
+        """
         if self._is_closed:
             raise closed()
+        connection = self._connections.get(loop)
+        if connection is None:
+            for other in list(self._connections):
+                if other is not None and other.is_closed():
+                    del self._connections[other]
+            connection = self._connections.setdefault(loop, Connection(self._open_channel(), loop))
+            self._opened.add(connection)
+        return connection
+
+    def _open_channel(self) -> Any:
+        options = [*channel_options(self.url), *KEEP_ALIVE, *OWN_CONNECTION]
+        if self._credentials is None:
+            return self._channels.insecure_channel(self.url, options=options)
+        return self._channels.secure_channel(self.url, self._credentials, options=options)
+
+    def _give_up(self, connection: Connection | None) -> None:
+        """Let later calls have a new connection. Calls under way keep theirs."""
+        if connection is not None and self._connections.get(connection.loop) is connection:
+            self._connections.pop(connection.loop, None)
 
     def _request(
         self,
@@ -71,27 +130,43 @@ class ClientCore:
     ) -> tuple[Any, float]:
         """Return the message of a request, checked, and its timeout in seconds."""
         limit = self.timeout if timeout is None else check_seconds("timeout", timeout)
-        return infer_request(prompt, prompt_ids, options, uuid.uuid4().hex, limit), limit
+        notice = min(NOTICE_SECONDS, self.inactivity_timeout / 3)
+        request_id = uuid.uuid4().hex
+        return infer_request(prompt, prompt_ids, options, request_id, limit, notice), limit
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} holds a connection and cannot be pickled or copied; make one "
+            "in each process, from its url"
+        )
 
 
-class StreamCore:
+Client = TypeVar("Client", bound=ClientCore)
+
+
+class StreamCore(Generic[Client]):
     """One answer as far as it has arrived, and the reason why it ended."""
 
-    def __init__(self, client: ClientCore, request: Any, timeout: float) -> None:
+    def __init__(self, client: Client, request: Any, timeout: float) -> None:
         self.request_id: str = request.id
         self.prompt_ids: tuple[int, ...] = ()
         self.blocks: list[Block] = []
-        self._url = client.url
-        self._inactivity_timeout = client.inactivity_timeout
+        self.queue_place = 0
+        self._client = client
         self._timeout = timeout
         self._left = timeout
-        self._began = time.monotonic()
+        self._began = 0.0
         self._ended: ClientError | None = None
 
     @property
     def is_done(self) -> bool:
         """Whether the answer is complete."""
         return bool(self.blocks) and self.blocks[-1].finish_reason is not None
+
+    def _begin(self, loop: Any = None) -> Connection:
+        """Start the clock, and return the connection to send the request on."""
+        self._began = time.monotonic()
+        return self._client._connect(loop)
 
     def _goes_on(self) -> bool:
         """Return whether more is to come; raise the reason where the answer ended early."""
@@ -102,11 +177,12 @@ class StreamCore:
     def _patience(self) -> float:
         """Return how many seconds to wait for the next message."""
         self._left = self._timeout - (time.monotonic() - self._began)
-        return max(0.0, min(self._left, self._inactivity_timeout))
+        return max(0.0, min(self._left, self._client.inactivity_timeout))
 
     def _too_late(self) -> ClientError:
         """Return the exception for a wait in which nothing came."""
-        return too_late(self._timeout, self._left, self._inactivity_timeout, len(self.blocks))
+        limit = self._client.inactivity_timeout
+        return too_late(self._timeout, self._left, limit, len(self.blocks), self.queue_place)
 
     def _is_unexplained(self, item: Any) -> bool:
         """Return whether Triton itself refused the request: the model may not be ready."""
@@ -115,7 +191,7 @@ class StreamCore:
         return is_first and bool(message) and error_of(message) is None
 
     def _take(self, item: Any) -> Block | None:
-        """Keep the block that an item of the stream holds; None for an empty response.
+        """Keep the block that an item of the stream holds; None for a response without a block.
 
         Args:
             item: A response, the `grpc.RpcError` that ended the call, or None for its plain end.
@@ -129,13 +205,17 @@ class StreamCore:
             raise RequestFailedError(
                 "the server ended the answer without saying why; its log may tell"
             )
+        if isinstance(item, grpc.RpcError) and self._client._is_closed:
+            raise closed()
         if isinstance(item, grpc.RpcError):
-            raise error_of_rpc(item, self._url, started=bool(self.blocks))
+            raise error_of_rpc(item, self._client.url, started=bool(self.blocks))
         if item.error_message:
-            raise error_of(item.error_message) or RequestFailedError(
-                f"the server answered with an error: {item.error_message}"
-            )
+            message = item.error_message
+            raise error_of(message) or unexplained(message, self._client.url)
         if not item.infer_response.outputs:
+            return None
+        self.queue_place = queue_place_of(item.infer_response)
+        if self.queue_place:
             return None
         self.prompt_ids = self.prompt_ids or prompt_ids_of(item.infer_response)
         block = block_of(item.infer_response, time.monotonic() - self._began)
@@ -157,7 +237,15 @@ class StreamCore:
             request_id=self.request_id,
         )
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} is under way and cannot be pickled or copied")
+
 
 def needs_stop(problem: ClientError) -> bool:
     """Return whether the server may still work on a request that ended so."""
     return isinstance(problem, RequestCancelledError | DeadlineError)
+
+
+def is_unreachable(problem: ClientError) -> bool:
+    """Return whether the connection may be the reason, so that later calls need a new one."""
+    return isinstance(problem, ServerUnavailableError | InactivityError)

@@ -1,4 +1,4 @@
-"""Messages that Triton takes: a checked request, and the wish to stop one."""
+"""Messages that Triton takes: a checked request, and the wish to cancel one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from twotower_client.errors import RequestRefusedError
-from twotower_contract.options import INPUTS, OPTIONS, Options, Wire, ids_refusal, refusal
+from twotower_contract.options import (
+    INPUTS,
+    OPTIONS,
+    Options,
+    Wire,
+    ids_refusal,
+    refusal,
+    unknown_name,
+)
 
 MODEL = "twotower"
 DTYPES: dict[Wire, type[np.generic]] = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
@@ -23,9 +31,9 @@ def check_options(options: Options) -> dict[str, Any]:
         RequestRefusedError: A value is wrong; the message names it and the values that are allowed.
         TypeError: There is no such option.
     """
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {', '.join(OPTIONS)}")
+    unknown = unknown_name(options, OPTIONS)
+    if unknown is not None:
+        raise TypeError(unknown)
     given = {
         name: _listed(value) if OPTIONS[name].is_list else value
         for name, value in options.items()
@@ -41,6 +49,7 @@ def infer_request(
     options: Options,
     request_id: str,
     timeout: float,
+    queue_notice: float | None = None,
 ) -> Any:
     """Return the message of a request, after checking it.
 
@@ -50,6 +59,8 @@ def infer_request(
         options: Options of the request.
         request_id: Name of the request on the server.
         timeout: Seconds after which the server gives the request up by itself.
+        queue_notice: Seconds between two notices that the request still waits for a slot; None for
+            no notices.
 
     Returns:
         A `tritonclient.grpc.service_pb2.ModelInferRequest`.
@@ -74,13 +85,15 @@ def infer_request(
     for name, value in given.items():
         message.add(name, value.encode() if isinstance(value, str) else value)
     message.add("timeout_seconds", timeout)
+    if queue_notice is not None:
+        message.add("queue_notice_seconds", queue_notice)
     return message.message
 
 
-def stop_request(request_id: str) -> Any:
-    """Return the message that stops another request."""
+def cancel_request(request_id: str) -> Any:
+    """Return the message that cancels another request."""
     message = Message("")
-    message.add("stop", request_id.encode())
+    message.add("cancel_request_id", request_id.encode())
     return message.message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from twotower_client.connection import proxy_of
@@ -20,6 +21,7 @@ from twotower_client.request import MODEL
 from twotower_client.result import Block
 
 REFUSED = "request refused: "  # how our refusals begin; Triton puts the ensemble's name before
+UNKNOWN_MODEL = "unknown model"  # also of a server that is shutting down
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
 
 # Finish reasons of an answer that is not complete.
@@ -30,7 +32,30 @@ FAILURES: dict[str, type[ClientError]] = {
     "failed": RequestFailedError,
 }
 
-Tensor = Literal["output_ids", "prompt_ids", "masked_counts", "denoiser_calls", "context_calls"]
+# What HTTP statuses mean that a balancer or proxy gives a gRPC call: it answers without the server.
+HTTP_STATUS = re.compile(r"status: (\d{3})")  # "Received http2 header with status: 502"
+BALANCER: dict[str, tuple[type[ClientError], str]] = {
+    "413": (
+        RequestRefusedError,
+        "finds the request too large; shorten the prompt, or raise the balancer's limit (nginx: "
+        "client_max_body_size)",
+    ),
+    "429": (ServerBusyError, "has too many requests already; try again later"),
+    "502": (
+        ServerUnavailableError,
+        "reaches no server; try again, and look whether a Triton server runs behind it",
+    ),
+    "503": (ServerUnavailableError, "has no server to ask; try again later"),
+    "504": (
+        ServerUnavailableError,
+        "has waited too long for the server; try again, or raise the balancer's timeout (nginx: "
+        "grpc_read_timeout)",
+    ),
+}
+
+Tensor = Literal[
+    "output_ids", "prompt_ids", "masked_counts", "denoiser_calls", "context_calls", "queue_place"
+]
 
 
 def block_of(response: Any, seconds: float) -> Block:
@@ -57,10 +82,17 @@ def block_of(response: Any, seconds: float) -> Block:
 
 
 def prompt_ids_of(response: Any) -> tuple[int, ...]:
-    """Return the prompt as the server saw it; empty in all but the first response."""
+    """Return the prompt as the server saw it; empty in all but the first block's response."""
     from tritonclient.grpc import InferResult
 
     return _integers(InferResult(response), "prompt_ids")
+
+
+def queue_place_of(response: Any) -> int:
+    """Return the place among the requests that wait for a slot, from 1; 0 where it has one."""
+    from tritonclient.grpc import InferResult
+
+    return _integers(InferResult(response), "queue_place")[0]
 
 
 def error_of(message: str) -> ClientError | None:
@@ -85,11 +117,17 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
     import grpc
 
     code, details = problem.code(), problem.details()
+    status = HTTP_STATUS.search(details or "")
+    if status is not None and status[1] in BALANCER:
+        kind, words = BALANCER[status[1]]
+        return kind(f"the balancer at {url} (HTTP status {status[1]}) {words}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError("the answer was not complete within the timeout; allow more time")
-    if code is grpc.StatusCode.CANCELLED:
-        return cancelled()
-    if code is grpc.StatusCode.UNAVAILABLE and started:
+    if code is grpc.StatusCode.CANCELLED and not started:  # by nobody here: see `core`
+        return ServerUnavailableError(
+            f"the server at {url}, or a balancer before it, ended the call ({details}); try again"
+        )
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) and started:
         return RequestFailedError(
             f"the connection to {url} broke in the middle of the answer ({details}); "
             "the server may have ended"
@@ -129,7 +167,9 @@ def _by_proxy(url: str) -> str:
     return f"; it was asked through the proxy {proxy}: add {host} to no_proxy to ask it directly"
 
 
-def too_late(timeout: float, left: float, inactivity_timeout: float, blocks: int) -> ClientError:
+def too_late(
+    timeout: float, left: float, inactivity_timeout: float, blocks: int, queue_place: int = 0
+) -> ClientError:
     """Return the exception for a wait in which nothing came.
 
     Args:
@@ -137,7 +177,14 @@ def too_late(timeout: float, left: float, inactivity_timeout: float, blocks: int
         left: Seconds that were left of them when the wait began.
         inactivity_timeout: Seconds that may pass without anything new.
         blocks: Number of blocks that had arrived.
+        queue_place: Place in the queue that the server told last; 0 for none.
     """
+    if left <= inactivity_timeout and queue_place:
+        return DeadlineError(
+            f"the answer had not begun after {timeout:g} s: the request still waited for a slot, "
+            f"at place {queue_place}, when the server spoke last; allow more with timeout, or try "
+            "again later"
+        )
     arrived = "1 block had arrived" if blocks == 1 else f"{blocks} blocks had arrived"
     if left <= inactivity_timeout:
         return DeadlineError(
@@ -155,11 +202,19 @@ def cancelled() -> RequestCancelledError:
     return RequestCancelledError("the request was cancelled before its answer was complete")
 
 
+def unexplained(message: str, url: str) -> ClientError:
+    """Return the exception for an error message of Triton's own."""
+    if UNKNOWN_MODEL in message:
+        return not_ready(url, f" ({message})")
+    return RequestFailedError(f"the server answered with an error: {message}")
+
+
 def not_ready(url: str, details: str) -> ModelNotReadyError:
     """Return the exception for a server that does not serve the model."""
     return ModelNotReadyError(
-        f"the server at {url} runs, but its model `{MODEL}` is not ready{details}; wait until it "
-        "is loaded, or check that this server was given a repository of `twotower package`"
+        f"the server at {url} runs, but its model `{MODEL}` is not ready{details}; try again "
+        "when it is loaded or was restarted, or check that this server was given a repository of "
+        "`twotower package`"
     )
 
 

@@ -7,6 +7,7 @@ mathematics and that the towers do not implement is refused here, by name, befor
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,7 +20,24 @@ from twotower_contract.settings import IMPLEMENTED, check_settings
 DEFAULT_MASK_TOKEN_ID: Final = 3
 """The mask of NVIDIA's `inference.py`; their `config.json` does not name it."""
 
+INT32_MAX: Final = 2**31 - 1
+"""Largest size: ids and positions are int32 in the graphs."""
+
+MAX_LAYERS: Final = 1024
+MAX_EXPERTS: Final = 4096
+"""Most layers of a tower and experts of a layer: each has tensors of its own to list."""
+
 LAYER_KINDS: Final = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts"}
+
+# Layer types of transformers 5 (`layers_block_type`), its own names and those it saved before.
+_LETTERS: Final = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "full_attention": "*",
+    "attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
 
 # Field of ModelConfig -> key of config.json, where they differ.
 _KEYS: Final = {
@@ -134,12 +152,7 @@ class ModelConfig:
             ConfigError: a key is missing or of the wrong type, a size is impossible, or a setting
                 asks for something that the towers do not compute.
         """
-        pattern = values.get("hybrid_override_pattern")
-        if not isinstance(pattern, str):
-            raise ConfigError(
-                f"{source}: hybrid_override_pattern is {pattern!r}, not a text of the letters "
-                f"{_letters()}: this is no Nemotron-H configuration"
-            )
+        pattern = _pattern(values, source)
         check_settings(values, source)
         read = _read_fields(values, pattern, source)
         read["eos_token_ids"] = token_ids(values.get("eos_token_id", 2), source)
@@ -215,8 +228,10 @@ class ModelConfig:
         return {name: getattr(self, name) for name in _types_in_block()}
 
     def _check_pattern(self) -> None:
-        if not self.pattern:
-            raise ConfigError(f"{self.source}: hybrid_override_pattern is empty: no layers")
+        if not 1 <= len(self.pattern) <= MAX_LAYERS:
+            count = len(self.pattern)
+            what = f"has {count} letters, not 1 to {MAX_LAYERS}" if count else "is empty: no layers"
+            raise ConfigError(f"{self.source}: hybrid_override_pattern {what}")
         for index, letter in enumerate(self.pattern):
             if letter not in LAYER_KINDS:
                 what = "a plain MLP layer, which TwoTower lacks" if letter == "-" else "unknown"
@@ -231,9 +246,11 @@ class ModelConfig:
             if letter in self.pattern:
                 sizes += names
         for name in sizes:
-            if getattr(self, name) < 1:
+            most = MAX_EXPERTS if name == "num_experts" else INT32_MAX
+            if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(
-                    f"{self.source}: {_KEYS.get(name, name)} is {getattr(self, name)}, not >= 1"
+                    f"{self.source}: {_KEYS.get(name, name)} is {getattr(self, name)}, not >= 1 "
+                    f"and at most {most}; take config.json of the released checkpoint"
                 )
         divides = [
             ("*", "num_attention_heads", "num_key_value_heads"),
@@ -358,6 +375,30 @@ def _letters() -> str:
     return ", ".join(f"{letter!r} ({kind})" for letter, kind in LAYER_KINDS.items())
 
 
+def _pattern(values: Mapping[str, Any], source: str) -> str:
+    """The letters of the layers, as NVIDIA writes them or as transformers 5 does."""
+    pattern, types = values.get("hybrid_override_pattern"), values.get("layers_block_type")
+    if types is not None:
+        if not isinstance(types, list) or not all(type(t) is str and t in _LETTERS for t in types):
+            raise ConfigError(
+                f"{source}: layers_block_type is {types!r:.200}, not a list of "
+                f"{', '.join(_LETTERS)}: this is no Nemotron-H configuration"
+            )
+        letters = "".join(_LETTERS[one] for one in types)
+        if pattern not in (None, letters):
+            raise ConfigError(
+                f"{source}: hybrid_override_pattern is {pattern!r:.200}, but layers_block_type "
+                f"says {letters!r}; remove the wrong one"
+            )
+        return letters
+    if not isinstance(pattern, str):
+        raise ConfigError(
+            f"{source}: hybrid_override_pattern is {pattern!r:.200}, not a text of the letters "
+            f"{_letters()}: this is no Nemotron-H configuration"
+        )
+    return pattern
+
+
 def _read_fields(values: Mapping[str, Any], pattern: str, source: str) -> dict[str, Any]:
     """The plain fields of `ModelConfig` that the file has; missing required ones are refused."""
     required = {"vocab_size", "hidden_size"}
@@ -369,6 +410,9 @@ def _read_fields(values: Mapping[str, Any], pattern: str, source: str) -> dict[s
         if one.name in ("source", "eos_token_ids", "dtype"):
             continue
         key = _KEYS.get(one.name, one.name)
+        if one.name == "pattern":
+            read["pattern"] = pattern
+            continue
         if key == "layer_norm_epsilon" and key not in values:
             key = "norm_eps"
         value = values.get(key)
@@ -393,7 +437,9 @@ def _typed(value: Any, type_name: str, key: str, source: str) -> Any:
     }
     # Python counts a bool as an int; JSON does not
     if not isinstance(value, kinds[type_name]) or isinstance(value, bool) != (type_name == "bool"):
-        raise ConfigError(f"{source}: {key} is {value!r}, not of type {type_name}")
+        raise ConfigError(f"{source}: {key} is {value!r:.80}, not of type {type_name}")
+    if type_name == "float" and abs(value) > sys.float_info.max:
+        return math.inf  # a whole number that no float holds; what it is of refuses it
     return float(value) if type_name == "float" else value
 
 

@@ -22,6 +22,9 @@ from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 FORMAT = "twotower-engines"
 FORMAT_VERSION = 1
+MAX_SLOTS = 256
+MAX_BLOCK = 256
+"""Largest block of an engine, in tokens."""
 BUILD_FILE = "build.json"
 
 
@@ -160,7 +163,9 @@ def open_engine_set(path: Path, sku: str | None = None) -> EngineSet:
         raise EngineSetError(f"{folder}: was built for `{build.sku}`, not for `{sku}`")
     if not (folder / MANIFEST_FILE).is_file():
         raise EngineSetError(f"{folder}: {MANIFEST_FILE} is missing; build the engines again")
-    return EngineSet(folder, build, read_manifest(folder))
+    manifest = read_manifest(folder)
+    _check_limits(folder / BUILD_FILE, build.limits, manifest)
+    return EngineSet(folder, build, manifest)
 
 
 def _resolve(path: Path, sku: str | None) -> Path:
@@ -201,3 +206,19 @@ def _record(document: Document) -> BuildRecord:
             tower: [one.values for one in profiles.items(tower)] for tower in profiles.values
         },
     )
+
+
+def _check_limits(path: Path, limits: Limits, manifest: Manifest) -> None:
+    """Refuse limits that no build has: a runtime makes room for all that they promise."""
+    most = {
+        "slots": MAX_SLOTS,
+        "context": manifest.model.max_position_embeddings,
+        "max_tokens_per_call": manifest.max_tokens_per_call,
+        "block_size_max": MAX_BLOCK,
+    }
+    for name, value in asdict(limits).items():
+        if not 1 <= value <= most[name]:
+            raise EngineSetError(
+                f"{path}: the field `limits: {name}` is {value}, not 1 to {most[name]}; build the "
+                "engines again"
+            )

@@ -21,6 +21,10 @@ class TwoTowerError(Exception):
 
     exit_code: int = 2
 
+    def __str__(self) -> str:
+        """Return the message; what a file's author put into a name cannot steer a terminal."""
+        return "\n".join(map(printable, super().__str__().split("\n")))
+
 
 class DryRunEndsError(TwoTowerError):
     """Everything was checked, and nothing is written, as `--dry-run` asks; not a failure."""
@@ -50,3 +54,11 @@ def listed(problems: Sequence[str]) -> str:
     if len(problems) <= LISTED_AT_MOST:
         return shown
     return f"{shown}; and {len(problems) - LISTED_AT_MOST} more ({len(problems)} in all)"
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters, and letters that turn its direction, as escapes."""
+    return "".join(
+        one if one == " " or one.isprintable() else one.encode("unicode_escape").decode()
+        for one in text
+    )

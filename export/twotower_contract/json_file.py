@@ -9,6 +9,7 @@ inside it, what was found, and what to do.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 from twotower_contract.atomic import write_text
 from twotower_contract.errors import ConfigError, TwoTowerError
+from twotower_contract.files import read_file
 
 T = TypeVar("T")
 
@@ -86,7 +88,7 @@ class Document:
 
     def number(self, key: str) -> float:
         """Return a number as a float."""
-        if _is(self.values.get(key), int):
+        if _is(self.values.get(key), int) and abs(self.values[key]) <= sys.float_info.max:
             return float(self.values[key])
         return self._get(key, float, "a number")
 
@@ -180,10 +182,7 @@ def read_json(
     Raises:
         TwoTowerError: The file cannot be read, is not JSON, has a key twice, or holds no object.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+    content = read_file(path, error, remedy)
     return Document(parse_object(content, f"{path}:", error, remedy), str(path), error, remedy)
 
 

@@ -23,6 +23,8 @@ from twotower_contract.shards import ITEM_SIZES, STORED_DTYPES, Shard, TensorEnt
 FORMAT: Final = "twotower-bundle"
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
+MAX_TOKENS_PER_CALL: Final = 256
+"""Most tokens of one row in one call of a context graph."""
 REMEDY: Final = "write the bundle again with `twotower export`"
 
 
@@ -137,6 +139,11 @@ def manifest_of_file(path: Path) -> Manifest:
     shards = tuple(shard.record(Shard) for shard in document.items("shards"))
     tensors = {n: entry.record(TensorEntry) for n, entry in document.sections("tensors").items()}
     _check_tensors(document, shards, tensors)
+    if not 1 <= document.integer("max_tokens_per_call") <= MAX_TOKENS_PER_CALL:
+        raise document.refusal(
+            f"the field `max_tokens_per_call` is {document.integer('max_tokens_per_call')}, not 1 "
+            f"to {MAX_TOKENS_PER_CALL}"
+        )
     graphs = document.section("graphs")
     return document.record(
         Manifest,

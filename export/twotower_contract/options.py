@@ -7,9 +7,10 @@ it; a test checks `triton_repo/{twotower,preprocess}/config.pbtxt` against it.
 
 from __future__ import annotations
 
+import difflib
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
@@ -206,9 +207,26 @@ INPUTS: dict[str, tuple[Wire, int]] = {
     "input_ids": ("INT32", -1),
     **{name: (option.wire, -1 if option.is_list else 1) for name, option in OPTIONS.items()},
     "timeout_seconds": ("FP32", 1),
-    "stop": ("BYTES", 1),
+    "queue_notice_seconds": ("FP32", 1),
+    "cancel_request_id": ("BYTES", 1),
 }
 """Type and length (-1 for any) of every input tensor of the served model; all are optional."""
+
+
+NEAR = 0.7  # likeness of a mistyped name: `max_tokens` is near max_new_tokens, `stop` near no name
+
+
+def unknown_name(given: Iterable[str], known: Iterable[str]) -> str | None:
+    """Return the refusal of the first name that is not known, with the nearest that is, or None."""
+    names = tuple(known)
+    unknown = sorted(set(given) - set(names))
+    if not unknown:
+        return None
+    near = difflib.get_close_matches(unknown[0], names, 1, NEAR)
+    return (
+        f"there is no option {unknown[0]!r}{f' (the nearest is {near[0]})' if near else ''}; "
+        f"the options are {', '.join(names)}"
+    )
 
 
 def refusal(given: Mapping[str, Any]) -> str | None:

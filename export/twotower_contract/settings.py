@@ -20,6 +20,7 @@ IMPLEMENTED: Final[dict[str, tuple[Any, ...]]] = {
     "n_group": (1,),  # group-limited routing
     "n_shared_experts": (1,),
     "num_nextn_predict_layers": (0, None),
+    "quantization_config": (None,),
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
     "tie_word_embeddings": (False,),
@@ -29,6 +30,9 @@ IMPLEMENTED: Final[dict[str, tuple[Any, ...]]] = {
 }
 """Values that the towers implement, the usual one first; a key that is absent means that value."""
 
+PLAIN: Final = (None, "default")
+"""Types of rotary embeddings without scaling."""
+
 
 def check_settings(values: Mapping[str, Any], source: str) -> None:
     """Refuse a setting of `config.json` under which the towers would compute something else.
@@ -37,12 +41,30 @@ def check_settings(values: Mapping[str, Any], source: str) -> None:
         ConfigError: names the key, its value, and what is implemented.
     """
     for key, allowed in IMPLEMENTED.items():
-        if key in values and values[key] not in allowed:
+        value = values.get(key, allowed[0])
+        if not any(type(value) is type(one) and value == one for one in allowed):
             raise ConfigError(
-                f"{source}: {key} is {values[key]!r}, but TwoTower's towers are defined with "
+                f"{source}: {key} is {value!r:.120}, but TwoTower's towers are defined with "
                 f"{allowed[0]!r} only; this is another model"
             )
+    for key in ("rope_scaling", "rope_parameters"):
+        _check_positions(values.get(key), f"{source}: {key}")
     _check_time_step_limit(values.get("time_step_limit"), source)
+
+
+def _check_positions(value: Any, name: str) -> None:
+    """Refuse an encoding of positions: the attention layers have none, whatever is written here."""
+    neutral = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if value is None or (
+        isinstance(value, dict)
+        and neutral.issuperset(value)
+        and all(value.get(key) in PLAIN for key in ("rope_type", "type"))
+    ):
+        return
+    raise ConfigError(
+        f"{name} is {value!r:.120}, which stretches positions, but TwoTower's attention has none; "
+        "this is another model"
+    )
 
 
 def _check_time_step_limit(limit: Any, source: str) -> None:

@@ -7,11 +7,11 @@ small reads, whatever the size of the file.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import re
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from twotower_contract.errors import CheckpointError
+from twotower_contract.errors import CheckpointError, printable
+from twotower_contract.files import opened, refuse_pointer
 from twotower_contract.json_file import parse_object
 from twotower_contract.machine import read_at
 
@@ -65,6 +66,11 @@ class TensorEntry:
     def parameters(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all bytes of the sample are 0, as in a file that was never filled."""
+        return self.parameters > 0 and self.sample == _zero_sample(self.end - self.begin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,43 +155,13 @@ def named_sha256(path: Path) -> str | None:
     return blob.name if is_named else None
 
 
-def refuse_dangling(path: Path) -> None:
-    """Refuse a link to nothing: what an interrupted download, or a cache cut short, leaves.
-
-    Raises:
-        CheckpointError: it is one.
-    """
-    if path.is_symlink() and not path.exists():
-        raise CheckpointError(
-            f"{path}: is a link to {path.readlink()}, which is not there: the download did "
-            "not finish; fetch the checkpoint again, finished files are kept"
-        )
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    refuse_dangling(path)
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        raise CheckpointError(
-            f"{path}: this shard is missing; restore it or download the checkpoint again"
-        ) from None
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
-        raise CheckpointError(
-            f"{path}: is {what}, not a shard; restore the file or download the checkpoint again"
-        )
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
+    remedy = "restore it or download the checkpoint again"
+    with opened(path, CheckpointError, "shard", remedy) as descriptor:
         if hasattr(os, "posix_fadvise"):  # no read-ahead around the samples
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _shard_sample(descriptor: int) -> str:
@@ -208,7 +184,17 @@ def _tensor_sample(descriptor: int, offset: int, length: int) -> str:
     if length > WHOLE_TENSOR_BYTES:
         offset += (length // 2) & ~(TENSOR_SAMPLE_BYTES - 1)
         length = TENSOR_SAMPLE_BYTES
-    return hashlib.sha256(read_at(descriptor, length, offset)).hexdigest()[:16]
+    return _digest(read_at(descriptor, length, offset))
+
+
+@functools.cache
+def _zero_sample(length: int) -> str:
+    """Return the sample of a tensor of so many zero bytes."""
+    return _digest(bytes(length if length <= WHOLE_TENSOR_BYTES else TENSOR_SAMPLE_BYTES))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 _Entries = dict[str, tuple[str, tuple[int, ...], int, int]]
@@ -218,10 +204,7 @@ _Entries = dict[str, tuple[str, tuple[int, ...], int, int]]
 def _checked_header(descriptor: int, path: Path) -> tuple[dict[str, Any], int, _Entries]:
     size = os.fstat(descriptor).st_size
     prefix = read_at(descriptor, 8, 0)
-    if prefix.startswith(b"version "):
-        raise CheckpointError(
-            f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
-        )
+    refuse_pointer(path, read_at(descriptor, 32, 0), CheckpointError)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise CheckpointError(
@@ -249,8 +232,10 @@ def _entry(path: Path, name: str, value: Any) -> tuple[str, tuple[int, ...], int
         bad = not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers)
     except (TypeError, KeyError, ValueError):
         bad = True
-    if bad:
-        raise CheckpointError(f"{path}: the header's entry for {name} is malformed: {value!r:.120}")
+    if bad or not name.isprintable():
+        raise CheckpointError(
+            f"{path}: the header's entry for {printable(name)} is malformed: {value!r:.120}"
+        )
     item = ITEM_SIZES.get(dtype)
     if item is not None and end - begin != item * math.prod(shape):
         raise CheckpointError(

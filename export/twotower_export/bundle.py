@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from twotower_contract.atomic import WITH_CARE, Writing, check_replaceable, new_folder
 from twotower_contract.digests import file_sha256
@@ -21,6 +21,7 @@ from twotower_contract.layout import Tower, graph_weights
 from twotower_contract.manifest import (
     FORMAT,
     MANIFEST_FILE,
+    MAX_TOKENS_PER_CALL,
     CheckpointSource,
     GraphFile,
     Manifest,
@@ -30,8 +31,6 @@ from twotower_contract.manifest import (
 from twotower_export.checkpoint import Checkpoint, Progress
 from twotower_export.reference.golden import golden_for
 from twotower_export.tokens import tokenizer_files
-
-MAX_TOKENS_PER_CALL: Final = 256
 
 Precision = Literal["native", "float32"]
 Dtype = Literal["bfloat16", "float32"]
@@ -159,10 +158,9 @@ def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> 
         "denoiser": build_denoiser_graph,
         "refine": build_refine_graph,
     }
+    # nothing of where the checkpoint lies: the same weights give the same graphs, under any name
     metadata = {
         "twotower_version": importlib.metadata.version("twotower"),
-        "checkpoint": checkpoint.id or checkpoint.path.name,
-        "revision": checkpoint.revision or "",
         "fingerprint": checkpoint.fingerprint,
     }
     model = builders[graph.name](

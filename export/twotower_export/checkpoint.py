@@ -8,7 +8,6 @@ refused here, before anything is written.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +16,19 @@ from typing import Final
 from twotower_contract.config import ModelConfig, read_config
 from twotower_contract.digests import file_sha256
 from twotower_contract.errors import CheckpointError, listed
-from twotower_contract.json_file import read_json
+from twotower_contract.files import refuse_dangling
+from twotower_contract.index import INDEX_FILE, SINGLE_FILE, read_index
 from twotower_contract.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
-from twotower_contract.shards import STORED_DTYPES, Shard, TensorEntry, read_shard, refuse_dangling
+from twotower_contract.shards import STORED_DTYPES, Shard, TensorEntry, read_shard
 from twotower_export import hub
 from twotower_export.tokens import eos_token_ids
 
-INDEX_FILE: Final = "model.safetensors.index.json"
-SINGLE_FILE: Final = "model.safetensors"
 CONFIG_FILE: Final = "config.json"
 SMALL_FILES: Final = (".json", ".jinja")
 """What a checkpoint has beside its shards: configuration, index, tokenizer."""
 
+MATRICES: Final = ("_proj.weight", "embeddings.weight", "lm_head.weight")
+"""Ends of the names of matrices, which training leaves nowhere at 0."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
@@ -121,7 +121,7 @@ def open_checkpoint(
         id=identity[0],
         revision=identity[1],
         fingerprint=fingerprint(tensors),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *zero_warnings(folder, tensors)),
     )
 
 
@@ -132,6 +132,22 @@ def fingerprint(tensors: Mapping[str, TensorEntry]) -> str:
         shape = ",".join(map(str, tensor.shape))
         digest.update(f"{name} {tensor.dtype} [{shape}] {tensor.sample}\n".encode())
     return digest.hexdigest()
+
+
+def zero_warnings(folder: Path, tensors: Mapping[str, TensorEntry]) -> list[str]:
+    """What to say of matrices that are 0 where they were sampled: a download that is not finished.
+
+    Space for a file may be reserved before its bytes arrive. Vectors and tables may well be 0.
+    """
+    matrices = [name for name in tensors if name.endswith(MATRICES)]
+    zero = [name for name in matrices if tensors[name].is_zero]
+    if not zero:
+        return []
+    return [
+        f"{folder}: {len(zero)} of its {len(matrices)} matrices hold only zeros where they were "
+        f"sampled: {listed(zero)}; did the download finish? Fetch the checkpoint again, or prove "
+        "its bytes with --full"
+    ]
 
 
 def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkpoint:
@@ -228,7 +244,7 @@ def _read_shards(
     folder: Path, progress: Progress | None
 ) -> tuple[tuple[Shard, ...], dict[str, TensorEntry]]:
     """Every shard that the index names, and its tensors, which the headers must name too."""
-    index = _read_index(folder)
+    index = read_index(folder)
     files = sorted(set(index.values())) if index is not None else [SINGLE_FILE]
     shards: list[Shard] = []
     tensors: dict[str, TensorEntry] = {}
@@ -254,28 +270,6 @@ def _read_shards(
             "take index and shards of the same revision"
         )
     return tuple(shards), tensors
-
-
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """The index's map from tensor to file, or None where the checkpoint is one file."""
-    path = folder / INDEX_FILE
-    if not path.exists():
-        if (folder / SINGLE_FILE).exists() or (folder / SINGLE_FILE).is_symlink():
-            return None
-        others = sorted(one.name for one in folder.glob("*.safetensors"))
-        raise CheckpointError(
-            f"{folder}: is no checkpoint: it has neither {INDEX_FILE} nor {SINGLE_FILE}"
-            + (f", only {listed(others)}; restore the index" if others else "; download it again")
-        )
-    weight_map = read_json(path, CheckpointError).values.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: has no `weight_map`; download the index again")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
-            raise CheckpointError(
-                f"{path}: {name} lies in {file!r}, which is no safetensors file of this folder"
-            )
-    return weight_map
 
 
 def _check_tensors(

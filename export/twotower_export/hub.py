@@ -12,8 +12,9 @@ from typing import Final
 
 from twotower_export.errors import HubError
 
-# What an export needs: no remote code, no other formats.
+# What an export needs: no remote code, no other formats, no folders inside (a `*` matches a slash).
 PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja")
+NOT_PATTERNS: Final = ("*/*",)
 
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -83,7 +84,6 @@ def fetch(
         HubError: the hub does not know it, does not let us, or cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
     # the base of the errors of whichever HTTP library the client uses
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -93,41 +93,11 @@ def fetch(
             id_,
             revision=revision,
             allow_patterns=list(PATTERNS),
+            ignore_patterns=list(NOT_PATTERNS),
             local_files_only=local_only,
         )
-    except errors.GatedRepoError as error:
-        raise HubError(
-            f"{id_}: its owner asks you to accept terms first: open its page on the hub, then "
-            "sign in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"{id_}: there is neither such a folder nor such a repository on the hub "
-            "(or it is private: sign in with `hf auth login`)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{id_}: the hub has no revision {revision!r} of it") from error
-    except errors.IncompleteSnapshotError as error:
-        raise HubError(
-            f"{id_}: its download into the local cache is not complete; "
-            f"`twotower export` fetches the rest when the hub can be reached"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        which = f"revision {revision}" if revision else "it"
-        raise HubError(
-            f"{id_}: there is no such folder, and the local cache does not hold {which}; "
-            + (
-                "`twotower export` downloads it"
-                if local_only
-                else f"the hub did not answer ({type(error.__cause__).__name__}): check the "
-                "network, or name a folder"
-            )
-        ) from error
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(
-            f"{id_}: the download did not finish: {error}; run the same command again, finished "
-            "files are kept"
-        ) from error
+        raise HubError(f"{id_}: {_reason(error, revision, local_only)}") from error
     path = Path(folder).resolve()
     commit = cached_identity(path)[1]
     if commit is None:
@@ -139,3 +109,56 @@ def fetch(
             f"took {commit}. Pin it with {id_}@{commit}"
         )
     return path, (id_, commit), warnings
+
+
+def _reason(error: Exception, revision: str | None, local_only: bool) -> str:
+    """Say why a download failed, and what to do."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(cause, errors.GatedRepoError):
+        return (
+            "its owner asks you to accept terms first: open its page on the hub, then sign in with "
+            "`hf auth login`"
+        )
+    if isinstance(cause, errors.RevisionNotFoundError):
+        named = f"revision {revision!r}" if revision else "main branch"
+        return f"the hub has no {named} of it; its page lists branches, tags and commits"
+    # the hub answers 401 for a repository that is not there to a caller whom it does not know
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return (
+            "there is neither such a folder nor such a repository on the hub (or it is private, or "
+            "your token is not accepted: sign in with `hf auth login`)"
+        )
+    if status in (401, 403):
+        return (
+            f"the hub does not accept your token (status {status}): sign in again with `hf auth "
+            "login`, or unset HF_TOKEN"
+        )
+    if status == 429:
+        wait = cause.response.headers.get("Retry-After")  # type: ignore[attr-defined]
+        when = f"in {wait} seconds" if wait else "in a few minutes"
+        return f"the hub gets too many requests from here (status 429): try again {when}"
+    if status is not None and status >= 500:
+        return (
+            f"the hub has a fault of its own (status {status}): run the same command again later, "
+            "finished files are kept"
+        )
+    # version 1.0 has no such error; it gives the folder, whose index names what is missing
+    if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())):
+        return (
+            "its download into the local cache is not complete; `twotower export` fetches the rest "
+            "when the hub can be reached"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        which = f"revision {revision}" if revision else "it"
+        return f"there is no such folder, and the local cache does not hold {which}; " + (
+            "`twotower export` downloads it"
+            if local_only
+            else f"the hub did not answer ({type(error.__cause__).__name__}): check the network, "
+            "or name a folder"
+        )
+    return (
+        f"the download did not finish: {error}; run the same command again, finished files are kept"
+    )

@@ -5,23 +5,48 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from twotower_contract.config import ModelConfig, token_ids
 from twotower_contract.errors import ConfigError
+from twotower_contract.files import read_file
 from twotower_contract.json_file import read_json
-
-TOKENIZER_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+from twotower_contract.tokenizer import (
+    REMEDY,
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    open_tokenizer,
 )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Those of the tokenizer's files that the checkpoint has."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    """Those of the tokenizer's files that the checkpoint has, each of which can be read.
+
+    Raises:
+        ConfigError: one is a Git LFS pointer, too large, or no ordinary file.
+    """
+    there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    for path in there:
+        read_file(path, ConfigError, REMEDY)
+    return there
+
+
+def tokenizer_warnings(folder: Path) -> list[str]:
+    """What to say of a checkpoint's tokenizer: that it is missing, or cannot be read."""
+    if not (folder / TOKENIZER_FILE).exists():
+        other = " (tokenizer.model alone is not read)" * (folder / "tokenizer.model").exists()
+        return [
+            f"{folder}: has no {TOKENIZER_FILE}{other}, so prompts and answers will be token ids; "
+            "copy it from the released checkpoint and export again"
+        ]
+    try:
+        open_tokenizer(folder)
+    except ConfigError as problem:
+        return [f"prompts and answers will be token ids: {problem}"]
+    except ImportError:
+        pass
+    return []
 
 
 def eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
@@ -52,18 +77,18 @@ def eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
 def _ids_of_files(folder: Path) -> Iterator[tuple[Path, int]]:
     """Ends of text beside the configuration, with the file that names each."""
     generation = folder / "generation_config.json"
-    if generation.is_file():
+    if generation.exists():
         for id_ in token_ids(read_json(generation).values.get("eos_token_id"), str(generation)):
             yield generation, id_
     of_tokenizer = _tokenizer_eos(folder)
     if of_tokenizer is not None:
-        yield folder / "tokenizer.json", of_tokenizer
+        yield folder / TOKENIZER_FILE, of_tokenizer
 
 
 def _tokenizer_eos(folder: Path) -> int | None:
     """Id of the `eos_token` that `tokenizer_config.json` names, if it does."""
-    settings, vocabulary = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if not settings.is_file() or not vocabulary.is_file():
+    settings, vocabulary = folder / SETTINGS_FILE, folder / TOKENIZER_FILE
+    if not settings.exists() or not vocabulary.exists():
         return None
     token: Any = read_json(settings).values.get("eos_token")
     if isinstance(token, dict):  # an AddedToken, written out
@@ -71,7 +96,7 @@ def _tokenizer_eos(folder: Path) -> int | None:
     if not isinstance(token, str):
         return None
     try:
-        content = json.loads(vocabulary.read_text(encoding="utf-8"))
+        content = json.loads(read_file(vocabulary, ConfigError, REMEDY))
         for one in content.get("added_tokens", []):
             if one["content"] == token:
                 return int(one["id"])
@@ -80,6 +105,4 @@ def _tokenizer_eos(folder: Path) -> int | None:
         id_ = known.get(token) if isinstance(known, dict) else None
         return None if id_ is None else int(id_)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise ConfigError(
-            f"{vocabulary}: is no tokenizer: {error!r:.200}; copy or download it again"
-        ) from error
+        raise ConfigError(f"{vocabulary}: is no tokenizer: {error!r:.200}; {REMEDY}") from error

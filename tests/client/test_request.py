@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import twotower_client as tt
 from twotower_client.generate_cli import generate
-from twotower_client.request import infer_request, stop_request
+from twotower_client.request import cancel_request, infer_request
 from twotower_contract.command_line import read_prompt
 from twotower_contract.options import OPTIONS
 
@@ -102,7 +102,10 @@ def test_refused_before_anything_is_sent(client, arguments, said) -> None:
 
 
 def test_an_unknown_option_is_a_mistake_of_the_caller(client) -> None:
-    with pytest.raises(TypeError, match="no option 'treshold'; the options are mode, max_new"):
+    with pytest.raises(
+        TypeError,
+        match=r"no option 'treshold' \(the nearest is threshold\); the options are mode, max_new",
+    ):
         client.stream("a", treshold=0.9)
 
 
@@ -216,9 +219,9 @@ def test_what_is_sent() -> None:
     }
 
 
-def test_a_stop_names_the_request() -> None:
-    message = stop_request("name")
-    assert [tensor.name for tensor in message.inputs] == ["stop"]
+def test_a_cancel_names_the_request() -> None:
+    message = cancel_request("name")
+    assert [tensor.name for tensor in message.inputs] == ["cancel_request_id"]
     assert message.raw_input_contents[0] == struct.pack("<I", 4) + b"name"
 
 

@@ -125,8 +125,8 @@ def test_a_user_without_a_home(tmp_path: Path, home: str | None) -> None:
         "for v in ('twotower_engines.cli.build', 'twotower_engines.building.build_cache'):\n"
         "    importlib.import_module(v)\n"
         "os.setgroups([]); os.setgid(54321); os.setuid(54321)\n"
-        "from twotower_engines.building.build_cache import PlanCache\n"
-        "try:\n    PlanCache()\n"
+        "from twotower_engines.building.build_cache import EngineCache\n"
+        "try:\n    EngineCache()\n"
         "except Exception as problem:\n    print(type(problem).__name__, problem)"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}

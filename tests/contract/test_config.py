@@ -135,12 +135,40 @@ def test_dtype_has_two_names(name):
         ({"routed_scaling_factor": math.inf}, "routed_scaling_factor is inf, not a finite"),
         ({"routed_scaling_factor": math.nan}, "routed_scaling_factor is nan, not a finite"),
         ({"time_step_limit": [math.nan, math.inf]}, "which clamps Mamba's time step"),
+        ({"max_position_embeddings": "4096"}, "max_position_embeddings is '4096', not of type int"),
+        ({"max_position_embeddings": 10**30}, "not >= 1 and at most 2147483647"),
+        ({"n_routed_experts": 10**9}, "n_routed_experts is 1000000000, not >= 1 and at most 4096"),
+        ({"hybrid_override_pattern": "M" * 10**6}, "has 1000000 letters, not 1 to 1024"),
+        ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon is inf, not a finite number"),
+        ({"conv_kernel": "4"}, "conv_kernel is '4', but TwoTower's towers are defined with 4"),
+        ({"n_group": True}, "n_group is True, but"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, but"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is .* stretches"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .* stretches positions"),
+        ({"rope_scaling": 4}, "rope_scaling is 4, which stretches positions"),
+        ({"layers_block_type": ["mamba"]}, "but layers_block_type says 'M'"),
+        ({"layers_block_type": ["rnn"]}, r"layers_block_type is \['rnn'\], not a list of"),
         ({"torch_dtype": None, "dtype": "float16"}, "'float16', but only bfloat16 and float32"),
     ],
 )
 def test_refusals_name_the_key_and_the_value(changes, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_json(FULL_CONFIG | changes)
+
+
+def test_layers_as_transformers_5_writes_them():
+    """`layers_block_type` in place of the pattern and of the number of layers."""
+    types = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
+    values = {
+        key: value
+        for key, value in FULL_CONFIG.items()
+        if key not in ("hybrid_override_pattern", "num_hidden_layers")
+    } | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    values["layers_block_type"] = [types[letter] for letter in FULL_PATTERN]
+    assert ModelConfig.from_json(values) == full_config()
+    old = {"linear_attention": "mamba", "full_attention": "attention"}
+    values["layers_block_type"] = [old.get(one, one) for one in values["layers_block_type"]]
+    assert ModelConfig.from_json(values) == full_config()
 
 
 def test_missing_sizes_are_all_named():

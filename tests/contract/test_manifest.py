@@ -167,7 +167,7 @@ RECORD = BuildRecord(
     sku="h200",
     flavour="tensorrt",
     precision="bf16",
-    limits=Limits(slots=16, context=8192, max_tokens_per_call=256, block_size_max=64),
+    limits=Limits(slots=16, context=2048, max_tokens_per_call=256, block_size_max=64),
     plans={"context": EngineFile("context.plan", "0" * 64)},
     compute_capability="9.0",
     versions={"tensorrt": "10.13"},
@@ -229,6 +229,20 @@ def test_a_broken_record_is_refused(engines):
     del values["limits"]["slots"]
     path.write_text(json.dumps(values))
     with pytest.raises(EngineSetError, match="the field `limits: slots` is missing"):
+        open_engine_set(engines / "h200")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("slots", 10**9), ("slots", 0), ("context", 10**30), ("max_tokens_per_call", 257),
+     ("block_size_max", -1)],
+)  # fmt: skip
+def test_limits_that_no_build_has_are_refused(engines, name, value):
+    path = engines / "h200" / BUILD_FILE
+    values = json.loads(path.read_text())
+    values["limits"][name] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(EngineSetError, match=f"the field `limits: {name}` is {value}, not 1 to"):
         open_engine_set(engines / "h200")
 
 

@@ -149,7 +149,8 @@ def test_unknown_revision_is_warned_about(tmp_path, folder):
     (warning,) = open_checkpoint(folder).warnings
     assert f"{folder}: its revision is unknown" in warning
     snapshot = write_sparse_checkpoint(tmp_path / "cache", config_json(CONFIG), shards=1)
-    assert open_checkpoint(snapshot).warnings == ()
+    (warning,) = open_checkpoint(snapshot).warnings  # its revision is known; it has no weights
+    assert "matrices hold only zeros where they were sampled" in warning
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
     monkeypatch.setattr(module, "FLOAT32_BOUND", 1000)
     golden, missing = golden_for(checkpoint)
     assert golden is None
-    assert f"twotower golden {checkpoint.path}" in missing["reason"]
+    assert "twotower golden CHECKPOINT" in missing["reason"]  # a path would change every digest
     assert "\n" not in missing["reason"]
     monkeypatch.undo()
     computed = golden_for(checkpoint)[0]

@@ -13,7 +13,7 @@ from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.serving.loop import EngineLoop
-from twotower_engines.serving.wire import Job, Stop
+from twotower_engines.serving.wire import Cancel, Job
 
 SECONDS = 20
 
@@ -100,7 +100,7 @@ def test_too_many_at_once_are_told_to_come_again(loop) -> None:
     late = Answer()
     loop.put(job(), late)
     assert late.wait().failures[0][0] == "busy"
-    loop.put(Stop("a"), Answer())
+    loop.put(Cancel("a"), Answer())
     for one in open_ones:
         one.wait()
     again = Answer()
@@ -108,14 +108,14 @@ def test_too_many_at_once_are_told_to_come_again(loop) -> None:
     assert again.wait().parts
 
 
-def test_a_stop_ends_all_requests_of_that_id_and_no_other(loop) -> None:
+def test_a_cancel_ends_all_requests_of_that_id_and_no_other(loop) -> None:
     mine, waiting, other = Answer(), Answer(), Answer()
     loop.put(job(name="mine", **LONG), mine)
     loop.put(job(name="other", max_new_tokens=200), other)
     loop.put(job(name="mine", **LONG), waiting)
     assert mine.begun.wait(SECONDS)
     told = Answer()
-    loop.put(Stop("mine"), told)
+    loop.put(Cancel("mine"), told)
     assert told.wait().parts[-1].event.finish_reason == "cancelled"
     assert mine.wait().parts[-1].event.finish_reason == "cancelled"
     assert waiting.wait().parts[-1].event.finish_reason == "cancelled"
@@ -133,7 +133,7 @@ def test_a_caller_who_left_frees_the_slot(loop) -> None:
 def test_a_request_is_given_up_after_its_timeout(loop) -> None:
     late = Answer()
     start = time.monotonic()
-    loop.put(job(timeout=0.2, **LONG), late)
+    loop.put(job(timeout=0.2, block_size=1, **LONG), late)
     [(failure, message)] = late.wait().failures
     assert failure == "late"
     assert "0.2" in message
@@ -216,3 +216,33 @@ def test_closing_answers_what_is_open(runtime, death) -> None:
     assert "shutting down" in message
     loop.close()  # the lifeline and Triton both ask for it
     assert not death.is_set()
+
+
+def test_those_who_wait_and_ask_are_told_their_places(loop) -> None:
+    running = [Answer() for _ in range(2)]
+    for one in running:
+        loop.put(job(name="running", **LONG), one)
+        assert one.begun.wait(SECONDS)
+    asks = Answer()
+    waiting = job(name="waiting")
+    loop.put(Job(waiting.request, queue_notice_seconds=0.1), asks)
+    assert asks.begun.wait(SECONDS)
+    loop.put(Cancel("running"), Answer())
+    asks.wait()
+    *notices, block = asks.parts
+    assert notices
+    assert {(one.queue_place, one.prompt_ids, one.event.ids) for one in notices} == {(1, (), ())}
+    assert (block.queue_place, block.prompt_ids, len(block.event.ids)) == (0, (5,), 4)
+
+
+def test_a_request_that_only_waited_is_not_told_to_be_shorter(loop) -> None:
+    running, late = [Answer() for _ in range(2)], Answer()
+    for one in running:
+        loop.put(job(name="running", **LONG), one)
+    loop.put(job(timeout=0.2), late)
+    [(failure, message)] = late.wait().failures
+    assert failure == "late"
+    assert message == (
+        "waited for a slot for all of timeout_seconds, 0.2; allow more, or try again later"
+    )
+    loop.put(Cancel("running"), Answer())

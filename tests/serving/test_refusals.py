@@ -64,6 +64,8 @@ def ask(client, **tensors) -> None:
         ({"top_p": 2.0}, "top_p is 2.0"),
         ({"eos_ids": [9999]}, "eos_ids: token 9999"),
         ({"timeout_seconds": -1.0}, "timeout_seconds is -1.0"),
+        ({"queue_notice_seconds": -1.0}, "queue_notice_seconds is -1.0"),
+        ({"cancel_request_id": b"."}, "cancel_request_id and input_ids are both given"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -81,8 +83,25 @@ def test_server_refuses(client, tensors, said) -> None:
     [
         ({"text_input": ""}, "the prompt is empty"),
         ({"text_input": "hi", "max_new_tokens": 0}, "max_new_tokens is 0"),
+        (
+            {"text_input": "hi", "stop": "."},
+            "there is no option 'stop'; the options are text_input",
+        ),
+        ({"text_input": "hi", "stream": False}, "there is no option 'stream'; the options"),
+        (
+            {"text_input": "hi", "max_tokens": 5},
+            "there is no option 'max_tokens' (the nearest is max_new_tokens); the options",
+        ),
+        (
+            {"text_input": "hi", "parameters": {"treshold": 1}},
+            "there is no option 'treshold' (the nearest is threshold)",
+        ),
+        (
+            {"text_input": "hi", "cancel_request_id": "."},
+            "cancel_request_id and text_input are both given",
+        ),
     ],
-    ids=["prompt", "max_new_tokens"],
+    ids=["prompt", "max_new_tokens", "stop", "stream", "max_tokens", "nested", "cancel"],
 )
 def test_a_refusal_over_http_is_a_bad_request(server, path, inputs, said) -> None:
     url = f"http://{server.http_address}/v2/models/twotower/{path}"
@@ -91,6 +110,27 @@ def test_a_refusal_over_http_is_a_bad_request(server, path, inputs, said) -> Non
     assert refusal.value.code == 400
     body = refusal.value.read().decode().removeprefix("data: ")
     assert f"request refused: {said}" in json.loads(body)["error"]
+
+
+def test_an_unknown_parameter_over_grpc_is_refused_by_name(client) -> None:
+    message = Message("raw")
+    message.add("input_ids", [1])
+    message.message.parameters["max_tokens"].int64_param = 5
+    with pytest.raises(tt.RequestRefusedError, match="the nearest is max_new_tokens"):
+        list(tt.AnswerStream(client, message.message, 20))
+
+
+def test_what_triton_itself_takes_is_no_unknown_name(server, client) -> None:
+    """The id of a request over HTTP, and the parameter with which tritonclient asks for the end."""
+    url = f"http://{server.http_address}/v2/models/twotower/generate"
+    body = json.dumps({"id": "name", "text_input": "hi", "max_new_tokens": 4}).encode()
+    with urllib.request.urlopen(url, body, timeout=20) as response:
+        assert json.load(response)["id"] == "name"
+    message = Message("raw")
+    message.add("input_ids", [1])
+    message.add("max_new_tokens", 4)
+    message.message.parameters["triton_enable_empty_final_response"].bool_param = True
+    assert len(tt.AnswerStream(client, message.message, 20).answer().ids) == 4
 
 
 def test_a_refusal_over_grpc_is_told_as_documented(server) -> None:

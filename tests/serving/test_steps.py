@@ -15,7 +15,7 @@ from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS, Tokenizer, added_
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
 from twotower_engines.serving.preprocess import Preprocessor
-from twotower_engines.serving.wire import Job, Stop, decode, encode
+from twotower_engines.serving.wire import Cancel, Job, decode, encode
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_every_option_reaches_the_job(preprocessor) -> None:
         "top_p": np.array([0.3], np.float32),
         "eos_ids": np.array([2, 4], np.int32),
         "timeout_seconds": np.array([1.5], np.float32),
+        "queue_notice_seconds": np.array([2.5], np.float32),
     }
     assert decode(preprocessor.message(given, "x")) == Job(
         Request(
@@ -87,6 +88,7 @@ def test_every_option_reaches_the_job(preprocessor) -> None:
             top_k=11, seed=2**63 + 5, threshold=0.9, temperature=0.1, top_p=0.3, eos_ids=(2, 4),
         ),
         1.5,
+        2.5,
     )  # fmt: skip
 
 
@@ -110,9 +112,9 @@ def test_engines_without_a_tokenizer_take_ids(packaged, tmp_path) -> None:
 
 
 def test_messages_survive_the_way() -> None:
-    job = Job(Request("é", (1, 2), eos_ids=(3,), temperature=0.5), 2.0)
+    job = Job(Request("é", (1, 2), eos_ids=(3,), temperature=0.5), 2.0, 5.0)
     assert decode(encode(job)) == job
-    assert decode(encode(Stop("é"))) == Stop("é")
+    assert decode(encode(Cancel("é"))) == Cancel("é")
 
 
 @pytest.mark.parametrize(
@@ -120,8 +122,11 @@ def test_messages_survive_the_way() -> None:
     [
         (b"\xff", "not valid JSON"),
         (b"[]", "should be a JSON object"),
-        (b"{}", "missing field `prompt_ids`"),
-        (b'{"request_id": "a", "prompt_ids": [1], "colour": 1}', "unknown field `colour`"),
+        (b"{}", "there is no 'prompt_ids'"),
+        (
+            b'{"request_id": "a", "prompt_ids": [1], "colour": 1}',
+            "no option 'colour'; the options are request_id",
+        ),
         (b'{"request_id": "a", "prompt_ids": "abc"}', "prompt_ids is 'abc'; it must be a list"),
         (b'{"request_id": "a", "prompt_ids": [true]}', "True at place 0 is no token id"),
         (

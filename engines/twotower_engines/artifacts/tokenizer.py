@@ -1,8 +1,7 @@
 """Text to ids and back, whole or as it comes.
 
-A wrapper of the `tokenizers` library over the bundle's `tokenizer.json`. What it adds: errors that
-help, and text that is put together piece by piece, where the border between two pieces may lie
-inside a character of several bytes.
+A wrapper of the bundle's tokenizer. What it adds: text that is put together piece by piece, where
+the border between two pieces may lie inside a character of several bytes.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.tokenizer import TOKENIZER_FILE, open_tokenizer
 from twotower_engines.errors import TokenizerError
 
-TOKENIZER_FILE = "tokenizer.json"
 INCOMPLETE = "\ufffd"  # what decoders put for bytes that are no character, or not yet
 # Tokens before a piece that its decoder is given. A character has at most four bytes, so at most
 # four tokens; the rest is for special tokens, which have no text, between them.
@@ -31,22 +30,17 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / TOKENIZER_FILE
-        if not path.is_file():
+        if not self.exists(folder):
             raise TokenizerError(
-                f"{path}: is missing, the checkpoint had no tokenizer; give token ids instead "
-                "of text (--prompt-ids 5,6,7)"
+                f"{folder / TOKENIZER_FILE}: is missing, the checkpoint had no tokenizer; give "
+                "token ids instead of text (--prompt-ids 5,6,7)"
             )
         try:
-            import tokenizers
+            self._tokenizer: Any = open_tokenizer(folder, TokenizerError)
         except ImportError as problem:
             raise TokenizerError(
                 "tokenizers is not installed; install it with `pip install 'twotower[build]'`"
             ) from problem
-        try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as problem:  # the library raises bare Exception
-            raise TokenizerError(f"{path}: cannot be read as a tokenizer: {problem}") from problem
 
     @staticmethod
     def exists(folder: Path) -> bool:

@@ -22,6 +22,9 @@ from twotower_contract.manifest import Manifest, WeightInput
 from twotower_contract.moved_tensors import moved_tensors
 from twotower_contract.shards import Shard, TensorEntry, read_shard
 
+COPIED_BYTES = 16 * 2**20
+"""Largest float32 weight that is copied: of the released layout all but embeddings and heads."""
+
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
@@ -41,6 +44,7 @@ class WeightStore:
         self.manifest = manifest
         self.folder = checkpoint if checkpoint is not None else manifest.checkpoint.path
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+        self._checked: dict[int, tuple[int, ...]] = {}
 
     def check(self) -> None:
         """Compare every shard with the manifest.
@@ -80,12 +84,13 @@ class WeightStore:
         return content.view(dtype).reshape(entry.shape)
 
     def float32(self, weight: WeightInput) -> npt.NDArray[np.float32]:
-        """Return a weight input in float32: a view where the checkpoint stores it so.
+        """Return a weight input in float32: a view where the checkpoint stores a large one so.
 
+        A small one is copied, so that no later change of its file reaches it; see `stays_mapped`.
         bf16 is the upper half of a float32, so widening is a shift by 16 bits and exact.
         """
         sources = [self.raw(source) for source in weight.sources]
-        if weight.how != "stack" and sources[0].dtype == np.float32:
+        if stays_mapped(weight):
             view = sources[0].reshape(weight.shape)
             return view if view.flags.aligned else view.copy()
         made = np.empty(weight.shape, dtype=np.float32)
@@ -107,20 +112,38 @@ class WeightStore:
             done += array.nbytes
             if progress is not None:
                 progress(done, total)
+        for index in self._maps:
+            self._refuse_changed(index)
+
+    def mapped_bytes(self, tower: str) -> int:
+        """Return the bytes of a tower's float32 weights that stay in their files while it runs."""
+        weights = self.manifest.weights[tower].values()
+        return sum(4 * math.prod(one.shape) for one in weights if stays_mapped(one))
 
     def _map(self, index: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a shard; those of the file that was checked, where one was."""
         if index not in self._maps:
             path = self.folder / self.manifest.shards[index].file
             self._maps[index] = np.memmap(path, dtype=np.uint8, mode="r")
+            self._refuse_changed(index)
         return self._maps[index]
+
+    def _refuse_changed(self, index: int) -> None:
+        path = self.folder / self.manifest.shards[index].file
+        if self._checked.get(index, _state(path)) != _state(path):
+            raise CheckpointError(
+                f"{path}: was changed while it was read; restore it, and load the engines again"
+            )
 
     def _check_shard(self, index: int, shard: Shard) -> None:
         path = self.folder / shard.file
-        if path.is_file() and path.stat().st_size != shard.size:
-            raise CheckpointError(
-                f"{path}: has {path.stat().st_size} bytes, but {shard.size} when it was exported; "
-                "restore the file, or export the checkpoint again"
-            )
+        if path.is_file():
+            self._checked[index] = _state(path)
+            if path.stat().st_size != shard.size:
+                raise CheckpointError(
+                    f"{path}: has {path.stat().st_size} bytes, but {shard.size} when it was "
+                    "exported; restore the file, or export the checkpoint again"
+                )
         found, tensors = read_shard(path, shard.file, index)
         recorded = {n: entry for n, entry in self.manifest.tensors.items() if entry.shard == index}
         problems = [] if found.data_start == shard.data_start else ["the header's length"]
@@ -164,6 +187,18 @@ class WeightStore:
         except CheckpointError:
             return None  # a broken shard, which is reason enough
         return moved_tensors(self.manifest.tensors, self.manifest.shards, tensors, shards)
+
+
+def stays_mapped(weight: WeightInput) -> bool:
+    """Whether a weight's float32 values are used where they lie, in the checkpoint's file."""
+    is_stored_so = weight.how != "stack" and weight.dtype == "F32"
+    return is_stored_so and 4 * math.prod(weight.shape) > COPIED_BYTES
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Return what another content of a file changes."""
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _widen(source: npt.NDArray[Any], target: npt.NDArray[np.float32]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_contract.atomic import WITH_CARE, Writing, partial_folder, put_in_place
+from twotower_contract.atomic import WITH_CARE, Writing, partial_folder, put_in_place, write_text
 from twotower_contract.digests import file_sha256, file_state
 from twotower_contract.engine_set import (
     BUILD_FILE,
@@ -30,6 +30,7 @@ from twotower_contract.engine_set import (
     write_build_record,
 )
 from twotower_contract.errors import TwoTowerError
+from twotower_contract.json_file import read_json
 from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 from twotower_engines.building.build_cache import CachedEngine, EngineCache, digest_of
 from twotower_engines.building.code_digest import code_digest
@@ -115,7 +116,7 @@ def build_engines(
     folder = engines / sku.name
     present = _present(folder, wanted.record.key)
     if present is not None and not writing.force:
-        return present, False
+        return _of_bundle(present, bundle), False
     writing.begin(folder, f"{flavour.name} engines in {plan.precision}")
     with (
         partial_folder(engines) as work,
@@ -233,7 +234,7 @@ def _wanted(
         "placement": {tower: i for i, gpu in enumerate(plan.gpus) for tower in gpu.towers},
     }
     needs = flavour.needs(target)
-    copied = {path.name: file_sha256(path) for path in _copied(bundle)}
+    copied = {path.name: _content_digest(path) for path in _copied(bundle)}
     key = digest_of(
         {
             "plans": keys,
@@ -275,6 +276,15 @@ def _present(folder: Path, key: str) -> EngineSet | None:
             present.check_engine_files()
             return present
     return None
+
+
+def _of_bundle(present: EngineSet, bundle: Path) -> EngineSet:
+    """Return an engine set that was there, pointed at where the bundle's checkpoint lies now."""
+    theirs, ours = (folder / MANIFEST_FILE for folder in (bundle, present.folder))
+    if file_sha256(theirs) == file_sha256(ours):
+        return present
+    write_text(ours, theirs.read_text(encoding="utf-8"))
+    return open_engine_set(present.folder)
 
 
 @contextlib.contextmanager
@@ -356,3 +366,12 @@ def _write_set(
 def _copied(bundle: Path) -> list[Path]:
     """Return the files of a bundle that an engine set carries as they are."""
     return [bundle / MANIFEST_FILE, *sorted(bundle.glob(TOKENIZER_FILES))]
+
+
+def _content_digest(path: Path) -> str:
+    """Return the digest of a file that is copied; of a manifest, not of where its weights lie."""
+    if path.name != MANIFEST_FILE:
+        return file_sha256(path)
+    values = read_json(path).values
+    fingerprint = values["checkpoint"]["fingerprint"]
+    return digest_of(values | {"checkpoint": fingerprint})

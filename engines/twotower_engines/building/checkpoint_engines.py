@@ -21,6 +21,8 @@ from pathlib import Path
 from twotower_contract.atomic import partial_folder, put_in_place
 from twotower_contract.engine_set import BUILD_FILE
 from twotower_contract.errors import CheckpointError
+from twotower_contract.files import read_file
+from twotower_contract.index import shard_files
 from twotower_contract.processes import run_child
 from twotower_contract.shards import read_header, sample_digest
 from twotower_engines.artifacts.cache_root import cache_root, in_cache
@@ -89,15 +91,15 @@ def _key(checkpoint: str) -> str:
 
 def _checkpoint_parts(folder: Path) -> Iterator[str]:
     """Yield what tells one checkpoint from another."""
-    shards = sorted(folder.glob("*.safetensors"))
-    if not (folder / CONFIG_FILE).is_file() or not shards:
+    if not (folder / CONFIG_FILE).exists() or not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder}: is neither a checkpoint ({CONFIG_FILE} and *.safetensors) nor an engine "
             f"set ({BUILD_FILE}); name one of them"
         )
     for path in sorted(folder.glob("*.json")):
-        yield f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    for path in shards:
+        content = read_file(path, CheckpointError, "download the checkpoint again")
+        yield f"{path.name} {hashlib.sha256(content).hexdigest()}"
+    for path in (folder / file for file in shard_files(folder)):
         read_header(path)  # a truncated shard is refused here rather than after an export
         yield f"{path.name} {path.stat().st_size} {sample_digest(path)}"
 

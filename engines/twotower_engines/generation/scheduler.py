@@ -140,9 +140,9 @@ class Scheduler:
         return not (self._rows or self._waiting or self._cancelled_waiting)
 
     @property
-    def waiting(self) -> int:
-        """Requests that have no slot yet."""
-        return len(self._waiting)
+    def waiting_ids(self) -> tuple[str, ...]:
+        """Requests that have no slot yet, the next one first."""
+        return tuple(request.request_id for request in self._waiting)
 
     @property
     def active(self) -> int:

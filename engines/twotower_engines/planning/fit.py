@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from twotower_contract.engine_set import MAX_SLOTS
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import (
-    MAX_SLOTS,
     MemoryPlan,
     PlanRequest,
     gpu_counts,

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from twotower_contract.config import ModelConfig
+from twotower_contract.engine_set import find_engine_sets
 from twotower_contract.errors import CheckpointError
+from twotower_contract.index import shard_files
 from twotower_contract.json_file import read_json
 from twotower_contract.layout import TOWERS, Tower
 from twotower_contract.manifest import FORMAT, MANIFEST_FILE, manifest_of_file
@@ -81,9 +83,9 @@ def read_model_size(path: Path) -> ModelSize:
     """Read the sizes of a model.
 
     Args:
-        path: A checkpoint folder, a bundle or engine set folder, a `config.json`, or a
-            `manifest.json`. Of a checkpoint with shards, their headers are read as well, to see
-            that they hold as many parameters as the configuration says.
+        path: A checkpoint folder, a bundle, an engine set or the folder of several, a
+            `config.json`, or a `manifest.json`. Of a checkpoint with shards, their headers are read
+            as well, to see that they hold as many parameters as the configuration says.
 
     Raises:
         PlanError: There is no such file.
@@ -91,9 +93,11 @@ def read_model_size(path: Path) -> ModelSize:
         BundleError: The manifest is malformed.
     """
     for name in (MANIFEST_FILE, CONFIG_FILE):
-        if (path / name).is_file():
+        if (path / name).exists():
             return read_model_size(path / name)
-    if not path.is_file():
+    for engines in find_engine_sets(path):  # of one model, as a rule
+        return read_model_size(engines / MANIFEST_FILE)
+    if not path.exists() or path.is_dir():
         found = "an empty folder" if path.is_dir() else "nothing"
         if path.is_dir() and any(path.iterdir()):
             found = "neither of them"
@@ -128,10 +132,13 @@ def _stored_parameters(folder: Path) -> int | None:
 
     A broken shard is the exporter's to explain: a plan needs no weights at all.
     """
-    shards = sorted(folder.glob("*.safetensors"))
     try:
-        headers = [read_header(shard)[0] for shard in shards]
+        headers = [read_header(folder / file)[0] for file in shard_files(folder)]
     except CheckpointError:
         return None
-    entries = [one for header in headers for name, one in header.items() if name != "__metadata__"]
-    return sum(math.prod(entry["shape"]) for entry in entries) if shards else None
+    return sum(
+        int(math.prod(entry["shape"]))
+        for header in headers
+        for name, entry in header.items()
+        if name != "__metadata__"
+    )

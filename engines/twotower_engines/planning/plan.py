@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from twotower_contract.engine_set import MAX_BLOCK, MAX_SLOTS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import ModelSize
@@ -25,7 +26,6 @@ CHUNKS = (256, 128, 64, 32)
 BLOCK = 16
 BLOCK_SIZE_MAX = 64
 """Default for the largest block of the engines; most requests have blocks of 16."""
-MAX_SLOTS = 256
 OVERHEAD = {"onnxruntime": 512 << 20, "tensorrt": GIB, "tensorrt-rtx": GIB}
 MARGIN = 0.02
 WORKSPACE_SLACK = 1.25
@@ -261,6 +261,8 @@ def _check_request(model: ModelSize, request: PlanRequest) -> None:
         raise PlanError(f"--gpus is 2, but a machine with {sku.title} has one; use --gpus 1")
     if not 1 <= request.slots <= MAX_SLOTS:
         raise PlanError(f"--slots is {request.slots}; 1 to {MAX_SLOTS} can be planned")
+    if not 1 <= request.block_size_max <= MAX_BLOCK:
+        raise PlanError(f"--block-size-max is {request.block_size_max}; 1 to {MAX_BLOCK} can be")
     limit = model.config.max_position_embeddings
     if not 1 <= request.context <= limit:
         raise PlanError(f"--context is {request.context}; this model takes 1 to {limit} tokens")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower_contract.engine_set import MAX_SLOTS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance
 from twotower_engines.planning.fit import gib
 from twotower_engines.planning.model_size import ModelSize
-from twotower_engines.planning.plan import MAX_SLOTS, MemoryPlan
+from twotower_engines.planning.plan import MemoryPlan
 from twotower_engines.planning.plan_report import PlanReport
 from twotower_engines.planning.precisions import BUILT
 from twotower_engines.planning.roofline import ROWS, CallCost

@@ -8,6 +8,7 @@ Keys and values are the exception, they are appended to buffers that grow by hal
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,13 @@ class OnnxRuntime:
             tower: self._sessions(engines.engine_path(tower), list(outputs.values()), threads)
             for tower, outputs in calls.items()
         }
+        mapped = sum(map(store.mapped_bytes, sessions))
+        if mapped:
+            print(
+                f"note: {mapped / 1e9:.1f} GB of float32 weights are used where they lie: leave "
+                f"the files in {store.folder} as they are while these engines run",
+                file=sys.stderr,
+            )
         self._bindings: dict[str, _Binding] = {}
         for tower, opened in sessions.items():
             weights = self._load_weights(store, tower, progress)

@@ -64,6 +64,7 @@ class TritonReply:
             "masked_counts": event.masked_counts,
             "denoiser_calls": (event.denoiser_calls,),
             "context_calls": (event.context_calls,),
+            "queue_place": (part.queue_place,),
         }
         texts = {"finish_reason": finish_reason, "error": error}
         tensors = [

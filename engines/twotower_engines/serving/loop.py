@@ -23,7 +23,9 @@ from twotower_contract.errors import TwoTowerError
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
 from twotower_engines.generation.request import BlockEvent, Request
 from twotower_engines.generation.scheduler import Scheduler
-from twotower_engines.serving.wire import Job, Stop
+from twotower_engines.serving.wire import Cancel, Job
+
+LEAST_NOTICE_SECONDS = 0.5  # each notice takes the engine's thread half a millisecond
 
 Failure = Literal["refused", "busy", "late", "failed"]
 """Why there is no (more) answer: the request must change; the same may work later; the time that
@@ -37,12 +39,14 @@ class Part:
     Attributes:
         event: What was made.
         previous_ids: The end of the answer before it, at most `PREVIOUS_IDS` tokens.
-        prompt_ids: The prompt, in the first part; else empty.
+        prompt_ids: The prompt, in the first part with tokens; else empty.
+        queue_place: Place among the requests that wait for a slot, from 1; 0 once it has one.
     """
 
     event: BlockEvent
     previous_ids: tuple[int, ...] = ()
     prompt_ids: tuple[int, ...] = ()
+    queue_place: int = 0
 
 
 class Reply(Protocol):
@@ -65,6 +69,7 @@ class _Open:
     job: Job
     reply: Reply
     give_up_at: float | None
+    notice_at: float | None
     sent: list[int] = field(default_factory=list)
     started: bool = False
     given_up: str | None = None
@@ -83,7 +88,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._max_open = max_open
         self._on_death = on_death
-        self._inbox: queue.SimpleQueue[tuple[Job | Stop, Reply] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Job | Cancel, Reply] | None] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}
         self._count = 0
         self._closing = False
@@ -92,8 +97,8 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def put(self, message: Job | Stop, reply: Reply) -> None:
-        """Take a job, or a wish to stop one. Returns at once; the reply hears the rest."""
+    def put(self, message: Job | Cancel, reply: Reply) -> None:
+        """Take a job, or a wish to cancel one. Returns at once; the reply hears the rest."""
         with self._lock:
             if self._ended is None:
                 self._inbox.put((message, reply))
@@ -112,6 +117,7 @@ class EngineLoop:
                 self._give_up()
                 for event in self._scheduler.turn():
                     self._deliver(event)
+                self._tell_places()
             message = "the server is shutting down; send the request again later"
             self._end(message, message, "busy")
         except BaseException as problem:
@@ -136,8 +142,8 @@ class EngineLoop:
                 self._closing = True
                 return
             message, reply = item
-            if isinstance(message, Stop):
-                self._stop(message, reply)
+            if isinstance(message, Cancel):
+                self._cancel(message, reply)
             else:
                 self._submit(message, reply)
 
@@ -150,16 +156,21 @@ class EngineLoop:
         self._count += 1
         key = f"{self._count}:{job.request.request_id}"
         try:
-            job.check_timeout()
+            job.check_durations()
             self._scheduler.submit(_with_id(job, key))
         except TwoTowerError as problem:
             message = str(problem)
             self._safely(lambda: reply.fail(message, "refused"))
             return
-        limit = job.timeout_seconds
-        self._open[key] = _Open(job, reply, time.monotonic() + limit if limit > 0 else None)
+        limit, now = job.timeout_seconds, time.monotonic()
+        self._open[key] = _Open(
+            job,
+            reply,
+            give_up_at=now + limit if limit > 0 else None,
+            notice_at=now if job.queue_notice_seconds > 0 else None,
+        )
 
-    def _stop(self, message: Stop, reply: Reply) -> None:
+    def _cancel(self, message: Cancel, reply: Reply) -> None:
         """Cancel every open request of that id, and say that this was done."""
         for key, one in self._open.items():
             if one.job.request.request_id == message.request_id:
@@ -172,13 +183,26 @@ class EngineLoop:
         now = time.monotonic()
         for key, one in self._open.items():
             if one.give_up_at is not None and now > one.give_up_at:
+                limit = f"timeout_seconds, {one.job.timeout_seconds:g}"
                 one.given_up = (
-                    f"not finished within timeout_seconds, {one.job.timeout_seconds:g}; "
-                    "allow more, or ask for fewer tokens"
+                    f"waited for a slot for all of {limit}; allow more, or try again later"
+                    if key in self._scheduler.waiting_ids
+                    else f"not finished within {limit}; allow more, or ask for fewer tokens"
                 )
                 self._scheduler.cancel(key)
             elif one.reply.is_cancelled():
                 self._scheduler.cancel(key)
+
+    def _tell_places(self) -> None:
+        """Tell those who wait for a slot, and asked to be told, that they still do."""
+        now = time.monotonic()
+        for place, key in enumerate(self._scheduler.waiting_ids, 1):
+            one = self._open.get(key)
+            if one is not None and one.notice_at is not None and now >= one.notice_at:
+                one.notice_at = now + max(one.job.queue_notice_seconds, LEAST_NOTICE_SECONDS)
+                notice = Part(BlockEvent(key, (), (), 0, 0), queue_place=place)
+                if not self._safely(partial(one.reply.send, notice)):
+                    self._drop(key)
 
     def _deliver(self, event: BlockEvent) -> None:
         """Send what a turn made of one request."""
@@ -188,8 +212,12 @@ class EngineLoop:
         if event.is_last:
             del self._open[event.request_id]
         if not self._safely(lambda: self._reply(one, event)):
-            self._open.pop(event.request_id, None)
-            self._scheduler.cancel(event.request_id)
+            self._drop(event.request_id)
+
+    def _drop(self, key: str) -> None:
+        """Forget a request whose caller cannot be reached."""
+        self._open.pop(key, None)
+        self._scheduler.cancel(key)
 
     def _reply(self, one: _Open, event: BlockEvent) -> None:
         if event.error is not None:

@@ -6,8 +6,9 @@ engine set; it loads no engine.
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ import numpy.typing as npt
 
 from twotower_contract.engine_set import EngineSet
 from twotower_contract.errors import TwoTowerError
-from twotower_contract.options import INPUTS, OPTIONS, Option
+from twotower_contract.options import INPUTS, OPTIONS, Option, unknown_name
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.serving.settings import Settings
-from twotower_engines.serving.wire import Job, Stop, encode
+from twotower_engines.serving.wire import DURATIONS, Cancel, Job, encode
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -32,6 +33,9 @@ BYTES_PER_TOKEN = 256
 # `triton_grpc_error` they would, but server 2.51 ends with a segmentation fault when several such
 # streams fail at once.) So a refusal begins with these words.
 REFUSED = "request refused: "
+
+# Over HTTP, Triton passes the request's id on as a parameter, too.
+TRITONS_OWN = {"id"}
 
 
 class Preprocessor:
@@ -46,28 +50,39 @@ class Preprocessor:
         exists = Tokenizer.exists(engines.folder)
         self._tokenizer = Tokenizer(engines.folder) if exists else None
 
-    def message(self, tensors: Tensors, request_id: str) -> bytes:
+    def message(self, tensors: Tensors, request_id: str, parameters: Collection[str] = ()) -> bytes:
         """Return what `generate` is to be told.
 
         Args:
             tensors: The inputs that were given, by name, as declared in config.pbtxt.
             request_id: The client's id of the request; may be empty.
+            parameters: Names that came beside the inputs. Triton makes parameters of those members
+                of a JSON body that are no inputs, and lets gRPC's pass.
 
         Raises:
             RequestError: The request cannot be done.
             TokenizerError: The text is not valid.
         """
-        if "stop" in tensors:
-            return encode(Stop(_text(tensors, "stop")))
+        why = unknown_name(set(parameters) - TRITONS_OWN, INPUTS)
+        if why is not None:
+            raise RequestError(why)
+        if "cancel_request_id" in tensors:
+            beside = next((name for name in tensors if name != "cancel_request_id"), None)
+            if beside is not None:
+                raise RequestError(
+                    f"cancel_request_id and {beside} are both given; the first cancels another "
+                    "request: send it alone"
+                )
+            return encode(Cancel(_text(tensors, "cancel_request_id")))
         request = Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt_ids=self._prompt_ids(tensors),
             **{name: _value(tensors, one) for name, one in OPTIONS.items() if name in tensors},
         )
         request.check(self._limits)
-        timeout = _number(tensors, "timeout_seconds") if "timeout_seconds" in tensors else 0.0
-        job = Job(request, timeout)
-        job.check_timeout()
+        durations = {name: _number(tensors, name) for name in DURATIONS if name in tensors}
+        job = Job(request, **durations)
+        job.check_durations()
         return encode(job)
 
     def _prompt_ids(self, tensors: Tensors) -> tuple[int, ...]:
@@ -143,7 +158,8 @@ class TritonPythonModel:
             if (tensor := triton.get_input_tensor_by_name(request, name)) is not None
         }
         try:
-            message = self._preprocessor.message(given, request.request_id())
+            parameters = json.loads(request.parameters())
+            message = self._preprocessor.message(given, request.request_id(), parameters)
         except TwoTowerError as problem:
             error = triton.TritonError(f"{REFUSED}{problem}", triton.TritonError.INVALID_ARG)
             return triton.InferenceResponse(error=error)

@@ -283,6 +283,9 @@ class TritonServer:
             "--backend-config=python,shm-default-byte-size=4194304",
             f"--grpc-address={host}",
             f"--grpc-port={self._ports['--grpc-port']}",
+            # Our clients ask a silent server every 30 s whether it is there. By default (5 minutes)
+            # the third such question ends the connection.
+            "--grpc-http2-min-recv-ping-interval-without-data=10000",
         ]
         backends = make_backends(self._installation, self._links.parent)
         if backends is not None:

@@ -1,7 +1,7 @@
 """What travels between the steps of the ensemble, as one JSON object.
 
 `preprocess` checks a request once and passes it on whole; `generate` reads it. A second kind of
-object stops a request that is under way.
+object cancels a request that is under way.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from twotower_contract.options import OPTIONS, ids_refusal, refusal
+from twotower_contract.options import OPTIONS, ids_refusal, refusal, unknown_name
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
+
+DURATIONS = ("timeout_seconds", "queue_notice_seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,42 +24,47 @@ class Job:
 
     Attributes:
         request: As the engines take it.
-        timeout_seconds: After this the server gives it up by itself; 0 for never.
+        timeout_seconds: Seconds after which the server gives it up by itself; 0 for never.
+        queue_notice_seconds: Seconds between two notices that it still waits for a slot; 0 for no
+            notices.
     """
 
     request: Request
     timeout_seconds: float = 0.0
+    queue_notice_seconds: float = 0.0
 
-    def check_timeout(self) -> None:
-        """Refuse a timeout that is no duration.
+    def check_durations(self) -> None:
+        """Refuse what is no duration.
 
         Raises:
             RequestError: Naming it.
         """
-        if not 0 <= self.timeout_seconds < math.inf:
-            raise RequestError(
-                f"timeout_seconds is {self.timeout_seconds}; it must be 0 (none) or a finite "
-                "number above"
-            )
+        for name in DURATIONS:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise RequestError(
+                    f"{name} is {value}; it must be 0 (none) or a finite number above"
+                )
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """A wish to stop the request of this id."""
+class Cancel:
+    """A wish to cancel the request of this id."""
 
     request_id: str
 
 
-def encode(message: Job | Stop) -> bytes:
+def encode(message: Job | Cancel) -> bytes:
     """Return a message as JSON in UTF-8."""
-    if isinstance(message, Stop):
-        values: dict[str, Any] = {"stop": message.request_id}
+    if isinstance(message, Cancel):
+        values: dict[str, Any] = {"cancel_request_id": message.request_id}
     else:
-        values = {**asdict(message.request), "timeout_seconds": message.timeout_seconds}
+        durations = {name: getattr(message, name) for name in DURATIONS}
+        values = {**asdict(message.request), **durations}
     return json.dumps(values).encode()
 
 
-def decode(content: bytes) -> Job | Stop:
+def decode(content: bytes) -> Job | Cancel:
     """Read a message.
 
     Raises:
@@ -70,22 +77,25 @@ def decode(content: bytes) -> Job | Stop:
         raise RequestError(f"request: is not valid JSON ({problem}); call `twotower`") from problem
     if not isinstance(values, dict):
         raise RequestError("request: should be a JSON object; call the model `twotower` instead")
-    if "stop" in values:
-        return Stop(str(values["stop"]))
-    timeout = values.pop("timeout_seconds", 0.0)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
-        raise RequestError(f"request: timeout_seconds should be a number, found {timeout!r:.80}")
-    return Job(_request(values), float(timeout))
+    if "cancel_request_id" in values:
+        return Cancel(str(values["cancel_request_id"]))
+    durations = {name: values.pop(name, 0.0) for name in DURATIONS}
+    for name, value in durations.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RequestError(f"request: {name} should be a number, found {value!r:.80}")
+    return Job(_request(values), *map(float, durations.values()))
 
 
 def _request(values: dict[str, Any]) -> Request:
     known = ("request_id", "prompt_ids", *OPTIONS)
-    unknown = sorted(set(values) - set(known))
     missing = sorted(set(known[:2]) - set(values))
-    if unknown or missing:
-        what, names = ("unknown", unknown) if unknown else ("missing", missing)
-        raise RequestError(f"request: {what} field `{names[0]}`; known: {', '.join(sorted(known))}")
-    why = ids_refusal("prompt_ids", values["prompt_ids"]) or refusal(values)
+    if missing:
+        raise RequestError(f"request: there is no {missing[0]!r}; give it")
+    why = (
+        unknown_name(values, known)
+        or ids_refusal("prompt_ids", values["prompt_ids"])
+        or refusal(values)
+    )
     if not isinstance(values["request_id"], str):
         why = f"request_id is {values['request_id']!r}; it must be text"
     if why is not None:

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from twotower_contract.errors import TwoTowerError
+from twotower_contract.errors import ConfigError, TwoTowerError
 from twotower_contract.json_file import read_json, write_json
 from twotower_contract.layout import TOWERS, Tower, expected_tensors
+from twotower_contract.tokenizer import open_tokenizer
 from twotower_export.checkpoint import Checkpoint
 from twotower_export.inventory import take_inventory
 from twotower_export.reference.refinement import Rule, refine
@@ -75,8 +76,8 @@ def golden_for(
     if size > FLOAT32_BOUND:
         reason = (
             f"the towers take {size / 1e9:.0f} GB in float32, too much to answer during an export; "
-            f"compute the answer with `twotower golden {checkpoint.path}`, which streams them "
-            "through a few GB of memory, and export again"
+            "compute it with `twotower golden CHECKPOINT`, which streams them through a few "
+            "GB of memory, and export again"
         )
     elif importlib.util.find_spec("torch") is None:
         reason = (
@@ -226,25 +227,21 @@ def _request(checkpoint: Checkpoint, mode: str) -> dict[str, Any]:
 def _prompt_ids(checkpoint: Checkpoint) -> list[int]:
     """The prompt in the checkpoint's tokens; without a tokenizer, ids all over the vocabulary."""
     vocabulary = checkpoint.config.vocab_size
-    ids = _encoded(checkpoint.path / "tokenizer.json")
+    ids = _encoded(checkpoint.path)
     if ids and max(ids) < vocabulary:
         return ids
     return [7919 * (place + 1) % vocabulary for place in range(16)]
 
 
-def _encoded(tokenizer: Path) -> list[int]:
+def _encoded(folder: Path) -> list[int]:
     """The prompt's ids; none where the tokenizer is missing or cannot be read.
 
     Any prompt serves a self-test, so a tokenizer that is broken is left for those to refuse who
     need text.
     """
-    if not tokenizer.is_file() or importlib.util.find_spec("tokenizers") is None:
-        return []
-    from tokenizers import Tokenizer
-
     try:
-        return list(Tokenizer.from_file(str(tokenizer)).encode(PROMPT).ids)
-    except Exception:  # the library raises bare Exception
+        return list(open_tokenizer(folder).encode(PROMPT).ids)
+    except (ConfigError, ImportError):
         return []
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.errors import CheckpointError
-from twotower_contract.json_file import read_json
+from twotower_contract.index import SINGLE_FILE, read_index
 from twotower_contract.layout import Tower, base_name
+from twotower_contract.shards import read_header
 from twotower_export.reference.towers import ContextTower, Denoiser, on_meta
 
 OpenShards = dict[str, Any]
@@ -27,16 +28,10 @@ class NamedTensors:
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
-        index = checkpoint / "model.safetensors.index.json"
-        self._files: dict[str, str] = {}
-        if index.is_file():
-            self._files = dict(read_json(index).values["weight_map"])
-            return
-        from safetensors import safe_open
-
-        for path in sorted(checkpoint.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as shard:
-                self._files |= dict.fromkeys(shard.keys(), path.name)
+        index = read_index(checkpoint)
+        if index is None:
+            index = dict.fromkeys(read_header(checkpoint / SINGLE_FILE)[0], SINGLE_FILE)
+        self._files = index
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored.

@@ -206,4 +206,6 @@ class StreamedTowers(SequenceTowers):
 def _finite(logits: npt.NDArray[np.float32], tower: Tower) -> npt.NDArray[np.float32]:
     if not np.isfinite(logits).all():
         raise FloatingPointError(f"the {tower} tower's logits hold NaN or infinity")
+    if not logits.any():
+        raise FloatingPointError(f"the {tower} tower's logits are 0 everywhere")
     return logits

@@ -162,7 +162,7 @@ def compare(
         if complete is not None:
             expected |= complete(feed, our)
         where = f"{part}, call `{call}`"
-        problems = _shape_problems(where, our, expected)
+        problems = _shape_problems(where, our, expected) or _zero_problems(where, expected)
         comparison.problems += problems
         if not problems:
             our_cleared, expected = cleared(feed, our), cleared(feed, expected)
@@ -190,6 +190,16 @@ def _shape_problems(
         f"{list(value.shape)} in the reference"
         for name, value in expected.items()
         if ours[name].shape != value.shape
+    ]
+
+
+def _zero_problems(where: str, expected: Mapping[str, Array]) -> list[str]:
+    """Outputs that are all 0, on which any two sides agree: weights that were never written."""
+    floats = {name: value for name, value in expected.items() if value.dtype.kind == "f"}
+    return [
+        f"{where}: {name} is 0 everywhere, which proves nothing; does the checkpoint have weights?"
+        for name, value in floats.items()
+        if value.size and not value.any()
     ]
 
 

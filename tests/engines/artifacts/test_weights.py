@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from twotower_contract.errors import CheckpointError
 from twotower_contract.shards import read_header, sample_digest
+from twotower_engines.artifacts import weights
 from twotower_engines.artifacts.weights import WeightStore, _widen
+from twotower_engines.runtime.interface import ExtendRow
+from twotower_engines.runtime.opening import open_runtime
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +86,51 @@ def test_widening_keeps_special_values(made):
     np.testing.assert_array_equal(widened.view(np.uint32), wanted.view(np.uint32))
 
 
-def test_float32_is_not_copied(made):
+def test_only_large_float32_stays_in_its_file(made, monkeypatch):
     store = WeightStore(made.engines.manifest)
     weight = made.engines.manifest.weights["context"]["context_tower.layers.0.mixer.A_log"]
     assert weight.dtype == "F32"
+    assert store.float32(weight).flags.owndata
+    assert store.mapped_bytes("context") == 0
+    monkeypatch.setattr(weights, "COPIED_BYTES", 0)
     assert not store.float32(weight).flags.owndata
+    stored = made.engines.manifest.weights["context"].values()
+    sizes = [4 * math.prod(w.shape) for w in stored if w.dtype == "F32" and w.how != "stack"]
+    assert store.mapped_bytes("context") == sum(sizes)
+
+
+def test_what_stays_in_its_file_is_said(made, monkeypatch, capsys):
+    open_runtime(made.engines, threads=1).close()
+    assert "used where they lie" not in capsys.readouterr().err
+    monkeypatch.setattr(weights, "COPIED_BYTES", 0)
+    open_runtime(made.engines, threads=1).close()
+    said = capsys.readouterr().err
+    assert f"leave the files in {made.checkpoint} as they are while these engines run" in said
+
+
+def test_engines_are_deaf_to_files_that_change_later(made, tmp_path):
+    checkpoint = shutil.copytree(made.checkpoint, tmp_path / "checkpoint")
+    runtime = open_runtime(made.engines, checkpoint, threads=1)
+    ids = np.arange(5, dtype=np.int32)
+    (before,) = runtime.extend([ExtendRow(0, ids, logits=True)])
+    for path in checkpoint.glob("*.safetensors"):
+        path.write_bytes(b"\xff" * 100)  # truncated and overwritten: a mapped page would be gone
+    runtime.reset(0)
+    (after,) = runtime.extend([ExtendRow(0, ids, logits=True)])
+    np.testing.assert_array_equal(before, after)
+    runtime.close()
+
+
+@pytest.mark.parametrize("change", ["replaced", "rewritten"])
+def test_a_file_that_changes_while_it_is_read_is_refused(copied, change):
+    copied.check()
+    path = shard(copied)
+    content = path.read_bytes()
+    if change == "replaced":
+        path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        list(copied.all_float32("context"))
 
 
 def test_memory_is_bounded_by_the_largest_weight(random_engines):

@@ -314,7 +314,7 @@ def test_two_real_builds_at_once(bundle, tmp_path, cache):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, -15), (signal.SIGKILL, -9)]
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)]
 )
 def test_a_killed_build_leaves_nothing_that_looks_finished(bundle, tmp_path, cache, number, code):
     process = start_build(*arguments(bundle, tmp_path / "engines"))

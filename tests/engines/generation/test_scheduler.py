@@ -161,7 +161,7 @@ def test_who_comes_first_is_served_first(runtime):
     scheduler = Scheduler(runtime, slots=2)
     for number in range(5):
         scheduler.submit(Request(str(number), (5, 6), steps=1, max_new_tokens=16))
-    assert (scheduler.waiting, scheduler.active) == (5, 0)
+    assert (len(scheduler.waiting_ids), scheduler.active) == (5, 0)
     order = []
     while not scheduler.idle:
         order.append(sorted(event.request_id for event in scheduler.turn()))

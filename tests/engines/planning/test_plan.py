@@ -1,6 +1,7 @@
 """Sizes of the released model, and the memory plans made of them, against hand calculations."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from fractions import Fraction
@@ -80,8 +81,9 @@ def test_a_bundle_tells_the_same_as_its_checkpoint(random_engines):
 
 def test_shards_that_hold_something_else_are_pointed_out(random_engines, tmp_path):
     checkpoint = random_engines("MEM*E").checkpoint
-    for shard in checkpoint.glob("*.safetensors"):
-        (tmp_path / shard.name).symlink_to(shard)
+    for file in checkpoint.glob("*.safetensors*"):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "optimizer.safetensors").write_bytes(b"not in the index, so not read")
     values = json.loads((checkpoint / "config.json").read_text())
     values["n_routed_experts"] += 1
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -119,6 +121,13 @@ def test_a_pattern_needs_only_its_own_sizes(config):
         {"tie_word_embeddings": True},
         {"eos_token_id": [2, 3]},
         {"torch_dtype": "float16"},
+        {"max_position_embeddings": "4096"},
+        {"max_position_embeddings": 10**30},
+        {"layer_norm_epsilon": math.nan},
+        {"layer_norm_epsilon": 10**400},
+        {"conv_kernel": "4"},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
     ],
 )
 def test_plan_refuses_what_export_refuses_in_the_same_words(config, change):

@@ -1,0 +1,339 @@
+"""Connections that break, go silent, or belong to another event loop; no Triton is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+
+import twotower_client as tt
+from tests.support.fake_server import balancer, fake_server, part
+from tests.support.silent_proxy import SilentProxy
+from twotower_client import core
+
+SECONDS = 20
+
+
+def short(request, context):
+    yield part("length", "hello", (5, 6))
+
+
+class Endless:
+    """An answer that never ends; what it was told is kept."""
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+
+    def __call__(self, request, context):
+        context.add_callback(self.gone.set)
+        yield part(text="a", ids=(5,))
+        while context.is_active():
+            time.sleep(0.02)
+
+
+def ask(url: str, asynchronous: bool, **options):
+    """Return a function that asks with one client, in an event loop of its own each time."""
+    if not asynchronous:
+        return tt.TwoTowerClient(url, **options).generate
+    client = tt.AsyncTwoTowerClient(url, **options)
+    return lambda *given: asyncio.run(client.generate(*given))
+
+
+BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["threads", "asyncio"])
+
+
+def test_an_async_client_is_made_before_the_loop_and_outlives_it() -> None:
+    with fake_server(short) as url:
+        client = tt.AsyncTwoTowerClient(url)
+        for _ in range(3):
+            assert asyncio.run(client.generate("a")).text == "hello"
+        assert len(client._connections) == 1, "those of closed loops are let go"
+
+        async def last() -> None:
+            async with client:
+                await client.check_ready()
+
+        asyncio.run(last())
+
+
+def test_one_async_client_serves_loops_of_several_threads() -> None:
+    with fake_server(short) as url:
+        client, texts = tt.AsyncTwoTowerClient(url), []
+        threads = [
+            threading.Thread(target=lambda: texts.append(asyncio.run(client.generate("a")).text))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SECONDS)
+        assert texts == ["hello"] * 4
+
+
+@BOTH
+def test_a_connection_that_goes_silent_is_replaced(asynchronous) -> None:
+    with fake_server(short) as url, SilentProxy(url) as proxy:
+        client = tt.AsyncTwoTowerClient if asynchronous else tt.TwoTowerClient
+        client = client(proxy.url, inactivity_timeout=1)
+
+        async def three() -> None:
+            for number in range(3):
+                if number == 1:
+                    proxy.drop()
+                    with pytest.raises(tt.InactivityError):
+                        await given(client.generate, "a")
+                else:
+                    assert (await given(client.generate, "a")).text == "hello"
+
+        async def given(call, *arguments):
+            return await call(*arguments) if asynchronous else call(*arguments)
+
+        asyncio.run(three())
+        assert proxy.accepted == 2
+
+
+@BOTH
+def test_keep_alive_ends_a_call_on_a_dropped_connection(asynchronous, monkeypatch) -> None:
+    limits = dict(core.KEEP_ALIVE)
+    seconds = (limits["grpc.keepalive_time_ms"] + limits["grpc.http2.ping_timeout_ms"]) / 1000
+    assert seconds < tt.TwoTowerClient().inactivity_timeout
+    quick = [(name, milliseconds // 10) for name, milliseconds in core.KEEP_ALIVE]
+    monkeypatch.setattr(core, "KEEP_ALIVE", quick)
+    with fake_server(Endless()) as url, SilentProxy(url) as proxy:
+        if asynchronous:
+
+            async def whole() -> None:
+                async with tt.AsyncTwoTowerClient(proxy.url) as client:
+                    stream = client.stream("a")
+                    await anext(stream)
+                    proxy.drop()
+                    with pytest.raises(tt.RequestFailedError, match="broke in the middle"):
+                        await anext(stream)
+
+            asyncio.run(whole())
+        else:
+            with tt.TwoTowerClient(proxy.url) as client:
+                stream = client.stream("a")
+                next(stream)
+                proxy.drop()
+                with pytest.raises(tt.RequestFailedError, match="broke in the middle"):
+                    next(stream)
+
+
+def test_a_failure_leaves_other_streams_their_connection() -> None:
+    with fake_server(Endless()) as url, tt.TwoTowerClient(url, inactivity_timeout=1) as client:
+        stream = client.stream("a", timeout=SECONDS)
+        next(stream)
+        client._give_up(stream._connection)
+        gc.collect()
+        with client.stream("a") as other:
+            next(other)
+            assert other._connection is not stream._connection
+        with pytest.raises(tt.InactivityError):  # and not a connection that was closed
+            next(stream)
+
+
+def test_connections_that_were_given_up_are_closed() -> None:
+    with fake_server(short) as url, tt.TwoTowerClient(url) as client:
+        for _ in range(3):
+            client.generate("a")
+            client._give_up(client._connect())
+        gc.collect()
+        assert len(client._opened) == 0
+
+
+HALF_READ = """
+import twotower_client as tt
+client = tt.TwoTowerClient({url!r}, inactivity_timeout=5)
+stream = client.stream("a")
+next(stream)
+print("read", flush=True)
+"""
+
+
+def test_a_script_that_half_reads_a_stream_exits() -> None:
+    """`__del__` would start a thread while Python shuts down, which hangs or fails."""
+    endless = Endless()
+    with fake_server(endless) as url:
+        ran = subprocess.run(
+            [sys.executable, "-c", HALF_READ.format(url=url)],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "read\n", "")
+        assert endless.gone.wait(SECONDS)
+
+
+def test_streams_close_as_contextlib_wants_it() -> None:
+    async def asynchronously(url: str) -> None:
+        async with tt.AsyncTwoTowerClient(url) as client:
+            async with contextlib.aclosing(client.stream("a")) as stream:
+                await anext(stream)
+            with pytest.raises(tt.RequestCancelledError):
+                await anext(stream)
+
+    for number in range(2):
+        endless = Endless()
+        with fake_server(endless) as url:
+            if number:
+                asyncio.run(asynchronously(url))
+            else:
+                with tt.TwoTowerClient(url) as client:
+                    with contextlib.closing(client.stream("a")) as stream:
+                        next(stream)
+                    with pytest.raises(tt.RequestCancelledError):
+                        next(stream)
+            assert endless.gone.wait(SECONDS)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_dropped_async_stream_is_cancelled() -> None:
+    endless = Endless()
+
+    async def whole(url: str) -> None:
+        client = tt.AsyncTwoTowerClient(url)
+        async for _ in client.stream("a"):
+            break
+        assert await asyncio.to_thread(endless.gone.wait, SECONDS)
+        never_begun = client.stream("a")
+        del never_begun
+        half_read = client.stream("a")
+        await anext(half_read)
+        endless.gone.clear()
+        del half_read
+        await asyncio.sleep(0)
+        await client.close()  # waits for what it has begun to stop
+        assert await asyncio.to_thread(endless.gone.wait, SECONDS)
+
+    with fake_server(endless) as url:
+        asyncio.run(whole(url))
+
+
+@BOTH
+def test_a_call_that_nobody_here_cancelled(asynchronous) -> None:
+    """A server or a balancer ends it with CANCELLED; grpc.aio makes a CancelledError of it."""
+
+    def cancels(request, context):
+        context.abort(grpc.StatusCode.CANCELLED, "going away")
+        yield part()
+
+    def begins_and_cancels(request, context):
+        yield part(text="a", ids=(5,))
+        context.abort(grpc.StatusCode.CANCELLED, "going away")
+
+    with fake_server(cancels, ready=cancels) as url:
+        with pytest.raises(tt.ServerUnavailableError, match="going away"):
+            ask(url, asynchronous)("a")
+        look = tt.TwoTowerClient(url).check_ready
+        if asynchronous:
+            look = lambda: asyncio.run(tt.AsyncTwoTowerClient(url).check_ready())  # noqa: E731
+        with pytest.raises(tt.ServerUnavailableError, match="going away"):
+            look()
+    with (
+        fake_server(begins_and_cancels) as url,
+        pytest.raises(tt.RequestFailedError, match="broke in the middle of the answer"),
+    ):
+        ask(url, asynchronous)("a")
+
+
+def test_a_task_that_its_caller_cancels_is_cancelled() -> None:
+    def slow(request, context):
+        while context.is_active():
+            time.sleep(0.02)
+        yield part()
+
+    async def whole(url: str) -> None:
+        async with tt.AsyncTwoTowerClient(url) as client:
+            for call in (client.check_ready, lambda: client.generate("a")):
+                task = asyncio.create_task(call())
+                await asyncio.sleep(0.2)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    with fake_server(slow, ready=slow) as url:
+        asyncio.run(whole(url))
+
+
+def test_the_time_of_an_async_answer_begins_when_it_is_sent() -> None:
+    async def whole(url: str) -> None:
+        async with tt.AsyncTwoTowerClient(url) as client:
+            stream = client.stream("a", timeout=1)
+            await asyncio.sleep(1.2)
+            assert (await stream.answer()).text == "hello"
+
+    with fake_server(short) as url:
+        asyncio.run(whole(url))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [
+        (413, tt.RequestRefusedError, "finds the request too large; shorten the prompt"),
+        (429, tt.ServerBusyError, "has too many requests"),
+        (502, tt.ServerUnavailableError, "reaches no server"),
+        (503, tt.ServerUnavailableError, "has no server to ask"),
+        (504, tt.ServerUnavailableError, "grpc_read_timeout"),
+    ],
+)
+def test_a_balancer_that_answers_by_itself(asynchronous, status, kind, said) -> None:
+    with balancer(status) as url, pytest.raises(kind, match=rf"HTTP status {status}\).*{said}"):
+        ask(url, asynchronous)("a")
+
+
+def test_a_model_that_is_unknown_during_a_shutdown_is_worth_another_try() -> None:
+    """The server is still ready when it is asked; then it was only a moment."""
+
+    def unknown(request, context):
+        message = part()
+        message.Clear()
+        message.error_message = "Request for unknown model: 'twotower' is not found"
+        yield message
+
+    with fake_server(unknown) as url, pytest.raises(tt.ModelNotReadyError) as raised:
+        tt.TwoTowerClient(url).generate("a")
+    assert raised.value.exit_code == 1
+    assert "try again" in str(raised.value)
+
+
+def waits(request, context):
+    for place in (2, 1, 1, 1, 1):
+        yield part(place=place)
+        time.sleep(0.5)
+    yield part("length", "hello", (5, 6))
+
+
+@BOTH
+def test_waiting_in_the_queue_is_not_inactivity(asynchronous) -> None:
+    with fake_server(waits) as url:
+        answer = ask(url, asynchronous, inactivity_timeout=1.5)("a")
+    assert (answer.text, len(answer.blocks), answer.prompt_ids) == ("hello", 1, (5,))
+
+
+def test_an_answer_that_only_waited_is_not_told_to_be_shorter() -> None:
+    with fake_server(waits) as url, tt.TwoTowerClient(url, timeout=1) as client:
+        stream = client.stream("a")
+        with pytest.raises(tt.DeadlineError, match=r"waited for a slot, at place [12], when"):
+            stream.answer()
+        assert stream.queue_place
+
+
+def test_clients_and_streams_say_that_they_cannot_be_pickled() -> None:
+    with (
+        fake_server(Endless()) as url,
+        tt.TwoTowerClient(url) as client,
+        client.stream("a") as stream,
+    ):
+        for one in (client, stream, tt.AsyncTwoTowerClient(url)):
+            for work in (pickle.dumps, copy.copy, copy.deepcopy):
+                with pytest.raises(TypeError, match="cannot be pickled or copied"):
+                    work(one)

@@ -1,0 +1,81 @@
+"""Requests that wait for a slot: they are told so, and are not given up as inactive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2_grpc
+
+import twotower_client as tt
+from twotower_client.connection import KEEP_ALIVE
+from twotower_client.request import Message
+from twotower_client.response import queue_place_of
+
+pytestmark = pytest.mark.server
+
+LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
+
+
+@pytest.fixture
+def busy(client):
+    """Both slots of the server are taken."""
+    streams = [client.stream(prompt_ids=[number], **LONG) for number in (5, 6)]
+    for stream in streams:
+        next(stream)
+    yield streams
+    for stream in streams:
+        stream.cancel()
+
+
+def waiting(name: str = "raw", **inputs) -> object:
+    message = Message(name)
+    for one, value in {"input_ids": [7], "max_new_tokens": 4, **inputs}.items():
+        message.add(one, value)
+    return message.message
+
+
+def test_a_request_that_waits_is_not_inactive(server, busy) -> None:
+    with tt.TwoTowerClient(server.grpc_address, inactivity_timeout=3) as client:
+        stream = client.stream(prompt_ids=[7], max_new_tokens=4, timeout=60)
+        notices = 0
+        while notices < 5:  # more than three seconds
+            assert stream._take(stream._wait()) is None
+            assert stream.queue_place == 1
+            notices += 1
+        for other in busy:
+            other.cancel()
+        answer = stream.answer()
+    assert (len(answer.ids), len(answer.blocks), answer.prompt_ids) == (4, 1, (7,))
+    assert stream.queue_place == 0
+
+
+def test_places_are_told_to_those_who_ask(server, busy) -> None:
+    """A caller who does not ask gets blocks alone: `generate` over HTTP takes one response."""
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        silent = infer(iter([waiting("first")]), timeout=60)
+        asks = infer(iter([waiting("second", queue_notice_seconds=0.5)]), timeout=60)
+        places = [queue_place_of(next(asks).infer_response) for _ in range(3)]
+        assert places == [2, 2, 2]
+        for other in busy:
+            other.cancel()
+        assert [queue_place_of(part.infer_response) for part in silent] == [0]
+        assert queue_place_of(list(asks)[-1].infer_response) == 0
+
+
+def test_a_request_that_only_waited_is_told_so(server, busy) -> None:
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        [part] = infer(iter([waiting(timeout_seconds=0.3)]), timeout=60)
+    said = part.infer_response.SerializeToString().decode(errors="replace")
+    assert "waited for a slot for all of timeout_seconds, 0.3" in said
+
+
+def test_keep_alive_questions_come_no_more_often_than_the_server_allows(server) -> None:
+    """Else it ends the connection of a client that it has told nothing for two minutes."""
+    flag = "--grpc-http2-min-recv-ping-interval-without-data="
+    words = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+    [allowed] = [int(word.removeprefix(flag)) for word in words if word.startswith(flag)]
+    assert allowed < dict(KEEP_ALIVE)["grpc.keepalive_time_ms"]
