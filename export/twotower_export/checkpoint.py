@@ -40,11 +40,8 @@ class Checkpoint:
 
     Attributes:
         path: absolute folder.
-        config: the model.
         towers: towers that it holds.
         base: whether it is the single-tower base checkpoint, with that one's names.
-        shards: its files.
-        tensors: every tensor by name.
         id: hub id, where it came from the hub.
         revision: hub commit, where known.
         fingerprint: sha256 in hex over name, dtype, shape and sampled content of every tensor;

@@ -39,15 +39,7 @@ EXPERTS_SEEN: Final = (60, 90)
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a tower.
-
-    Attributes:
-        tower: `context` or `denoiser`.
-        name: one of `PARTS`.
-        tensors: number of tensors.
-        parameters: their elements.
-        bytes: as stored.
-    """
+    """A part of a tower, named as in `PARTS`; its bytes are those of the stored tensors."""
 
     tower: Tower
     name: str

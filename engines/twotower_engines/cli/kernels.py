@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from twotower_contract.atomic import write_text
+from twotower_contract.progress import StatusLine
 
 if TYPE_CHECKING:
     from twotower_engines.kernels.compile import Compiled
@@ -104,10 +103,14 @@ def kernels(
     wanted = [target(name) for name in targets] or list(TARGETS)
     specs = all_specs(Sizes(rows=rows, block=block, dtype=dtype))
     lines = []
-    report = _Progress(len(wanted) * len(specs))
+    count = len(wanted) * len(specs)
+    report = StatusLine(LOG_SECONDS, quiet_seconds=0.0)  # the first time takes minutes
     for number, (gpu, spec) in enumerate(((gpu, spec) for gpu in wanted for spec in specs), 1):
-        report(f"{spec.name} for {gpu.compute_capability}", number)
+        if report.is_due():
+            what = f"{spec.name} for {gpu.compute_capability}"
+            report.draw(f"compiling {number} of {count}: {what}")
         lines.append(_line(spec, gpu, output))
+    report.clear()
     if as_json:
         click.echo(json.dumps(lines, indent=2))
         return
@@ -144,19 +147,3 @@ def _write(compiled: Compiled, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{compiled.name}.sm_{compiled.target.arch}.ptx"
     write_text(path, compiled.ptx)
-
-
-class _Progress:
-    """Says how far the compilation is, which takes minutes the first time."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._said = count, time.monotonic()
-
-    def __call__(self, what: str, number: int) -> None:
-        line = f"compiling {number} of {self._count}: {what}"
-        if sys.stderr.isatty():
-            end = "\n" if number == self._count else ""
-            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
-        elif time.monotonic() - self._said >= LOG_SECONDS:
-            self._said = time.monotonic()
-            print(line, file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ def main() -> None:
     """Run the command with the exit codes of the `twotower` command line."""
     interruptible()
     try:
-        verify_engine_set.main(prog_name="twotower verify")
+        verify_engine_set.main(prog_name="twotower verify", standalone_mode=False)
     except TwoTowerError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)

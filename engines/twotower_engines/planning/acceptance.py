@@ -77,7 +77,6 @@ class Calls:
     """Distribution of the number of denoiser calls of a block.
 
     Attributes:
-        block: Tokens of the block.
         probabilities: Probabilities of 1, 2, .. calls.
     """
 

@@ -120,14 +120,11 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """A plan: the request, and what each GPU would hold.
+    """A plan: the request as it was asked, what was chosen, and what each GPU would hold.
 
     Attributes:
-        asked: The request, unchanged.
-        precision: The chosen precision.
         max_tokens_per_call: Tokens of one row in one context call: as requested, or else the
             largest chunk with which the plan fits. Engines are to be built with it.
-        gpus: Memory of each GPU.
     """
 
     model: ModelSize

@@ -96,11 +96,7 @@ def compare_tower(
         given = states if call.continues else {}
         empty = _empty_states(interface, rows, capacity)
         inputs = {**call.inputs, **empty, **given}
-        specs = interface.inputs
-        # as the plan sees them: rounded to bf16 where it takes that
-        inputs = {
-            key: _decoded(_encoded(one, specs[key]), specs[key]) for key, one in inputs.items()
-        }
+        inputs = {key: _as_taken(array, interface.inputs[key]) for key, array in inputs.items()}
         outputs = reference.run(inputs)
         ours = _run(tower, interface, inputs, {key: one.shape for key, one in outputs.items()})
         ours, theirs = (
@@ -213,6 +209,11 @@ def _valid(name: str, array: Array, lengths: npt.NDArray[np.int32]) -> Array:
     shape = [1] * array.ndim
     shape[0], shape[axis] = valid.shape
     return np.where(valid.reshape(shape), array, np.zeros((), array.dtype))
+
+
+def _as_taken(array: Array, spec: TensorSpec) -> Array:
+    """Return an input as the engine sees it: rounded to bf16 where it takes that."""
+    return _decoded(_encoded(array, spec), spec)
 
 
 def _encoded(array: Array, spec: TensorSpec) -> Array:

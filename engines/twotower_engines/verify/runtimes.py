@@ -23,7 +23,6 @@ def compare_runtimes(runtime: Runtime, reference: Runtime, precision: str) -> li
 
     Args:
         runtime: Under test, with no request in flight.
-        seed: Random seed of the prompts.
 
     Raises:
         ValueError: One side lacks an output of the other.

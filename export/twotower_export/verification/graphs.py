@@ -41,7 +41,6 @@ class GraphPart:
     """A graph to run.
 
     Attributes:
-        model: the graph.
         outputs: name of each output in the graph -> name to report it by.
         optimised: whether ONNX Runtime may rewrite it.
     """
@@ -216,13 +215,7 @@ class ManifestWeights:
 
 @dataclass
 class GraphSide:
-    """Runs a graph part; opened, it holds the part's weights.
-
-    Attributes:
-        name: in reports.
-        part: what runs.
-        weights: where its weights come from.
-    """
+    """Runs a graph part; opened, it holds the part's weights."""
 
     name: str
     part: GraphPart

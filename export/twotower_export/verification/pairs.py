@@ -44,7 +44,6 @@ class Pair:
     """The two sides of a comparison.
 
     Attributes:
-        graph, reference: the sides.
         layers: whose states they take.
         wants_hidden: whether they start from hidden states.
     """
@@ -60,11 +59,8 @@ class Planned:
     """A comparison that is to be made.
 
     Attributes:
-        part: name of the graph or part.
-        tower: whose it is.
         precision: what both sides compute in.
         chunk: tokens of its prefill chunk.
-        make: makes the two sides.
     """
 
     part: str

@@ -63,10 +63,6 @@ class TowerSide:
     """A whole tower in float32.
 
     Attributes:
-        name: in reports.
-        config: the model.
-        tower: which.
-        tensors: the checkpoint.
         layers: whose hidden states to return as well.
         margins: receives, per MoE layer and call, how far the router was from another choice.
     """

@@ -107,8 +107,6 @@ class Taken:
     """A row of a context call, and the slot that it extended.
 
     Attributes:
-        row: Row of the call.
-        slot: Slot that the row extended.
         length: Tokens of the slot's context before the call.
         valid: Tokens of this row in the call.
     """
