@@ -15,7 +15,7 @@ PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 SPARING_VARIABLES = ("no_grpc_proxy", "no_proxy")
 # A connection that was dropped without a word, as idle ones are by balancers, is noticed during a
 # call: after 30 s of silence the server is asked whether it is there, and has 20 s to answer.
-# (Newer gRPC goes by the second limit, which is 60 s by default.)
+# (Newer gRPC goes by the last option, which is 60 s by default.)
 KEEP_ALIVE = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
