@@ -250,6 +250,8 @@ def build_denoiser_graph(
     (normed,) = b.call(layers.norm, [hidden, g.weight("denoiser_tower.norm_f.weight")])
     b.begin("head")
     logits = b.linear(normed, g.weight("lm_head.weight"))
+    # so that TensorRT, too, knows the size of the output `logits`
+    logits = b.reshape(logits, 0, -1, config.vocab_size)
     refined = b.call(refine, [logits, ids, *(rows[row] for row in ROW_INPUTS)], "denoiser.refine")
     _add_refined(g, refined)
     meaning = "Of each position's own token; rounded to the graph's dtype before float32."

@@ -308,7 +308,7 @@ def test_two_real_builds_at_once(bundle, tmp_path, cache):
     open_engine_set(tmp_path / "engines").check_engine_files()
     assert [path.name for path in (tmp_path / "engines").iterdir()] == [RTX]
     said = [process.stderr_text for process in processes]
-    assert sum("waiting for another build of the same plan" in text for text in said) == 1
+    assert sum("waiting for another build of the same engine" in text for text in said) == 1
     assert partial_leftovers(cache) == []
     assert len(list(cache.glob("*/plan"))) == 2
 
