@@ -59,7 +59,7 @@ def test_a_file_of_gigabytes_is_not_read_whole(tmp_path, name):
     if name == "samples":  # 16 of them, whatever the size
         assert len(read(path)) == 64
         return
-    with pytest.raises(TwoTowerError, match="are read at most|is no safetensors file"):
+    with pytest.raises(TwoTowerError, match=r"are read at most|is no safetensors file"):
         read(path)
 
 
@@ -67,7 +67,7 @@ def test_the_bound_is_exact(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_file(path, ConfigError, "mend it", most=5) == b"12345"
-    with pytest.raises(ConfigError, match="has 5 bytes, and 4 are read at most.*; mend it"):
+    with pytest.raises(ConfigError, match=r"has 5 bytes, and 4 are read at most.*; mend it"):
         read_file(path, ConfigError, "mend it", most=4)
     assert MAX_FILE_BYTES > 40 * 10**6  # the largest tokenizer that we know
 
@@ -75,7 +75,7 @@ def test_the_bound_is_exact(tmp_path):
 def test_the_index_names_the_shards(tmp_path):
     for name in ("._model-1.safetensors", "optimizer.safetensors", "model-1.safetensors"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="neither model.safetensors.index.json nor"):
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors.index.json nor"):
         shard_files(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}')
@@ -86,7 +86,7 @@ def test_the_index_names_the_shards(tmp_path):
 
 
 def test_names_cannot_steer_a_terminal(tmp_path):
-    """ESC clears a screen; a bidirectional override turns a name around; a newline forges a line."""
+    """ESC clears a screen, a bidirectional override turns a name, a newline forges a line."""
     assert printable("a\x1b[2J\u202e\x9b\nb é 漢 x") == r"a\x1b[2J\u202e\x9b\nb é 漢 x"
     assert str(ConfigError("x\x1b[2J\ny")) == "x\\x1b[2J\ny"
     index = tmp_path / "model.safetensors.index.json"

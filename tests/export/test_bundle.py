@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from dataclasses import replace
 
@@ -137,6 +138,20 @@ def test_export_is_repeatable(tmp_path, checkpoint, bundle):
     for file in bundle.rglob("*"):
         if file.is_file():
             assert (tmp_path / "again" / file.relative_to(bundle)).read_bytes() == file.read_bytes()
+
+
+def test_the_folders_name_changes_no_graph(tmp_path, checkpoint, bundle):
+    moved = shutil.copytree(checkpoint.path, tmp_path / "another name")
+    manifest = write_bundle(open_checkpoint(moved), tmp_path / "again")
+    first = read_manifest(bundle)
+    assert manifest.graphs == first.graphs
+    assert manifest.checkpoint.path == moved
+    path = str(checkpoint.path)
+    assert replace(manifest, checkpoint=first.checkpoint) == replace(first, golden_missing=None)
+    for file in (tmp_path / "again").rglob("*"):
+        content = b"" if file.is_dir() or file.name == "manifest.json" else file.read_bytes()
+        assert path.encode() not in content
+        assert str(moved).encode() not in content
 
 
 def test_bundle_is_replaced_and_other_folders_are_not(tmp_path, checkpoint):

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.command_line import warn_of_mask
 from twotower_contract.engine_set import EngineSet
-from twotower_contract.errors import TwoTowerError
+from twotower_contract.errors import TwoTowerError, printable
 from twotower_contract.options import INPUTS, OPTIONS, Option
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
@@ -45,6 +46,7 @@ class Preprocessor:
 
     def __init__(self, engines: EngineSet) -> None:
         self._limits = RequestLimits.of_engines(engines)
+        self._mask_token_id = engines.manifest.model.mask_token_id
         exists = Tokenizer.exists(engines.folder)
         self._tokenizer = Tokenizer(engines.folder) if exists else None
 
@@ -67,6 +69,8 @@ class Preprocessor:
             **{name: _value(tensors, one) for name, one in OPTIONS.items() if name in tensors},
         )
         request.check(self._limits)
+        whose = f"the prompt of request {printable(request.request_id)}"
+        warn_of_mask(request.prompt_ids, self._mask_token_id, whose)
         timeout = _number(tensors, "timeout_seconds") if "timeout_seconds" in tensors else 0.0
         job = Job(request, timeout)
         job.check_timeout()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import click
 
+from twotower_contract.errors import TwoTowerError, listed, printable
+from twotower_contract.machine import memory_bytes
+from twotower_contract.manifest import Manifest
 from twotower_export.progress import StepMeter
 
 EXPORT_EPILOG = """\b
@@ -29,6 +33,12 @@ Examples:
   twotower inspect bundle --full
   twotower inspect engines --json
 """
+
+
+class InspectionError(TwoTowerError):
+    """Files are missing or not as they were written."""
+
+    exit_code = 1
 
 
 @click.command(epilog=EXPORT_EPILOG)
@@ -73,6 +83,7 @@ def export_command(
     """
     from twotower_contract.layout import TOWERS, Tower
     from twotower_export.checkpoint import open_checkpoint, with_full_digests
+    from twotower_export.tokens import tokenizer_warnings
 
     if target != "bundle":
         _refuse_options_of_bundles(target, towers, full)
@@ -87,8 +98,9 @@ def export_command(
         towers=chosen,
         progress=meter,
     )
-    for warning in opened.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    warnings = [*opened.warnings, *tokenizer_warnings(opened.path)]
+    for warning in warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     if full:
         opened = with_full_digests(opened, meter)
     if target == "bundle":
@@ -116,7 +128,7 @@ def export_command(
         "fingerprint": opened.fingerprint,
         "bytes": size,
         "seconds": round(time.monotonic() - start, 2),
-        "warnings": list(opened.warnings),
+        "warnings": warnings,
     }
     if as_json:
         click.echo(json.dumps(result))
@@ -126,13 +138,26 @@ def export_command(
         f"{opened.id or opened.path}, {size / 1e6:.1f} MB in {result['seconds']} s"
     )
     if target == "bundle":
-        click.echo(f"next: twotower build {out} --sku cpu ENGINES")
+        click.echo(f"next: {_next(out, manifest)}")
+
+
+def _next(out: Path, manifest: Manifest) -> str:
+    """Name a build that can be done: for the CPU of this machine, or for a GPU that holds it."""
+    from twotower_export.inventory import fitting_skus, inventory_of
+
+    inventory = inventory_of(manifest)
+    if 4 * inventory.parameters < memory_bytes() // 2:
+        return f"twotower build {shlex.quote(str(out))} --sku cpu ENGINES"
+    fit = fitting_skus(inventory)
+    names = () if fit is None else fit.one or fit.one_per_tower
+    if not names:
+        return f"twotower plan {shlex.quote(str(out))} --sku all"
+    others = f" (or for {', '.join(names[1:])})" if names[1:] else ""
+    return f"twotower build {shlex.quote(str(out))} --sku {names[0]} ENGINES{others}"
 
 
 def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> None:
     """Refuse what would be ignored: a standard checkpoint has one tower and no manifest."""
-    from twotower_contract.errors import TwoTowerError
-
     for option, is_given in {"--towers both": towers == "both", "--full": full}.items():
         if is_given:
             raise TwoTowerError(
@@ -158,7 +183,8 @@ def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> N
 def inspect_command(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> None:
     """Say what a checkpoint, bundle or engine set holds, weighs, and which GPUs could hold it.
 
-    Nothing is downloaded: a hub id is looked up in the local cache.
+    Nothing is downloaded: a hub id is looked up in the local cache. Exits with 1 where a file of a
+    BUNDLE or of ENGINES is missing or changed, or a bundle's checkpoint is another one.
     """
     from twotower_export.inspection import inspect_source
     from twotower_export.inspection_text import report
@@ -167,5 +193,7 @@ def inspect_command(source: str, checkpoint: Path | None, full: bool, as_json: b
     found: dict[str, Any] = inspect_source(source, checkpoint, progress=meter, full=full)
     meter.finish()
     for warning in found.get("warnings", ()):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     click.echo(json.dumps(found) if as_json else report(found))
+    if found.get("problems"):
+        raise InspectionError(f"{source}: {listed(found['problems'])}")

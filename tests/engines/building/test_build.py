@@ -169,6 +169,21 @@ def test_what_fits_only_in_a_precision_to_come_is_refused(bundle, tmp_path, smal
     assert not (tmp_path / "engines").exists()
 
 
+def test_a_checkpoint_that_moved_needs_no_new_engines(copied, tmp_path):
+    """Its name is no part of the key; the engine set learns where it lies now."""
+    first, _ = build_engines(copied, tmp_path / "engines", BuildOptions(slots=1, context=64))
+    values = json_of(copied / "manifest.json")
+    values["checkpoint"]["path"] = "/somewhere/else"
+    (copied / "manifest.json").write_text(json.dumps(values))
+    again, is_new = build_engines(copied, tmp_path / "engines", BuildOptions(slots=1, context=64))
+    assert not is_new
+    assert again.build == first.build
+    assert str(again.manifest.checkpoint.path) == "/somewhere/else"
+    values["checkpoint"]["fingerprint"] = "0" * 64
+    (copied / "manifest.json").write_text(json.dumps(values))
+    assert build_engines(copied, tmp_path / "engines", BuildOptions(slots=1, context=64))[1]
+
+
 def test_a_folder_of_something_else_is_left_alone(bundle, tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "thesis.tex").write_text("years of work")
