@@ -115,8 +115,8 @@ def warn_of_mask(prompt_ids: Sequence[int], mask_id: int, whose: str = "the prom
     """
     if mask_id in prompt_ids:
         print(
-            f"warning: {whose} holds the mask token (id {mask_id}) and is read as such: it stays in "
-            "the context, and nothing is filled in there",
+            f"warning: {whose} holds the mask token (id {mask_id}) and is read as such: it stays "
+            "in the context, and nothing is filled in there",
             file=sys.stderr,
             flush=True,
         )

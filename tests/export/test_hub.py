@@ -54,7 +54,8 @@ def twotower(tmp_path, server):
 def test_pinned_checkpoint_is_fetched_once(tmp_path, server, twotower):
     done = twotower("export", f"{ID}@{COMMIT}", "bundle", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["warnings"] == []
+    (warning,) = json.loads(done.stdout)["warnings"]
+    assert "has no tokenizer.json, so prompts and answers will be token ids" in warning
     source = read_manifest(tmp_path / "bundle").checkpoint
     assert (source.id, source.revision) == (ID, COMMIT)
     assert source.path.match(f"snapshots/{COMMIT}")
@@ -115,10 +116,15 @@ def test_unknown_names_are_refused(twotower, name, message):
 @pytest.mark.parametrize(
     ("status", "headers", "message"),
     [
-        (401, {}, "the hub does not accept your token (status 401)"),
+        (401, {}, "nor such a repository on the hub (status 401), or it is private"),
+        (
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            "the hub does not accept your token (status 401)",
+        ),
         (403, {}, "the hub does not accept your token (status 403)"),
         (401, {"X-Error-Code": "GatedRepo"}, "its owner asks you to accept terms first"),
-        (404, {"X-Error-Code": "RepoNotFound"}, "nor such a repository on the hub (or it is"),
+        (404, {"X-Error-Code": "RepoNotFound"}, "nor such a repository on the hub (status 404)"),
         (404, {"X-Error-Code": "RevisionNotFound"}, "the hub has no main branch of it"),
         (429, {"Retry-After": "1"}, "too many requests from here (status 429): try again in 1 sec"),
         (500, {}, "the hub has a fault of its own (status 500)"),

@@ -7,14 +7,16 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from twotower_contract.errors import TwoTowerError, listed, printable
 from twotower_contract.machine import memory_bytes
-from twotower_contract.manifest import Manifest
 from twotower_export.progress import StepMeter
+
+if TYPE_CHECKING:
+    from twotower_export.inventory import Inventory
 
 EXPORT_EPILOG = """\b
 Examples:
@@ -138,22 +140,30 @@ def export_command(
         f"{opened.id or opened.path}, {size / 1e6:.1f} MB in {result['seconds']} s"
     )
     if target == "bundle":
-        click.echo(f"next: {_next(out, manifest)}")
+        from twotower_export.inventory import inventory_of
+
+        click.echo(f"next: {next_build(out, inventory_of(manifest), memory_bytes())}")
 
 
-def _next(out: Path, manifest: Manifest) -> str:
-    """Name a build that can be done: for the CPU of this machine, or for a GPU that holds it."""
-    from twotower_export.inventory import fitting_skus, inventory_of
+def next_build(out: Path, inventory: Inventory, memory: int) -> str:
+    """Name a build that can be done: for the CPU of this machine, or for a GPU that holds it.
 
-    inventory = inventory_of(manifest)
-    if 4 * inventory.parameters < memory_bytes() // 2:
-        return f"twotower build {shlex.quote(str(out))} --sku cpu ENGINES"
+    Args:
+        out: the bundle.
+        inventory: of its towers.
+        memory: bytes of this machine; half of them may be weights, in float32.
+    """
+    from twotower_export.inventory import fitting_skus
+
+    bundle = shlex.quote(str(out))
+    if 4 * inventory.parameters < memory // 2:
+        return f"twotower build {bundle} --sku cpu ENGINES"
     fit = fitting_skus(inventory)
     names = () if fit is None else fit.one or fit.one_per_tower
     if not names:
-        return f"twotower plan {shlex.quote(str(out))} --sku all"
+        return f"twotower plan {bundle} --sku all"
     others = f" (or for {', '.join(names[1:])})" if names[1:] else ""
-    return f"twotower build {shlex.quote(str(out))} --sku {names[0]} ENGINES{others}"
+    return f"twotower build {bundle} --sku {names[0]} ENGINES{others}"
 
 
 def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> None:

@@ -131,9 +131,7 @@ def test_a_table_folds_on_a_narrow_terminal(monkeypatch):
     """Each part repeats the names; no terminal, no fold."""
     whole = run(FULL_SIZE, "--sku", "h200,a10").output
     model = read_model_size(FULL_SIZE)
-    reports = [
-        plan_report(model, PlanRequest(known_skus()[name]), 0.9) for name in ("h200", "a10")
-    ]
+    reports = [plan_report(model, PlanRequest(known_skus()[name]), 0.9) for name in ("h200", "a10")]
     assert text_of_many(reports) + "\n" == whole
     for width in (20, 40, 60, 200):
         table = text_of_many(reports, width).split("\nmemory: ")[0].splitlines()[2:]
