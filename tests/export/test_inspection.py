@@ -326,6 +326,8 @@ def test_inspect_and_plan_agree_on_the_gpus():
     tensors = {name: ("BF16", shape) for name, shape in expected_tensors(config).items()}
     fit = fitting_skus(take_inventory(config, tensors))
     for name, sku in known_skus().items():
+        if name == "cpu":  # its memory is this machine's
+            continue
         plan = plan_memory(model, PlanRequest(sku, slots=1, context=4096, precision="bf16"))
         planned = len(plan.gpus) if plan.fits else 0
         assert planned == 1 * (name in fit.one) + 2 * (name in fit.one_per_tower), name

@@ -66,9 +66,9 @@ class HubServer:
             return self._send(handler, self.refusal[0], b"", self.refusal[1])
         path = handler.path.partition("?")[0]
         api = f"/api/models/{self.id}"
-        if path == f"{api}/revision/main" or path == f"{api}/revision/{self.commit}":
+        if path in (f"{api}/revision/main", f"{api}/revision/{self.commit}"):
             return self._json(handler, {"id": self.id, "sha": self.commit, "siblings": []})
-        if path == f"{api}/tree/{self.commit}":
+        if path in (f"{api}/tree/{self.commit}", f"{api}/tree/main"):  # the oldest client's
             return self._json(
                 handler,
                 [self._entry(one) for one in sorted(self.folder.rglob("*")) if one.is_file()],
