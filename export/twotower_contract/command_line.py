@@ -99,13 +99,18 @@ def _as_utf8(argument: str, name: str, error: type[Exception]) -> str:
     return argument
 
 
-def warn_of_mask(prompt_ids: Sequence[int], mask_id: int) -> None:
-    """Warn of a prompt that holds the mask token.
+def warn_of_mask(prompt_ids: Sequence[int], mask_id: int, whose: str = "the prompt") -> None:
+    """Warn of a prompt that holds the mask token, as by the token's own text.
 
     It is harmless to the towers, which mask by position, but surely not what was meant.
     """
     if mask_id in prompt_ids:
-        print("warning: the prompt holds the mask token and is read as such", file=sys.stderr)
+        print(
+            f"warning: {whose} holds the mask token (id {mask_id}) and is read as such: it stays "
+            "in the context, and nothing is filled in there",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,8 +128,8 @@ def _reason(error: Exception, revision: str | None, local_only: bool) -> str:
     # the hub answers 401 for a repository that is not there to a caller whom it does not know
     if isinstance(cause, errors.RepositoryNotFoundError):
         return (
-            "there is neither such a folder nor such a repository on the hub (or it is private, or "
-            "your token is not accepted: sign in with `hf auth login`)"
+            f"there is neither such a folder nor such a repository on the hub (status {status}), "
+            "or it is private, or not for your token: sign in with `hf auth login`"
         )
     if status in (401, 403):
         return (

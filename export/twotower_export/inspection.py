@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,14 @@ from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_contract.manifest import Manifest, read_manifest
 from twotower_export.agreement import check_agreement, check_every_byte
 from twotower_export.bundle import is_bundle
-from twotower_export.checkpoint import Checkpoint, Progress, open_checkpoint, with_full_digests
-from twotower_export.inventory import Inventory, fitting_skus, take_inventory
+from twotower_export.checkpoint import (
+    Checkpoint,
+    Progress,
+    open_checkpoint,
+    with_full_digests,
+    zero_warnings,
+)
+from twotower_export.inventory import Inventory, fitting_skus, inventory_of, take_inventory
 
 
 def inspect_source(
@@ -34,7 +40,8 @@ def inspect_source(
         full: of a checkpoint, or a bundle's: hash every shard from its first to its last byte.
 
     Returns:
-        A dictionary with `kind`: `checkpoint`, `bundle` or `engines`.
+        A dictionary with `kind`: `checkpoint`, `bundle` or `engines`; and, of the latter two, with
+        `problems`: files that are missing or not as they were written.
 
     Raises:
         TwoTowerError: it is none of them, is damaged, or `checkpoint` is not the bundle's.
@@ -55,7 +62,7 @@ def inspect_source(
     opened = open_checkpoint(source, local_only=True, progress=progress)
     if full:
         opened = with_full_digests(opened, progress)
-    return {"kind": "checkpoint", **_checkpoint(opened)}
+    return {"kind": "checkpoint", "hashed": full, **_checkpoint(opened)}
 
 
 def _checkpoint(opened: Checkpoint) -> dict[str, Any]:
@@ -88,18 +95,25 @@ def _bundle(
         "graphs": [_digested(folder, graph.file, graph.sha256) for graph in graphs.values()],
     }
     source = checkpoint or manifest.checkpoint.path
+    is_wrong = False
     try:
         opened = open_checkpoint(source, local_only=True, progress=progress)
         check_agreement(manifest, opened)
-        state = "is there and unchanged"
+        state = "is there; headers and samples are as at export, --full reads every byte"
         if full:
             check_every_byte(manifest, opened, progress)
             state = "is there and unchanged, every byte of it"
     except TwoTowerError as error:
         if checkpoint is not None or full:
             raise
-        state = str(error)
+        state, is_wrong = str(error), source.exists()
     found["checkpoint"] = {**asdict(manifest.checkpoint), "path": str(source), "state": state}
+    found["problems"] = [
+        f"{graph['file']} is {graph['state']}"
+        for graph in found["graphs"]
+        if graph["state"] != "ok"
+    ] + [state] * is_wrong
+    found["warnings"] = zero_warnings(source, manifest.tensors)
     return found
 
 
@@ -124,8 +138,18 @@ def _engines(folder: Path, builds: Sequence[Path]) -> dict[str, Any]:
         "path": str(folder.resolve()),
         "engines": sets,
         "models": list(models.values()),
+        "problems": [problem for one in sets for problem in _problems(one)],
     }
     return found if len(models) > 1 else found | found["models"][0]
+
+
+def _problems(engines: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the files of an engine set."""
+    for plan in engines["build"]["plans"].values():
+        if plan["state"] != "ok":
+            yield f"{engines['path']}/{plan['file']} is {plan['state']}"
+        if plan["graph"] == "changed":
+            yield f"{engines['path']}/{plan['file']} is of another graph than the manifest's"
 
 
 def _build(opened: EngineSet) -> dict[str, Any]:
@@ -150,21 +174,15 @@ def _digested(folder: Path, file: str, sha256: str) -> dict[str, Any]:
 
 def _manifest(manifest: Manifest) -> dict[str, Any]:
     """Return what a manifest says of its model; sizes count the towers that were exported."""
-    used = {
-        source
-        for inputs in manifest.weights.values()
-        for weight in inputs.values()
-        for source in weight.sources
-    }
-    tensors = {n: (t.dtype, t.shape) for n, t in manifest.tensors.items() if n in used}
+    inventory = inventory_of(manifest)
     return {
         "fingerprint": manifest.checkpoint.fingerprint,
         "twotower_version": manifest.twotower_version,
         "towers": list(manifest.towers),
         "shards": len(manifest.shards),
-        "tensors": len(used),
+        "tensors": sum(part.tensors for part in inventory.parts),
         **_model(manifest.model),
-        **_sizes(take_inventory(manifest.model, tensors)),
+        **_sizes(inventory),
     }
 
 

@@ -6,21 +6,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from twotower_contract.errors import printable
+
 GIB: Final = 2**30
 
 
 def report(found: Mapping[str, Any]) -> str:
     """The text that `twotower inspect` prints."""
+    return "\n".join(map(printable, _lines(found)))
+
+
+def _lines(found: Mapping[str, Any]) -> Iterable[str]:
     models = found.get("models", [])
     if len(models) < 2:
-        return "\n".join(_described(found, _title(found)))
+        return _described(found, _title(found))
     lines = [f"{found['path']}: engines of {len(models)} models"]
     for number, model in enumerate(models):
         sets = [one for one in found["engines"] if one["model"] == number]
         names = ", ".join(one["build"]["sku"] for one in sets)
         title = f"{names}: engines, {' and '.join(model['towers'])}"
         lines += ["", *_described({**model, "engines": sets}, title)]
-    return "\n".join(lines)
+    return lines
 
 
 def _title(found: Mapping[str, Any]) -> str:
@@ -54,6 +60,8 @@ def _head(found: Mapping[str, Any]) -> Iterable[str]:
         revision = f" at {source['revision']}" if source["revision"] else ""
         state = source.get("state")
         yield f"  of {source['id'] or source['path']}{revision}" + (f": {state}" if state else "")
+    for file, digest in found["sha256"].items() if found.get("hashed") else ():
+        yield f"  sha256 {digest}  {file}"
     for graph in found.get("graphs", ()):
         yield f"  {graph['file']:32} {(graph['bytes'] or 0) / 1e6:8.2f} MB  {graph['state']}"
     for one in found.get("engines", ()):

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import Tower
+from twotower_contract.manifest import Manifest
 from twotower_contract.shards import ITEM_SIZES
 from twotower_contract.sizes import (
     EXPERT_PARTS,
@@ -216,6 +217,18 @@ def take_inventory(
     )
 
 
+def inventory_of(manifest: Manifest) -> Inventory:
+    """Sizes of the towers that were exported."""
+    used = {
+        source
+        for inputs in manifest.weights.values()
+        for weight in inputs.values()
+        for source in weight.sources
+    }
+    tensors = {n: (t.dtype, t.shape) for n, t in manifest.tensors.items() if n in used}
+    return take_inventory(manifest.model, tensors)
+
+
 @dataclass(frozen=True)
 class Fit:
     """Which GPUs could hold a model, by their names in the engines' table.
@@ -237,23 +250,36 @@ def fitting_skus(inventory: Inventory) -> Fit | None:
     Returns:
         None where the table is not installed.
     """
-    memory = _memory_of_skus()
-    if memory is None:
+    table = _skus()
+    if table is None:
         return None
-    memory = {name: round(size * (1 - WORKSPACE_SHARE)) for name, size in memory.items()}
     c, item = inventory.config, inventory.config.item_bytes
     context = ssm_bytes(c) + conv_bytes(c, item) + CONTEXTS[0] * kv_bytes_per_token(c, item)
     towers = dict.fromkeys(part.tower for part in inventory.parts)
     largest = max(inventory.bytes_of_tower(tower) for tower in towers)
-    one = tuple(name for name, size in memory.items() if inventory.bytes + context <= size)
+
+    def holds(sku: _Sku, weights: int) -> bool:
+        return weights + context <= round(sku.memory * (1 - WORKSPACE_SHARE))
+
+    one = tuple(name for name, sku in table.items() if holds(sku, inventory.bytes))
     two = tuple(
-        name for name, size in memory.items() if name not in one and largest + context <= size
+        name
+        for name, sku in table.items()
+        if name not in one and sku.has_peer and holds(sku, largest)
     )
     return Fit(one, two if len(towers) > 1 else ())
 
 
-def _memory_of_skus() -> dict[str, int] | None:
-    """Bytes by name, from the data file of the engines' package; it is data, no code is loaded."""
+@dataclass(frozen=True)
+class _Sku:
+    """Bytes of a GPU that are free for a model, and whether a machine can have two of it."""
+
+    memory: int
+    has_peer: bool
+
+
+def _skus() -> dict[str, _Sku] | None:
+    """GPUs by name, from the data file of the engines' package; it is data, no code is loaded."""
     try:
         table = resources.files("twotower_engines") / "planning" / "skus.json"
         skus = json.loads(table.read_text(encoding="utf-8"))["skus"]
@@ -261,7 +287,10 @@ def _memory_of_skus() -> dict[str, int] | None:
         return None
     # each value is [number, source]; the CPU, whose memory is whatever it is, has no number
     return {
-        name: round(sku["memory_gib"][0] * GIB)
+        name: _Sku(
+            round((sku["memory_gib"][0] - sku.get("reserved_gib", [0])[0]) * GIB),
+            sku["peer_gb_s"][0] is not None,
+        )
         for name, sku in skus.items()
         if sku["memory_gib"][0] is not None
     }

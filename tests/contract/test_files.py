@@ -86,7 +86,7 @@ def test_the_index_names_the_shards(tmp_path):
 
 
 def test_names_cannot_steer_a_terminal(tmp_path):
-    """ESC clears a screen; a bidirectional override turns a name around."""
+    """ESC clears a screen, a bidirectional override turns a name, a newline forges a line."""
     assert printable("a\x1b[2J\u202e\x9b\nb é 漢 x") == r"a\x1b[2J\u202e\x9b\nb é 漢 x"
     assert str(ConfigError("x\x1b[2J\ny")) == "x\\x1b[2J\ny"
     index = tmp_path / "model.safetensors.index.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from dataclasses import replace
 
@@ -13,15 +14,20 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support.checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
-from tests.support.sparse_checkpoint import write_sparse_checkpoint
+from tests.support.sparse_checkpoint import full_config, write_sparse_checkpoint
 from twotower_contract.config import config_json
 from twotower_contract.errors import BundleError, TwoTowerError
+from twotower_contract.layout import expected_tensors
 from twotower_contract.manifest import read_manifest
+from twotower_engines.planning.model_size import ModelSize
+from twotower_engines.planning.plan import PlanRequest, plan_memory
+from twotower_engines.planning.sku_lookup import find_sku
 from twotower_export import bundle as bundle_module
 from twotower_export.agreement import check_agreement
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
-from twotower_export.cli.export import export, inspect
+from twotower_export.cli.export import export, inspect, next_build
+from twotower_export.inventory import take_inventory
 from twotower_export.tiny.checkpoints import tiny_config
 
 CONFIG = tiny_config("ME*", hidden=16)
@@ -137,6 +143,20 @@ def test_export_is_repeatable(tmp_path, checkpoint, bundle):
     for file in bundle.rglob("*"):
         if file.is_file():
             assert (tmp_path / "again" / file.relative_to(bundle)).read_bytes() == file.read_bytes()
+
+
+def test_the_folders_name_changes_no_graph(tmp_path, checkpoint, bundle):
+    moved = shutil.copytree(checkpoint.path, tmp_path / "another name")
+    manifest = write_bundle(open_checkpoint(moved), tmp_path / "again")
+    first = read_manifest(bundle)
+    assert manifest.graphs == first.graphs
+    assert manifest.checkpoint.path == moved
+    path = str(checkpoint.path)
+    assert replace(manifest, checkpoint=first.checkpoint) == replace(first, golden_missing=None)
+    for file in (tmp_path / "again").rglob("*"):
+        content = b"" if file.is_dir() or file.name == "manifest.json" else file.read_bytes()
+        assert path.encode() not in content
+        assert str(moved).encode() not in content
 
 
 def test_bundle_is_replaced_and_other_folders_are_not(tmp_path, checkpoint):
@@ -315,7 +335,26 @@ class TestCommands:
         assert found["fingerprint"] == checkpoint.fingerprint
         assert found["towers"] == ["context", "denoiser"]
         text = CliRunner().invoke(export, arguments).stdout
-        assert "next: twotower build" in text
+        assert "--sku cpu ENGINES" in text.partition("next: twotower build")[2]
+
+    def test_a_tokenizer_that_lacks_is_said(self, tmp_path, tensors):
+        folder = write_checkpoint(tmp_path / "checkpoint", CONFIG, tensors)
+        said = CliRunner().invoke(export, [str(folder), str(tmp_path / "bundle")]).stderr
+        assert "has no tokenizer.json, so prompts and answers will be token ids" in said
+        (folder / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        result = CliRunner().invoke(export, [str(folder), str(tmp_path / "bundle")])
+        assert "tokenizer.json: is a Git LFS pointer" in str(result.exception)
+
+    def test_the_hint_is_a_build_that_can_be_done(self, tmp_path):
+        """Of the released size: no CPU holds 235 GiB of float32."""
+        config = full_config()
+        tensors = {name: ("BF16", shape) for name, shape in expected_tensors(config).items()}
+        inventory = take_inventory(config, tensors)
+        hint = next_build(tmp_path / "a b", inventory, 64 * 2**30)
+        assert hint.startswith(f"twotower build '{tmp_path}/a b' --sku h200 ENGINES (or for b200")
+        model = ModelSize(config, ("context", "denoiser"), "")
+        assert plan_memory(model, PlanRequest(find_sku("h200"))).buildable
+        assert next_build(tmp_path, inventory, 2**40).endswith("--sku cpu ENGINES")
 
     def test_mask_and_towers_reach_the_manifest(self, tmp_path, checkpoint):
         arguments = [str(checkpoint.path), str(tmp_path / "b"), "--mask-token-id", "9"]
@@ -332,7 +371,9 @@ class TestCommands:
     def test_inspect_bundle(self, bundle, checkpoint, tmp_path):
         found = json.loads(CliRunner().invoke(inspect, [str(bundle), "--json"]).stdout)
         assert found["kind"] == "bundle"
-        assert found["checkpoint"]["state"] == "is there and unchanged"
+        assert found["checkpoint"]["state"].startswith(
+            "is there; headers and samples are as at exp"
+        )
         assert {graph["state"] for graph in found["graphs"]} == {"ok"}
         other = write_checkpoint(tmp_path / "other", CONFIG, random_tensors(CONFIG, 5))
         arguments = [str(bundle), "--checkpoint", str(other)]
@@ -344,8 +385,10 @@ class TestCommands:
         with (tmp_path / "bundle/graphs/context.onnx").open("ab") as stream:
             stream.write(b"\0")
         (tmp_path / "bundle/graphs/refine.onnx").unlink()
-        output = CliRunner().invoke(inspect, [str(tmp_path / "bundle"), "--json"]).stdout
-        state = {graph["file"]: graph["state"] for graph in json.loads(output)["graphs"]}
+        result = CliRunner().invoke(inspect, [str(tmp_path / "bundle"), "--json"])
+        assert result.exception.exit_code == 1
+        assert "context.onnx is changed; graphs/refine.onnx is missing" in str(result.exception)
+        state = {graph["file"]: graph["state"] for graph in json.loads(result.stdout)["graphs"]}
         assert state["graphs/context.onnx"] == "changed"
         assert state["graphs/refine.onnx"] == "missing"
         assert state["graphs/denoiser.onnx"] == "ok"

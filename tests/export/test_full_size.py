@@ -93,11 +93,12 @@ def test_bundle_names_every_tensor_once(exported):
 def test_graphs_are_valid_and_open_as_layers(exported, precision):
     """One node per layer on the top level, so that a viewer shows the architecture."""
     out = exported[0]
-    for tower, entry in read_manifest(out).graphs[precision].items():
+    manifest = read_manifest(out)
+    for tower, entry in manifest.graphs[precision].items():
         model = onnx.load(out / entry.file)
         onnx.checker.check_model(model)
         metadata = {one.key: one.value for one in model.metadata_props}
-        assert (metadata["checkpoint"], metadata["revision"]) == (HUB_ID, REVISION)
+        assert metadata["fingerprint"] == manifest.checkpoint.fingerprint
         if tower != "refine":
             layers = [node for node in model.graph.node if ".layers." in " ".join(node.output)]
             assert len(layers) >= 52

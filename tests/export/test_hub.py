@@ -13,6 +13,7 @@ from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from tests.support.hub_server import HubServer
 from twotower_contract.manifest import read_manifest
 from twotower_export import hub
+from twotower_export.errors import HubError
 from twotower_export.tiny.checkpoints import tiny_config
 
 ID = "somebody/TwoTower-tiny"
@@ -24,6 +25,8 @@ CONFIG = tiny_config("ME*", hidden=16)
 def server(tmp_path):
     folder = write_checkpoint(tmp_path / "remote", CONFIG, random_tensors(CONFIG))
     (folder / "modeling.py").write_text("raise SystemExit('remote code')")
+    (folder / "original").mkdir()
+    (folder / "original" / "model.safetensors").write_bytes(b"the same weights in another format")
     with HubServer(ID, COMMIT, folder) as running:
         yield running
 
@@ -51,11 +54,13 @@ def twotower(tmp_path, server):
 def test_pinned_checkpoint_is_fetched_once(tmp_path, server, twotower):
     done = twotower("export", f"{ID}@{COMMIT}", "bundle", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["warnings"] == []
+    (warning,) = json.loads(done.stdout)["warnings"]
+    assert "has no tokenizer.json, so prompts and answers will be token ids" in warning
     source = read_manifest(tmp_path / "bundle").checkpoint
     assert (source.id, source.revision) == (ID, COMMIT)
     assert source.path.match(f"snapshots/{COMMIT}")
     assert not server.requests["GET", "modeling.py"], "remote code is never fetched"
+    assert not server.requests["GET", "original/model.safetensors"], "only the top folder is"
     fetched = sum(count for (method, _), count in server.requests.items() if method == "GET")
     again = twotower("export", ID, "again", "--revision", COMMIT)
     assert again.returncode == 0, again.stderr
@@ -106,6 +111,59 @@ def test_unknown_names_are_refused(twotower, name, message):
     done = twotower("export", name, "bundle")
     assert done.returncode == 2
     assert message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (401, {}, "nor such a repository on the hub (status 401), or it is private"),
+        (
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            "the hub does not accept your token (status 401)",
+        ),
+        (403, {}, "the hub does not accept your token (status 403)"),
+        (401, {"X-Error-Code": "GatedRepo"}, "its owner asks you to accept terms first"),
+        (404, {"X-Error-Code": "RepoNotFound"}, "nor such a repository on the hub (status 404)"),
+        (404, {"X-Error-Code": "RevisionNotFound"}, "the hub has no main branch of it"),
+        (429, {"Retry-After": "1"}, "too many requests from here (status 429): try again in 1 sec"),
+        (500, {}, "the hub has a fault of its own (status 500)"),
+        (503, {}, "the hub has a fault of its own (status 503)"),
+    ],
+)
+def test_what_the_hub_refuses_has_a_message_of_its_own(monkeypatch, status, headers, message):
+    """The errors are those that the real client makes of such answers."""
+    import httpx2
+    from huggingface_hub.utils import hf_raise_for_status
+
+    request = httpx2.Request("GET", f"https://hub.test/api/models/{ID}/revision/main")
+    response = httpx2.Response(status, headers=headers, request=request)
+
+    def download(*_, **__):
+        hf_raise_for_status(response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(HubError) as caught:
+        hub.fetch(ID, None)
+    assert message in str(caught.value)
+
+
+def test_a_refusal_of_the_hub_is_the_commands(server, twotower):
+    """Not every one: the client itself asks again after 429 and 5xx, for minutes."""
+    server.refusal = 403, {}
+    done = twotower("export", ID, "bundle")
+    assert done.returncode == 2
+    assert f"error: {ID}: the hub does not accept your token (status 403)" in done.stderr
+
+
+def test_the_oldest_client_lacks_an_error_of_the_newest(monkeypatch):
+    from huggingface_hub import errors
+
+    # version 1.0.0 has no such name
+    monkeypatch.delattr(errors, "IncompleteSnapshotError", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError, match=r"the local cache does not hold it"):
+        hub.fetch("somebody/nothing", None, local_only=True)
 
 
 def test_inspect_downloads_nothing(server, twotower):

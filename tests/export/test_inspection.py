@@ -9,13 +9,20 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
+from tests.support import FULL_SIZE
 from tests.support.checkpoint_files import random_tensors, write_checkpoint
+from tests.support.sparse_checkpoint import full_config
 from twotower_contract.engine_set import BuildRecord, EngineFile, Limits
 from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
+from twotower_contract.layout import expected_tensors
+from twotower_engines.planning.model_size import read_model_size
+from twotower_engines.planning.plan import PlanRequest, plan_memory
+from twotower_engines.planning.skus import known_skus
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
 from twotower_export.cli.export import export, inspect
 from twotower_export.inspection import inspect_source
+from twotower_export.inventory import fitting_skus, take_inventory
 from twotower_export.tiny.checkpoints import tiny_config
 from twotower_export.verification.target import open_target
 
@@ -106,7 +113,11 @@ def test_engines_that_changed(tmp_path, bundle):
     with (engines / "context.onnx").open("ab") as stream:
         stream.write(b"0")
     (engines / "denoiser.onnx").unlink()
-    plans = inspected(engines)["engines"][0]["build"]["plans"]
+    result = CliRunner().invoke(inspect, [str(engines), "--json"])
+    assert result.exception.exit_code == 1
+    for problem in ("context.onnx is changed", "denoiser.onnx is missing", "of another graph"):
+        assert problem in str(result.exception)
+    plans = json.loads(result.stdout)["engines"][0]["build"]["plans"]
     assert (plans["context"]["state"], plans["context"]["graph"]) == ("changed", "unknown")
     assert (plans["denoiser"]["state"], plans["denoiser"]["graph"]) == ("missing", "changed")
     text = CliRunner().invoke(inspect, [str(engines)]).stdout
@@ -217,7 +228,7 @@ class TestFull:
         content[10_000] ^= 1  # in the embeddings, before their middle and the file's second sample
         path.write_bytes(content)
         state = inspected(tmp_path / "bundle")["checkpoint"]["state"]
-        assert state == "is there and unchanged"
+        assert state == "is there; headers and samples are as at export, --full reads every byte"
         sentence = refused(tmp_path / "bundle", "--full")
         assert "not the whole content of model-00001-of-00001.safetensors (sha256 " in sentence
 
@@ -236,6 +247,9 @@ class TestFull:
         found = inspected(checkpoint, "--full")
         for file, digest in found["sha256"].items():
             assert digest == hashlib.sha256((checkpoint / file).read_bytes()).hexdigest()
+        text = CliRunner().invoke(inspect, [str(checkpoint), "--full"]).stdout
+        assert all(f"sha256 {digest}  {file}" in text for file, digest in found["sha256"].items())
+        assert "sha256" not in CliRunner().invoke(inspect, [str(checkpoint)]).stdout
         assert "its revision is unknown" in found["warnings"][0]
 
     def test_engines_have_no_weights(self, tmp_path, bundle):
@@ -284,3 +298,36 @@ def test_a_plain_folder_is_warned_about_by_export(tmp_path, checkpoint):
     result = CliRunner().invoke(export, arguments)
     assert f"warning: {checkpoint}: its revision is unknown" in result.stderr
     assert "its revision is unknown" in json.loads(result.stdout)["warnings"][0]
+
+
+def test_a_bundle_whose_checkpoint_is_another_one_exits_with_1(tmp_path, checkpoint):
+    """One that is not here is no fault: a bundle may be on another machine than its weights."""
+    folder = shutil.copytree(checkpoint, tmp_path / "c")
+    write_bundle(open_checkpoint(folder), tmp_path / "bundle")
+    other = write_checkpoint(tmp_path / "other", CONFIG, random_tensors(CONFIG, 5))
+    shutil.rmtree(folder)
+    assert "no such folder" in inspected(tmp_path / "bundle")["checkpoint"]["state"]
+    other.rename(folder)
+    result = CliRunner().invoke(inspect, [str(tmp_path / "bundle"), "--json"])
+    assert result.exception.exit_code == 1
+    assert "is not the checkpoint of this bundle: other values in" in str(result.exception)
+
+
+def test_names_in_files_cannot_steer_a_terminal(tmp_path, bundle):
+    engines = write_engines(tmp_path / "cpu", bundle, sku="l4\x1b[2J", versions={"a\n": "\x9bm"})
+    text = CliRunner().invoke(inspect, [str(engines)]).stdout
+    assert r"l4\x1b[2J: onnxruntime" in text
+    assert r"(a\n \x9bm)" in text
+
+
+def test_inspect_and_plan_agree_on_the_gpus():
+    """Also on which machines can have two, and what unified memory is free."""
+    config, model = full_config(), read_model_size(FULL_SIZE)
+    tensors = {name: ("BF16", shape) for name, shape in expected_tensors(config).items()}
+    fit = fitting_skus(take_inventory(config, tensors))
+    for name, sku in known_skus().items():
+        if name == "cpu":  # its memory is this machine's
+            continue
+        plan = plan_memory(model, PlanRequest(sku, slots=1, context=4096, precision="bf16"))
+        planned = len(plan.gpus) if plan.fits else 0
+        assert planned == 1 * (name in fit.one) + 2 * (name in fit.one_per_tower), name

@@ -20,6 +20,7 @@ from tests.support.sparse_checkpoint import FULL_CONFIG, write_sparse_checkpoint
 from tests.support.torch_generation import load_towers
 from twotower_contract.errors import BundleError
 from twotower_contract.layout import base_name
+from twotower_engines.planning.model_size import read_model_size
 from twotower_export import nemotron_h
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli.export import export
@@ -160,3 +161,22 @@ def test_memory_is_bounded(tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert size > 440e6
     assert done.peak_bytes < 150e6
+
+
+def test_what_transformers_5_saves_is_a_context_tower(tmp_path):
+    """Its configuration has `layers_block_type`, and neither a pattern nor a number of layers."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    sizes = {
+        "hidden_size": 32, "head_dim": 8, "ssm_state_size": 8, "mamba_num_heads": 4,
+        "mamba_head_dim": 8, "n_groups": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "n_routed_experts": 4, "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    }  # fmt: skip
+    layers = ["linear_attention", "moe", "full_attention", "moe"]
+    config = NemotronHConfig(vocab_size=300, layers_block_type=layers, dtype="bfloat16", **sizes)
+    NemotronHForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert "hybrid_override_pattern" not in json.loads((tmp_path / "config.json").read_text())
+    opened = open_checkpoint(tmp_path)
+    assert (opened.config.pattern, opened.towers, opened.base) == ("ME*E", ("context",), True)
+    assert read_model_size(tmp_path).towers == ("context",)

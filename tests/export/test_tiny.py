@@ -211,7 +211,7 @@ def test_command_writes_a_random_checkpoint(tmp_path):
         (["--pretrained", "--random"], ["--random and --pretrained are both given"]),
         (["--random", "--hidden", "100000"], ["--hidden 100000", "smaller --hidden"]),
         (["--hidden", "100000"], ["--hidden 100000", "smaller --hidden"]),
-        (["--random", "--pattern", "E" * 9000], ["9000 layers", "shorter --pattern"]),
+        (["--random", "--pattern", "E" * 9000], ["9000 letters, not 1 to 1024"]),
     ],
 )
 def test_command_refuses_what_makes_no_sense(tmp_path, arguments, words):

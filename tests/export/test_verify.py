@@ -33,6 +33,8 @@ from twotower_contract.engine_set import (
     write_build_record,
 )
 from twotower_contract.errors import BundleError, TwoTowerError
+from twotower_contract.shards import read_header
+from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.tiny.checkpoints import write_random_checkpoint
 from twotower_export.verification.calls import call_shapes, random_feed
@@ -222,6 +224,25 @@ def test_infinite_confidences_are_equal_and_counts_are_exact():
     assert compared({"confidence": confidence}, {"confidence": confidence.copy()}).passed
     count = np.array([100000], np.int32)
     assert not compared({"still_masked": count}, {"still_masked": count + 1}).passed
+
+
+def test_outputs_that_are_zero_everywhere_prove_nothing(tmp_path):
+    """An unfinished, preallocated download: exported as it is, with a warning."""
+    folder = tmp_path / "checkpoint"
+    write_random_checkpoint(folder, "M*E", 32, dtype="float32")
+    for path in folder.glob("*.safetensors"):
+        start = read_header(path)[1]
+        with path.open("r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.truncate(start)
+            file.truncate(size)
+    opened = open_checkpoint(folder)
+    assert any("matrices hold only zeros where they were sampled" in one for one in opened.warnings)
+    manifest = write_bundle(opened, tmp_path / "bundle")
+    assert "logits are 0 everywhere" in manifest.golden_missing["reason"]
+    outcome = run(tmp_path).outcome
+    assert not outcome.passed
+    assert any("logits is 0 everywhere, which proves nothing" in one for one in outcome.problems)
 
 
 def test_a_changed_file_and_another_checkpoint_are_refused(copied, tmp_path):

@@ -148,3 +148,11 @@ def test_generate_refuses_what_is_no_message(content, said) -> None:
 def test_a_number_for_a_float_may_be_whole() -> None:
     content = json.dumps({"request_id": "a", "prompt_ids": [1], "threshold": 1}).encode()
     assert decode(content) == Job(Request("a", (1,), threshold=1.0))
+
+
+def test_a_prompt_that_holds_the_mask_is_told_to_the_log(preprocessor, capfd) -> None:
+    """Its own text becomes the token: it stays in the context, and nothing is filled in there."""
+    for text, is_told in (("Mia the <mask> fox", True), ("Mia the fox", False)):
+        preprocessor.message({"text_input": np.array([text.encode()], object)}, "r\x1b[2J")
+        said = capfd.readouterr().err
+        assert (r"the prompt of request r\x1b[2J holds the mask token (id 3)" in said) == is_told

@@ -37,7 +37,10 @@ class HubServer:
     Attributes:
         requests: counts of (method, file) of everything that was asked of `resolve`.
         broken: files whose download is cut off in the middle.
+        refusal: status and headers of every answer, in place of the true one.
     """
+
+    refusal: tuple[int, dict[str, str]] | None = None
 
     def __init__(self, id_: str, commit: str, folder: Path) -> None:
         self.id, self.commit, self.folder = id_, commit, folder
@@ -59,21 +62,27 @@ class HubServer:
         self._thread.join()
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        if self.refusal is not None:
+            return self._send(handler, self.refusal[0], b"", self.refusal[1])
         path = handler.path.partition("?")[0]
         api = f"/api/models/{self.id}"
-        if path == f"{api}/revision/main" or path == f"{api}/revision/{self.commit}":
+        if path in (f"{api}/revision/main", f"{api}/revision/{self.commit}"):
             return self._json(handler, {"id": self.id, "sha": self.commit, "siblings": []})
-        if path == f"{api}/tree/{self.commit}":
-            return self._json(handler, [self._entry(one) for one in sorted(self.folder.iterdir())])
+        if path in (f"{api}/tree/{self.commit}", f"{api}/tree/main"):  # the oldest client's
+            return self._json(
+                handler,
+                [self._entry(one) for one in sorted(self.folder.rglob("*")) if one.is_file()],
+            )
         if path.startswith(f"/{self.id}/resolve/{self.commit}/"):
-            return self._file(handler, path.rpartition("/")[2])
+            name = path.removeprefix(f"/{self.id}/resolve/{self.commit}/")
+            return self._file(handler, name)
         missing = "RevisionNotFound" if path.startswith(f"{api}/revision/") else "RepoNotFound"
         return self._send(handler, 404, b"", {"X-Error-Code": missing})
 
     def _entry(self, file: Path) -> dict:
         content = file.read_bytes()
-        digest = hashlib.sha1(content).hexdigest()
-        return {"type": "file", "path": file.name, "size": len(content), "oid": digest}
+        digest, name = hashlib.sha1(content).hexdigest(), file.relative_to(self.folder).as_posix()
+        return {"type": "file", "path": name, "size": len(content), "oid": digest}
 
     def _file(self, handler: BaseHTTPRequestHandler, name: str) -> None:
         self.requests[handler.command, name] += 1

@@ -36,16 +36,23 @@ class PartlyBuiltError(TwoTowerError):
     exit_code = 1
 
 
+def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Complete `--sku` in the shell."""
+    from twotower_engines.planning.sku_lookup import complete_skus
+
+    return complete_skus(incomplete)
+
+
 @click.command(epilog=EPILOG)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.option(
     "--sku",
     "skus",
-    default="cpu",
-    show_default=True,
     metavar="NAME[,NAME...]|all",
-    help="SKUs to build for: names from `twotower plan --sku all`, `local`, or SKU files.",
+    shell_complete=complete,
+    help="SKUs to build for: names from `twotower plan --sku all`, `local`, or SKU files.  "
+    "[default: this machine's GPU]",
 )
 @click.option(
     "--flavour",
@@ -87,7 +94,7 @@ class PartlyBuiltError(TwoTowerError):
 def build(
     bundle: Path,
     engines: Path,
-    skus: str,
+    skus: str | None,
     flavour: str,
     slots: int,
     context: int | None,
@@ -102,9 +109,11 @@ def build(
     from twotower_contract.atomic import Writing
     from twotower_contract.errors import DryRunEndsError, TwoTowerError
     from twotower_engines.building.build import BuildOptions
-    from twotower_engines.planning.sku_lookup import resolve_skus
+    from twotower_engines.planning.sku_lookup import default_skus, resolve_skus
 
-    chosen = resolve_skus(skus)  # a misspelt one is refused before the first is built
+    chosen = resolve_skus(
+        default_skus() if skus is None else skus
+    )  # a misspelt one is refused before the first is built
     results = []
     for sku in chosen:
         options = BuildOptions(sku, slots, context, flavour, precision, gpus, block_size_max)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import click
 
+from twotower_contract.engine_set import MAX_BLOCK
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import read_model_size
-from twotower_engines.planning.plan import PlanRequest
+from twotower_engines.planning.plan import BLOCK_SIZE_MAX, PlanRequest
 from twotower_engines.planning.plan_report import plan_report
 from twotower_engines.planning.plan_text import text_of_many, text_of_one
 from twotower_engines.planning.precisions import PRECISIONS
-from twotower_engines.planning.sku_lookup import resolve_skus
+from twotower_engines.planning.sku_lookup import complete_skus, resolve_skus
+from twotower_engines.planning.skus import FLAVOURS
 
 DEFAULT_CONTEXT = 8192
+
+
+def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Complete `--sku` in the shell."""
+    return complete_skus(incomplete)
 
 
 @click.command(
@@ -33,6 +42,7 @@ Examples:
     "skus",
     required=True,
     metavar="NAME[,NAME...]",
+    shell_complete=complete,
     help="SKUs to plan for: names from the table, `all`, `local` (this machine's GPU), or the path "
     "of a SKU file (.toml, .json).",
 )
@@ -55,6 +65,20 @@ Examples:
     help="Precision of the weights. `auto`: the widest that fits.",
 )
 @click.option(
+    "--flavour",
+    type=click.Choice(["auto", *FLAVOURS]),
+    default="auto",
+    show_default=True,
+    help="Library that runs the engines. `auto`: the SKU's default.",
+)
+@click.option(
+    "--block-size-max",
+    type=click.IntRange(1, MAX_BLOCK),
+    default=BLOCK_SIZE_MAX,
+    show_default=True,
+    help="Tokens of the largest block.",
+)
+@click.option(
     "--threshold",
     default=0.9,
     show_default=True,
@@ -68,17 +92,19 @@ def plan(
     slots: int,
     context: int | None,
     precision: str,
+    flavour: str,
+    block_size_max: int,
     threshold: float,
     as_json: bool,
 ) -> None:
     """Show whether a model fits on a GPU, and how fast it can be.
 
-    CHECKPOINT is a checkpoint folder, its config.json, or a bundle: only sizes are read, no
+    CHECKPOINT is a checkpoint folder, its config.json, a bundle or engines: only sizes are read, no
     weights. The plan counts weights, states, buffers and workspace per GPU, bounds the time of each
     call, and lists its assumptions.
 
-    A plan that does not fit, or that fits only in a precision that cannot be built yet, is refused
-    with the nearest plans that do fit, and exit code 2. With several SKUs each has a line, and the
+    A plan that does not fit, or only in a precision that cannot be built yet, is refused with the
+    nearest plans that can be built, and exit code 2. With several SKUs each has a line, and the
     exit code is 0.
     """
     model = read_model_size(checkpoint)
@@ -90,7 +116,15 @@ def plan(
     problems = []
     for sku in chosen:
         try:
-            request = PlanRequest(sku, gpus, slots, context, precision)
+            request = PlanRequest(
+                sku,
+                gpus,
+                slots,
+                context,
+                precision,
+                flavour=None if flavour == "auto" else flavour,
+                block_size_max=block_size_max,
+            )
             reports.append(plan_report(model, request, threshold))
         except PlanError as problem:
             if not several:
@@ -108,7 +142,8 @@ def plan(
         }
         click.echo(json.dumps(values, indent=2))
     else:
-        click.echo(text_of_many(reports) if several else text_of_one(reports[0]))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        click.echo(text_of_many(reports, width) if several else text_of_one(reports[0]))
         for text in problems:
             click.echo(f"  {text}")
     if not several and reports[0].refused is not None:

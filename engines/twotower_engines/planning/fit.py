@@ -55,7 +55,12 @@ def require_fit(plan: MemoryPlan) -> MemoryPlan:
 
 
 def refusal(plan: MemoryPlan) -> str:
-    """Say why a plan does not fit, and name the nearest plans that do."""
+    """Say why a plan does not fit, or cannot be built yet, and name the nearest plans that can."""
+    if plan.fits:
+        return (
+            f"--precision {plan.precision} is not built yet, only {' and '.join(sorted(BUILT))}; "
+            "--precision auto names what can be built"
+        )
     index, gpu = min(enumerate(plan.gpus), key=lambda pair: pair[1].free)
     where = f"GPU {index} of {plan.sku.name}" if len(plan.gpus) > 1 else plan.sku.name
     text = (

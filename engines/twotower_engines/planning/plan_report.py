@@ -209,4 +209,4 @@ def plan_report(model: ModelSize, request: PlanRequest, threshold: float) -> Pla
     if plan.fits and request.precision == "auto" and not plan.buildable:
         widest = resolve_precision(model, request.sku, "auto")
         wide = plan_memory(model, replace(request, precision=widest))
-    return PlanReport(plan, wide, None if wide.fits else refusal(wide), threshold, acceptance)
+    return PlanReport(plan, wide, None if wide.buildable else refusal(wide), threshold, acceptance)

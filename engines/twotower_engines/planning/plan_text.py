@@ -25,14 +25,19 @@ GROUPS = (
 """Groups of the table of memory, in their order."""
 
 
-def text_of_many(reports: Sequence[PlanReport]) -> str:
-    """Return one line per SKU, and the meaning of the columns."""
+def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str:
+    """Return one line per SKU, and the meaning of the columns.
+
+    Args:
+        reports: The plans.
+        width: Columns of the terminal: a wider table is folded; None for no terminal.
+    """
     first = reports[0].plan
     ends = _task_range(reports[0].acceptance)
     many = f"x{first.slots}"
     head = ["SKU", "memory", "verdict", "GPUs", "precision", "weights", "used", "free"]
     head += ["slots", "context", "step ms", many, "tok/s", many]
-    table = _columns([head, *(_line(report) for report in reports)], left={0, 2, 4})
+    table = _folded([head, *(_line(report) for report in reports)], {0, 2, 4}, width)
     notes = [
         "",
         "memory: GiB per GPU as CUDA sees it; weights, used and free: GiB on the fullest GPU.",
@@ -42,7 +47,8 @@ def text_of_many(reports: Sequence[PlanReport]) -> str:
         f"{first.slots}, at threshold {reports[0].threshold:g}, {ends}.",
         "verdict: `yes` can be built now; `later` fits in a precision that is not built yet; `no` "
         "does not fit.",
-        "Times are a floor and tokens per second a ceiling; `--sku NAME` shows what is assumed.",
+        "Times are a floor where bytes bind, and an estimate where FLOPs do; `--sku NAME` shows "
+        "which, and what is assumed.",
     ]
     parts = [_heading(first.model, first), "", table, *notes]
     instead: dict[tuple[str, ...], list[str]] = {}
@@ -327,6 +333,27 @@ def _most(slots: int) -> str:
 def _thousands(tokens: int) -> str:
     """Write a number of tokens, in units of 1024 from 1024 on."""
     return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
+
+
+def _folded(rows: Sequence[Sequence[str]], left: set[int], width: int | None) -> str:
+    """Align cells as `_columns`; fold a table that is wider than a terminal.
+
+    Each part repeats the first column, and has as many others as the terminal is wide.
+    """
+    parts: list[list[int]] = [[]]
+    for column in range(1, len(rows[0])):
+        wanted = [0, *parts[-1], column]
+        size = sum(max(len(row[i]) for row in rows) + 2 for i in wanted) - 2
+        if width is not None and size > width and parts[-1]:
+            parts.append([])
+        parts[-1].append(column)
+    return "\n\n".join(
+        _columns(
+            [[row[i] for i in (0, *part)] for row in rows],
+            {place for place, i in enumerate((0, *part)) if i in left},
+        )
+        for part in parts
+    )
 
 
 def _columns(rows: Sequence[Sequence[str]], left: frozenset[int] | set[int] = frozenset()) -> str:

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from twotower_engines.errors import PlanError
-from twotower_engines.planning.local_gpu import local_sku
+from twotower_engines.planning.local_gpu import local_gpu, local_sku
 from twotower_engines.planning.skus import Sku, known_skus, sku_of_file
 
 FILE_SUFFIXES = (".toml", ".json")
@@ -50,3 +50,24 @@ def resolve_skus(text: str) -> list[Sku]:
     if not skus:
         raise PlanError(f"--sku is {text!r}: name at least one SKU, or `all`")
     return list(skus.values())
+
+
+def default_skus() -> str:
+    """Return the SKU to build for where none is named: this machine's GPU.
+
+    Raises:
+        PlanError: It has none. The CPU is no default: the released model is too large for it.
+    """
+    if local_gpu() is not None:
+        return "local"
+    raise PlanError(
+        "no --sku is given, and this machine has no NVIDIA GPU to build for; name one, or `--sku "
+        "cpu` for a small model (`twotower plan BUNDLE --sku all` shows what holds it)"
+    )
+
+
+def complete_skus(incomplete: str) -> list[str]:
+    """Return the lists of SKUs that begin as typed, for the shell."""
+    before, comma, last = incomplete.rpartition(",")
+    names = (*known_skus(), "local", "all")
+    return [f"{before}{comma}{name}" for name in names if name.startswith(last)]

@@ -152,7 +152,7 @@ def precisions_of(capability: str) -> tuple[str, ...]:
         found.append("fp8")
     if number >= (10, 0):
         found.append("nvfp4")
-    if number >= (8, 6):
+    if number >= (8, 0):
         found.append("int4")
     return tuple(found)
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.command_line import warn_of_mask
 from twotower_contract.engine_set import EngineSet
-from twotower_contract.errors import TwoTowerError
+from twotower_contract.errors import TwoTowerError, printable
 from twotower_contract.options import INPUTS, OPTIONS, Option, unknown_name
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
@@ -47,6 +48,7 @@ class Preprocessor:
 
     def __init__(self, engines: EngineSet) -> None:
         self._limits = RequestLimits.of_engines(engines)
+        self._mask_token_id = engines.manifest.model.mask_token_id
         exists = Tokenizer.exists(engines.folder)
         self._tokenizer = Tokenizer(engines.folder) if exists else None
 
@@ -80,6 +82,8 @@ class Preprocessor:
             **{name: _value(tensors, one) for name, one in OPTIONS.items() if name in tensors},
         )
         request.check(self._limits)
+        whose = f"the prompt of request {printable(request.request_id)}"
+        warn_of_mask(request.prompt_ids, self._mask_token_id, whose)
         durations = {name: _number(tensors, name) for name in DURATIONS if name in tensors}
         job = Job(request, **durations)
         job.check_durations()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.errors import TwoTowerError, listed, printable
+from twotower_contract.machine import memory_bytes
 from twotower_export.progress import StepMeter
+
+if TYPE_CHECKING:
+    from twotower_export.inventory import Inventory
 
 EXPORT_EPILOG = """\b
 Examples:
@@ -29,6 +35,12 @@ Examples:
   twotower inspect bundle --full
   twotower inspect engines --json
 """
+
+
+class InspectionError(TwoTowerError):
+    """Files are missing or not as they were written."""
+
+    exit_code = 1
 
 
 @click.command(epilog=EXPORT_EPILOG)
@@ -78,6 +90,7 @@ def export(
     from twotower_contract.atomic import Writing
     from twotower_contract.layout import TOWERS, Tower
     from twotower_export.checkpoint import open_checkpoint, with_full_digests
+    from twotower_export.tokens import tokenizer_warnings
 
     if target != "bundle":
         _refuse_options_of_bundles(target, towers, full)
@@ -93,8 +106,9 @@ def export(
         towers=chosen,
         progress=meter,
     )
-    for warning in opened.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    warnings = [*opened.warnings, *tokenizer_warnings(opened.path)]
+    for warning in warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     if full:
         opened = with_full_digests(opened, meter)
     if target == "bundle":
@@ -122,7 +136,7 @@ def export(
         "fingerprint": opened.fingerprint,
         "bytes": size,
         "seconds": round(time.monotonic() - start, 2),
-        "warnings": list(opened.warnings),
+        "warnings": warnings,
     }
     if as_json:
         click.echo(json.dumps(result))
@@ -132,13 +146,34 @@ def export(
         f"{opened.id or opened.path}, {size / 1e6:.1f} MB in {result['seconds']} s"
     )
     if target == "bundle":
-        click.echo(f"next: twotower build {out} --sku cpu ENGINES")
+        from twotower_export.inventory import inventory_of
+
+        click.echo(f"next: {next_build(out, inventory_of(manifest), memory_bytes())}")
+
+
+def next_build(out: Path, inventory: Inventory, memory: int) -> str:
+    """Name a build that can be done: for the CPU of this machine, or for a GPU that holds it.
+
+    Args:
+        out: the bundle.
+        inventory: of its towers.
+        memory: bytes of this machine; half of them may be weights, in float32.
+    """
+    from twotower_export.inventory import fitting_skus
+
+    bundle = shlex.quote(str(out))
+    if 4 * inventory.parameters < memory // 2:
+        return f"twotower build {bundle} --sku cpu ENGINES"
+    fit = fitting_skus(inventory)
+    names = () if fit is None else fit.one or fit.one_per_tower
+    if not names:
+        return f"twotower plan {bundle} --sku all"
+    others = f" (or for {', '.join(names[1:])})" if names[1:] else ""
+    return f"twotower build {bundle} --sku {names[0]} ENGINES{others}"
 
 
 def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> None:
     """Refuse what would be ignored: a standard checkpoint has one tower and no manifest."""
-    from twotower_contract.errors import TwoTowerError
-
     for option, is_given in {"--towers both": towers == "both", "--full": full}.items():
         if is_given:
             raise TwoTowerError(
@@ -164,7 +199,8 @@ def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> N
 def inspect(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> None:
     """Say what a checkpoint, bundle or engine set holds, weighs, and which GPUs could hold it.
 
-    Nothing is downloaded: a hub id is looked up in the local cache.
+    Nothing is downloaded: a hub id is looked up in the local cache. Exits with 1 where a file of a
+    BUNDLE or of ENGINES is missing or changed, or a bundle's checkpoint is another one.
     """
     from twotower_export.inspection import inspect_source
     from twotower_export.inspection_text import report
@@ -173,5 +209,7 @@ def inspect(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> 
     found: dict[str, Any] = inspect_source(source, checkpoint, progress=meter, full=full)
     meter.finish()
     for warning in found.get("warnings", ()):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     click.echo(json.dumps(found) if as_json else report(found))
+    if found.get("problems"):
+        raise InspectionError(f"{source}: {listed(found['problems'])}")

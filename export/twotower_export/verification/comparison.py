@@ -40,10 +40,13 @@ class Tolerance:
 TOLERANCES: Final = {
     # Orders of summation differ; nothing else may.
     "float32": Tolerance(element=1e-4, rms=1e-4),
-    # Four units, and one, in the last of bfloat16's eight bits. A sum in another order may round
-    # to the next number; attention rounds its weights and two parts of its result, where the
-    # modules round once. Other parts mostly agree to the last bit.
-    "bfloat16": Tolerance(element=1.6e-2, rms=4e-3),
+    # A sum in another order may round to the next number; attention rounds its weights and two
+    # parts of its result, where the modules round once. The spread depends on the CPU and on the
+    # inputs: of the trained checkpoint's parts, 27 draws of the inputs with three sets of vector
+    # instructions gave 8.4e-3 and 2.2e-3 at worst on one CPU, and up to 1.3e-2 was seen on another.
+    # An element may be off by six units in the last of eight bits, not quite twice the worst that
+    # was seen; what is wrong everywhere shows in the mean, which is held to one unit.
+    "bfloat16": Tolerance(element=2.4e-2, rms=4e-3),
 }
 """By what the graph computes in; both sides compute in it."""
 

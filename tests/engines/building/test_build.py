@@ -19,6 +19,8 @@ from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.progress import BuildProgress
 from twotower_engines.cli.build import build
 from twotower_engines.errors import BuildError, PlanError
+from twotower_engines.planning import local_gpu, sku_lookup
+from twotower_engines.planning.local_gpu import LocalGpu
 from twotower_engines.planning.sku_lookup import find_sku
 
 
@@ -169,6 +171,21 @@ def test_what_fits_only_in_a_precision_to_come_is_refused(bundle, tmp_path, smal
     assert not (tmp_path / "engines").exists()
 
 
+def test_a_checkpoint_that_moved_needs_no_new_engines(copied, tmp_path):
+    """Its name is no part of the key; the engine set learns where it lies now."""
+    first, _ = build_engines(copied, tmp_path / "engines", BuildOptions(slots=1, context=64))
+    values = json.loads((copied / "manifest.json").read_text())
+    values["checkpoint"]["path"] = "/somewhere/else"
+    (copied / "manifest.json").write_text(json.dumps(values))
+    again, is_new = build_engines(copied, tmp_path / "engines", BuildOptions(slots=1, context=64))
+    assert not is_new
+    assert again.build == first.build
+    assert str(again.manifest.checkpoint.path) == "/somewhere/else"
+    values["checkpoint"]["fingerprint"] = "0" * 64
+    (copied / "manifest.json").write_text(json.dumps(values))
+    assert build_engines(copied, tmp_path / "engines", BuildOptions(slots=1, context=64))[1]
+
+
 def test_a_folder_of_something_else_is_left_alone(bundle, tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "thesis.tex").write_text("years of work")
@@ -193,11 +210,25 @@ def invoke(*arguments):
 
 
 def test_the_command_says_what_it_built(bundle, tmp_path):
-    first = invoke(bundle, tmp_path, "--slots", 2, "--context", 64)
+    arguments = (bundle, tmp_path, "--sku", "cpu", "--slots", 2, "--context", 64)
+    first = invoke(*arguments)
     assert first.exit_code == 0, first.output
     assert "onnxruntime, float32, CPU, 2 slots x 64 tokens" in first.stdout
-    second = invoke(bundle, tmp_path, "--slots", 2, "--context", 64)
-    assert "up to date" in second.stdout
+    assert "up to date" in invoke(*arguments).stdout
+
+
+def test_without_a_sku_the_gpu_of_this_machine_is_built_for(bundle, tmp_path, monkeypatch):
+    """The CPU is no default: it is never right for a model of the released size."""
+    monkeypatch.setattr(sku_lookup, "local_gpu", lambda: None)
+    refused = invoke(bundle, tmp_path)
+    with pytest.raises(PlanError, match="no NVIDIA GPU to build for; name one, or `--sku cpu`"):
+        raise refused.exception
+    gpu = LocalGpu("H200", 140 << 30, "9.0")
+    monkeypatch.setattr(sku_lookup, "local_gpu", lambda: gpu)
+    monkeypatch.setattr(local_gpu, "local_gpu", lambda: gpu)
+    with pytest.raises(BuildError, match=r"h200.* tuned on the GPU itself"):
+        raise invoke(bundle, tmp_path).exception
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_skus_build_what_can_be_built(bundle, tmp_path):

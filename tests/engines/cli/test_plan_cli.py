@@ -1,6 +1,7 @@
 """`twotower plan` as a user calls it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,11 @@ from click.testing import CliRunner
 from tests.support import FULL_SIZE, TWOTOWER
 from twotower_engines.cli.plan import plan
 from twotower_engines.errors import PlanError
+from twotower_engines.planning.model_size import read_model_size
+from twotower_engines.planning.plan import PlanRequest
+from twotower_engines.planning.plan_report import plan_report
+from twotower_engines.planning.plan_text import text_of_many
+from twotower_engines.planning.skus import known_skus
 
 
 def run(*arguments):
@@ -87,8 +93,13 @@ def test_what_only_fits_narrower_is_refused_until_it_can_be_built():
     assert "--precision fp8 --gpus 2 (not built yet)" in str(result.exception)
     assert "FITS, but fp8 is not built yet" in result.output
     asked = run(FULL_SIZE, "--sku", "l40s", "--precision", "fp8")
-    assert asked.exit_code == 0
     assert "FITS, but fp8 is not built yet" in asked.output
+    with pytest.raises(PlanError, match="--precision fp8 is not built yet, only bf16 and float32"):
+        raise asked.exception
+    (planned,) = json.loads(run(FULL_SIZE, "--sku", "l40s", "--precision", "fp8", "--json").stdout)[
+        "plans"
+    ]
+    assert (planned["fits"], planned["buildable"]) == (True, False)
 
 
 def test_options_reach_the_plan():
@@ -96,6 +107,57 @@ def test_options_reach_the_plan():
                  "--json")  # fmt: skip
     memory = json.loads(result.output)["plans"][0]["memory"]
     assert (memory["slots"], memory["context"], len(memory["gpus"])) == (32, 32768, 2)
+
+
+def test_plan_takes_what_build_takes(random_engines):
+    """Also `--flavour`, `--block-size-max`, and the folder of engine sets."""
+    from twotower_engines.cli.build import build
+
+    mine = {option.name: option for option in plan.params}
+    names = {option.name for option in build.params} - {"bundle", "engines"}
+    assert names <= mine.keys()
+    result = run(FULL_SIZE, "--sku", "rtx-pro-6000", "--flavour", "tensorrt",
+                 "--block-size-max", "32", "--json")  # fmt: skip
+    memory = json.loads(result.stdout)["plans"][0]["memory"]
+    assert (memory["flavour"], memory["block_size_max"]) == ("tensorrt", 32)
+    refused = run(FULL_SIZE, "--sku", "h200", "--flavour", "tensorrt-rtx")
+    with pytest.raises(PlanError, match="h200 is served by tensorrt"):
+        raise refused.exception
+    folder = random_engines("MEM*E").folder.parent
+    assert run(folder, "--sku", "cpu", "--slots", "4").exit_code == 0
+
+
+def test_a_table_folds_on_a_narrow_terminal(monkeypatch):
+    """Each part repeats the names; no terminal, no fold."""
+    whole = run(FULL_SIZE, "--sku", "h200,a10").output
+    model = read_model_size(FULL_SIZE)
+    reports = [plan_report(model, PlanRequest(known_skus()[name]), 0.9) for name in ("h200", "a10")]
+    assert text_of_many(reports) + "\n" == whole
+    for width in (20, 40, 60, 200):
+        table = text_of_many(reports, width).split("\nmemory: ")[0].splitlines()[2:]
+        assert all(len(line) <= width for line in table)
+        words = {word for line in table for word in line.split()}
+        assert words == {word for line in whole.splitlines()[2:5] for word in line.split()}
+        assert sum(line.startswith("h200") for line in table) == (1 if width == 200 else
+               len([line for line in table if line.startswith("SKU")]))  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["plan", "build"])
+def test_the_shell_completes_skus(verb):
+    """As documented: `eval "$(_TWOTOWER_COMPLETE=bash_source twotower)"`."""
+
+    def completed(words):
+        environment = {**os.environ, "_TWOTOWER_COMPLETE": "bash_complete"}
+        environment |= {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = subprocess.run(
+            TWOTOWER, env=environment, capture_output=True, text=True, check=False
+        )
+        return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+    assert completed(f"twotower {verb} bundle --sku h200,a1") == [
+        "h200,a100-40", "h200,a100-80", "h200,a10",
+    ]  # fmt: skip
+    assert completed(f"twotower {verb} bundle --sku lo") == ["local"]
 
 
 def test_a_list_goes_on_where_one_sku_cannot():

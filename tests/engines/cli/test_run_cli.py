@@ -305,6 +305,15 @@ def test_another_checkpoint_has_engines_of_its_own(made, random_engines, tmp_pat
     assert _key(str(made.checkpoint)) != _key(str(tmp_path / "copy"))
 
 
+def test_files_that_the_index_does_not_name_are_not_read(made, tmp_path):
+    from twotower_engines.building.checkpoint_engines import _key
+
+    copy = shutil.copytree(made.checkpoint, tmp_path / "copy")
+    for name in ("._model-00001-of-00002.safetensors", "optimizer.safetensors"):
+        (copy / name).write_bytes(b"no shard")
+    assert _key(str(made.checkpoint)) == _key(str(copy))
+
+
 def test_a_checkpoint_that_cannot_be_exported_leaves_nothing(made, tmp_path):
     shutil.copytree(made.checkpoint, tmp_path / "bad")
     config = tmp_path / "bad" / "config.json"

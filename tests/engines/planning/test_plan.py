@@ -360,7 +360,7 @@ def test_a_refusal_of_a_small_gpu_names_another(model):
 
 
 REFUSED = [
-    *(PlanRequest(find_sku(name)) for name in ("a10", "a100-40", "l4")),
+    *(PlanRequest(find_sku(name)) for name in ("a10", "l4")),
     *(
         PlanRequest(find_sku(name), precision="bf16")
         for name in ("a10", "a100-40", "l40s", "gh200", "dgx-spark", "rtx-5090")

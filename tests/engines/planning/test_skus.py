@@ -48,7 +48,7 @@ def test_precisions_follow_from_the_compute_capability(name):
 @pytest.mark.parametrize(
     ("capability", "precisions"),
     [
-        ("8.0", ("bf16",)),
+        ("8.0", ("bf16", "int4")),
         ("8.6", ("bf16", "int4")),
         ("8.9", ("bf16", "fp8", "int4")),
         ("9.0", ("bf16", "fp8", "int4")),

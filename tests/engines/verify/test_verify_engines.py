@@ -432,6 +432,14 @@ def test_bf16_is_rounded_to_nearest_even():
     np.testing.assert_array_equal(_as_taken(same, spec), same)
 
 
+def test_zeros_agree_with_zeros_and_prove_nothing():
+    zeros = {"logits": np.zeros((2, 5), np.float32), "ids": np.zeros(3, np.int32)}
+    logits, ids = compare_arrays(zeros, zeros, "float32")
+    assert not logits.passed
+    assert "logits is 0 everywhere on both sides" in str(logits)
+    assert ids.passed, "whole numbers may all be 0"
+
+
 def test_sides_that_do_not_match_are_not_compared():
     one = {"x": np.zeros(3, np.float32)}
     with pytest.raises(ValueError, match=r"\['y'\] are on one side only"):
