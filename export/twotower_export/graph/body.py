@@ -158,7 +158,7 @@ class Body:
         of it at every call where a MatMul takes its Transpose.
         """
         rows = self.op.Gemm(self.op.Flatten(x, axis=-1), weight, transB=1)
-        shape = self.op.Concat(self.op.Shape(x, end=-1), self.i64([-1]), axis=0)
+        shape = self.op.Concat(self.op.Shape(x, end=-1), self.size(weight, 0), axis=0)
         made: ir.Value = self.op.Reshape(rows, shape)
         return made
 
