@@ -52,7 +52,7 @@ class Connection:
     """A channel and its calls. It closes when neither the client nor a call refers to it.
 
     Args:
-        channel: Of `grpc` or `grpc.aio`.
+        channel: A channel of `grpc` or `grpc.aio`.
         loop: The event loop that it belongs to, if any.
     """
 

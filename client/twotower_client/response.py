@@ -1,4 +1,4 @@
-"""Reads responses of a server: blocks, and errors as exceptions."""
+"""Read responses of a server: blocks, and errors as exceptions."""
 
 from __future__ import annotations
 

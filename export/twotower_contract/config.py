@@ -72,25 +72,25 @@ class ModelConfig:
     """Sizes and constants of one model; both towers have the same.
 
     Attributes:
-        vocab_size: rows of the embeddings and of each head.
-        hidden_size: width of the residual stream.
-        pattern: one letter per layer: `M` Mamba-2, `*` attention, `E` mixture of experts.
-        norm_eps: epsilon of every RMS norm, the gated ones of Mamba included.
-        num_attention_heads, num_key_value_heads, head_dim: grouped-query attention.
-        mamba_num_heads, mamba_head_dim: their product is the inner width of a Mamba layer.
-        n_groups, ssm_state_size: groups that share B and C, and the state's columns per channel.
-        conv_kernel: taps of the causal convolution.
-        num_experts, num_experts_per_tok: routed experts, and how many a token uses.
-        moe_intermediate_size, shared_intermediate_size: widths of a routed expert and of the
+        vocab_size: Rows of the embeddings and of each head.
+        hidden_size: Width of the residual stream.
+        pattern: One letter per layer: `M` Mamba-2, `*` attention, `E` mixture of experts.
+        norm_eps: Epsilon of every RMS norm, the gated ones of Mamba included.
+        num_attention_heads, num_key_value_heads, head_dim: Grouped-query attention.
+        mamba_num_heads, mamba_head_dim: Their product is the inner width of a Mamba layer.
+        n_groups, ssm_state_size: Groups that share B and C, and the state's columns per channel.
+        conv_kernel: Taps of the causal convolution.
+        num_experts, num_experts_per_tok: Routed experts, and how many a token uses.
+        moe_intermediate_size, shared_intermediate_size: Widths of a routed expert and of the
             shared one.
-        routed_scaling_factor, norm_topk_prob, n_group, topk_group: the router's constants.
-        max_position_embeddings: the longest context that the model was made for, in tokens.
-        time_frequency_dim: width of the sinusoid of the time embedding.
-        mask_token_id: the id that means "not decided yet" inside a block.
-        bos_token_id: first token of a text, if the model has one.
-        pad_token_id: padding, if the model has it.
-        eos_token_ids: tokens that end an answer.
-        dtype: what the checkpoint computes in, `bfloat16` or `float32`.
+        routed_scaling_factor, norm_topk_prob, n_group, topk_group: The router's constants.
+        max_position_embeddings: The longest context that the model was made for, in tokens.
+        time_frequency_dim: Width of the sinusoid of the time embedding.
+        mask_token_id: The id that means "not decided yet" inside a block.
+        bos_token_id: First token of a text, if the model has one.
+        pad_token_id: Padding, if the model has it.
+        eos_token_ids: Tokens that end an answer.
+        dtype: Compute dtype of the checkpoint, `bfloat16` or `float32`.
     """
 
     vocab_size: int
@@ -144,12 +144,12 @@ class ModelConfig:
         """Read a parsed `config.json`.
 
         Args:
-            values: the file's content; unknown keys are ignored unless they name mathematics.
-            mask_token_id: overrides the file's mask id, which is absent in NVIDIA's.
-            source: what to call the file in messages.
+            values: The file's content; unknown keys are ignored unless they name mathematics.
+            mask_token_id: Overrides the file's mask id, which is absent in NVIDIA's.
+            source: Name of the file in messages.
 
         Raises:
-            ConfigError: a key is missing or of the wrong type, a size is impossible, or a setting
+            ConfigError: A key is missing or of the wrong type, a size is impossible, or a setting
                 asks for something that the towers do not compute.
         """
         pattern = _pattern(values, source)
@@ -170,10 +170,10 @@ class ModelConfig:
 
     @classmethod
     def from_block(cls, block: Mapping[str, Any], source: str, **others: Any) -> ModelConfig:
-        """The inverse of `model_block`; `others` are the fields that a manifest has beside it.
+        """Invert `model_block`; `others` are the fields that a manifest has beside it.
 
         Raises:
-            ConfigError: a field is missing, unknown, of the wrong type or value.
+            ConfigError: A field is missing, unknown, of the wrong type or value.
         """
         types = _types_in_block()
         for name in [*types, *block]:
@@ -224,7 +224,7 @@ class ModelConfig:
         return {kind: tuple(i for i, k in enumerate(self.pattern) if k == kind) for kind in "M*E"}
 
     def model_block(self) -> dict[str, Any]:
-        """The `model` block of a bundle's manifest."""
+        """Return the `model` block of a bundle's manifest."""
         return {name: getattr(self, name) for name in _types_in_block()}
 
     def _check_pattern(self) -> None:
@@ -297,17 +297,17 @@ def read_config(path: Path, *, mask_token_id: int | None = None) -> ModelConfig:
     """Read and check a `config.json`.
 
     Raises:
-        ConfigError: the file is unreadable or refused; see `ModelConfig.from_json`.
+        ConfigError: The file is unreadable or refused; see `ModelConfig.from_json`.
     """
     values = read_json(path).values
     return ModelConfig.from_json(values, mask_token_id=mask_token_id, source=str(path))
 
 
 def token_ids(value: Any, source: str) -> tuple[int, ...]:
-    """The ids of an `eos_token_id`: one, a list of them, or null for none.
+    """Return the ids of an `eos_token_id`: one, a list of them, or null for none.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: It is something else.
     """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
@@ -318,7 +318,7 @@ def token_ids(value: Any, source: str) -> tuple[int, ...]:
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of a checkpoint, with NVIDIA's keys; the inverse of `from_json`.
+    """Return a checkpoint's `config.json` with NVIDIA's keys; the inverse of `from_json`.
 
     The unlimited time step is written as the literal `Infinity`, as in the released checkpoint.
     """
@@ -376,7 +376,7 @@ def _letters() -> str:
 
 
 def _pattern(values: Mapping[str, Any], source: str) -> str:
-    """The letters of the layers, as NVIDIA writes them or as transformers 5 does."""
+    """Return the letters of the layers, as NVIDIA writes them or as transformers 5 does."""
     pattern, types = values.get("hybrid_override_pattern"), values.get("layers_block_type")
     if types is not None:
         if not isinstance(types, list) or not all(type(t) is str and t in _LETTERS for t in types):
@@ -400,7 +400,7 @@ def _pattern(values: Mapping[str, Any], source: str) -> str:
 
 
 def _read_fields(values: Mapping[str, Any], pattern: str, source: str) -> dict[str, Any]:
-    """The plain fields of `ModelConfig` that the file has; missing required ones are refused."""
+    """Read the plain fields of `ModelConfig`; refuse a file that lacks a required one."""
     required = {"vocab_size", "hidden_size"}
     for letter, names in _SIZES_OF_KIND.items():
         required |= {name for name in names if letter in pattern} - {"conv_kernel", "n_groups"}

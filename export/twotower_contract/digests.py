@@ -17,7 +17,7 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
 
     Args:
         path: The file.
-        progress: Told the bytes that were read, after each piece.
+        progress: Called after each piece with the bytes read so far.
     """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(PIECE_BYTES))

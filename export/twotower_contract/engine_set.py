@@ -30,7 +30,7 @@ BUILD_FILE = "build.json"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine set was built for.
+    """The limits that an engine set was built for.
 
     Attributes:
         slots: Requests that can be in flight at once.
@@ -60,8 +60,8 @@ class BuildRecord:
     Attributes:
         sku: Name of the GPU, or `cpu`.
         flavour: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
-        precision: Of the weights in the engines, for example `float32` or `bf16`.
-        limits: What the engines accept.
+        precision: Precision of the weights in the engines, for example `float32` or `bf16`.
+        limits: Limits that the engines accept.
         plans: Tower (`context`, `denoiser`) to engine file. No `denoiser` where only the context
             tower was exported.
         compute_capability: As `9.0`; None for the CPU.

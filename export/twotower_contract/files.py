@@ -53,7 +53,7 @@ def opened(path: Path, error: type[TwoTowerError], what: str, remedy: str) -> It
     Args:
         path: The file.
         error: The error class to raise.
-        what: What it should be, as `shard`.
+        what: Kind of file for messages, as `shard`.
         remedy: End of every message: what to do.
 
     Raises:

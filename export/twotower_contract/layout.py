@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint has, and how the graphs' weight inputs are made of them.
+"""The tensors of a checkpoint, and how the graphs' weight inputs are made of them.
 
 Names and shapes are those of NVIDIA's released checkpoint (`modeling_nemotron_twotower.py` and
 `modeling_nemotron_h.py` declare them). A weight input carries the name of its checkpoint tensor;
@@ -35,8 +35,8 @@ class WeightSource:
     Attributes:
         how: `as_is`; `stack`: the sources along a new first axis; `squeeze`: drop axis 1, of
             size 1.
-        shape: shape of the input.
-        sources: names of the checkpoint's tensors.
+        shape: Shape of the input.
+        sources: Names of the checkpoint's tensors.
     """
 
     how: How
@@ -50,9 +50,9 @@ def expected_tensors(
     """Name and shape of every tensor that a checkpoint with these towers has.
 
     Args:
-        config: the model.
-        towers: which towers; the denoiser brings the time conditioning.
-        base: names of the single-tower base checkpoint; only `("context",)` then.
+        config: The model.
+        towers: The towers; the denoiser brings the time conditioning.
+        base: Names of the single-tower base checkpoint; only `("context",)` then.
     """
     expected: dict[str, Shape] = {}
     for tower in towers:
@@ -79,7 +79,7 @@ def graph_weights(
     The denoiser's graph has its head, the time embedding and the tables of modulation as well.
 
     Args:
-        base: take the sources' names from the single-tower base checkpoint. Inputs keep theirs.
+        base: Take the sources' names from the single-tower base checkpoint. Inputs keep theirs.
     """
     if base and tower != "context":
         raise ValueError("the base checkpoint has a context tower only")

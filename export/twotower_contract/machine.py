@@ -1,4 +1,4 @@
-"""What is asked of the operating system, where not every one answers as Linux does."""
+"""Questions to the operating system that not every system answers as Linux does."""
 
 from __future__ import annotations
 

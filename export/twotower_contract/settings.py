@@ -38,7 +38,7 @@ def check_settings(values: Mapping[str, Any], source: str) -> None:
     """Refuse a setting of `config.json` under which the towers would compute something else.
 
     Raises:
-        ConfigError: names the key, its value, and what is implemented.
+        ConfigError: Names the key, its value, and what is implemented.
     """
     for key, allowed in IMPLEMENTED.items():
         value = values.get(key, allowed[0])

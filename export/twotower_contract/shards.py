@@ -145,7 +145,7 @@ def sample_digest(path: Path) -> str:
 
 
 def named_sha256(path: Path) -> str | None:
-    """The sha256 that a Hugging Face cache names a large file by, or None outside of one.
+    """Return the sha256 by which a Hugging Face cache names a large file; None outside of one.
 
     A snapshot's files are links into `blobs`, where a file of Git LFS is called by its sha256 (and
     a small one by a digest of 40 digits). The hub's client does not hash what it downloads.
@@ -246,7 +246,7 @@ def _entry(path: Path, name: str, value: Any) -> tuple[str, tuple[int, ...], int
 
 
 def _check_ranges(path: Path, entries: _Entries, available: int) -> None:
-    """The tensors must cover the data without gaps or overlaps, and the data must be there."""
+    """Refuse tensors that leave gaps, overlap, or reach beyond the data."""
     reached = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != reached:

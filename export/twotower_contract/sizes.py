@@ -30,7 +30,7 @@ EXPERT_PARTS: Final = {
     ".shared_experts.": "shared experts",
     ".gate.": "router",
 }
-"""What stands in a tensor's name -> the part of a layer of experts."""
+"""Text in a tensor's name -> the part of a layer of experts."""
 
 SSM_ITEM: Final = 4  # the SSM state is float32 whatever the weights are
 

@@ -26,7 +26,7 @@ TOKENIZER_FILES: Final = (
     ADDED_FILE,
     "chat_template.jinja",
 )
-"""What an exported tokenizer consists of."""
+"""Files of an exported tokenizer."""
 
 NAMED: Final = tuple(f"{one}_token" for one in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
@@ -71,7 +71,7 @@ def _named_tokens(
     ids, the named ones, the lists. The other files count where there is no decoder.
 
     Args:
-        folder: As of `open_tokenizer`.
+        folder: As for `open_tokenizer`.
         known: Tokens that `tokenizer.json` adds; only the decoder may change their flags.
         error: The error class to raise.
     """

@@ -18,7 +18,7 @@ def check_agreement(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that is not the bundle's.
 
     Raises:
-        BundleError: it is another one; the message says what differs.
+        BundleError: It is another one; the message says what differs.
     """
     if fingerprint(manifest.tensors) != manifest.checkpoint.fingerprint:
         raise BundleError(
@@ -41,8 +41,8 @@ def check_every_byte(
     """Refuse a checkpoint whose shards are not, byte for byte, those that were exported.
 
     Raises:
-        BundleError: a digest is another one, or was not recorded at export.
-        CheckpointError: a shard cannot be read, or a cache names it by another digest.
+        BundleError: A digest is another one, or was not recorded at export.
+        CheckpointError: A shard cannot be read, or a cache names it by another digest.
     """
     missing = [shard.file for shard in manifest.shards if not shard.sha256]
     if missing:

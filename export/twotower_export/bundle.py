@@ -1,4 +1,4 @@
-"""Writes a bundle: the graphs of a checkpoint's towers, the map of its weights, its tokenizer.
+"""Write a bundle: the graphs of a checkpoint's towers, the map of its weights, its tokenizer.
 
 A bundle holds no weights. `manifest.json` says, for every weight input of a graph, which tensors of
 which shard it is made of; the runtime maps those bytes where they lie.
@@ -60,7 +60,7 @@ def write_bundle(
     Nothing appears at `out` before everything is written.
 
     Args:
-        towers: towers to export; all that the checkpoint has by default.
+        towers: Towers to export; all that the checkpoint has by default.
         writing: Whether to replace whatever is there, or to write nothing.
 
     Returns:
@@ -68,7 +68,7 @@ def write_bundle(
 
     Raises:
         BundleError: `out` holds something else, or cannot be written.
-        CheckpointError: the checkpoint lacks one of the towers.
+        CheckpointError: The checkpoint lacks one of the towers.
     """
     chosen = tuple(tower for tower in checkpoint.towers if towers is None or tower in towers)
     what = "a bundle"

@@ -25,7 +25,7 @@ from twotower_export.tokens import eos_token_ids
 
 CONFIG_FILE: Final = "config.json"
 SMALL_FILES: Final = (".json", ".jinja")
-"""What a checkpoint has beside its shards: configuration, index, tokenizer."""
+"""Files of a checkpoint beside its shards: configuration, index, tokenizer."""
 
 MATRICES: Final = ("_proj.weight", "embeddings.weight", "lm_head.weight")
 """Ends of the names of matrices, which training leaves nowhere at 0."""
@@ -39,14 +39,14 @@ class Checkpoint:
     """A checkpoint whose headers were checked.
 
     Attributes:
-        path: absolute folder.
-        towers: towers that it holds.
-        base: whether it is the single-tower base checkpoint, with that one's names.
-        id: hub id, where it came from the hub.
-        revision: hub commit, where known.
-        fingerprint: sha256 in hex over name, dtype, shape and sampled content of every tensor;
+        path: Absolute folder.
+        towers: Towers that it holds.
+        base: Whether it is the single-tower base checkpoint, with that one's names.
+        id: Hub id, where it came from the hub.
+        revision: Hub commit, where known.
+        fingerprint: Sha256 in hex over name, dtype, shape and sampled content of every tensor;
             independent of how the tensors are spread over files.
-        warnings: sentences that the user should read.
+        warnings: Sentences that the user should read.
     """
 
     path: Path
@@ -73,18 +73,18 @@ def open_checkpoint(
     """Open and check a checkpoint.
 
     Args:
-        source: a folder, or a hub id (`organisation/name` or `organisation/name@revision`), which
+        source: A folder, or a hub id (`organisation/name` or `organisation/name@revision`), which
             is downloaded first unless it lies in the local cache.
-        revision: the hub revision that it must be.
-        mask_token_id: overrides the configuration's mask id.
-        towers: towers that it must hold; by default whichever it does.
-        local_only: download nothing; a hub id must lie in the cache.
-        progress: told about each shard.
+        revision: The hub revision that it must be.
+        mask_token_id: Overrides the configuration's mask id.
+        towers: Towers that it must hold; by default whichever it does.
+        local_only: Download nothing; a hub id must lie in the cache.
+        progress: Called for each shard.
 
     Raises:
-        CheckpointError: it is missing, incomplete, damaged, or holds other towers.
-        ConfigError: its configuration is refused.
-        HubError: it could not be fetched.
+        CheckpointError: It is missing, incomplete, damaged, or holds other towers.
+        ConfigError: Its configuration is refused.
+        HubError: It could not be fetched.
     """
     folder, identity, warnings = _locate(source, revision, local_only)
     for file in sorted(folder.iterdir()):
@@ -135,7 +135,7 @@ def fingerprint(tensors: Mapping[str, TensorEntry]) -> str:
 
 
 def zero_warnings(folder: Path, tensors: Mapping[str, TensorEntry]) -> list[str]:
-    """What to say of matrices that are 0 where they were sampled: a download that is not finished.
+    """Warn of matrices that are 0 where they were sampled: a download that is not finished.
 
     Space for a file may be reserved before its bytes arrive. Vectors and tables may well be 0.
     """
@@ -151,10 +151,10 @@ def zero_warnings(folder: Path, tensors: Mapping[str, TensorEntry]) -> list[str]
 
 
 def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkpoint:
-    """The checkpoint with the sha256 of every shard, read from its first to its last byte.
+    """Return the checkpoint with the sha256 of every shard, read whole.
 
     Raises:
-        CheckpointError: a shard's content is not what a Hugging Face cache names it by.
+        CheckpointError: A shard's content is not what a Hugging Face cache names it by.
     """
     total = sum(shard.size for shard in checkpoint.shards)
     before = 0
@@ -183,7 +183,7 @@ def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) 
 def _locate(
     source: str | Path, revision: str | None, local_only: bool
 ) -> tuple[Path, tuple[str | None, str | None], list[str]]:
-    """The folder, its (hub id, commit), and warnings; downloads a hub id."""
+    """Return the folder, its (hub id, commit), and warnings; download a hub id."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder.resolve(), hub.cached_identity(folder), _check_revision(folder, revision)

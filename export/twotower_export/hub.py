@@ -54,7 +54,7 @@ def cached_reference(folder: Path, name: str) -> str | None:
     """Commit that a branch or tag had when a snapshot's cache was last updated.
 
     Args:
-        name: for example `main`, or `refs/pr/1`.
+        name: For example `main`, or `refs/pr/1`.
 
     Returns:
         None where the cache knows no such name.
@@ -74,14 +74,14 @@ def fetch(
 
     Args:
         id_: `organisation/name`.
-        revision: branch, tag or commit; the main branch by default.
-        local_only: take what the cache holds.
+        revision: Branch, tag or commit; the main branch by default.
+        local_only: Take what the cache holds.
 
     Returns:
         The snapshot's folder, the hub id with the commit that was taken, and warnings.
 
     Raises:
-        HubError: the hub does not know it, does not let us, or cannot be reached.
+        HubError: The hub does not know it, does not let us, or cannot be reached.
     """
     import huggingface_hub
 

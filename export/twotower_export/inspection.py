@@ -1,4 +1,4 @@
-"""What `twotower inspect` finds out about a checkpoint, a bundle or engine sets, as data."""
+"""Findings of `twotower inspect` about a checkpoint, a bundle or engine sets, as data."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def inspect_source(
     """Recognise a folder or hub id and describe it.
 
     Args:
-        source: a checkpoint, a bundle, or an engine set or the folder of several.
-        checkpoint: for a bundle, the checkpoint to compare it with.
-        progress: told about each shard.
-        full: of a checkpoint, or a bundle's: hash every shard from its first to its last byte.
+        source: A checkpoint, a bundle, or an engine set or the folder of several.
+        checkpoint: For a bundle, the checkpoint to compare it with.
+        progress: Called for each shard.
+        full: Hash every shard from its first to its last byte.
 
     Returns:
         A dictionary with `kind`: `checkpoint`, `bundle` or `engines`; and, of the latter two, with
         `problems`: files that are missing or not as they were written.
 
     Raises:
-        TwoTowerError: it is none of them, is damaged, or `checkpoint` is not the bundle's.
+        TwoTowerError: It is none of them, is damaged, or `checkpoint` is not the bundle's.
     """
     folder = Path(source).expanduser()
     builds = find_engine_sets(folder)

@@ -1,4 +1,4 @@
-"""What `twotower inspect` found out, as text."""
+"""Findings of `twotower inspect` as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB: Final = 2**30
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """The text that `twotower inspect` prints."""
+    """Return the text that `twotower inspect` prints."""
     return "\n".join(map(printable, _lines(found)))
 
 
@@ -92,7 +92,7 @@ def _build(one: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _builder_saw(build: Mapping[str, Any], tower: str, plan: Mapping[str, Any]) -> Iterable[str]:
-    """What the builder reported of a graph and of the engine made of it, where it reported."""
+    """Return the builder's report on a graph and its engine; nothing where there is none."""
     report = build.get("extra", {}).get("reports", {}).get(tower, {})
     parsed, engine = report.get("parsed"), report.get("engine")
     if parsed:

@@ -1,4 +1,4 @@
-"""What a model weighs: parameters and bytes per part, and what a context costs.
+"""The size of a model: parameters and bytes per part, and the bytes of a context.
 
 Computed from the configuration and the stored dtypes, for a checkpoint and for a bundle alike.
 Knows nothing about GPUs but their names and memory, which it reads from the engines' table where
@@ -54,9 +54,9 @@ class Inventory:
     """Sizes of a model.
 
     Attributes:
-        config: the model.
-        parts: parts of each tower, in order; empty ones are left out.
-        dtypes: tensors by stored dtype.
+        config: The model.
+        parts: Parts of each tower, in order; empty ones are left out.
+        dtypes: Tensors by stored dtype.
     """
 
     config: ModelConfig
@@ -231,11 +231,11 @@ def inventory_of(manifest: Manifest) -> Inventory:
 
 @dataclass(frozen=True)
 class Fit:
-    """Which GPUs could hold a model, by their names in the engines' table.
+    """GPUs that could hold a model, by their names in the engines' table.
 
     Attributes:
-        one: one GPU holds everything that was exported.
-        one_per_tower: a GPU per tower is needed, and enough; empty where there is one tower only.
+        one: One GPU holds everything that was exported.
+        one_per_tower: A GPU per tower is needed, and enough; empty where there is one tower only.
     """
 
     one: tuple[str, ...]

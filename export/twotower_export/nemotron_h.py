@@ -1,4 +1,4 @@
-"""Writes the context tower as a standard Nemotron-H checkpoint.
+"""Write the context tower as a standard Nemotron-H checkpoint.
 
 The context tower is the frozen single-tower model, so with that model's names it is what
 TensorRT-LLM's LLM API, vLLM and transformers load: the autoregressive baseline of the same weights.
@@ -61,7 +61,7 @@ def write_nemotron_h(
     needs room for the whole tower.
 
     Args:
-        shard_bytes: most tensor bytes per file, unless a single tensor has more.
+        shard_bytes: Most tensor bytes per file, unless a single tensor has more.
         writing: Whether to replace whatever is there, or to write nothing.
 
     Raises:
@@ -94,7 +94,7 @@ def write_nemotron_h(
 
 
 def nemotron_h_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The source's `config.json` as one of `NemotronHForCausalLM`.
+    """Return the source's `config.json` as one of `NemotronHForCausalLM`.
 
     Keys that the source lacks are filled in with what the towers compute.
     """
@@ -165,7 +165,7 @@ def _write_header(target: BinaryIO, members: Sequence[_Member]) -> None:
 
 
 def _pieces(checkpoint: Checkpoint, member: _Member) -> Iterator[bytes]:
-    """The tensor's bytes, at most 8 MiB at a time."""
+    """Yield the tensor's bytes, at most 8 MiB at a time."""
     shard = checkpoint.shards[member.tensor.shard]
     offset = shard.data_start + member.tensor.begin
     end = shard.data_start + member.tensor.end

@@ -24,7 +24,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """Those of the tokenizer's files that the checkpoint has, each of which can be read.
 
     Raises:
-        ConfigError: one is a Git LFS pointer, too large, or no ordinary file.
+        ConfigError: One is a Git LFS pointer, too large, or no ordinary file.
     """
     there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     for path in there:
@@ -33,7 +33,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def tokenizer_warnings(folder: Path) -> list[str]:
-    """What to say of a checkpoint's tokenizer: that it is missing, or cannot be read."""
+    """Warn of a checkpoint's tokenizer that is missing or cannot be read."""
     if not (folder / TOKENIZER_FILE).exists():
         other = " (tokenizer.model alone is not read)" * (folder / "tokenizer.model").exists()
         return [
@@ -55,7 +55,7 @@ def eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     NVIDIA's `inference.py` stops at the tokenizer's end, which is not the id in `config.json`.
 
     Raises:
-        ConfigError: a file is unreadable, or names something that cannot end an answer.
+        ConfigError: A file is unreadable, or names something that cannot end an answer.
     """
     ids = set(config.eos_token_ids)
     for file, id_ in _ids_of_files(folder):
@@ -75,7 +75,7 @@ def eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
 
 
 def _ids_of_files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Ends of text beside the configuration, with the file that names each."""
+    """Yield ends of text beside the configuration, with the file that names each."""
     generation = folder / "generation_config.json"
     if generation.exists():
         for id_ in token_ids(read_json(generation).values.get("eos_token_id"), str(generation)):

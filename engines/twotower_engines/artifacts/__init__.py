@@ -1,1 +1,1 @@
-"""What lies on disk: bundles, engine sets, weights, tokenizers."""
+"""Artifacts on disk: weights and tokenizers, read for the engines."""

@@ -77,7 +77,7 @@ def added_text(
     part of what it became.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         previous: The end of the answer before: its last `PREVIOUS_IDS` tokens, or all.
         ids: The new ids.
         is_last: Whether no more ids come, so that nothing may be held back.

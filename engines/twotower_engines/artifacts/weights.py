@@ -36,7 +36,7 @@ class WeightStore:
     memory of this class is bounded by the largest weight that is being made.
 
     Args:
-        manifest: What the tensors should be.
+        manifest: Record of the tensors.
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
     """
 

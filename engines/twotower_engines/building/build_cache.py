@@ -35,10 +35,10 @@ class CachedEngine:
     """A finished engine file.
 
     Attributes:
-        path: Where it lies.
+        path: Its file.
         sha256: In hex.
         report: Report of its builder.
-        layers: Where its layers are described; None where the builder could not open it.
+        layers: File that describes its layers; None where the builder could not open it.
     """
 
     path: Path

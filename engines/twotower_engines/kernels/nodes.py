@@ -101,7 +101,7 @@ class Node:
         attributes: Attribute name to its type.
         outputs: Returns the types and dimensions of what a call makes.
         launching: Returns the launch of a call whose largest sizes are known.
-        function: What an engine without the plugin computes in its place. "op": the op itself, on
+        function: Body for an engine without the plugin. "op": the op itself, on
             the node's first inputs; "same": the second input; "nothing": a constant, because the
             nodes that follow do not look at it.
     """

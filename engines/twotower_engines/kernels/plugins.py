@@ -1,4 +1,4 @@
-"""Registers our kernels with TensorRT as plugins, whose PTX becomes part of an engine file.
+"""Register our kernels with TensorRT as plugins, whose PTX becomes part of an engine file.
 
 TensorRT (10.9 and later) asks an ahead-of-time plugin for its kernel once, while it builds. The
 engine file then holds the PTX, and a server needs neither this package nor Triton's compiler. One

@@ -35,7 +35,7 @@ def policy_rule(
     Args:
         policy: Number of the policy, a scalar; an unknown one is `leftmost`.
         threshold: The row's threshold, factor or bound, a scalar.
-        confidence: float32, as all other arguments below.
+        confidence: Float32, as all other arguments below.
         entropy: Entropy in nats; only where the policy is `entropy`.
         position: Position in the block.
         number: 1 for the position that is committed first. The key may not depend on it.

@@ -32,7 +32,7 @@ class TritonReply:
 
     Args:
         triton: The module `triton_python_backend_utils`.
-        sender: Of the request.
+        sender: The request's response sender.
     """
 
     def __init__(self, triton: Any, sender: Any) -> None:
@@ -82,7 +82,7 @@ class TritonReply:
 
 
 class TritonPythonModel:
-    """What Triton calls."""
+    """The model class that Triton loads."""
 
     def initialize(self, arguments: dict[str, str]) -> None:
         """Load the engines and start the thread that turns them."""

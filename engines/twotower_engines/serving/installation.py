@@ -1,4 +1,4 @@
-"""Where a Triton server is on this machine, and how to start it without touching its files.
+"""Find the Triton server of this machine, and start it without touching its files.
 
 A server on PATH (as in NVIDIA's containers) comes first. Otherwise the one inside the wheel
 `nvidia-pytriton` is used: a real binary, whose Python backend needs a stub for this interpreter
@@ -30,7 +30,7 @@ class ServerInstallation:
 
     Attributes:
         binary: The executable.
-        source: Where it comes from, for people.
+        source: Its origin, for people.
         wheel: The folder `tritonserver` of the wheel; None where the binary is on PATH and finds
             its own backends.
     """
@@ -117,7 +117,7 @@ def make_backends(installation: ServerInstallation, folder: Path) -> Path | None
 
     Args:
         installation: As found.
-        folder: Where to make it; must exist.
+        folder: An existing folder to make it in.
 
     Returns:
         The backend directory, or None where the server finds its own.

@@ -1,4 +1,4 @@
-"""What ends a server together with the command that started it, however that one ends.
+"""End a server together with the command that started it, however that one ends.
 
 The command holds the only writing end of a pipe. The pipe breaks when the command lets go of it, or
 when the command dies, even of SIGKILL: the kernel closes it. Two listen. The model `generate` tells
@@ -52,7 +52,7 @@ def start_keeper(
         lifeline: Descriptor of the pipe's reading end.
         server: Process id of the server, which leads its process group.
         seconds: How long the server may take to end by itself.
-        prefix: Of its regions of shared memory.
+        prefix: Prefix of its shared-memory regions.
         folder: Its temporary folder.
     """
     program = [sys.executable, "-I", "-S", __file__]

@@ -37,7 +37,7 @@ class Part:
     """One response to a request.
 
     Attributes:
-        event: What was made.
+        event: The block.
         previous_ids: The end of the answer before it, at most `PREVIOUS_IDS` tokens.
         prompt_ids: The prompt, in the first part with tokens; else empty.
         queue_place: Place among the requests that wait for a slot, from 1; 0 once it has one.
@@ -50,7 +50,7 @@ class Part:
 
 
 class Reply(Protocol):
-    """Where the parts of one answer go. Called by the loop's thread."""
+    """The receiver of one answer's parts; the loop's thread calls it."""
 
     def send(self, part: Part) -> None:
         """Send a part; the last one where its event says so."""

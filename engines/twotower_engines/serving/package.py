@@ -55,7 +55,7 @@ def package(
     Args:
         engines: The engine set, whose files and checkpoint are checked first.
         repository: Folder to write; an older repository of ours there is replaced.
-        settings: What the models are to know.
+        settings: The models' settings.
         writing: Whether to replace whatever is there, or to write nothing.
 
     Raises:

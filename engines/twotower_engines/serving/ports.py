@@ -37,7 +37,7 @@ def hold_ports(host: str, ports: dict[str, int]) -> list[socket.socket]:
 
     Args:
         host: As for `choose_ports`.
-        ports: What that returned.
+        ports: The result of `choose_ports`.
 
     Raises:
         ServingError: Another server of ours has just taken one of them.

@@ -15,7 +15,7 @@ from twotower_engines.serving.settings import Settings
 
 
 class TritonPythonModel:
-    """What Triton calls."""
+    """The model class that Triton loads."""
 
     def initialize(self, arguments: dict[str, str]) -> None:
         """Read the tokenizer of the engine set that config.pbtxt names."""

@@ -141,7 +141,7 @@ def _text(tensors: Tensors, name: str) -> str:
 
 
 class TritonPythonModel:
-    """What Triton calls."""
+    """The model class that Triton loads."""
 
     def initialize(self, arguments: dict[str, str]) -> None:
         """Read the engine set that config.pbtxt names."""

@@ -52,7 +52,7 @@ class ServerOptions:
         grpc_port: 0 for any free one, as for the others.
         http_port: None for no HTTP.
         metrics_port: None for no metrics.
-        log: Where to write the server's log; None for a temporary file.
+        log: File for the server's log; None for a temporary file.
     """
 
     host: str = "127.0.0.1"
@@ -112,7 +112,7 @@ class TritonServer:
 
     @property
     def source(self) -> str:
-        """Where the server binary comes from."""
+        """Origin of the server binary, for people."""
         return self._installation.source
 
     @property
@@ -142,7 +142,7 @@ class TritonServer:
 
         Args:
             timeout: In seconds.
-            progress: Told a few times a second what is being waited for.
+            progress: Called a few times a second with the event that is awaited.
 
         Returns:
             Seconds since the start.

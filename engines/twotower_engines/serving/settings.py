@@ -15,7 +15,7 @@ MAX_WAITING = 256
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a model must know of the machine it runs on.
+    """A model's settings on the machine that it runs on.
 
     Attributes:
         engine_set: Folder of the engine set.

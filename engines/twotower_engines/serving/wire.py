@@ -1,4 +1,4 @@
-"""What travels between the steps of the ensemble, as one JSON object.
+"""The message between the steps of the ensemble, as one JSON object.
 
 `preprocess` checks a request once and passes it on whole; `generate` reads it. A second kind of
 object cancels a request that is under way.

@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What may differ.
+    """The allowed differences of one precision.
 
     Attributes:
         share: How far a number may be off, as a share of the largest one of its tensor.
@@ -42,10 +42,10 @@ class Difference:
     """One output of both sides.
 
     Attributes:
-        tensor: Which.
+        tensor: Name of the tensor.
         max_abs: Largest absolute difference; of whole numbers, the share that differs.
         max_rel: The same as a share of the largest magnitude.
-        passed: Whether that is within the tolerance.
+        passed: True where it is within the tolerance.
     """
 
     tensor: str

@@ -39,7 +39,7 @@ class _Call:
         name: For people.
         lengths: (rows,) int32: valid tokens of each row; outputs past them mean nothing.
         inputs: All inputs but states and weights.
-        continues: Whether it starts from the states after the chunk, rather than from none.
+        continues: True to start from the states after the chunk, False to start from none.
     """
 
     name: str

@@ -14,7 +14,7 @@ LISTED_AT_MOST = 5
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What engines are verified with, each where it was named.
+    """The references that engines are verified with; None where one was not named.
 
     Attributes:
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.

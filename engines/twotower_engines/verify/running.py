@@ -36,7 +36,7 @@ SLOTS, CONTEXT = 3, 256
 """Limits of a reference that is built for this: what the comparisons use."""
 
 TowerOpener = Callable[[str], AbstractContextManager[Tower]]
-"""Loads a tower by its name, for as long as it is compared."""
+"""Load a tower by its name, for as long as it is compared."""
 
 
 def verify_running(found: Verification, engines: EngineSet, sources: Sources) -> None:

@@ -1,4 +1,4 @@
-"""Compares two loaded engine sets of one model: the outputs of their runtimes, side by side.
+"""Compare two loaded engine sets of one model: the outputs of their runtimes, side by side.
 
 Both are driven through `runtime.interface.Runtime`, as the scheduler drives them, so it does not
 matter where their states live: a state in the wrong place shows in the call after it.

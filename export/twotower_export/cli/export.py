@@ -155,9 +155,9 @@ def next_build(out: Path, inventory: Inventory, memory: int) -> str:
     """Name a build that can be done: for the CPU of this machine, or for a GPU that holds it.
 
     Args:
-        out: the bundle.
-        inventory: of its towers.
-        memory: bytes of this machine; half of them may be weights, in float32.
+        out: The bundle.
+        inventory: Inventory of its towers.
+        memory: Bytes of this machine; half of them may be weights, in float32.
     """
     from twotower_export.inventory import fitting_skus
 

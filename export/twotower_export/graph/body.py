@@ -44,8 +44,8 @@ class Operators:
     Keywords are attributes; `_outputs=n` asks for a tuple of n outputs.
 
     Attributes:
-        tape: the nodes.
-        section: that nodes belong to which are written now.
+        tape: The nodes.
+        section: That nodes belong to which are written now.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Body:
     """Nodes in the order in which they are written; `body.op.Mul(x, y)` adds one.
 
     Args:
-        dtype: what the model computes in ("T" in docstrings); `up` and `down` go between it and
+        dtype: Compute dtype of the model ("T" in docstrings); `up` and `down` go between it and
             float32 and are no nodes at all where T is float32.
     """
 
@@ -93,7 +93,7 @@ class Body:
         self.op.section = self._outer + section
 
     def const(self, value: Any, dtype: ir.DataType) -> ir.Value:
-        """A constant; equal ones are one node."""
+        """Return a constant; equal ones are one node."""
         array = np.asarray(value)
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
         key = f"const_{dtype.name}_{'x'.join(map(str, array.shape))}_{digest}".lower()
@@ -106,15 +106,15 @@ class Body:
         return self._constants[key]
 
     def f32(self, value: Any) -> ir.Value:
-        """A float32 constant."""
+        """Return a float32 constant."""
         return self.const(value, FLOAT)
 
     def i32(self, value: Any) -> ir.Value:
-        """An int32 constant."""
+        """Return an int32 constant."""
         return self.const(value, INT32)
 
     def i64(self, value: Any) -> ir.Value:
-        """An int64 constant, as axes and shapes are."""
+        """Return an int64 constant, as axes and shapes are."""
         return self.const(value, INT64)
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -127,7 +127,7 @@ class Body:
         return x if self.dtype == FLOAT else self.cast(x, FLOAT)
 
     def down(self, x: ir.Value) -> ir.Value:
-        """float32 -> T."""
+        """Cast float32 to T."""
         return x if self.dtype == FLOAT else self.cast(x, self.dtype)
 
     def reshape(self, x: ir.Value, *dims: int) -> ir.Value:
@@ -136,23 +136,23 @@ class Body:
         return made
 
     def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
-        """New dimensions of size one."""
+        """Insert dimensions of size one."""
         made: ir.Value = self.op.Unsqueeze(x, self.i64(list(axes)))
         return made
 
     def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
-        """Dimensions of `x` in another order."""
+        """Return `x` with its dimensions in another order."""
         made: ir.Value = self.op.Transpose(x, perm=list(perm))
         return made
 
     def slice(self, x: ir.Value, start: int, end: int | None, axis: int) -> ir.Value:
-        """`x[start:end]` along one axis; an end of None means to its end."""
+        """Return `x[start:end]` along one axis; an end of None means to its end."""
         stop = np.iinfo(np.int64).max if end is None else end
         made: ir.Value = self.op.Slice(x, self.i64([start]), self.i64([stop]), self.i64([axis]))
         return made
 
     def linear(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """`x @ weight.T`; x [..., in], weight [out, in].
+        """Return `x @ weight.T`; x [..., in], weight [out, in].
 
         One Gemm over all rows, which reads the weight as it lies: TensorRT writes a transposed copy
         of it at every call where a MatMul takes its Transpose.
@@ -163,12 +163,12 @@ class Body:
         return made
 
     def silu(self, x: ir.Value) -> ir.Value:
-        """x * sigmoid(x)."""
+        """Return x * sigmoid(x)."""
         made: ir.Value = self.op.Mul(x, self.op.Sigmoid(x))
         return made
 
     def size(self, x: ir.Value, axis: int) -> ir.Value:
-        """Size of one dimension as an int64 tensor of shape [1]."""
+        """Return the size of one dimension as an int64 tensor of shape [1]."""
         made: ir.Value = self.op.Shape(x, start=axis, end=axis + 1)
         return made
 
@@ -192,10 +192,10 @@ class Body:
         CUDA graph can capture, and TensorRT-RTX engines are built of `then` alone.
 
         Args:
-            condition: bool [] or [1].
-            then: writes the nodes of one branch.
-            otherwise: writes those of the other.
-            dtype: of the result.
+            condition: Bool [] or [1].
+            then: Writes the nodes of one branch.
+            otherwise: Writes those of the other.
+            dtype: Dtype of the result.
         """
         branches = {}
         for name, write in (("then_branch", then), ("else_branch", otherwise)):
@@ -221,7 +221,7 @@ class Body:
         name: str | None = None,
         outputs: Sequence[str] | None = None,
     ) -> Sequence[ir.Value]:
-        """A node that calls `function`; its outputs in order, named `outputs` where given.
+        """Call `function` in a node; return its outputs in order, named `outputs` where given.
 
         A function's attributes describe it to plugins and are repeated on every call.
         """
@@ -247,10 +247,10 @@ class Body:
         doc: str,
         attributes: Mapping[str, int | float | str] | None = None,
     ) -> ir.Function:
-        """The nodes written so far as a function of the domain `twotower`.
+        """Return the nodes written so far as a function of the domain `twotower`.
 
         Args:
-            attributes: what a plugin of the same name must be told. The body does not read them:
+            attributes: Attributes for a plugin of the same name. The body does not read them:
                 it is written for one model's sizes.
         """
         nodes = prefixed(self.op.tape.nodes, name)
@@ -274,7 +274,7 @@ class Body:
 def in_section(
     name: str,
 ) -> Callable[[Callable[Concatenate[Body, Given], Made]], Callable[Concatenate[Body, Given], Made]]:
-    """Decorates a function that writes a part of a body: its nodes get a section of their own.
+    """Give the nodes that the decorated function writes a section of their own.
 
     Within a section, this is a part of that section; sections that the function begins are parts of
     its own.
@@ -299,7 +299,7 @@ def in_section(
 
 
 def prefixed(nodes: Sequence[ir.Node], prefix: str) -> list[ir.Node]:
-    """Gives nameless nodes and values their names: `<prefix>/<section>.<op>`, then `.._1`, ...
+    """Give nameless nodes and values their names: `<prefix>/<section>.<op>`, then `.._1`, ...
 
     Constants are named after what they hold.
     """
@@ -329,5 +329,5 @@ def _with_branches(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
 
 
 def inputs(*names: str) -> list[ir.Value]:
-    """Inputs of a function: ONNX functions take any dtype and shape."""
+    """Return inputs of a function: ONNX functions take any dtype and shape."""
     return [ir.Value(name=name) for name in names]

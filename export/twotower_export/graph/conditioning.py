@@ -36,7 +36,7 @@ def time_embedding(
     `TimestepEmbedder`, then `t_block`.
 
     Args:
-        rounding: the checkpoint's dtype. A float32 graph of a bfloat16 checkpoint rounds t as that
+        rounding: The checkpoint's dtype. A float32 graph of a bfloat16 checkpoint rounds t as that
             checkpoint was trained to see it.
 
     Inputs: ids [B, S] int32; lengths [B] int32; `WEIGHTS`. Output: [B, 3, hidden] T.

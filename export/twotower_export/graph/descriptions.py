@@ -1,4 +1,4 @@
-"""What each input and output of a graph means: the doc strings that a viewer shows."""
+"""The meaning of each input and output of a graph: the doc strings that a viewer shows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _HOW: Final = {
 
 
 def describe(name: str) -> str:
-    """What a tensor that is no weight means; `name` as in the graph."""
+    """Return the meaning of a tensor that is no weight; `name` as in the graph."""
     return TENSORS.get(name) or STATES[name.rpartition(".")[2]]
 
 

@@ -23,14 +23,14 @@ from twotower_export.graph.norm import rms_norm
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What the letter of a layer means.
+    """The meaning of a layer's letter.
 
     Attributes:
-        name: in function names, e.g. `Mamba` in `ContextMambaLayer`.
-        states: inputs that come from the context's cache, without the layer's prefix.
-        outputs: what the mixer returns beside its result, for the cache.
-        row_inputs: per-row lengths that the mixer reads.
-        weights: of the mixer, in order.
+        name: In function names, e.g. `Mamba` in `ContextMambaLayer`.
+        states: Inputs that come from the context's cache, without the layer's prefix.
+        outputs: Outputs of the mixer beside its result, for the cache.
+        row_inputs: Per-row lengths that the mixer reads.
+        weights: Weights of the mixer, in order.
     """
 
     name: str

@@ -120,7 +120,7 @@ def _convolve(
 def _within_block(
     b: Body, B: ir.Value, C: ir.Value, total: ir.Value, steps: ir.Value, dx: ir.Value
 ) -> ir.Value:
-    """What each token receives from the block itself; [B, G, J, L, P]."""
+    """Return the part of each token's output from the block itself; [B, G, J, L, P]."""
     causal = b.op.GreaterOrEqual(b.unsqueeze(steps, 1), b.unsqueeze(steps, 0))  # [L, L]
     since = b.op.Sub(b.unsqueeze(total, 4), b.unsqueeze(total, 3))
     decay = b.op.Exp(b.op.Where(causal, since, b.f32(NEVER)))  # [B, G, J, L, L]
@@ -133,7 +133,7 @@ def _within_block(
 def _from_seed(
     b: Body, C: ir.Value, seed: ir.Value, total: ir.Value, sizes: tuple[int, int, int]
 ) -> ir.Value:
-    """What each token receives from the state before the block; [B, G, J, L, P]."""
+    """Return the part of each token's output from the state before it; [B, G, J, L, P]."""
     G, J, P = sizes
     # The state is read as it lies; what is transposed is small.
     read = b.op.MatMul(seed, b.transpose(C, 0, 1, 3, 2))  # [B, G, J * P, L]
@@ -152,7 +152,7 @@ def _end_state(
     dx: ir.Value,
     sizes: tuple[int, int, int],
 ) -> ir.Value:
-    """The state after the block, [B, G, J * P, N]; past a row's length nothing decays (dt is 0)."""
+    """Return the state after the block, [B, G, J * P, N]; padding decays nothing (dt is 0)."""
     G, J, P = sizes
     until_end = b.op.Exp(b.op.Sub(end, total))
     weighted = b.transpose(b.op.Mul(dx, b.unsqueeze(until_end, 4)), 0, 1, 2, 4, 3)
@@ -164,7 +164,7 @@ def _end_state(
 
 @in_section("newest")
 def _newest(b: Body, history: ir.Value, lengths: ir.Value) -> ir.Value:
-    """The three raw columns that end at each row's length; [B, 3 + L, conv_dim] -> [B, 3, ...].
+    """Return the three raw columns up to each row's length; [B, 3 + L, D] -> [B, 3, D].
 
     `new_conv` of `_denoiser_block_mamba`: before convolution and SiLU; of history and block where
     the block is shorter.

@@ -16,7 +16,7 @@ from twotower_export.graph.body import Body
 
 @dataclass(frozen=True)
 class Seen:
-    """What a policy sees of a batch; all float32.
+    """The batch as a policy sees it; all float32.
 
     Attributes:
         confidence: [B, S].
@@ -37,7 +37,7 @@ class Order:
 
     Attributes:
         number: 1 for the position that is committed first.
-        entropy_before: sum over the positions that are committed before.
+        entropy_before: Sum over the positions that are committed before.
     """
 
     number: ir.Value
@@ -49,8 +49,8 @@ class PolicyRule:
     """A policy's rule for a batch.
 
     Attributes:
-        key: float32, broadcast to [B, S]; the position with the lowest key is committed first.
-        fits: from the order, whether the policy would commit that far; [B, S] bool. Wanted is
+        key: Float32, broadcast to [B, S]; the position with the lowest key is committed first.
+        fits: From the order, whether the policy would commit that far; [B, S] bool. Wanted is
             everything up to the furthest position that fits. None: never more than the step's
             share.
     """

@@ -38,13 +38,13 @@ BEFORE_ANY = 3e38
 """Sort key of a position that is not to be committed: after every real one."""
 
 LEFTMOST = POLICIES["leftmost"]
-"""What an unknown policy counts as."""
+"""The policy that an unknown number counts as."""
 
 ROW_INPUTS = ("lengths", "threshold", "steps_left", "temperature", "policy", "seed")
 
 
 def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
-    """The op; logits may be T or float32.
+    """Return the op; logits may be T or float32.
 
     Inputs: logits [B, S, V]; ids [B, S] int32; per row [B]: lengths int32 (0: inactive), threshold
     float32 (policy `factor`: the factor; `entropy`: the bound in nats), steps_left int32,
@@ -107,7 +107,7 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
 
 
 def _count(b: Body, flags: ir.Value) -> ir.Value:
-    """True positions of each row; [B, S] -> [B] int32."""
+    """Count the true positions of each row; [B, S] -> [B] int32."""
     made: ir.Value = b.op.ReduceSum(b.cast(flags, INT32), b.i64([1]), keepdims=0)
     return made
 

@@ -66,7 +66,7 @@ class _Graph:
         self.outputs.append(value)
 
     def add_weights(self, tower: Literal["context", "denoiser"]) -> None:
-        """Inputs for all weights of a tower, each cast to T where it is stored otherwise."""
+        """Add inputs for all weights of a tower, each cast to T where it is stored otherwise."""
         for name, source in graph_weights(self.config, tower).items():
             stored = STORED[self._weight_dtypes[name]]
             value = self.input(name, source.shape, stored, describe_weight(source))
@@ -83,7 +83,7 @@ class _Graph:
         return [self.weight(f"{tower}.layers.{index}.{name}") for name in weight_suffixes(kind)]
 
     def add_states(self) -> dict[int, list[ir.Value]]:
-        """Inputs for the context's states, by layer."""
+        """Add inputs for the context's states, by layer."""
         c = self.config
         shapes: dict[str, tuple[Shape, ir.DataType]] = {
             "conv_state": (["batch", c.conv_kernel - 1, c.conv_dim], self.dtype),
@@ -125,7 +125,7 @@ class _Graph:
 
 
 def _documented(shape: Shape, dtype: ir.DataType, doc: str) -> str:
-    """A doc string: shape and dtype, then the meaning."""
+    """Return a doc string: shape and dtype, then the meaning."""
     return f"[{', '.join(map(str, shape))}] {dtype.name.lower()}. {doc}"
 
 
@@ -150,9 +150,9 @@ def build_context_graph(
     of the tokens of this call only.
 
     Args:
-        dtype: what the graph computes in.
-        weight_dtypes: the dtype of each weight input, as safetensors spells it.
-        metadata: written into the file.
+        dtype: Dtype that the graph computes in.
+        weight_dtypes: The dtype of each weight input, as safetensors spells it.
+        metadata: Written into the file.
     """
     g = _Graph(config, dtype, weight_dtypes)
     b = g.body

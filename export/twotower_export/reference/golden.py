@@ -55,18 +55,18 @@ THRESHOLD: Final = 0.9
 def golden_for(
     checkpoint: Checkpoint, towers: Sequence[Tower] = TOWERS
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The golden block of a bundle's manifest, or what is known without an answer.
+    """Return the golden block of a manifest, or the reason why there is none.
 
     Args:
-        checkpoint: what is exported.
-        towers: which of its towers are; without the denoiser, the answer is autoregressive.
+        checkpoint: The checkpoint that is exported.
+        towers: The towers that are exported; without the denoiser, the answer is autoregressive.
 
     Returns:
         The request with its answer and None; or None and {reason, request}, with which whoever can
         run the model records the answer.
 
     Raises:
-        TwoTowerError: the checkpoint's `golden.json` is unreadable or another checkpoint's.
+        TwoTowerError: The checkpoint's `golden.json` is unreadable or another checkpoint's.
     """
     mode = "mask_diffusion" if "denoiser" in towers else "ar"
     recorded = read_golden(checkpoint)
@@ -93,10 +93,10 @@ def golden_for(
 
 
 def read_golden(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The answer that a checkpoint brings along, or None.
+    """Return the answer that a checkpoint brings along, or None.
 
     Raises:
-        TwoTowerError: the file is unreadable or another checkpoint's.
+        TwoTowerError: The file is unreadable or another checkpoint's.
     """
     path = checkpoint.path / GOLDEN_FILE
     if not path.is_file():
@@ -132,11 +132,11 @@ def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict
     """Generate the golden answer with the PyTorch towers in float32, held in memory.
 
     Args:
-        checkpoint: small enough for memory.
+        checkpoint: Small enough for memory.
         mode: `mask_diffusion`, or `ar` where there is no denoiser.
 
     Raises:
-        FloatingPointError: the logits hold NaN or infinity.
+        FloatingPointError: The logits hold NaN or infinity.
     """
     from twotower_export.reference.sequence import LoadedTowers
 
@@ -148,10 +148,10 @@ def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict
 def stream_golden(
     checkpoint: Checkpoint, mode: str = "mask_diffusion", progress: StepMeter | None = None
 ) -> dict[str, Any]:
-    """The same answer, with one layer of the towers in memory at a time.
+    """Compute the same answer with one layer of the towers in memory at a time.
 
     Raises:
-        FloatingPointError: the logits hold NaN or infinity.
+        FloatingPointError: The logits hold NaN or infinity.
     """
     from twotower_export.reference.sequence import StreamedTowers
 
@@ -184,7 +184,7 @@ def expected_work(checkpoint: Checkpoint, mode: str) -> str:
 
 
 def _calls(mode: str) -> tuple[int, int]:
-    """The least and the most calls of both towers together that an answer takes."""
+    """Return the least and the most calls of both towers that an answer takes."""
     if mode == "ar":
         return MAX_NEW_TOKENS, MAX_NEW_TOKENS
     blocks = MAX_NEW_TOKENS // BLOCK_SIZE  # each is preceded by one call of the context tower
@@ -196,7 +196,7 @@ def _capacity(request: Mapping[str, Any]) -> int:
 
 
 def _answered(towers: SequenceTowers, request: dict[str, Any]) -> dict[str, Any]:
-    """A request with its answer."""
+    """Return a request with its answer."""
     import torch
 
     prompt = request["prompt_ids"]
@@ -213,7 +213,7 @@ def _answered(towers: SequenceTowers, request: dict[str, Any]) -> dict[str, Any]
 
 
 def _request(checkpoint: Checkpoint, mode: str) -> dict[str, Any]:
-    """What is asked; greedy, so that there is one right answer."""
+    """Return the request; greedy, so that there is one right answer."""
     return {
         "prompt_ids": _prompt_ids(checkpoint),
         "mode": mode,
@@ -225,7 +225,7 @@ def _request(checkpoint: Checkpoint, mode: str) -> dict[str, Any]:
 
 
 def _prompt_ids(checkpoint: Checkpoint) -> list[int]:
-    """The prompt in the checkpoint's tokens; without a tokenizer, ids all over the vocabulary."""
+    """Return the prompt's ids; without a tokenizer, ids all over the vocabulary."""
     vocabulary = checkpoint.config.vocab_size
     ids = _encoded(checkpoint.path)
     if ids and max(ids) < vocabulary:
@@ -234,7 +234,7 @@ def _prompt_ids(checkpoint: Checkpoint) -> list[int]:
 
 
 def _encoded(folder: Path) -> list[int]:
-    """The prompt's ids; none where the tokenizer is missing or cannot be read.
+    """Return the prompt's ids; none where the tokenizer is missing or cannot be read.
 
     Any prompt serves a self-test, so a tokenizer that is broken is left for those to refuse who
     need text.
@@ -246,7 +246,7 @@ def _encoded(folder: Path) -> list[int]:
 
 
 def _mask_diffusion(towers: SequenceTowers, prompt: Sequence[int]) -> tuple[list[int], int]:
-    """New ids and denoiser calls, by the rules of `generate_mask_diffusion`.
+    """Return new ids and denoiser calls, by the rules of `generate_mask_diffusion`.
 
     (NVIDIA's `modeling_nemotron_twotower.py`; the context is not extended by the last block.)
     """
@@ -269,7 +269,7 @@ def _mask_diffusion(towers: SequenceTowers, prompt: Sequence[int]) -> tuple[list
 
 
 def _autoregressive(towers: SequenceTowers, prompt: Sequence[int]) -> list[int]:
-    """New ids, greedily, by the rules of `generate_ar` (`modeling_nemotron_twotower.py`)."""
+    """Return greedy ids by the rules of `generate_ar` (`modeling_nemotron_twotower.py`)."""
     ids = [int(towers.extend(prompt).argmax())]
     while len(ids) < MAX_NEW_TOKENS:
         ids.append(int(towers.extend(ids[-1:]).argmax()))

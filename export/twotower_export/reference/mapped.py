@@ -34,10 +34,10 @@ class NamedTensors:
         self._files = index
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is stored.
+        """Return a tensor as it is stored.
 
         Raises:
-            CheckpointError: the checkpoint has no tensor of this name.
+            CheckpointError: The checkpoint has no tensor of this name.
         """
         return self.read_all([name])[name]
 
@@ -45,13 +45,13 @@ class NamedTensors:
         """Tensors as they are stored. Their files stay mapped while the tensors live.
 
         Args:
-            names: of the tensors.
-            opened: files that were opened before, by name; takes those that are opened now.
+            names: The tensors' names.
+            opened: Files that were opened before, by name; takes those that are opened now.
                 safetensors touches the first byte of each tensor, around which the system may read
                 megabytes ahead: what is not needed should not be asked for.
 
         Raises:
-            CheckpointError: the checkpoint has no tensor of one of these names.
+            CheckpointError: The checkpoint has no tensor of one of these names.
         """
         from safetensors import safe_open
 
@@ -79,7 +79,7 @@ def load_module(
     """Fill parameters of a module made on the meta device; others stay there.
 
     Args:
-        names: parameter -> checkpoint tensor.
+        names: Parameter -> checkpoint tensor.
     """
     found = tensors.read_all(names.values(), opened)
     state = {parameter: found[name] for parameter, name in names.items()}
@@ -88,7 +88,7 @@ def load_module(
 
 
 def load_tower(config: ModelConfig, tower: Tower, tensors: NamedTensors) -> nn.Module:
-    """A whole tower in float32; the base checkpoint's names serve for a context tower."""
+    """Return a whole tower in float32; a base checkpoint's names serve for a context tower."""
     make = ContextTower if tower == "context" else Denoiser
     module: nn.Module = on_meta(lambda: make(config))
     load_module(module, {name: name for name in module.state_dict()}, tensors)

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def project(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Applies a linear layer in the dtype of ``x``, whatever dtype its weights are stored in."""
+    """Apply a linear layer in the dtype of ``x``, whatever dtype its weights are stored in."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return linear(x, layer.weight.to(x.dtype), bias)
 
 
 def split_dim(x: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
-    """Splits dimension ``dim`` of ``x`` into two (a typed ``Tensor.unflatten``)."""
+    """Split dimension ``dim`` of ``x`` into two (a typed ``Tensor.unflatten``)."""
     split: Tensor = x.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
     return split
 
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 def selective_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """Runs the Mamba-2 recurrence S_t = exp(dt_t a) S_{t-1} + dt_t x_t b_t^T, y_t = S_t c_t.
+    """Run the Mamba-2 recurrence S_t = exp(dt_t a) S_{t-1} + dt_t x_t b_t^T, y_t = S_t c_t.
 
     Within a chunk the sum over earlier tokens is written out as a masked matrix product; between
     chunks the state is carried. Exact for every chunk size (up to rounding). Dao and Gu,
@@ -136,7 +136,7 @@ class MambaMixer(nn.Module):
         return project(gated, self.out_proj), conv_state_new, ssm_state_new
 
     def _convolve(self, xbc: Tensor, lengths: Tensor, conv_state: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the convolution's result as ``xbc`` (batch, length, conv_dim), and the new state.
+        """Return the convolution's result as ``xbc`` (batch, length, conv_dim), and the new state.
 
         ``causal_conv1d_fn`` with ``initial_states``; the state is raw, from before convolution and
         SiLU (``new_conv`` of ``_denoiser_block_mamba``).
@@ -214,7 +214,7 @@ class Router(nn.Module):
         self.normalised = config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the experts' indices (tokens, chosen) and float32 weights for ``x``."""
+        """Return the experts' indices (tokens, chosen) and float32 weights for ``x``."""
         scores = linear(x.float(), self.weight.float()).sigmoid()
         corrected = scores + self.e_score_correction_bias.float()
         # A stable sort, so that the lower index wins a tie everywhere.
@@ -234,7 +234,7 @@ class Expert(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``x`` (..., hidden) in its own dtype."""
+        """Map ``x`` (..., hidden) in its own dtype."""
         return project(relu(project(x, self.up_proj)).square(), self.down_proj)
 
 

@@ -28,11 +28,11 @@ class Rule:
     """How a row of a denoiser call is refined.
 
     Attributes:
-        threshold: of confidence; policy `factor`: the factor; `entropy`: the bound in nats.
-        steps_left: denoiser calls left for the block, this one included.
-        temperature: of the predictions; 0 takes the most likely token.
-        policy: one of `POLICIES`.
-        seed: of the Gumbel noise, 0 to 2**31 - 1.
+        threshold: Confidence threshold; policy `factor`: the factor; `entropy`: the bound in nats.
+        steps_left: Denoiser calls left for the block, this one included.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        policy: One of `POLICIES`.
+        seed: Seed of the Gumbel noise, 0 to 2**31 - 1.
     """
 
     threshold: float = 0.9
@@ -50,7 +50,7 @@ class Refined:
         ids: (block,) int32.
         confidence: (block,) float64; +inf where nothing was masked.
         committed: (block,) bool.
-        still_masked: positions still masked; -1 where the logits held a NaN.
+        still_masked: Positions still masked; -1 where the logits held a NaN.
     """
 
     ids: Array
@@ -73,9 +73,9 @@ def refine(
     Args:
         logits: (block, vocabulary), any float dtype.
         ids: (block,), the mask id where a token is still unknown.
-        rule: how many are committed, and in which order.
-        mask_id: the mask token; it is never predicted.
-        length: valid positions; all by default.
+        rule: How many are committed, and in which order.
+        mask_id: The mask token; it is never predicted.
+        length: Valid positions; all by default.
         confidence: (block,); where given, positions are ordered and counted by it. Confidences
             that are equal but for rounding order differently in another arithmetic: with the
             other's own confidences its decisions can be checked exactly.

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from twotower_export.checkpoint import Checkpoint
 
 Progress = Callable[[Tower, int, int], None]
-"""Told about a layer before it runs: its tower, its number, and how many there are."""
+"""Called before a layer runs with its tower, its number, and the number of layers."""
 
 
 class SequenceTowers:
     """The states of one sequence, and the towers that read and extend it.
 
     Args:
-        capacity: tokens that the sequence can reach.
+        capacity: Tokens that the sequence can reach.
     """
 
     def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
@@ -55,7 +55,7 @@ class SequenceTowers:
         """Append tokens to the context; returns the logits of the last, (vocab,).
 
         Raises:
-            FloatingPointError: the logits hold NaN or infinity.
+            FloatingPointError: The logits hold NaN or infinity.
         """
         lengths, before = torch.tensor([len(ids)]), torch.tensor([self.length])
         with torch.no_grad():
@@ -68,7 +68,7 @@ class SequenceTowers:
         """Logits of a block against the context, (block, vocab).
 
         Raises:
-            FloatingPointError: the logits hold NaN or infinity.
+            FloatingPointError: The logits hold NaN or infinity.
         """
         lengths, before = torch.tensor([len(block)]), torch.tensor([self.length])
         with torch.no_grad():
@@ -105,8 +105,8 @@ class StreamedTowers(SequenceTowers):
     """Towers that pass through memory one layer at a time, for models of any size.
 
     Attributes:
-        calls: of either tower, begun until now.
-        bytes_read: of weights, as they are stored, that arithmetic touched until now.
+        calls: Calls of either tower begun so far.
+        bytes_read: Bytes of stored weights that were computed with so far.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class StreamedTowers(SequenceTowers):
         return hidden, emitted
 
     def _layer(self, tower: Tower, index: int) -> Layer:
-        """A layer on its mapped weights; its experts are filled one by one, when they are called.
+        """Return a layer on its mapped weights; an expert is filled when it is called.
 
         The files stay open as long as the layer lives.
         """
@@ -181,7 +181,7 @@ class StreamedTowers(SequenceTowers):
         expert.load_state_dict(state, assign=True)
 
     def _run_head(self, tower: Tower, hidden: Tensor) -> Tensor:
-        """Final norm and head; hidden (..., hidden) -> float32 logits (..., vocab)."""
+        """Apply final norm and head; hidden (..., hidden) -> float32 logits (..., vocab)."""
         config = self.config
         norm = on_meta(lambda: RMSNorm(config.hidden_size, config.norm_eps))
         load_module(norm, {"weight": f"{tower}_tower.norm_f.weight"}, self._tensors)
@@ -190,7 +190,7 @@ class StreamedTowers(SequenceTowers):
         return linear(norm(hidden), head.float())
 
     def _time_conditioning(self) -> Denoiser:
-        """A denoiser of which only the time conditioning is filled; its layers have no memory."""
+        """Return a denoiser with its time conditioning filled and layers without memory."""
         if self._conditioning is None:
             module = on_meta(lambda: Denoiser(self.config))
             parts = ("t_embedder.", "t_block.", "scale_shift_tables.")

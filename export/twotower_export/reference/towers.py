@@ -44,7 +44,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Call:
-    """What all layers of one forward pass share.
+    """The inputs that all layers of one forward pass share.
 
     Attributes:
         lengths: (batch,), valid tokens of this call.
@@ -59,7 +59,7 @@ class Call:
     modulation: list[Tensor] | None = None
 
     def visible(self, length: int, capacity: int) -> Tensor:
-        """Returns which keys each token sees, (batch, length, capacity + length).
+        """Return which keys each token sees, (batch, length, capacity + length).
 
         All of the context, whatever the tower; of the call itself, the context tower those up to
         the token (``_extend_context_cache``), the denoiser all (``_denoiser_block_attention``).
@@ -87,7 +87,7 @@ class Tower(nn.Module):
     def forward(
         self, ids: Tensor, call: Call, states: Mapping[str, Tensor]
     ) -> tuple[Tensor, States]:
-        """Returns the normed hidden states (batch, length, hidden) and what the layers emit."""
+        """Return the normed hidden states (batch, length, hidden) and what the layers emit."""
         hidden = embedding(ids.long(), self.embeddings.weight)
         emitted: States = {}
         for index, layer in enumerate(self.layers):
@@ -103,7 +103,7 @@ def run_layer(
     states: Mapping[str, Tensor],
     emitted: States,
 ) -> Tensor:
-    """Returns the hidden states after one layer (batch, length, hidden).
+    """Return the hidden states after one layer (batch, length, hidden).
 
     Args:
         index: Its number: of its states, and in ``call.modulation``.
@@ -165,7 +165,7 @@ class ContextTower(nn.Module):
     def every_position(
         self, ids: Tensor, lengths: Tensor, context_lengths: Tensor, states: Mapping[str, Tensor]
     ) -> tuple[Tensor, States]:
-        """Returns the hidden states of every position (batch, length, hidden) and the new states.
+        """Return the hidden states of every position (batch, length, hidden) and the new states.
 
         Args:
             ids: (batch, length), integer.
@@ -180,7 +180,7 @@ class ContextTower(nn.Module):
     def forward(
         self, ids: Tensor, lengths: Tensor, context_lengths: Tensor, states: Mapping[str, Tensor]
     ) -> tuple[Tensor, States]:
-        """Returns each row's float32 logits of its last valid token, and the new states.
+        """Return each row's float32 logits of its last valid token, and the new states.
 
         The arguments are those of :meth:`every_position`; the logits are (batch, vocabulary).
         """
@@ -270,7 +270,7 @@ class Denoiser(nn.Module):
         return project(hidden, self.lm_head).float()
 
     def masked_fraction(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Returns each row's fraction of masked positions (batch,), float32.
+        """Return each row's fraction of masked positions (batch,), float32.
 
         Per row, as Megatron does; ``generate_mask_diffusion`` takes one mean over the batch, which
         is the same for one row.
@@ -280,7 +280,7 @@ class Denoiser(nn.Module):
         return masked.float() / lengths.clamp(min=1).float()
 
     def modulation(self, t: Tensor, conditioned: Tensor) -> list[Tensor]:
-        """Returns each layer's shift, scale and gate, (batch, 3, hidden) (``_get_mod_params``).
+        """Return each layer's shift, scale and gate, (batch, 3, hidden) (``_get_mod_params``).
 
         Rows that are not conditioned get 0, 0, 1, which leaves the plain layer exactly.
         """
@@ -305,7 +305,7 @@ class Towers:
 
 
 def on_meta(make: Callable[[], Module]) -> Module:
-    """Returns a module without memory behind its parameters, to be filled by ``load_state_dict``.
+    """Return a module without memory behind its parameters, to be filled by ``load_state_dict``.
 
     Initialisers are skipped: on the meta device the random ones import PyTorch's compiler, which
     takes seconds.
@@ -325,7 +325,7 @@ def on_meta(make: Callable[[], Module]) -> Module:
 
 
 def empty_states(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> States:
-    """Returns the states before any token: zeros (``FixedHybridCache``).
+    """Return the states before any token: zeros (``FixedHybridCache``).
 
     The convolution's history has the three columns that a continuation reads, as Megatron's; NVIDIA
     keeps four.
@@ -359,13 +359,13 @@ def advance_states(
     lengths: Tensor,
     context_lengths: Tensor,
 ) -> States:
-    """Returns the states after a call: what the runtime does between two calls.
+    """Return the states after a call: what the runtime does between two calls.
 
     ``_extend_context_cache``: Mamba states are replaced, keys and values appended.
 
     Args:
         states: States that went into the call; unchanged.
-        emitted: What the context tower returned.
+        emitted: The states that the context tower returned.
         lengths: (batch,), valid tokens of the call.
         context_lengths: (batch,), tokens before the call; the new keys and values go behind them.
     """

@@ -46,7 +46,7 @@ def tiny_config(
     dtype: Dtype = "bfloat16",
     **sizes: Any,
 ) -> ModelConfig:
-    """Returns a configuration in which every size scales with ``hidden``.
+    """Return a configuration in which every size scales with ``hidden``.
 
     Args:
         pattern: Layer kinds, letters of M (Mamba), E (experts) and * (attention).
@@ -160,7 +160,7 @@ def write_random_checkpoint(
     logit_scale: float = 4.0,
     **sizes: Any,
 ) -> ModelConfig:
-    """Writes a checkpoint of random weights in the released layout.
+    """Write a checkpoint of random weights in the released layout.
 
     The other arguments are those of :func:`tiny_config` and :func:`random_tensors`.
 
@@ -190,7 +190,7 @@ def write_checkpoint(
     float32_suffixes: Sequence[str] = (),
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes configuration, tensors and further files in the released layout.
+    """Write configuration, tensors and further files in the released layout.
 
     Args:
         config: The model; ``config.dtype`` is the dtype of the stored tensors.
@@ -240,7 +240,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int
 
 
 def copy_pretrained(out: str | Path) -> None:
-    """Copies the trained checkpoint that this package ships; needs neither torch nor time.
+    """Copy the trained checkpoint that this package ships; needs neither torch nor time.
 
     Raises:
         TinyError: If the package was installed without its data.

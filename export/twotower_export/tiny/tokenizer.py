@@ -57,7 +57,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """Returns the tokenizer's files by name."""
+    """Return the tokenizer's files by name."""
     special = {
         "bos_token": BEGIN,
         "eos_token": END,
@@ -82,5 +82,5 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 @cache
 def corpus_tokenizer_files(vocab_size: int) -> Mapping[str, str]:
-    """Returns the files of the tokenizer that the corpus gives, trained once per size."""
+    """Return the files of the tokenizer that the corpus gives, trained once per size."""
     return MappingProxyType(tokenizer_files(train_tokenizer(vocab_size)))

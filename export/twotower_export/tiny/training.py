@@ -103,7 +103,7 @@ def train(
     equal results on equal machines; another processor may sum in another order and end elsewhere.
 
     Args:
-        seed: Of the weights, the documents and the masks.
+        seed: Seed of the weights, the documents and the masks.
     """
     recipe = recipe or Recipe()
     report: Progress = progress or (lambda tower, loss: None)
@@ -136,7 +136,7 @@ def train(
 
 
 class _Worker:
-    """What one of the threads draws: its own documents and its own masks."""
+    """The draws of one thread: its own documents and its own masks."""
 
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe, seed: int, number: int) -> None:
         own = seed * WORKERS + number
@@ -158,7 +158,7 @@ class _Worker:
 
 
 def batches(tokenizer: Tokenizer, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields ids (rows, length) and lengths (rows,) of documents, each from an empty context.
+    """Yield ids (rows, length) and lengths (rows,) of documents, each from an empty context.
 
     Every document ends with the end token, and is filled with it to the width of the batch plus
     one block, so that a denoiser learns to fill the rest of a last block. A length counts the
@@ -178,7 +178,7 @@ def batches(tokenizer: Tokenizer, recipe: Recipe, seed: int) -> Iterator[tuple[T
 
 
 def context_loss(tower: ContextTower, config: ModelConfig, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Returns the mean cross-entropy of each next token of the documents."""
+    """Return the mean cross-entropy of each next token of the documents."""
     states = empty_states(config, len(ids), 1, torch.float32)
     hidden, _ = tower.every_position(ids[:, :-1], lengths, torch.zeros_like(lengths), states)
     # Also one end token after the first, so that what follows an end is an end.
@@ -192,7 +192,7 @@ class Blocks(NamedTuple):
     Attributes:
         ids: (n, block).
         context_lengths: (n,), tokens before each block.
-        states: Of each block, see :mod:`twotower_export.reference.towers`.
+        states: The states of each block, see :mod:`twotower_export.reference.towers`.
     """
 
     ids: Tensor
@@ -201,7 +201,7 @@ class Blocks(NamedTuple):
 
 
 def denoiser_loss(towers: Towers, blocks: Blocks, draws: torch.Generator) -> Tensor:
-    """Returns the mean cross-entropy of the masked tokens, masks drawn anew.
+    """Return the mean cross-entropy of the masked tokens, masks drawn anew.
 
     `corrupt_suffix` and `training_loss` of Megatron's `MaskDiffusionProcess` (the mean is not
     weighted by 1/t). There t is drawn from [0.001, 1] and each position is masked with probability
@@ -277,7 +277,7 @@ def _initial_towers(config: ModelConfig, seed: int) -> Towers:
 
 
 def _start_as_copy(towers: Towers) -> None:
-    """Makes the denoiser the context tower's copy, with conditioning that changes nothing yet."""
+    """Make the denoiser the context tower's copy, with conditioning that changes nothing yet."""
     context, denoiser = towers.context, towers.denoiser
     denoiser.denoiser_tower.load_state_dict(context.context_tower.state_dict())
     denoiser.lm_head.load_state_dict(context.context_lm_head.state_dict())
@@ -314,7 +314,7 @@ class _Optimiser:
         part: Callable[[_Worker], Tensor],
         workers: Sequence[_Worker],
     ) -> float:
-        """Takes one step along the mean gradient of the workers' parts; the mean loss."""
+        """Take one step along the mean gradient of the workers' parts; the mean loss."""
 
         def gradients(worker: _Worker) -> tuple[float, tuple[Tensor | None, ...]]:
             loss = part(worker)
@@ -336,7 +336,7 @@ class _Optimiser:
         self.chosen.append((cast(Router, router), output[0].flatten()))
 
     def _balance(self) -> None:
-        """Moves the correction of each expert towards an equal load.
+        """Move the correction of each expert towards an equal load.
 
         No auxiliary loss is needed: the correction only selects, so it may be moved by hand
         (Wang et al. 2024, "Auxiliary-loss-free load balancing").

@@ -1,1 +1,1 @@
-"""What `twotower verify` is made of: two sides that compute the same, and their comparison."""
+"""The parts of `twotower verify`: two sides that compute the same, and their comparison."""

@@ -49,11 +49,11 @@ class CallShape:
     """One call of a graph.
 
     Attributes:
-        name: in reports.
-        tokens: width of `ids`.
-        lengths: valid tokens of each row; 0 is an inactive row.
-        context_lengths: tokens of each row before the call.
-        conditioned: denoiser: 1 denoises; 0 is the plain pass of mock-AR, which has one token.
+        name: In reports.
+        tokens: Width of `ids`.
+        lengths: Valid tokens of each row; 0 is an inactive row.
+        context_lengths: Tokens of each row before the call.
+        conditioned: Denoiser: 1 denoises; 0 is the plain pass of mock-AR, which has one token.
     """
 
     name: str
@@ -64,10 +64,10 @@ class CallShape:
 
 
 def call_shapes(tower: Tower, chunk: int) -> tuple[CallShape, ...]:
-    """The calls that one tower is verified with.
+    """Return the calls that one tower is verified with.
 
     Args:
-        chunk: tokens of a prefill chunk of the context tower.
+        chunk: Tokens of a prefill chunk of the context tower.
     """
     rows, past = 4, (0, CAPACITY, 3, 17)
     if tower == "context":
@@ -93,7 +93,7 @@ def random_feed(
     """Every input of a call but the weights.
 
     Args:
-        layers: whose states to make; all by default.
+        layers: Layers whose states to make; all by default.
     """
     generator = np.random.default_rng((seed, shape.tokens, len(tower)))
     rows = len(shape.lengths)
@@ -119,7 +119,7 @@ def random_hidden(config: ModelConfig, shape: CallShape, seed: int) -> Array:
 
 
 def cleared(feed: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Outputs with zeros where nobody reads them: past a row's length, and inactive rows' logits.
+    """Zero the outputs that nobody reads: past a row's length, and inactive rows' logits.
 
     New states are compared everywhere, because an inactive row must keep its own.
     """
@@ -141,7 +141,7 @@ def cleared(feed: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str
 
 
 def _token_axis(name: str, rank: int) -> int | None:
-    """Which axis of an output counts tokens; None for what is compared whole."""
+    """Return the axis of an output that counts tokens; None for one that is compared whole."""
     last = name.rpartition(".")[2]
     if last in ("k_new", "v_new"):
         return 2

@@ -28,9 +28,9 @@ class Tolerance:
     """How far a tensor may be from the reference. Whole numbers must be equal.
 
     Attributes:
-        element: share of an element that it may be off by, and as much of the tensor's largest
+        element: Share of an element that it may be off by, and as much of the tensor's largest
             magnitude beside it.
-        rms: root mean square of what all elements are off by, as a share of the tensor's own.
+        rms: Root mean square of what all elements are off by, as a share of the tensor's own.
     """
 
     element: float
@@ -75,14 +75,14 @@ class TensorDifference:
     """How far one output of one call is from the reference.
 
     Attributes:
-        part: which graph, or which part of it.
-        precision: what it computes in.
-        call: shape of the call.
-        tensor: the output.
-        max_abs: largest absolute difference.
-        max_rel: the same, as a share of the largest magnitude in the reference.
-        rms: root mean square of all differences, as a share of the reference's.
-        passed: whether every element is within the tolerance.
+        part: The graph, or a part of it.
+        precision: The precision that it computes in.
+        call: Shape of the call.
+        tensor: The output.
+        max_abs: Largest absolute difference.
+        max_rel: The same, as a share of the largest magnitude in the reference.
+        rms: Root mean square of all differences, as a share of the reference's.
+        passed: Whether every element is within the tolerance.
     """
 
     part: str
@@ -117,8 +117,8 @@ class Comparison:
     """The outcome of one or more comparisons.
 
     Attributes:
-        tensors: every output of every call that both sides have.
-        problems: why it failed, beside tensors that differ: outputs that a side lacks, shapes.
+        tensors: Every output of every call that both sides have.
+        problems: Why it failed, beside tensors that differ: outputs that a side lacks, shapes.
     """
 
     tensors: list[TensorDifference] = field(default_factory=list)
@@ -151,9 +151,9 @@ def compare(
     """Run both sides on the same calls, one side after the other, and compare every output.
 
     Args:
-        part: what is compared, for reports.
-        complete: further reference outputs; see `Completion`.
-        precision: what both compute in, of `TOLERANCES`.
+        part: Name of the part, for reports.
+        complete: Further reference outputs; see `Completion`.
+        precision: The precision of both sides, a key of `TOLERANCES`.
     """
     calls = list(feeds.values())
     with _quiet():
@@ -184,7 +184,7 @@ def compare(
 def _shape_problems(
     where: str, ours: Mapping[str, Array], expected: Mapping[str, Array]
 ) -> list[str]:
-    """Outputs that one side lacks; where there are none, those of different shapes."""
+    """Return outputs that one side lacks; else those of different shapes."""
     missing, extra = sorted(expected.keys() - ours), sorted(ours.keys() - expected)
     problems = [f"{where}: the graph has no output {name}" for name in missing]
     problems += [f"{where}: the reference has no output {name}" for name in extra]
@@ -197,7 +197,7 @@ def _shape_problems(
 
 
 def _zero_problems(where: str, expected: Mapping[str, Array]) -> list[str]:
-    """Outputs that are all 0, on which any two sides agree: weights that were never written."""
+    """Return outputs that are all 0, on which any two sides agree."""
     floats = {name: value for name, value in expected.items() if value.dtype.kind == "f"}
     return [
         f"{where}: {name} is 0 everywhere, which proves nothing; does the checkpoint have weights?"

@@ -1,4 +1,4 @@
-"""Runs a bfloat16 graph where no bfloat16 arithmetic is: each operator in float32, then rounded.
+"""Run a bfloat16 graph where no bfloat16 arithmetic is: each operator in float32, then rounded.
 
 ONNX Runtime's CPU provider moves and casts bfloat16 values but does not compute with them. So each
 operator that takes or makes some is given its inputs cast to float32, which is exact, and its
@@ -27,16 +27,16 @@ where they are transposed, and twice that in float32."""
 
 
 def emulated(part: GraphPart, weights: Collection[str]) -> GraphPart:
-    """The same graph, to be run without optimisations.
+    """Return the same graph, to be run without optimisations.
 
     Weights go in as they are stored; other bfloat16 inputs are taken in float32 and rounded;
     outputs are float32.
 
     Args:
-        weights: names of the inputs that are weights.
+        weights: Names of the inputs that are weights.
 
     Raises:
-        BundleError: the types in the graph do not fit together.
+        BundleError: The types in the graph do not fit together.
     """
     try:
         model = onnx.inliner.inline_local_functions(part.model)

@@ -41,8 +41,8 @@ class GraphPart:
     """A graph to run.
 
     Attributes:
-        outputs: name of each output in the graph -> name to report it by.
-        optimised: whether ONNX Runtime may rewrite it.
+        outputs: Name of each output in the graph -> name to report it by.
+        optimised: Whether ONNX Runtime may rewrite it.
     """
 
     model: onnx.ModelProto
@@ -51,7 +51,7 @@ class GraphPart:
 
 
 def whole_graph(model: onnx.ModelProto, tower: Tower, layers: Sequence[int]) -> GraphPart:
-    """The graph as it is, with the hidden states after some layers as outputs as well."""
+    """Return the graph with the hidden states after some layers as further outputs."""
     marked = onnx.ModelProto()
     marked.CopyFrom(model)
     for name in hidden_names(tower, layers):
@@ -65,10 +65,10 @@ def graph_part(model: onnx.ModelProto, tower: Tower, part: Part, dtype: int = FL
     That a part reads the part before it is for `wiring` to check.
 
     Args:
-        dtype: of its hidden states, as ONNX numbers types.
+        dtype: Dtype of its hidden states, as ONNX numbers types.
 
     Raises:
-        BundleError: the graph has no such layer.
+        BundleError: The graph has no such layer.
     """
     nodes = {node.name: node for node in model.graph.node}
     layers = sum(name.startswith(f"{tower}.layers.") for name in nodes)
@@ -90,7 +90,7 @@ def hidden_names(tower: Tower, layers: Sequence[int]) -> list[str]:
 
 
 def embeddings_name(tower: Tower) -> str:
-    """What a report calls the output of the embeddings."""
+    """Return the name that reports give the output of the embeddings."""
     return f"{tower}.embeddings"
 
 
@@ -101,7 +101,7 @@ def _value(name: str, dtype: int) -> onnx.ValueInfoProto:
 def _cut(
     model: onnx.ModelProto, outputs: dict[str, str], start: str | None, dtype: int
 ) -> GraphPart:
-    """The nodes that make `outputs`, back to the value `start`: that is the input `hidden`."""
+    """Return the nodes that make `outputs`, back to the value `start`, the input `hidden`."""
     producers = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
     needed: set[int] = set()
     values, waiting = set[str](), list(outputs)
@@ -132,7 +132,7 @@ def _cut(
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What ONNX Runtime says of a graph that it cannot take, as an error of the bundle."""
+    """Return ONNX Runtime's refusal of a graph as an error of the bundle."""
     state = import_onnxruntime().capi.onnxruntime_pybind11_state
     refusals = (
         state.Fail,
@@ -159,7 +159,7 @@ class ManifestWeights:
         self.inputs = manifest.weights[tower]
 
     def float32(self, name: str) -> Array:
-        """A weight input in float32, in the shape of the graph's input."""
+        """Return a weight input in float32, in the shape of the graph's input."""
         made = np.empty(self.inputs[name].shape, np.float32)
         for target, source in self._sources(name, made):
             for piece, values in self._pieces(source, target):
@@ -170,10 +170,10 @@ class ManifestWeights:
         return made
 
     def bfloat16(self, name: str) -> Array:
-        """A weight input that is stored in bfloat16, as uint16, in the shape of the graph's input.
+        """Return a weight input stored in bfloat16 as uint16, in the graph input's shape.
 
         Raises:
-            BundleError: it is stored in float32.
+            BundleError: It is stored in float32.
         """
         made = np.empty(self.inputs[name].shape, np.uint16)
         for target, source in self._sources(name, made):
@@ -215,7 +215,7 @@ class ManifestWeights:
 
 @dataclass
 class GraphSide:
-    """Runs a graph part; opened, it holds the part's weights."""
+    """Run a graph part; opened, it holds the part's weights."""
 
     name: str
     part: GraphPart

@@ -33,7 +33,7 @@ from twotower_export.verification.target import Target
 from twotower_export.verification.towers import TowerPartSide, TowerSide
 
 Kind = Literal["float32", "native"]
-"""Which of a bundle's two graphs of a tower."""
+"""The two graphs that a bundle has of a tower."""
 
 PART_CHUNK: Final = 24
 """Prefill chunk for one MoE layer on its own: the graphs' reference body computes all experts."""
@@ -44,8 +44,8 @@ class Pair:
     """The two sides of a comparison.
 
     Attributes:
-        layers: whose states they take.
-        wants_hidden: whether they start from hidden states.
+        layers: Layers whose states they take.
+        wants_hidden: Whether they start from hidden states.
     """
 
     graph: Side
@@ -59,8 +59,8 @@ class Planned:
     """A comparison that is to be made.
 
     Attributes:
-        precision: what both sides compute in.
-        chunk: tokens of its prefill chunk.
+        precision: The precision of both sides.
+        chunk: Tokens of its prefill chunk.
     """
 
     part: str
@@ -73,7 +73,7 @@ class Planned:
 def whole(
     target: Target, checkpoint: Checkpoint, tower: Tower, layers: Sequence[int]
 ) -> Iterator[Planned]:
-    """The float32 graph of a tower at once, with the hidden states after some layers."""
+    """Return a tower's whole float32 graph, with the hidden states after some layers."""
 
     def make() -> Pair:
         part = whole_graph(onnx.load(str(target.graphs[tower])), tower, layers)

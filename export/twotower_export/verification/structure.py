@@ -57,9 +57,9 @@ class _Body:
     """The nodes of a graph or function that are compared, and what each value is.
 
     Attributes:
-        nodes: all but constants.
-        values: name -> value; grows while nodes are compared, because an added cast is its input.
-        compared: nodes compared so far, added casts not counted.
+        nodes: All but constants.
+        values: Name -> value; grows while nodes are compared, because an added cast is its input.
+        compared: Nodes compared so far, added casts not counted.
     """
 
     nodes: list[onnx.NodeProto]
@@ -124,7 +124,7 @@ def _function(ours: onnx.FunctionProto, theirs: onnx.FunctionProto) -> list[str]
 
 
 def _interface(ours: onnx.GraphProto, theirs: onnx.GraphProto) -> list[str]:
-    """Inputs and outputs: same names in the same order, shapes, and types but for the precision."""
+    """Compare inputs and outputs: names, order, shapes, and types but for the precision."""
     found = []
     for what in ("input", "output"):
         pairs = (getattr(ours, what), getattr(theirs, what))
@@ -142,7 +142,7 @@ def _interface(ours: onnx.GraphProto, theirs: onnx.GraphProto) -> list[str]:
 
 
 def _nodes(where: str, ours: _Body, theirs: _Body, outputs: Sequence[str]) -> list[str]:
-    """The first difference between two lists of nodes."""
+    """Return the first difference between two lists of nodes."""
     waiting = iter(theirs.nodes)
     wanted = next(waiting, None)
     for node in ours.nodes:

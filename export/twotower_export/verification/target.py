@@ -1,4 +1,4 @@
-"""What is verified: a bundle, or an engine set of the CPU flavour, opened and checked.
+"""The target of a verification: a bundle, or an engine set of the CPU flavour, checked.
 
 Digests and the sets of names are compared here, before anything runs.
 """
@@ -23,13 +23,13 @@ from twotower_export.verification.structure import differences
 
 @dataclass(frozen=True)
 class Target:
-    """What is verified: a bundle, or an engine set of the CPU flavour.
+    """A bundle, or an engine set of the CPU flavour, to be verified.
 
     Attributes:
-        folder: of the bundle or engine set.
-        manifest: its manifest.
-        graphs: tower -> file of the float32 graph that runs.
-        native: tower -> file of the graph in the checkpoint's dtype, where it is another.
+        folder: The bundle's or engine set's folder.
+        manifest: Its manifest.
+        graphs: Tower -> file of the float32 graph that runs.
+        native: Tower -> file of the graph in the checkpoint's dtype, where it is another.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ def open_target(found: Path | EngineSet) -> Target:
     """Find the graphs of a bundle or of a CPU engine set, and check their digests.
 
     Raises:
-        BundleError: the folder is no bundle, or a graph is missing or was changed.
+        BundleError: The folder is no bundle, or a graph is missing or was changed.
     """
     if isinstance(found, EngineSet):
         folder, manifest = found.folder, found.manifest
@@ -70,7 +70,7 @@ def open_target(found: Path | EngineSet) -> Target:
 def structure_problems(
     target: Target, tower: Tower, model: onnx.ModelProto, config: ModelConfig
 ) -> list[str]:
-    """Inputs and outputs that a graph lacks or should not have: nothing can be compared then."""
+    """Return inputs and outputs that a graph lacks or should not have."""
     weights = set(graph_weights(config, tower))
     inputs = weights | set(inputs_of(config, tower))
     found_inputs = {given.name for given in model.graph.input}
@@ -86,7 +86,7 @@ def structure_problems(
 def native_problems(
     target: Target, tower: Tower, native: onnx.ModelProto, float32: onnx.ModelProto
 ) -> list[str]:
-    """Where the graph in the checkpoint's dtype is not the float32 one with casts added."""
+    """Return places where the native graph is not the float32 one with casts added."""
     problems = differences(native, float32)
     stored = {"BF16": onnx.TensorProto.BFLOAT16, "F32": onnx.TensorProto.FLOAT}
     inputs = {given.name: given.type.tensor_type.elem_type for given in native.graph.input}

@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 
 
 def as_given(feed: Mapping[str, Array], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A call's inputs as a tower takes them that computes in a dtype."""
+    """Return a call's inputs for a tower that computes in a dtype."""
     given = {name: torch.from_numpy(value) for name, value in feed.items()}
     narrow = (HIDDEN, "conv_state", "k_cache", "v_cache")
     return {
@@ -41,8 +41,8 @@ def watch_routing(module: nn.Module, margins: list[float]) -> None:
     """Append, each time a router chooses, the least distance of a chosen expert to a refused one.
 
     Args:
-        module: with routers somewhere inside.
-        margins: appended to; in units of the corrected sigmoid scores.
+        module: With routers somewhere inside.
+        margins: Appended to; in units of the corrected sigmoid scores.
     """
 
     def record(router: nn.Module, given: tuple[Tensor, ...], chosen: tuple[Tensor, ...]) -> None:
@@ -63,8 +63,8 @@ class TowerSide:
     """A whole tower in float32.
 
     Attributes:
-        layers: whose hidden states to return as well.
-        margins: receives, per MoE layer and call, how far the router was from another choice.
+        layers: Layers whose hidden states to return as well.
+        margins: Receives, per MoE layer and call, how far the router was from another choice.
     """
 
     name: str
@@ -208,7 +208,7 @@ class _Head(nn.Module):
 
 
 def _call(given: Mapping[str, Tensor], denoiser: Denoiser | None) -> Call:
-    """What the layers of a call share; with a denoiser, its modulation."""
+    """Return the inputs that a call's layers share; with a denoiser, its modulation."""
     lengths = given["lengths"]
     if denoiser is None:
         causal = torch.ones_like(lengths, dtype=torch.bool)

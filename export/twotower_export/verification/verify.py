@@ -1,4 +1,4 @@
-"""Compares exported graphs with the PyTorch towers, output by output.
+"""Compare exported graphs with the PyTorch towers, output by output.
 
 The float32 graphs of a small model are verified whole: every output of both for a prefill chunk, a
 block and a single token. Those of a model that does not fit into memory in float32, and the graphs
@@ -58,10 +58,10 @@ class Redraw:
     """A part that was compared on other inputs, because the first ones differed near a tie.
 
     Attributes:
-        part: which.
-        precision: what it computes in.
-        draws: how often inputs were drawn; the last ones count.
-        margin: least distance of a chosen expert to a refused one in the draws before.
+        part: The part's name.
+        precision: The precision that it computes in.
+        draws: How often inputs were drawn; the last ones count.
+        margin: Least distance of a chosen expert to a refused one in the draws before.
     """
 
     part: str
@@ -78,14 +78,14 @@ class Redraw:
 
 @dataclass
 class Report:
-    """What was verified.
+    """The outcome of a verification.
 
     Attributes:
-        target, checkpoint: what was compared with what.
-        by_part: whether the float32 graphs were done part by part.
-        outcome: every tensor that was compared, and what failed.
-        redraws: parts for which other inputs were drawn.
-        notes: what was not verified, and why.
+        target, checkpoint: The two sides that were compared.
+        by_part: Whether the float32 graphs were done part by part.
+        outcome: Every tensor that was compared, and what failed.
+        redraws: Parts for which other inputs were drawn.
+        notes: Parts that were not verified, and why.
     """
 
     target: Path
@@ -124,12 +124,12 @@ def verify(
     """Compare a bundle's or engine set's graphs with the PyTorch towers of a checkpoint.
 
     Args:
-        layers: whose hidden states to compare as well. Of a model that is verified part by part,
+        layers: Layers whose hidden states to compare as well. Of a model verified part by part,
             only these layers are then verified.
-        parts: the only parts to verify, whatever the size of the model.
+        parts: The only parts to verify, whatever the size of the model.
 
     Raises:
-        TwoTowerError: the checkpoint is another one than was exported, or there is no such layer.
+        TwoTowerError: The checkpoint is another one than was exported, or there is no such layer.
     """
     towers = list(target.graphs)
     opened = open_checkpoint(
@@ -162,7 +162,7 @@ def _plan(
     layers: Sequence[int],
     parts: Sequence[Part],
 ) -> list[Planned]:
-    """What is to be run of a tower; what can be read from its graphs goes into the report.
+    """Return the runs for a tower; findings that need no run go into the report.
 
     A graph with another interface, or whose parts are joined wrongly, is not run: its parts are not
     those of the reference.
@@ -230,7 +230,7 @@ def _compare(config: ModelConfig, planned: Planned, seed: int) -> tuple[Comparis
 def _refined(
     config: ModelConfig, feed: Mapping[str, Array], ours: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """What refinement makes of the graph's own logits, by the rules; nothing without logits."""
+    """Refine the graph's own logits by the rules; return nothing without logits."""
     if "logits" not in ours or "confidence" not in ours:
         return {}
     made: list[tuple[Any, ...]] = []

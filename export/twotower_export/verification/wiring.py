@@ -52,8 +52,8 @@ class _Wires:
     """A main graph by its values.
 
     Attributes:
-        producers: value -> the node that makes it.
-        functions: the functions that nodes call, by name.
+        producers: Value -> the node that makes it.
+        functions: The functions that nodes call, by name.
     """
 
     producers: Mapping[str, onnx.NodeProto]
@@ -65,7 +65,7 @@ class _Wires:
         return cls(producers, {function.name: function for function in model.functions})
 
     def source(self, value: str) -> str:
-        """Where a value comes from, casts between float types left out."""
+        """Return the origin of a value, skipping casts between float types."""
         node = self.producers.get(value)
         while node is not None and node.op_type == "Cast" and node.attribute[0].i in _FLOATS:
             value = node.input[0]
@@ -73,7 +73,7 @@ class _Wires:
         return value
 
     def leaves(self, value: str) -> set[str]:
-        """Inputs of the graph and outputs of layers that a value is computed from."""
+        """Return the graph inputs and layer outputs that a value is computed from."""
         found, seen, waiting = set[str](), set[str](), [value]
         while waiting:
             name = waiting.pop()
@@ -113,7 +113,7 @@ class _Wires:
 
 
 def _layer_problems(wires: _Wires, tower: Tower, config: ModelConfig, index: int) -> Iterator[str]:
-    """What is wrong about the arguments and results of one layer."""
+    """Return the faults in the arguments and results of one layer."""
     what, kind = f"{tower}.layers.{index}", config.pattern[index]
     (hidden,) = hidden_names(tower, [index])
     node = wires.producers.get(hidden)

@@ -1,4 +1,4 @@
-"""What every flavour of engine can do for `build.py`, and what it is told."""
+"""The interface of a flavour of engines, as `build.py` uses it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from twotower_engines.planning.skus import Sku
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What engines are built for.
+    """The target of a build.
 
     Attributes:
         sku: The GPU, or `cpu`.
-        limits: What the engines must take.
-        precision: Of the weights: `float32` or `bf16`.
+        limits: The limits that the engines must accept.
+        precision: Precision of the weights: `float32` or `bf16`.
         workspace: Tower to the bytes that the memory plan leaves its engine for intermediates.
     """
 
@@ -31,7 +31,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a machine must have to load the plans; build.json says it at its top level.
+    """A machine's prerequisites for loading the plans; build.json has them at its top level.
 
     Attributes:
         machine: CPU architecture as `platform.machine()` says it; None for any.
@@ -49,7 +49,7 @@ class Order:
     Attributes:
         graph: The ONNX file.
         engine: Path of the engine file to write.
-        recipe: What `Flavour.recipe` returned for its tower.
+        recipe: The result of `Flavour.recipe` for its tower.
     """
 
     graph: Path
@@ -67,8 +67,8 @@ class Flavour(Protocol):
 
     Attributes:
         name: As `--flavour` takes it.
-        suffix: Of its plans.
-        is_cached: Whether a plan is worth keeping for the next build.
+        suffix: File suffix of its plans.
+        is_cached: True where a plan is worth keeping for the next build.
     """
 
     name: str

@@ -27,8 +27,8 @@ def check_arch(sku: Sku, where: str) -> None:
     """Refuse a SKU whose machines have another CPU than this one.
 
     Args:
-        sku: Of the target.
-        where: What to do instead.
+        sku: The target's SKU.
+        where: The remedy, for the message.
 
     Raises:
         BuildError: A plan built here would not load there.

@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT-RTX share: from a graph to a plan with NVIDIA's Python API.
+"""Build a plan of a graph with NVIDIA's Python API, TensorRT's or TensorRT-RTX's.
 
 Runs inside the worker process (`worker.py`) and nowhere else. The module of the API, `tensorrt` or
 `tensorrt_rtx`, is an argument; what differs between them is in the job.
@@ -22,7 +22,7 @@ from twotower_contract.logfile import is_verbose
 from twotower_contract.logfile import log as write_log
 
 Report = Callable[[str, int, int], bool]
-"""Told of progress: name of the phase, steps done, steps in all. False ends the build."""
+"""Called with a phase, its steps done and its steps in all; returns False to end the build."""
 
 MESSAGES = 5
 

@@ -1,4 +1,4 @@
-"""What TensorRT's own parser makes of a graph: its inputs and outputs, without building anything.
+"""Read a graph with TensorRT's own parser: its inputs and outputs, without building anything.
 
 `python -m twotower_engines.building.flavours.parsing MODULE GRAPH RESULT` is the process that
 loads the library, for the reasons given in `worker.py`.
@@ -27,7 +27,7 @@ def parse(graph: Path, library: Library) -> Interface:
 
     Args:
         graph: The file.
-        library: Which TensorRT.
+        library: The TensorRT to parse with.
 
     Raises:
         BuildError: The library cannot be loaded, or refuses the graph.

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from twotower_engines.errors import BuildError
 
 Progress = Callable[[str, str], None]
-"""Told of a tower and what its build is doing."""
+"""Called with a tower and the state of its build."""
 
 Job = dict[str, Any]
 STDERR_LINES = 8
@@ -50,8 +50,8 @@ class Library:
 
     Attributes:
         title: For people.
-        module: Of its Python API.
-        install: What to do where it is missing or does not work.
+        module: Module of its Python API.
+        install: Remedy where it is missing or does not work.
     """
 
     title: str
@@ -81,7 +81,7 @@ def build_engine_files(
     """Build plans, each in a worker of its own.
 
     Args:
-        library: Which builder.
+        library: The builder.
         jobs: Tower to the job of `library_build.build_engine_file`. Files of the work in progress
             go beside the engine file.
         at_once: How many workers may run at the same time.

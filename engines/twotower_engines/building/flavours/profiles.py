@@ -60,7 +60,7 @@ class Profile:
 
         Args:
             dims: Its dimensions as in the graph: numbers, and names of dynamic ones.
-            where: What to call the input in a message.
+            where: Name of the input in messages.
 
         Raises:
             BuildError: A dynamic dimension has a name that no profile knows.
@@ -120,7 +120,7 @@ def wide_profiles(tower: str, limits: Limits) -> list[Profile]:
 
 
 def _cache(limits: Limits) -> dict[str, Sizes]:
-    """The runtime passes each slot's whole buffer of keys and values."""
+    """Return the cache sizes: the runtime passes each slot's whole buffer of keys and values."""
     return {"context": Sizes(1, limits.context, limits.context)}
 
 

@@ -65,7 +65,7 @@ class TensorRtFlavour:
         return importlib.util.find_spec("triton") is not None
 
     def graphs(self, precision: str) -> str:
-        """The checkpoint's own dtype."""
+        """Return the graphs' precision: the checkpoint's own dtype."""
         return "native"
 
     def check(self, target: Target) -> None:

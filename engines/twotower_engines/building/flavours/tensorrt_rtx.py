@@ -58,7 +58,7 @@ class TensorRtRtxFlavour:
         return False
 
     def graphs(self, precision: str) -> str:
-        """The checkpoint's own dtype."""
+        """Return the graphs' precision: the checkpoint's own dtype."""
         return "native"
 
     def check(self, target: Target) -> None:

@@ -50,7 +50,7 @@ class _FailedError(Exception):
 
 
 class _Events:
-    """Writes events, from any thread; progress at most ten times a second.
+    """Write events, from any thread; progress at most ten times a second.
 
     Attributes:
         stopped: Set when the build is to end at its next step.

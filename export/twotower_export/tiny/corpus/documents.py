@@ -48,12 +48,12 @@ def documents(part: Part, seed: int) -> Iterator[Document]:
 
 
 def words(text: str) -> list[str]:
-    """Splits a text into its words, without punctuation."""
+    """Split a text into its words, without punctuation."""
     return re.findall(r"[A-Za-z]+", text)
 
 
 def vocabulary(samples: int = 3000) -> frozenset[str]:
-    """Collects the words of the training part."""
+    """Collect the words of the training part."""
     found: set[str] = set()
     drawn = documents("train", seed=0)
     for _ in range(samples):

@@ -18,14 +18,14 @@ FOODS = {
     "dog": "sausages", "hen": "corn", "pig": "apples", "goat": "clover", "fox": "berries",
     "duck": "bread", "horse": "oats",
 }  # fmt: skip
-"""What each animal shares at the end."""
+"""Food that each animal shares at the end of a story."""
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "golden", "silver")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a story happens, and who lives nearby."""
+    """A place where a story happens, and the friend who lives nearby."""
 
     home: str
     walk: str
@@ -60,7 +60,7 @@ LOSSES = {
 
 
 def story(name: str, animal: str, place: Place, colour: str, thing: str) -> Document:
-    """Writes the story of one choice of slots."""
+    """Write the story of one choice of slots."""
     own = f"{colour} {thing}"
     culprits, deed = LOSSES[thing]
     prompt = (
