@@ -152,14 +152,6 @@ def test_noise_draws_the_models_distribution(made, runtime, reference):
     assert np.mean(found[:, 0] == found[:, 1]) < 0.9  # places draw apart
 
 
-def test_states_of_a_checkpoint_in_float32_are_not_copied(made, runtime):
-    """Weights stored as the graph wants them stay in the page cache, mapped."""
-    values = [array for weights in runtime._weights.values() for _, array in weights.values()]
-    mapped = sum(array.nbytes for array in values if not array.flags.owndata)
-    stacked = sum(array.nbytes for array in values if array.flags.owndata)
-    assert mapped > stacked > 0
-
-
 class Stopwatch:
     """A session whose time in ONNX Runtime is written down."""
 
