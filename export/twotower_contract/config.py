@@ -15,7 +15,13 @@ from typing import Any, Final
 
 from twotower_contract.errors import ConfigError
 from twotower_contract.json_file import read_json
-from twotower_contract.settings import IMPLEMENTED, check_settings
+from twotower_contract.settings import (
+    IMPLEMENTED,
+    LAYER_KINDS,
+    LETTERS_IN_WORDS,
+    check_settings,
+    layer_letters,
+)
 
 DEFAULT_MASK_TOKEN_ID: Final = 3
 """The mask of NVIDIA's `inference.py`; their `config.json` does not name it."""
@@ -26,18 +32,6 @@ INT32_MAX: Final = 2**31 - 1
 MAX_LAYERS: Final = 1024
 MAX_EXPERTS: Final = 4096
 """Most layers of a tower and experts of a layer: each has tensors of its own to list."""
-
-LAYER_KINDS: Final = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts"}
-
-# Layer types of transformers 5 (`layers_block_type`), its own names and those it saved before.
-_LETTERS: Final = {
-    "linear_attention": "M",
-    "mamba": "M",
-    "full_attention": "*",
-    "attention": "*",
-    "moe": "E",
-    "mlp": "-",
-}
 
 # Field of ModelConfig -> key of config.json, where they differ.
 _KEYS: Final = {
@@ -152,7 +146,7 @@ class ModelConfig:
             ConfigError: A key is missing or of the wrong type, a size is impossible, or a setting
                 asks for something that the towers do not compute.
         """
-        pattern = _pattern(values, source)
+        pattern = layer_letters(values, source)
         check_settings(values, source)
         read = _read_fields(values, pattern, source)
         read["eos_token_ids"] = token_ids(values.get("eos_token_id", 2), source)
@@ -237,7 +231,7 @@ class ModelConfig:
                 what = "a plain MLP layer, which TwoTower lacks" if letter == "-" else "unknown"
                 raise ConfigError(
                     f"{self.source}: hybrid_override_pattern has the letter {letter!r} at layer "
-                    f"{index}: {what}; supported are {_letters()}"
+                    f"{index}: {what}; supported are {LETTERS_IN_WORDS}"
                 )
 
     def _check_sizes(self) -> None:
@@ -369,34 +363,6 @@ def _types_in_block() -> dict[str, str]:
     """Fields of a manifest's `model` block, with the names of their types."""
     outside = (*_OUTSIDE_BLOCK, "source")
     return {f.name: str(f.type) for f in fields(ModelConfig) if f.name not in outside}
-
-
-def _letters() -> str:
-    return ", ".join(f"{letter!r} ({kind})" for letter, kind in LAYER_KINDS.items())
-
-
-def _pattern(values: Mapping[str, Any], source: str) -> str:
-    """Return the letters of the layers, as NVIDIA writes them or as transformers 5 does."""
-    pattern, types = values.get("hybrid_override_pattern"), values.get("layers_block_type")
-    if types is not None:
-        if not isinstance(types, list) or not all(type(t) is str and t in _LETTERS for t in types):
-            raise ConfigError(
-                f"{source}: layers_block_type is {types!r:.200}, not a list of "
-                f"{', '.join(_LETTERS)}: this is no Nemotron-H configuration"
-            )
-        letters = "".join(_LETTERS[one] for one in types)
-        if pattern not in (None, letters):
-            raise ConfigError(
-                f"{source}: hybrid_override_pattern is {pattern!r:.200}, but layers_block_type "
-                f"says {letters!r}; remove the wrong one"
-            )
-        return letters
-    if not isinstance(pattern, str):
-        raise ConfigError(
-            f"{source}: hybrid_override_pattern is {pattern!r:.200}, not a text of the letters "
-            f"{_letters()}: this is no Nemotron-H configuration"
-        )
-    return pattern
 
 
 def _read_fields(values: Mapping[str, Any], pattern: str, source: str) -> dict[str, Any]:

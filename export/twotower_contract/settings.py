@@ -33,6 +33,43 @@ IMPLEMENTED: Final[dict[str, tuple[Any, ...]]] = {
 PLAIN: Final = (None, "default")
 """Types of rotary embeddings without scaling."""
 
+LAYER_KINDS: Final = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts"}
+LETTERS_IN_WORDS: Final = ", ".join(f"{letter!r} ({kind})" for letter, kind in LAYER_KINDS.items())
+
+# Layer types of transformers 5 (`layers_block_type`), its own names and those it saved before.
+_LETTERS: Final = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "full_attention": "*",
+    "attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
+
+
+def layer_letters(values: Mapping[str, Any], source: str) -> str:
+    """The letters of the layers, as NVIDIA writes them or as transformers 5 does."""
+    pattern, types = values.get("hybrid_override_pattern"), values.get("layers_block_type")
+    if types is not None:
+        if not isinstance(types, list) or not all(type(t) is str and t in _LETTERS for t in types):
+            raise ConfigError(
+                f"{source}: layers_block_type is {types!r:.200}, not a list of "
+                f"{', '.join(_LETTERS)}: this is no Nemotron-H configuration"
+            )
+        letters = "".join(_LETTERS[one] for one in types)
+        if pattern not in (None, letters):
+            raise ConfigError(
+                f"{source}: hybrid_override_pattern is {pattern!r:.200}, but layers_block_type "
+                f"says {letters!r}; remove the wrong one"
+            )
+        return letters
+    if not isinstance(pattern, str):
+        raise ConfigError(
+            f"{source}: hybrid_override_pattern is {pattern!r:.200}, not a text of the letters "
+            f"{LETTERS_IN_WORDS}: this is no Nemotron-H configuration"
+        )
+    return pattern
+
 
 def check_settings(values: Mapping[str, Any], source: str) -> None:
     """Refuse a setting of `config.json` under which the towers would compute something else.

@@ -34,19 +34,17 @@ FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized", "special")
 REMEDY: Final = "copy or download it again"
 
 
-def open_tokenizer(folder: Path, error: type[TwoTowerError] = ConfigError) -> Any:
+def open_tokenizer(tokenizers: Any, folder: Path, error: type[TwoTowerError] = ConfigError) -> Any:
     """Open the tokenizer of a folder, a `tokenizers.Tokenizer`.
 
     Args:
+        tokenizers: The library, as its user imported it.
         folder: A checkpoint, a bundle or an engine set.
         error: The error class to raise.
 
     Raises:
         TwoTowerError: It is missing, or one of its files cannot be read.
-        ImportError: The library is missing.
     """
-    import tokenizers
-
     path = folder / TOKENIZER_FILE
     content = read_file(path, error, REMEDY)
     try:

@@ -41,7 +41,9 @@ def tokenizer_warnings(folder: Path) -> list[str]:
             "copy it from the released checkpoint and export again"
         ]
     try:
-        open_tokenizer(folder)
+        import tokenizers
+
+        open_tokenizer(tokenizers, folder)
     except ConfigError as problem:
         return [f"prompts and answers will be token ids: {problem}"]
     except ImportError:

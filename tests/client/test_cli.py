@@ -147,7 +147,7 @@ def test_a_file_that_the_system_refuses_is_one_line() -> None:
     [
         ["tiny", "/proc/zz", "--pretrained"],
         ["tiny", "/proc/zz", "--random", "--pattern", "M", "--hidden", "8"],
-        ["build", "{bundle}", "{file}"],
+        ["build", "{bundle}", "{file}", "--sku", "cpu"],
         ["export", "{checkpoint}", "/proc/zz"],
         ["run", "{checkpoint}", "--prompt-ids", "5"],
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import tokenizers
 
 from twotower_contract.digests import file_state
 from twotower_contract.errors import CheckpointError, ConfigError, TwoTowerError, printable
@@ -23,7 +24,7 @@ READERS = {
     "shard": ("x.safetensors", lambda path: read_shard(path, path.name, 0)),
     "samples": ("x.safetensors", sample_digest),
     "file": ("x", lambda path: read_file(path, CheckpointError, "download it again")),
-    "tokenizer": ("tokenizer.json", lambda path: open_tokenizer(path.parent)),
+    "tokenizer": ("tokenizer.json", lambda path: open_tokenizer(tokenizers, path.parent)),
     "index": ("model.safetensors.index.json", lambda path: read_index(path.parent)),
 }
 """Everything that reads a file of a checkpoint: the file's name, and the reader."""

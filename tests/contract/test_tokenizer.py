@@ -7,6 +7,7 @@ import shutil
 from importlib import resources
 
 import pytest
+import tokenizers
 
 from twotower_contract.errors import ConfigError
 from twotower_contract.tokenizer import open_tokenizer
@@ -66,21 +67,21 @@ BESIDE = {
 def test_ids_are_those_of_transformers(folder, files):
     for name, values in files.items():
         change(folder / name, **values)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_tokenizer(tokenizers, folder)
     assert tokenizer.encode(TEXT).ids == transformers_ids(folder)
     if files:
         assert max(tokenizer.encode(TEXT).ids) >= 836, "no token was added"
 
 
 def test_truncation_and_padding_are_switched_off(folder):
-    whole = open_tokenizer(folder).encode(TEXT).ids
+    whole = open_tokenizer(tokenizers, folder).encode(TEXT).ids
     change(
         folder / "tokenizer.json",
         truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
         padding={"strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": None,
                  "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"},
     )  # fmt: skip
-    assert open_tokenizer(folder).encode(TEXT).ids == whole == transformers_ids(folder)
+    assert open_tokenizer(tokenizers, folder).encode(TEXT).ids == whole == transformers_ids(folder)
 
 
 @pytest.mark.parametrize(
@@ -97,4 +98,4 @@ def test_truncation_and_padding_are_switched_off(folder):
 def test_what_names_no_token_is_refused(folder, values, message):
     change(folder / "tokenizer_config.json", **values)
     with pytest.raises(ConfigError, match=message):
-        open_tokenizer(folder)
+        open_tokenizer(tokenizers, folder)

@@ -36,11 +36,12 @@ class Tokenizer:
                 "token ids instead of text (--prompt-ids 5,6,7)"
             )
         try:
-            self._tokenizer: Any = open_tokenizer(folder, TokenizerError)
+            import tokenizers
         except ImportError as problem:
             raise TokenizerError(
                 "tokenizers is not installed; install it with `pip install 'twotower[build]'`"
             ) from problem
+        self._tokenizer: Any = open_tokenizer(tokenizers, folder, TokenizerError)
 
     @staticmethod
     def exists(folder: Path) -> bool:

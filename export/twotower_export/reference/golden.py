@@ -240,7 +240,9 @@ def _encoded(folder: Path) -> list[int]:
     need text.
     """
     try:
-        return list(open_tokenizer(folder).encode(PROMPT).ids)
+        import tokenizers
+
+        return list(open_tokenizer(tokenizers, folder).encode(PROMPT).ids)
     except (ConfigError, ImportError):
         return []
 
