@@ -48,7 +48,7 @@ _LETTERS: Final = {
 
 
 def layer_letters(values: Mapping[str, Any], source: str) -> str:
-    """The letters of the layers, as NVIDIA writes them or as transformers 5 does."""
+    """Return the letters of the layers, as NVIDIA writes them or as transformers 5 does."""
     pattern, types = values.get("hybrid_override_pattern"), values.get("layers_block_type")
     if types is not None:
         if not isinstance(types, list) or not all(type(t) is str and t in _LETTERS for t in types):

@@ -210,7 +210,7 @@ def test_a_numpy_that_empties_answers_is_refused(packaged, monkeypatch) -> None:
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: "2.1.0" if name == "numpy" else version(name)
     )
-    with pytest.raises(ServingError, match=r"numpy is 2\.1\.0.*numpy==1\.26\.4"):
+    with pytest.raises(ServingError, match=r"numpy is 2\.1\.0.*numpy<2"):
         TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None))
 
 

@@ -191,7 +191,7 @@ def build_context_graph(
     # logits of different tokens are possible.
     logits = b.up(b.linear(normed, g.weight("context_lm_head.weight")))
     logits = b.reshape(logits, 0, config.vocab_size)
-    meaning = "Of the token after each row's last valid one."
+    meaning = "Logits of the token after each row's last valid one."
     g.output(logits, "logits", ["batch", config.vocab_size], FLOAT, meaning)
     g.outputs.insert(0, g.outputs.pop())
     doc = "Context tower: tokens and states in, new states and the last token's logits out."
@@ -250,11 +250,9 @@ def build_denoiser_graph(
     (normed,) = b.call(layers.norm, [hidden, g.weight("denoiser_tower.norm_f.weight")])
     b.begin("head")
     logits = b.linear(normed, g.weight("lm_head.weight"))
-    # so that TensorRT, too, knows the size of the output `logits`
-    logits = b.reshape(logits, 0, -1, config.vocab_size)
     refined = b.call(refine, [logits, ids, *(rows[row] for row in ROW_INPUTS)], "denoiser.refine")
     _add_refined(g, refined)
-    meaning = "Of each position's own token; rounded to the graph's dtype before float32."
+    meaning = "Logits of each position's own token; rounded to the graph's dtype before float32."
     g.output(b.up(logits), "logits", ["batch", "block", config.vocab_size], FLOAT, meaning)
     doc = "Denoiser tower: one refinement step of a block against the context's states."
     return g.model("denoiser", [*layers.all, time, refine], doc, metadata)
@@ -269,7 +267,7 @@ def build_refine_graph(
     """`twotower::RefineBlock` alone, for tests and benchmarks; logits come as float32."""
     g = _Graph(config, dtype, weight_dtypes)
     shape: Shape = ["batch", "block", config.vocab_size]
-    logits = g.input("logits", shape, FLOAT, "Of each position's own token.")
+    logits = g.input("logits", shape, FLOAT, "Logits of each position's own token.")
     ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)
     rows = [g.input(name, ["batch"], FLOAT if name in ROW_FLOATS else INT32) for name in ROW_INPUTS]
     refine = refine_block(config.mask_token_id, g.dtype)

@@ -114,7 +114,8 @@ def test_plan_takes_what_build_takes(random_engines):
     from twotower_engines.cli.build import build
 
     mine = {option.name: option for option in plan.params}
-    names = {option.name for option in build.params} - {"bundle", "engines"}
+    writing = {"bundle", "engines", "force", "dry_run", "log", "verbose", "quiet"}
+    names = {option.name for option in build.params} - writing
     assert names <= mine.keys()
     result = run(FULL_SIZE, "--sku", "rtx-pro-6000", "--flavour", "tensorrt",
                  "--block-size-max", "32", "--json")  # fmt: skip
