@@ -5,7 +5,7 @@ junze-eng/twotower-repro on two A100 80 GB in bf16 at batch 1. Output: the table
 `twotower plan` ships, with the burst rates of `twotower_engines.planning.acceptance` fitted to it.
 
     python -m benchmarks.acceptance_statistics reference_runs.json denoise_traces.json \
-        engines/twotower_engines/data/acceptance.json
+        engines/twotower_engines/planning/data/acceptance.json
 
 Tokens per call are total tokens over total calls: the mean of the runs' own ratios would give the
 quick runs too much weight.

@@ -6,7 +6,7 @@ checkpoint by junze-eng/twotower-repro (arithmetic prompts, three generations, b
 that `twotower plan` ships.
 
     python -m benchmarks.routing_statistics moe_routing.npz \
-        engines/twotower_engines/data/routing_statistics.json
+        engines/twotower_engines/planning/data/routing_statistics.json
 
 One row is a call as it was measured. More rows are made by uniting the experts of as many calls
 drawn at random, layer by layer: what a batch of as many requests at random points of their blocks

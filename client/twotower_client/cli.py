@@ -83,7 +83,7 @@ VERBS: dict[str, Verb] = {
     "doctor": Verb(
         "twotower_engines.cli.doctor", "Report what works on this machine and what is missing."
     ),
-    "cache": Verb("twotower_engines.cli.cache", "List or delete what is kept to be found again."),
+    "cache": Verb("twotower_engines.cli.cache", "List or delete cached engines and timings."),
     "kernels": Verb(
         "twotower_engines.cli.kernels", "Compile our GPU kernels and list what they use.", "kernels"
     ),

@@ -54,7 +54,7 @@ server's choice; the defaults above are those of a server of this version.
     type=float,
     default=60,
     show_default=True,
-    help="Seconds that may pass without anything new.",
+    help="Seconds without anything new after which the answer is given up.",
 )
 def generate(
     prompt: str | None,

@@ -360,7 +360,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _types_in_block() -> dict[str, str]:
-    """Fields of a manifest's `model` block, with the names of their types."""
+    """Return the fields of a manifest's `model` block, with the names of their types."""
     outside = (*_OUTSIDE_BLOCK, "source")
     return {f.name: str(f.type) for f in fields(ModelConfig) if f.name not in outside}
 

@@ -36,7 +36,7 @@ class CheckpointSource:
         path: Absolute folder at export time.
         id: Hub id, where it came from one.
         revision: Hub revision, where known.
-        fingerprint: Sha256 in hex over name, dtype, shape and sampled content of every tensor.
+        fingerprint: The sha256 in hex over name, dtype, shape and sampled content of every tensor.
     """
 
     path: Path

@@ -44,7 +44,7 @@ class Checkpoint:
         base: Whether it is the single-tower base checkpoint, with that one's names.
         id: Hub id, where it came from the hub.
         revision: Hub commit, where known.
-        fingerprint: Sha256 in hex over name, dtype, shape and sampled content of every tensor;
+        fingerprint: The sha256 in hex over name, dtype, shape and sampled content of every tensor;
             independent of how the tensors are spread over files.
         warnings: Sentences that the user should read.
     """
@@ -230,7 +230,7 @@ def _check_revision(folder: Path, revision: str | None) -> list[str]:
 
 
 def _hint_of_another_kind(folder: Path) -> str:
-    """Recognises the folders that are named instead of a checkpoint most often."""
+    """Recognise the folders that are named instead of a checkpoint most often."""
     for file, what in (("manifest.json", "a bundle"), ("build.json", "an engine set")):
         if (folder / file).is_file():
             return f" (it looks like {what})"

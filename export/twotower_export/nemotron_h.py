@@ -134,7 +134,7 @@ def _write_shards(
 
 
 def _spread(members: Sequence[_Member], shard_bytes: int) -> dict[str, list[_Member]]:
-    """Members by file, in order, each file as full as may be."""
+    """Return members by file, in order, each file as full as may be."""
     groups: list[list[_Member]] = [[]]
     size = 0
     for member in members:

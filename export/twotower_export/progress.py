@@ -6,7 +6,7 @@ from twotower_contract.progress import StatusLine
 
 
 class StepMeter:
-    """Shows the steps that are done; in a log a line appears every five seconds."""
+    """A meter of the steps that are done; in a log a line appears every five seconds."""
 
     def __init__(self) -> None:
         self._line = StatusLine(log_seconds=5.0)
@@ -22,7 +22,7 @@ class StepMeter:
 
 
 class LineMeter:
-    """Prints a line every few seconds on how far training is; for logs.
+    """A line every few seconds on how far training is; for logs.
 
     Args:
         steps: Steps in all.

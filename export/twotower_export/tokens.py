@@ -52,7 +52,7 @@ def tokenizer_warnings(folder: Path) -> list[str]:
 
 
 def eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
-    """Ids that end an answer: the configuration's, the generation defaults' and the tokenizer's.
+    """Return the ids that end an answer: of configuration, generation defaults and tokenizer.
 
     NVIDIA's `inference.py` stops at the tokenizer's end, which is not the id in `config.json`.
 

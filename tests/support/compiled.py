@@ -3,7 +3,7 @@
 The builder needs no GPU, and says the final kernels to a verbose logger. Run in a process of its
 own, because two of NVIDIA's libraries do not share one:
 
-    python tests/export/compiled.py GRAPH.onnx batch=1 block=16 context=8192
+    python tests/support/compiled.py GRAPH.onnx batch=1 block=16 context=8192
 """
 
 from __future__ import annotations

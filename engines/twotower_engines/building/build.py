@@ -141,7 +141,7 @@ class _Wanted:
         graphs: Tower to ONNX file.
         recipes: Tower to the flavour's recipe.
         keys: Tower to the cache key of its engine.
-        record: Build.json, without the engine files.
+        record: The build record, without the engine files.
     """
 
     target: Target

@@ -79,7 +79,7 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
 @click.option(
     "--gpus",
     type=click.IntRange(1, 2),
-    help="2: one tower on each.  [default: the fewest that fit]",
+    help="GPUs to use: 1 holds both towers, 2 hold one each.  [default: the fewest that fit]",
 )
 @click.option(
     "--block-size-max",
@@ -88,7 +88,7 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     show_default=True,
     help="Tokens of the largest block.",
 )
-@click.option("--force", is_flag=True, help="Build again what is there or cached.")
+@click.option("--force", is_flag=True, help="Build again, even where engines exist or are cached.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def build(

@@ -62,7 +62,7 @@ def list_(as_json: bool) -> None:
     type=click.FloatRange(min=0),
     default=0,
     metavar="DAYS",
-    help="Keep what was made since.",
+    help="Delete only entries older than this many days.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
 def clean(days: float, dry_run: bool) -> None:

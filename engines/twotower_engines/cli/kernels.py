@@ -60,7 +60,7 @@ Examples:
     type=click.IntRange(1, 1024),
     default=1,
     show_default=True,
-    help="Blocks of a batch, which tiles are chosen for.",
+    help="Rows of a batch; the tiles are chosen for this many.",
 )
 @click.option(
     "--block",

@@ -49,7 +49,7 @@ Examples:
 @click.option(
     "--gpus",
     type=click.IntRange(1, 2),
-    help="1: both towers on one. 2: one on each.  [default: the fewest that fit]",
+    help="GPUs to use: 1 holds both towers, 2 hold one each.  [default: the fewest that fit]",
 )
 @click.option("--slots", default=16, show_default=True, help="Requests in flight.")
 @click.option(

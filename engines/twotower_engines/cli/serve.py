@@ -93,9 +93,27 @@ def package(
 @click.command(epilog=SERVE_EPILOG)
 @click.argument("repo", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--grpc-port", type=int, default=8001, show_default=True, help="0: any free one.")
-@click.option("--http-port", type=int, default=8000, show_default=True, help="0: any free one.")
-@click.option("--metrics-port", type=int, default=8002, show_default=True, help="0: any free one.")
+@click.option(
+    "--grpc-port",
+    type=int,
+    default=8001,
+    show_default=True,
+    help="Port of gRPC; 0 takes a free one.",
+)
+@click.option(
+    "--http-port",
+    type=int,
+    default=8000,
+    show_default=True,
+    help="Port of HTTP; 0 takes a free one.",
+)
+@click.option(
+    "--metrics-port",
+    type=int,
+    default=8002,
+    show_default=True,
+    help="Port of metrics; 0 takes a free one.",
+)
 @click.option("--no-http", is_flag=True, help="Serve gRPC only.")
 @click.option("--no-metrics", is_flag=True, help="Serve no metrics.")
 @click.option("--log", type=click.Path(path_type=Path), help="Keep the server's log here.")

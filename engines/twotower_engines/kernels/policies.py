@@ -1,6 +1,6 @@
 """The refinement policies in the decision kernel: which positions first, and how many of them.
 
-Their sources, and how to add one: `docs/kernels.md`.
+Their sources: `docs/kernels.md`; how to add one: `CONTRIBUTING.md`.
 """
 
 # Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.

@@ -35,7 +35,7 @@ STEPS = 16
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Run of one task at one setting, block size 16.
+    """Runs of one task at one setting, block size 16.
 
     Attributes:
         runs: Number of runs.

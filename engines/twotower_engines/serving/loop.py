@@ -93,7 +93,7 @@ class EngineLoop:
         self._count = 0
         self._closing = False
         self._ended: tuple[str, Failure] | None = None  # what requests are told from then on
-        self._lock = threading.Lock()  # between the last look into the inbox and what comes later
+        self._lock = threading.Lock()  # guards `_ended`: nothing enters a drained inbox
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

@@ -1,7 +1,7 @@
 """Verifies an engine set for a GPU: what this machine can check, and what it cannot.
 
 Anywhere: digests, the checkpoint, the profiles, and the inputs and outputs that TensorRT's own
-parser found in the graphs. On the GPU: what the engines compute (`verify_running.py`). What was not
+parser found in the graphs. On the GPU: what the engines compute (`running.py`). What was not
 verified is reported, never passed over.
 """
 

@@ -1,6 +1,6 @@
 """One tower's plan and the CPU flavour's graph, given the same inputs: every output side by side.
 
-Where `compare_runtimes.py` sees what a runtime hands out, this sees all that an engine computes:
+Where `runtimes.py` sees what a runtime hands out, this sees all that an engine computes:
 logits, new states, keys and values, confidences, ids and flags. The plan runs through the
 interfaces of the resident runtime, the graph in ONNX Runtime. States are the reference's own, so
 that one call's error does not grow in the next; what the plan takes as bf16 both sides take rounded

@@ -64,8 +64,8 @@ class InspectionError(TwoTowerError):
 @click.option(
     "--full",
     is_flag=True,
-    help="Hash every shard and record its sha256, for `inspect --full`; a Hugging Face cache names "
-    "it without.",
+    help="Hash every shard and record its sha256 for `inspect --full`; shards of a Hugging Face "
+    "cache are recorded without it.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT whatever it holds.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")

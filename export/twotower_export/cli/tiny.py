@@ -31,11 +31,23 @@ Examples:
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
-    help="The same seed gives the same checkpoint.  [0]",
+    help="Random seed; the same seed gives the same checkpoint.  [0]",
 )
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="[bfloat16]")
-@click.option("--random", "is_random", is_flag=True, help="Random weights: at once, no text.")
-@click.option("--pretrained", "is_copy", is_flag=True, help="Copy the trained one.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float32"]), help="Dtype of the weights.  [bfloat16]"
+)
+@click.option(
+    "--random",
+    "is_random",
+    is_flag=True,
+    help="Write random weights: made at once, but they speak no text.",
+)
+@click.option(
+    "--pretrained",
+    "is_copy",
+    is_flag=True,
+    help="Copy the trained checkpoint that ships with the package.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def tiny(
     out: Path,

@@ -64,10 +64,16 @@ class VerificationError(TwoTowerError):
     type=click.Choice(["torch"]),
     default="torch",
     show_default=True,
-    help="What to compare with: the towers as PyTorch modules, in each graph's precision.",
+    help="Reference to compare with: the towers as PyTorch modules, in each graph's precision.",
 )
 @click.option("--layers", "every_layer", is_flag=True, help="Compare after every layer as well.")
-@click.option("--layer", "layers", type=int, multiple=True, help="... after this one. Repeatable.")
+@click.option(
+    "--layer",
+    "layers",
+    type=int,
+    multiple=True,
+    help="Compare after this layer as well. Repeatable.",
+)
 @click.option(
     "--part",
     "parts",
@@ -75,11 +81,11 @@ class VerificationError(TwoTowerError):
     multiple=True,
     help="Verify only this part of each tower: embeddings, head or a layer's number. Repeatable.",
 )
-@click.option("--sku", help="Which engines, where ENGINES holds several.")
+@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    help="Engines for a GPU: what they were built from, to let TensorRT parse its graphs again.",
+    help="For engines of a GPU: the bundle that they were built from; TensorRT parses its graphs.",
 )
 @click.option(
     "--against",

@@ -320,7 +320,7 @@ def prefixed(nodes: Sequence[ir.Node], prefix: str) -> list[ir.Node]:
 
 
 def _with_branches(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
-    """Nodes, each followed by those of its branches."""
+    """Yield nodes, each followed by those of its branches."""
     for node in nodes:
         yield node
         for attribute in node.attributes.values():

@@ -83,7 +83,7 @@ class LayerFunctions:
 
 
 def layer_functions(config: ModelConfig, dtype: ir.DataType, *, denoiser: bool) -> LayerFunctions:
-    """Functions for one tower."""
+    """Return the functions for one tower."""
     norm = rms_norm(config, dtype)
     step = mamba.mamba_block_step(config, dtype)
     routed = experts.sparse_experts(config, dtype)

@@ -1,6 +1,6 @@
 """The refinement policies in `twotower::RefineBlock`: which positions first, and how many of them.
 
-Their sources, and how to add one: `docs/kernels.md`.
+Their sources: `docs/kernels.md`; how to add one: `CONTRIBUTING.md`.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         self.epsilon, self.groups = epsilon, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises each of the groups of the last dimension of ``x`` (..., size)."""
+        """Normalise each of the groups of the last dimension of ``x`` (..., size)."""
         grouped = split_dim(x.float(), -1, (self.groups, -1))
         scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.epsilon)
         return ((grouped * scale).flatten(-2) * self.weight.float()).to(x.dtype)
@@ -113,7 +113,7 @@ class MambaMixer(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixes ``x`` (batch, length, hidden) and returns it with the two new states."""
+        """Mix ``x`` (batch, length, hidden) and returns it with the two new states."""
         sizes = [self.inner, self.conv_dim, self.heads]
         z, xbc, dt = torch.split(project(x, self.in_proj), sizes, dim=-1)
         convolved, conv_state_new = self._convolve(xbc, lengths, conv_state)
@@ -171,7 +171,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, visible: Tensor, k_cache: Tensor, v_cache: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attends from ``x`` (batch, length, hidden) to the cache followed by ``x`` itself.
+        """Attend from ``x`` (batch, length, hidden) to the cache followed by ``x`` itself.
 
         Args:
             x: The normed input.
@@ -254,7 +254,7 @@ class SparseExperts(nn.Module):
         self.shared_experts = Expert(hidden, config.shared_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mixes ``x`` (batch, length, hidden) token by token."""
+        """Mix ``x`` (batch, length, hidden) token by token."""
         tokens = x.flatten(0, 1)
         indices, weights = self.gate(tokens)
         routed = torch.zeros_like(tokens, dtype=torch.float32)

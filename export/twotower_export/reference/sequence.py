@@ -65,7 +65,7 @@ class SequenceTowers:
         return _finite(logits[0].numpy(), "context")
 
     def denoise(self, block: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Logits of a block against the context, (block, vocab).
+        """Return the logits of a block against the context, (block, vocab).
 
         Raises:
             FloatingPointError: The logits hold NaN or infinity.
@@ -76,11 +76,11 @@ class SequenceTowers:
         return _finite(logits[0].numpy(), "denoiser")
 
     def _run_context(self, ids: Tensor, lengths: Tensor, before: Tensor) -> tuple[Tensor, States]:
-        """Logits (1, vocab) of the last token, and what the layers emit."""
+        """Return logits (1, vocab) of the last token, and the layers' new states."""
         raise NotImplementedError
 
     def _run_denoiser(self, ids: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
-        """Logits (1, block, vocab)."""
+        """Return logits (1, block, vocab)."""
         raise NotImplementedError
 
 

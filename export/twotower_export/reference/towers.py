@@ -202,7 +202,7 @@ class TimeEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor, rounding: torch.dtype, dtype: torch.dtype) -> Tensor:
-        """Embeds ``t`` (batch,), float32, as (batch, hidden) in ``dtype``.
+        """Embed ``t`` (batch,), float32, as (batch, hidden) in ``dtype``.
 
         Args:
             t: Fraction of masked positions.
@@ -246,7 +246,7 @@ class Denoiser(nn.Module):
         conditioned: Tensor,
         states: Mapping[str, Tensor],
     ) -> Tensor:
-        """Predicts the tokens of a block, each at its own position.
+        """Predict the tokens of a block, each at its own position.
 
         ``_run_denoiser_step_diffusion`` on the context tower's states of the same layers
         (``_build_denoiser_cache_diffusion``), which are only read; nothing of the block is kept.

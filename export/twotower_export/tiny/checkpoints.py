@@ -95,7 +95,7 @@ def tiny_config(
 def random_tensors(
     config: ModelConfig, seed: int, logit_scale: float = 4.0
 ) -> dict[str, torch.Tensor]:
-    """Draws every tensor of a checkpoint, float32, at scales that keep activations near one.
+    """Draw every tensor of a checkpoint, float32, at scales that keep activations near one.
 
     Args:
         logit_scale: Standard deviation of the logits; 4 spreads confidences over 0 to 1, so that

@@ -25,7 +25,7 @@ SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Learns merges from 4000 documents of the corpus, until there are ``vocab_size`` ids at most.
+    """Learn merges from 4000 documents of the corpus, until there are ``vocab_size`` ids at most.
 
     Raises:
         ValueError: If it is below 260 (the special tokens and the 256 bytes).

@@ -97,7 +97,7 @@ def train(
     recipe: Recipe | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Trains both towers and returns every tensor of the checkpoint, float32.
+    """Train both towers and returns every tensor of the checkpoint, float32.
 
     Every step is shared by two workers, however many cores there are, so that equal seeds give
     equal results on equal machines; another processor may sum in another order and end elsewhere.
@@ -145,7 +145,7 @@ class _Worker:
         self.used, self.cut = 0, cast(Blocks, None)
 
     def blocks(self, towers: Towers, recipe: Recipe) -> Blocks:
-        """Cuts documents into blocks; the same ones again until they were used up."""
+        """Cut documents into blocks; the same ones again until they were used up."""
         if self.used % recipe.masks_per_document == 0:
             ids, lengths = next(self.rows)
             # Mostly blocks after the opening, which nothing could predict; some from an empty
@@ -225,7 +225,7 @@ def denoiser_loss(towers: Towers, blocks: Blocks, draws: torch.Generator) -> Ten
 def context_of_blocks(
     towers: Towers, ids: Tensor, lengths: Tensor, offsets: Tensor, block: int
 ) -> Blocks:
-    """Cuts documents into blocks and gives each the context tower's states before it.
+    """Cut documents into blocks and gives each the context tower's states before it.
 
     A block sees the context of strictly earlier blocks, and the first one zero states (Megatron's
     `mamba_model.py`).
@@ -360,7 +360,7 @@ def write_trained_checkpoint(
     recipe: Recipe | None = None,
     progress: Progress | None = None,
 ) -> ModelConfig:
-    """Trains a checkpoint and writes it in the released layout.
+    """Train a checkpoint and writes it in the released layout.
 
     The other arguments are those of :func:`tiny_config` and :func:`train`.
 

@@ -96,7 +96,7 @@ class TensorDifference:
 
     @property
     def severity(self) -> tuple[bool, float]:
-        """Sorts the worst last: what failed, then what is furthest off for its tolerance.
+        """Sort the worst last: what failed, then what is furthest off for its tolerance.
 
         No number is worst.
         """

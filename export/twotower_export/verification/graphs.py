@@ -191,7 +191,7 @@ class ManifestWeights:
         return zip(made.reshape(len(sources), -1), sources, strict=True)
 
     def _pieces(self, source: str, target: Array) -> Iterator[tuple[Array, Array]]:
-        """Pieces of a tensor's place, and the elements as they are stored."""
+        """Return the pieces of a tensor's place, and the elements as they are stored."""
         entry = self._manifest.tensors[source]
         shard = self._manifest.shards[entry.shard]
         path = self._checkpoint / shard.file

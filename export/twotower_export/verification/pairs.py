@@ -1,7 +1,7 @@
 """The two sides of each comparison: a whole graph or one of its parts, and the same in PyTorch.
 
 In float32, which small models run whole; and in the checkpoint's dtype, always part by part: where
-every value is rounded to eight bits, a router deep in a tower takes other decisions for nothing.
+every value is rounded to eight bits, rounding alone can flip a router decision deep in a tower.
 """
 
 from __future__ import annotations

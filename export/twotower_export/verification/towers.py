@@ -185,7 +185,7 @@ class TowerPartSide:
         return {name: run_layer(layer, 0, hidden, _call(given, self._module), renamed, emitted)}
 
     def _denoiser_names(self, part: int) -> dict[str, str]:
-        """Parameters of a denoiser of one layer -> checkpoint tensors; its ends stay on meta."""
+        """Map a one-layer denoiser's parameters to checkpoint tensors; its ends stay on meta."""
         names: dict[str, str] = {}
         for name in self._module.state_dict():
             if name.startswith("denoiser_tower.layers.0."):

@@ -98,7 +98,7 @@ class _Wires:
     def check_call(
         self, what: str, node: onnx.NodeProto | None, wanted: Mapping[str, str]
     ) -> Iterator[str]:
-        """Arguments of a function call that are not those that it should have."""
+        """Return the arguments of a call that are not those that it should have."""
         given = None if node is None else self.calls(node)
         if given is None:
             yield f"{what} is not a call of a function with its inputs"

@@ -1,4 +1,4 @@
-"""What Triton loads; the model itself is in `twotower_engines.serving.generate`."""
+"""Triton loads this file; the model is in `twotower_engines.serving.generate`."""
 
 from twotower_engines.serving.generate import TritonPythonModel
 

@@ -1,4 +1,4 @@
-"""What Triton loads; the model itself is in `twotower_engines.serving.preprocess`."""
+"""Triton loads this file; the model is in `twotower_engines.serving.preprocess`."""
 
 from twotower_engines.serving.preprocess import TritonPythonModel
 

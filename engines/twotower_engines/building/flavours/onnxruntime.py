@@ -1,6 +1,6 @@
 """The CPU flavour: the float32 graphs as they are, once ONNX Runtime has opened them.
 
-What it builds runs in `onnxruntime_runtime.py`.
+Its engines run in `runtime/onnxruntime.py`.
 """
 
 from __future__ import annotations

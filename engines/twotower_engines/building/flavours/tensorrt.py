@@ -92,7 +92,7 @@ class TensorRtFlavour:
             )
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
-        """Profiles for each kind of call; one plan for all GPUs of a compute capability.
+        """Return profiles for each kind of call; one plan for all GPUs of a compute capability.
 
         With the extra `[kernels]` installed, the three ops become plugins whose PTX the plan
         carries; a server needs neither the plugins nor the extra.

@@ -50,7 +50,7 @@ class _FailedError(Exception):
 
 
 class _Events:
-    """Write events, from any thread; progress at most ten times a second.
+    """Writer of events, from any thread; progress at most ten times a second.
 
     Attributes:
         stopped: Set when the build is to end at its next step.

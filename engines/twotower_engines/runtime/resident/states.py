@@ -47,7 +47,7 @@ class StateKind:
 
     @property
     def parts(self) -> int:
-        """Pieces of a row whose places differ between call and slot: heads of keys and values."""
+        """Yield pieces of a row that lie elsewhere in call and slot: heads of keys and values."""
         return self.row[0] if self.grows else 1
 
     @property

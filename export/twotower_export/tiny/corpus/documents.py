@@ -27,7 +27,7 @@ class Document:
 
 
 def part_of(*slots: str) -> Part:
-    """Says to which part the combination of slots belongs: one in ten is held out.
+    """Say to which part the combination of slots belongs: one in ten is held out.
 
     A checksum decides, not a random draw, so that no held-out combination can ever be trained on,
     whatever the seed.
@@ -36,7 +36,7 @@ def part_of(*slots: str) -> Part:
 
 
 def documents(part: Part, seed: int) -> Iterator[Document]:
-    """Draws documents of one part without end: about three stories to two facts."""
+    """Draw documents of one part without end: about three stories to two facts."""
     from twotower_export.tiny.corpus.facts import fact_documents
     from twotower_export.tiny.corpus.stories import story_documents
 

@@ -33,7 +33,7 @@ FACTS = (
 
 
 def fact_documents(part: Part, seed: int) -> Iterator[Document]:
-    """Draws facts of one part, each asked for by somebody, without end."""
+    """Draw facts of one part, each asked for by somebody, without end."""
     draw = random.Random(f"facts {part} {seed}")
     while True:
         name, (asked, told) = draw.choice(NAMES), draw.choice(FACTS)

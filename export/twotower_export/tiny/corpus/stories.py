@@ -81,7 +81,7 @@ def story(name: str, animal: str, place: Place, colour: str, thing: str) -> Docu
 
 
 def story_documents(part: Part, seed: int) -> Iterator[Document]:
-    """Draws stories of one part without end."""
+    """Draw stories of one part without end."""
     draw = random.Random(f"stories {part} {seed}")
     while True:
         name, animal = draw.choice(NAMES), draw.choice(tuple(FOODS))
