@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower_contract.errors import TwoTowerError
+from twotower_engines.planning.skus import FLAVOURS
 
 if TYPE_CHECKING:
     from twotower_contract.atomic import Writing
@@ -56,7 +57,7 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
 )
 @click.option(
     "--flavour",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]),
+    type=click.Choice(["auto", *FLAVOURS]),
     default="auto",
     show_default=True,
     help="Library that builds and runs them. `auto`: the SKU's default.",

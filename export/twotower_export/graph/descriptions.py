@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from twotower_contract.layout import WeightSource
+from twotower_contract.policies import POLICIES
 
 BLOCK_IDS: Final = "Token ids; the mask id where nothing is decided yet."
 
@@ -16,7 +17,7 @@ TENSORS: Final = {
     "threshold": "Confidence to commit above; policy factor: the factor; entropy: nats.",
     "steps_left": "Denoiser calls left for the block, this one included.",
     "temperature": "Sampling temperature; 0 takes the most likely token.",
-    "policy": "0 threshold, 1 quota, 2 factor, 3 entropy, 4 leftmost.",
+    "policy": ", ".join(f"{number} {name}" for name, number in POLICIES.items()) + ".",
     "seed": "Seed of the Gumbel noise, 0 to 2**31 - 1.",
     "new_ids": "The block after this step.",
     "confidence": "Probability of each prediction at temperature 1; inf where nothing was masked.",
