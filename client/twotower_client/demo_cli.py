@@ -7,7 +7,6 @@ is this package's own.
 from __future__ import annotations
 
 import importlib.util
-import json
 import shlex
 import shutil
 import socket
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import click
 
 from twotower_client.errors import ClientError
+from twotower_contract.manifest import read_manifest
 from twotower_contract.processes import run_child
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
     serve = ("serve", repository, "--grpc-port", str(port), "--no-http", "--no-metrics")
     _say(5, *serve)
     with _server(serve):
-        manifest = json.loads((Path(bundle) / "manifest.json").read_text(encoding="utf-8"))
-        eos_ids = manifest["eos_token_ids"]
+        eos_ids = list(read_manifest(Path(bundle)).model.eos_token_ids)
         stops = [word for token in eos_ids for word in ("--eos-id", str(token))]
         url = f"127.0.0.1:{port}"
         options = ("--url", url, "--stream", "--max-new-tokens", str(max_new_tokens), *stops)

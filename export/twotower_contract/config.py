@@ -23,6 +23,8 @@ from twotower_contract.settings import (
     layer_letters,
 )
 
+CONFIG_FILE: Final = "config.json"
+
 DEFAULT_MASK_TOKEN_ID: Final = 3
 """The mask of NVIDIA's `inference.py`; their `config.json` does not name it."""
 
@@ -133,7 +135,7 @@ class ModelConfig:
         values: Mapping[str, Any],
         *,
         mask_token_id: int | None = None,
-        source: str = "config.json",
+        source: str = CONFIG_FILE,
     ) -> ModelConfig:
         """Read a parsed `config.json`.
 

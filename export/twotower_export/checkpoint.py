@@ -13,17 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from twotower_contract.config import ModelConfig, read_config
+from twotower_contract.config import CONFIG_FILE, ModelConfig, read_config
 from twotower_contract.digests import file_sha256
+from twotower_contract.engine_set import BUILD_FILE
 from twotower_contract.errors import CheckpointError, listed
 from twotower_contract.files import refuse_dangling
 from twotower_contract.index import INDEX_FILE, SINGLE_FILE, read_index
 from twotower_contract.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
+from twotower_contract.manifest import MANIFEST_FILE
 from twotower_contract.shards import STORED_DTYPES, Shard, TensorEntry, read_shard
 from twotower_export import hub
 from twotower_export.tokens import eos_token_ids
 
-CONFIG_FILE: Final = "config.json"
 SMALL_FILES: Final = (".json", ".jinja")
 """Files of a checkpoint beside its shards: configuration, index, tokenizer."""
 
@@ -231,10 +232,10 @@ def _check_revision(folder: Path, revision: str | None) -> list[str]:
 
 def _hint_of_another_kind(folder: Path) -> str:
     """Recognise the folders that are named instead of a checkpoint most often."""
-    for file, what in (("manifest.json", "a bundle"), ("build.json", "an engine set")):
+    for file, what in ((MANIFEST_FILE, "a bundle"), (BUILD_FILE, "an engine set")):
         if (folder / file).is_file():
             return f" (it looks like {what})"
-    snapshots = sorted(folder.glob("snapshots/*/config.json"))
+    snapshots = sorted(folder.glob(f"snapshots/*/{CONFIG_FILE}"))
     if snapshots:
         return f" (it looks like a Hugging Face cache: try {snapshots[-1].parent})"
     return ""

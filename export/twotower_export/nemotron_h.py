@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from twotower_contract.atomic import WITH_CARE, Writing, check_replaceable, new_folder
-from twotower_contract.config import config_json
+from twotower_contract.config import CONFIG_FILE, config_json
 from twotower_contract.errors import BundleError
 from twotower_contract.index import INDEX_FILE, SINGLE_FILE
 from twotower_contract.json_file import format_of, read_json, write_json
 from twotower_contract.layout import base_name, expected_tensors
 from twotower_contract.machine import read_at
 from twotower_contract.shards import TensorEntry
-from twotower_export.checkpoint import CONFIG_FILE, Checkpoint, Progress
+from twotower_export.checkpoint import Checkpoint, Progress
 from twotower_export.tokens import tokenizer_files
 
 SHARD_BYTES: Final = 5_000_000_000

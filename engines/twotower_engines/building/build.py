@@ -32,6 +32,7 @@ from twotower_contract.engine_set import (
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.json_file import read_json
 from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
+from twotower_contract.tokenizer import TOKENIZER_FILES
 from twotower_engines.building.build_cache import CachedEngine, EngineCache, digest_of
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.building.flavours.flavour import Flavour, Order, Target, layers_file
@@ -50,7 +51,6 @@ FLAVOURS: dict[str, Flavour] = {
     flavour.name: flavour
     for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
 }
-TOKENIZER_FILES = "*token*.json"
 CONTEXT = 8192
 ENGINE_CODE = ("twotower_engines/building/flavours/*.py",)
 SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")
@@ -365,7 +365,10 @@ def _write_set(
 
 def _copied(bundle: Path) -> list[Path]:
     """Return the files of a bundle that an engine set carries as they are."""
-    return [bundle / MANIFEST_FILE, *sorted(bundle.glob(TOKENIZER_FILES))]
+    return [
+        bundle / MANIFEST_FILE,
+        *(p for p in map(bundle.joinpath, TOKENIZER_FILES) if p.is_file()),
+    ]
 
 
 def _content_digest(path: Path) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from twotower_contract.atomic import partial_folder, put_in_place
+from twotower_contract.config import CONFIG_FILE
 from twotower_contract.engine_set import BUILD_FILE
 from twotower_contract.errors import CheckpointError
 from twotower_contract.files import read_file
@@ -29,7 +30,6 @@ from twotower_engines.artifacts.cache_root import cache_root, in_cache
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.errors import BuildError
 
-CONFIG_FILE = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 SKU = "cpu"
 CODE = ("twotower_contract/**/*.py", "twotower_export/**/*.py", "twotower_engines/**/*.py")

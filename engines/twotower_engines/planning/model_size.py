@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_contract.config import ModelConfig
+from twotower_contract.config import CONFIG_FILE, ModelConfig
 from twotower_contract.engine_set import find_engine_sets
 from twotower_contract.errors import CheckpointError
 from twotower_contract.index import shard_files
@@ -22,8 +22,6 @@ from twotower_contract.manifest import FORMAT, MANIFEST_FILE, manifest_of_file
 from twotower_contract.shards import read_header
 from twotower_contract.sizes import parts_of_tower
 from twotower_engines.errors import PlanError
-
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from twotower_contract.atomic import partial_file, write_text
-from twotower_contract.config import ModelConfig, config_json
+from twotower_contract.config import CONFIG_FILE, ModelConfig, config_json
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.json_file import write_json
 from twotower_contract.layout import expected_tensors
@@ -215,7 +215,7 @@ def write_checkpoint(
         write_text(folder / name, text)
     _write_shards(folder, stored, shards)
     # Last, because a folder with a config.json looks like a whole checkpoint.
-    write_json(folder / "config.json", config_json(config))
+    write_json(folder / CONFIG_FILE, config_json(config))
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int) -> None:
@@ -247,13 +247,13 @@ def copy_pretrained(out: str | Path) -> None:
     """
     folder = Path(out)
     with resources.as_file(resources.files("twotower_export") / "data" / "tiny") as source:
-        if not (source / "config.json").is_file():
+        if not (source / CONFIG_FILE).is_file():
             raise TinyError(
                 f"the trained checkpoint is missing from {source}: install twotower again, or "
                 f"train one with `twotower tiny {folder}`"
             )
         folder.mkdir(parents=True, exist_ok=True)
         # config.json last: a folder that has it looks like a whole checkpoint.
-        for file in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        for file in sorted(source.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             with partial_file(folder / file.name) as partial:
                 shutil.copyfile(file, partial)
