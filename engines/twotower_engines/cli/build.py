@@ -178,5 +178,5 @@ def _line(result: dict[str, Any]) -> str:
     slots = f"{result['slots']} slot{'s' if result['slots'] > 1 else ''}"
     return (
         f"{result['engines']}: {what}; {result['flavour']}, {result['precision']}, {place}, "
-        f"{slots} x {result['context']} tokens, plans {size:.1f} MB"
+        f"{slots} x {result['context']} tokens, engine files {size:.1f} MB"
     )

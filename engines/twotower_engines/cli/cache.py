@@ -21,7 +21,7 @@ Examples:
   twotower cache clean --older-than 30
   twotower cache clean --dry-run
 
-The cache holds plans of `twotower build`, engines of `twotower run CHECKPOINT`, timings, and links.
+The cache holds engine files of `twotower build`, engines of `twotower run CHECKPOINT`, and timings.
 All of it is made again where it is missing. It lies in $XDG_CACHE_HOME/twotower, or in
 ~/.cache/twotower.
 """
@@ -79,7 +79,7 @@ def clean(days: float, dry_run: bool) -> None:
 
 
 def _entries(root: Path) -> list[Path]:
-    """Return each plan, engine set, timing cache and folder of links, but no lock."""
+    """Return each engine, engine set, timing cache and folder of links, but no lock."""
     if not root.is_dir():
         return []
     kinds = ("builds", "libraries", "rtx-kernels", "timing")

@@ -32,7 +32,7 @@ class Tolerance:
 TOLERANCES: Final[Mapping[str, Tolerance]] = {
     "float32": Tolerance(1e-4, 1.0),
     # bf16 keeps eight bits: 0.4% at each rounding, over dozens of layers. Where the best two logits
-    # of a random prompt are close, rounding decides. Chosen before any plan was run.
+    # of a random prompt are close, rounding decides. Chosen before any engine was run.
     "bf16": Tolerance(5e-2, 0.5),
 }
 

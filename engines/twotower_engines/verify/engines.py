@@ -59,14 +59,14 @@ def verify_engines(
     """
     found = Verification(engines.folder)
     plans = ", ".join(sorted(engines.build.plans))
-    found.take(f"digests of the plans ({plans})", _raised(engines.check_engine_files))
+    found.take(f"digests of the engine files ({plans})", _raised(engines.check_engine_files))
     store = WeightStore(engines.manifest, checkpoint)
     count = len(engines.manifest.tensors)
     found.take(f"checkpoint {store.folder}: {count} tensors as exported", _raised(store.check))
     found.take("SKU and compute capability", _capability_problems(engines))
     for tower in engines.build.plans:
         found.take(
-            f"profiles of the {tower} plan: all calls within the limits",
+            f"profiles of the {tower} engine: all calls within the limits",
             _profile_problems(engines, tower),
         )
         _verify_interface(found, engines, tower, bundle)
@@ -96,7 +96,7 @@ def _capability_problems(engines: EngineSet) -> list[str]:
         )
     elif expected not in runs_on:
         problems.append(
-            f"{BUILD_FILE}: the plans run on {', '.join(map(str, runs_on)) or 'nothing'}, not on "
+            f"{BUILD_FILE}: the engines run on {', '.join(map(str, runs_on)) or 'nothing'}, not on "
             f"{build.sku} ({expected}); build again"
         )
     return problems
@@ -106,7 +106,7 @@ def _profile_problems(engines: EngineSet, tower: str) -> list[str]:
     """Return sizes of calls that no profile takes: each must be covered from 1 to its limit."""
     profiles = engines.build.profiles.get(tower)
     if not profiles:
-        return [f"{BUILD_FILE}: the {tower} plan has no profiles; build again"]
+        return [f"{BUILD_FILE}: the {tower} engine has no profiles; build again"]
     problems = []
     for dim, limit in BOUNDS[tower].items():
         wanted = limit(engines.build.limits)
@@ -117,7 +117,7 @@ def _profile_problems(engines: EngineSet, tower: str) -> list[str]:
             reached = max(reached, most)
         if reached != wanted:
             problems.append(
-                f"{BUILD_FILE}: the profiles of the {tower} plan take `{dim}` up to {reached}, but "
+                f"{BUILD_FILE}: profiles of the {tower} engine take `{dim}` up to {reached}, but "
                 f"the limits promise {wanted}; build again"
             )
     return problems
@@ -149,11 +149,11 @@ def _verify_interface(
     reported = _reported(report.get("parsed"))
     if reported is None:
         found.not_verified.append(
-            f"inputs and outputs of the {tower} plan: its builder reported none; --bundle lets "
+            f"inputs and outputs of the {tower} engine: its builder reported none; --bundle lets "
             "TensorRT parse the graph again"
         )
         return
-    found.take(f"{counts} plan, as its builder parsed them", differences(reported, expected))
+    found.take(f"{counts} engine, as its builder parsed them", differences(reported, expected))
 
 
 def _reported(parsed: Any) -> Interface | None:
@@ -185,6 +185,6 @@ def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interfac
             # One of both parses for either flavour: it is the same parser, and here without a GPU.
             return LIBRARY.title, parse(path, LIBRARY)
     raise BuildError(
-        f"{bundle}: has no {tower} graph with sha256 {str(digest)[:12]}, from which the plan was "
+        f"{bundle}: has no {tower} graph with sha256 {str(digest)[:12]}, from which the engine was "
         "built; name the bundle that the engines were built from"
     )

@@ -1,10 +1,10 @@
-"""One tower's plan and the CPU flavour's graph, given the same inputs: every output side by side.
+"""One tower's engine and the CPU flavour's graph, given the same inputs: every output side by side.
 
 Where `runtimes.py` sees what a runtime hands out, this sees all that an engine computes:
-logits, new states, keys and values, confidences, ids and flags. The plan runs through the
+logits, new states, keys and values, confidences, ids and flags. The engine runs through the
 interfaces of the resident runtime, the graph in ONNX Runtime. States are the reference's own, so
-that one call's error does not grow in the next; what the plan takes as bf16 both sides take rounded
-to bf16.
+that one call's error does not grow in the next. Inputs that the engine takes as bf16 are rounded to
+bf16 for both.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _run(
     inputs: Mapping[str, Array],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Array]:
-    """Run the plan once and return every output, floats in float32."""
+    """Run the engine once and return every output, floats in float32."""
     device = tower.device
     addresses = dict(tower.weights)
     sent = []  # an upload may still read its array
@@ -217,7 +217,7 @@ def _as_taken(array: Array, spec: TensorSpec) -> Array:
 
 
 def _encoded(array: Array, spec: TensorSpec) -> Array:
-    """Return an input in the plan's dtype; bf16 as the upper halves of float32, as uint16."""
+    """Return an input in the engine's dtype; bf16 as the upper halves of float32, as uint16."""
     if spec.dtype != "BF16":
         return np.ascontiguousarray(array, NUMPY[spec.dtype])
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)

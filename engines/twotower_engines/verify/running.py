@@ -43,7 +43,7 @@ def verify_running(found: Verification, engines: EngineSet, sources: Sources) ->
     """Load the engines, if this machine has their GPU, and verify what they compute."""
     reason = _not_here(engines)
     if reason is not None:
-        found.not_verified.append(f"that the plans load and what they compute: {reason}")
+        found.not_verified.append(f"that the engines load and what they compute: {reason}")
         return
     with contextlib.ExitStack() as stack:
         try:
@@ -185,7 +185,7 @@ def verify_outputs(
     reference: EngineSet,
     checkpoint: Path | None = None,
 ) -> None:
-    """Compare every output of every plan with the CPU flavour, given the same inputs.
+    """Compare every output of every engine with the CPU flavour, given the same inputs.
 
     Args:
         open_tower: Loads one of its towers; one at a time.

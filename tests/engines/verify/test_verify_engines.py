@@ -138,10 +138,10 @@ def test_a_sound_engine_set_passes_and_says_what_was_not_verified(engines, expor
     assert found.passed, found.problems
     said = "\n".join(found.verified)
     for what in (
-        "digests of the plans (context, denoiser)",
+        "digests of the engine files (context, denoiser)",
         "tensors as exported",
-        "profiles of the context plan",
-        "profiles of the denoiser plan",
+        "profiles of the context engine",
+        "profiles of the denoiser engine",
         "outputs of the denoiser graph, as TensorRT-RTX parses it",
     ):
         assert what in said
@@ -152,7 +152,7 @@ def test_a_sound_engine_set_passes_and_says_what_was_not_verified(engines, expor
 def test_without_the_bundle_the_builders_report_is_taken(engines, exported):
     found = verify_engines(open_engine_set(engines), exported / "checkpoint")
     assert found.passed, found.problems
-    assert sum("plan, as its builder parsed them" in line for line in found.verified) == 2
+    assert sum("engine, as its builder parsed them" in line for line in found.verified) == 2
     assert len(found.not_verified) == 1, "the GPU alone is missing"
 
 
@@ -211,7 +211,7 @@ PROBLEMS = {
     "limit": (promise_more, "take `context` up to 256, but the limits promise 512"),
     "profiles": (
         lambda build: build["profiles"].pop("context"),
-        "the context plan has no profiles",
+        "the context engine has no profiles",
     ),
     "capability": (
         lambda build: build.update(compute_capability="8.9"),
@@ -219,7 +219,7 @@ PROBLEMS = {
     ),
     "runs on": (
         lambda build: build["extra"].update(compute_capabilities=["8.0"]),
-        "the plans run on 8.0, not on h200 (9.0)",
+        "the engines run on 8.0, not on h200 (9.0)",
     ),
     "digest": (
         lambda build: build["plans"]["context"].update(sha256="0" * 64),

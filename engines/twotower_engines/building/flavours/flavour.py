@@ -31,7 +31,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """A machine's prerequisites for loading the plans; build.json has them at its top level.
+    """A machine's prerequisites for loading the engines; build.json has them at its top level.
 
     Attributes:
         machine: CPU architecture as `platform.machine()` says it; None for any.
@@ -68,7 +68,7 @@ class Flavour(Protocol):
     Attributes:
         name: As `--flavour` takes it.
         suffix: File suffix of its plans.
-        is_cached: True where a plan is worth keeping for the next build.
+        is_cached: True where an engine is worth keeping for the next build.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Flavour(Protocol):
         """
 
     def has_kernels(self) -> bool:
-        """Whether plans built here run our kernels rather than the ops' function bodies."""
+        """Whether engines built here run our kernels rather than the ops' function bodies."""
 
     def graphs(self, precision: str) -> str:
         """Return which of the bundle's graphs it builds from: `native` or `float32`."""
@@ -96,14 +96,14 @@ class Flavour(Protocol):
         """
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
-        """Return everything but graph and versions that decides the bytes of a plan, as JSON."""
+        """Return everything but graph and versions that decides the bytes of an engine, as JSON."""
 
     def build(
         self, orders: Mapping[str, Order], target: Target, progress: Progress
     ) -> dict[str, dict[str, Any]]:
-        """Build plans, by tower; returns for each what build.json says of it.
+        """Build engines, by tower; returns for each what build.json says of it.
 
-        Beside a plan its layers may be written, as `layers_file` names them.
+        Beside an engine its layers may be written, as `layers_file` names them.
 
         Raises:
             BuildError: The builder is missing, refuses a graph, or crashed.
@@ -117,4 +117,4 @@ class Flavour(Protocol):
         """
 
     def loader(self, target: Target) -> dict[str, Any]:
-        """Return what the runtime must know to load the plans (`extra` of build.json)."""
+        """Return what the runtime must know to load the engines (`extra` of build.json)."""

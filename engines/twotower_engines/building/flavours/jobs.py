@@ -1,6 +1,6 @@
 """From an order to the job of a worker: what TensorRT and TensorRT-RTX builds have in common.
 
-Weights are inputs of fixed shape, so a plan holds none; only ids, lengths and states have dynamic
+Weights are inputs of fixed shape, so an engine holds none; only ids, lengths, states have dynamic
 dimensions, and the profiles give these their sizes.
 """
 
@@ -31,11 +31,11 @@ def check_arch(sku: Sku, where: str) -> None:
         where: The remedy, for the message.
 
     Raises:
-        BuildError: A plan built here would not load there.
+        BuildError: An engine built here would not load there.
     """
     if sku.arch != platform.machine():
         raise BuildError(
-            f"engines for {sku.name} must be built on {sku.arch}, because plans run only on the "
+            f"engines for {sku.name} must be built on {sku.arch}, because engines run only on the "
             f"CPU architecture that built them, and this machine is {platform.machine()}; {where}"
         )
 
@@ -104,7 +104,7 @@ def graph_inputs(path: Path) -> dict[str, list[int | str]]:
 def engine_recipe(profiles: Sequence[Profile]) -> dict[str, Any]:
     """Return what the recipes of both flavours have in common.
 
-    A plan runs only on the CPU architecture that it was built on, so that is part of it.
+    An engine runs only on the CPU architecture that it was built on, so that is part of it.
     """
     return {
         "profiles": [profile.as_json() for profile in profiles],
@@ -115,7 +115,7 @@ def engine_recipe(profiles: Sequence[Profile]) -> dict[str, Any]:
 
 
 def engine_report(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what build.json says of a plan: what the builder saw and what it took."""
+    """Return what build.json says of an engine: what the builder saw and what it took."""
     figures = ("peak_rss", "cpu_seconds", "waited_seconds")
     keys = ("parsed", "flags", "engine", "bytes", *figures, "versions")
     return {key: result[key] for key in keys}

@@ -1,4 +1,4 @@
-"""Build a plan of a graph with NVIDIA's Python API, TensorRT's or TensorRT-RTX's.
+"""Build an engine of a graph with NVIDIA's Python API, TensorRT's or TensorRT-RTX's.
 
 Runs inside the worker process (`worker.py`) and nowhere else. The module of the API, `tensorrt` or
 `tensorrt_rtx`, is an argument; what differs between them is in the job.
@@ -32,7 +32,7 @@ class RefusedError(Exception):
 
 
 def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Build one plan and write it.
+    """Build one engine and write it.
 
     Args:
         trt: The API's module.
@@ -40,13 +40,13 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
             three shapes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
             profiling), and optionally `kernels` (the compute capability to compile our kernels
             for), `hardware` (a hardware compatibility level), `compute_capabilities`, `workspace`
-            (bytes that a layer may take), `timing_cache` (a file), `layers` (a file: the plan is
+            (bytes that a layer may take), `timing_cache` (a file), `layers` (a file: the engine is
             opened on this machine's GPU, and its layers are described there).
         report: Called from the library's threads.
 
     Returns:
         What the library saw: of the graph (`parsed`), of itself (`flags` that were set), of the
-        plan (`bytes`), and of the opened engine (`engine`; None where it was not opened).
+        engine (`bytes`), and of the opened engine (`engine`; None where it was not opened).
 
     Raises:
         RefusedError: The library said no.
@@ -67,7 +67,7 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     if job.get("timing_cache"):  # of a failed or interrupted build too: timings are what takes long
         _write(Path(job["timing_cache"]), config.get_timing_cache().serialize())
     if plan is None:
-        raise RefusedError(log.text() or "no plan came back, and no message")
+        raise RefusedError(log.text() or "no engine came back, and no message")
     _write(Path(job["plan"]), plan)
     flags = trt.BuilderFlag.__members__
     return {
@@ -94,7 +94,7 @@ def _parsed(network: Any) -> dict[str, Any]:
 
 
 def _opened(trt: Any, log: Any, plan: Any, layers: Path) -> dict[str, Any]:
-    """Open a finished plan on this machine's GPU; its layers are written to a file.
+    """Open a finished engine on this machine's GPU; its layers are written to a file.
 
     Returns:
         How many layers the engine has, how many of each type, and the bytes of device memory that
@@ -102,7 +102,7 @@ def _opened(trt: Any, log: Any, plan: Any, layers: Path) -> dict[str, Any]:
     """
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
-        raise RefusedError(f"the finished plan cannot be opened: {log.text()}")
+        raise RefusedError(f"the finished engine cannot be opened: {log.text()}")
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     _write(layers, text.encode())
@@ -128,7 +128,7 @@ def one_node_engine(trt: Any) -> int:
     network.mark_output(network.add_activation(x, trt.ActivationType.RELU).get_output(0))
     plan = builder.build_serialized_network(network, builder.create_builder_config())
     if plan is None:
-        raise RefusedError(log.text() or "no plan came back, and no message")
+        raise RefusedError(log.text() or "no engine came back, and no message")
     return int(plan.nbytes)
 
 

@@ -1,4 +1,4 @@
-"""Starts worker processes that build plans, follows them, and ends them.
+"""Starts worker processes that build engines, follows them, and ends them.
 
 The caller is safe from the library: a crash becomes an error with a name, an interrupt kills the
 workers, and a worker whose parent is gone is ended by the kernel.
@@ -78,7 +78,7 @@ def check_library(library: Library) -> dict[str, str]:
 def build_engine_files(
     library: Library, jobs: Mapping[str, Job], at_once: int, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Build plans, each in a worker of its own.
+    """Build engines, each in a worker of its own.
 
     Args:
         library: The builder.
@@ -252,7 +252,7 @@ class _Worker:
                 f"{library.install}"
             )
         if kind == "system":
-            return f"{message}, while the {self.tower} plan was built or written"
+            return f"{message}, while the {self.tower} engine was built or written"
         return (
             f"{library.title} refuses the {self.tower} graph: {message}; "
             "export the checkpoint again with this version of twotower"

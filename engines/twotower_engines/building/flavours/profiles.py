@@ -110,7 +110,7 @@ def wide_profiles(tower: str, limits: Limits) -> list[Profile]:
     """Return the one profile of a flavour that tunes kernels when it meets a shape.
 
     TensorRT-RTX compiles kernels for the shapes that it sees at run time; profiles only bound
-    them, and each further one costs as much build time and plan size as the first.
+    them, and each further one costs as much build time and engine size as the first.
     """
     rows = {"batch": Sizes(1, min(4, limits.slots), limits.slots), **_cache(limits)}
     if tower == "denoiser":

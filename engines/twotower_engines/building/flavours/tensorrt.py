@@ -1,4 +1,4 @@
-"""TensorRT: plans for data-centre GPUs, tuned and built on the GPU itself.
+"""TensorRT: engines for data-centre GPUs, tuned and built on the GPU itself.
 
 For TensorRT 10.13 to 11. What this shares with TensorRT-RTX (parsing, profiles, the worker process,
 progress, interruption) is exercised through that flavour on any machine; what is here alone (timing
@@ -61,7 +61,7 @@ class TensorRtFlavour:
         return {"tensorrt": found, **kernels}
 
     def has_kernels(self) -> bool:
-        """Whether the compiler of our kernels is installed; plans run the ops' bodies else."""
+        """Whether the compiler of our kernels is installed; engines run the ops' bodies else."""
         return importlib.util.find_spec("triton") is not None
 
     def graphs(self, precision: str) -> str:
@@ -92,9 +92,9 @@ class TensorRtFlavour:
             )
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
-        """Return profiles for each kind of call; one plan for all GPUs of a compute capability.
+        """Return profiles for each kind of call; one engine for all GPUs of a compute capability.
 
-        With the extra `[kernels]` installed, the three ops become plugins whose PTX the plan
+        With the extra `[kernels]` installed, the three ops become plugins whose PTX the engine
         carries; a server needs neither the plugins nor the extra.
         """
         sku, has_kernels = target.sku, self.has_kernels()
@@ -113,7 +113,7 @@ class TensorRtFlavour:
     def build(
         self, orders: Mapping[str, Order], target: Target, progress: Progress
     ) -> dict[str, dict[str, Any]]:
-        """Build plans one after the other: two at once would disturb each other's timings."""
+        """Build engines one after the other: two at once would disturb each other's timings."""
         cache = in_cache("timing") / f"{_timed_on()}-{self.versions()['tensorrt']}.cache"
         jobs = {
             tower: {
@@ -135,7 +135,7 @@ class TensorRtFlavour:
         return Needs(platform.machine(), kernel_target(capability).cuda)
 
     def loader(self, target: Target) -> dict[str, Any]:
-        """Return the GPUs that the plans run on."""
+        """Return the GPUs that the engines run on."""
         return {"compute_capabilities": [target.sku.compute_capability]}
 
 
@@ -167,6 +167,6 @@ def _relatives(sku: Sku) -> list[str]:
 
 
 def _builders(sku: Sku) -> str:
-    """Name the GPUs that can build for one: their plans serve each other."""
+    """Name the GPUs that can build for one: their engines serve each other."""
     *others, last = [sku.title, *_relatives(sku)]
     return f"{', '.join(others)} or {last}" if others else last

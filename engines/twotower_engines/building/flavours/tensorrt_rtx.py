@@ -1,6 +1,6 @@
-"""TensorRT-RTX: plans for RTX GPUs, built ahead of time on any machine, without a GPU.
+"""TensorRT-RTX: engines for RTX GPUs, built ahead of time on any machine, without a GPU.
 
-NVIDIA's package of the extra [rtx] builds the plans and runs them. Custom ops are function bodies
+NVIDIA's package of the extra [rtx] builds the engines and runs them. Custom ops are function bodies
 here: this flavour must never meet a plugin without a GPU, the library ends the process then.
 """
 
@@ -64,7 +64,7 @@ class TensorRtRtxFlavour:
     def check(self, target: Target) -> None:
         """Refuse a GPU that TensorRT-RTX does not serve, or whose machines have another CPU.
 
-        NVIDIA promises plans that are portable between GPUs, not between CPU architectures.
+        NVIDIA promises engines that are portable between GPUs, not between CPU architectures.
         """
         capability = target.sku.compute_capability
         if capability not in CAPABILITIES:
@@ -82,7 +82,7 @@ class TensorRtRtxFlavour:
     def build(
         self, orders: Mapping[str, Order], target: Target, progress: Progress
     ) -> dict[str, dict[str, Any]]:
-        """Build plans, both towers at once where there are two cores and the memory for it."""
+        """Build engines, both towers at once where there are two cores and the memory for it."""
         jobs = {tower: engine_job(order) for tower, order in orders.items()}
         results = build_engine_files(LIBRARY, jobs, _at_once(), progress)
         return {tower: engine_report(result) for tower, result in results.items()}
@@ -92,7 +92,7 @@ class TensorRtRtxFlavour:
         return Needs(platform.machine())
 
     def loader(self, target: Target) -> dict[str, Any]:
-        """Return the GPUs that the plans run on."""
+        """Return the GPUs that the engines run on."""
         return {"compute_capabilities": [target.sku.compute_capability]}
 
 

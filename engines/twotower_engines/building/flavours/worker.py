@@ -5,7 +5,7 @@ writes events, one JSON object per line, to a pipe that its parent passed:
 
     {"progress": [phase, done, total]}     many
     {"versions": {...}}                    once the library is loaded and has built one node
-    {"done": {...}}                        the plan is written
+    {"done": {...}}                        the engine is written
     {"failed": kind, "message": text}      kind: import, check, build, system
 
 Where the job has a timing cache, SIGTERM ends the build at its next step, and the cache is written.

@@ -89,7 +89,7 @@ def open_resident_runtime(
 
 
 def _kernels_file(plan: str) -> Path | None:
-    """Return where the kernels compiled for a plan are kept; None where there is no cache."""
+    """Return where the kernels compiled for an engine are kept; None where there is no cache."""
     with suppress(BuildError):
         return cache_root() / "rtx-kernels" / f"{plan}.cache"
     return None
