@@ -26,6 +26,19 @@ def memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def available_bytes() -> int:
+    """Return the memory that is free or would be freed for a process that asks; 0 if nobody says.
+
+    Pages that only cache files count: the system drops them when memory is asked for.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    sizes = dict(line.split(":", 1) for line in lines)
+    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else 0
+
+
 def read_at(descriptor: int, length: int, offset: int) -> bytes:
     """Read from a place of a file that one thread alone reads; fewer bytes come at its end only."""
     if hasattr(os, "pread"):

@@ -153,6 +153,32 @@ def test_an_unknown_gpu_is_an_error_of_the_user() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--block", "--rows"])
+def test_sizes_that_no_kernel_has_are_refused(option: str) -> None:
+    start = [sys.executable, "-c", "from twotower_client.cli import main; main()"]
+    done = subprocess.run([*start, "kernels", option, "100000"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{option}': 100000 is not in the range" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cache_that_cannot_be_written_names_its_variable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code = (
+        "from twotower_engines.kernels.compile import all_specs, compile_kernel\n"
+        "from twotower_engines.kernels.spec import Sizes\n"
+        "from twotower_engines.kernels.targets import target\n"
+        "compile_kernel(all_specs(Sizes())[0], target('9.0'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "file" / "cache")
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert "BuildError" in done.stderr
+    assert "set TRITON_CACHE_DIR to a folder that can be written" in done.stderr
+
+
 def test_nothing_compiles_while_the_interpreter_is_on() -> None:
     with pytest.raises(BuildError, match="TRITON_INTERPRET"):
         compile_kernel(all_specs(Sizes())[0], target("9.0"))

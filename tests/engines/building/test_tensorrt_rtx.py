@@ -20,6 +20,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.engine_bundles import (
     MemoryWatch,
+    run_build,
     start_build,
     wait_for,
     write_bundle_of,
@@ -316,6 +317,17 @@ def test_where_it_is_not_installed_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(tensorrt_rtx, "PACKAGES", ("no-such-distribution",))
     with pytest.raises(BuildError, match=r"TensorRT-RTX is not installed.*twotower\[rtx\]"):
         TensorRtRtxFlavour().versions()
+
+
+def test_what_the_library_says_goes_to_the_log(bundle, tmp_path):
+    log = tmp_path / "build.log"
+    options = ("--sku", "rtx-pro-6000", "--flavour", "tensorrt-rtx", "--force", "--log", log)
+    done = run_build(bundle, *options, tmp_path / "engines", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = log.read_text(encoding="utf-8")
+    assert " TensorRT INFO: " in said
+    assert " TensorRT VERBOSE: " not in said, "only with -v"
+    assert "TensorRT INFO" not in done.stderr
 
 
 def test_the_old_name_of_the_extra_still_installs_it():

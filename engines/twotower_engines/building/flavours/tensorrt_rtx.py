@@ -6,11 +6,11 @@ here: this flavour must never meet a plugin without a GPU, the library ends the 
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from typing import Any
 
+from twotower_contract.machine import available_bytes, cores
 from twotower_engines.building.flavours.flavour import Needs, Order, Target
 from twotower_engines.building.flavours.jobs import (
     check_arch,
@@ -97,6 +97,4 @@ class TensorRtRtxFlavour:
 
 
 def _at_once() -> int:
-    cores = len(os.sched_getaffinity(0))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2 if cores > 1 and free > 2 * BUILDER_MEMORY else 1
+    return 2 if cores() > 1 and available_bytes() > 2 * BUILDER_MEMORY else 1
