@@ -86,7 +86,7 @@ locked: $(VENV)/.base ## The development environment exactly as it was locked
 	@touch $(VENV)/.dev $(VENV)/.demo
 
 bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benchmarks/results
-	for name in generation export build kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in generation export build traffic kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .venv-* demo dist site .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov
