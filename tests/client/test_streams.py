@@ -138,7 +138,7 @@ def test_a_user_without_a_home(tmp_path: Path, home: str | None) -> None:
 
 
 FOREIGN = """
-import importlib.abc, os, signal, sys, tempfile, subprocess, shutil, concurrent.futures
+import asyncio, importlib.abc, os, signal, sys, tempfile, subprocess, shutil, concurrent.futures
 GONE = {"fcntl", "resource", "pwd", "grp", "termios"}
 class Gone(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
