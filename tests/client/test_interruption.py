@@ -45,6 +45,7 @@ STEPS = {
         "compile_kernel",
         ["kernels", "--output", "{out}/x"],
     ),
+    "golden": ("twotower_export.cli.golden", "stream_golden", ["golden", "{checkpoint}"]),
 }
 
 

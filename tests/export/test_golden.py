@@ -17,7 +17,6 @@ from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.cli.golden import golden as command
 from twotower_export.reference import golden as module
-from twotower_export.reference import sequence
 from twotower_export.reference.golden import (
     BLOCK_SIZE,
     MAX_NEW_TOKENS,
@@ -163,18 +162,6 @@ def test_progress_counts_calls_layers_and_bytes(checkpoint):
     assert told[0] == ("call 1 of at most 51, 0.0 GB read; context layer", 0, 3)
     assert told[-1][0].startswith(f"call {calls} of at most 51, ")
     assert told[-1][0].endswith("denoiser layer")
-
-
-def test_an_interrupted_command_leaves_nothing(checkpoint, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    before = sorted(checkpoint.path.iterdir())
-    monkeypatch.setattr(sequence, "run_layer", interrupt)
-    done = run(checkpoint.path)
-    assert done.exit_code == 130
-    assert done.stderr.endswith("interrupted: nothing was written\n")
-    assert sorted(checkpoint.path.iterdir()) == before
 
 
 def test_the_command_needs_pytorch(checkpoint, monkeypatch):

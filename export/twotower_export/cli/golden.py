@@ -16,8 +16,6 @@ from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.progress import StepMeter
 from twotower_export.reference.golden import expected_work, stream_golden, write_golden
 
-INTERRUPTED = 130
-
 EPILOG = """\b
 Examples:
   twotower golden checkpoint
@@ -48,12 +46,8 @@ def golden(checkpoint: str, as_json: bool) -> None:
         raise TwoTowerError("PyTorch is not installed; pip install 'twotower[reference]'")
     if not os.access(opened.path, os.W_OK):
         raise TwoTowerError(f"{opened.path}: is not writable; run this where it is")
-    try:
-        answer = _streamed(opened)
-        path = write_golden(opened, answer)
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        raise click.exceptions.Exit(INTERRUPTED) from None
+    answer = _streamed(opened)
+    path = write_golden(opened, answer)
     seconds = round(time.monotonic() - start, 2)
     if as_json:
         click.echo(json.dumps({"file": str(path), "seconds": seconds, "golden": answer}))

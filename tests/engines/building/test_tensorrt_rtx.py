@@ -7,6 +7,7 @@ What a plan computes needs a GPU.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, TWOTOWER
 from tests.support.engine_bundles import (
     MemoryWatch,
     run_build,
@@ -328,6 +329,31 @@ def test_what_the_library_says_goes_to_the_log(bundle, tmp_path):
     assert " TensorRT INFO: " in said
     assert " TensorRT VERBOSE: " not in said, "only with -v"
     assert "TensorRT INFO" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting in a namespace needs root here")
+def test_a_full_disk_is_not_blamed_on_the_graph(bundle, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    script = f'mount -t tmpfs -o size=2m none {cache} && "$@"'
+    build = [
+        "build",
+        bundle,
+        "--sku",
+        "rtx-pro-6000",
+        "--flavour",
+        "tensorrt-rtx",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script, "x", *TWOTOWER, *map(str, build)],
+        capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "No space left on device" in last
+    assert str(cache) in last
+    assert not list(tmp_path.glob("out/**/build.json"))
 
 
 def test_the_old_name_of_the_extra_still_installs_it():
