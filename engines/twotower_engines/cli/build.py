@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower_contract.errors import TwoTowerError
+from twotower_contract.atomic import Writing
+from twotower_contract.errors import DryRunEndsError, TwoTowerError
 from twotower_engines.planning.skus import FLAVOURS
 
 if TYPE_CHECKING:
-    from twotower_contract.atomic import Writing
     from twotower_engines.building.build import BuildOptions
 
 EPILOG = """\b
@@ -107,14 +107,11 @@ def build(
     as_json: bool,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
-    from twotower_contract.atomic import Writing
-    from twotower_contract.errors import DryRunEndsError, TwoTowerError
     from twotower_engines.building.build import BuildOptions
     from twotower_engines.planning.sku_lookup import default_skus, resolve_skus
 
-    chosen = resolve_skus(
-        default_skus() if skus is None else skus
-    )  # a misspelt one is refused before the first is built
+    # a misspelt one is refused before the first is built
+    chosen = resolve_skus(default_skus() if skus is None else skus)
     results = []
     for sku in chosen:
         options = BuildOptions(sku, slots, context, flavour, precision, gpus, block_size_max)

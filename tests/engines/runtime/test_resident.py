@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support import host_device as host
+from tests.support.closing import check_closing
 from twotower_contract.engine_set import Limits
 from twotower_contract.errors import CheckpointError
 from twotower_contract.policies import POLICIES
@@ -257,18 +258,7 @@ def test_each_device_is_closed_once(engines, gpus):
 
 def test_a_closed_runtime_says_so(engines):
     runtime = make_resident(engines.engines)
-    runtime.close()
-    runtime.close()
-    block = np.full(8, 3, np.int32)
-    calls = (
-        lambda: runtime.reset(0),
-        lambda: runtime.extend([ExtendRow(0, block)]),
-        lambda: runtime.denoise([DenoiseRow(0, block, threshold=0.9, steps_left=1)]),
-        lambda: runtime.predict([PredictRow(0, 5)]),
-    )
-    for call in calls:
-        with pytest.raises(RuntimeError, match="these engines are closed; open the engine set"):
-            call()
+    check_closing(runtime)
 
 
 @pytest.mark.parametrize("window", [4096, 1 << 20])

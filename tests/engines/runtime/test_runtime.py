@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from tests.support.closing import check_closing
 from twotower_contract.digests import file_sha256
 from twotower_contract.engine_set import EngineFile, open_engine_set
 from twotower_contract.errors import CheckpointError, EngineSetError
@@ -239,15 +240,4 @@ def test_engines_of_the_context_tower_alone_extend(made):
 
 def test_a_closed_runtime_says_so(made):
     runtime = OnnxRuntime(made.engines, threads=1)
-    runtime.close()
-    runtime.close()
-    block = np.full(8, 3, np.int32)
-    calls = (
-        lambda: runtime.reset(0),
-        lambda: runtime.extend([ExtendRow(0, block)]),
-        lambda: runtime.denoise([DenoiseRow(0, block, threshold=0.9, steps_left=1)]),
-        lambda: runtime.predict([PredictRow(0, 5)]),
-    )
-    for call in calls:
-        with pytest.raises(RuntimeError, match="these engines are closed; open the engine set"):
-            call()
+    check_closing(runtime)
