@@ -94,21 +94,29 @@ def device_ids(cache: Path) -> list[Path]:
     return [path for path in cache.rglob("*") if "deviceid" in path.name.lower()]
 
 
+# ONNX Runtime reports nothing where one of these says that a build machine runs it.
+BUILD_MACHINES = (
+    "CI TF_BUILD GITHUB_ACTIONS GITLAB_CI CIRCLECI TRAVIS JENKINS_URL CODEBUILD_BUILD_ID"
+    " TEAMCITY_VERSION BUILDKITE APPVEYOR SYSTEM_COLLECTIONURI"
+)
+
+
+def device_ids_left_by(code: str, cache: Path) -> list[Path]:
+    """Return the device ids that a process which runs `code` leaves in the folder `cache`."""
+    cache.mkdir()
+    hidden = {"ORT_DISABLE_TELEMETRY", *BUILD_MACHINES.split()}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    variables = {**kept, "XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
+    subprocess.run([sys.executable, "-c", code], env=variables, check=True)
+    return device_ids(cache)
+
+
 def test_onnx_runtime_is_loaded_without_telemetry(tmp_path) -> None:
-    """And the control: loaded by itself it leaves a device's id."""
-    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
-    found = {}
-    for ours, load in (
-        (True, "from twotower_contract.onnxruntime import import_onnxruntime as f; f()"),
-        (False, "import onnxruntime"),
-    ):
-        cache = tmp_path / str(ours)
-        cache.mkdir()
-        variables = {**environment, "XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
-        subprocess.run([sys.executable, "-c", load], env=variables, check=True)
-        found[ours] = device_ids(cache)
-    assert found[True] == []
-    assert found[False] != []
+    """And the control: loaded by itself it leaves a device's id, except on a build machine."""
+    ours = "from twotower_contract.onnxruntime import import_onnxruntime as f; f()"
+    assert device_ids_left_by(ours, tmp_path / "ours") == []
+    if not device_ids_left_by("import onnxruntime", tmp_path / "control"):
+        pytest.skip("ONNX Runtime by itself leaves no device id on this machine either")
 
 
 @pytest.mark.server
