@@ -81,10 +81,13 @@ class Denoised:
     Attributes:
         ids: (block,) int32.
         still_masked: Positions still masked; -1 where the logits held a NaN.
+        confidence: (block,) float32, the probability of each prediction; +inf where nothing was
+            masked.
     """
 
     ids: npt.NDArray[np.int32]
     still_masked: int
+    confidence: npt.NDArray[np.float32]
 
 
 class Runtime(Protocol):
@@ -94,12 +97,14 @@ class Runtime(Protocol):
         limits: Limits that the engines were built for.
         vocab_size: Tokens of the vocabulary.
         mask_token_id: The token that means "not decided yet" inside a block.
+        eos_token_ids: The model's own end tokens.
         has_denoiser: False where only the context tower was built.
     """
 
     limits: Limits
     vocab_size: int
     mask_token_id: int
+    eos_token_ids: tuple[int, ...]
     has_denoiser: bool
 
     def reset(self, slot: int) -> None:

@@ -84,7 +84,8 @@ class OnnxRuntime:
         model = engines.manifest.model
         self.limits = engines.build.limits
         self.vocab_size = model.vocab_size
-        self.mask_token_id = engines.manifest.model.mask_token_id
+        self.mask_token_id = model.mask_token_id
+        self.eos_token_ids = model.eos_token_ids
         self.has_denoiser = "denoiser" in engines.build.plans
         engines.check_engine_files()
         store = WeightStore(engines.manifest, checkpoint)
@@ -96,7 +97,10 @@ class OnnxRuntime:
             "context": {"extend": states or ["logits"], "extend with logits": [*states, "logits"]}
         }
         if self.has_denoiser:
-            calls["denoiser"] = {"denoise": ["new_ids", "still_masked"], "predict": ["logits"]}
+            calls["denoiser"] = {
+                "denoise": ["new_ids", "still_masked", "confidence"],
+                "predict": ["logits"],
+            }
         sessions = {
             tower: self._sessions(engines.engine_path(tower), list(outputs.values()), threads)
             for tower, outputs in calls.items()
@@ -163,9 +167,11 @@ class OnnxRuntime:
         }
         new_ids = np.empty((len(rows), block), np.int32)
         still_masked = np.empty(len(rows), np.int32)
-        self._run("denoise", inputs, {"new_ids": new_ids, "still_masked": still_masked})
+        confidence = np.empty((len(rows), block), np.float32)
+        outputs = {"new_ids": new_ids, "still_masked": still_masked, "confidence": confidence}
+        self._run("denoise", inputs, outputs)
         return [
-            Denoised(new_ids[index, :size], int(still_masked[index]))
+            Denoised(new_ids[index, :size], int(still_masked[index]), confidence[index, :size])
             for index, size in enumerate(sizes)
         ]
 

@@ -90,6 +90,7 @@ class ResidentRuntime:
         self.limits = limits
         self.vocab_size = manifest.model.vocab_size
         self.mask_token_id = manifest.model.mask_token_id
+        self.eos_token_ids = manifest.model.eos_token_ids
         self.has_denoiser = denoiser is not None
         self._context, self._denoiser = context, denoiser
         item = manifest.model.item_bytes
@@ -162,9 +163,14 @@ class ResidentRuntime:
             for name in REFINE_ROWS:
                 arrays[name][row.slot] = getattr(row, name)
         self._run(prepared)
-        ids, still = (prepared.outputs.arrays[name] for name in ("new_ids", "still_masked"))
+        seen = prepared.outputs.arrays
         return [
-            Denoised(ids[row.slot, : row.ids.size].copy(), int(still[row.slot])) for row in rows
+            Denoised(
+                seen["new_ids"][row.slot, : row.ids.size].copy(),
+                int(seen["still_masked"][row.slot]),
+                seen["confidence"][row.slot, : row.ids.size].copy(),
+            )
+            for row in rows
         ]
 
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
