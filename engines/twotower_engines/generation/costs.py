@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from twotower_contract.engine_set import EngineSet
+from twotower_contract.engine_set import EngineSet, Limits
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.roofline import Machine, context_call, denoiser_step
 from twotower_engines.planning.skus import known_skus
+from twotower_engines.runtime.resident.calls import token_bucket
 
 __all__ = ["Costs", "LinearCosts", "RooflineCosts", "between", "costs_of_engines"]
 
@@ -50,18 +51,26 @@ class LinearCosts:
 class RooflineCosts:
     """The planner's costs; each is computed once.
 
+    A GPU's calls are padded to the sizes that they were prepared for, and cost as much.
+
     Args:
-        context: Tokens of context that each row has room for.
+        model: Sizes of the model.
+        machine: What it runs on.
+        limits: Limits of the engines.
         two_gpus: Whether the denoiser is on a GPU of its own.
     """
 
-    def __init__(self, model: ModelSize, machine: Machine, context: int, two_gpus: bool) -> None:
+    def __init__(self, model: ModelSize, machine: Machine, limits: Limits, two_gpus: bool) -> None:
+        is_padded = machine.flavour != "onnxruntime"
+
         def extend(rows: int, tokens: int) -> float:
-            call = context_call(model, machine, rows, context, tokens, to_second_gpu=two_gpus)
+            size = token_bucket("extend", tokens, limits) if is_padded else tokens
+            call = context_call(model, machine, rows, limits.context, size, to_second_gpu=two_gpus)
             return call.total_seconds
 
         def denoise(rows: int, tokens: int) -> float:
-            return denoiser_step(model, machine, rows, context, tokens).total_seconds
+            size = token_bucket("denoise", tokens, limits) if is_padded else tokens
+            return denoiser_step(model, machine, rows, limits.context, size).total_seconds
 
         self.extend = functools.cache(extend)
         self.denoise = functools.cache(denoise)
@@ -75,7 +84,7 @@ def costs_of_engines(engines: EngineSet) -> Costs:
         return LinearCosts()
     model = ModelSize(manifest.model, manifest.towers, str(engines.folder))
     machine = Machine(sku, build.flavour, build.precision)
-    return RooflineCosts(model, machine, build.limits.context, build.memory.get("gpus") == 2)
+    return RooflineCosts(model, machine, build.limits, build.memory.get("gpus") == 2)
 
 
 def between(cost: Callable[[int, int], float], rows: float, tokens: int) -> float:

@@ -219,6 +219,8 @@ class BlockEvent:
         details: One for each of `ids`, where the request asks for logprobs.
         canvas: The block after a step, the mask token where nothing is decided; only in the events
             between blocks that `stream_mode=denoise` asks for.
+        canvas_confidence: Of each place of `canvas` the probability of the token there, or of the
+            step's prediction where it is still masked; 1 where the request fixed it.
         reused_tokens: Tokens of the prompt whose states were kept from an earlier one.
         retry_after: Seconds after which to try again, where `error` says that there was no room.
     """
@@ -233,6 +235,7 @@ class BlockEvent:
     text: str | None = None
     details: tuple[TokenDetail, ...] = ()
     canvas: tuple[int, ...] = ()
+    canvas_confidence: tuple[float, ...] = ()
     reused_tokens: int = 0
     retry_after: float | None = None
 

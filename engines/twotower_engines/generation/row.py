@@ -48,10 +48,13 @@ class Row:
         unsent: Tokens of the next event; empty in mask_diffusion, which sends whole blocks.
         unsent_text: Their text, for stop strings.
         details: Details of `unsent`, or of the block's tokens that are decided, by place.
+        confidence: Of each place of the block the probability of what stands there, or of the
+            newest prediction; 1 where the request fixed it.
         masked_counts: Masked positions before each denoiser call of the block.
         generated: Number of tokens in earlier events.
         logits: Logits of the next token, once the context holds all before it; ar only.
         waited: Seconds for which a finished block has waited for its commit, by the cost model.
+        prefix: Kept entries of the prompt's first chunks, where the request takes part.
         reused: Tokens of the prompt whose states were kept from an earlier one.
     """
 
@@ -64,6 +67,7 @@ class Row:
     last_id: int
     stage: Stage = Stage.PREFILLING
     block: npt.NDArray[np.int32] = field(init=False)
+    confidence: npt.NDArray[np.float32] = field(init=False)
     unsent: list[int] = field(default_factory=list)
     unsent_text: str = ""
     details: dict[int, TokenDetail] = field(default_factory=dict)
@@ -73,6 +77,7 @@ class Row:
     denoiser_calls: int = 0
     context_calls: int = 0
     waited: float = 0.0
+    prefix: list[int] = field(default_factory=list)
     reused: int = 0
     cancelled: bool = False
 
@@ -100,6 +105,7 @@ class Row:
         """Lay out the next block: masked, but for what the request's canvas fixes there."""
         size, fixed = self.request.block_size, self.request.canvas
         self.block = np.full(size, self.mask_id, np.int32)
+        self.confidence = np.ones(size, np.float32)
         self.details.clear()
         for place, token in enumerate(fixed[self.generated : self.generated + size]):
             if token != FREE:
@@ -108,10 +114,11 @@ class Row:
 
     def refine(self, refined: Denoised) -> None:
         """Take over a denoise step."""
+        was_masked = self.block == self.mask_id
+        self.confidence[was_masked] = refined.confidence[was_masked]
         if self.request.logprobs:
             step = len(self.masked_counts) - 1
-            decided = (self.block == self.mask_id) & (refined.ids != self.mask_id)
-            for place in np.flatnonzero(decided):
+            for place in np.flatnonzero(was_masked & (refined.ids != self.mask_id)):
                 probability = max(float(refined.confidence[place]), LEAST_PROBABILITY)
                 self.details[int(place)] = TokenDetail(math.log(probability), step)
         self.block = refined.ids
@@ -125,6 +132,8 @@ class Row:
             self.denoiser_calls,
             self.context_calls,
             canvas=tuple(self.block.tolist()),
+            canvas_confidence=tuple(self.confidence.tolist()),
+            reused_tokens=self.reused,
         )
 
     def finish_block(self) -> BlockEvent:

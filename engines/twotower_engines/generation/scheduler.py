@@ -44,23 +44,22 @@ from twotower_contract.policies import POLICIES
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.costs import Costs, LinearCosts
+from twotower_engines.generation.counters import Counters
 from twotower_engines.generation.ending import Ending
-from twotower_engines.generation.request import (
-    BlockEvent,
-    Request,
-    RequestLimits,
-    TokenDetail,
-)
+from twotower_engines.generation.prefixes import Prefixes
+from twotower_engines.generation.request import BlockEvent, Request, RequestLimits, TokenDetail
 from twotower_engines.generation.row import Row, Stage
 from twotower_engines.generation.sampling import likeliest, row_seed, sample
 from twotower_engines.generation.turns import Turns
 from twotower_engines.generation.waiting import WaitingRequests
-from twotower_engines.runtime.interface import DenoiseRow, PredictRow, Runtime
+from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow, Runtime
 
 __all__ = ["Scheduler"]
 
 USUAL_COSTS = LinearCosts()
 PREFILL_SECONDS = 0.03
+LEAST_RETRY = 0.5
+"""Seconds after which those who were turned away are told to try again, at least."""
 
 
 class Scheduler:
@@ -74,6 +73,7 @@ class Scheduler:
         costs: The time that calls take, for the choice of which to make.
         prefill_seconds: Time that prompts may take from running rows in a turn.
         groups_commits: Whether finished blocks wait for each other where that is worth it.
+        prefix_bytes: Memory for the states of prompts' beginnings, beside the slots; 0 for none.
         clock: Tells the time in seconds.
     """
 
@@ -87,6 +87,7 @@ class Scheduler:
         costs: Costs = USUAL_COSTS,
         prefill_seconds: float = PREFILL_SECONDS,
         groups_commits: bool = True,
+        prefix_bytes: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runtime, self._tokenizer = runtime, tokenizer
@@ -99,11 +100,19 @@ class Scheduler:
             )
         self._turns = Turns(costs, runtime.limits, prefill_seconds, groups_commits)
         self._clock = clock
+        self.counters = Counters()
+        self._prefixes: Prefixes | None = None
+        if prefix_bytes:
+            chunk = self._turns.chunk
+            store = runtime.state_store(prefix_bytes, chunk)
+            self._prefixes = Prefixes(store, chunk) if store.places else None
         self._free = list(range(count))
         self._rows: dict[int, Row] = {}
         self._waiting = WaitingRequests(most_waiting)
         self._unstarted: list[BlockEvent] = []  # last events of requests that got no slot
         self._admitted = 0
+        self._between_ends = 0.0  # seconds from the end of one request to the next, on average
+        self._ended_at: float | None = None
 
     @property
     def idle(self) -> bool:
@@ -140,8 +149,11 @@ class Scheduler:
             raise RequestError(f"request_id {name!r} is in use by another request")
         turned_away = self._waiting.add(request)
         if turned_away is not None:
-            why = f"{len(self._waiting)} requests wait already; try again later"
-            self._unstarted.append(BlockEvent(turned_away.request_id, (), (), 0, 0, error=why))
+            name, count = turned_away.request_id, len(self._waiting)
+            after = max(LEAST_RETRY, round(self._between_ends * count / 2, 1))
+            why = f"{count} requests wait already; try again in {after:g} s"
+            event = BlockEvent(name, (), (), 0, 0, error=why, retry_after=after)
+            self._unstarted.append(event)
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request: the next turn gives its last event and frees its slot.
@@ -201,11 +213,16 @@ class Scheduler:
         return events
 
     def _release(self) -> None:
-        for slot, row in list(self._rows.items()):
-            if row.stage is Stage.DONE:
-                del self._rows[slot]
-                self._free.append(slot)
-        self._free.sort()
+        done = [slot for slot, row in self._rows.items() if row.stage is Stage.DONE]
+        if not done:
+            return
+        for slot in done:
+            del self._rows[slot]
+        self._free = sorted(self._free + done)
+        now = self._clock()
+        if self._ended_at is not None and self._waiting:
+            self._between_ends += ((now - self._ended_at) / len(done) - self._between_ends) / 8
+        self._ended_at = now
 
     def _admit(self) -> None:
         while self._free and self._waiting:
@@ -214,8 +231,14 @@ class Scheduler:
             prompt = np.array(request.prompt_ids, np.int32)
             ending = Ending(request, self._limits.end_ids, self._tokenizer)
             mask_id, last_id = self._runtime.mask_token_id, int(prompt[-1])
-            self._rows[slot] = Row(request, slot, self._admitted, prompt, ending, mask_id, last_id)
+            row = Row(request, slot, self._admitted, prompt, ending, mask_id, last_id)
+            if self._prefixes is not None and request.prefix_cache:
+                row.prefix = self._prefixes.restore(slot, prompt)
+                row.reused = len(row.prefix) * self._turns.chunk
+                row.pending = prompt[row.reused :]
+            self._rows[slot] = row
             self._admitted += 1
+            self.counters.admitted(row)
 
     def _extend(self) -> None:
         """Append pending tokens, in one call for each kind of size, to keep padding small."""
@@ -223,6 +246,7 @@ class Scheduler:
             parts = [self._turns.part(row) for row in rows]
             start = self._clock()
             logits = self._runtime.extend(parts)
+            self.counters.extended(parts)
             if all(row.stage is Stage.PREFILLING for row in rows):
                 size = max(part.ids.size for part in parts)
                 self._turns.prefilled(len(rows), size, self._clock() - start)
@@ -230,8 +254,19 @@ class Scheduler:
                 row.pending = row.pending[part.ids.size :]
                 row.context_calls += 1
                 row.logits = row_logits
+                if row.stage is Stage.PREFILLING:
+                    self._keep(row, part)
                 if not row.pending.size:
                     row.stage = Stage.STEPPING
+
+    def _keep(self, row: Row, part: ExtendRow) -> None:
+        """Keep a prompt's states after a full chunk, for prompts that begin alike."""
+        chunk, read = self._turns.chunk, len(row.request.prompt_ids) - row.pending.size
+        is_next = read == (len(row.prefix) + 1) * chunk
+        if self._prefixes is not None and row.request.prefix_cache and is_next:
+            self._prefixes.save(row.slot, row.prefix, part.ids)
+            self.counters.prefix_bytes = self._prefixes.used_bytes
+            self.counters.prefixes_evicted = self._prefixes.evicted
 
     def _denoise(self, rows: Sequence[Row]) -> list[BlockEvent]:
         """Refine the block of every row once; one that its request fixed whole needs no step."""
@@ -240,6 +275,7 @@ class Scheduler:
         if not masked:
             return events
         refined = self._runtime.denoise([self._step(row) for row in masked])
+        self.counters.denoised(len(masked))
         self._turns.stepped(self._in_order(), masked)
         for row, one in zip(masked, refined, strict=True):
             if one.still_masked < 0:
@@ -272,6 +308,7 @@ class Scheduler:
     def _predict(self, rows: Sequence[Row]) -> list[BlockEvent]:
         """Take the next token of every row from the denoiser tower."""
         logits = self._runtime.predict([PredictRow(row.slot, row.last_id) for row in rows])
+        self.counters.denoised(len(rows))
         events = []
         for row, row_logits in zip(rows, logits, strict=True):
             row.denoiser_calls += 1

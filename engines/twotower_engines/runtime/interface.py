@@ -90,6 +90,30 @@ class Denoised:
     confidence: npt.NDArray[np.float32]
 
 
+class StateStore(Protocol):
+    """Room beside the slots for the states of some prefixes, where the slots' states are.
+
+    Attributes:
+        places: Number of prefixes that there is room for.
+        place_bytes: Bytes of a place.
+    """
+
+    places: int
+    place_bytes: int
+
+    def save(self, place: int, slot: int, tokens: int) -> None:
+        """Copy a slot's Mamba states, and the keys and values of its last tokens, to a place.
+
+        Args:
+            place: Number of the place.
+            slot: Number of the slot.
+            tokens: Number of tokens, as given to `Runtime.state_store`.
+        """
+
+    def restore(self, slot: int, places: Sequence[int]) -> None:
+        """Fill an empty slot: the keys and values of all places, the Mamba states of the last."""
+
+
 class Runtime(Protocol):
     """Loaded engines with their weights bound.
 
@@ -136,6 +160,14 @@ class Runtime(Protocol):
 
         Returns:
             (rows, vocab) float32 logits.
+        """
+
+    def state_store(self, size: int, tokens: int) -> StateStore:
+        """Return room for prefixes.
+
+        Args:
+            size: Bytes that it may take.
+            tokens: Tokens whose keys and values a place holds.
         """
 
     def close(self) -> None:

@@ -191,6 +191,8 @@ def test_the_canvas_is_shown_at_every_step(generator):
         (12, ()), (8, ()), (4, ()), (0, blocks[0].ids),
     ]  # fmt: skip
     for step in events[:3]:
+        assert len(step.canvas_confidence) == 16
+        assert all(0 < one <= 1 for one in step.canvas_confidence)
         kept = zip(step.canvas, blocks[0].ids, strict=True)
         assert all(shown in (3, token) for shown, token in kept)
 

@@ -32,6 +32,7 @@ from twotower_engines.runtime.resident.calls import (
 )
 from twotower_engines.runtime.resident.device import Box, Device
 from twotower_engines.runtime.resident.engine import Call, Engine, Shape
+from twotower_engines.runtime.resident.kept import KeptStates
 from twotower_engines.runtime.resident.states import (
     Landing,
     SlotStates,
@@ -188,6 +189,14 @@ class ResidentRuntime:
         self._run(prepared)
         logits = prepared.outputs.arrays["logits"]
         return np.stack([logits[row.slot, 0] for row in rows])
+
+    def state_store(self, size: int, tokens: int) -> KeptStates:
+        """Return room for prefixes on the context tower's device.
+
+        Raises:
+            RuntimeLoadError: The device has no such room.
+        """
+        return KeptStates(self._all_states(), self._lengths, size, tokens)
 
     def close(self) -> None:
         """Free the engines, the weights and the states; a second time does nothing."""
