@@ -163,7 +163,7 @@ class PlanReport:
             },
             "precisions": self.precision_table(),
             "roofline": {
-                "assumptions": list(roofline.ASSUMPTIONS),
+                "basis": {name: list(texts) for name, texts in roofline.BASIS.items()},
                 "context_extension": [self.extension(rows).as_json() for rows in ROWS],
                 "prefill": self.prefill(),
             },

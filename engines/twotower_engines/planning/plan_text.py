@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from twotower_contract.engine_set import MAX_SLOTS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
@@ -23,6 +23,7 @@ GROUPS = (
     *("libraries and graphs", "used", "free"),
 )
 """Groups of the table of memory, in their order."""
+GROUNDS = ("compiled", "arithmetic", "measured by others", "assumed")
 
 
 def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str:
@@ -86,13 +87,20 @@ def text_of_one(report: PlanReport) -> str:
         "",
         _token_table(report),
         "",
-        "Assumed:",
-        *(f"- {text}" for text in memory_plan.ASSUMPTIONS + roofline.ASSUMPTIONS),
-        "",
+        *_basis(),
         "Sources:",
         *(f"- {text}" for text in _sources(report)),
     ]
     return "\n".join(parts)
+
+
+def _basis() -> Iterator[str]:
+    """Yield what the figures stand on: compiled, computed, measured by others, assumed."""
+    for name in GROUNDS:
+        yield f"{name.capitalize()}:"
+        for basis in (memory_plan.BASIS, roofline.BASIS):
+            yield from (f"- {text}" for text in basis.get(name, ()))
+        yield ""
 
 
 def _heading(model: ModelSize, plan: MemoryPlan) -> str:
