@@ -10,7 +10,7 @@ from pathlib import Path
 
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest
-from twotower_engines.planning.plan_report import plan_report
+from twotower_engines.planning.plan_report import plan_report, with_faster_flavours
 from twotower_engines.planning.plan_text import text_of_many
 from twotower_engines.planning.skus import known_skus
 
@@ -25,11 +25,15 @@ def table() -> str:
     """Return the table and its legend, as `twotower plan --sku all` prints them."""
     model = read_model_size(MODEL)
     skus = (sku for name, sku in known_skus().items() if name != "cpu")
-    text = text_of_many([plan_report(model, PlanRequest(sku), THRESHOLD) for sku in skus])
+    requests = [PlanRequest(sku, flavour=one) for sku in skus for one in sku.flavours]
+    reports = [plan_report(model, request, THRESHOLD) for request in requests]
+    default = [one for one in reports if one.plan.flavour == one.sku.flavour]
+    text = text_of_many(with_faster_flavours(default, reports))
     return text.split("\n\nWhat would fit")[0]
 
 
 def main() -> None:
+    """Write the table into the page."""
     page = PAGE.read_text(encoding="utf-8")
     made, count = BLOCK.subn(lambda match: table(), page)
     if count != 1:
