@@ -83,11 +83,11 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     help="Time that prompts may take from running rows in a turn.",
 )
 @click.option(
-    "--commits",
+    "--calls",
     type=click.Choice(["grouped", "at-once"]),
     default="grouped",
     show_default=True,
-    help="Whether finished blocks wait for each other where that is worth it.",
+    help="Whether rows wait for each other's context calls where that pays.",
 )
 @click.option("--seed", default=0, help="Seed of all that is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers for programs.")
@@ -108,7 +108,7 @@ def simulate(
     precision: str,
     prefix_cache: float,
     prefill_ms: float,
-    commits: str,
+    calls: str,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -135,7 +135,7 @@ def simulate(
             runtime,
             costs=runtime.costs,
             prefill_seconds=prefill_ms / 1e3,
-            groups_commits=commits == "grouped",
+            groups_calls=calls == "grouped",
             prefix_bytes=int(prefix_cache * 2**30),
             clock=runtime.clock,
         )

@@ -72,7 +72,7 @@ class Scheduler:
         most_waiting: Requests that may wait for a slot; None for any number.
         costs: The time that calls take, for the choice of which to make.
         prefill_seconds: Time that prompts may take from running rows in a turn.
-        groups_commits: Whether finished blocks wait for each other where that is worth it.
+        groups_calls: Whether rows wait for each other's context calls where that pays.
         prefix_bytes: Memory for the states of prompts' beginnings, beside the slots; 0 for none.
         clock: Tells the time in seconds.
     """
@@ -86,7 +86,7 @@ class Scheduler:
         most_waiting: int | None = None,
         costs: Costs = USUAL_COSTS,
         prefill_seconds: float = PREFILL_SECONDS,
-        groups_commits: bool = True,
+        groups_calls: bool = True,
         prefix_bytes: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -98,7 +98,7 @@ class Scheduler:
                 f"slots is {count}; these engines have 1 to {runtime.limits.slots}, "
                 "build with --slots to have more"
             )
-        self._turns = Turns(costs, runtime.limits, prefill_seconds, groups_commits)
+        self._turns = Turns(costs, runtime.limits, prefill_seconds, groups_calls)
         self._clock = clock
         self.counters = Counters()
         self._prefixes: Prefixes | None = None
@@ -251,7 +251,7 @@ class Scheduler:
                 size = max(part.ids.size for part in parts)
                 self._turns.prefilled(len(rows), size, self._clock() - start)
             for row, part, row_logits in zip(rows, parts, logits, strict=True):
-                row.pending = row.pending[part.ids.size :]
+                row.pending, row.waited = row.pending[part.ids.size :], 0.0
                 row.context_calls += 1
                 row.logits = row_logits
                 if row.stage is Stage.PREFILLING:

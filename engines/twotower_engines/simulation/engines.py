@@ -6,6 +6,7 @@ which calls are made is the real scheduler.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -32,11 +33,11 @@ Call = tuple[str, int, int]
 
 def burst_commits(task: str) -> Commits:
     """Return the planner's rule for a task: one token, or at some rate a burst (`acceptance`)."""
-    acceptance = load_acceptance()
+    rate = functools.cache(functools.partial(load_acceptance().burst_rate, task))
 
     def commits(row: DenoiseRow, masked: int) -> int:
         draw = random.Random(row.seed)
-        is_burst = draw.random() < acceptance.burst_rate(task, row.threshold)
+        is_burst = draw.random() < rate(row.threshold)
         count = draw.randint(2, masked) if is_burst and masked > 1 else 1
         return masked if row.steps_left <= 1 else max(count, -(-masked // row.steps_left))
 
