@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engines.generation.test_scheduler import CountedRuntime, alone, drawn, finish
+from tests.support.scheduling import CountedRuntime, alone, drawn, finish
 from twotower_contract.engine_set import Limits
 from twotower_engines.generation.costs import LinearCosts
 from twotower_engines.generation.request import Request
