@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import WeightSource, graph_weights
+from twotower_contract.quantized import input_forms
 from twotower_export.graph.attention import last_valid
 from twotower_export.graph.body import DOMAIN, FLOAT, INT32, OPSET, Body, prefixed
 from twotower_export.graph.conditioning import WEIGHTS as TIME_WEIGHTS
@@ -85,11 +86,14 @@ class _Graph:
         then. It copies codes that lie as they are stored, and writes all weights out in T where the
         scale is cast.
         """
-        *bank, out, into = source.shape
         text = describe_weight(source)
-        codes = self.input(name, (*bank, into, out), ir.DataType.FLOAT8E4M3FN, f"{text}, transposed")
-        scale = self.input(f"{name}_scale", bank, self.dtype, f"{text}: a scale of each matrix")
-        wide = self.body.op.DequantizeLinear(codes, scale, axis=0)
+        forms = input_forms(name, "F8_E4M3", source.shape, self.config.tensor_dtype)
+        (codes, (_, laid)), (scales, (_, bank)) = forms.items()
+        wide = self.body.op.DequantizeLinear(
+            self.input(codes, laid, ir.DataType.FLOAT8E4M3FN, f"{text}, transposed"),
+            self.input(scales, bank, self.dtype, f"{text}: a scale of each matrix"),
+            axis=0,
+        )
         return self.body.transpose(wide, *range(len(bank)), len(bank) + 1, len(bank))
 
     def weight(self, name: str) -> ir.Value:
