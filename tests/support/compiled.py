@@ -15,17 +15,10 @@ import sys
 
 import onnx
 
+from twotower_engines.building.flavours.branches import set_sizes
+
 BYTES = {"BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
 TENSOR = re.compile(r"Name: ([^,]+?), Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
-
-
-def made_static(model: onnx.ModelProto, sizes: dict[str, int]) -> onnx.ModelProto:
-    """Give dynamic dimensions their sizes, so that every byte is known."""
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.HasField("dim_param"):
-                dim.dim_value = sizes[dim.dim_param]
-    return model
 
 
 def compiler_log(model: onnx.ModelProto) -> list[str]:
@@ -78,7 +71,8 @@ def kernels(lines: list[str]) -> list[dict[str, object]]:
 
 if __name__ == "__main__":
     given = dict(one.split("=") for one in sys.argv[2:])
-    graph = made_static(onnx.load(sys.argv[1]), {name: int(size) for name, size in given.items()})
+    graph = onnx.load(sys.argv[1])
+    set_sizes(graph, {name: int(size) for name, size in given.items()})
     said = compiler_log(graph)
     scratch = [
         int(one[1]) for line in said if (one := re.search(r"Max Scratch Memory: (\d+)", line))

@@ -49,34 +49,33 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
         for weight, count in zip(projections[:3], (heads, kv, kv), strict=True)
     )
 
-    b.begin("visible.cache")
-    cached = b.arange(b.size(k_cache, 2))
-    sees_cache = b.op.Less(b.unsqueeze(cached, 0), b.unsqueeze(context_lengths, 1))  # [B, C]
-    b.begin("visible.block")
-    steps = b.arange(b.size(x, 1))
-    # At least one key is seen, also by a row that takes no part: its states must stay finite.
-    known = b.op.Max(lengths, b.i32(1))
-    sees_block = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(known, 1))  # [B, L]
     b.begin("visible")
-    seen = b.unsqueeze(b.op.Concat(sees_cache, sees_block, axis=1), 1, 2)  # [B, 1, 1, C + L]
+    capacity, tokens = b.size(k_cache, 2), b.size(x, 1)
+    place = b.unsqueeze(b.arange(capacity), 0)  # [1, C]
+    # At least one key is seen, also by a row that takes no part: its states must stay finite.
+    known = b.unsqueeze(b.op.Max(lengths, b.i32(1)), 1)  # [B, 1]
+    context = b.unsqueeze(context_lengths, 1)  # [B, 1]
     if causal:
-        b.begin("visible.causal")
-        position = b.op.Sub(b.arange(b.size(seen, 3)), b.cast(b.size(k_cache, 2), INT32))
-        earlier = b.op.LessOrEqual(b.unsqueeze(position, 0), b.unsqueeze(steps, 1))
-        mask = b.op.And(seen, earlier)  # [B, 1, L, C + L]
+        start = b.cast(context_lengths, INT64)
+        step = b.op.Min(b.unsqueeze(b.arange(tokens), 0), b.op.Sub(known, b.i32(1)))
+        last = b.op.Add(context, step)  # [B, L]
+        seen = b.op.LessOrEqual(b.unsqueeze(place, 1), b.unsqueeze(last, 2))
+        mask = b.unsqueeze(seen, 1)  # [B, 1, L, C]
     else:
-        queries = b.op.Concat(b.i64([1, 1]), b.size(x, 1), b.i64([1]), axis=0)
-        mask = b.op.Expand(seen, queries)
+        first = b.op.Sub(capacity, tokens)
+        start = b.op.Expand(first, b.size(x, 0))
+        step = b.op.Sub(place, b.cast(first, INT32))
+        in_block = b.op.And(b.op.GreaterOrEqual(step, b.i32(0)), b.op.Less(step, known))
+        seen = b.op.Or(b.op.Less(place, context), in_block)
+        queries = b.op.Concat(b.i64([1, 1]), tokens, b.i64([1]), axis=0)
+        mask = b.op.Expand(b.unsqueeze(seen, 1, 2), queries)  # [B, 1, L, C]
 
-    def joined(cache: ir.Value, new: ir.Value) -> ir.Value:
-        # What is not seen is zeroed: 0 * NaN would reach the result, and a slot that was given up
-        # may hold one.
-        clean = b.op.Where(b.unsqueeze(sees_cache, 1, 3), cache, b.const(0.0, dtype))
-        made: ir.Value = b.op.Concat(clean, new, axis=2)
-        return made
-
+    b.begin("cache")
+    keys, values = (
+        b.op.TensorScatter(cache, new, start, axis=2)
+        for cache, new in ((k_cache, k), (v_cache, v))
+    )
     b.begin("attention")
-    keys, values = joined(k_cache, k), joined(v_cache, v)
     y = b.op.Attention(q, keys, values, mask, scale=D**-0.5)
     b.begin("o_proj")
     y = b.reshape(b.transpose(y, 0, 2, 1, 3), 0, -1, heads * D)
@@ -84,7 +83,7 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
     return b.function(
         "CausalAttention" if causal else "BlockAttention",
         args,
-        {"y": y, "k_new": k, "v_new": v},
+        {"y": y, "k_cache_new": keys, "v_cache_new": values, "queries": q},
         "Grouped-query attention over the cached context and the block, scale 1/sqrt(head_dim).",
     )
 

@@ -62,6 +62,7 @@ from twotower_export.checkpoint import open_checkpoint
 from twotower_export.tiny.checkpoints import write_random_checkpoint
 
 LIMITS = Limits(slots=6, context=256, max_tokens_per_call=256, block_size_max=32)
+SIZES = {"context": LIMITS.cache_tokens}
 TOWERS = ("context", "denoiser")
 FLOAT32 = ("A_log", "gate.weight")
 
@@ -79,7 +80,8 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parsed(exported):
     return {
-        tower: parse(exported / "bundle" / "graphs" / f"{tower}.onnx", LIBRARY) for tower in TOWERS
+        tower: parse(exported / "bundle" / "graphs" / f"{tower}.onnx", LIBRARY, SIZES)
+        for tower in TOWERS
     }
 
 

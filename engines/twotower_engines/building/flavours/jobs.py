@@ -14,7 +14,7 @@ from typing import Any
 
 from twotower_engines.building.flavours.flavour import Order
 from twotower_engines.building.flavours.process import Job
-from twotower_engines.building.flavours.profiles import Profile, Sizes
+from twotower_engines.building.flavours.profiles import FIXED, Profile, Sizes
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import Sku
 
@@ -60,11 +60,15 @@ def engine_job(order: Order) -> Job:
     Raises:
         BuildError: The graph cannot be read, or has a dimension that no profile knows.
     """
-    inputs = graph_inputs(order.graph)
+    profiles = [_profile(values) for values in order.recipe["profiles"]]
+    fixed = _fixed_sizes(profiles)
+    inputs = {
+        name: [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims]
+        for name, dims in graph_inputs(order.graph).items()
+    }
     dynamic = {
         name: dims for name, dims in inputs.items() if any(isinstance(dim, str) for dim in dims)
     }
-    profiles = [_profile(values) for values in order.recipe["profiles"]]
     shapes = [
         {name: profile.shapes(dims, f"{order.graph}: {name}") for name, dims in dynamic.items()}
         for profile in profiles
@@ -74,8 +78,14 @@ def engine_job(order: Order) -> Job:
         "graph": str(order.graph),
         "plan": str(order.engine),
         "inputs": inputs,
+        "sizes": fixed,
         "profiles": shapes,
     }
+
+
+def _fixed_sizes(profiles: Sequence[Profile]) -> dict[str, int]:
+    """Return the dimensions that are numbers to the builder: a cache's, in all profiles the same."""
+    return {dim: profiles[0].sizes[dim].most for dim in FIXED}
 
 
 def graph_inputs(path: Path) -> dict[str, list[int | str]]:

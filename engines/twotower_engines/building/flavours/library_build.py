@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower_engines.building.flavours.branches import without_branches
+from twotower_engines.building.flavours.branches import set_sizes, without_branches
 
 if TYPE_CHECKING:
     import onnx
@@ -36,7 +36,8 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
 
     Args:
         trt: The API's module.
-        job: `graph`, `plan` (where to write), `inputs` (name to dims), `profiles` (list of name to
+        job: `graph`, `plan` (where to write), `inputs` (name to dims), `sizes` (of
+            named dimensions that become numbers), `profiles` (list of name to
             three shapes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
             profiling), and optionally `kernels` (the compute capability to compile our kernels
             for), `hardware` (a hardware compatibility level), `compute_capabilities`, `workspace`
@@ -54,7 +55,7 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    _parse(trt, network, log, Path(job["graph"]), job.get("kernels"))
+    _parse(trt, network, log, job)
     _let_attention_decompose(trt, network)
     _check_inputs(network, job["inputs"])
     config = builder.create_builder_config()
@@ -183,12 +184,13 @@ def _monitor(trt: Any, report: Report) -> Any:
     return Monitor()
 
 
-def _parse(trt: Any, network: Any, log: Any, graph: Path, kernels: str | None) -> None:
+def _parse(trt: Any, network: Any, log: Any, job: Mapping[str, Any]) -> None:
     import onnx
 
-    model = without_branches(onnx.load(str(graph), load_external_data=False))
-    if kernels is not None:
-        model = _with_plugins(model, kernels)
+    model = without_branches(onnx.load(job["graph"], load_external_data=False))
+    set_sizes(model, job["sizes"])
+    if job.get("kernels") is not None:
+        model = _with_plugins(model, job["kernels"])
     parser = trt.OnnxParser(network, log)
     if parser.parse(model.SerializeToString()):
         return
