@@ -72,8 +72,7 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
 
     b.begin("cache")
     keys, values = (
-        b.op.TensorScatter(cache, new, start, axis=2)
-        for cache, new in ((k_cache, k), (v_cache, v))
+        b.op.TensorScatter(cache, new, start, axis=2) for cache, new in ((k_cache, k), (v_cache, v))
     )
     b.begin("attention")
     y = b.op.Attention(q, keys, values, mask, scale=D**-0.5)

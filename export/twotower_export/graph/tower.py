@@ -234,7 +234,7 @@ def build_denoiser_graph(
     )
     b.begin("embeddings")
     hidden: ir.Value = b.op.Gather(g.weight("denoiser_tower.embeddings.weight"), ids)
-    caches: list[dict[str, ir.Value]] = []
+    written: list[dict[str, ir.Value]] = []
     for index, kind in enumerate(config.pattern):
         letter, name = KINDS[kind], f"denoiser.layers.{index}"
         given = [hidden, embedding, rows["conditioned"], *states[index]]
@@ -242,8 +242,8 @@ def build_denoiser_graph(
         given += [g.weight(f"scale_shift_tables.{index}")]
         given += g.layer_weights("denoiser_tower", index)
         outputs = [f"{name}.hidden", *(f"context.layers.{index}.{o}" for o in letter.in_place)]
-        hidden, *written = b.call(layers.by_kind[kind], given, name, outputs)
-        caches.append(dict(zip(letter.in_place, written, strict=True)))
+        hidden, *new = b.call(layers.by_kind[kind], given, name, outputs)
+        written.append(dict(zip(letter.in_place, new, strict=True)))
 
     b.begin("norm_f")
     (normed,) = b.call(layers.norm, [hidden, g.weight("denoiser_tower.norm_f.weight")])
@@ -253,8 +253,8 @@ def build_denoiser_graph(
     _add_refined(g, refined)
     meaning = "Logits of each position's own token; rounded to the graph's dtype before float32."
     g.output(b.up(logits), "logits", ["batch", "block", config.vocab_size], FLOAT, meaning)
-    for index, written in enumerate(caches):
-        g.add_new_states(index, written)
+    for index, values in enumerate(written):
+        g.add_new_states(index, values)
     doc = "Denoiser tower: one refinement step of a block against the context's states."
     return g.model("denoiser", [*layers.all, time, refine], doc, metadata)
 

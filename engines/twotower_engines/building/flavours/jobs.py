@@ -84,7 +84,7 @@ def engine_job(order: Order) -> Job:
 
 
 def _fixed_sizes(profiles: Sequence[Profile]) -> dict[str, int]:
-    """Return the dimensions that are numbers to the builder: a cache's, in all profiles the same."""
+    """Return the dimensions that become numbers, because they have one size in all profiles."""
     return {dim: profiles[0].sizes[dim].most for dim in FIXED}
 
 

@@ -6,7 +6,7 @@ where they lie.
 
 Keys and values are updated there as well: an engine takes a cache and gives it back at the same
 address, with the tokens of the call written behind the context's; the denoiser writes its block at
-the cache's end. No copy, and no second cache. Each slot has room for one call more than its context.
+the cache's end. Each slot has room for one call beside its context.
 
 A context call writes its new Mamba states to a landing buffer of the same layout, and the active
 rows are copied to their slots from there: 46 MB of SSM states per row of the full model, 20
