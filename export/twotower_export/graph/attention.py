@@ -1,17 +1,24 @@
 """Attention over cached context and the block: grouped queries, no positional encoding.
 
-The standard operator `Attention` (opset 23) under a boolean mask: TensorRT makes one kernel of it,
-in which scores are float32 and never written, whatever their number, and ONNX Runtime computes it
-on a CPU. Written out as product, softmax and product, keys were transposed and cast to float32, and
-the scores of the whole capacity written three times: 136 MiB for each row, layer and 8192 tokens.
+Keys and values of a call are written into the cache's own room (`TensorScatter`, opset 24), and one
+operator reads the cache (`Attention`, opset 23) under a boolean mask. Where the cache that comes
+out is the memory of the cache that went in, only the call's tokens move. The context tower writes
+them behind the context's, where they stay; the denoiser at the cache's end, where they disturb
+nothing. TensorRT makes one kernel of the attention, in which scores are float32 and never written,
+and ONNX Runtime computes all of it on a CPU.
 
+- TensorRT asks that an updated cache is an input and an output of the engine, of the same address,
+  and has one size. It learned `Attention` in 10.14 and the update in 10.15; TensorRT-RTX 1.7 has
+  both.
+- The queries are an output, which nobody reads. TensorRT lays out an output as it is written here,
+  and then reads the caches where they lie. Of queries that are its own affair it makes another
+  layout, and copies both caches into it.
+- The kernel is given a list of the 64-key tiles that the mask of a row uses. Its cost follows the
+  context's length; only the mask itself has the size of the cache.
+- What a cache holds past a row's tokens must be finite, because 0 * NaN is NaN.
 - The softmax's precision is not given: TensorRT refuses the attribute. Softmax weights may be
   rounded to T for their product with the values, as in flash attention.
 - Not opset 24's `nonpad_kv_seqlen`: TensorRT's parser drops it without a word.
-- Keys and values of the context and of the block are joined before: one copy of the cache, 8 MiB
-  for each row, layer and 8192 tokens, in which what is not seen becomes 0. Opset 24's
-  `TensorScatter` into the cache's own room would save it, where a call may write to its states.
-- The cost follows the capacity of the cache that is given, not the context's length.
 
 Sources: NVIDIA's `modeling_nemotron_h.py`, `NemotronHAttention` (it applies no rotary embedding,
 whatever `rope_theta` in config.json), and `modeling_nemotron_twotower.py`,
@@ -35,8 +42,9 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
     The context tower is causal inside the block; in the denoiser every position of the block sees
     every other (NVIDIA's `_run_denoiser_step_diffusion`). Both see the whole context.
 
-    Inputs: x [B, L, hidden] T; k_cache, v_cache [B, kv, C, D] T; lengths, context_lengths [B]
-    int32; `MIXER_WEIGHTS`. Outputs: y [B, L, hidden] T; k_new, v_new [B, kv, L, D] T.
+    Inputs: x [B, L, hidden] T; k_cache, v_cache [B, kv, C, D] T, C at least L more than a row's
+    context; lengths, context_lengths [B] int32; `MIXER_WEIGHTS`. Outputs: y [B, L, hidden] T;
+    k_cache_new, v_cache_new; queries [B, heads, L, D] T.
     """
     b = Body(dtype)
     args = inputs("x", "k_cache", "v_cache", "lengths", "context_lengths", *MIXER_WEIGHTS)
