@@ -32,15 +32,21 @@ Shape = Sequence[int | str]
 
 
 class _Graph:
-    """A main graph while it is written: its body, its inputs by name, its outputs."""
+    """A main graph while it is written: its body, its inputs by name, its outputs.
 
-    def __init__(self, config: ModelConfig, dtype: Dtype, weight_dtypes: Mapping[str, str]) -> None:
+    Args:
+        length: Name of the dimension that counts the tokens of a call.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: Dtype, weight_dtypes: Mapping[str, str], length: str
+    ) -> None:
         self.config = config
         self.dtype = DTYPES[dtype]
         self.body = Body(self.dtype)
         self.inputs: dict[str, ir.Value] = {}
         self.outputs: list[ir.Value] = []
-        c, tokens = config, "tokens"
+        c = config
         cache: Shape = ["batch", c.num_key_value_heads, "context", c.head_dim]
         ssm: Shape = ["batch", c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size]
         self._states: dict[str, tuple[Shape, ir.DataType]] = {
@@ -48,7 +54,7 @@ class _Graph:
             "ssm_state": (ssm, FLOAT),
             "k_cache": (cache, self.dtype),
             "v_cache": (cache, self.dtype),
-            "queries": (["batch", c.num_attention_heads, tokens, c.head_dim], self.dtype),
+            "queries": (["batch", c.num_attention_heads, length, c.head_dim], self.dtype),
         }
         self._weight_dtypes = weight_dtypes
         self._weights: dict[str, ir.Value] = {}
@@ -160,7 +166,7 @@ def build_context_graph(
         weight_dtypes: The dtype of each weight input, as safetensors spells it.
         metadata: Written into the file.
     """
-    g = _Graph(config, dtype, weight_dtypes)
+    g = _Graph(config, dtype, weight_dtypes, "tokens")
     b = g.body
     ids = g.input("ids", ["batch", "tokens"], INT32)
     rows = {name: g.input(name, ["batch"], INT32) for name in ("lengths", "context_lengths")}
@@ -213,7 +219,7 @@ def build_denoiser_graph(
     Outputs: new_ids, confidence, committed, still_masked, and logits [batch, block, vocab] float32.
     Arguments as of `build_context_graph`.
     """
-    g = _Graph(config, dtype, weight_dtypes)
+    g = _Graph(config, dtype, weight_dtypes, "block")
     b = g.body
     ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)
     rows = {
@@ -266,7 +272,7 @@ def build_refine_graph(
     metadata: Mapping[str, str],
 ) -> ir.Model:
     """`twotower::RefineBlock` alone, for tests and benchmarks; logits come as float32."""
-    g = _Graph(config, dtype, weight_dtypes)
+    g = _Graph(config, dtype, weight_dtypes, "block")
     shape: Shape = ["batch", "block", config.vocab_size]
     logits = g.input("logits", shape, FLOAT, "Logits of each position's own token.")
     ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)
