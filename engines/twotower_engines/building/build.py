@@ -52,7 +52,7 @@ FLAVOURS: dict[str, Flavour] = {
     for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
 }
 CONTEXT = 8192
-ENGINE_CODE = ("twotower_engines/building/flavours/*.py",)
+ENGINE_CODE = ("twotower_engines/building/flavours/*.py", "twotower_contract/traffic.py")
 SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")
 """Sources that decide the bytes of an engine, and those of a set; recipes add the kernels'."""
 
@@ -70,6 +70,7 @@ class BuildOptions:
         precision: Precision of the weights; `auto` for the widest that fits.
         gpus: 1, or 2 for one tower on each; None for the fewest that fit.
         block_size_max: Tokens of the largest block that the denoiser takes.
+        is_shared: Whether one engine must serve every GPU of the SKU's compute capability.
     """
 
     sku: Sku = field(default_factory=lambda: known_skus()["cpu"])
@@ -79,6 +80,7 @@ class BuildOptions:
     precision: str = "auto"
     gpus: int | None = None
     block_size_max: int = BLOCK_SIZE_MAX
+    is_shared: bool = False
 
 
 def build_engines(
@@ -108,10 +110,11 @@ def build_engines(
     flavour = FLAVOURS[plan.flavour]
     chunk = min(plan.max_tokens_per_call, manifest.max_tokens_per_call)
     limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
-    workspace = {tower: size for gpu in plan.gpus for tower, size in gpu.workspace.items()}
-    target = Target(sku, limits, plan.precision, workspace)
+    target = Target(sku, limits, plan.precision, options.is_shared)
     flavour.check(target)
-    graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
+    kind = flavour.graphs(plan.precision)
+    _refuse_quantized(bundle, manifest, kind)
+    graphs = _checked_graphs(bundle, manifest, kind)
     wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
     folder = engines / sku.name
     present = _present(folder, wanted.record.key)
@@ -183,6 +186,16 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
     if plan.fits and plan.precision not in BUILT:
         raise PlanError(refusal(planned("bf16")))
     return require_fit(plan)
+
+
+def _refuse_quantized(bundle: Path, manifest: Manifest, kind: str) -> None:
+    """Refuse graphs that take weights as they are stored, where they are stored quantized."""
+    formats = {one.format for some in manifest.weights.values() for one in some.values()} - {None}
+    if formats and kind == "native":
+        raise BuildError(
+            f"{bundle}: its weights are {' and '.join(sorted(map(str, formats)))}, which only the "
+            "CPU flavour runs as yet; build it with --sku cpu, or export the BF16 checkpoint"
+        )
 
 
 def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:
