@@ -234,7 +234,7 @@ def test_which_versions_of_tensorrt_fit(monkeypatch, version, fits):
     if fits:
         assert TensorRtFlavour().versions()["tensorrt"] == version
     else:
-        with pytest.raises(BuildError, match=r"10\.13 to 11\.x is needed"):
+        with pytest.raises(BuildError, match=r"10\.15 to 11\.x is needed"):
             TensorRtFlavour().versions()
 
 
