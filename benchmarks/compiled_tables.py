@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ CALLS = [
     (rows, tokens, context)
     for rows in (1, 3, 16)
     for tokens in (1, 5, 16, 64)
-    for context in (256, 1000, CONTEXT)
+    for context in (CONTEXT, LONG)
 ]
 """Calls of which the terms are found: more than terms, with sizes of no common factor."""
 
@@ -69,7 +69,7 @@ def compiled(folder: Path, tower: str, way: Way, rows: int, tokens: int, context
         flat["flat"] = Sizes(1, usual, most)
         flat["pairs"] = Sizes(pairs, pairs * usual, pairs * most)
     sizes = {"batch": Sizes(1, min(4, rows), rows), name: Sizes(1, min(16, tokens), tokens)}
-    sizes["context"] = Sizes(1, context, context)
+    sizes["context"] = Sizes(context, context, context)  # the room of a cache is one size
     recipe = engine_recipe([Profile("all", sizes | flat)]) | {"compute_capabilities": [CAPABILITY]}
     job = engine_job(Order(path, folder / "engine.plan", recipe))
     build_engine_files(LIBRARY, {tower: job}, 1, lambda tower, text: None)
@@ -106,12 +106,20 @@ def terms_of(bytes_of: Callable[[int, int, int], float]) -> dict[str, float]:
     }
 
 
-def kinds_of(tower: str, listing: Listing) -> dict[str, dict[str, Any]]:
-    """Return kernels and terms of a layer of each kind."""
-    kinds = traffic_of(listing).by_kind(PATTERN)
+def kinds_of(tower: str, listings: Mapping[int, Listing]) -> dict[str, dict[str, Any]]:
+    """Return kernels and terms of a layer of each kind.
+
+    Args:
+        listings: By the room of the caches.
+    """
+    kinds = traffic_of(listings[CONTEXT]).by_kind(PATTERN)
+    calls = {
+        call: traffic_of(listings[call[2]], call_of(tower, *call)).by_kind(PATTERN)
+        for call in CALLS
+    }
 
     def beside(kind: str, *call: int) -> float:
-        moved = traffic_of(listing, call_of(tower, *call)).by_kind(PATTERN)[kind]
+        moved = calls[call[0], call[1], call[2]][kind]
         return moved.total - moved.least
 
     def of_layer(kind: str) -> dict[str, Any]:
@@ -122,11 +130,15 @@ def kinds_of(tower: str, listing: Listing) -> dict[str, dict[str, Any]]:
     return {kind: of_layer(kind) for kind in kinds}
 
 
-def scratch_of(folder: Path, tower: str, way: Way) -> dict[str, float]:
-    """Return the terms of the scratch memory: tokens of all rows, and rows with their context."""
+def scratch_of(tower: str, small: Listing, listings: Mapping[int, Listing]) -> dict[str, float]:
+    """Return the terms of the scratch memory: tokens of all rows, and rows with their context.
 
-    def scratch(rows: int, tokens: int, context: int) -> float:
-        listing = compiled(folder, tower, way, rows, tokens, context)
+    Args:
+        small: One row of 16 tokens.
+        listings: The largest call, by the room of the caches.
+    """
+
+    def scratch(listing: Listing, rows: int, tokens: int, context: int) -> float:
         edges = [one for one in listing.kernels if one.kind == "plugin"]
         call = call_of(tower, rows, tokens, context)
         own = {one.name for one in (*listing.inputs, *listing.outputs)}
@@ -140,10 +152,11 @@ def scratch_of(folder: Path, tower: str, way: Way) -> dict[str, float]:
         return float((listing.scratch or 0) + largest)
 
     most = MOST[tower]
-    small, large = scratch(1, 16, CONTEXT), scratch(SLOTS, most, CONTEXT)
-    per_context = max(0.0, (scratch(SLOTS, most, LONG) - large) / (SLOTS * (LONG - CONTEXT)))
-    per_token = (large - small - per_context * (SLOTS - 1) * CONTEXT) / (SLOTS * most - 16)
-    rest = max(0.0, small - 16 * per_token - per_context * CONTEXT)
+    least = scratch(small, 1, 16, CONTEXT)
+    large, longer = (scratch(one, SLOTS, most, context) for context, one in listings.items())
+    per_context = max(0.0, (longer - large) / (SLOTS * (LONG - CONTEXT)))
+    per_token = (large - least - per_context * (SLOTS - 1) * CONTEXT) / (SLOTS * most - 16)
+    rest = max(0.0, least - 16 * per_token - per_context * CONTEXT)
     terms = {"1": rest, "rows * tokens": per_token, "rows * context": per_context}
     return {term: round(value, 3) for term, value in terms.items()}
 
@@ -154,10 +167,14 @@ def main() -> None:
         towers[tower] = {}
         for way in WAYS:
             with tempfile.TemporaryDirectory() as name:
-                listing = compiled(Path(name), tower, way, SLOTS, MOST[tower], CONTEXT)
+                listings = {
+                    context: compiled(Path(name), tower, way, SLOTS, MOST[tower], context)
+                    for context in (CONTEXT, LONG)
+                }
+                small = compiled(Path(name), tower, way, 1, 16, CONTEXT)
                 towers[tower][way] = {
-                    "kinds": kinds_of(tower, listing),
-                    "scratch": scratch_of(Path(name), tower, way),
+                    "kinds": kinds_of(tower, listings),
+                    "scratch": scratch_of(tower, small, listings),
                     "units": units_of(config_of(), tower, way),
                 }
             print(tower, way, towers[tower][way], flush=True)
