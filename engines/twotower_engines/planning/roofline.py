@@ -5,9 +5,7 @@ bytes over the achieved bandwidth and its operations over the achieved rate. The
 other, so their times add up, and each kernel and each call has a small cost of its own. The number
 of routed experts that a batch reads comes from the measured routing (`routing.py`), the number of
 steps of a block from the measured acceptance (`acceptance.py`); kernels, and what they move beside
-weights and states, from compiled engines (`compiled.py`). Only the denoiser's calls are
-captured as CUDA graphs: the host enqueues a context call kernel by kernel, and short kernels wait
-for it.
+weights and states, from compiled engines (`compiled.py`). Calls are captured as CUDA graphs.
 
 Where bytes bind, this is a floor for the time and a ceiling for tokens per second. Where operations
 do, it is an estimate: 60% of the dense rate is assumed, and 73 to 83% of it was measured on an RTX
@@ -37,8 +35,6 @@ TABLE = table_source()
 MATRIX_EFFICIENCY = 0.6
 KERNEL_SECONDS = {"tensorrt": 2e-6, "tensorrt-rtx": 2e-6, "onnxruntime": 5e-6}
 """Seconds from the end of a kernel to the start of the next."""
-ENQUEUE_SECONDS = 5e-6
-"""Seconds that the host takes to enqueue a kernel outside of a captured graph."""
 CALL_SECONDS = 300e-6
 CPU_KERNELS: Mapping[str, int] = {"M": 90, "*": 50, "E": 40, "ends": 100}
 """Operators that ONNX Runtime runs, per layer of each kind, and before and after all layers."""
@@ -61,13 +57,11 @@ BASIS: Mapping[str, tuple[str, ...]] = {
         "memory is read at the achieved share of the specified bandwidth (its source is below), so "
         "a time that bytes bind is a floor; matrix products reach 60% of the dense bf16 rate, "
         "whatever the width of the weights: a time that FLOPs bind is an estimate",
-        "each kernel costs 2 us besides, each call 300 us on the host; denoiser calls are captured "
-        "graphs, context calls are not: their host enqueues a kernel in 5 us, and the call takes "
-        "at least as long",
+        "each kernel costs 2 us besides, each call 300 us on the host; calls are captured graphs",
         "calls are counted as large as they are asked for: the runtime pads rows to a power of two "
         "and a row's tokens to 16, 32, 64 or a chunk, which costs time that is not counted here",
-        "new states are read and written once more to reach their slot; ids and logits that cross "
-        "to the host are not counted",
+        "new Mamba states are read and written once more to reach their slot; ids and logits that "
+        "cross to the host are not counted",
         "`tensorrt` reads the experts that a batch is routed to, once; `tensorrt-rtx` and "
         "`onnxruntime` run function bodies, which read and compute all experts",
         "rows finish their blocks independently, and those that do share one context extension; "
@@ -209,10 +203,10 @@ def context_call(
     table: Routing = "context token" if tokens == 1 else "context block"
     parts = _Parts(model, machine, "context", rows, tokens, context, table, routing)
     item = machine.item
-    new = rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
-    new += rows * tokens * kv_bytes_per_token(model.config, item)
-    # new states are read and written once more to reach their slots
-    copies = 2 * new / parts.bandwidth
+    mamba = rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
+    new = mamba + rows * tokens * kv_bytes_per_token(model.config, item)
+    # new Mamba states are read and written once more to reach their slots
+    copies = 2 * mamba / parts.bandwidth
     if to_second_gpu and machine.sku.peer:
         copies += new / machine.sku.peer
     return parts.cost(heads=rows, written=new, copies=copies)
@@ -297,20 +291,18 @@ class _Parts:
             part: max(size / self.bandwidth, flops.get(part, 0.0) / rate)
             for part, size in sizes.items()
         }
-        seconds["launches"] = self._launches(sum(seconds.values())) + CALL_SECONDS
+        seconds["launches"] = self._launches() + CALL_SECONDS
         if copies:
             seconds["state copies"] = copies
         return CallCost(self.rows, self.tokens, self.distinct, sizes, flops, seconds)
 
-    def _launches(self, busy: float) -> float:
-        """Return the seconds in which kernels wait to begin, in a call that is busy for so long."""
+    def _launches(self) -> float:
+        """Return the seconds in which kernels wait to begin."""
         pattern = self.model.config.pattern
         count = self.compiled.call_kernels(pattern)
         if self.machine.flavour == "onnxruntime":
             count = CPU_KERNELS[ENDS] + sum(CPU_KERNELS[kind] for kind in pattern)
-        gaps = count * KERNEL_SECONDS[self.machine.flavour]
-        is_captured = self.tower == "denoiser" or self.machine.flavour == "onnxruntime"
-        return gaps if is_captured else max(gaps, count * ENQUEUE_SECONDS - busy)
+        return count * KERNEL_SECONDS[self.machine.flavour]
 
     def _bytes(self, written: float) -> dict[str, float]:
         model, c, item, n = self.model, self.model.config, self.machine.item, self.count
