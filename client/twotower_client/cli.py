@@ -80,6 +80,7 @@ VERBS: dict[str, Verb] = {
         "twotower_engines.cli.serve", "Run a Triton server on a model repository.", "serve"
     ),
     "generate": Verb("twotower_client.generate_cli", "Ask a running server for an answer."),
+    "bench": Verb("twotower_client.bench_cli", "Measure a server under load, or engines alone."),
     "doctor": Verb(
         "twotower_engines.cli.doctor", "Report what works on this machine and what is missing."
     ),

@@ -13,6 +13,7 @@ from twotower_contract.command_line import (
     JSON_HELP,
     Outcome,
     given_options,
+    prompt_ids_option,
     read_prompt,
     request_options,
     warn_of_mask,
@@ -41,6 +42,7 @@ server's choice; the defaults above are those of a server of this version.
     help="host:port of the server's gRPC endpoint.",
 )
 @click.option("--stream", "streamed", is_flag=True, help="Print each block when it is committed.")
+@prompt_ids_option
 @request_options
 @click.option(
     "--timeout",

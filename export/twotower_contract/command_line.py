@@ -21,7 +21,7 @@ finish_reason."""
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a request to a command, and those for its prompt and its output."""
+    """Add the options of a request to a command, and `--json`."""
     import click
 
     types = {"INT32": int, "UINT64": int, "FP32": float, "BYTES": str}
@@ -39,11 +39,17 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help=_help(option),
             )
         )
-    text = "Token ids to continue, instead of text."
-    added.append(click.option("--prompt-ids", metavar="5,6,7", help=text))
     for add in added:
         command = add(command)
     return command
+
+
+def prompt_ids_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option of a prompt of token ids to a command."""
+    import click
+
+    text = "Token ids to continue, instead of text."
+    return click.option("--prompt-ids", metavar="5,6,7", help=text)(command)
 
 
 def _help(option: Option) -> str:

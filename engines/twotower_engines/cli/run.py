@@ -13,6 +13,7 @@ from twotower_contract.command_line import (
     JSON_HELP,
     Outcome,
     given_options,
+    prompt_ids_option,
     read_prompt,
     request_options,
     warn_of_mask,
@@ -38,6 +39,7 @@ The answer goes to standard output as it is made, figures to standard error. {JS
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="CHECKPOINT|ENGINES")
 @click.option("--prompt", help="Text to continue.")
+@prompt_ids_option
 @request_options
 @click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
 @click.option(
