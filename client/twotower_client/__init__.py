@@ -32,14 +32,18 @@ from twotower_contract.options import Options
 if TYPE_CHECKING:
     from twotower_client.aio import AsyncAnswerStream, AsyncTwoTowerClient
     from twotower_client.client import AnswerStream, TwoTowerClient
+    from twotower_client.pool import AsyncClientPool, ClientPool
+    from twotower_client.retry import Retry
 
 __all__ = [
     "Answer",
     "AnswerStream",
     "AsyncAnswerStream",
+    "AsyncClientPool",
     "AsyncTwoTowerClient",
     "Block",
     "ClientError",
+    "ClientPool",
     "DeadlineError",
     "InactivityError",
     "ModelNotReadyError",
@@ -47,6 +51,7 @@ __all__ = [
     "RequestCancelledError",
     "RequestFailedError",
     "RequestRefusedError",
+    "Retry",
     "ServerBusyError",
     "ServerUnavailableError",
     "TwoTowerClient",
@@ -54,6 +59,9 @@ __all__ = [
 
 
 LAZY = {
+    "AsyncClientPool": "pool",
+    "ClientPool": "pool",
+    "Retry": "retry",
     "AnswerStream": "client",
     "AsyncAnswerStream": "aio",
     "AsyncTwoTowerClient": "aio",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from twotower_client.errors import RequestRefusedError
+from twotower_client.errors import ClientError, RequestRefusedError
 from twotower_contract.command_line import (
     JSON_HELP,
     Outcome,
@@ -26,11 +28,18 @@ Examples:
   twotower generate "Mia the fox lived by the river." --url localhost:8001
   twotower generate "Mia the fox" --stream --threshold 0.8 --max-new-tokens 128
   twotower generate --prompt-ids 5,6,7 --mode ar --temperature 0.7 --top-p 0.9 --json
+  twotower generate --input prompts.jsonl --output answers.jsonl --concurrency 32
 
 The answer goes to standard output, figures to standard error. {JSON_HELP} With --json and --stream,
 one object for each block comes before it, on a line each. An option that is left out is the
 server's choice; the defaults above are those of a server of this version.
 """
+
+
+class AnswersFailedError(ClientError):
+    """Some prompts of a file have no answer."""
+
+    exit_code = 1
 
 
 @click.command(epilog=EPILOG)
@@ -39,7 +48,34 @@ server's choice; the defaults above are those of a server of this version.
     "--url",
     default="localhost:8001",
     show_default=True,
-    help="host:port of the server's gRPC endpoint.",
+    help="host:port of the server's gRPC endpoint; with --input several, with commas between.",
+)
+@click.option(
+    "--input",
+    "source",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Answer every prompt of FILE: a text a line, or .jsonl objects with prompt or prompt_ids "
+    "and options of their own.",
+)
+@click.option(
+    "--output",
+    "target",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of the answers to --input, one JSON object a line. A run that was ended goes on.",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Requests of --input under way at a time.",
+)
+@click.option(
+    "--attempts",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Most times that a request of --input is sent, where a server is busy or away.",
 )
 @click.option("--stream", "streamed", is_flag=True, help="Print each block when it is committed.")
 @prompt_ids_option
@@ -62,6 +98,10 @@ def generate(
     prompt: str | None,
     prompt_ids: str | None,
     url: str,
+    source: Path | None,
+    target: Path | None,
+    concurrency: int,
+    attempts: int,
     streamed: bool,
     as_json: bool,
     timeout: float,
@@ -71,9 +111,15 @@ def generate(
     """Continue PROMPT with the model of a running server."""
     from twotower_client.client import TwoTowerClient
 
+    settings = {"timeout": timeout, "inactivity_timeout": inactivity_timeout}
+    if source is not None or target is not None:
+        if prompt is not None or prompt_ids is not None or source is None or target is None:
+            raise RequestRefusedError("give --input and --output together, and no other prompt")
+        _answer_file(url, source, target, concurrency, attempts, settings, given_options(options))
+        return
     text, ids = read_prompt(prompt, prompt_ids, "PROMPT", RequestRefusedError)
     with (
-        TwoTowerClient(url, timeout=timeout, inactivity_timeout=inactivity_timeout) as client,
+        TwoTowerClient(url, **settings) as client,
         client.stream(text, prompt_ids=ids, **given_options(options)) as stream,
     ):
         for block in stream:
@@ -98,3 +144,37 @@ def generate(
     else:
         print("" if streamed else answer.text)
         print(outcome.figures(len(answer.prompt_ids)), file=sys.stderr)
+
+
+def _answer_file(
+    urls: str,
+    source: Path,
+    target: Path,
+    concurrency: int,
+    attempts: int,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Answer every prompt of a file.
+
+    Raises:
+        AnswersFailedError: Some failed; the file says why.
+    """
+    from twotower_client.batch_file import answer_file
+    from twotower_client.client import TwoTowerClient
+    from twotower_client.many import Batch
+    from twotower_client.retry import Retry, Servers
+
+    with contextlib.ExitStack() as stack:
+        clients = [TwoTowerClient(url, **settings) for url in urls.split(",")]
+        for client in clients:
+            stack.enter_context(client)
+        batch = Batch(Servers(clients), concurrency, Retry(attempts=attempts))
+        counts = answer_file(batch, source, target, options)
+    before = f", {counts.before} of them before" if counts.before else ""
+    print(f"{counts.prompts - counts.failed} answered{before}: {target}", file=sys.stderr)
+    if counts.failed:
+        raise AnswersFailedError(
+            f"{counts.failed} of {counts.prompts} prompts have no answer; {target} says why, and "
+            "the same call asks for them again"
+        )
