@@ -130,16 +130,14 @@ class Board {
   }
 
   /* Space, arrows, Home and End, unless one types. */
-  listen() {
-    document.addEventListener("keydown", (event) => {
-      const typing = /^(INPUT|TEXTAREA|SELECT|BUTTON)$/.test(event.target.tagName);
-      if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-      const acts = {
-        " ": () => this.toggle(), ArrowRight: () => this.step(1), ArrowLeft: () => this.step(-1),
-        Home: () => { this.pause(); this.go(0); },
-        End: () => { this.pause(); this.go(this.moments.length - 1); },
-      };
-      if (event.key in acts) { event.preventDefault(); acts[event.key](); }
-    });
+  key(event) {
+    const typing = /^(INPUT|TEXTAREA|SELECT|BUTTON)$/.test(event.target.tagName);
+    if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    const acts = {
+      " ": () => this.toggle(), ArrowRight: () => this.step(1), ArrowLeft: () => this.step(-1),
+      Home: () => { this.pause(); this.go(0); },
+      End: () => { this.pause(); this.go(this.moments.length - 1); },
+    };
+    if (event.key in acts) { event.preventDefault(); acts[event.key](); }
   }
 }
