@@ -59,7 +59,7 @@ class Answers:
         Raises:
             ApiError: A choice failed.
         """
-        arrived: asyncio.Queue[Piece | ClientError | None] = asyncio.Queue()
+        arrived: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
         async def read(index: int, job: Job) -> None:
             try:
@@ -67,7 +67,7 @@ class Answers:
                     async for block in stream:
                         arrived.put_nowait(Piece(index, block, len(stream.prompt_ids)))
                 arrived.put_nowait(None)
-            except ClientError as problem:
+            except Exception as problem:
                 arrived.put_nowait(problem)
 
         requests = self._wish.requests()
@@ -81,6 +81,8 @@ class Answers:
                 item = await arrived.get()
                 if isinstance(item, ClientError):
                     raise error_of(item)
+                if isinstance(item, Exception):  # a bug
+                    raise item
                 if item is None:
                     under_way -= 1
                 else:

@@ -345,5 +345,7 @@ async def unless_left(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
 
 
 def _answer_of(problem: ApiError) -> Response:
-    headers = {"retry-after": "1"} if problem.status in (429, 503) else None
+    headers = {"retry-after": "1"} if problem.status in (429, 503) else {}
+    if problem.status == 413:  # the rest of the body is not read, so nothing can follow it
+        headers["connection"] = "close"
     return JSONResponse(problem.body(), problem.status, headers)
