@@ -35,7 +35,7 @@ from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 from twotower_contract.tokenizer import TOKENIZER_FILES
 from twotower_engines.building.build_cache import CachedEngine, EngineCache, digest_of
 from twotower_engines.building.code_digest import code_digest
-from twotower_engines.building.flavours.flavour import Flavour, Order, Target, layers_file
+from twotower_engines.building.flavours.flavour import Flavour, Order, Target, traffic_file
 from twotower_engines.building.flavours.onnxruntime import OnnxRuntimeFlavour
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
@@ -349,18 +349,20 @@ def _write_set(
     folder: Path, bundle: Path, flavour: Flavour, wanted: _Wanted, built: Mapping[str, CachedEngine]
 ) -> None:
     """Write everything into a new folder, build.json last."""
-    files = {}
+    files, traffic = {}, {}
     for tower in wanted.graphs:
         engine = built[tower]
         path = folder / f"{tower}{flavour.suffix}"
         shutil.copyfile(engine.path, path)
         files[tower] = EngineFile(path.name, engine.sha256)
-        if engine.layers is not None:
-            shutil.copyfile(engine.layers, layers_file(path))
+        engine.copy_beside(path)
+        if traffic_file(path).is_file():
+            listing = traffic_file(path)
+            traffic[tower] = EngineFile(listing.name, file_sha256(listing))
     for path in _copied(bundle):
         shutil.copyfile(path, folder / path.name)
     extra = {**wanted.record.extra, "reports": {t: engine.report for t, engine in built.items()}}
-    write_build_record(folder, replace(wanted.record, plans=files, extra=extra))
+    write_build_record(folder, replace(wanted.record, plans=files, traffic=traffic, extra=extra))
 
 
 def _copied(bundle: Path) -> list[Path]:
