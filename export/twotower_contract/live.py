@@ -22,11 +22,12 @@ class LiveView:
 
     Args:
         out: Stream to write to, standard output as a rule.
+        is_live: Whether to draw blocks that are not committed, where `out` is a terminal.
     """
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, is_live: bool = True) -> None:
         self._out = out
-        self._is_drawn = out.isatty() and os.environ.get("TERM") != "dumb"
+        self._is_drawn = is_live and out.isatty() and os.environ.get("TERM") != "dumb"
         self._has_colour = not os.environ.get("NO_COLOR")
         self._row = ""  # text in the last row: the block stands behind it
         self._rows_up = 0  # rows between the start of that row and the cursor

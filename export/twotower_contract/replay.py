@@ -7,6 +7,7 @@ same board. A page is one file: style, script and data are in it, and nothing is
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,23 @@ class Token:
     text: str
     call: int
     confidence: float | None
+
+
+def tokens_of(
+    texts: Sequence[str], steps: Sequence[int], logprobs: Sequence[float], is_denoised: bool
+) -> tuple[Token, ...]:
+    """Return the tokens of a block.
+
+    Args:
+        texts: Text that each adds.
+        steps: Denoiser call of the block that committed each, from 0; -1 where the request gave it.
+        logprobs: Log-probability of each.
+        is_denoised: Whether the mode masks positions; else all come at once.
+    """
+    return tuple(
+        Token(text, step + 1 if is_denoised else 0, round(math.exp(logprob), 4))
+        for text, step, logprob in zip(texts, steps, logprobs, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +80,7 @@ class Replay:
         write_text(path, self.page())
 
 
-def filled_page(name: str, **values: str) -> str:
+def filled_page(name: str, /, **values: str) -> str:
     """Return a page of this package with its parts and values put in.
 
     Args:

@@ -179,13 +179,7 @@ def wait_for_a_free_slot(server) -> None:
 
 def test_a_caller_that_leaves_frees_its_slot(caller, address, server) -> None:
     streams = [
-        complete(
-            caller,
-            max_tokens=LONG,
-            extra_body={"mode": "ar", "ignore_eos": True} if False else {"mode": "ar"},
-            stream=True,
-        )
-        for _ in range(2)
+        complete(caller, max_tokens=LONG, extra_body={"mode": "ar"}, stream=True) for _ in range(2)
     ]
     for stream in streams:
         next(iter(stream))
@@ -219,7 +213,7 @@ def test_a_caller_that_leaves_frees_its_slot(caller, address, server) -> None:
     ("fields", "kind", "said", "param"),
     [
         ({"model": "gpt-4"}, openai.NotFoundError, "this server has 'twotower'", "model"),
-        ({"extra_body": {"treshold": 1}}, openai.BadRequestError, "nearest is threshold", "treshold"),
+        ({"extra_body": {"treshold": 1}}, openai.BadRequestError, "nearest is thre", "treshold"),
         ({"extra_body": {"threshold": 7}}, openai.BadRequestError, "threshold is 7", "threshold"),
         ({"prompt": ""}, openai.BadRequestError, "prompt", "prompt"),
         ({"prompt": []}, openai.BadRequestError, "prompt", "prompt"),
@@ -267,7 +261,7 @@ def test_models_and_health(caller, address) -> None:
 def test_keys_limits_and_no_template(server) -> None:
     options = ("--max-concurrency", "1", "--model", "mine")
     with front_end(server, *options, keys="key-1,key-2") as address:
-        for key, is_known in (("key-2", True), ("key-3", False), ("", False)):
+        for key, is_known in (("key-2", True), ("key-3", False), ("key", False)):
             with openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0) as there:
                 if is_known:
                     assert complete(there, model="mine").choices[0].text
@@ -304,8 +298,9 @@ def test_a_server_that_is_away_is_told(tmp_path) -> None:
         {"prompt": 3}, {"prompt": [[]]}, {"prompt": ["a", [1], {}]}, {"prompt": [True]},
         {"prompt": "a", "stream": "yes"}, {"prompt": "a", "n": 1.5}, {"prompt": "a", "stop": 3},
         {"prompt": "a", "logprobs": -1}, {"prompt": "a", "stream_options": 3},
-        {"prompt": "a", "seed": "x"}, {"prompt": "a", "temperature": []}, {"prompt": [1], "echo": True},
-        {"prompt": "a", "suffix": 3}, {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "seed": "x"}, {"prompt": "a", "temperature": []},
+        {"prompt": [1], "echo": True}, {"prompt": "a", "suffix": 3},
+        {"prompt": "a", "max_tokens": 0},
     ],
     ids=str,
 )  # fmt: skip
