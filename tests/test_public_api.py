@@ -50,6 +50,7 @@ PROMISED = {
         "FinishReason",
         "Request",
         "RequestLimits",
+        "TokenDetail",
     },
     "twotower_engines.generation.scheduler": {"Scheduler"},
 }

@@ -14,8 +14,6 @@ from twotower_engines.planning.roofline import Machine, context_call, denoiser_s
 from twotower_engines.planning.skus import known_skus
 from twotower_engines.runtime.resident.calls import token_bucket
 
-__all__ = ["Costs", "LinearCosts", "RooflineCosts", "between", "costs_of_engines"]
-
 
 class Costs(Protocol):
     """Seconds of a call over so many rows, each of so many tokens."""

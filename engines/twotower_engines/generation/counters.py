@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from twotower_engines.generation.row import Row
 from twotower_engines.runtime.interface import ExtendRow
 
-__all__ = ["Counters"]
-
 
 @dataclass(slots=True)
 class Counters:

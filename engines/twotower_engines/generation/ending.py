@@ -16,8 +16,6 @@ from twotower_contract.options import last_pinned
 from twotower_engines.artifacts.tokenizer import TextStream, Tokenizer
 from twotower_engines.generation.request import Request
 
-__all__ = ["Ending", "Piece", "StopMatcher"]
-
 EndReason = Literal["length", "eos", "stop", "calls", "repetition"]
 
 

@@ -20,8 +20,6 @@ import numpy.typing as npt
 
 from twotower_engines.runtime.interface import StateStore
 
-__all__ = ["Prefixes"]
-
 ROOT = 0
 """The entry before the first chunk."""
 

@@ -15,8 +15,6 @@ from twotower_engines.generation.costs import Costs, between
 from twotower_engines.generation.row import Row, Stage
 from twotower_engines.runtime.interface import ExtendRow
 
-__all__ = ["Turns", "chunk_tokens"]
-
 LEAST_CHUNK = 32
 CHUNK_SLACK = 1.25
 """A chunk may cost so much more per token than the cheapest size: small ones start others sooner,

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 
 from twotower_engines.generation.request import Request
 
-__all__ = ["WaitingRequests"]
-
 BATCH_TURN = 8
 """One slot of so many goes to a batch request, while interactive ones wait as well."""
 

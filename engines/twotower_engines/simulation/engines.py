@@ -7,7 +7,7 @@ which calls are made is the real scheduler.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -98,12 +98,13 @@ class SimulatedRuntime:
         commits: What a denoise step commits.
         clock: Moved by each call.
         place_bytes: Memory of a kept prefix of so many tokens.
-        prefilling: Slots whose prompt is not read yet, as far as the runtime was told.
+        active: Tells how many rows there are.
         calls: Every call so far, in order, where `records`.
         busy: Seconds of each kind of call.
         row_seconds: Seconds of each kind of call, times the rows that took part.
         stalled: The same, times the rows that had to wait for it.
-        active: Tells how many rows there are.
+        empty: Seconds times slots without a request.
+        reading: Slots whose prompt is not read yet.
     """
 
     limits: Limits
@@ -111,28 +112,29 @@ class SimulatedRuntime:
     commits: Commits
     clock: Clock = field(default_factory=Clock)
     place_bytes: Callable[[int], int] = lambda tokens: 1
-    is_prefill: Callable[[int], bool] = lambda slot: False
     active: Callable[[], int] = lambda: 0
     records: bool = False
     calls: list[Call] = field(default_factory=list)
-    busy: Counter[str] = field(default_factory=Counter)
-    row_seconds: Counter[str] = field(default_factory=Counter)
-    stalled: Counter[str] = field(default_factory=Counter)
+    busy: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    row_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    stalled: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     empty: float = 0.0
+    reading: set[int] = field(default_factory=set)
     vocab_size: int = VOCABULARY
     mask_token_id: int = MASK
     eos_token_ids: tuple[int, ...] = ()
     has_denoiser: bool = True
 
     def reset(self, slot: int) -> None:
-        """Do nothing."""
+        """Begin a request, whose prompt comes next."""
+        self.reading.add(slot)
 
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Take the time of a context call."""
         tokens = max(row.ids.size for row in rows)
-        is_prefill = any(self.is_prefill(row.slot) for row in rows)
-        kind = "prefill" if is_prefill else "commit"
+        kind = "commit" if self.reading.isdisjoint(row.slot for row in rows) else "prefill"
         self._spend(kind, len(rows), tokens, self.costs.extend(len(rows), tokens))
+        self.reading.difference_update(row.slot for row in rows if row.logits)
         logits = np.zeros(VOCABULARY, np.float32)
         logits[TOKEN] = 1
         return [logits if row.logits else None for row in rows]
@@ -141,11 +143,13 @@ class SimulatedRuntime:
         """Take the time of a denoiser call, and commit what the rule says."""
         tokens = max(row.ids.size for row in rows)
         self._spend("denoise", len(rows), tokens, self.costs.denoise(len(rows), tokens))
+        self.reading.difference_update(row.slot for row in rows)
         return [self._refined(row) for row in rows]
 
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
         """Take the time of a denoiser call of single tokens."""
         self._spend("predict", len(rows), 1, self.costs.denoise(len(rows), 1))
+        self.reading.difference_update(row.slot for row in rows)
         logits = np.zeros((len(rows), VOCABULARY), np.float32)
         logits[:, TOKEN] = 1
         return logits
