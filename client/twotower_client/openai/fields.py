@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from twotower_client.many import Prompt
 from twotower_client.openai.problems import ApiError, refused
-from twotower_contract.options import OPTIONS, Options, refusal, unknown_name
+from twotower_contract.options import IMPOSSIBLE, OPTIONS, Options, refusal, unknown_name
 
 MAX_TOKENS = 16  # OpenAI's own default for completions
 MOST_CHOICES = 64
@@ -85,6 +85,8 @@ def read_completion(body: Mapping[str, Any]) -> Wish:
     """
     _check_names(body, COMPLETION_FIELDS)
     logprobs = _whole(body, "logprobs", 0, MOST_LOGPROBS)
+    if logprobs is not None or body.get("suffix"):
+        raise ApiError(400, "logprobs and suffix cannot be had here; leave them out")
     echo = _flag(body, "echo")
     suffix = body.get("suffix")
     if suffix is not None and not isinstance(suffix, str):
@@ -128,7 +130,8 @@ def _wish(
 ) -> Wish:
     for name, values in NOTHING_ASKED.items():
         if body.get(name) not in values:
-            raise refused(name, "cannot be had: this model has no such thing; leave it out")
+            reason = IMPOSSIBLE.get(name, "this model has no such thing; leave it out")
+            raise refused(name, f"cannot be had: {reason}")
     options = {name: body[name] for name in (*OURS, *SAME) if body.get(name) is not None}
     for theirs, ours in TRANSLATED.items():
         value = length if theirs == "max_tokens" else body.get(theirs)

@@ -111,7 +111,9 @@ def build_engines(
     workspace = {tower: size for gpu in plan.gpus for tower, size in gpu.workspace.items()}
     target = Target(sku, limits, plan.precision, workspace)
     flavour.check(target)
-    graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
+    kind = flavour.graphs(plan.precision)
+    _refuse_quantized(bundle, manifest, kind)
+    graphs = _checked_graphs(bundle, manifest, kind)
     wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
     folder = engines / sku.name
     present = _present(folder, wanted.record.key)
@@ -183,6 +185,16 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
     if plan.fits and plan.precision not in BUILT:
         raise PlanError(refusal(planned("bf16")))
     return require_fit(plan)
+
+
+def _refuse_quantized(bundle: Path, manifest: Manifest, kind: str) -> None:
+    """Refuse graphs that take weights as they are stored, where they are stored quantized."""
+    formats = {one.format for some in manifest.weights.values() for one in some.values()} - {None}
+    if formats and kind == "native":
+        raise BuildError(
+            f"{bundle}: its weights are {' and '.join(sorted(map(str, formats)))}, which only the "
+            "CPU flavour runs as yet; build it with --sku cpu, or export the BF16 checkpoint"
+        )
 
 
 def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:
