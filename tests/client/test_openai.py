@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import shlex
 import subprocess
+import sys
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -12,7 +16,8 @@ from contextlib import contextmanager
 import openai
 import pytest
 
-from tests.support import TWOTOWER
+from tests.support import ROOT, TWOTOWER
+from tests.support.browser import chromium
 from twotower_client.openai.chat import ChatTemplate
 from twotower_client.openai.fields import read_completion
 from twotower_client.openai.problems import ApiError
@@ -31,8 +36,6 @@ TEMPLATE = (
 @contextmanager
 def front_end(server, *options, keys=""):
     """Run `twotower openai`, and give its address."""
-    import os
-
     command = [*TWOTOWER, "openai", "--url", server.grpc_address, "--port", "0", *options]
     environment = {**os.environ, "TWOTOWER_API_KEYS": keys}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -316,3 +319,38 @@ def test_a_template_cannot_reach_python() -> None:
     )
     with pytest.raises(ApiError):
         template.prompt([{"role": "user", "content": "a"}])
+
+
+def test_the_examples_of_the_page_work(address) -> None:
+    text = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code = example.replace("http://localhost:9000", address)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert "prompt_tokens" in ran.stdout
+
+    [command] = re.findall(r"curl (.*?}')", text, flags=re.DOTALL)
+    url, _, header, _, data = shlex.split(command.replace("\\\n", ""))
+    url = url.replace("localhost:9000", address.removeprefix("http://"))
+    name, _, value = header.partition(": ")
+    request = urllib.request.Request(f"http://{url}", data.encode(), {name: value})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=60) as answer:
+        assert json.load(answer)["usage"]["completion_tokens"] == 48
+
+
+def test_the_page_shows_an_answer(address, caller) -> None:
+    with chromium() as browser:
+        browser.open(address)
+        browser.run(
+            f"form.prompt.value = {json.dumps(PROMPT)}; form.max_tokens.value = 40;"
+            "document.querySelector('form button').click()"
+        )
+        browser.wait(lambda: browser.text(".figures").startswith("40 tokens"))
+        browser.run("board.pause(); board.go(board.moments.length - 1)")
+        shown = browser.run("return document.querySelector('.board').textContent")
+        assert shown == PROMPT + complete(caller, max_tokens=40).choices[0].text
+        browser.run("form.max_tokens.value = 99999; form.onsubmit(new Event('submit'))")
+        browser.wait(lambda: "these engines hold" in browser.text(".problem"))
+        refusal = [one for one in browser.problems() if "400" not in one]
+        assert refusal == [], "but for the refusal, which browsers tell by themselves"
