@@ -79,6 +79,7 @@ VERBS: dict[str, Verb] = {
     "serve": Verb(
         "twotower_engines.cli.serve", "Run a Triton server on a model repository.", "serve"
     ),
+    "probe": Verb("twotower_client.probe_cli", "Ask a server whether it is live or ready."),
     "generate": Verb("twotower_client.generate_cli", "Ask a running server for an answer."),
     "doctor": Verb(
         "twotower_engines.cli.doctor", "Report what works on this machine and what is missing."

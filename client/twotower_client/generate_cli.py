@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from twotower_client.access_cli import ACCESS, access_options, connect
 from twotower_client.errors import RequestRefusedError
 from twotower_contract.command_line import (
     JSON_HELP,
@@ -34,12 +35,7 @@ server's choice; the defaults above are those of a server of this version.
 
 @click.command(epilog=EPILOG)
 @click.argument("prompt", required=False)
-@click.option(
-    "--url",
-    default="localhost:8001",
-    show_default=True,
-    help="host:port of the server's gRPC endpoint.",
-)
+@access_options
 @click.option("--stream", "streamed", is_flag=True, help="Print each block when it is committed.")
 @request_options
 @click.option(
@@ -59,7 +55,6 @@ server's choice; the defaults above are those of a server of this version.
 def generate(
     prompt: str | None,
     prompt_ids: str | None,
-    url: str,
     streamed: bool,
     as_json: bool,
     timeout: float,
@@ -67,11 +62,10 @@ def generate(
     **options: Any,
 ) -> None:
     """Continue PROMPT with the model of a running server."""
-    from twotower_client.client import TwoTowerClient
-
+    access = {name: options.pop(name) for name in ACCESS}
     text, ids = read_prompt(prompt, prompt_ids, "PROMPT", RequestRefusedError)
     with (
-        TwoTowerClient(url, timeout=timeout, inactivity_timeout=inactivity_timeout) as client,
+        connect(**access, timeout=timeout, inactivity_timeout=inactivity_timeout) as client,
         client.stream(text, prompt_ids=ids, **given_options(options)) as stream,
     ):
         for block in stream:

@@ -47,7 +47,6 @@ def infer_request(
     prompt: str | None,
     prompt_ids: Sequence[int] | None,
     options: Options,
-    request_id: str,
     timeout: float,
     queue_notice: float | None = None,
 ) -> Any:
@@ -57,7 +56,6 @@ def infer_request(
         prompt: Text, or None.
         prompt_ids: Token ids, or None; exactly one of the two is given.
         options: Options of the request.
-        request_id: Name of the request on the server.
         timeout: Seconds after which the server gives the request up by itself.
         queue_notice: Seconds between two notices that the request still waits for a slot; None for
             no notices.
@@ -69,7 +67,7 @@ def infer_request(
         RequestRefusedError: Something is missing or wrong.
     """
     given = check_options(options)
-    message = Message(request_id)
+    message = Message()
     if prompt is None and prompt_ids is None:
         raise RequestRefusedError("there is no prompt; give a prompt or prompt_ids")
     if prompt is not None and prompt_ids is not None:
@@ -92,8 +90,15 @@ def infer_request(
 
 def cancel_request(request_id: str) -> Any:
     """Return the message that cancels another request."""
-    message = Message("")
+    message = Message()
     message.add("cancel_request_id", request_id.encode())
+    return message.message
+
+
+def probe_request() -> Any:
+    """Return the message that asks for the state of the engine."""
+    message = Message()
+    message.add("probe", 1)
     return message.message
 
 
@@ -104,10 +109,10 @@ class Message:
         message: The `tritonclient.grpc.service_pb2.ModelInferRequest`.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self) -> None:
         from tritonclient.grpc import service_pb2
 
-        self.message = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
+        self.message = service_pb2.ModelInferRequest(model_name=MODEL)
 
     def add(self, name: str, value: Any) -> None:
         """Add an input of the served model: bytes, a number, or a list of numbers."""

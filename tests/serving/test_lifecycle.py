@@ -32,7 +32,7 @@ def own_temporary_folder(tmp_path, monkeypatch) -> None:
 
 def start(repository: Path, *options: str) -> tuple[subprocess.Popen, dict]:
     """Start `twotower serve` and return it with its ready line."""
-    command = [*COMMAND, str(repository), "--grpc-port", "0", "--no-http", "--no-metrics"]
+    command = [*COMMAND, str(repository), "--grpc-port", "0", "--no-metrics"]
     running = subprocess.Popen(
         [*command, "--json", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -117,10 +117,10 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> None:
 def test_a_model_that_cannot_load_says_why(tmp_path, packaged) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(packaged.repository, broken)
-    config = broken / "generate" / "config.pbtxt"
+    config = broken / "twotower" / "config.pbtxt"
     config.write_text(config.read_text().replace(str(packaged.engines), "/no/engines"))
     ran = subprocess.run(
-        [*COMMAND, str(broken), "--grpc-port", "0", "--no-http", "--no-metrics"],
+        [*COMMAND, str(broken), "--grpc-port", "0", "--no-metrics"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert ran.returncode == 2

@@ -1,10 +1,11 @@
 """End a server together with the command that started it, however that one ends.
 
 The command holds the only writing end of a pipe. The pipe breaks when the command lets go of it, or
-when the command dies, even of SIGKILL: the kernel closes it. Two listen. The model `generate` tells
+when the command dies, even of SIGKILL: the kernel closes it. Two listen. The model `twotower` tells
 its open requests that the server is shutting down, so that no client waits in vain. A keeper, which
 is this file run as a program in a session of its own, ends the server's process group after a
-bounded time and removes what it left.
+bounded time and removes what it left. A second pipe, cut before, lets the model drain: it takes no
+new requests and finishes those that are open.
 
 Nothing but the standard library is imported: the keeper starts in a few hundredths of a second.
 """
@@ -22,16 +23,23 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-VARIABLE = "TWOTOWER_LIFELINE"  # holds the descriptor of the pipe's reading end
+# Variables that hold the descriptors of the pipes' reading ends.
+LIFELINE = "TWOTOWER_LIFELINE"
+DRAIN = "TWOTOWER_DRAIN"
 SHARED_MEMORY = Path("/dev/shm")
 # A server that is told to end takes no more steps of an ensemble (seen with 2.51), so what the open
 # requests are told has to be on its way before.
 SECONDS_TO_TELL = 1.0
 
 
-def on_cut(act: Callable[[], None]) -> None:
-    """Call `act` from a thread once the lifeline is cut; never in a server started without one."""
-    descriptor = os.environ.get(VARIABLE, "")
+def on_cut(pipe: str, act: Callable[[], None]) -> None:
+    """Call `act` from a thread once a pipe is cut; never in a server started without one.
+
+    Args:
+        pipe: `LIFELINE` or `DRAIN`.
+        act: Called once.
+    """
+    descriptor = os.environ.get(pipe, "")
     if not descriptor:
         return
 

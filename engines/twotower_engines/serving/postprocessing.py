@@ -1,4 +1,4 @@
-"""The model `postprocess`: the ids of one block to the text that they add.
+"""The model `postprocessing`: the ids of one block to the text that they add, for the ensemble.
 
 Each response is decoded on its own, so what a decoder needs to know of the answer so far travels
 with it: its last tokens, and whether more is to come.
@@ -26,7 +26,7 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer(folder) if Tokenizer.exists(folder) else None
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each response of `generate` with its text; empty without a tokenizer."""
+        """Answer each response of `twotower` with its text; empty without a tokenizer."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
