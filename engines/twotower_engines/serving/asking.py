@@ -103,22 +103,34 @@ class Asker:
         Raises:
             NoAnswerError: The server could not.
         """
-        import grpc
         from tritonclient.grpc import service_pb2
 
-        calls: Any = (
-            (self._stub.RepositoryModelUnload, service_pb2.RepositoryModelUnloadRequest),
-            (self._stub.RepositoryModelLoad, service_pb2.RepositoryModelLoadRequest),
-        )
-        try:
-            for call, kind in calls:
-                call(kind(model_name=model), timeout=LOAD_SECONDS, metadata=self._metadata)
-        except grpc.RpcError as problem:
-            raise NoAnswerError(self._words(model, problem)) from None
+        request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
+        self._control(self._stub.RepositoryModelUnload, request)
+        self.load(model)
+
+    def load(self, model: str) -> None:
+        """Load a model.
+
+        Raises:
+            NoAnswerError: The server could not.
+        """
+        from tritonclient.grpc import service_pb2
+
+        request = service_pb2.RepositoryModelLoadRequest(model_name=model)
+        self._control(self._stub.RepositoryModelLoad, request)
 
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
+
+    def _control(self, call: Any, request: Any) -> None:
+        import grpc
+
+        try:
+            call(request, timeout=LOAD_SECONDS, metadata=self._metadata)
+        except grpc.RpcError as problem:
+            raise NoAnswerError(self._words(request.model_name, problem)) from None
 
     def _words(self, model: str, problem: Any) -> str:
         return f"{model} at {self.address}: {problem.code().name}: {problem.details()}"

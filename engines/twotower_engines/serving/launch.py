@@ -11,7 +11,9 @@ from typing import Any
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.asking import ACCESS, CONTROL
 
-EXIT_SECONDS = 10  # how long the server may take to unload its models
+# Variables by which the model `twotower` learns of them.
+LOG_JSON = "TWOTOWER_LOG_JSON"
+RESTARTS = "TWOTOWER_RESTARTS"
 
 # What nobody but `serve` may use: with them a caller could register the memory of the models'
 # processes, unload a model, or switch the log off.
@@ -47,6 +49,7 @@ class ServerOptions:
         http_port: None for no HTTP, which a process beside the server speaks.
         log: File for the server's log; None for a temporary file.
         log_json: Whether each request is logged as a JSON object.
+        restarts: Servers that ran here before this one.
         tls: Encryption; None for none.
         access_key: Key that callers must send; None where everyone may ask.
     """
@@ -57,6 +60,7 @@ class ServerOptions:
     http_port: int | None = None
     log: Path | None = None
     log_json: bool = False
+    restarts: int = 0
     tls: Tls | None = None
     access_key: str | None = None
 
@@ -99,7 +103,6 @@ def arguments(
     """
     host = options.host
     words = [
-        f"--exit-timeout-secs={EXIT_SECONDS}",
         "--model-control-mode=explicit",
         *(f"--load-model={name}" for name in models),
         "--backend-config=python,shm-default-byte-size=4194304",

@@ -27,6 +27,7 @@ from twotower_contract.statuses import Failure
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.serving.journal import Ended, Journal
 from twotower_engines.serving.wire import Cancel, Job, Probe
 
 LEAST_NOTICE_SECONDS = 0.5  # a notice takes as much of the server as a block
@@ -94,8 +95,13 @@ class _Open:
     key: str
     job: Job
     reply: Reply
+    began: float
     give_up_at: float | None
     notice_at: float | None
+    admitted: float | None = None
+    first_block: float | None = None
+    last_block: float = 0.0
+    tokens: int = 0
     sent: list[int] = field(default_factory=list)
     started: bool = False
     given_up: str | None = None
@@ -108,9 +114,17 @@ class EngineLoop:
         scheduler: Used by the thread alone from now on.
         max_open: Requests that may be under way or waiting before others are refused.
         on_death: Called by the dying thread after every open request was answered.
+        journal: Takes notes of what happens; None for nobody.
     """
 
-    def __init__(self, scheduler: Scheduler, max_open: int, on_death: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        max_open: int,
+        on_death: Callable[[], None],
+        journal: Journal | None = None,
+    ) -> None:
+        self._journal = journal
         self._scheduler = scheduler
         self._max_open = max_open
         self._on_death = on_death
@@ -121,6 +135,7 @@ class EngineLoop:
         self._running: tuple[_Open, ...] = ()  # for the watching thread; replaced, not changed
         self._waiting: tuple[_Open, ...] = ()
         self._turns = 0
+        self._state = State(0, 0, 0, False)
         self._look_at = 0.0
         self._closing = False
         self._draining = False
@@ -142,6 +157,11 @@ class EngineLoop:
                 return
         reply.fail(*self._ended)
 
+    @property
+    def state(self) -> State:
+        """The state as it was seen last; for any thread."""
+        return self._state
+
     def drain(self) -> None:
         """Refuse requests that come from now on; those that are open go on."""
         self._draining = True
@@ -159,6 +179,8 @@ class EngineLoop:
                 for event in self._scheduler.turn():
                     self._deliver(event)
                 self._turns += 1
+                if self._scheduler.idle:
+                    self._see()
                 self._look()
             self._end(DRAINING, DRAINING, "busy")
         except BaseException as problem:
@@ -194,10 +216,11 @@ class EngineLoop:
 
     def _submit(self, job: Job, reply: Reply) -> None:
         if self._draining:
-            reply.fail(DRAINING, "busy")
+            self._turn_away(job, reply, DRAINING, "busy")
             return
         if len(self._open) >= self._max_open:
-            reply.fail(f"{len(self._open)} requests are open already; try again later", "busy")
+            message = f"{len(self._open)} requests are open already; try again later"
+            self._turn_away(job, reply, message, "busy")
             return
         # Whoever knows the name may cancel the request, so nobody can guess it.
         key = secrets.token_hex(16)
@@ -205,23 +228,36 @@ class EngineLoop:
             job.check_durations()
             self._scheduler.submit(replace(job.request, request_id=key))
         except TwoTowerError as problem:
-            reply.fail(str(problem), "refused")
+            self._turn_away(job, reply, str(problem), "refused")
             return
         limit, now = job.timeout_seconds, time.monotonic()
         self._open[key] = _Open(
             key,
             job,
             reply,
+            began=now,
             give_up_at=now + limit if limit > 0 else None,
             notice_at=now if job.queue_notice_seconds > 0 else None,
         )
         self._look_at = 0.0
 
+    def _turn_away(self, job: Job, reply: Reply, message: str, failure: Failure) -> None:
+        """Refuse a request that has not begun."""
+        reply.fail(message, failure)
+        if self._journal is not None:
+            prompt = len(job.request.prompt_ids)
+            self._journal.ended(
+                Ended("", job.request.request_id, failure, message, prompt_tokens=prompt)
+            )
+
     def _tell(self, reply: Reply) -> None:
         """Answer a probe, which proves that this thread turns."""
+        self._see()
+        reply.send(Part(BlockEvent("", (), (), 0, 0, "length"), state=self._state))
+
+    def _see(self) -> None:
         waiting = len(self._scheduler.waiting_ids)
-        state = State(self._scheduler.active, waiting, self._turns, self._draining)
-        reply.send(Part(BlockEvent("", (), (), 0, 0, "length"), state=state))
+        self._state = State(self._scheduler.active, waiting, self._turns, self._draining)
 
     def _look(self) -> None:
         """Cancel what took too long, and tell those who wait, and asked to be told, their place."""
@@ -231,6 +267,10 @@ class EngineLoop:
         self._look_at = now + LIMIT_SECONDS
         waiting = tuple(self._open[key] for key in self._scheduler.waiting_ids if key in self._open)
         keys = {one.key for one in waiting}
+        for one in self._open.values():
+            if one.admitted is None and one.key not in keys:
+                one.admitted = now
+        self._see()
         self._running = tuple(one for key, one in self._open.items() if key not in keys)
         self._waiting = waiting
         for one in self._open.values():
@@ -262,23 +302,64 @@ class EngineLoop:
     def _deliver(self, event: BlockEvent) -> None:
         """Send what a turn made of one request."""
         one = self._open[event.request_id]
+        now = time.monotonic()
+        if event.ids:
+            if one.first_block is None:
+                one.first_block = now
+            elif self._journal is not None:
+                self._journal.note("time_per_block_seconds", now - one.last_block)
+            one.last_block = now
+            one.tokens += len(event.ids)
         if event.is_last:
             del self._open[event.request_id]
+        outcome, reason = str(event.finish_reason), ""
         if event.error is not None:
-            one.reply.fail(event.error, "failed")
+            outcome, reason = "failed", event.error
+            one.reply.fail(reason, "failed")
         elif event.finish_reason == "cancelled" and one.given_up is not None:
-            one.reply.fail(one.given_up, "late")
+            outcome, reason = "late", one.given_up
+            one.reply.fail(reason, "late")
         else:
             prompt = () if one.started else one.job.request.prompt_ids
             one.started = True
             one.reply.send(Part(event, tuple(one.sent), prompt))
             one.sent = [*one.sent, *event.ids][-PREVIOUS_IDS:]
+        if event.is_last:
+            self._note(one, outcome, reason, (event.denoiser_calls, event.context_calls))
+
+    def _note(self, one: _Open, outcome: str, reason: str, calls: tuple[int, int] = (0, 0)) -> None:
+        """Note the end of a request."""
+        if self._journal is None:
+            return
+
+        def after(moment: float | None) -> float | None:
+            return None if moment is None else moment - one.began
+
+        prompt = len(one.job.request.prompt_ids)
+        self._journal.ended(
+            Ended(
+                one.key,
+                one.job.request.request_id,
+                outcome,
+                reason,
+                prompt,
+                one.tokens,
+                *calls,
+                queue_seconds=after(one.admitted or one.first_block),
+                first_block_seconds=after(one.first_block),
+                seconds=time.monotonic() - one.began,
+            )
+        )
+        self._journal.note("prompt_tokens_total", prompt)
+        self._journal.note("generation_tokens_total", one.tokens)
 
     def _end(self, message: str, later: str, failure: Failure) -> None:
         """Fail every request that is open or still in the inbox, and those that come later."""
         with self._lock:
             self._ended = later, failure
         replies: list[Reply | None] = [one.reply for one in self._open.values()]
+        for one in self._open.values():
+            self._note(one, failure, message)
         self._open.clear()
         while not self._inbox.empty():
             item = self._inbox.get()

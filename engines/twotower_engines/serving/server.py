@@ -32,14 +32,26 @@ from typing import Any, BinaryIO, Self
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.asking import ACCESS, CONTROL, Asker
 from twotower_engines.serving.installation import find_server, make_backends, problem_of
-from twotower_engines.serving.launch import EXIT_SECONDS, ServerOptions, Tls, arguments, name_of
-from twotower_engines.serving.lifeline import DRAIN, LIFELINE, remove_left, start_keeper
+from twotower_engines.serving.launch import (
+    LOG_JSON,
+    RESTARTS,
+    ServerOptions,
+    Tls,
+    arguments,
+    name_of,
+)
+from twotower_engines.serving.lifeline import (
+    DRAIN,
+    LIFELINE,
+    SECONDS_TO_TELL,
+    remove_left,
+    start_keeper,
+)
 from twotower_engines.serving.place import link_models, make_folder, refusal
 from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
 from twotower_engines.serving.stubs import dead_stubs, library_path, model_processes
 
-KILL_SECONDS = EXIT_SECONDS + 2  # after which it is killed
 GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine
 HEED_SECONDS = 2  # in which the server heeds a process of a model that ended, where it does at all
 
@@ -151,7 +163,7 @@ class TritonServer:
         ports: dict[str, Any] = {
             option.strip("-").replace("-", "_"): port for option, port in self._ports.items()
         }
-        return replace(self._options, **ports)
+        return replace(self._options, restarts=self._options.restarts + 1, **ports)
 
     @contextlib.contextmanager
     def asker(self) -> Iterator[Asker]:
@@ -175,6 +187,7 @@ class TritonServer:
         """
         with self.asker() as asker:
             asker.reload(model)
+            asker.load("ensemble")  # which was unloaded with it
         self._model_processes |= model_processes(self.pid)
 
     def wait_until_ready(
@@ -231,10 +244,7 @@ class TritonServer:
         return self._process.wait()
 
     def request_stop(self) -> None:
-        """Tell open requests and the server to end, and return at once.
-
-        The server is gone after `KILL_SECONDS` at most, whatever its clients do.
-        """
+        """Tell open requests that the server ends, and return; it is gone a second later."""
         self._cut(DRAIN, LIFELINE)
 
     def drain(self) -> None:
@@ -251,7 +261,7 @@ class TritonServer:
         """End the server and everything that it started, and remove what it left."""
         self.request_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(KILL_SECONDS)
+            self._process.wait(SECONDS_TO_TELL + GONE_SECONDS)
         self.kill()
         self._process.wait()
         self._wait_for_models()
@@ -331,6 +341,8 @@ class TritonServer:
         """Start the server and its keeper."""
         environment = {**os.environ, **{pipe: str(one) for pipe, one in reading.items()}}
         environment |= library_path(self._folder)
+        environment[RESTARTS] = str(self._options.restarts)
+        environment[LOG_JSON] = "1" if self._options.log_json else ""
         # The stub embeds Python and finds packages through the first interpreter on PATH.
         scripts = str(Path(sys.executable).parent)
         environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
@@ -348,8 +360,7 @@ class TritonServer:
                 ),  # the models' processes inherit it from the server
             )
         try:
-            arguments = (server.pid, KILL_SECONDS, self._prefix, self._folder)
-            keeper = start_keeper(reading[LIFELINE], *arguments)
+            keeper = start_keeper(reading[LIFELINE], server.pid, self._prefix, self._folder)
         except BaseException:
             server.kill()
             server.wait()

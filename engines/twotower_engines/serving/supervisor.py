@@ -101,7 +101,7 @@ class Supervisor:
                 self.front.close()
 
     def _run(self, starting: Tell, ready: Callable[[TritonServer, float], None]) -> None:
-        options, failures, began = self._options, 0, time.monotonic()
+        options, failures, began, has_run = self._options, 0, time.monotonic(), False
         while True:
             try:
                 with TritonServer(self._repository, options) as self._server:
@@ -111,6 +111,7 @@ class Supervisor:
                     seconds = server.wait_until_ready(
                         self._policy.ready_seconds, lambda text: self._start(starting, text)
                     )
+                    has_run = True
                     if self.front is None and server.http_port is not None:
                         self.front = Front(self._options, server.http_port, server.dialled)
                     ready(server, seconds)
@@ -126,7 +127,7 @@ class Supervisor:
                 if self._ending is not None:
                     return
                 failures += 1
-                if options is self._options or failures >= FAILURES_IN_A_ROW:
+                if not has_run or failures >= FAILURES_IN_A_ROW:
                     raise
                 self._tell(f"the server did not start again: {error}")
             finally:

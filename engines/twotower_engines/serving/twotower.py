@@ -32,6 +32,8 @@ from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.progress import ByteMeter
+from twotower_engines.serving.journal import Ended, Journal, TritonSink
+from twotower_engines.serving.launch import LOG_JSON, RESTARTS
 from twotower_engines.serving.lifeline import DRAIN, LIFELINE, on_cut
 from twotower_engines.serving.loop import EngineLoop, Part
 from twotower_engines.serving.preprocessing import Preprocessor, content_of
@@ -194,6 +196,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as triton
 
         self._triton = triton
+        self._turns = 0
         sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.of_model(arguments)
         engines = settings.engines()
@@ -217,7 +220,24 @@ class TritonPythonModel:
         tested.require()
         slots = settings.slots or self._runtime.limits.slots
         self._max_open = slots + settings.max_waiting
-        self._loop = EngineLoop(Scheduler(self._runtime, slots), self._max_open, _end_process)
+        self._sink = TritonSink(self._triton)
+        self._sink.add("server_restarts_total", "", float(os.environ.get(RESTARTS, 0)))
+        self._sink.set("self_test_passed", float(tested.status == "passed"))
+        as_json = bool(os.environ.get(LOG_JSON))
+        self._journal = Journal(self._sink, as_json, lambda: self._gauges(slots))
+        scheduler = Scheduler(self._runtime, slots)
+        self._loop = EngineLoop(scheduler, self._max_open, _end_process, self._journal)
+
+    def _gauges(self, slots: int) -> dict[str, float]:
+        """Return the values of the gauges, and count the turns since the last time."""
+        state = self._loop.state
+        self._journal.note("turns_total", state.turns - self._turns)
+        self._turns = state.turns
+        return {
+            "num_requests_running": state.running,
+            "num_requests_waiting": state.waiting,
+            "slot_usage_ratio": state.running / slots,
+        }
 
     def execute(self, requests: list[Any]) -> None:
         """Hand the requests to the thread that reads them."""
@@ -236,7 +256,9 @@ class TritonPythonModel:
             if reading.waiting < self._max_open:
                 reading.put(partial(self._read, tensors, name, parameters, reply))
             else:
-                reply.fail(f"{reading.waiting} requests wait to be read; try again later", "busy")
+                message = f"{reading.waiting} requests wait to be read; try again later"
+                reply.fail(message, "busy")
+                self._journal.ended(Ended("", name, "busy", message))
 
     def _read(
         self,
@@ -254,6 +276,7 @@ class TritonPythonModel:
             )
         except TwoTowerError as problem:
             reply.fail(str(problem), "refused")
+            self._journal.ended(Ended("", name, "refused", str(problem)))
         else:
             self._loop.put(message, reply)
 
@@ -262,6 +285,8 @@ class TritonPythonModel:
         self._loop.close()
         for worker in (*self._reading.values(), self._sending):
             worker.close()
+        self._journal.close()
+        self._sink.close()
         self._runtime.close()
 
 
