@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import grpc
@@ -51,11 +52,13 @@ def test_a_request_that_waits_is_not_inactive(server, busy) -> None:
     assert stream.queue_place == 0
 
 
-def test_places_are_told_to_those_who_ask(server, busy) -> None:
+def test_places_are_told_to_those_who_ask(server, client, busy) -> None:
     """A caller who does not ask gets blocks alone: `generate` over HTTP takes one response."""
     with grpc.insecure_channel(server.grpc_address) as channel:
         infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
         silent = infer(iter([waiting()]), timeout=60)
+        while not client.probe()["waiting"]:  # two calls may arrive in any order
+            time.sleep(0.05)
         asks = infer(iter([waiting(queue_notice_seconds=0.5)]), timeout=60)
         places = [read(next(asks).infer_response, 0).queue_place for _ in range(3)]
         assert places == [2, 2, 2]
