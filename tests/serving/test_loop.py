@@ -64,7 +64,7 @@ def death() -> threading.Event:
 
 @pytest.fixture
 def loop(runtime, death):
-    made = EngineLoop(Scheduler(runtime, slots=2), max_open=3, on_death=death.set)
+    made = EngineLoop(Scheduler(runtime, slots=2, most_waiting=1), death.set)
     yield made
     made.close()
 
@@ -213,7 +213,7 @@ def test_a_request_that_fails_on_the_way_says_why(packaged, runtime, loop) -> No
         def denoise(self, rows):
             return [type(one)(one.ids, -1) for one in runtime.denoise(rows)]
 
-    poisoned = EngineLoop(Scheduler(Poisoned(), slots=2), 3, lambda: None)
+    poisoned = EngineLoop(Scheduler(Poisoned(), slots=2), lambda: None)
     answer = Answer()
     poisoned.put(job(), answer)
     [(failure, message)] = answer.wait().failures
@@ -232,7 +232,7 @@ def test_when_the_thread_dies_every_request_is_told(runtime, death, capfd) -> No
                 raise MemoryError("out of slots")
             return super().turn()
 
-    loop = EngineLoop(Dying(runtime, slots=2), 5, death.set)
+    loop = EngineLoop(Dying(runtime, slots=2), death.set)
     answers = [Answer() for _ in range(3)]
     for one in answers:
         loop.put(job(**LONG), one)
@@ -250,7 +250,7 @@ def test_when_the_thread_dies_every_request_is_told(runtime, death, capfd) -> No
 
 
 def test_closing_answers_what_is_open(runtime, death) -> None:
-    loop = EngineLoop(Scheduler(runtime, slots=2), 5, death.set)
+    loop = EngineLoop(Scheduler(runtime, slots=2), death.set)
     running = Answer()
     loop.put(job(**LONG), running)
     assert running.begun.wait(SECONDS)

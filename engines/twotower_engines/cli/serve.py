@@ -59,6 +59,14 @@ within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second
     help="Requests that may wait for a slot before others are refused.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
+@click.option(
+    "--prefix-mib",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="MiB that the states of prompts' beginnings may take; a prompt that begins as an earlier "
+    "one starts sooner.",
+)
 @click.option("--force", is_flag=True, help="Replace REPO whatever it holds.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -46,6 +46,45 @@ class _Slot:
     attention: dict[str, Array]
 
 
+class HostStates:
+    """Kept states in host memory; see `runtime.interface.StateStore`.
+
+    Args:
+        slots: The runtime's slots.
+        size: Bytes that it may take.
+        tokens: Tokens whose keys and values a place holds.
+        context: Tokens that a slot may grow to.
+    """
+
+    def __init__(self, slots: list[_Slot], size: int, tokens: int, context: int) -> None:
+        self._slots, self._tokens, self._context = slots, tokens, context
+        self.place_bytes = sum(array.nbytes for array in slots[0].mamba.values())
+        self.place_bytes += (
+            sum(cache[:, :, 0].nbytes for cache in slots[0].attention.values()) * tokens
+        )
+        self.places = size // self.place_bytes if self.place_bytes else 0
+        self._kept: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
+
+    def save(self, place: int, slot: int, tokens: int) -> None:
+        """Copy a slot's Mamba states, and the keys and values of its last tokens, to a place."""
+        states = self._slots[slot]
+        mamba = {name: array.copy() for name, array in states.mamba.items()}
+        part = slice(states.length - tokens, states.length)
+        caches = {name: cache[:, :, part].copy() for name, cache in states.attention.items()}
+        self._kept[place] = mamba, caches
+
+    def restore(self, slot: int, places: Sequence[int]) -> None:
+        """Fill an empty slot: the keys and values of all places, the Mamba states of the last."""
+        states = self._slots[slot]
+        states.mamba = dict(self._kept[places[-1]][0])
+        states.length = len(places) * self._tokens
+        for name, cache in states.attention.items():
+            kept = np.concatenate([self._kept[place][1][name] for place in places], axis=2)
+            grown = _grown(cache, states.length, self._context)
+            grown[:, :, : states.length] = kept
+            states.attention[name] = grown
+
+
 @dataclass(slots=True)
 class _Binding:
     """An I/O binding of one session with its weights bound, for one choice of outputs.
@@ -84,7 +123,8 @@ class OnnxRuntime:
         model = engines.manifest.model
         self.limits = engines.build.limits
         self.vocab_size = model.vocab_size
-        self.mask_token_id = engines.manifest.model.mask_token_id
+        self.mask_token_id = model.mask_token_id
+        self.eos_token_ids = model.eos_token_ids
         self.has_denoiser = "denoiser" in engines.build.plans
         engines.check_engine_files()
         store = WeightStore(engines.manifest, checkpoint)
@@ -96,7 +136,10 @@ class OnnxRuntime:
             "context": {"extend": states or ["logits"], "extend with logits": [*states, "logits"]}
         }
         if self.has_denoiser:
-            calls["denoiser"] = {"denoise": ["new_ids", "still_masked"], "predict": ["logits"]}
+            calls["denoiser"] = {
+                "denoise": ["new_ids", "still_masked", "confidence"],
+                "predict": ["logits"],
+            }
         sessions = {
             tower: self._sessions(engines.engine_path(tower), list(outputs.values()), threads)
             for tower, outputs in calls.items()
@@ -163,9 +206,11 @@ class OnnxRuntime:
         }
         new_ids = np.empty((len(rows), block), np.int32)
         still_masked = np.empty(len(rows), np.int32)
-        self._run("denoise", inputs, {"new_ids": new_ids, "still_masked": still_masked})
+        confidence = np.empty((len(rows), block), np.float32)
+        outputs = {"new_ids": new_ids, "still_masked": still_masked, "confidence": confidence}
+        self._run("denoise", inputs, outputs)
         return [
-            Denoised(new_ids[index, :size], int(still_masked[index]))
+            Denoised(new_ids[index, :size], int(still_masked[index]), confidence[index, :size])
             for index, size in enumerate(sizes)
         ]
 
@@ -190,6 +235,10 @@ class OnnxRuntime:
         logits = np.empty((count, 1, self.vocab_size), np.float32)
         self._run("predict", inputs, {"logits": logits})
         return logits[:, 0]
+
+    def state_store(self, size: int, tokens: int) -> HostStates:
+        """Return room for prefixes in host memory."""
+        return HostStates(self._slots, size, tokens, self.limits.context)
 
     def close(self) -> None:
         """Free the sessions, the weights and the states; a second time does nothing."""

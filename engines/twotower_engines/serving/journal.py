@@ -54,7 +54,13 @@ METRICS = {
     "requests_total": Metric("counter", "Requests that ended, by outcome.", OUTCOMES, "outcome"),
     "prompt_tokens_total": Metric("counter", "Tokens of prompts that got a slot."),
     "generation_tokens_total": Metric("counter", "Tokens that were sent."),
+    "reused_tokens_total": Metric("counter", "Tokens of prompts whose states were kept."),
     "turns_total": Metric("counter", "Turns of the scheduler."),
+    "denoiser_calls_total": Metric("counter", "Calls of the denoiser tower."),
+    "denoiser_rows_total": Metric("counter", "Rows of these calls: over them, rows per call."),
+    "context_calls_total": Metric("counter", "Calls of the context tower."),
+    "context_rows_total": Metric("counter", "Rows of these calls."),
+    "prefix_bytes": Metric("gauge", "Memory that the states of prompts' beginnings take."),
     "time_to_first_block_seconds": Metric(
         "histogram", "Seconds from arrival to the first block.", buckets=SECONDS
     ),

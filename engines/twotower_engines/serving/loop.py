@@ -32,6 +32,7 @@ from twotower_engines.serving.wire import Cancel, Job, Probe
 
 LEAST_NOTICE_SECONDS = 0.5  # a notice takes as much of the server as a block
 LIMIT_SECONDS = 0.01  # between two looks at what took too long
+ORDER_SECONDS = 0.1  # between two looks at the order of those who wait, which takes time
 # To ask whether a caller has left is a round trip between processes: 0.1 ms of both.
 WATCH_SECONDS = 0.1
 WATCHED_AT_ONCE = 16
@@ -112,7 +113,6 @@ class EngineLoop:
 
     Args:
         scheduler: Used by the thread alone from now on.
-        max_open: Requests that may be under way or waiting before others are refused.
         on_death: Called by the dying thread after every open request was answered.
         journal: Takes notes of what happens; None for nobody.
     """
@@ -120,13 +120,11 @@ class EngineLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        max_open: int,
         on_death: Callable[[], None],
         journal: Journal | None = None,
     ) -> None:
         self._journal = journal
         self._scheduler = scheduler
-        self._max_open = max_open
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[tuple[Job | Cancel | Probe, Reply | None] | None] = (
             queue.SimpleQueue()
@@ -136,7 +134,7 @@ class EngineLoop:
         self._waiting: tuple[_Open, ...] = ()
         self._turns = 0
         self._state = State(0, 0, 0, False)
-        self._look_at = 0.0
+        self._look_at = self._order_at = 0.0
         self._closing = False
         self._draining = False
         self._ended: tuple[str, Failure] | None = None  # what requests are told from then on
@@ -218,10 +216,6 @@ class EngineLoop:
         if self._draining:
             self._turn_away(job, reply, DRAINING, "busy")
             return
-        if len(self._open) >= self._max_open:
-            message = f"{len(self._open)} requests are open already; try again later"
-            self._turn_away(job, reply, message, "busy")
-            return
         # Whoever knows the name may cancel the request, so nobody can guess it.
         key = secrets.token_hex(16)
         try:
@@ -239,7 +233,7 @@ class EngineLoop:
             give_up_at=now + limit if limit > 0 else None,
             notice_at=now if job.queue_notice_seconds > 0 else None,
         )
-        self._look_at = 0.0
+        self._look_at = self._order_at = 0.0
 
     def _turn_away(self, job: Job, reply: Reply, message: str, failure: Failure) -> None:
         """Refuse a request that has not begun."""
@@ -256,33 +250,39 @@ class EngineLoop:
         reply.send(Part(BlockEvent("", (), (), 0, 0, "length"), state=self._state))
 
     def _see(self) -> None:
-        waiting = len(self._scheduler.waiting_ids)
-        self._state = State(self._scheduler.active, waiting, self._turns, self._draining)
+        scheduler = self._scheduler
+        self._state = State(scheduler.active, scheduler.waiting, self._turns, self._draining)
 
     def _look(self) -> None:
-        """Cancel what took too long, and tell those who wait, and asked to be told, their place."""
+        """Cancel what took too long, and see who waits."""
         now = time.monotonic()
         if now < self._look_at:
             return
         self._look_at = now + LIMIT_SECONDS
-        waiting = tuple(self._open[key] for key in self._scheduler.waiting_ids if key in self._open)
-        keys = {one.key for one in waiting}
-        for one in self._open.values():
-            if one.admitted is None and one.key not in keys:
-                one.admitted = now
         self._see()
-        self._running = tuple(one for key, one in self._open.items() if key not in keys)
-        self._waiting = waiting
+        if now >= self._order_at or not self._scheduler.waiting:
+            self._order_at = now + ORDER_SECONDS
+            self._look_at_those_who_wait(now)
         for one in self._open.values():
             if one.give_up_at is not None and now > one.give_up_at:
                 limit = f"timeout_seconds, {one.job.timeout_seconds:g}"
                 one.given_up = (
                     f"waited for a slot for all of {limit}; allow more, or try again later"
-                    if one.key in keys
+                    if one.admitted is None
                     else f"not finished within {limit}; allow more, or ask for fewer tokens"
                 )
                 self._scheduler.cancel(one.key)
-        for place, one in enumerate(waiting, 1):
+
+    def _look_at_those_who_wait(self, now: float) -> None:
+        """Tell those who asked to be told their place; note who has a slot."""
+        names = self._scheduler.waiting_ids
+        self._waiting = tuple(self._open[key] for key in names if key in self._open)
+        keys = set(names)
+        self._running = tuple(one for key, one in self._open.items() if key not in keys)
+        for one in self._running:
+            if one.admitted is None:
+                one.admitted = now
+        for place, one in enumerate(self._waiting, 1):
             if one.notice_at is not None and now >= one.notice_at:
                 one.notice_at = now + max(one.job.queue_notice_seconds, LEAST_NOTICE_SECONDS)
                 one.reply.send(Part(BlockEvent(one.key, (), (), 0, 0), queue_place=place))
@@ -314,8 +314,9 @@ class EngineLoop:
             del self._open[event.request_id]
         outcome, reason = str(event.finish_reason), ""
         if event.error is not None:
-            outcome, reason = "failed", event.error
-            one.reply.fail(reason, "failed")
+            failure: Failure = "failed" if event.retry_after is None else "busy"
+            outcome, reason = failure, event.error
+            one.reply.fail(reason, failure)
         elif event.finish_reason == "cancelled" and one.given_up is not None:
             outcome, reason = "late", one.given_up
             one.reply.fail(reason, "late")

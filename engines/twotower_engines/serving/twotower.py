@@ -28,6 +28,7 @@ from twotower_contract.engine_set import EngineSet
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.statuses import Failure, text_of
 from twotower_engines.artifacts.tokenizer import Tokenizer, added_text
+from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
@@ -54,6 +55,10 @@ CODES: dict[Failure, str] = {
     "late": "CANCELLED",
     "failed": "INTERNAL",
 }
+# The scheduler's counters that are metrics.
+COUNTED = (
+    "reused_tokens", "denoiser_calls", "denoiser_rows", "context_calls", "context_rows",
+)  # fmt: skip
 NOTHING = Part(BlockEvent("", (), (), 0, 0))
 
 
@@ -136,6 +141,8 @@ def outputs_of(part: Part, tokenizer: Tokenizer | None) -> dict[str, npt.NDArray
     event, text = part.event, ""
     if part.state is not None:
         text = json.dumps(asdict(part.state))
+    elif event.text is not None:
+        text = event.text
     elif tokenizer is not None and event.ids:
         text = added_text(tokenizer, part.previous_ids, event.ids, event.is_last)
     integers = {
@@ -145,6 +152,15 @@ def outputs_of(part: Part, tokenizer: Tokenizer | None) -> dict[str, npt.NDArray
         "denoiser_calls": (event.denoiser_calls,),
         "context_calls": (event.context_calls,),
         "queue_place": (part.queue_place,) if part.queue_place else (),
+        "commit_steps": tuple(one.step + 1 for one in event.details),
+        "top_ids": tuple(token for one in event.details for token, _ in one.top),
+        "canvas_ids": event.canvas,
+        "reused_tokens": (event.reused_tokens,) if part.prompt_ids and event.reused_tokens else (),
+    }
+    numbers = {
+        "logprobs": [one.logprob for one in event.details],
+        "top_logprobs": [value for one in event.details for _, value in one.top],
+        "canvas_confidence": event.canvas_confidence,
     }
     is_first = bool(part.prompt_ids or part.queue_place)
     texts = {
@@ -154,6 +170,7 @@ def outputs_of(part: Part, tokenizer: Tokenizer | None) -> dict[str, npt.NDArray
     return {
         "text_output": _text(text),
         **{name: np.array(values, np.int32) for name, values in integers.items() if values},
+        **{name: np.array(values, np.float32) for name, values in numbers.items() if values},
         **{name: _text(value) for name, value in texts.items() if value},
     }
 
@@ -179,6 +196,7 @@ def whole_outputs(part: Part, message: str, failure: Failure | None) -> dict[str
         "error": message,
     }
     return {
+        "stop_text": np.array([] if event.text is None else [event.text.encode()], object),
         **{name: np.array(values, np.int32) for name, values in integers.items()},
         **{name: _text(value) for name, value in texts.items()},
     }
@@ -196,7 +214,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as triton
 
         self._triton = triton
-        self._turns = 0
+        self._totals: dict[str, int] = {}
         sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.of_model(arguments)
         engines = settings.engines()
@@ -219,21 +237,33 @@ class TritonPythonModel:
         print(f"twotower: golden self-test {tested.status}: {tested.reason}", file=sys.stderr)
         tested.require()
         slots = settings.slots or self._runtime.limits.slots
-        self._max_open = slots + settings.max_waiting
+        self._max_unread = slots + settings.max_waiting
         self._sink = TritonSink(self._triton)
         self._sink.add("server_restarts_total", "", float(os.environ.get(RESTARTS, 0)))
         self._sink.set("self_test_passed", float(tested.status == "passed"))
         as_json = bool(os.environ.get(LOG_JSON))
         self._journal = Journal(self._sink, as_json, lambda: self._gauges(slots))
-        scheduler = Scheduler(self._runtime, slots)
-        self._loop = EngineLoop(scheduler, self._max_open, _end_process, self._journal)
+        scheduler = Scheduler(
+            self._runtime,
+            slots,
+            tokenizer=self._tokenizer,
+            most_waiting=settings.max_waiting,
+            costs=costs_of_engines(engines),
+            prefix_bytes=settings.prefix_mib * 2**20,
+        )
+        self._counters = scheduler.counters
+        self._loop = EngineLoop(scheduler, _end_process, self._journal)
 
     def _gauges(self, slots: int) -> dict[str, float]:
-        """Return the values of the gauges, and count the turns since the last time."""
-        state = self._loop.state
-        self._journal.note("turns_total", state.turns - self._turns)
-        self._turns = state.turns
+        """Return the values of the gauges, and note what was counted since the last time."""
+        state, counters = self._loop.state, self._counters
+        totals = {f"{name}_total": getattr(counters, name) for name in COUNTED}
+        totals["turns_total"] = state.turns
+        for name, total in totals.items():
+            self._journal.note(name, total - self._totals.get(name, 0))
+        self._totals = totals
         return {
+            "prefix_bytes": counters.prefix_bytes,
             "num_requests_running": state.running,
             "num_requests_waiting": state.waiting,
             "slot_usage_ratio": state.running / slots,
@@ -253,7 +283,7 @@ class TritonPythonModel:
             )
             size = sum(len(one) for one in tensors.get("text_input", ()))
             reading = self._reading[size > LONG_TEXT]
-            if reading.waiting < self._max_open:
+            if reading.waiting < self._max_unread:
                 reading.put(partial(self._read, tensors, name, parameters, reply))
             else:
                 message = f"{reading.waiting} requests wait to be read; try again later"
