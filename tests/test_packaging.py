@@ -31,7 +31,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
 
 def test_the_wheel_holds_all_that_its_verbs_read(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    models = {"preprocess", "generate", "postprocess"}
+    models = {"preprocessing", "twotower", "postprocessing"}
     assert {f"twotower_engines/triton_repo/{name}/1/model.py" for name in models} <= names
     assert "twotower_engines/planning/skus.json" in names
     assert "twotower_export/data/tiny/config.json" in names

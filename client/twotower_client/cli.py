@@ -87,6 +87,7 @@ VERBS: dict[str, Verb] = {
     "serve": Verb(
         "twotower_engines.cli.serve", "Run a Triton server on a model repository.", "serve"
     ),
+    "probe": Verb("twotower_client.probe_cli", "Ask a server whether it is live or ready."),
     "generate": Verb("twotower_client.generate_cli", "Ask a running server for an answer."),
     "openai": Verb(
         "twotower_client.openai_cli", "Serve OpenAI's HTTP interface for a server.", "openai"

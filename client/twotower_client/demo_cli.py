@@ -88,7 +88,7 @@ def demo(folder: Path, prompt: str, max_new_tokens: int) -> None:
         if run_child(_command(*step)).returncode:
             raise StepFailedError(f"`twotower {step[0]}` failed; its messages stand above")
     port = _free_port()
-    serve = ("serve", repository, "--grpc-port", str(port), "--no-http", "--no-metrics")
+    serve = ("serve", repository, "--grpc-port", str(port), "--no-metrics")
     _say(5, *serve)
     with _server(serve):
         eos_ids = list(read_manifest(Path(bundle)).model.eos_token_ids)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from twotower_client.access_cli import ACCESS, access_options, connect
 from twotower_client.errors import ClientError, RequestRefusedError
 from twotower_contract.command_line import (
     JSON_HELP,
@@ -44,12 +45,7 @@ class AnswersFailedError(ClientError):
 
 @click.command(epilog=EPILOG)
 @click.argument("prompt", required=False)
-@click.option(
-    "--url",
-    default="localhost:8001",
-    show_default=True,
-    help="host:port of the server's gRPC endpoint; with --input several, with commas between.",
-)
+@access_options
 @click.option(
     "--input",
     "source",
@@ -97,7 +93,6 @@ class AnswersFailedError(ClientError):
 def generate(
     prompt: str | None,
     prompt_ids: str | None,
-    url: str,
     source: Path | None,
     target: Path | None,
     concurrency: int,
@@ -109,17 +104,16 @@ def generate(
     **options: Any,
 ) -> None:
     """Continue PROMPT with the model of a running server."""
-    from twotower_client.client import TwoTowerClient
-
-    settings = {"timeout": timeout, "inactivity_timeout": inactivity_timeout}
+    access = {name: options.pop(name) for name in ACCESS}
+    access |= {"timeout": timeout, "inactivity_timeout": inactivity_timeout}
     if source is not None or target is not None:
         if prompt is not None or prompt_ids is not None or source is None or target is None:
             raise RequestRefusedError("give --input and --output together, and no other prompt")
-        _answer_file(url, source, target, concurrency, attempts, settings, given_options(options))
+        _answer_file(access, source, target, concurrency, attempts, given_options(options))
         return
     text, ids = read_prompt(prompt, prompt_ids, "PROMPT", RequestRefusedError)
     with (
-        TwoTowerClient(url, **settings) as client,
+        connect(**access) as client,
         client.stream(text, prompt_ids=ids, **given_options(options)) as stream,
     ):
         for block in stream:
@@ -147,26 +141,27 @@ def generate(
 
 
 def _answer_file(
-    urls: str,
+    access: dict[str, Any],
     source: Path,
     target: Path,
     concurrency: int,
     attempts: int,
-    settings: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
     """Answer every prompt of a file.
+
+    Args:
+        access: Arguments of `connect`; the address may be several, with commas between.
 
     Raises:
         AnswersFailedError: Some failed; the file says why.
     """
     from twotower_client.batch_file import answer_file
-    from twotower_client.client import TwoTowerClient
     from twotower_client.many import Batch
     from twotower_client.retry import Retry, Servers
 
     with contextlib.ExitStack() as stack:
-        clients = [TwoTowerClient(url, **settings) for url in urls.split(",")]
+        clients = [connect(**{**access, "url": url}) for url in access["url"].split(",")]
         for client in clients:
             stack.enter_context(client)
         batch = Batch(Servers(clients), concurrency, Retry(attempts=attempts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def server(packaged):
     """The server that most tests share. At the end nothing of it may be left."""
     from twotower_engines.serving.server import ServerOptions, TritonServer
 
-    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, 0, 0)) as running:
+    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, 0)) as running:
         running.seconds_to_ready = running.wait_until_ready(60)
         group = running.pid
         yield running
@@ -64,6 +65,18 @@ def client(server):
 
     with TwoTowerClient(server.grpc_address, timeout=60) as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def http(server):
+    """The address of HTTP, `http://host:port`, before the server that most tests share."""
+    from twotower_client import TwoTowerClient
+    from twotower_client.http_door import Door
+
+    with TwoTowerClient(server.grpc_address) as asking, Door(("127.0.0.1", 0), asking) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{door.server_address[1]}"
+        door.shutdown()
 
 
 def processes_of(group: int) -> list[int]:

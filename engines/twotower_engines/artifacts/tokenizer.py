@@ -60,7 +60,20 @@ class Tokenizer:
             raise TokenizerError(
                 f"the text is not valid UTF-8 at character {problem.start}; give it as UTF-8"
             ) from problem
-        return tuple(self._tokenizer.encode(text).ids)
+        return tuple(self._encoding(text).ids)
+
+    def least_count(self, start: str) -> int:
+        """Return how many ids every text has at least that begins so.
+
+        The last word may go on differently, so it does not count.
+        """
+        words = self._encoding(start).word_ids
+        return sum(word is not None and word != words[-1] for word in words)
+
+    def _encoding(self, text: str) -> Any:
+        # Unlike `encode`, it lets other threads run meanwhile.
+        [encoding] = self._tokenizer.encode_batch([text])
+        return encoding
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""

@@ -1,13 +1,13 @@
-"""The model `preprocess`: text to ids, and every check that can be made before work starts.
+"""Text to ids, and every check that can be made before work starts; and the model of that name.
 
 `Preprocessor` is all of it but Triton's own objects. It reads the limits and the tokenizer of the
-engine set; it loads no engine.
+engine set; it loads no engine. Both doors use it: `twotower` in a thread of its own, and
+`preprocessing` for the ensemble.
 """
 
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,22 +18,23 @@ from twotower_contract.command_line import warn_of_mask
 from twotower_contract.engine_set import EngineSet
 from twotower_contract.errors import TwoTowerError, printable
 from twotower_contract.options import INPUTS, OPTIONS, Option, unknown_name
+from twotower_contract.statuses import text_of
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.serving.settings import Settings
-from twotower_engines.serving.wire import DURATIONS, Cancel, Job, encode
+from twotower_engines.serving.wire import DURATIONS, Cancel, Job, Probe, encode
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 # Longer text cannot fit: no tokenizer that we know has a longer token. It keeps megabytes of text
 # from holding up the tokenizer only to be refused.
 BYTES_PER_TOKEN = 256
+# Text of more characters for each token that fits is judged by its beginning first.
+LONG_CHARACTERS_PER_TOKEN = 16
 
-# Triton's error codes do not reach the client of a stream, only the message does. (With the header
-# `triton_grpc_error` they would, but server 2.51 ends with a segmentation fault when several such
-# streams fail at once.) So a refusal begins with these words.
-REFUSED = "request refused: "
+# What is no request for an answer.
+ALONE = {"cancel_request_id": "cancels another request", "probe": "asks for the engine's state"}
 
 # Over HTTP, Triton passes the request's id on as a parameter, too.
 TRITONS_OWN = {"id"}
@@ -52,12 +53,14 @@ class Preprocessor:
         exists = Tokenizer.exists(engines.folder)
         self._tokenizer = Tokenizer(engines.folder) if exists else None
 
-    def message(self, tensors: Tensors, request_id: str, parameters: Collection[str] = ()) -> bytes:
-        """Return what `generate` is to be told.
+    def message(
+        self, tensors: Tensors, request_id: str, parameters: Collection[str] = ()
+    ) -> Job | Cancel | Probe:
+        """Return what the engine's thread is to be told.
 
         Args:
             tensors: The inputs that were given, by name, as declared in config.pbtxt.
-            request_id: The client's id of the request; may be empty.
+            request_id: The client's name of the request, for the log; may be empty.
             parameters: Names that came beside the inputs. Triton makes parameters of those members
                 of a JSON body that are no inputs, and lets gRPC's pass.
 
@@ -68,16 +71,18 @@ class Preprocessor:
         why = unknown_name(set(parameters) - TRITONS_OWN, INPUTS)
         if why is not None:
             raise RequestError(why)
-        if "cancel_request_id" in tensors:
-            beside = next((name for name in tensors if name != "cancel_request_id"), None)
+        for alone, what in ALONE.items():
+            beside = next((name for name in tensors if alone in tensors and name != alone), None)
             if beside is not None:
                 raise RequestError(
-                    f"cancel_request_id and {beside} are both given; the first cancels another "
-                    "request: send it alone"
+                    f"{alone} and {beside} are both given; the first {what}: send it alone"
                 )
-            return encode(Cancel(_text(tensors, "cancel_request_id")))
+        if "probe" in tensors:
+            return Probe()
+        if "cancel_request_id" in tensors:
+            return Cancel(_text(tensors, "cancel_request_id"))
         request = Request(
-            request_id=request_id or uuid.uuid4().hex,
+            request_id=request_id,
             prompt_ids=self._prompt_ids(tensors),
             **{name: _value(tensors, one) for name, one in OPTIONS.items() if name in tensors},
         )
@@ -87,7 +92,7 @@ class Preprocessor:
         durations = {name: _number(tensors, name) for name in DURATIONS if name in tensors}
         job = Job(request, **durations)
         job.check_durations()
-        return encode(job)
+        return job
 
     def _prompt_ids(self, tensors: Tensors) -> tuple[int, ...]:
         if ("text_input" in tensors) == ("input_ids" in tensors):
@@ -103,7 +108,15 @@ class Preprocessor:
                 f"the prompt has {len(content)} bytes, but these engines hold "
                 f"{self._limits.context} tokens: shorten it"
             )
-        return self._tokenizer.encode(_text(tensors, "text_input"))
+        text = _text(tensors, "text_input")
+        start = self._limits.context * LONG_CHARACTERS_PER_TOKEN
+        least = self._tokenizer.least_count(text[:start]) if len(text) > start else 0
+        if least > self._limits.context:
+            raise RequestError(
+                f"the prompt has more than {least} tokens; these engines hold "
+                f"{self._limits.context}: shorten it"
+            )
+        return self._tokenizer.encode(text)
 
 
 def _value(tensors: Tensors, option: Option) -> Any:
@@ -145,7 +158,7 @@ def _texts(tensors: Tensors, name: str) -> tuple[str, ...]:
 
 
 class TritonPythonModel:
-    """The model class that Triton loads."""
+    """The model `preprocessing`, which Triton loads."""
 
     def initialize(self, arguments: dict[str, str]) -> None:
         """Read the engine set that config.pbtxt names."""
@@ -155,21 +168,25 @@ class TritonPythonModel:
         self._preprocessor = Preprocessor(Settings.of_model(arguments).engines())
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request with one message for `generate`, or with a refusal."""
+        """Answer each request with one message for `twotower`, or with a refusal."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
         triton = self._triton
-        given = {
-            name: tensor.as_numpy()
-            for name in INPUTS
-            if (tensor := triton.get_input_tensor_by_name(request, name)) is not None
-        }
         try:
-            parameters = json.loads(request.parameters())
-            message = self._preprocessor.message(given, request.request_id(), parameters)
+            message = self._preprocessor.message(*content_of(request))
         except TwoTowerError as problem:
-            error = triton.TritonError(f"{REFUSED}{problem}", triton.TritonError.INVALID_ARG)
+            text = text_of("refused", str(problem))
+            error = triton.TritonError(text, triton.TritonError.INVALID_ARG)
             return triton.InferenceResponse(error=error)
-        output = triton.Tensor("request", np.array([message], dtype=np.object_))
+        output = triton.Tensor("request", np.array([encode(message)], dtype=np.object_))
         return triton.InferenceResponse([output])
+
+
+def content_of(request: Any) -> tuple[dict[str, npt.NDArray[Any]], str, list[str]]:
+    """Return the inputs, the id and the names of the parameters of one of Triton's requests.
+
+    The inputs are copied: Triton frees its own when `execute` returns.
+    """
+    tensors = {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
+    return tensors, request.request_id(), list(json.loads(request.parameters()))

@@ -1,7 +1,8 @@
-"""The model `postprocess`: the ids of one block to the text that they add.
+"""The model `postprocessing`: the ids of one block to the text that they add, for the ensemble.
 
 Each response is decoded on its own, so what a decoder needs to know of the answer so far travels
-with it: its last tokens, and whether more is to come.
+with it: its last tokens, and whether more is to come. The text of a request with stop strings
+comes as it is: part of it may be held back.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer(folder) if Tokenizer.exists(folder) else None
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each response of `generate` with its text; empty without a tokenizer."""
+        """Answer each response of `twotower` with its text; empty without a tokenizer."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
@@ -37,7 +38,10 @@ class TritonPythonModel:
             return found
 
         text = ""
-        if self._tokenizer is not None:
+        given = values("stop_text")
+        if given:
+            text = given[0].decode()
+        elif self._tokenizer is not None:
             is_last = bool(values("finish_reason")[0])
             text = added_text(
                 self._tokenizer, values("previous_ids"), values("output_ids"), is_last
