@@ -26,7 +26,7 @@ from twotower_client.errors import (
     ServerBusyError,
     ServerUnavailableError,
 )
-from twotower_client.result import Answer, Block
+from twotower_client.result import Answer, Block, Canvas, TokenDetail
 from twotower_contract.options import Options
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ __all__ = [
     "AsyncClientPool",
     "AsyncTwoTowerClient",
     "Block",
+    "Canvas",
     "ClientError",
     "ClientPool",
     "DeadlineError",
@@ -54,6 +55,7 @@ __all__ = [
     "Retry",
     "ServerBusyError",
     "ServerUnavailableError",
+    "TokenDetail",
     "TwoTowerClient",
 ]
 

@@ -12,15 +12,21 @@ import click
 
 from twotower_client.access_cli import ACCESS, access_options, connect
 from twotower_client.errors import ClientError, RequestRefusedError
+from twotower_client.result import Answer
 from twotower_contract.command_line import (
     JSON_HELP,
     Outcome,
+    check_showing,
     given_options,
     prompt_ids_option,
     read_prompt,
     request_options,
+    showing,
+    showing_options,
     warn_of_mask,
 )
+from twotower_contract.live import LiveView
+from twotower_contract.replay import Replay, Token, tokens_of
 
 MASK_ID = 3  # of the released model; a server does not say which it is
 
@@ -29,6 +35,7 @@ Examples:
   twotower generate "Mia the fox lived by the river." --url localhost:8001
   twotower generate "Mia the fox" --stream --threshold 0.8 --max-new-tokens 128
   twotower generate --prompt-ids 5,6,7 --mode ar --temperature 0.7 --top-p 0.9 --json
+  twotower generate "Mia the fox" --live --html replay.html
   twotower generate --input prompts.jsonl --output answers.jsonl --concurrency 32
 
 The answer goes to standard output, figures to standard error. {JSON_HELP} With --json and --stream,
@@ -76,6 +83,7 @@ class AnswersFailedError(ClientError):
 @click.option("--stream", "streamed", is_flag=True, help="Print each block when it is committed.")
 @prompt_ids_option
 @request_options
+@showing_options
 @click.option(
     "--timeout",
     type=float,
@@ -99,6 +107,8 @@ def generate(
     attempts: int,
     streamed: bool,
     as_json: bool,
+    live: bool,
+    html: Path | None,
     timeout: float,
     inactivity_timeout: float,
     **options: Any,
@@ -111,17 +121,19 @@ def generate(
             raise RequestRefusedError("give --input and --output together, and no other prompt")
         _answer_file(access, source, target, concurrency, attempts, given_options(options))
         return
+    check_showing(live, as_json, RequestRefusedError)
     text, ids = read_prompt(prompt, prompt_ids, "PROMPT", RequestRefusedError)
-    with (
-        connect(**access) as client,
-        client.stream(text, prompt_ids=ids, **given_options(options)) as stream,
-    ):
+    options = showing(given_options(options), live, html)
+    view = LiveView(sys.stdout, live) if (streamed or live) and not as_json else None
+    with connect(**access) as client, client.stream(text, prompt_ids=ids, **options) as stream:
+        if view is not None:
+            stream.on_canvas = lambda canvas: view.canvas(canvas.tokens)
         for block in stream:
             if as_json and streamed:
                 values = {"text": block.text, "ids": block.ids, "masked": block.masked_counts}
                 print(json.dumps({"event": "block", **values}), flush=True)
-            elif streamed:
-                print(block.text, end="", flush=True)
+            elif view is not None:
+                view.commit(block.text)
         answer = stream.answer()
     warn_of_mask(answer.prompt_ids, MASK_ID)
     outcome = Outcome(
@@ -133,11 +145,31 @@ def generate(
         seconds=answer.seconds,
         finish_reason=answer.finish_reason,
     )
+    figures = outcome.figures(len(answer.prompt_ids))
+    if html is not None:
+        prompt = text or " ".join(map(str, answer.prompt_ids))
+        Replay(prompt, replay_blocks(answer), figures).write(html)
     if as_json:
         print(outcome.as_json())
+        return
+    if view is not None:
+        view.finish()
     else:
-        print("" if streamed else answer.text)
-        print(outcome.figures(len(answer.prompt_ids)), file=sys.stderr)
+        print(answer.text)
+    print(figures, file=sys.stderr)
+
+
+def replay_blocks(answer: Answer) -> list[tuple[Token, ...]]:
+    """Return the tokens of an answer whose request asked for logprobs, block by block."""
+    return [
+        tokens_of(
+            [one.text for one in block.details],
+            [one.call - 1 for one in block.details],
+            [one.logprob for one in block.details],
+            is_denoised=bool(block.masked_counts),
+        )
+        for block in answer.blocks
+    ]
 
 
 def _answer_file(
