@@ -137,7 +137,9 @@ def _details(
 ) -> tuple[TokenDetail, ...]:
     """Put together what is told of each token."""
     count = len(logprobs)
-    each = len(top_ids) // count if count else 0
+    if not count:
+        return ()
+    each = len(top_ids) // count
     pairs = list(zip(top_ids, top_logprobs, strict=True))
     tops = [tuple(pairs[place * each : (place + 1) * each]) for place in range(count)]
     told = zip(texts or ("",) * count, logprobs, calls, tops, strict=True)

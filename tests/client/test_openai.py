@@ -22,7 +22,7 @@ from twotower_client.openai.chat import ChatTemplate
 from twotower_client.openai.fields import read_completion
 from twotower_client.openai.problems import ApiError
 from twotower_client.request import infer_request
-from twotower_client.response import queue_place_of
+from twotower_client.response import read
 
 pytestmark = pytest.mark.server
 PROMPT = "Mia the fox"
@@ -137,6 +137,54 @@ def test_without_a_seed_draws_differ_and_echo_gives_the_prompt_too(caller) -> No
     assert not pieces[1].startswith(PROMPT)
 
 
+def test_each_token_tells_its_log_probability(caller, client) -> None:
+    details = [
+        one
+        for block in client.generate(PROMPT, max_new_tokens=40, logprobs=True).blocks
+        for one in block.details
+    ]
+    whole = complete(caller, max_tokens=40, logprobs=1, echo=False).choices[0]
+    assert whole.logprobs.tokens == [one.text for one in details]
+    assert whole.logprobs.token_logprobs == pytest.approx([one.logprob for one in details])
+    assert whole.logprobs.top_logprobs[0] == {details[0].text: pytest.approx(details[0].logprob)}
+    offsets = whole.logprobs.text_offset
+    ends = [*offsets[1:], len(whole.text)]
+    cut = [whole.text[start:end] for start, end in zip(offsets, ends, strict=True)]
+    assert cut == whole.logprobs.tokens
+    parts = [
+        one.choices[0].logprobs for one in complete(caller, max_tokens=40, logprobs=1, stream=True)
+    ]
+    assert [token for part in parts for token in part.tokens] == whole.logprobs.tokens
+    assert [at for part in parts for at in part.text_offset] == offsets
+    assert complete(caller).choices[0].logprobs is None
+
+
+def test_stop_ends_an_answer_and_is_left_out(caller) -> None:
+    text = complete(caller, max_tokens=40).choices[0].text
+    stop = text[20:24]
+    got = complete(caller, max_tokens=40, stop=stop)
+    assert got.choices[0].text == text[: text.index(stop)]
+    assert got.choices[0].finish_reason == "stop"
+    streamed = list(complete(caller, max_tokens=40, stop=[stop, "zzz"], stream=True))
+    assert "".join(one.choices[0].text for one in streamed) == text[: text.index(stop)]
+
+
+def test_a_suffix_is_what_the_answer_runs_into(caller, client) -> None:
+    suffix = " the end."
+    ids = list(client.generate(suffix, max_new_tokens=1).prompt_ids)
+    canvas = [-1] * 6 + ids
+    filled = client.generate(
+        PROMPT, canvas=canvas, max_new_tokens=len(canvas), ignore_eos=True, logprobs=True
+    )
+    assert list(filled.ids[6:]) == ids
+    expected = "".join(one.text for one in filled.blocks[0].details[:6])
+    got = complete(caller, max_tokens=6, suffix=suffix)
+    assert got.choices[0].text == expected
+    assert got.usage.completion_tokens == 6
+    chunks = list(complete(caller, max_tokens=6, suffix=suffix, stream=True))
+    assert "".join(one.choices[0].text for one in chunks) == expected
+
+
 def test_chat_goes_through_the_template(caller, server, client) -> None:
     messages = [
         {"role": "system", "content": "Be kind."},
@@ -165,12 +213,9 @@ def free_slot_at_once(server) -> bool:
 
     with grpc.insecure_channel(server.grpc_address) as channel:
         ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
-        request = infer_request(PROMPT, None, {"max_new_tokens": 1}, "", 20, 0.5)
-        places = [
-            queue_place_of(one.infer_response)
-            for one in ask(iter([request]))
-            if one.infer_response.outputs
-        ]
+        request = infer_request(PROMPT, None, {"max_new_tokens": 1}, 20, 0.5)
+        responses = [one.infer_response for one in ask(iter([request]))]
+    places = [read(one, 0.0).queue_place for one in responses if one.outputs]
     return not any(places)
 
 

@@ -22,6 +22,7 @@ from twotower_client.errors import ClientError
 from twotower_client.openai.answers import Answers, check_model, sse
 from twotower_client.openai.chat import ChatTemplate
 from twotower_client.openai.fields import Wish, read_chat, read_completion
+from twotower_client.openai.infill import with_suffix
 from twotower_client.openai.metrics import Metrics
 from twotower_client.openai.problems import ApiError
 from twotower_contract.replay import filled_page, script_json
@@ -187,6 +188,7 @@ class FrontEnd:
                 "rate_limit_error",
             )
         start = time.monotonic()
+        wish = await with_suffix(self.client, wish)
         answers = Answers(self.client, wish, self._settings.model)
         self._metrics.running += 1
         ended = contextlib.ExitStack()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from twotower_client.many import Prompt
 from twotower_client.openai.problems import ApiError, refused
-from twotower_contract.options import IMPOSSIBLE, OPTIONS, Options, refusal, unknown_name
+from twotower_contract.options import FREE, IMPOSSIBLE, OPTIONS, Options, refusal, unknown_name
 
 MAX_TOKENS = 16  # OpenAI's own default for completions
 MOST_CHOICES = 64
@@ -51,6 +51,7 @@ class Wish:
         logprobs: Log-probabilities wanted for each token; None for none.
         echo: Whether the prompt is put before each answer.
         suffix: Text that comes after the answer.
+        is_chat: Whether the answer is a message.
     """
 
     prompts: Sequence[Prompt]
@@ -62,7 +63,19 @@ class Wish:
     echo: bool = False
     suffix: str | None = None
     is_chat: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Answers in all."""
+        return len(self.prompts) * self.choices
+
+    @property
+    def room(self) -> int | None:
+        """Tokens before the suffix; None where there is none."""
+        canvas = self.options.get("canvas")
+        if self.suffix is None or canvas is None:
+            return None
+        return next((at for at, token in enumerate(canvas) if token != FREE), len(canvas))
 
     def requests(self) -> list[tuple[Prompt, Options]]:
         """Return a prompt with its options for each choice, in the order of their indices."""
@@ -85,12 +98,12 @@ def read_completion(body: Mapping[str, Any]) -> Wish:
     """
     _check_names(body, COMPLETION_FIELDS)
     logprobs = _whole(body, "logprobs", 0, MOST_LOGPROBS)
-    if logprobs is not None or body.get("suffix"):
-        raise ApiError(400, "logprobs and suffix cannot be had here; leave them out")
     echo = _flag(body, "echo")
     suffix = body.get("suffix")
     if suffix is not None and not isinstance(suffix, str):
         raise refused("suffix", "must be text")
+    if suffix and "canvas" in body:
+        raise refused("suffix", "and canvas are both given; leave one of them out")
     prompts = _prompts(body.get("prompt"))
     if echo and logprobs is not None:
         raise refused("echo", "with logprobs cannot be had: the prompt has no log-probabilities")
@@ -140,14 +153,7 @@ def _wish(
     if (stop := body.get("stop")) is not None:
         options["stop"] = [stop] if isinstance(stop, str) else stop
     if logprobs is not None:
-        options |= {
-            "logprobs": True,
-            **(
-                {"top_logprobs": logprobs}
-                if logprobs and options.get("mode") in ("ar", "mock_ar")
-                else {}
-            ),
-        }
+        options["logprobs"] = True
     why = refusal(options)
     if why is not None:
         raise ApiError(400, why, param=next((one for one in options if why.startswith(one)), None))
