@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support import TWOTOWER
-from tests.support.fake_server import fake_server, part
+from tests.support.fake_server import failure, fake_server, part
 from twotower_client import (
     Answer,
     AsyncClientPool,
@@ -39,7 +39,7 @@ def prompt_of(request) -> list[int]:
 def echo(request, context):
     """Answer with the prompt's first id as text; 13 is refused."""
     first = prompt_of(request)[0]
-    yield part("refused") if first == 13 else part("length", str(first), (first,))
+    yield failure("refused") if first == 13 else part("length", str(first), (first,))
 
 
 def texts(outcomes) -> list[str]:
@@ -120,7 +120,7 @@ def test_what_may_pass_is_tried_again_so_often(failures) -> None:
     def answer(request, context):
         asked.append(request.id)
         if len(asked) <= failures:
-            yield part("busy")
+            yield failure("busy")
         yield from echo(request, context)
 
     with fake_server(answer) as url, ClientPool([url], retry=AT_ONCE) as pool:

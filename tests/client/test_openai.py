@@ -18,11 +18,10 @@ import pytest
 
 from tests.support import ROOT, TWOTOWER
 from tests.support.browser import chromium
+from tests.support.served import free_slot_at_once
 from twotower_client.openai.chat import ChatTemplate
 from twotower_client.openai.fields import read_completion
 from twotower_client.openai.problems import ApiError
-from twotower_client.request import infer_request
-from twotower_client.response import read
 
 pytestmark = pytest.mark.server
 PROMPT = "Mia the fox"
@@ -206,22 +205,9 @@ def test_chat_goes_through_the_template(caller, server, client) -> None:
         assert refusal.value.body["param"].startswith("messages")
 
 
-def free_slot_at_once(server) -> bool:
-    """Whether a request gets a slot without waiting."""
-    import grpc
-    from tritonclient.grpc import service_pb2_grpc
-
-    with grpc.insecure_channel(server.grpc_address) as channel:
-        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
-        request = infer_request(PROMPT, None, {"max_new_tokens": 1}, 20, 0.5)
-        responses = [one.infer_response for one in ask(iter([request]))]
-    places = [read(one, 0.0).queue_place for one in responses if one.outputs]
-    return not any(places)
-
-
 def wait_for_a_free_slot(server) -> None:
     end = time.monotonic() + 3
-    while not free_slot_at_once(server):
+    while not free_slot_at_once(server.grpc_address):
         assert time.monotonic() < end, "callers who left still hold the slots"
 
 
