@@ -80,9 +80,9 @@ def test_a_closed_loop_keeps_so_many_under_way(count) -> None:
         if most == count:
             all_here.set()
         all_here.wait(20)
-        yield part("length", "a", (5, 6))
-        with lock:
+        with lock:  # before the caller hears that it has its answer
             under_way -= 1
+        yield part("length", "a", (5, 6))
 
     with fake_server(answer) as url:
         measured = load(url, Level(count), Amount(None, 9))
