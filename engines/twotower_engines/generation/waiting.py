@@ -39,10 +39,15 @@ class WaitingRequests:
         for queue in self._queues.values():
             yield from queue
 
-    def add(self, request: Request) -> Request | None:
-        """Take a request; return the one that is turned away for it, which may be itself."""
+    def add(self, request: Request, free: int = 0) -> Request | None:
+        """Take a request; return the one that is turned away for it, which may be itself.
+
+        Args:
+            request: Comes last of its caller.
+            free: Slots that are free, whose next holders only seem to wait.
+        """
         self._queues.setdefault((request.priority, request.tenant), deque()).append(request)
-        if self._most is None or len(self) <= self._most:
+        if self._most is None or len(self) <= self._most + free:
             return None
         waiting = Counter(one.tenant for one in self)
         tenant = max(waiting, key=lambda name: (waiting[name], name == request.tenant))
