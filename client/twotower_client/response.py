@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from twotower_client.connection import proxy_of
+from twotower_client.connection import ACCESS_HEADER, proxy_of
 from twotower_client.errors import (
     ClientError,
     DeadlineError,
@@ -181,6 +181,11 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
     import grpc
 
     code, details = problem.code(), problem.details()
+    if details and ACCESS_HEADER in details:
+        return RequestRefusedError(
+            f"the server at {url} asks for an access key, and was given none or another; give the "
+            "right one with access_key, or --key-file on the command line"
+        )
     status = HTTP_STATUS.search(details or "")
     if status is not None and status[1] in BALANCER:
         kind, words = BALANCER[status[1]]

@@ -40,7 +40,7 @@ async def one_caller(
         counts[way] = counts.get(way, 0) + 1
         stream = client.stream(
             prompt_ids=prompt,
-            max_new_tokens=48 if way == "whole" else 900,
+            max_new_tokens=48 if way == "whole" else 2000,
             timeout=draw.uniform(0.05, 0.5) if way == "late" else None,
         )
         try:

@@ -55,6 +55,7 @@ def server(packaged):
         running.seconds_to_ready = running.wait_until_ready(60)
         group = running.pid
         yield running
+        assert running.exit_code is None, running.log_tail(200)
     assert processes_of(group) == []
     assert not list(Path("/dev/shm").glob(f"{running._prefix}*"))
 
