@@ -146,3 +146,33 @@ def test_nothing_follows_the_end_and_the_sender_is_let_go(sending) -> None:
     sending.close()
     assert len(sender.sent) == 1
     assert sender not in vars(reply).values()
+
+
+def test_nobody_asks_of_a_request_while_its_end_is_sent(sending) -> None:
+    """The server frees it then."""
+
+    class Slow(Sender):
+        asked_at_the_end = False
+        is_ending = False
+
+        def send(self, response, flags) -> None:
+            self.is_ending = True
+            asking.wait(1)
+            super().send(response, flags)
+            self.is_ending = False
+
+        def is_cancelled(self) -> bool:
+            self.asked_at_the_end = self.asked_at_the_end or self.is_ending
+            return False
+
+    asking, sender = threading.Event(), Slow()
+    reply = TritonReply(TRITON, sender, sending, None)
+    reply.send(LAST)
+    while not sender.is_ending and not sender.sent:
+        pass
+    caller = threading.Thread(target=reply.is_cancelled)
+    caller.start()
+    asking.set()
+    caller.join()
+    sending.close()
+    assert not sender.asked_at_the_end
