@@ -148,31 +148,30 @@ def test_nothing_follows_the_end_and_the_sender_is_let_go(sending) -> None:
     assert sender not in vars(reply).values()
 
 
-def test_nobody_asks_of_a_request_while_its_end_is_sent(sending) -> None:
-    """The server frees it then."""
+def test_the_end_is_not_sent_while_somebody_asks(sending) -> None:
+    """The server frees the request with its end."""
 
-    class Slow(Sender):
-        asked_at_the_end = False
-        is_ending = False
+    class Asked(Sender):
+        is_asked = ended_meanwhile = False
 
         def send(self, response, flags) -> None:
-            self.is_ending = True
-            asking.wait(1)
+            self.ended_meanwhile = self.is_asked
             super().send(response, flags)
-            self.is_ending = False
 
         def is_cancelled(self) -> bool:
-            self.asked_at_the_end = self.asked_at_the_end or self.is_ending
+            self.is_asked = True
+            begun.set()
+            threading.Event().wait(0.2)
+            self.is_asked = False
             return False
 
-    asking, sender = threading.Event(), Slow()
+    begun, sender = threading.Event(), Asked()
     reply = TritonReply(TRITON, sender, sending, None)
-    reply.send(LAST)
-    while not sender.is_ending and not sender.sent:
-        pass
     caller = threading.Thread(target=reply.is_cancelled)
     caller.start()
-    asking.set()
+    begun.wait()
+    reply.send(LAST)
     caller.join()
     sending.close()
-    assert not sender.asked_at_the_end
+    assert len(sender.sent) == 1
+    assert not sender.ended_meanwhile
