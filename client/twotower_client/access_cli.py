@@ -24,7 +24,7 @@ def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--url",
             default="localhost:8001",
             show_default=True,
-            help="host:port of the server's gRPC endpoint.",
+            help="host:port of the server's gRPC endpoint; for files several, with commas between.",
         ),
         click.option(
             "--tls-authority", type=FILE, help="Encrypt; this authority signed the server (PEM)."

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
@@ -31,6 +31,7 @@ from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavai
 from twotower_client.request import cancel_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
+from twotower_client.retry import NO_RETRY, Retry, Servers
 from twotower_contract.options import Options
 
 
@@ -69,6 +70,22 @@ class AsyncTwoTowerClient(ClientCore):
         to stop. It is sent, and its time begins, when it is first waited for.
         """
         return AsyncAnswerStream(self, *self._request(prompt, prompt_ids, timeout, options))
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        concurrency: int = 16,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncIterator[Answer | ClientError]:
+        """Return an async iterator over the answers to many prompts, in their order."""
+        from twotower_client.aio_many import generate_many  # imports this module
+
+        limits = (concurrency, timeout, retry or NO_RETRY, progress)
+        return generate_many(Servers([self]), prompts, *limits, options)
 
     async def stop(self, request_id: str) -> bool:
         """Tell the server to stop a request; return whether it took note."""

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
@@ -30,6 +30,7 @@ from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavai
 from twotower_client.request import cancel_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
+from twotower_client.retry import NO_RETRY, Retry, Servers
 from twotower_contract.options import Options
 
 
@@ -97,6 +98,34 @@ class TwoTowerClient(ClientCore):
                 iterating.
         """
         return AnswerStream(self, *self._request(prompt, prompt_ids, timeout, options))
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        concurrency: int = 16,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[Answer | ClientError]:
+        """Return an iterator over the answers to many prompts, in their order.
+
+        An error takes the place of its answer, and the others go on. Prompts are read as requests
+        become free to be sent. Closing the iterator stops what is under way.
+
+        Args:
+            prompts: Texts or lists of token ids.
+            concurrency: Requests under way at a time.
+            timeout: Seconds for one attempt at one answer; the client's, where not given.
+            retry: When a request is sent again; never, where not given.
+            progress: Called with the number of answers, and of failed ones among them.
+            **options: Options of every request; see `Options`.
+        """
+        from twotower_client.many import generate_many  # imports this module
+
+        limits = (concurrency, timeout, retry or NO_RETRY, progress)
+        return generate_many(Servers([self]), prompts, *limits, options)
 
     def stop(self, request_id: str) -> bool:
         """Tell the server to stop a request of whatever client, by the server's name of it.
@@ -200,6 +229,8 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         blocks: Blocks that have arrived.
         queue_place: Place among the requests that wait for a slot, from 1, as the server told it
             last; 0 otherwise.
+        on_canvas: Is called with the block after each denoiser call, where the request has
+            `stream_mode="denoise"`. Set it before the first block is waited for.
     """
 
     def __init__(self, client: TwoTowerClient, request: Any, timeout: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
@@ -36,7 +36,7 @@ from twotower_client.response import (
     too_late,
     unexplained,
 )
-from twotower_client.result import Answer, Block
+from twotower_client.result import Answer, Block, Canvas
 from twotower_contract.options import Options
 
 READY_REQUEST = service_pb2.ModelReadyRequest(name=MODEL)
@@ -154,6 +154,7 @@ class StreamCore(Generic[Client]):
         self.prompt_ids: tuple[int, ...] = ()
         self.blocks: list[Block] = []
         self.queue_place = 0
+        self.on_canvas: Callable[[Canvas], None] | None = None
         self._client = client
         self._timeout = timeout
         self._left = timeout
@@ -222,6 +223,10 @@ class StreamCore(Generic[Client]):
         if self.queue_place:
             return None
         self.prompt_ids = self.prompt_ids or response.prompt_ids
+        if response.canvas is not None:
+            if self.on_canvas is not None:
+                self.on_canvas(response.canvas)
+            return None
         self.blocks.append(response.block)
         return response.block
 

@@ -19,7 +19,8 @@ from twotower_client.errors import (
     ServerUnavailableError,
 )
 from twotower_client.request import MODEL
-from twotower_client.result import Block
+from twotower_client.result import Block, Canvas, TokenDetail
+from twotower_contract.options import FREE
 from twotower_contract.statuses import STATUSES, Failure
 
 UNKNOWN_MODEL = "unknown model"  # also of a server that is shutting down
@@ -54,7 +55,10 @@ BALANCER: dict[str, tuple[type[ClientError], str]] = {
 }
 
 # Outputs that have nothing to say are left out of a response.
-Tensor = Literal["output_ids", "prompt_ids", "masked_counts"]
+Tensor = Literal[
+    "output_ids", "prompt_ids", "masked_counts", "commit_steps", "top_ids", "canvas_ids"
+]
+Reals = Literal["logprobs", "top_logprobs", "canvas_confidence"]
 Number = Literal["denoiser_calls", "context_calls", "queue_place"]
 Text = Literal["finish_reason", "text_output", "request_id"]
 
@@ -68,12 +72,14 @@ class Response:
         prompt_ids: The prompt as the server saw it; empty in all but the first block's response.
         queue_place: Place among the requests that wait for a slot, from 1; 0 where it has one.
         request_id: The server's name of the request; empty in all but the first response.
+        canvas: The block as it is, where this response holds no finished one.
     """
 
     block: Block
     prompt_ids: tuple[int, ...]
     queue_place: int
     request_id: str
+    canvas: Canvas | None = None
 
 
 def read(response: Any, seconds: float) -> Response:
@@ -85,6 +91,14 @@ def read(response: Any, seconds: float) -> Response:
     def integers(name: Tensor | Number) -> tuple[int, ...]:
         values = result.as_numpy(name)
         return () if values is None else tuple(values.tolist())
+
+    def reals(name: Reals) -> tuple[float, ...]:
+        values = result.as_numpy(name)
+        return () if values is None else tuple(values.tolist())
+
+    def texts() -> tuple[str, ...]:
+        values = result.as_numpy("token_texts")
+        return () if values is None else tuple(bytes(one).decode() for one in values)
 
     def number(name: Number) -> int:
         return next(iter(integers(name)), 0)
@@ -102,11 +116,44 @@ def read(response: Any, seconds: float) -> Response:
             context_calls=number("context_calls"),
             finish_reason=text("finish_reason") or None,
             seconds=seconds,
+            details=_details(
+                texts(), reals("logprobs"), integers("commit_steps"), integers("top_ids"),
+                reals("top_logprobs"),
+            ),
         ),
         prompt_ids=integers("prompt_ids"),
         queue_place=number("queue_place"),
         request_id=text("request_id"),
-    )
+        canvas=_canvas(integers("canvas_ids"), texts(), reals("canvas_confidence")),
+    )  # fmt: skip
+
+
+def _details(
+    texts: tuple[str, ...],
+    logprobs: tuple[float, ...],
+    calls: tuple[int, ...],
+    top_ids: tuple[int, ...],
+    top_logprobs: tuple[float, ...],
+) -> tuple[TokenDetail, ...]:
+    """Put together what is told of each token."""
+    count = len(logprobs)
+    if not count:
+        return ()
+    each = len(top_ids) // count
+    pairs = list(zip(top_ids, top_logprobs, strict=True))
+    tops = [tuple(pairs[place * each : (place + 1) * each]) for place in range(count)]
+    told = zip(texts or ("",) * count, logprobs, calls, tops, strict=True)
+    return tuple(TokenDetail(*one) for one in told)
+
+
+def _canvas(
+    ids: tuple[int, ...], texts: tuple[str, ...], confidence: tuple[float, ...]
+) -> Canvas | None:
+    if not ids:
+        return None
+    texts = texts or tuple(f"{token} " for token in ids)
+    places = zip(ids, texts, confidence, strict=True)
+    return Canvas(tuple(None if token == FREE else (text, sure) for token, text, sure in places))
 
 
 def error_of(message: str) -> ClientError | None:

@@ -80,6 +80,21 @@ def http(server):
         door.shutdown()
 
 
+def free_slot_at_once(url: str) -> bool:
+    """Whether a request gets a slot without waiting."""
+    import grpc
+    from tritonclient.grpc import service_pb2_grpc
+
+    from twotower_client.request import infer_request
+    from twotower_client.response import read
+
+    with grpc.insecure_channel(url) as channel:
+        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        request = infer_request("Mia", None, {"max_new_tokens": 1}, 20, 0.5)
+        responses = [one.infer_response for one in ask(iter([request]))]
+    return not any(read(one, 0.0).queue_place for one in responses if one.outputs)
+
+
 def processes_of(group: int) -> list[int]:
     """Return the processes of a group that are not zombies."""
     found = []

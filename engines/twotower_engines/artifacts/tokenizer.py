@@ -101,6 +101,31 @@ def added_text(
     return (text if is_last else text.removesuffix(INCOMPLETE))[len(before) :]
 
 
+def token_texts(
+    tokenizer: Tokenizer, previous: Sequence[int], ids: Sequence[int], is_last: bool
+) -> list[str]:
+    """Return the text that each of some ids adds; together they are `added_text` of all.
+
+    A character of several ids belongs to the last of them.
+    """
+    known = [*previous, *ids]
+    ends = range(len(previous) + 1, len(known) + 1)
+    return [
+        added_text(
+            tokenizer,
+            known[max(0, end - 1 - PREVIOUS_IDS) : end - 1],
+            known[end - 1 : end],
+            is_last and end == len(known),
+        )
+        for end in ends
+    ]
+
+
+def canvas_texts(tokenizer: Tokenizer, ids: Sequence[int], mask_id: int) -> list[str | None]:
+    """Return the text of each id of an unfinished block by itself; None where it is masked."""
+    return [None if token == mask_id else tokenizer.decode([token]) for token in ids]
+
+
 class TextStream:
     """The text of an answer as its ids arrive, where one process sees all of them.
 

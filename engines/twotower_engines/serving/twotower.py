@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -27,8 +28,14 @@ import numpy.typing as npt
 
 from twotower_contract.engine_set import EngineSet
 from twotower_contract.errors import TwoTowerError
+from twotower_contract.options import FREE
 from twotower_contract.statuses import Failure, text_of
-from twotower_engines.artifacts.tokenizer import Tokenizer, added_text
+from twotower_engines.artifacts.tokenizer import (
+    Tokenizer,
+    added_text,
+    canvas_texts,
+    token_texts,
+)
 from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
@@ -73,6 +80,7 @@ class TritonReply:
         tokenizer: Ids to text; None where the engines have none.
         wanted: Outputs that the caller asks for; all where it is empty.
         in_ensemble: Whether the caller is a step of the ensemble.
+        mask_id: The mask token.
     """
 
     def __init__(
@@ -83,11 +91,13 @@ class TritonReply:
         tokenizer: Tokenizer | None,
         wanted: frozenset[str] = frozenset(),
         in_ensemble: bool = False,
+        mask_id: int = FREE,
     ) -> None:
         self._triton = triton
         self._sender = sender
         self._sending = sending
         self._tokenizer = tokenizer
+        self._mask_id = mask_id
         self._wanted = wanted
         self._in_ensemble = in_ensemble
         self._is_lost = False
@@ -134,13 +144,15 @@ class TritonReply:
         outputs = (
             whole_outputs(part, message, failure)
             if self._in_ensemble
-            else outputs_of(part, self._tokenizer)
+            else outputs_of(part, self._tokenizer, self._mask_id)
         )
         names = self._wanted & outputs.keys() if self._wanted else outputs
         return triton.InferenceResponse([triton.Tensor(name, outputs[name]) for name in names])
 
 
-def outputs_of(part: Part, tokenizer: Tokenizer | None) -> dict[str, npt.NDArray[Any]]:
+def outputs_of(
+    part: Part, tokenizer: Tokenizer | None, mask_id: int
+) -> dict[str, npt.NDArray[Any]]:
     """Return the outputs of one response to a direct caller; each tensor takes time to send.
 
     Left out are those that have nothing to say.
@@ -161,7 +173,7 @@ def outputs_of(part: Part, tokenizer: Tokenizer | None) -> dict[str, npt.NDArray
         "queue_place": (part.queue_place,) if part.queue_place else (),
         "commit_steps": tuple(one.step + 1 for one in event.details),
         "top_ids": tuple(token for one in event.details for token, _ in one.top),
-        "canvas_ids": event.canvas,
+        "canvas_ids": [FREE if token == mask_id else token for token in event.canvas],
         "reused_tokens": (event.reused_tokens,) if part.prompt_ids and event.reused_tokens else (),
     }
     numbers = {
@@ -178,8 +190,24 @@ def outputs_of(part: Part, tokenizer: Tokenizer | None) -> dict[str, npt.NDArray
         "text_output": _text(text),
         **{name: np.array(values, np.int32) for name, values in integers.items() if values},
         **{name: np.array(values, np.float32) for name, values in numbers.items() if values},
+        **_token_texts(part, tokenizer, mask_id),
         **{name: _text(value) for name, value in texts.items() if value},
     }
+
+
+def _token_texts(
+    part: Part, tokenizer: Tokenizer | None, mask_id: int
+) -> dict[str, npt.NDArray[np.object_]]:
+    """Return the text of each token, where the caller asks to be told of tokens."""
+    event = part.event
+    if tokenizer is None or not (event.details or event.canvas):
+        return {}
+    texts: Sequence[str | None] = (
+        canvas_texts(tokenizer, event.canvas, mask_id)
+        if event.canvas
+        else token_texts(tokenizer, part.previous_ids, event.ids, event.is_last)
+    )
+    return {"token_texts": np.array([(text or "").encode() for text in texts], object)}
 
 
 def whole_outputs(part: Part, message: str, failure: Failure | None) -> dict[str, npt.NDArray[Any]]:
@@ -287,6 +315,7 @@ class TritonPythonModel:
                 self._tokenizer,
                 frozenset(request.requested_output_names()),
                 in_ensemble="request" in tensors,
+                mask_id=self._runtime.mask_token_id,
             )
             size = sum(len(one) for one in tensors.get("text_input", ()))
             reading = self._reading[size > LONG_TEXT]
