@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "replay.png"
 PROMPT = "Mia the fox lived by the river."
 MOMENT = 9  # the second block, half resolved
-SIZE = (860, 560)
+SIZE = (860, 540)
 
 
 def main() -> None:
