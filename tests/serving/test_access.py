@@ -152,7 +152,17 @@ def test_a_client_takes_the_same_settings(closed, files) -> None:
 
 
 def test_a_load_test_gets_in_the_same_way(closed, files) -> None:
-    command = [*TWOTOWER, "bench", *options(files, closed), "--num-prompts", "2", "--warmup", "0"]
+    command = [
+        *TWOTOWER,
+        "bench",
+        *options(files, closed),
+        "--key-file",
+        str(files / "access"),
+        "--num-prompts",
+        "2",
+        "--warmup",
+        "0",
+    ]
     ran = subprocess.run(
         [*command, "--max-new-tokens", "4"], capture_output=True, text=True, timeout=120
     )
@@ -161,7 +171,15 @@ def test_a_load_test_gets_in_the_same_way(closed, files) -> None:
 
 
 def test_the_openai_front_end_gets_in_the_same_way(closed, files) -> None:
-    command = [*TWOTOWER, "openai", *options(files, closed), "--port", "0"]
+    command = [
+        *TWOTOWER,
+        "openai",
+        *options(files, closed),
+        "--key-file",
+        str(files / "access"),
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip().removeprefix("ready http=")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
