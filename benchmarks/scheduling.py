@@ -1,6 +1,6 @@
 """The scheduler's choices on a simulated H200: shared calls, budget, chunks, slots and prefixes.
 
-    python -m benchmarks.scheduling CHECKPOINT     # or its config.json; three minutes, no GPU
+    python -m benchmarks.scheduling        # two minutes, no GPU
 
 The simulator's times are the planner's, so these are comparisons, not measurements. Prompts have
 300 tokens, answers 256, both by half up or down; steps per block as measured on arithmetic at
@@ -89,7 +89,8 @@ def cases(model: ModelSize) -> Iterator[tuple[str, str, Outcome]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
+    sizes = ROOT / "tests" / "data" / "full_size"
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=sizes, help="[released sizes]")
     model = read_model_size(parser.parse_args().checkpoint)
     day = datetime.date.today().isoformat()
     results, lines = [], [
