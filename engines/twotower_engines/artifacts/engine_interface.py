@@ -113,5 +113,5 @@ def _refined(model: ModelConfig) -> dict[str, TensorSpec]:
         "confidence": TensorSpec("FLOAT", block),
         "committed": TensorSpec("INT32", block),
         "still_masked": TensorSpec("INT32", (DYNAMIC,)),
-        "logits": TensorSpec("FLOAT", (*block, model.vocab_size)),
+        "logits": TensorSpec(COMPUTED[model.dtype], (*block, model.vocab_size)),
     }

@@ -343,3 +343,39 @@ def test_engines_that_nothing_here_can_run_are_refused(engines, flavour, message
     build = replace(engines.engines.build, flavour=flavour)
     with pytest.raises(RuntimeLoadError, match=message):
         open_runtime(replace(engines.engines, build=build))
+
+
+class BfloatEngine:
+    """An engine that writes the bits of 1.5 as every logit."""
+
+    def __init__(self):
+        self.addresses = {}
+
+    def prepare(self, shapes):
+        return self
+
+    def bind(self, addresses):
+        self.addresses = dict(addresses)
+
+    def can_capture(self):
+        return False
+
+    def enqueue(self):
+        if "still_masked" in self.addresses:
+            host.view(self.addresses["logits"], 2 * 300).view(np.uint16)[:] = 0x3FC0
+
+    def close(self):
+        pass
+
+
+def test_logits_come_in_the_towers_dtype_and_are_widened_for_who_reads_them(engines):
+    manifest = replace(
+        engines.engines.manifest, model=replace(engines.engines.manifest.model, dtype="bfloat16")
+    )
+    device = host.HostDevice()
+    towers = [Tower(BfloatEngine(), device, {}) for _ in range(2)]
+    runtime = ResidentRuntime(manifest, LIMITS, *towers)
+    logits = runtime.predict([PredictRow(0, 7)])
+    assert logits.dtype == np.float32
+    assert logits.tolist() == [[1.5] * 300]
+    runtime.close()

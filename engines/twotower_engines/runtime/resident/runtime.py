@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from twotower_contract.engine_set import Limits
 from twotower_contract.manifest import Manifest
-from twotower_engines.artifacts.weights import Progress
+from twotower_engines.artifacts.weights import Progress, widen
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.resident.calls import (
     REFINE_ROWS,
     CallMemory,
     CallSize,
+    Logits,
     Queries,
     Tensors,
     bucket,
@@ -99,6 +100,7 @@ class ResidentRuntime:
         self._kinds = state_kinds(manifest.model, limits, item)
         self._step = window_step(self._kinds)
         self._queries = Queries(manifest.model, item)
+        self._logits = Logits(self.vocab_size, item)
         has_mirror = denoiser is not None and denoiser.device is not context.device
         self._states = SlotStates(
             context.device,
@@ -190,7 +192,10 @@ class ResidentRuntime:
             arrays["lengths"][row.slot] = 1
         self._run(prepared)
         logits = prepared.outputs.arrays["logits"]
-        return np.stack([logits[row.slot, 0] for row in rows])
+        found = np.empty((len(rows), self.vocab_size), np.float32)
+        for target, row in zip(found, rows, strict=True):
+            widen(logits[row.slot, 0], target)
+        return found
 
     def state_store(self, size: int, tokens: int) -> KeptStates:
         """Return room for prefixes on the context tower's device.
@@ -259,7 +264,7 @@ class ResidentRuntime:
         extends = call_sizes("extend", self.limits)
         landings = {size: Landing(self._kinds, size.rows) for size in extends}
         unseen = max(landing.size + self._queries.size(size) for size, landing in landings.items())
-        memory = CallMemory(self._context.device, extends, self.vocab_size, unseen)
+        memory = CallMemory(self._context.device, extends, self._logits, unseen)
         refines: list[CallSize] = []
         if self._denoiser is not None:
             refines = call_sizes("denoise", self.limits) + call_sizes("predict", self.limits)
@@ -269,9 +274,9 @@ class ResidentRuntime:
             _tell(progress, len(self._calls), total)
         if self._denoiser is None:
             return
-        stay = {size: packed(unseen_sizes(size, self.vocab_size)) for size in refines}
+        stay = {size: packed(unseen_sizes(size, self._logits)) for size in refines}
         unseen = max(end + self._queries.size(size) for size, (_, end) in stay.items())
-        memory = CallMemory(self._denoiser.device, refines, self.vocab_size, unseen)
+        memory = CallMemory(self._denoiser.device, refines, self._logits, unseen)
         for size in refines:
             self._calls[size] = self._prepare_refine(self._denoiser, size, memory, *stay[size])
             _tell(progress, len(self._calls), total)
