@@ -212,7 +212,7 @@ class WeightStore:
 
 def stays_mapped(weight: WeightInput) -> bool:
     """Whether a weight's float32 values are used where they lie, in the checkpoint's file."""
-    is_stored_so = weight.how != "stack" and weight.dtype == "F32"
+    is_stored_so = weight.how not in ("stack", "widen") and weight.dtype == "F32"
     return is_stored_so and 4 * math.prod(weight.shape) > COPIED_BYTES
 
 

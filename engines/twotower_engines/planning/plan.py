@@ -341,8 +341,7 @@ class _Sizes:
         logits = self.model.config.vocab_size * FLOAT32
         queries = slots * self.model.config.num_attention_heads * self.model.config.head_dim
         if tower == "denoiser":
-            block = slots * self.request.block_size_max
-            yield "denoiser logits", block * self.model.config.vocab_size * self.item
+            yield "denoiser logits", slots * self.request.block_size_max * logits
             yield "denoiser queries", self.request.block_size_max * queries * self.item
             return
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)

@@ -89,7 +89,7 @@ class _Graph:
             if self._weight_dtypes[name] == "F8_E4M3":
                 self._weights[name] = self._fp8(name, source)
                 continue
-            stored = STORED[self._weight_dtypes[name]]
+            stored = FLOAT if source.how == "widen" else STORED[self._weight_dtypes[name]]
             value = self.input(name, source.shape, stored, describe_weight(source))
             if stored != self.dtype and not name.endswith(FLOAT_WEIGHTS):
                 value = self.body.cast(value, self.dtype)

@@ -245,7 +245,7 @@ def test_one_h200_holds_both_towers(model):
     assert gpu.buffers["new states"] == 16 * (46 * MIB + 847_872)
     assert gpu.buffers["context queries"] == 16 * 256 * 4096 * 2
     assert gpu.buffers["denoiser queries"] == 16 * 64 * 4096 * 2
-    assert gpu.buffers["denoiser logits"] == 16 * 64 * 131072 * 2
+    assert gpu.buffers["denoiser logits"] == 16 * 64 * 131072 * 4
     assert gpu.buffers["context logits"] == 16 * 131072 * 4
     # scores in float32 and weights in bf16 of 16 rows x 256 tokens x 32 heads; one layer's keys of
     # 2 heads x 128 once more in float32
