@@ -1,11 +1,13 @@
 """Bytes that compiled towers of the released size move in a call, against the least that they must.
 
-    python -m benchmarks.traffic            # about five minutes on two cores, no GPU
+    python -m benchmarks.traffic            # about fifteen minutes on two cores, no GPU
 
-TensorRT-RTX compiles both towers for SM120 with a block of 16 tokens and a context of 8,192, and
+TensorRT-RTX compiles both towers for SM120 with a context of 8,192 tokens and room for a call, and
 says what each final kernel reads and writes. The least is every input of the graph read once (of
-embeddings, the rows of the tokens) and every output written once (of a cache, the new rows).
-TensorRT shares the compiler but times its choices: its engines may differ.
+embeddings, the rows of the tokens) and every output written once (of a cache, the new rows). Each
+tower is compiled twice: with the ops' bodies, as TensorRT-RTX runs it, and cut at our plugins,
+which is what TensorRT compiles between them: there, what a plugin reads is an output. TensorRT
+shares the compiler but times its choices: its engines may differ.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import datetime
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,33 @@ from twotower_contract.json_file import write_json
 from twotower_contract.traffic import traffic_of
 
 RESULTS = ROOT / "benchmarks" / "results"
-ROWS = (1, 4, 16)
-CONTEXT, BLOCK = 8192, 16
+CAPACITY = 8192 + 256
+CALLS = {"block": [(rows, 16) for rows in (1, 4, 16)], "chunk": [(1, 256), (4, 256)]}
+FORMS = ("bodies", "cut at plugins")
 
 
-def measure(tower: str, rows: int, folder: Path) -> dict[str, Any]:
-    """Compile one tower for one number of rows and add up what its kernels move."""
+def cases() -> Iterator[tuple[str, str, str, int, int]]:
+    """Yield the form, the kind of call, the tower, and rows and tokens of each measurement."""
+    for form in FORMS:
+        for kind, calls in CALLS.items():
+            for tower in TOWERS if kind == "block" else ("context",):
+                for rows, tokens in calls:
+                    yield form, kind, tower, rows, tokens
+
+
+def measure(
+    form: str, kind: str, tower: str, rows: int, tokens: int, folder: Path
+) -> dict[str, Any]:
+    """Compile one tower for one size of call and add up what its kernels move."""
     start = time.perf_counter()
-    listing = compiled(folder, tower, rows, BLOCK, CONTEXT)
+    listing = compiled(folder, tower, rows, tokens, CAPACITY, is_cut=form != FORMS[0])
     traffic = traffic_of(listing)
     return {
+        "form": form,
         "tower": tower,
+        "call": kind,
         "rows": rows,
+        "tokens": tokens,
         "moved_bytes": traffic.moved.total,
         "least_bytes": traffic.least,
         "ratio": round(traffic.ratio, 3),
@@ -47,24 +65,25 @@ def measure(tower: str, rows: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         results = []
-        for tower in TOWERS:
-            for rows in ROWS:
-                results.append(measure(tower, rows, Path(name)))
-                print(results[-1], flush=True)
+        for case in cases():
+            results.append(measure(*case, Path(name)))
+            print(results[-1], flush=True)
     day = datetime.date.today().isoformat()
     write_json(RESULTS / f"traffic-rtx-{day}.json", {"date": day, "results": results})
     lines = [
         "# Bytes that compiled towers move",
         "",
         f"`python -m benchmarks.traffic`, {day}, TensorRT-RTX's compiler on 2 cores, no GPU; the",
-        f"released size, bf16, function bodies, SM120, block {BLOCK}, context {CONTEXT:,}.",
+        f"released size, bf16, SM120, caches of {CAPACITY:,} tokens.",
         "",
-        "| tower | rows | GB moved | least | ratio | scratch, MB | kernels | compiled in, s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| form | tower | rows x tokens | GB moved | least | ratio | scratch, MB | inputs copied |"
+        " kernels | compiled in, s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {one['tower']} | {one['rows']} | {one['moved_bytes'] / 1e9:.1f} | "
-            f"{one['least_bytes'] / 1e9:.1f} | {one['ratio']:.2f} | "
-            f"{one['scratch_bytes'] / 1e6:.0f} | {one['kernels']} | {one['seconds']:.0f} |"
+            f"| {one['form']} | {one['tower']} | {one['rows']} x {one['tokens']} | "
+            f"{one['moved_bytes'] / 1e9:.1f} | {one['least_bytes'] / 1e9:.1f} | "
+            f"{one['ratio']:.2f} | {one['scratch_bytes'] / 1e6:.0f} | {one['copied_inputs']} | "
+            f"{one['kernels']} | {one['seconds']:.0f} |"
             for one in results
         ),
     ]
