@@ -30,6 +30,7 @@ from twotower_engines.runtime.routed_experts import replace_experts
 
 Array = npt.NDArray[Any]
 CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
+DENOISER_OUTPUTS = ("new_ids", "still_masked", "logits")
 LOGITS_WANTED = "logits_wanted"
 """Input of the context's session: whether the vocabulary head is computed."""
 
@@ -214,12 +215,11 @@ class OnnxRuntime:
         path = engines.engine_path(tower)
         try:
             model = flat_graph(path)
-            if tower == "context":
-                prune(model.graph, [*self._new_states(1, 1), "logits"])
-                make_optional(model.graph, "logits", LOGITS_WANTED)
-            else:
-                prune(model.graph, ["new_ids", "still_masked", "logits"])
+            context = [*self._new_states(1, 1), "logits"]
+            prune(model.graph, context if tower == "context" else DENOISER_OUTPUTS)
             parts = replace_experts(model.graph)
+            if tower == "context":
+                make_optional(model.graph, "logits", LOGITS_WANTED)
             weights = (
                 part
                 for name, array in store.all_float32(tower, progress)

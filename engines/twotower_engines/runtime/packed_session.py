@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 Array = npt.NDArray[Any]
 
-MATRIX_INPUT = {"Gemm": 1, "MatMul": 1, "Gather": 0, "Shape": 0}
-"""Operators that read matrices, and as which of their inputs; `Shape` reads no value."""
+MATRIX_INPUT = {"Gemm": 1, "MatMul": 1, "Gather": 0}
+"""Operators that read matrices, and as which of their inputs."""
 
 ELSEWHERE = "weights"
 PROVIDER = "CPUExecutionProvider"
@@ -64,8 +64,8 @@ def packed_session(
         product takes, such as embeddings.
     """
     values, lent = _put_inside(ort, model.graph, weights)
-    for name, value in values.items():  # the options know a value by its address alone
-        options.add_initializer(name, value)
+    for name in values:  # the options know a value by its address alone
+        options.add_initializer(name, values[name])
     with tempfile.TemporaryDirectory(prefix="twotower-") as folder:
         # ONNX Runtime wants the file to be there. It does not read it: what it would read is not in
         # it, and that would be an error.
@@ -98,8 +98,9 @@ def _put_inside(
     Returns:
         Value of each matrix, which the graph has no more than the name of, and its memory.
     """
-    matrices = _matrices(graph)
     inputs = {value.name: value for value in graph.input}
+    _write_shapes(graph, inputs)
+    matrices = _matrices(graph)
     values: dict[str, Any] = {}
     lent: dict[str, weakref.ref[_Lent]] = {}
     for name, array in weights:
@@ -116,7 +117,7 @@ def _put_inside(
     return values, lent
 
 
-def _elsewhere(name: str, shape: Collection[int]) -> onnx.TensorProto:
+def _elsewhere(name: str, shape: Sequence[int]) -> onnx.TensorProto:
     """Return an initializer without values."""
     tensor = TensorProto(
         name=name,
@@ -126,6 +127,20 @@ def _elsewhere(name: str, shape: Collection[int]) -> onnx.TensorProto:
     )
     tensor.external_data.add(key="location", value=ELSEWHERE)
     return tensor
+
+
+def _write_shapes(graph: onnx.GraphProto, inputs: Mapping[str, onnx.ValueInfoProto]) -> None:
+    """Make constants of the shapes of weights: a node that asks for one keeps the weight alive."""
+    for node in _all_nodes(graph):
+        if node.op_type == "Shape" and node.input[0] in inputs:
+            sizes = inputs[node.input[0]].type.tensor_type.shape.dim
+            if any(not size.HasField("dim_value") for size in sizes):
+                continue
+            cut = {attribute.name: attribute.i for attribute in node.attribute}
+            shape = [size.dim_value for size in sizes][cut.get("start", 0) : cut.get("end")]
+            value = numpy_helper.from_array(np.array(shape, np.int64))
+            constant = helper.make_node("Constant", [], node.output, node.name, value=value)
+            node.CopyFrom(constant)
 
 
 def _matrices(graph: onnx.GraphProto) -> set[str]:

@@ -47,6 +47,9 @@ def prune(graph: onnx.GraphProto, outputs: Collection[str]) -> None:
 def make_optional(graph: onnx.GraphProto, output: str, flag: str) -> None:
     """Compute an output, and what it alone needs, only where an input of the graph says so.
 
+    What comes after the last branch becomes one; before that, the branches ask the input as well.
+    (ONNX Runtime packs the weights of a branch, but not those of a branch inside a branch.)
+
     Args:
         graph: A graph without functions.
         output: Name of a float32 output; its value is empty where it is not computed.
@@ -56,6 +59,13 @@ def make_optional(graph: onnx.GraphProto, output: str, flag: str) -> None:
     shared, _ = _needed(graph, others)
     names = {name for node in shared for name in node.output}
     own = [node for node in graph.node if names.isdisjoint(node.output)]
+    while any(node.op_type == "If" for node in own):
+        node = own.pop(0)
+        if node.op_type == "If":
+            asked = f"{node.name}.asked"
+            shared.append(helper.make_node("And", [node.input[0], flag], [asked], asked))
+            node.input[0] = asked
+        shared.append(node)
     rank = next(
         len(value.type.tensor_type.shape.dim) for value in graph.output if value.name == output
     )

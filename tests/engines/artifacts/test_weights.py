@@ -101,7 +101,8 @@ def test_only_large_float32_stays_in_its_file(made, monkeypatch):
     assert store.mapped_bytes("context", list(views)[:2]) == sum(sizes[:2])
 
 
-def test_what_stays_in_its_file_is_said(made, monkeypatch, capsys):
+def test_what_stays_in_its_file_is_said(random_engines, monkeypatch, capsys):
+    made = random_engines("M", seed=7, dtype="float32")
     open_runtime(made.engines, threads=1).close()
     assert "used where they lie" not in capsys.readouterr().err
     monkeypatch.setattr(weights, "COPIED_BYTES", 0)

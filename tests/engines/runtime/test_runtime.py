@@ -153,14 +153,6 @@ def test_noise_draws_the_models_distribution(made, runtime, reference):
     assert np.mean(found[:, 0] == found[:, 1]) < 0.9  # places draw apart
 
 
-def test_small_weights_do_not_change_with_their_files(runtime):
-    """Those above `COPIED_BYTES` stay mapped: see the tests of weights."""
-    bindings = (runtime._bindings["extend with logits"], runtime._bindings["denoise"])
-    arrays = [array for binding in bindings for _, array in binding.weights.values()]
-    assert len(arrays) > 20
-    assert all(array.flags.owndata for array in arrays)
-
-
 class Stopwatch:
     """A session whose time in ONNX Runtime is written down."""
 
