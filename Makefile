@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cov test-slow test-nightly check fix docs bench wheel test-wheel lock locked clean
+.PHONY: help demo test cov test-slow test-nightly check fix docs bench wheel test-wheel lock locked gpu clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -87,6 +87,9 @@ locked: $(VENV)/.base ## The development environment exactly as it was locked
 
 bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benchmarks/results
 	for name in generation export build traffic kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+gpu: $(VENV)/.dev ## The first hour with a GPU: tests, kernels, one step, in six minutes; results in benchmarks/results
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .venv-* demo dist site .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov

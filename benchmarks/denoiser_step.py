@@ -41,6 +41,7 @@ from twotower_engines.planning import roofline
 from twotower_engines.planning.local_gpu import local_sku
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.routing import distinct_experts
+from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.planning.skus import Sku
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
@@ -285,15 +286,17 @@ def known_gpu() -> Sku | None:
         return None
 
 
-def time_step(
+def step_line(
     denoiser: Denoiser, rows: int, tokens: int, bandwidth: float, sku: Sku | None
 ) -> dict[str, Any]:
-    """Microseconds of a step from a CUDA graph, with its bound and the plan's roofline."""
+    """One size of call with its bound and the plan's roofline; timed from a CUDA graph on a GPU."""
     block = block_inputs(denoiser.model, rows, denoiser.device)
     context = denoiser.context(rows, tokens)
     moved = step_bytes(denoiser, context, block["used"])
-    time = bench.microseconds(lambda: denoiser.step(block, context), [()], graph=True)
     bound = 1e6 * moved / bandwidth
+    time = None
+    if denoiser.device == "cuda":
+        time = bench.microseconds(lambda: denoiser.step(block, context), [()], graph=True)
     plan = roofline_of(denoiser.model, sku, rows, tokens).as_json() if sku else None
     return {
         "rows": rows,
@@ -302,10 +305,26 @@ def time_step(
         "gigabytes": moved / 1e9,
         "bound_us": bound,
         "step_us": time,
-        "of_bound": time / bound,
+        "of_bound": None if time is None else time / bound,
         "roofline_us": 1e6 * plan["total_seconds"] if plan else None,
         "roofline": plan,
     }
+
+
+def table_line(line: dict[str, Any]) -> str:
+    """One line for people; what was not measured is a dash."""
+
+    def number(value: float | None, width: int) -> str:
+        return f"{'-':>{width}}" if value is None else f"{value:{width}.2f}"
+
+    def milliseconds(key: str, width: int) -> str:
+        return number(None if line[key] is None else line[key] / 1e3, width)
+
+    return (
+        f"{line['rows']:4}  {line['context']:7}  {line['experts']:7.0f}  {line['gigabytes']:5.1f}  "
+        f"{milliseconds('bound_us', 8)}  {milliseconds('step_us', 7)}  "
+        f"{number(line['of_bound'], 7)}  {milliseconds('roofline_us', 11)}"
+    )
 
 
 def main() -> None:
@@ -327,35 +346,29 @@ def main() -> None:
         print(json.dumps({"new_ids": new_ids.tolist(), "still_masked": still.tolist()}))
         assert confidence.isfinite().all()
         return
-    if not torch.cuda.is_available():
-        parser.error("timing the full-size step needs a GPU with 80 GB or more; see --tiny")
-    bandwidth = bench.copy_bandwidth()
-    denoiser = Denoiser(FULL, "cuda")
-    sku = known_gpu()
-    device = torch.cuda.get_device_name()
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "no GPU"
+    bandwidth = bench.copy_bandwidth() if on_gpu else bench.H200_COPY
+    denoiser = Denoiser(FULL, "cuda" if on_gpu else "meta")
+    sku = known_gpu() if on_gpu else find_sku("h200")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"denoiser-step-{device.lower().replace(' ', '-')}-{today}.json"
     lines: list[dict[str, Any]] = []
     document = {
         "device": device,
+        "measured": on_gpu,
         "copy_bytes_per_second": bandwidth,
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "steps": lines,
     }
-    print(f"{device}, copy {bandwidth / 1e12:.2f} TB/s")
+    absent = "" if on_gpu else " of an H200; without a GPU nothing is measured"
+    print(f"{device}, copy {bandwidth / 1e12:.2f} TB/s{absent}")
     print("rows  context  experts     GB  bound ms  step ms  x bound  roofline ms")
     for rows in options.rows:
-        one = time_step(denoiser, rows, options.context, bandwidth, sku)
-        lines.append(one)
+        lines.append(step_line(denoiser, rows, options.context, bandwidth, sku))
         bench.save(path, json.dumps(document, indent=1) + "\n")
-        plan = f"{one['roofline_us'] / 1e3:11.2f}" if sku else f"{'-':>11}"
-        print(
-            f"{one['rows']:4}  {one['context']:7}  {one['experts']:7.0f}  {one['gigabytes']:5.1f}  "
-            f"{one['bound_us'] / 1e3:8.2f}  {one['step_us'] / 1e3:7.2f}  {one['of_bound']:7.2f}  "
-            f"{plan}",
-            flush=True,
-        )
+        print(table_line(lines[-1]), flush=True)
 
 
 if __name__ == "__main__":

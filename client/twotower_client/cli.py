@@ -48,6 +48,11 @@ VERBS: dict[str, Verb] = {
         "Show the contents of a checkpoint, bundle or engine set.",
         "export",
     ),
+    "quantize": Verb(
+        "twotower_export.cli.quantize",
+        "Write a checkpoint with FP8, NVFP4 or INT4 weights.",
+        "export",
+    ),
     "export": Verb(
         "twotower_export.cli.export", "Write a checkpoint's graphs as a bundle.", "export"
     ),

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import ROOT
+
 os.environ["TRITON_INTERPRET"] = "1"
 from twotower_engines.kernels import (
     experts,  # noqa: F401
@@ -67,6 +69,7 @@ def compiled() -> Callable[[str], Any]:
         done = subprocess.run(
             [sys.executable, "-c", source],
             env={**clean, "OMP_NUM_THREADS": "1", **environment},
+            cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=300,

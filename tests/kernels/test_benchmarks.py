@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import tests.support.kernel_reference as reference
 from benchmarks import denoiser_step as step
 from benchmarks import eager
+from benchmarks import gpu as first_hour
 from benchmarks import kernels as bench
 from tests.support import ROOT
 from tests.support.kernel_inputs import MASK, block, draw_experts, draw_mamba, row_tensors
@@ -81,7 +83,8 @@ def test_sets_of_inputs_leave_the_cache() -> None:
     """One row of the small ops is 2.6 and 4.2 MB; an H200's cache holds 60."""
     for case in (case for name in ("refine", "mamba") for case in bench.CASES[name]("cpu")):
         assert bench.set_count(case.bytes) * case.bytes > 120e6, case.shape
-        assert case.most_of_bound is not None, case.shape
+        few = case.shape.startswith("B=1 ")  # two launches take longer than the bytes
+        assert (case.most_of_bound is None) == few, case.shape
 
 
 def test_the_sweep_of_tiles_is_bounded() -> None:
@@ -128,7 +131,62 @@ def test_the_step_is_held_against_the_roofline_of_the_plan() -> None:
     assert 1e10 < cost.total_bytes < 3e10
 
 
-def test_the_full_size_step_asks_for_a_gpu() -> None:
-    done = run("denoiser_step")
-    assert done.returncode == 2
-    assert "needs a GPU" in done.stderr
+def test_without_a_gpu_the_step_says_its_bounds(tmp_path: Path) -> None:
+    done = run("denoiser_step", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (kept,) = tmp_path.glob("denoiser-step-no-gpu-*.json")
+    document = json.loads(kept.read_text())
+    assert [line["rows"] for line in document["steps"]] == [1, 4, 16]
+    assert [line["step_us"] for line in document["steps"]] == [None] * 3
+    assert document["steps"][0]["gigabytes"] == pytest.approx(19.6, abs=0.3)
+    assert "nothing is measured" in done.stdout
+
+
+def test_the_first_hour_without_a_gpu_ends_with_its_wall(tmp_path: Path) -> None:
+    """Everything imports and is collected, and the bounds stand beside empty times."""
+    done = run("gpu", "--output", str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    (kept,) = tmp_path.glob("first-hour-no-gpu-*.md")
+    wall = kept.read_text()
+    assert wall.strip() in done.stdout
+    assert "this machine has no GPU" in wall
+    for line in (
+        "test_plugins_through_the_driver",
+        "test_boxes_reach_their_rows_only",
+        "RefineBlock B=4 S=16 V=131072 bf16",
+        "denoise step, 1 row",
+    ):
+        assert re.search(rf"\| {re.escape(line)} .*not (run|measured)", wall), line
+    assert (tmp_path / "log").read_text().count("not measured") > 10
+
+
+def test_the_wall_tells_reached_from_missed(tmp_path: Path) -> None:
+    measured = {"op": "Op", "shape": "one", "bound_us": 10.0, "kernel_us": 12.0, "of_bound": 1.2}
+    rows = [
+        {**measured, "most_of_bound": 1.4, "reached": "yes", "notes": []},
+        {**measured, "most_of_bound": 1.1, "reached": "no", "notes": []},
+        {**measured, "most_of_bound": None, "reached": "-", "notes": []},
+        {**measured, "kernel_us": None, "of_bound": None, "reached": "failed", "notes": ["Boom"]},
+    ]
+    lines = first_hour.kernel_lines({"rows": [{"most_of_bound": 1.4, **row} for row in rows]})
+    assert [line.state for line in lines] == ["reached", "missed", "measured", "FAILED"]
+    assert "Boom" in lines[3].text
+    assert "12.0 us, 1.20 of the bound, goal 1.10" in lines[1].text
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase name="good"/><testcase name="bad"><failure message="no"/>'
+        '</testcase><testcase name="left"><skipped message="why"/></testcase></testsuite>'
+        "</testsuites>"
+    )
+    states = [(line.name, line.state) for line in first_hour.test_lines(tmp_path / "tests.xml")]
+    assert states == [("good", "passed"), ("bad", "FAILED"), ("left", "not run")]
+
+
+def test_a_stage_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    sleep = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    with log.open("w") as out:
+        assert first_hour.run_stage("sleep", sleep, 1.0, out) == "ended after 1 s"
+        fine = [sys.executable, "-c", "print('fine')"]
+        assert first_hour.run_stage("print", fine, 30.0, out) == "ended well"
+    assert "begun" in log.read_text()
+    assert "fine" in log.read_text()

@@ -53,3 +53,16 @@ def test_mamba(check: Callable[[str], Any]) -> None:
         bound = 1e-4 if name.startswith("fp32") else 6e-3
         assert error <= (0.0 if name.endswith("conv") else bound), name
     assert found["same"]
+
+
+def test_plugins_through_the_driver(check: Callable[[str], Any]) -> None:
+    """TensorRT's way of launching our kernels, without TensorRT: see `plugin_launches`."""
+    pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
+    found = check("plugins")
+    assert {name.split()[0] for name in found["errors"]} == {
+        *("RefineBlock", "SparseExperts", "MambaBlockStep")
+    }
+    for name, error in found["errors"].items():
+        assert error < 2e-2, name
+    for name, same in found["same"].items():
+        assert same, name

@@ -22,28 +22,25 @@ from tests.support.kernel_inputs import (
     mixed_rows,
     row_tensors,
 )
+from tests.support.plugin_launches import DTYPES, made_tensors, node_call
+from tests.support.released_nodes import released_call
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import experts, mamba, nodes, refine
 from twotower_engines.kernels.compile import all_specs
 from twotower_engines.kernels.jit import launch
+from twotower_engines.kernels.node import Call, Launching, Node
 from twotower_engines.kernels.spec import Sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
 
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
-TORCH = {name: dtype for dtype, name in DTYPES.items()}
-
 
 def run_node(
-    node: nodes.Node, inputs: list[torch.Tensor], attributes: dict[str, Any]
+    node: Node, inputs: list[torch.Tensor], attributes: dict[str, Any], tactic: int = 1
 ) -> list[torch.Tensor]:
     """What TensorRT would do with a node, on integers."""
     tensors = dict(zip(node.takes, inputs, strict=True))
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
-    chosen = {name: attributes[name] for name in node.attributes}
-    call = nodes.Call(shapes, shapes, dtypes, chosen, usual=shapes)
-    made = [torch.empty(out.dims, dtype=TORCH[out.dtype]) for out in node.outputs(call)]
+    call = node_call(node, inputs, attributes, tactic)
+    made = made_tensors(node, call, inputs[0].device)
     launching = node.launching(call)
     spec = launching.spec
     outputs = iter(made)
@@ -62,11 +59,14 @@ def run_node(
     return made
 
 
-def run_chain(op: str, inputs: list[torch.Tensor], attributes: dict[str, Any]) -> dict[str, Any]:
+def run_chain(
+    op: str, inputs: list[torch.Tensor], attributes: dict[str, Any], tactic: int = 1
+) -> dict[str, Any]:
     """Every tensor of an op's chain by name."""
     tensors = dict(zip(nodes.OPS[op].inputs, inputs, strict=True))
     for node in nodes.OPS[op].chain:
-        made = run_node(node, [tensors[name] for name in node.takes], attributes)
+        given = [tensors[name] for name in node.takes]
+        made = run_node(node, given, attributes, min(tactic, node.tactics))
         tensors.update(zip(node.makes, made, strict=True))
     return tensors
 
@@ -83,12 +83,15 @@ def test_refine_chain(V: int) -> None:
         np.testing.assert_array_equal(made[name], tensor)
 
 
+@pytest.mark.parametrize("tactic", range(1, experts.TACTICS + 1))
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_experts_chain(tokens: int) -> None:
+def test_experts_chain(tokens: int, tactic: int) -> None:
     args = draw_experts(np.random.default_rng(tokens), tokens, 2, 5, 40, 24)
     args[1][1] = -1
-    made = run_chain("SparseExperts", list(args), {"num_experts": 5})
-    torch.testing.assert_close(made["y"], experts.sparse_experts(*args), rtol=0, atol=0)
+    made = run_chain("SparseExperts", list(args), {"num_experts": 5}, tactic)
+    tiles = experts.matmul_tactics("fp32")[tactic - 1]
+    want = experts.sparse_experts(*args, config=tiles)
+    torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("states", [False, True])
@@ -120,43 +123,14 @@ def test_every_node_takes_what_was_made_before_it() -> None:
 
 
 def test_an_unbounded_dimension_is_refused() -> None:
-    call = nodes.Call({}, {"x": (-1, 4)}, {"x": "bf16"}, {})
+    call = Call({}, {"x": (-1, 4)}, {"x": "bf16"}, {})
     with pytest.raises(BuildError, match=re.escape("input x has no bound along axis 0")):
         call.size("x", 0)
 
 
-def released(node: str, rows: int, block: int, usual: dict[str, int] | None) -> nodes.Launching:
-    """A node at the released sizes: launched for a call, tuned for another, bounded by a third."""
-    E, K, h, inner = 128, 6, 2688, 1856
-    H, P, N, G = 64, 64, 128, 8
-    conv_dim = H * P + 2 * G * N
-
-    def shapes(B: int, L: int) -> dict[str, tuple[int, ...]]:
-        tokens = B * L
-        pairs = (tokens * K,)
-        return {
-            **{"projected": (B, L, H * P + conv_dim + H), "scanned": (B, L, H * P)},
-            **{"conv_state": (B, 3, conv_dim), "ssm_state": (B, H, P, N), "lengths": (B,)},
-            **{"weight": (conv_dim, 4), "bias": (conv_dim,), "norm_weight": (H * P,)},
-            **dict.fromkeys(("dt_bias", "A_log", "D"), (H,)),
-            **{"x": (tokens, h), "indices": (tokens, K), "weights": (tokens, K), "pairs": pairs},
-            **{"up": (E, inner, h), "down": (E, h, inner), "counts": (E,)},
-            **{"inner": (*pairs, inner), "partial": (*pairs, h)},
-        }
-
-    types = {
-        **dict.fromkeys(("indices", "pairs", "counts", "lengths"), "i32"),
-        **dict.fromkeys(("weights", "partial", "ssm_state"), "fp32"),
-    }
-    dtypes = {name: types.get(name, "bf16") for name in shapes(1, 1)}
-    call = nodes.Call(
-        shapes(rows, block),
-        shapes(rows, 64),
-        dtypes,
-        {"num_experts": E, "n_groups": G, "states": 0, "epsilon": 1e-5},
-        usual=shapes(usual["rows"], usual["block"]) if usual else {},
-    )
-    return NODES[node].launching(call)
+def released(node: str, rows: int, block: int, tactic: int = 1) -> Launching:
+    """A node at the released sizes, in a profile that allows blocks of 64."""
+    return NODES[node].launching(released_call(NODES[node], rows, block, tactic))
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -168,33 +142,20 @@ def test_an_engine_runs_what_is_compiled_and_timed(rows: int) -> None:
     """
     listed = {spec.name: spec for spec in all_specs(Sizes(rows=rows, block=16))}
     mine = [name for name in NODES if name.startswith(("Experts", "Mamba"))]
-    launchings = [released(name, rows, 16, {"rows": rows, "block": 16}) for name in mine]
-    for one in launchings:
-        assert one.spec == listed[one.spec.name]
-        assert listed[one.spec.name] == {s.name: s for s in all_specs(Sizes())}[one.spec.name]
-    assert "mamba_scan" in [one.spec.name for one in launchings]
+    launchings = [released(name, rows, 16) for name in mine]
+    for launching in launchings:
+        assert launching.spec == listed[launching.spec.name]
     scan = next(one for one in launchings if one.spec.name == "mamba_scan")
     assert scan.grid == (64, rows, 1)
 
 
-@pytest.mark.parametrize("node", ["ExpertsUp", "ExpertsDown"])
-def test_tiles_are_those_of_the_usual_call(node: str) -> None:
-    """A profile allows blocks of 64; blocks are of 16 tokens, and 16 of those take small tiles."""
-    few = experts.matmul_launch(16 * 16, 128, 6, "bf16")
-    assert released(node, 16, 16, {"rows": 16, "block": 16}).spec.launch == few
-    assert released(node, 1, 16, None).spec.launch == few
-    many = released(node, 1, 2048, {"rows": 1, "block": 2048}).spec.launch
-    assert many == experts.matmul_launch(2048, 128, 6, "bf16") != few
-
-
 def test_only_the_first_dimension_of_a_grid_grows_with_tokens() -> None:
     """A grid's other dimensions end at 65535: 256 rows of 256 tokens are 65536."""
-    grid = released("ExpertsSum", 256, 256, None).grid
+    grid = released("ExpertsSum", 256, 256).grid
     assert grid[0] == 65536
     assert max(grid[1:]) <= 65535
 
 
 def test_the_grid_of_a_prefill_call_fits() -> None:
-    usual = {"rows": 1, "block": 256}
     for node in ("ExpertsUp", "ExpertsDown"):
-        assert max(released(node, 256, 256, usual).grid[1:]) <= 65535
+        assert max(released(node, 256, 256, experts.TACTICS).grid[1:]) <= 65535

@@ -29,7 +29,8 @@ from tests.support.kernel_inputs import (
 )
 from twotower_contract.layout import graph_weights
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels.nodes import NAMESPACE, OPS
+from twotower_engines.kernels.node import NAMESPACE
+from twotower_engines.kernels.nodes import OPS
 from twotower_engines.kernels.plugin_graph import with_plugins
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import sparse_experts
@@ -242,6 +243,20 @@ def kinds(node: dict[str, Any]) -> str:
     assert found
     lines = found.group(1).strip().splitlines()
     return "".join("i" if ".u32" in line else "p" for line in lines)
+
+
+def test_a_plugin_keeps_one_kernel_for_all_profiles(check: Callable[..., Any]) -> None:
+    """NVIDIA's class knows a kernel by types, formats and tactic alone: the profile is not asked.
+
+    So a tactic's kernel must be the same in every profile, and its grid that of its own tiles.
+    """
+    made = check("profiles")
+    for op in OPS.values():
+        for node in op.chain:
+            found = made[node.name]
+            assert all(found["same"]), node.name
+            assert len(found["same"]) == found["kernels"] == node.tactics, node.name
+    assert made["ExpertsUp"]["grids"]["1"] != made["ExpertsUp"]["grids"]["2"]
 
 
 @pytest.fixture(scope="module")

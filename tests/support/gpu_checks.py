@@ -2,7 +2,7 @@
 
 A process of its own, because the other tests here run the kernels in the interpreter:
 
-    python -m tests.support.gpu_checks refine|experts|mamba
+    python -m tests.support.gpu_checks refine|experts|mamba|plugins
 
 References are float64: NumPy's where they are quick enough, PyTorch's on the GPU otherwise.
 """
@@ -10,6 +10,7 @@ References are float64: NumPy's where they are quick enough, PyTorch's on the GP
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 import tests.support.kernel_reference as reference
 from benchmarks import eager
-from benchmarks.kernel_cases import routed
+from benchmarks.kernel_cases import CASES, routed
 from tests.support.kernel_inputs import (
     MASK,
     block,
@@ -27,8 +28,11 @@ from tests.support.kernel_inputs import (
     mixed_rows,
     row_tensors,
 )
+from tests.support.plugin_launches import Launcher
 from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels.nodes import OPS
 from twotower_engines.kernels.spec import Sizes
+from twotower_engines.kernels.targets import target
 
 SIZES = Sizes()
 
@@ -139,7 +143,62 @@ def check_mamba() -> dict[str, Any]:
     return {"errors": errors, "same": equal}
 
 
+def check_plugins() -> dict[str, Any]:
+    """Every plugin's PTX by the driver's API, as TensorRT launches it, at the released sizes.
+
+    Errors are against PyTorch in float32; `same` is whether the op's own launcher, with the same
+    tiles, gives the same bits.
+    """
+    from cuda.bindings import driver
+
+    major, minor = torch.cuda.get_device_capability()
+    stream = torch.cuda.current_stream().cuda_stream
+    launcher = Launcher(driver, target(f"{major}.{minor}"), stream)
+    errors: dict[str, float] = {}
+    equal: dict[str, bool] = {}
+    bf16 = [case for name in CASES for case in CASES[name]("cuda") if "fp32" not in case.shape]
+    for case in bf16:
+        if not re.match(r"B=[14] |(16|256) tokens", case.shape):
+            continue
+        inputs = case.inputs()
+        states = "new states" in case.shape
+        given, attributes = op_call(case.op, inputs, states)
+        for tactic in range(1, max(node.tactics for node in OPS[case.op].chain) + 1):
+            name = f"{case.op} {case.shape}" + (f" tactic {tactic}" if tactic > 1 else "")
+            made = launcher.run_chain(case.op, given, attributes, tactic)
+            torch.cuda.synchronize()
+            got = [made[output] for output in OPS[case.op].outputs]
+            if case.op == "SparseExperts":
+                tiles = experts.matmul_tactics("bf16")[tactic - 1]
+                want: Any = (experts.sparse_experts(*inputs, config=tiles),)
+            else:
+                want = case.kernel(*inputs)
+            wanted = 3 if states else 4 if case.op == "RefineBlock" else 1
+            equal[name] = same(got[:wanted], want[:wanted])
+            if case.baseline:
+                wide = [x.float() if is_bf16(x) else x for x in inputs]
+                exact = case.baseline(*wide)
+                exact = exact[case.compared] if isinstance(exact, tuple) else exact
+                errors[name] = relative(got[case.compared], exact)
+    return {"errors": errors, "same": equal}
+
+
+def is_bf16(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+
+
+def op_call(op: str, inputs: tuple[Any, ...], states: bool) -> tuple[list[Any], dict[str, Any]]:
+    """Tensors and attributes of an op, from its launcher's arguments."""
+    count = len(OPS[op].inputs)
+    tensors, rest = list(inputs[:count]), inputs[count:]
+    if op == "RefineBlock":
+        return tensors, {"mask_id": rest[0]}
+    if op == "SparseExperts":
+        return tensors, {"num_experts": SIZES.experts}
+    return tensors, {"n_groups": rest[0], "epsilon": rest[1], "states": int(states)}
+
+
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    checks = {"refine": check_refine, "experts": check_experts, "mamba": check_mamba}
-    print(json.dumps(checks[sys.argv[1]]()))
+    checks = (check_refine, check_experts, check_mamba, check_plugins)
+    print(json.dumps({f.__name__: f for f in checks}[f"check_{sys.argv[1]}"]()))

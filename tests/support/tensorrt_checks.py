@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,12 @@ sys.modules["tensorrt"] = trt
 trtp: Any = importlib.import_module("tensorrt_bindings.plugin")
 sys.modules["tensorrt.plugin"] = trtp
 
+from tests.support.released_nodes import attributes_of, dtype_of, tensor_shapes  # noqa: E402
 from twotower_engines.errors import BuildError  # noqa: E402
 from twotower_engines.kernels import plugins  # noqa: E402
-from twotower_engines.kernels.nodes import NAMESPACE, OPS  # noqa: E402
+from twotower_engines.kernels.node import NAMESPACE  # noqa: E402
+from twotower_engines.kernels.nodes import OPS  # noqa: E402
+from twotower_engines.kernels.spec import Sizes  # noqa: E402
 
 
 def parse(path: str) -> dict[str, Any]:
@@ -159,24 +164,99 @@ def implementations() -> Any:
     return made
 
 
+def created(name: str, attributes: Mapping[str, Any]) -> Any:
+    """A plugin as TensorRT's own class makes it, of a node that is registered."""
+    creator = trt.get_plugin_registry().get_creator(name, "1", NAMESPACE)
+    kinds = {int: trt.PluginFieldType.INT64, float: trt.PluginFieldType.FLOAT64}
+    fields = [
+        trt.PluginField(key, np.array([value]), kinds[type(value)])
+        for key, value in attributes.items()
+    ]
+    return creator.create_plugin(
+        name,
+        NAMESPACE,
+        trt.PluginFieldCollection(fields),
+        trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.STRICT_AOT,
+    )
+
+
+def profile_desc(dtype: Any, usual: Sequence[int], most: Sequence[int]) -> Any:
+    """What TensorRT says of a tensor in a profile: -1 where its size is dynamic, and the bounds."""
+    made = trt.DynamicPluginTensorDesc()
+    made.desc = trt.PluginTensorDesc()
+    dims = [size if size == bound else -1 for size, bound in zip(usual, most, strict=True)]
+    made.desc.dims, made.desc.type = trt.Dims(dims), dtype
+    made.desc.format = trt.TensorFormat.LINEAR
+    made.min, made.opt, made.max = (trt.Dims(list(sizes)) for sizes in (usual, usual, most))
+    return made
+
+
+class Launch:
+    """Stands in for the parameters that TensorRT hands out to be set."""
+
+
+class Setter(dict[int, Any]):
+    """Stands in for the list of a kernel's integers."""
+
+    nbSymExprs = 0  # noqa: N815
+
+
+def profiles() -> Any:
+    """Every node through NVIDIA's own plugin class, over profiles of 1 to 64 rows.
+
+    For each tactic: the kernels that the class was given, one per profile, and the one it keeps.
+    """
+    plugins.register_plugins("9.0")
+    trt.IDimensionExpr = Expression
+    trt.DimsExprs = lambda count: [None] * count
+    trtp._tensor.SymExprImpl = lambda integer: integer._expr
+    dtypes = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32}
+    sizes = Sizes(vocab_size=261, hidden=64, inner=64, experts=8, experts_per_token=2, heads=2)
+    sizes = replace(sizes, groups=1)
+    made: dict[str, Any] = {}
+    for node in (node for op in OPS.values() for node in op.chain):
+        plugin = created(node.name, attributes_of(node, sizes))
+        types = [dtypes[dtype_of(name)] for name in node.takes]
+        ranks = [len(tensor_shapes(sizes, 1, 16)[name]) for name in node.takes]
+        types += plugin.get_output_data_types(types, ranks)
+        given: dict[int, list[Any]] = {}
+        for rows in (1, 4, 16, 64):
+            usual, most = (tensor_shapes(sizes, rows, block) for block in (16, 64))
+            dims = [[Expression(size) for size in usual[name]] for name in node.takes]
+            out = plugin.get_output_shapes(dims, [], Builder())
+            shapes = [(usual[name], most[name]) for name in node.takes]
+            shapes += [([e.value for e in one],) * 2 for one in out]
+            descs = [profile_desc(t, *sides) for t, sides in zip(types, shapes, strict=True)]
+            count = len(node.takes)
+            plugin.get_supported_format_combinations(descs, count)
+            plugin.configure_plugin(descs[:count], descs[count:])
+            for tactic in plugin.get_valid_tactics() or [0]:
+                plugin.set_tactic(tactic)
+                launch, setter = Launch(), Setter()
+                plugin.get_launch_params(dims, descs, count, launch, setter, Builder())
+                inner = [one.desc for one in descs]
+                kernel = plugin.get_kernel(inner[:count], inner[count:])
+                given.setdefault(tactic, []).append((*kernel, launch.grid_y.value))
+        kept = {}
+        for tactic in given:
+            plugin.set_tactic(tactic)
+            kept[tactic] = plugin.get_kernel(inner[:count], inner[count:])
+        made[node.name] = {
+            "same": [all(one[:2] == kept[t] for one in given[t]) for t in given],
+            "kernels": len({ptx for _, ptx in kept.values()}),
+            "grids": {t: [one[2] for one in given[t]] for t in given},
+        }
+    return made
+
+
 def shapes_unknown() -> Any:
     """What TensorRT asks first: output types, on dimensions that it does not know yet."""
     plugins.register_plugins("9.0")
     made = {}
     dtypes = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32}
     for name, inputs in INPUTS.items():
-        creator = trt.get_plugin_registry().get_creator(name, "1", NAMESPACE)
-        fields = [
-            trt.PluginField(key, np.array([value]), trt.PluginFieldType.INT64)
-            for key, value in ATTRIBUTES[name].items()
-        ]
-        plugin = creator.create_plugin(
-            name,
-            NAMESPACE,
-            trt.PluginFieldCollection(fields),
-            trt.TensorRTPhase.BUILD,
-            trt.QuickPluginCreationRequest.STRICT_AOT,
-        )
+        plugin = created(name, ATTRIBUTES[name])
         types = [dtypes[dtype] for dtype, _ in inputs]
         ranks = [len(dims) for _, dims in inputs]
         made[name] = [dtype.name for dtype in plugin.get_output_data_types(types, ranks)]
@@ -233,6 +313,7 @@ def built(path: str) -> Any:
 CHECKS = (
     registered,
     implementations,
+    profiles,
     shapes_unknown,
     functions,
     quick_plugins,

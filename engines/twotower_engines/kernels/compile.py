@@ -122,6 +122,7 @@ def compile_kernel(spec: KernelSpec, target: Target) -> Compiled:
             f"kernel {spec.name} needs scratch memory, which a plugin cannot give: "
             "do not use tensor descriptors made on the device"
         )
+    ptx = _for_a_family(ptx)
     declared = _declared(ptx, metadata.name, len(spec.types))
     return Compiled(
         name=spec.name,
@@ -152,6 +153,17 @@ def _compiled(source: ASTSource, target: Target, options: dict[str, Any]) -> Any
             f"{problem.filename2 or problem.filename or cache}: Triton's cache cannot be written "
             f"({problem.strerror or problem}); {remedy}"
         ) from problem
+
+
+ONE_CHIP = re.compile(r"wgmma|setmaxnreg|tcgen05|redux\.sync\S*\.f32|\.b8x16|\.kind::")
+"""Instructions of one chip alone: its PTX states `sm_90a`, and no other GPU takes it."""
+
+
+def _for_a_family(ptx: str) -> str:
+    """Return PTX that later GPUs take too, unless it uses what only one chip has."""
+    if ONE_CHIP.search(ptx):
+        return ptx
+    return re.sub(r"^(\.target sm_\d+)a$", r"\1", ptx, count=1, flags=re.MULTILINE)
 
 
 ENTRY = r"(?<=\.visible \.entry {}\()(.*?)(?=\n\))"

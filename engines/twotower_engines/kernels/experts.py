@@ -240,21 +240,28 @@ def tile_bound(pairs: int, experts: int, block_t: int) -> int:
     return min(pairs, experts + pairs // block_t)
 
 
-def matmul_launch(tokens: int, experts: int, per_token: int, dtype: str) -> Launch:
-    """Return the tiles of both products, by the mean number of tokens of an expert.
+TACTICS = 2
+"""Ways to cut the products: tiles for few tokens, and for many."""
+
+
+def matmul_tactics(dtype: str) -> tuple[Launch, ...]:
+    """Return the tiles of both products, one set for each tactic.
 
     Few tokens: the time is the weights', so tiles are small in tokens and four are in flight. A
     program's shared memory is 40 kB there, and five programs of a multiprocessor keep 160 kB of
     weights in flight, several times what bandwidth times latency asks for. Many tokens: larger
     tiles, so that weights are read once or twice. All within what a plugin may use.
     """
-    mean = tokens * per_token / experts
     wide = dtype == "fp32"
-    if mean <= 16:
-        tiles = {"BLOCK_F": 64, "BLOCK_T": 16, "BLOCK_K": 32 if wide else 64}
-        return Launch(tiles, num_warps=4, num_stages=4)
-    tiles = {"BLOCK_F": 64, "BLOCK_T": 64, "BLOCK_K": 16 if wide else 32}
-    return Launch(tiles, num_warps=4, num_stages=4)
+    few = {"BLOCK_F": 64, "BLOCK_T": 16, "BLOCK_K": 32 if wide else 64}
+    many = {"BLOCK_F": 64, "BLOCK_T": 64, "BLOCK_K": 16 if wide else 32}
+    return tuple(Launch(tiles, num_warps=4, num_stages=4) for tiles in (few, many))
+
+
+def matmul_launch(tokens: int, experts: int, per_token: int, dtype: str) -> Launch:
+    """Return the tiles of both products, by the mean number of tokens of an expert."""
+    few, many = matmul_tactics(dtype)
+    return few if tokens * per_token <= 16 * experts else many
 
 
 def route_launch() -> Launch:
@@ -322,12 +329,19 @@ def sparse_experts(
     return y
 
 
-def specs(sizes: Sizes) -> list[KernelSpec]:
-    """Return all four kernels for one model."""
+def specs(sizes: Sizes, tiles: Launch | None = None) -> list[KernelSpec]:
+    """Return all four kernels for one model.
+
+    Args:
+        sizes: Sizes of the model and of a call.
+        tiles: Tiles of the products; by default `matmul_launch`.
+    """
     T = f"*{sizes.dtype}"
     dims = {"HIDDEN": sizes.hidden, "INNER": sizes.inner, "E": sizes.experts}
     matmul = {**dims, "BLOCK_E": triton.next_power_of_2(sizes.experts), "UPCAST": False}
-    tiles = matmul_launch(sizes.tokens, sizes.experts, sizes.experts_per_token, sizes.dtype)
+    tiles = tiles or matmul_launch(
+        sizes.tokens, sizes.experts, sizes.experts_per_token, sizes.dtype
+    )
     sorted_pairs = {"counts": "*i32", "pairs": "*i32", "PAIRS": "i32"}
     return [
         KernelSpec(

@@ -12,7 +12,8 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels.nodes import NAMESPACE, OPS, Node
+from twotower_engines.kernels.node import NAMESPACE, Node
+from twotower_engines.kernels.nodes import OPS
 
 VERSION = "1"
 OPSET = 23

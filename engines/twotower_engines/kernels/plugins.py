@@ -2,7 +2,8 @@
 
 TensorRT (10.9 and later) asks an ahead-of-time plugin for its kernel once, while it builds. The
 engine file then holds the PTX, and a server needs neither this package nor Triton's compiler. One
-plugin is one launch, so an op is a chain of plugins (`nodes`). A build takes two steps:
+plugin is one launch, so an op is a chain of plugins (`nodes`). Where a node has tactics, TensorRT
+times each and keeps one kernel per tactic for all profiles. A build takes two steps:
 
     register_plugins("9.0")        # TensorRT's registry knows the nodes; their kernels compile
     model = with_plugins(model)    # the graph calls the nodes in place of the ops (`plugin_graph`)
@@ -15,6 +16,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy.typing  # noqa: F401 - tensorrt.plugin uses it and does not import it
@@ -22,9 +24,8 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels.compile import compile_kernel
-from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT
-from twotower_engines.kernels.nodes import NAMESPACE, OPS, Call, Node
+from twotower_engines.kernels.node import NAMESPACE, Call, Node, node_kernel
+from twotower_engines.kernels.nodes import OPS
 from twotower_engines.kernels.targets import Target, target
 
 DTYPES = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32}
@@ -70,9 +71,15 @@ def _register(node: Node, wanted: Target) -> None:
         outputs = node.outputs(_call(node, descs, attributes, sized=False))
         return tuple(trtp.from_shape_expr(out.dims, DTYPES[out.dtype]) for out in outputs)
 
+    def tactics(*args: Any) -> Any:
+        dtypes = [desc.dtype.name for desc in (*args[:count], *args[-1])]
+        return [trtp.AutoTuneCombination(",".join(dtypes), "LINEAR", range(1, node.tactics + 1))]
+
     def implement(*args: Any) -> Any:
         attributes = dict(zip(node.attributes, args[count:-2], strict=True))
-        return _implementation(node, _call(node, args[:count], attributes, sized=True), wanted)
+        call = _call(node, args[:count], attributes, sized=True)
+        # A plugin without tactics of its own is asked for number 0.
+        return _implementation(node, replace(call, tactic=args[-1] or 1), wanted)
 
     tensors = [(name, trtp.TensorDesc) for name in node.takes]
     given = [*tensors, *node.attributes.items()]
@@ -81,6 +88,9 @@ def _register(node: Node, wanted: Target) -> None:
     _sign(describe, given, outputs)
     _sign(implement, [*given, ("outputs", outputs), ("tactic", int)], launch)
     trtp.register(plugin_id)(describe)
+    if node.tactics > 1:
+        _sign(tactics, [*given, ("outputs", outputs)], list[trtp.AutoTuneCombination])
+        trtp.autotune(plugin_id)(tactics)
     trtp.aot_impl(plugin_id)(implement)
 
 
@@ -111,33 +121,16 @@ def _call(node: Node, descs: Sequence[Any], attributes: dict[str, Any], *, sized
         attributes=attributes,
         cdiv=trtp.cdiv,
         minimum=trtp.min,
-        # the optimum of the profile that TensorRT builds for
-        usual={
-            name: tuple(shape.opt if shape.is_dynamic else shape) for name, shape in shapes.items()
-        },
     )
 
 
 def _implementation(node: Node, call: Call, wanted: Target) -> Any:
     """Return entry name, PTX, launch parameters and integer arguments of one node."""
-    launching = node.launching(call)
-    compiled = compile_kernel(launching.spec, wanted)
-    if compiled.shared_memory > SHARED_MEMORY_LIMIT:
-        raise BuildError(
-            f"kernel {compiled.name} takes {compiled.shared_memory} bytes of shared memory; a "
-            f"plugin has {SHARED_MEMORY_LIMIT}: make its tiles smaller"
-        )
-    kinds = launching.spec.types
-    integers = [name for name, kind in kinds.items() if not kind.startswith("*")]
-    outputs = [name for name in kinds if name not in node.takes and name not in integers]
-    order = [name if name in kinds else None for name in node.takes]
-    ptx = compiled.arranged([*order, *integers, *outputs])
-
-    grid = (*launching.grid, 1, 1)[:3]
+    kernel = node_kernel(node, call, wanted)
     params = trtp.KernelLaunchParams(
-        *grid, block_x=compiled.threads, shared_mem=compiled.shared_memory
+        *kernel.grid, block_x=kernel.threads, shared_mem=kernel.shared_memory
     )
-    arguments = trtp.SymIntExprs(len(integers))
-    for index, name in enumerate(integers):
-        arguments[index] = trtp.SymInt32(launching.integers[name])
-    return compiled.entry, ptx, params, arguments
+    arguments = trtp.SymIntExprs(len(kernel.integers))
+    for index, size in enumerate(kernel.integers):
+        arguments[index] = trtp.SymInt32(size)
+    return kernel.entry, kernel.ptx, params, arguments

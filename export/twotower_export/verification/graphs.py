@@ -21,6 +21,7 @@ from twotower_contract.layout import Tower
 from twotower_contract.machine import read_at
 from twotower_contract.manifest import Manifest
 from twotower_contract.onnxruntime import import_onnxruntime
+from twotower_contract.quantized import decode, scale_names
 
 Array = npt.NDArray[Any]
 Part = Literal["embeddings", "head"] | int
@@ -31,6 +32,8 @@ HIDDEN: Final = "hidden"
 
 FLOAT: Final = onnx.TensorProto.FLOAT
 BFLOAT16: Final = onnx.TensorProto.BFLOAT16
+
+_STORED: Final = {"BF16": "<u2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
 
 _PIECE: Final = 1 << 22
 """Elements that are read at a time."""
@@ -162,6 +165,9 @@ class ManifestWeights:
         """Return a weight input in float32, in the shape of the graph's input."""
         made = np.empty(self.inputs[name].shape, np.float32)
         for target, source in self._sources(name, made):
+            if self.inputs[name].format is not None:
+                target[...] = self._decoded(source).reshape(-1)
+                continue
             for piece, values in self._pieces(source, target):
                 if values.itemsize == 2:  # bfloat16 is the upper half of a float32
                     np.left_shift(values, 16, out=piece.view(np.uint32), dtype=np.uint32)
@@ -190,12 +196,29 @@ class ManifestWeights:
         sources = self.inputs[name].sources
         return zip(made.reshape(len(sources), -1), sources, strict=True)
 
+    def _decoded(self, source: str) -> Array:
+        """Return the weights of a quantized matrix in float32."""
+        dtype = self._manifest.tensors[source].dtype
+        codes, *scales = (self._whole(name) for name in (source, *scale_names(source, dtype)))
+        try:
+            return np.asarray(decode(np, dtype, codes, scales))
+        except ValueError as problem:
+            raise CheckpointError(f"{self._checkpoint}: {source}: {problem}") from problem
+
+    def _whole(self, name: str) -> Array:
+        """Return a tensor as it is stored."""
+        entry = self._manifest.tensors[name]
+        made = np.empty(entry.shape, _STORED[entry.dtype])
+        for piece, values in self._pieces(name, made.reshape(-1)):
+            piece[...] = values
+        return made
+
     def _pieces(self, source: str, target: Array) -> Iterator[tuple[Array, Array]]:
         """Return the pieces of a tensor's place, and the elements as they are stored."""
         entry = self._manifest.tensors[source]
         shard = self._manifest.shards[entry.shard]
         path = self._checkpoint / shard.file
-        stored = np.dtype("<u2") if entry.dtype == "BF16" else np.dtype("<f4")
+        stored = np.dtype(_STORED[entry.dtype])
         count = (entry.end - entry.begin) // stored.itemsize
         if count != target.size:
             raise BundleError(

@@ -11,17 +11,26 @@ import json
 import platform
 from dataclasses import replace
 
+import onnx
 import pytest
 
 from tests.support.engine_bundles import write_bundle_of
 from twotower_contract.engine_set import Limits
 from twotower_contract.manifest import read_manifest
+from twotower_contract.traffic import traffic_of
 from twotower_engines.building import build as build_module
 from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
 from twotower_engines.building.flavours import tensorrt as module
+from twotower_engines.building.flavours.compiled import signature_of
 from twotower_engines.building.flavours.flavour import Needs, Order, Target
-from twotower_engines.building.flavours.jobs import engine_recipe
-from twotower_engines.building.flavours.library_build import RefusedError, _configure, _opened
+from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
+from twotower_engines.building.flavours.library_build import (
+    RefusedError,
+    _configure,
+    _described,
+    _inspected,
+    _open,
+)
 from twotower_engines.building.flavours.profiles import narrow_profiles, wide_profiles
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
 from twotower_engines.errors import BuildError
@@ -366,26 +375,75 @@ def test_both_towers_share_the_timing_cache_of_this_gpu(bundle, tmp_path, monkey
 
 
 class InspectingApi:
-    """Stands in for a TensorRT that can open plans; the real one needs a GPU for it."""
+    """Stands in for a TensorRT that can open plans; the real one needs a GPU for it.
+
+    Its inspector says sizes and types only where it has a context with shapes, as NVIDIA's does.
+    """
 
     class LayerInformationFormat:
         JSON = "json"
+
+    class ExecutionContextAllocationStrategy:
+        USER_MANAGED = "user managed"
 
     class Runtime:
         def __init__(self, log):
             pass
 
         def deserialize_cuda_engine(self, plan):
-            return self if plan else None
+            return InspectedEngine() if plan else None
 
-        def create_engine_inspector(self):
-            return self
 
-        device_memory_size_v2 = 12345
+class InspectedEngine:
+    device_memory_size_v2 = 12345
 
-        def get_engine_information(self, form):
-            layers = [{"LayerType": "gemm"}, {"LayerType": "kgen"}, {"LayerType": "gemm"}]
-            return json.dumps({"Layers": layers, "Bindings": []})
+    def create_engine_inspector(self):
+        return Inspector()
+
+    def create_execution_context(self, strategy):
+        assert strategy == "user managed", "a context that only describes gets no memory"
+        return InspectedContext()
+
+    def get_device_memory_size_for_profile_v2(self, profile):
+        return (1000, 12345)[profile]
+
+
+class InspectedContext:
+    def __init__(self):
+        self.profile, self.shapes = 0, {}
+
+    def set_optimization_profile_async(self, profile, stream):
+        self.profile = profile
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+
+
+class Inspector:
+    execution_context = None
+
+    def get_engine_information(self, form):
+        context = self.execution_context
+        rows, tokens = (-1, -1) if context is None else context.shapes["ids"]
+        kind = "N/A due to dynamic shapes" if context is None else "Row major linear BFloat16"
+
+        def tensor(name, *dims):
+            return {"Name": name, "Dimensions": list(dims), "Format/Datatype": kind}
+
+        def layer(kind, reads, writes, metadata=""):
+            values = {"Name": kind, "LayerType": kind, "Metadata": metadata}
+            return values | {"Inputs": reads, "Outputs": writes}
+
+        weight = tensor("context_tower.layers.0.mixer.in_proj.weight", 10304, 2688)
+        hidden, projected = (tensor(n, rows * tokens, s) for n, s in (("h", 2688), ("p", 10304)))
+        of = "[ONNX Layer: in_proj.gemm | context.layers.0 (ContextMambaLayer)]"
+        layers = [
+            layer("gemm", [weight, hidden], [projected], of),
+            layer("kgen", [projected], [hidden]),
+            layer("gemm", [hidden], [projected]),
+            layer("signal", [], []),
+        ]
+        return json.dumps({"Layers": layers, "Bindings": []})
 
 
 class Log:
@@ -395,11 +453,36 @@ class Log:
 
 def test_what_an_opened_engine_tells(tmp_path):
     path = tmp_path / "context.layers.json"
-    found = _opened(InspectingApi, Log(), b"plan", path)
-    assert found == {"layers": 3, "types": {"gemm": 2, "kgen": 1}, "device_memory": 12345}
-    assert len(json.loads(path.read_text())["Layers"]) == 3
+    found = _described(InspectingApi, _open(InspectingApi, Log(), b"plan"), path)
+    types = {"gemm": 2, "kgen": 1, "signal": 1}
+    assert found == {"layers": 4, "types": types, "device_memory": 12345}
+    assert len(json.loads(path.read_text())["Layers"]) == 4
     with pytest.raises(RefusedError, match="cannot be opened: no driver"):
-        _opened(InspectingApi, Log(), b"", path)
+        _open(InspectingApi, Log(), b"")
+
+
+def test_the_kernels_of_each_profile_of_an_opened_engine(bundle, tmp_path):
+    """Simulated: no TensorRT engine was opened on a GPU yet."""
+    graph = bundle / read_manifest(bundle).graph("native", "context").file
+    profiles = narrow_profiles("context", LIMITS)[1:]
+    job = engine_job(Order(graph, tmp_path / "context.plan", engine_recipe(profiles)))
+    signature = signature_of(onnx.load(graph))
+    listings = _inspected(InspectingApi, InspectedEngine(), job, signature)
+    assert [(one.profile, one.scratch) for one in listings] == [("block", 1000), ("chunk", 12345)]
+    assert [one.usual["tokens"] for one in listings] == [16, 256]
+    for listing, tokens in zip(listings, (4 * 16, 256), strict=True):
+        traffic = traffic_of(listing)
+        assert not listing.unsized
+        assert {kind: one.kernels for kind, one in traffic.by_kind("M").items()} == {
+            "M": 1,
+            "ends": 2,
+        }
+        narrow, wide = 2 * tokens * 2688, 2 * tokens * 10304
+        weight = 2 * 2688 * 10304
+        assert (traffic.moved.read, traffic.moved.written) == (
+            weight + 2 * narrow + wide,
+            narrow + 2 * wide,
+        )
 
 
 def test_a_recipe_clears_tf32_and_names_the_cpu():

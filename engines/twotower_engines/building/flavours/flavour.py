@@ -62,6 +62,11 @@ def layers_file(engine: Path) -> Path:
     return engine.with_suffix(".layers.json")
 
 
+def traffic_file(engine: Path) -> Path:
+    """Return where an engine's kernels are listed, in the form of `twotower_contract.traffic`."""
+    return engine.with_suffix(".traffic.json")
+
+
 class Flavour(Protocol):
     """A way to make engines.
 
@@ -103,7 +108,8 @@ class Flavour(Protocol):
     ) -> dict[str, dict[str, Any]]:
         """Build engines, by tower; returns for each what build.json says of it.
 
-        Beside an engine its layers may be written, as `layers_file` names them.
+        Beside an engine its layers and its kernels may be written, as `layers_file` and
+        `traffic_file` name them.
 
         Raises:
             BuildError: The builder is missing, refuses a graph, or crashed.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.flavour import Order, traffic_file
 from twotower_engines.building.flavours.process import Job
 from twotower_engines.building.flavours.profiles import Profile, Sizes
 from twotower_engines.errors import BuildError
@@ -73,8 +73,13 @@ def engine_job(order: Order) -> Job:
         **order.recipe,
         "graph": str(order.graph),
         "plan": str(order.engine),
+        "traffic": str(traffic_file(order.engine)),
         "inputs": inputs,
         "profiles": shapes,
+        "usual": [
+            [profile.name, {dim: one.usual for dim, one in profile.sizes.items()}]
+            for profile in profiles
+        ],
     }
 
 

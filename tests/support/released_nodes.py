@@ -1,0 +1,82 @@
+"""Each node's inputs at the released model's sizes, or at small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from twotower_engines.kernels.node import Call, Node
+from twotower_engines.kernels.spec import Sizes
+
+INTEGERS = (
+    *("indices", "pairs", "counts", "lengths", "ids", "policy", "seed", "steps_left"),
+    "partial_ids",
+)
+FLOATS = ("weights", "partial", "ssm_state", "threshold", "temperature", "partials")
+LARGEST_BLOCK = 64
+
+
+def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of every op's chain."""
+    s, E, K = sizes, sizes.experts, sizes.experts_per_token
+    d_inner = s.heads * s.head_dim
+    conv_dim = d_inner + 2 * s.groups * s.state
+    tokens = rows * block
+    pairs = (tokens * K,)
+    return {
+        "projected": (rows, block, d_inner + conv_dim + s.heads),
+        "scanned": (rows, block, d_inner),
+        "conv_state": (rows, 3, conv_dim),
+        "ssm_state": (rows, s.heads, s.head_dim, s.state),
+        "weight": (conv_dim, 4),
+        "bias": (conv_dim,),
+        "norm_weight": (d_inner,),
+        **dict.fromkeys(("dt_bias", "A_log", "D"), (s.heads,)),
+        **dict.fromkeys(("lengths", "threshold", "steps_left", "temperature"), (rows,)),
+        **dict.fromkeys(("policy", "seed"), (rows,)),
+        "logits": (rows, block, s.vocab_size),
+        "ids": (rows, block),
+        "partials": (rows, block, 5, 16),
+        "partial_ids": (rows, block, 16),
+        "x": (tokens, s.hidden),
+        **dict.fromkeys(("indices", "weights"), (tokens, K)),
+        "pairs": pairs,
+        "counts": (E,),
+        "up": (E, s.inner, s.hidden),
+        "down": (E, s.hidden, s.inner),
+        "inner": (*pairs, s.inner),
+        "partial": (*pairs, s.hidden),
+    }
+
+
+def dtype_of(name: str) -> str:
+    """Return a tensor's type in a bf16 model."""
+    return "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"
+
+
+def attributes_of(node: Node, sizes: Sizes) -> Mapping[str, Any]:
+    """Return a node's attributes, in a tower that wants no new states."""
+    known = {
+        "mask_id": sizes.mask_id,
+        "num_experts": sizes.experts,
+        "n_groups": sizes.groups,
+        "states": 0,
+        "epsilon": sizes.epsilon,
+    }
+    return {name: known[name] for name in node.attributes}
+
+
+def released_call(node: Node, rows: int, block: int, tactic: int) -> Call:
+    """Return a node's call in a profile whose blocks have up to `LARGEST_BLOCK` tokens."""
+    sizes = Sizes()
+
+    def of_node(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {name: shapes[name] for name in node.takes}
+
+    return Call(
+        of_node(tensor_shapes(sizes, rows, block)),
+        of_node(tensor_shapes(sizes, rows, LARGEST_BLOCK)),
+        {name: dtype_of(name) for name in node.takes},
+        attributes_of(node, sizes),
+        tactic=tactic,
+    )
