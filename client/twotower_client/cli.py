@@ -64,6 +64,9 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "twotower_engines.cli.plan", "Estimate which GPUs a model fits on, and its speed."
     ),
+    "simulate": Verb(
+        "twotower_engines.cli.simulate", "Simulate a server of some GPU under some load."
+    ),
     "build": Verb(
         "twotower_engines.cli.build", "Build a bundle's engines for one or more SKUs.", "build"
     ),

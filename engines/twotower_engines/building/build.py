@@ -52,7 +52,7 @@ FLAVOURS: dict[str, Flavour] = {
     for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
 }
 CONTEXT = 8192
-ENGINE_CODE = ("twotower_engines/building/flavours/*.py",)
+ENGINE_CODE = ("twotower_engines/building/flavours/*.py", "twotower_contract/traffic.py")
 SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")
 """Sources that decide the bytes of an engine, and those of a set; recipes add the kernels'."""
 
@@ -70,6 +70,7 @@ class BuildOptions:
         precision: Precision of the weights; `auto` for the widest that fits.
         gpus: 1, or 2 for one tower on each; None for the fewest that fit.
         block_size_max: Tokens of the largest block that the denoiser takes.
+        is_shared: Whether one engine must serve every GPU of the SKU's compute capability.
     """
 
     sku: Sku = field(default_factory=lambda: known_skus()["cpu"])
@@ -79,6 +80,7 @@ class BuildOptions:
     precision: str = "auto"
     gpus: int | None = None
     block_size_max: int = BLOCK_SIZE_MAX
+    is_shared: bool = False
 
 
 def build_engines(
@@ -108,8 +110,7 @@ def build_engines(
     flavour = FLAVOURS[plan.flavour]
     chunk = min(plan.max_tokens_per_call, manifest.max_tokens_per_call)
     limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
-    workspace = {tower: size for gpu in plan.gpus for tower, size in gpu.workspace.items()}
-    target = Target(sku, limits, plan.precision, workspace)
+    target = Target(sku, limits, plan.precision, options.is_shared)
     flavour.check(target)
     kind = flavour.graphs(plan.precision)
     _refuse_quantized(bundle, manifest, kind)

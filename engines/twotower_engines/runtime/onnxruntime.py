@@ -30,7 +30,7 @@ from twotower_engines.runtime.routed_experts import replace_experts
 
 Array = npt.NDArray[Any]
 CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
-DENOISER_OUTPUTS = ("new_ids", "still_masked", "logits")
+DENOISER_OUTPUTS = ("new_ids", "still_masked", "confidence", "logits")
 LOGITS_WANTED = "logits_wanted"
 """Input of the context's session: whether the vocabulary head is computed."""
 
@@ -50,6 +50,45 @@ class _Slot:
     mamba: dict[str, Array]
     previous: dict[str, Array] | None
     attention: dict[str, Array]
+
+
+class HostStates:
+    """Kept states in host memory; see `runtime.interface.StateStore`.
+
+    Args:
+        slots: The runtime's slots.
+        size: Bytes that it may take.
+        tokens: Tokens whose keys and values a place holds.
+        context: Tokens that a slot may grow to.
+    """
+
+    def __init__(self, slots: list[_Slot], size: int, tokens: int, context: int) -> None:
+        self._slots, self._tokens, self._context = slots, tokens, context
+        self.place_bytes = sum(array.nbytes for array in slots[0].mamba.values())
+        self.place_bytes += (
+            sum(cache[:, :, 0].nbytes for cache in slots[0].attention.values()) * tokens
+        )
+        self.places = size // self.place_bytes if self.place_bytes else 0
+        self._kept: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
+
+    def save(self, place: int, slot: int, tokens: int) -> None:
+        """Copy a slot's Mamba states, and the keys and values of its last tokens, to a place."""
+        states = self._slots[slot]
+        mamba = {name: array.copy() for name, array in states.mamba.items()}
+        part = slice(states.length - tokens, states.length)
+        caches = {name: cache[:, :, part].copy() for name, cache in states.attention.items()}
+        self._kept[place] = mamba, caches
+
+    def restore(self, slot: int, places: Sequence[int]) -> None:
+        """Fill an empty slot: the keys and values of all places, the Mamba states of the last."""
+        states = self._slots[slot]
+        states.mamba = dict(self._kept[places[-1]][0])
+        states.length = len(places) * self._tokens
+        for name, cache in states.attention.items():
+            kept = np.concatenate([self._kept[place][1][name] for place in places], axis=2)
+            grown = _grown(cache, states.length, self._context)
+            grown[:, :, : states.length] = kept
+            states.attention[name] = grown
 
 
 @dataclass(slots=True)
@@ -88,7 +127,8 @@ class OnnxRuntime:
         model = engines.manifest.model
         self.limits = engines.build.limits
         self.vocab_size = model.vocab_size
-        self.mask_token_id = engines.manifest.model.mask_token_id
+        self.mask_token_id = model.mask_token_id
+        self.eos_token_ids = model.eos_token_ids
         self.has_denoiser = "denoiser" in engines.build.plans
         engines.check_engine_files()
         store = WeightStore(engines.manifest, checkpoint)
@@ -157,9 +197,11 @@ class OnnxRuntime:
         }
         new_ids = np.empty((len(rows), block), np.int32)
         still_masked = np.empty(len(rows), np.int32)
-        self._run("denoise", inputs, {"new_ids": new_ids, "still_masked": still_masked})
+        confidence = np.empty((len(rows), block), np.float32)
+        outputs = {"new_ids": new_ids, "still_masked": still_masked, "confidence": confidence}
+        self._run("denoise", inputs, outputs)
         return [
-            Denoised(new_ids[index, :size], int(still_masked[index]))
+            Denoised(new_ids[index, :size], int(still_masked[index]), confidence[index, :size])
             for index, size in enumerate(sizes)
         ]
 
@@ -184,6 +226,10 @@ class OnnxRuntime:
         logits = np.empty((count, 1, self.vocab_size), np.float32)
         self._run("predict", inputs, {"logits": logits})
         return logits[:, 0]
+
+    def state_store(self, size: int, tokens: int) -> HostStates:
+        """Return room for prefixes in host memory."""
+        return HostStates(self._slots, size, tokens, self.limits.context)
 
     def close(self) -> None:
         """Free the sessions, the weights and the states; a second time does nothing."""

@@ -1,9 +1,9 @@
 """An ONNX Runtime session that holds a tower's weights, its matrices packed for its products.
 
-A weight that is a graph's input is read as it lies, at every call: products of 16 tokens run at half
-the speed. A weight inside the session (an initializer) is packed once, and the array that it came
-from is given up. ONNX Runtime does not say which arrays it goes on to read, so each belongs to the
-session's own value, and lives as long as that.
+A weight that is a graph's input is read as it lies, at every call: products of 16 tokens run at
+half the speed. A weight inside the session (an initializer) is packed once, and the array that it
+came from is given up. ONNX Runtime does not say which arrays it goes on to read, so each belongs to
+the session's own value, and lives as long as that.
 
 Sessions share no packed weights (the Python API has no container for them): one session per tower.
 """

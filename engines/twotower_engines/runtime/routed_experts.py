@@ -137,7 +137,7 @@ def _squared(b: _Nodes, x: str, up: str) -> str:
 
 
 def _all_experts(node: onnx.NodeProto, count: int, inner: int) -> list[onnx.NodeProto]:
-    """Every expert on every token; its share is multiplied into what its second product takes."""
+    """Compute all experts; a share is multiplied into what the second product takes."""
     x, indices, weights, up, down = node.input
     b = _Nodes(node.name)
     share = b.add("Unsqueeze", _shares(b, indices, weights, count), b.constant([2]))
@@ -148,7 +148,7 @@ def _all_experts(node: onnx.NodeProto, count: int, inner: int) -> list[onnx.Node
 
 
 def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
-    """A branch for each expert, which adds its share to the sum where a token chose it."""
+    """Write a branch for each expert, which adds its share to the sum where a token chose it."""
     x, indices, weights, up, down = node.input
     b = _Nodes(node.name)
     share = b.add("Transpose", _shares(b, indices, weights, count), perm=[1, 0])
@@ -165,9 +165,7 @@ def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
         squared = _squared(then, then.add("GatherND", x, tokens), _one(up, expert))
         y = then.add("Gemm", squared, _one(down, expert), transB=1)
         mine = then.add("Unsqueeze", then.add("GatherND", share, tokens), last)
-        added = then.add(
-            "ScatterND", total, tokens, then.add("Mul", y, mine), reduction="add"
-        )
+        added = then.add("ScatterND", total, tokens, then.add("Mul", y, mine), reduction="add")
         otherwise = _Nodes(f"{then.prefix}.not")
         same = otherwise.add("Identity", total)
         total = b.add(

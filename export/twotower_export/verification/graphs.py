@@ -176,13 +176,19 @@ class ManifestWeights:
         return made
 
     def bfloat16(self, name: str) -> Array:
-        """Return a weight input stored in bfloat16 as uint16, in the graph input's shape.
+        """Return a weight input in bfloat16 as uint16, in the graph input's shape.
+
+        Quantized matrices are decoded and rounded to it, ties to even.
 
         Raises:
             BundleError: It is stored in float32.
         """
         made = np.empty(self.inputs[name].shape, np.uint16)
         for target, source in self._sources(name, made):
+            if self.inputs[name].format is not None:
+                bits = self._decoded(source).reshape(-1).view(np.uint32)
+                target[...] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+                continue
             for piece, values in self._pieces(source, target):
                 if values.itemsize != 2:
                     raise BundleError(

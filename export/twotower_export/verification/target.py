@@ -91,8 +91,9 @@ def native_problems(
     stored = {"BF16": onnx.TensorProto.BFLOAT16, "F32": onnx.TensorProto.FLOAT}
     inputs = {given.name: given.type.tensor_type.elem_type for given in native.graph.input}
     for name, weight in target.manifest.weights[tower].items():
-        if name in inputs and stored[weight.dtype] != inputs[name]:
-            problems.append(f"it takes {name} as other than {weight.dtype}")
+        dtype = weight.dtype if weight.format is None else "BF16"
+        if name in inputs and stored[dtype] != inputs[name]:
+            problems.append(f"it takes {name} as other than {dtype}")
     return problems
 
 

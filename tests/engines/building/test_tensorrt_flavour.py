@@ -66,8 +66,8 @@ def machine(monkeypatch, arch):
     monkeypatch.setattr(platform, "machine", lambda: arch)
 
 
-def target(name, limits=LIMITS):
-    return Target(find_sku(name), limits, "bf16")
+def target(name, limits=LIMITS, is_shared=False):
+    return Target(find_sku(name), limits, "bf16", is_shared)
 
 
 @pytest.mark.parametrize("sku", [one for one in known_skus() if one != "cpu"])
@@ -92,7 +92,12 @@ def test_the_refusal_comes_before_anything_is_written(bundle, tmp_path, present)
 def test_gpus_of_one_compute_capability_build_for_each_other(present, here):
     present(here)
     for sku in SHARED_9_0:
-        TensorRtFlavour().check(target(sku))
+        TensorRtFlavour().check(target(sku, is_shared=True))
+        if sku == here:
+            TensorRtFlavour().check(target(sku))
+            continue
+        with pytest.raises(BuildError, match=f"with {find_sku(sku).title} and.* --same-capability"):
+            TensorRtFlavour().check(target(sku))
 
 
 @pytest.mark.parametrize("sku", ARM)
@@ -117,7 +122,7 @@ def test_the_same_gpu_on_another_cpu_is_another_plan(present, monkeypatch):
     present("h200", "aarch64")
     arm = TensorRtFlavour().recipe("denoiser", replace_arch(target("h200"), "aarch64"))
     assert FLAVOURS["tensorrt-rtx"].needs(target("l40s")) == Needs("aarch64")
-    assert (arm["machine"], x86["built_for"]) == ("aarch64", "9.0")
+    assert (arm["machine"], x86["built_for"]) == ("aarch64", "h200")
 
 
 def replace_arch(wanted, arch):
@@ -146,7 +151,7 @@ def test_a_sku_file_is_compared_with_what_the_driver_reports(monkeypatch):
 def test_an_unknown_card_builds_for_its_relatives(monkeypatch):
     machine(monkeypatch, "x86_64")
     monkeypatch.setattr(module, "local_gpu", lambda: LocalGpu("H200 NVL", 140 * GIB, "9.0"))
-    TensorRtFlavour().check(target("h200"))
+    TensorRtFlavour().check(target("h200", is_shared=True))
 
 
 @pytest.mark.parametrize(("here", "sku"), [("h100-sxm", "b200"), ("a10", "l4"), ("b300", "b200")])
@@ -158,19 +163,18 @@ def test_another_gpu_is_refused_by_name(present, here, sku):
 
 
 def test_one_plan_serves_the_gpus_of_a_compute_capability():
-    recipes = [TensorRtFlavour().recipe("denoiser", target(sku)) for sku in SHARED_9_0]
+    recipes = [
+        TensorRtFlavour().recipe("denoiser", target(sku, is_shared=True)) for sku in SHARED_9_0
+    ]
     assert all(recipe == recipes[0] for recipe in recipes)
     assert recipes[0]["hardware"] == "SAME_COMPUTE_CAPABILITY"
     assert recipes[0]["built_for"] == "9.0"
 
 
-def test_a_gpu_without_relatives_gets_a_plan_of_its_own():
-    recipe = TensorRtFlavour().recipe("denoiser", target("a10"))
-    assert recipe["hardware"] is None
-    assert recipe["built_for"] == "a10"
-    # an H100 is of the same compute capability, but has another CPU beside it
-    assert TensorRtFlavour().recipe("denoiser", target("gh200"))["built_for"] == "gh200"
-    assert TensorRtFlavour().recipe("denoiser", target("b200"))["hardware"] is None
+@pytest.mark.parametrize("sku", ["a10", "gh200", "b200", "h200"])
+def test_a_gpu_gets_a_plan_of_its_own_unless_told_otherwise(sku):
+    recipe = TensorRtFlavour().recipe("denoiser", target(sku))
+    assert (recipe["hardware"], recipe["built_for"]) == (None, sku)
 
 
 def test_the_kernels_are_part_of_the_recipe(monkeypatch):
@@ -205,10 +209,15 @@ def test_without_kernels_more_memory_is_planned(bundle, tmp_path, monkeypatch, p
     assert plans == [True, False]
 
 
-def test_the_memory_plan_limits_the_workspace():
-    planned = replace(target("h200"), workspace={"context": 3 << 30, "denoiser": 1 << 30})
-    assert TensorRtFlavour().recipe("context", planned)["workspace"] == 3 << 30
-    assert TensorRtFlavour().recipe("denoiser", planned)["workspace"] == 1 << 30
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_the_builder_may_take_what_the_device_has(flavour):
+    """A region of the compiler needs all its intermediates at once, or the build is refused."""
+    for tower in ("context", "denoiser"):
+        recipe = FLAVOURS[flavour].recipe(tower, target("rtx-pro-6000"))
+        job = {**recipe, "flags": {}, "compute_capabilities": []}
+        config = RecordingConfig()
+        _configure(RecordingApi, config, job)
+        assert config.told == []
 
 
 def test_no_tensorrt(monkeypatch):
@@ -276,9 +285,6 @@ class RecordingApi:
     class ProfilingVerbosity:
         DETAILED = "detailed"
 
-    class MemoryPoolType:
-        WORKSPACE = "workspace"
-
     class HardwareCompatibilityLevel:
         SAME_COMPUTE_CAPABILITY = "same"
 
@@ -301,7 +307,7 @@ class RecordingConfig:
         self.told.append(f"no {flag}")
 
     def set_memory_pool_limit(self, pool, size):
-        self.told.append((pool, size))
+        self.told.append((pool, size))  # nobody should
 
     def set_compute_capability(self, capability, index):
         self.told.append((capability, index))
@@ -323,7 +329,6 @@ def configured(**job):
 def test_what_the_builder_is_told(tmp_path):
     assert configured(flags={"REFIT": True, "TF32": False}).told == ["refit", "no tf32"]
     assert configured().profiling_verbosity == "detailed"
-    assert configured(workspace=1 << 20).told == [("workspace", 1 << 20)]
     assert configured(hardware=None).hardware_compatibility_level is None
     level = configured(hardware="SAME_COMPUTE_CAPABILITY").hardware_compatibility_level
     assert level == "same"
@@ -485,9 +490,9 @@ def test_the_kernels_of_each_profile_of_an_opened_engine(bundle, tmp_path):
         )
 
 
-def test_a_recipe_clears_tf32_and_names_the_cpu():
+def test_a_recipe_keeps_float32_and_nan_and_names_the_cpu():
     recipe = engine_recipe(wide_profiles("context", LIMITS))
-    assert recipe["flags"] == {"TF32": False}
+    assert recipe["flags"] == {"TF32": False, "STRICT_NANS": True}
     assert (recipe["verbosity"], recipe["machine"]) == ("DETAILED", platform.machine())
 
 

@@ -168,6 +168,22 @@ def test_who_comes_first_is_served_first(runtime):
     assert order == [["0", "1"], ["2", "3"], ["4"]]
 
 
+def test_a_full_queue_tells_when_to_try_again(runtime):
+    now = iter(range(10**6))  # a second from each look at the clock to the next
+    scheduler = Scheduler(runtime, slots=1, most_waiting=3, clock=lambda: float(next(now)))
+    for number in range(5):
+        scheduler.submit(Request(str(number), (5, 6), steps=1, max_new_tokens=16))
+    events = scheduler.turn() + scheduler.turn()
+    told = [(event.request_id, event.retry_after) for event in events]
+    assert told == [("3", 0.5), ("4", 0.5), ("0", None), ("1", None)]
+    assert events[0].error == "3 requests wait already; try again in 0.5 s"
+    for number in (5, 6, 7):
+        scheduler.submit(Request(str(number), (5, 6), steps=1, max_new_tokens=16))
+    (turned_away, _) = scheduler.turn()
+    # an end each 3 s, an eighth of which counts; three wait
+    assert (turned_away.request_id, turned_away.retry_after) == ("7", round(3 / 8 * 3 / 2, 1))
+
+
 def test_a_free_slot_is_taken_in_the_next_turn(runtime):
     scheduler = Scheduler(runtime, slots=2)
     scheduler.submit(Request("long", (5, 6), steps=16, threshold=1.0, max_new_tokens=64))

@@ -15,7 +15,7 @@ ROWS, HIDDEN = 40, 24
 
 
 def model():
-    """relu(table[ids] * scale) @ weight^T, the weight's first size, and a branch that has a head."""
+    """table[ids] * exp(scale) @ weight^T, the first size of the weight, and a head in a branch."""
     make, value = helper.make_node, helper.make_tensor_value_info
     head = helper.make_graph(
         [make("Gemm", ["flat", "head"], ["inner"], transB=1)], "then", [],

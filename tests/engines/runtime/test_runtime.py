@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from dataclasses import replace
 
@@ -185,7 +184,6 @@ def test_a_call_costs_little_beside_the_engine(runtime, rows):
         binding.session = session
     # the best of each: the other processes of this machine are not ours to measure
     assert min(whole) - min(watch.seconds) < 0.5 * min(watch.seconds)
-    assert statistics.median(whole) < 2 * statistics.median(watch.seconds)
 
 
 def test_a_plan_that_changed_is_refused(made, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 from tests.support.checkpoint_files import RawTensor, random_raw, random_tensors, write_checkpoint
 from tests.support.quantized_checkpoint import write_nano
+from tests.support.sabotage import run
 from twotower_contract.errors import CheckpointError
-from twotower_contract.quantized import scale_names
+from twotower_contract.manifest import read_manifest
+from twotower_contract.quantized import decode, scale_names
 from twotower_contract.shards import read_header
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_export.bundle import write_bundle
@@ -137,3 +140,64 @@ def test_a_quantized_context_tower_leaves_as_nemotron_h(format_, tmp_path):
     assert NamedTensors(reopened.path).read(name).equal(NamedTensors(out).read(name))
     has_settings = (tmp_path / "out" / "hf_quant_config.json").exists()
     assert has_settings == (format_ != "int4")
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory):
+    """A quantized checkpoint and its bundle, as `twotower verify` takes them."""
+    folder = tmp_path_factory.mktemp("verified")
+    config = tiny_config("ME", hidden=32)
+    source = open_checkpoint(write_checkpoint(folder / "source", config, random_tensors(config)))
+    quantize_checkpoint(source, folder / "checkpoint", default_recipe(source, "nvfp4"))
+    write_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle", towers=["context"])
+    return folder
+
+
+def test_a_quantized_bundle_is_verified(verified):
+    """The graphs on our decoding against the towers on PyTorch's."""
+    report = run(verified, whole_bytes=0)
+    assert report.outcome.passed
+    assert {tensor.precision for tensor in report.outcome.tensors} == {"float32", "bfloat16"}
+
+
+WRONG = {
+    "the other half of a byte first": (
+        lambda numpy, dtype, codes, scales: decode(
+            numpy, dtype, codes >> 4 | codes << 4 if dtype == "U8" else codes, scales
+        )
+    ),
+    "no scale of the scales": (
+        lambda numpy, dtype, codes, scales: decode(
+            numpy, dtype, codes, [scales[0], numpy.ones_like(scales[1])]
+        )
+    ),
+    "a neighbour's scales": (
+        lambda numpy, dtype, codes, scales: decode(
+            numpy, dtype, codes, [numpy.roll(scales[0], 1), scales[1]]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_decoding_is_found_in_its_layers(verified, monkeypatch, name):
+    monkeypatch.setattr("twotower_export.verification.graphs.decode", WRONG[name])
+    report = run(verified, whole_bytes=0)
+    assert not report.outcome.passed
+    parts = {tensor.part for tensor in report.outcome.tensors if not tensor.passed}
+    assert parts == {"context.layers.0", "context.layers.1"}
+
+
+def test_bytes_that_changed_after_the_export_are_found_by_name(verified, tmp_path):
+    shutil.copytree(verified / "checkpoint", tmp_path / "checkpoint")
+    name = "context_tower.layers.1.mixer.experts.0.up_proj.weight"
+    opened = open_checkpoint(tmp_path / "checkpoint")
+    entry = opened.tensors[name]
+    shard = opened.shards[entry.shard]
+    path = opened.path / shard.file
+    content = np.fromfile(path, np.uint8)
+    codes = content[shard.data_start + entry.begin : shard.data_start + entry.end]
+    codes[:] = codes >> 4 | codes << 4
+    content.tofile(path)
+    with pytest.raises(CheckpointError, match=rf"its content changed since export .* in {name}"):
+        WeightStore(read_manifest(verified / "bundle"), opened.path).check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +20,13 @@ class Target:
         sku: The GPU, or `cpu`.
         limits: The limits that the engines must accept.
         precision: Precision of the weights: `float32` or `bf16`.
-        workspace: Tower to the bytes that the memory plan leaves its engine for intermediates.
+        is_shared: Whether one engine must serve every GPU of the compute capability.
     """
 
     sku: Sku
     limits: Limits
     precision: str
-    workspace: Mapping[str, int] = field(default_factory=dict)
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

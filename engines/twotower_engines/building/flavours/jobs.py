@@ -18,9 +18,10 @@ from twotower_engines.building.flavours.profiles import Profile, Sizes
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import Sku
 
-FLAGS = {"TF32": False}
+FLAGS = {"TF32": False, "STRICT_NANS": True}
 """Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
-to TF32's ten bits; here float32 in a graph (scan, router, scores) means float32."""
+to TF32's ten bits; here float32 in a graph (scan, router, scores) means float32. And it makes 0 of
+0 * x and of x - x, whatever x is; here NaN tells that a row has failed, and must come through."""
 
 
 def check_arch(sku: Sku, where: str) -> None:
@@ -54,7 +55,7 @@ def engine_job(order: Order) -> Job:
     """Return the job that builds an order's plan.
 
     Args:
-        order: Its recipe is that of `engine_recipe`, and may have `hardware`, `workspace` and
+        order: Its recipe is that of `engine_recipe`, and may have `hardware` and
             `compute_capabilities`; see `library_build.build_engine_file`.
 
     Raises:

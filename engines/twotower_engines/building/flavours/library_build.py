@@ -48,9 +48,8 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
             (list of a profile's name and usual sizes), `flags` (name of a builder flag to whether
             it is set), `verbosity` (of profiling), and optionally `kernels` (the compute capability
             to compile our kernels for), `hardware` (a hardware compatibility level),
-            `compute_capabilities`, `workspace` (bytes that a layer may take), `timing_cache` (a
-            file), `layers` (a file: the engine is opened on this machine's GPU, and its layers are
-            described there).
+            `compute_capabilities`, `timing_cache` (a file), `layers` (a file: the engine is opened
+            on this machine's GPU, and its layers are described there).
         report: Called from the library's threads.
 
     Returns:
@@ -294,8 +293,6 @@ def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
         flag = getattr(trt.BuilderFlag, name)
         (config.set_flag if is_set else config.clear_flag)(flag)
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, job["verbosity"])
-    if job.get("workspace"):
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
     if job.get("hardware"):
         level = getattr(trt.HardwareCompatibilityLevel, job["hardware"])
         config.hardware_compatibility_level = level

@@ -71,9 +71,11 @@ class TensorRtFlavour:
     def check(self, target: Target) -> None:
         """Refuse a machine that has no GPU which can build for the target."""
         sku = target.sku
+        option = " --same-capability" if target.is_shared else ""
         where = (
-            f"copy the bundle, which holds no weights, to a machine with {_builders(sku)} and run "
-            f"`twotower build BUNDLE --sku {sku.name} ENGINES` there"
+            "copy the bundle, which holds no weights, to a machine with "
+            f"{_builders(sku) if target.is_shared else sku.title} and run "
+            f"`twotower build BUNDLE --sku {sku.name} ENGINES{option}` there"
         )
         if "tensorrt-rtx" in sku.flavours:
             where += ", or build here with --flavour tensorrt-rtx"
@@ -85,14 +87,15 @@ class TensorRtFlavour:
                 f"here; {where}"
             )
         same = gpu.compute_capability == sku.compute_capability
-        if not same or not (gpu.is_a(sku) or _is_shared(sku)):
+        if not same or not (gpu.is_a(sku) or target.is_shared):
+            here = ", or build here with --same-capability, or for --sku local" if same else ""
             raise BuildError(
                 f"engines for {sku.name} (compute capability {sku.compute_capability}) cannot be "
-                f"built on this machine's {gpu}; {where}"
+                f"built on this machine's {gpu}; {where}{here}"
             )
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
-        """Return profiles for each kind of call; one engine for all GPUs of a compute capability.
+        """Return profiles for each kind of call, and the GPUs that the engine is tuned for.
 
         With the extra `[kernels]` installed, the three ops become plugins whose PTX the engine
         carries; a server needs neither the plugins nor the extra.
@@ -103,11 +106,9 @@ class TensorRtFlavour:
             # our kernels in place of the ops' bodies: see plugins.py
             "kernels": sku.compute_capability if has_kernels else None,
             "kernels_sha256": code_digest(*KERNEL_CODE) if has_kernels else None,
-            "hardware": "SAME_COMPUTE_CAPABILITY" if _is_shared(sku) else None,
-            # unlimited, a layer's tactic may take what the plan gave to the weights
-            "workspace": target.workspace.get(tower),
+            "hardware": "SAME_COMPUTE_CAPABILITY" if target.is_shared else None,
             # not an argument of the builder, but of what it makes
-            "built_for": sku.compute_capability if _is_shared(sku) else sku.name,
+            "built_for": sku.compute_capability if target.is_shared else sku.name,
         }
 
     def build(
@@ -149,11 +150,6 @@ def _timed_on() -> str:
 def _minor(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
-
-
-def _is_shared(sku: Sku) -> bool:
-    """Whether the table has another GPU that can use the same plan."""
-    return bool(_relatives(sku))
 
 
 def _relatives(sku: Sku) -> list[str]:

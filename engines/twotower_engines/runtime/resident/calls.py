@@ -94,7 +94,8 @@ def output_layout(size: CallSize, vocabulary: int) -> Layout:
     if size.verb == "extend":
         return {"logits": ((size.rows, vocabulary), np.float32)}
     all_outputs = _denoiser_outputs(size, vocabulary)
-    seen = ("logits",) if size.verb == "predict" else ("new_ids", "still_masked")
+    refined = ("new_ids", "still_masked", "confidence")
+    seen = ("logits",) if size.verb == "predict" else refined
     return {name: all_outputs[name] for name in seen}
 
 

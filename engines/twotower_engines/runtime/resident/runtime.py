@@ -32,6 +32,7 @@ from twotower_engines.runtime.resident.calls import (
 )
 from twotower_engines.runtime.resident.device import Box, Device
 from twotower_engines.runtime.resident.engine import Call, Engine, Shape
+from twotower_engines.runtime.resident.kept import KeptStates
 from twotower_engines.runtime.resident.states import (
     Landing,
     SlotStates,
@@ -90,6 +91,7 @@ class ResidentRuntime:
         self.limits = limits
         self.vocab_size = manifest.model.vocab_size
         self.mask_token_id = manifest.model.mask_token_id
+        self.eos_token_ids = manifest.model.eos_token_ids
         self.has_denoiser = denoiser is not None
         self._context, self._denoiser = context, denoiser
         item = manifest.model.item_bytes
@@ -162,9 +164,14 @@ class ResidentRuntime:
             for name in REFINE_ROWS:
                 arrays[name][row.slot] = getattr(row, name)
         self._run(prepared)
-        ids, still = (prepared.outputs.arrays[name] for name in ("new_ids", "still_masked"))
+        seen = prepared.outputs.arrays
         return [
-            Denoised(ids[row.slot, : row.ids.size].copy(), int(still[row.slot])) for row in rows
+            Denoised(
+                seen["new_ids"][row.slot, : row.ids.size].copy(),
+                int(seen["still_masked"][row.slot]),
+                seen["confidence"][row.slot, : row.ids.size].copy(),
+            )
+            for row in rows
         ]
 
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
@@ -182,6 +189,14 @@ class ResidentRuntime:
         self._run(prepared)
         logits = prepared.outputs.arrays["logits"]
         return np.stack([logits[row.slot, 0] for row in rows])
+
+    def state_store(self, size: int, tokens: int) -> KeptStates:
+        """Return room for prefixes on the context tower's device.
+
+        Raises:
+            RuntimeLoadError: The device has no such room.
+        """
+        return KeptStates(self._all_states(), self._lengths, size, tokens)
 
     def close(self) -> None:
         """Free the engines, the weights and the states; a second time does nothing."""

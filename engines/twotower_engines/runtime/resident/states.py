@@ -163,6 +163,11 @@ class SlotStates:
             kind: self._allocate(kind) for kind in kinds if keeps_previous and not kind.grows
         }
 
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """The box of each of `kinds`."""
+        return tuple(self._boxes[kind] for kind in self.kinds)
+
     def reset(self, slot: int) -> None:
         """Set a slot's Mamba states to zero. Keys and values past a length are never read."""
         for boxes in (self._boxes, self._previous):
