@@ -33,20 +33,6 @@ PROVIDER = "CPUExecutionProvider"
 ELSEWHERE = "weights"
 
 
-class _Lent:
-    """The memory of an array, for ONNX Runtime, which never writes to a weight.
-
-    NumPy hands no read-only array on, as those are that lie in a file; this says it is writable.
-    """
-
-    def __init__(self, array: Array) -> None:
-        self._owner = array
-        self.__array_interface__ = {
-            **array.__array_interface__,
-            "data": (array.ctypes.data, False),
-        }
-
-
 def packed_session(
     ort: Any, model: onnx.ModelProto, weights: Iterable[tuple[str, Array]], options: Any
 ) -> tuple[Any, frozenset[str]]:
