@@ -160,6 +160,28 @@ def unpacked_shape(dtype: str, shape: Shape) -> Shape:
     return (*shape[:-1], shape[-1] * count) if shape else shape
 
 
+def input_forms(name: str, dtype: str, shape: Shape, computed: str) -> dict[str, tuple[str, Shape]]:
+    """Return the inputs that a native graph has for a weight, dtype and shape by name.
+
+    FP8 codes lie as [in, out], where TensorRT dequantizes them inside of the product; the scale of
+    each matrix comes in the dtype that is computed in. The other formats have no inputs of their
+    own yet: their graphs take the weights decoded.
+
+    Args:
+        name: The weight's input.
+        dtype: Stored dtype of its sources.
+        shape: Its shape, [out, in] or [matrices, out, in] where it is quantized.
+        computed: Dtype that the graph computes in, `BF16` or `F32`.
+    """
+    if FORMAT_OF_DTYPE.get(dtype) != "fp8":
+        return {name: (computed if dtype in FORMAT_OF_DTYPE else dtype, shape)}
+    *bank, out, into = shape
+    return {
+        name: (dtype, (*bank, into, out)),
+        f"{name}_scale": (computed, tuple(bank)),
+    }
+
+
 def decode(numpy: Any, dtype: str, codes: Any, scales: Sequence[Any]) -> Any:
     """Return the weights of a matrix in float32, [out, in].
 

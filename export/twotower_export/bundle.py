@@ -28,7 +28,7 @@ from twotower_contract.manifest import (
     WeightInput,
     write_manifest,
 )
-from twotower_contract.quantized import codes_name
+from twotower_contract.quantized import codes_name, input_forms
 from twotower_contract.shards import TensorEntry
 from twotower_export.checkpoint import Checkpoint, Progress
 from twotower_export.reference.golden import golden_for
@@ -186,6 +186,9 @@ def _weight_dtypes(checkpoint: Checkpoint, graph: _GraphToWrite) -> dict[str, st
     weights = graph_weights(checkpoint.config, graph.tower, base=checkpoint.base)
     if "native" not in graph.precisions:
         return dict.fromkeys(weights, "F32")
-    wide = "F32" if graph.dtype == "float32" else "BF16"
     inputs = [_weight_input(name, one, checkpoint.tensors) for name, one in weights.items()]
-    return {one.name: one.dtype if one.format is None else wide for one in inputs}
+    computed = checkpoint.config.tensor_dtype
+    return {
+        one.name: input_forms(one.name, one.dtype, one.shape, computed)[one.name][0]
+        for one in inputs
+    }

@@ -8,9 +8,9 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
+from tests.support.quantized_graphs import weight_dtypes
 from tests.support.sparse_checkpoint import FULL_CONFIG
 from twotower_contract.config import ModelConfig
-from twotower_contract.layout import graph_weights
 from twotower_contract.traffic import read_listings
 from twotower_engines.building.flavours.flavour import Order
 from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
@@ -29,23 +29,22 @@ def config_of(pattern=None):
     return ModelConfig.from_json(FULL_CONFIG | (values if pattern else {}))
 
 
-def write_graph(folder, tower, pattern=None):
-    """Write a tower's bfloat16 graph; returns its path."""
+def write_graph(folder, tower, pattern=None, format_=None):
+    """Write a tower's bfloat16 graph, with its matrices in a format; returns its path."""
     config = config_of(pattern)
-    weights = graph_weights(config, tower)
-    stored = {name: "F32" if name.endswith(FLOAT_WEIGHTS) else "BF16" for name in weights}
+    stored = weight_dtypes(config, tower, format_, FLOAT_WEIGHTS)
     path = folder / f"{tower}.onnx"
     onnx.save(ir.to_proto(TOWERS[tower][0](config, "bfloat16", stored, {})), path)
     return path
 
 
-def compiled(folder, tower, rows, tokens, context, pattern=None, capability="12.0"):
+def compiled(folder, tower, rows, tokens, context, pattern=None, capability="12.0", format_=None):
     """Compile a tower for calls of one size; returns the listing of its kernels."""
     sizes = {"batch": rows, TOWERS[tower][1]: tokens, "context": context}
     profile = Profile("fixed", {dim: Sizes(size, size, size) for dim, size in sizes.items()})
     recipe = engine_recipe([profile]) | {"compute_capabilities": [capability]}
     recipe["flags"] = {**recipe["flags"], **CAPTURE}
-    graph = write_graph(folder, tower, pattern)
+    graph = write_graph(folder, tower, pattern, format_)
     job = engine_job(Order(graph, folder / f"{tower}.plan", recipe))
     build_engine_files(LIBRARY, {tower: job}, 1, lambda name, text: None)
     _, (listing,) = read_listings(folder / f"{tower}.traffic.json")

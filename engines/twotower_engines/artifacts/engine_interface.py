@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.manifest import Manifest
+from twotower_contract.quantized import input_forms
 
 DYNAMIC = -1
 """A size that is not known before a call, as TensorRT writes it."""
 
-STORED = {"BF16": "BF16", "F32": "FLOAT"}
-"""TensorRT's names of the dtypes that a checkpoint may hold."""
+STORED = {"BF16": "BF16", "F32": "FLOAT", "F8_E4M3": "FP8"}
+"""TensorRT's names of the dtypes that weights go in."""
 
 COMPUTED = {"bfloat16": "BF16", "float32": "FLOAT"}
 
@@ -52,8 +53,11 @@ def interface_of(manifest: Manifest, tower: str) -> Interface:
         inputs |= dict.fromkeys(("threshold", "temperature"), TensorSpec("FLOAT", (DYNAMIC,)))
     inputs |= states
     inputs |= {
-        name: TensorSpec(STORED[weight.dtype], weight.shape)
-        for name, weight in manifest.weights[tower].items()
+        name: TensorSpec(STORED[stored], shape)
+        for weight in manifest.weights[tower].values()
+        for name, (stored, shape) in input_forms(
+            weight.name, weight.dtype, weight.shape, model.tensor_dtype
+        ).items()
     }
     if tower == "denoiser":
         return Interface(inputs, _refined(model))

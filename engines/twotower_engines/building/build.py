@@ -190,11 +190,12 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
 
 def _refuse_quantized(bundle: Path, manifest: Manifest, kind: str) -> None:
     """Refuse graphs that take weights as they are stored, where they are stored quantized."""
-    formats = {one.format for some in manifest.weights.values() for one in some.values()} - {None}
+    formats = {one.format for some in manifest.weights.values() for one in some.values()}
+    formats -= {None, "fp8"}
     if formats and kind == "native":
         raise BuildError(
             f"{bundle}: its weights are {' and '.join(sorted(map(str, formats)))}, which only the "
-            "CPU flavour runs as yet; build it with --sku cpu, or export the BF16 checkpoint"
+            "CPU flavour runs as yet; build it with --sku cpu, or quantize to fp8"
         )
 
 

@@ -13,7 +13,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
-from twotower_contract.layout import graph_weights
+from twotower_contract.layout import WeightSource, graph_weights
+from twotower_contract.quantized import input_forms
 from twotower_export.graph.attention import last_valid
 from twotower_export.graph.body import DOMAIN, FLOAT, INT32, OPSET, Body, prefixed
 from twotower_export.graph.conditioning import WEIGHTS as TIME_WEIGHTS
@@ -68,12 +69,32 @@ class _Graph:
     def add_weights(self, tower: Literal["context", "denoiser"]) -> None:
         """Add inputs for all weights of a tower, each cast to T where it is stored otherwise."""
         for name, source in graph_weights(self.config, tower).items():
+            self.body.begin(name)
+            if self._weight_dtypes[name] == "F8_E4M3":
+                self._weights[name] = self._fp8(name, source)
+                continue
             stored = STORED[self._weight_dtypes[name]]
             value = self.input(name, source.shape, stored, describe_weight(source))
-            self.body.begin(name)
             if stored != self.dtype and not name.endswith(FLOAT_WEIGHTS):
                 value = self.body.cast(value, self.dtype)
             self._weights[name] = value
+
+    def _fp8(self, name: str, source: WeightSource) -> ir.Value:
+        """Add the inputs of a matrix or a bank of them in FP8; return its weights in T.
+
+        The codes lie as [in, out] and the scale is in T: TensorRT dequantizes inside of the product
+        then. It copies codes that lie as they are stored, and writes all weights out in T where the
+        scale is cast.
+        """
+        text = describe_weight(source)
+        forms = input_forms(name, "F8_E4M3", source.shape, self.config.tensor_dtype)
+        (codes, (_, laid)), (scales, (_, bank)) = forms.items()
+        wide = self.body.op.DequantizeLinear(
+            self.input(codes, laid, ir.DataType.FLOAT8E4M3FN, f"{text}, transposed"),
+            self.input(scales, bank, self.dtype, f"{text}: a scale of each matrix"),
+            axis=0,
+        )
+        return self.body.transpose(wide, *range(len(bank)), len(bank) + 1, len(bank))
 
     def weight(self, name: str) -> ir.Value:
         return self._weights[name]

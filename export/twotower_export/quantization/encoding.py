@@ -104,7 +104,9 @@ def _fp8(stored: Array, _: int, scales: Scales) -> Encoded:
 
     tried = [first]
     if scales == "search":
-        tried += [np.float32(first * step) for step in FP8_STEPS if step != 1]
+        # graphs in bfloat16 take the scale in it: one that it holds loses nothing there
+        steps = np.array([first * step for step in FP8_STEPS], np.float32)
+        tried = list(as_float32(_bfloat16(steps)))
     error, scale = min(((error_of(one), one) for one in tried), key=lambda pair: pair[0])
     with np.errstate(all="ignore"):  # among all values are NaN and infinities, which no weight has
         table = _e4m3_codes(values / scale)

@@ -1,8 +1,6 @@
 """Recipes: which matrices of a checkpoint become narrow, and in which format.
 
-The default keeps in 16 bits what NVIDIA keeps in its FP8 and NVFP4 files of Nemotron-3-Nano:
-router, norms, convolutions, A_log, D and dt_bias, attention and the Mamba layer before each
-attention, embeddings and heads; and all of the time conditioning, which is this model's own.
+The default is NVIDIA's (`is_narrow_by_default`); a file of rules may say something else.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from twotower_contract.quantized import (
     Format,
     is_quantizable,
 )
-from twotower_contract.sizes import part_of
+from twotower_contract.sizes import is_narrow_by_default, part_of
 from twotower_export.checkpoint import Checkpoint
 from twotower_export.quantization.encoding import Scales
 
@@ -89,14 +87,12 @@ def default_recipe(
     unknown = [part for part in keep if part not in PARTS]
     if unknown:
         raise RecipeError(f"--keep names {unknown[0]!r}; the parts are {', '.join(PARTS)}")
-    kept = {PARTS[part] for part in keep} | {"attention", "head"}
-    attention = checkpoint.config.layers_of_kind["*"]
-    before_attention = tuple(f".layers.{index - 1}.mixer." for index in attention if index)
+    kept = {PARTS[part] for part in keep}
     formats: dict[str, Format] = {}
     for name in _matrices(checkpoint):
         tower, part = part_of(checkpoint.config, name, base=checkpoint.base)
-        is_guarded = part == "mamba" and any(layer in name for layer in before_attention)
-        if part not in kept and not is_guarded and (not towers or tower in towers):
+        is_narrow = is_narrow_by_default(checkpoint.config, name, base=checkpoint.base)
+        if is_narrow and part not in kept and (not towers or tower in towers):
             formats[name] = format_
     return _checked(checkpoint, formats, scales, "this checkpoint with these options")
 

@@ -32,6 +32,7 @@ HIDDEN: Final = "hidden"
 
 FLOAT: Final = onnx.TensorProto.FLOAT
 BFLOAT16: Final = onnx.TensorProto.BFLOAT16
+FLOAT8: Final = onnx.TensorProto.FLOAT8E4M3FN
 
 _STORED: Final = {"BF16": "<u2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
 
@@ -160,6 +161,7 @@ class ManifestWeights:
     def __init__(self, manifest: Manifest, checkpoint: Path, tower: Tower) -> None:
         self._manifest, self._checkpoint = manifest, checkpoint
         self.inputs = manifest.weights[tower]
+        self.scales = {f"{n}_scale": one for n, one in self.inputs.items() if one.format == "fp8"}
 
     def float32(self, name: str) -> Array:
         """Return a weight input in float32, in the shape of the graph's input."""
@@ -186,8 +188,7 @@ class ManifestWeights:
         made = np.empty(self.inputs[name].shape, np.uint16)
         for target, source in self._sources(name, made):
             if self.inputs[name].format is not None:
-                bits = self._decoded(source).reshape(-1).view(np.uint32)
-                target[...] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+                target[...] = _bfloat16(self._decoded(source).reshape(-1))
                 continue
             for piece, values in self._pieces(source, target):
                 if values.itemsize != 2:
@@ -196,6 +197,17 @@ class ManifestWeights:
                     )
                 piece[...] = values
         return made
+
+    def fp8_codes(self, name: str) -> Array:
+        """Return the codes of FP8 matrices as uint8, in the graph input's shape [.., in, out]."""
+        codes = [self._whole(source).T for source in self.inputs[name].sources]
+        return np.stack(codes) if self.inputs[name].how == "stack" else np.asarray(codes[0])
+
+    def fp8_scales(self, name: str) -> Array:
+        """Return the scales of FP8 matrices in float32, one for each."""
+        weight = self.scales[name]
+        scales = [self._whole(f"{source}_scale") for source in weight.sources]
+        return np.stack(scales) if weight.how == "stack" else scales[0]
 
     def _sources(self, name: str, made: Array) -> Iterator[tuple[Array, str]]:
         """Each tensor that a weight input is made of, and where it goes."""
@@ -242,6 +254,12 @@ class ManifestWeights:
                 yield piece, np.frombuffer(content, stored)
 
 
+def _bfloat16(values: Array) -> Array:
+    """Return the bits of finite float32 numbers rounded to bfloat16, ties to even."""
+    bits = values.view(np.uint32)
+    return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, np.uint16)
+
+
 @dataclass
 class GraphSide:
     """Run a graph part; opened, it holds the part's weights."""
@@ -275,9 +293,19 @@ class GraphSide:
             self._session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         of = onnxruntime.OrtValue
         for given in self._session.get_inputs():
-            if given.name not in self.weights.inputs:
+            if given.name in self.weights.scales:
+                array = self.weights.fp8_scales(given.name)
+                if given.type == "tensor(bfloat16)":
+                    array = _bfloat16(array)
+                    value = of.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+                else:
+                    value = of.ortvalue_from_numpy(array)
+            elif given.name not in self.weights.inputs:
                 continue
-            if given.type == "tensor(bfloat16)":
+            elif given.type == "tensor(float8e4m3fn)":
+                array = np.ascontiguousarray(self.weights.fp8_codes(given.name))
+                value = of.ortvalue_from_numpy_with_onnx_type(array, FLOAT8)
+            elif given.type == "tensor(bfloat16)":
                 array = self.weights.bfloat16(given.name)
                 value = of.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
             else:

@@ -24,7 +24,7 @@ from twotower_engines.runtime.resident.calls import call_sizes, token_bucket
 from twotower_engines.runtime.resident.device import Device
 from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
 from twotower_engines.runtime.resident.states import state_kinds, window_step
-from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_bytes
+from twotower_engines.runtime.resident.upload import input_sizes, tower_bytes, upload_weights
 
 LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
 
@@ -270,7 +270,8 @@ def test_upload_in_windows_keeps_every_byte(engines, window):
         store, "denoiser", device, lambda done, total: seen.append((done, total)), window
     )
     for name, weight in store.manifest.weights["denoiser"].items():
-        there = host.view(addresses[name], weight_bytes(weight)).view(np.float32)
+        (size,) = input_sizes(store.manifest, weight).values()
+        there = host.view(addresses[name], size).view(np.float32)
         np.testing.assert_array_equal(there.reshape(weight.shape), store.float32(weight))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1]
