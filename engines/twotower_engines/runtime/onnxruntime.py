@@ -27,6 +27,7 @@ from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, Ext
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
 from twotower_engines.runtime.routed_experts import replace_experts
+from twotower_engines.runtime.vocabulary_passes import spare_passes
 
 Array = npt.NDArray[Any]
 CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
@@ -169,7 +170,6 @@ class OnnxRuntime:
         }
         outputs = self._new_states(len(rows), tokens)
         wanted = any(row.logits for row in rows)
-        inputs[LOGITS_WANTED] = np.array([wanted])
         if wanted:
             outputs["logits"] = np.empty((len(rows), self.vocab_size), np.float32)
         self._run("extend with logits" if wanted else "extend", inputs, outputs)
@@ -264,8 +264,9 @@ class OnnxRuntime:
             context = [*self._new_states(1, 1), "logits"]
             prune(model.graph, context if tower == "context" else DENOISER_OUTPUTS)
             parts = replace_experts(model.graph)
-            if tower == "context":
-                make_optional(model.graph, "logits", LOGITS_WANTED)
+            if tower == "denoiser":
+                spare_passes(model.graph, self.vocab_size, self.mask_token_id)
+            make_optional(model.graph, "logits", LOGITS_WANTED)
             weights = (
                 part
                 for name, array in store.all_float32(tower, progress)
@@ -284,6 +285,7 @@ class OnnxRuntime:
     def _run(self, call: str, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         """Run a session: read `inputs`, and write `outputs` in place."""
         binding = self._bindings[call]
+        inputs[LOGITS_WANTED] = np.array(["logits" in outputs])
         of = self._ort.OrtValue.ortvalue_from_numpy
         for name in binding.inputs & inputs.keys():
             binding.io.bind_ortvalue_input(name, of(inputs[name]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from twotower_engines.runtime.nodes import all_nodes
 
 Array = npt.NDArray[Any]
 
@@ -117,7 +119,7 @@ def _elsewhere(name: str, shape: Sequence[int]) -> onnx.TensorProto:
 
 def _write_shapes(graph: onnx.GraphProto, inputs: Mapping[str, onnx.ValueInfoProto]) -> None:
     """Make constants of the shapes of weights: a node that asks for one keeps the weight alive."""
-    for node in _all_nodes(graph):
+    for node in all_nodes(graph):
         if node.op_type == "Shape" and node.input[0] in inputs:
             sizes = inputs[node.input[0]].type.tensor_type.shape.dim
             if any(not size.HasField("dim_value") for size in sizes):
@@ -133,14 +135,7 @@ def _matrices(graph: onnx.GraphProto) -> set[str]:
     """Return the values that are read as matrices and as nothing else, branches included."""
     matrices: set[str] = set()
     others: set[str] = set()
-    for node in _all_nodes(graph):
+    for node in all_nodes(graph):
         for place, name in enumerate(node.input):
             (matrices if MATRIX_INPUT.get(node.op_type) == place else others).add(name)
     return matrices - others
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            yield from _all_nodes(attribute.g)

@@ -58,7 +58,7 @@ def make_optional(graph: onnx.GraphProto, output: str, flag: str) -> None:
     others = [value.name for value in graph.output if value.name != output]
     shared, _ = _needed(graph, others)
     names = {name for node in shared for name in node.output}
-    own = [node for node in graph.node if names.isdisjoint(node.output)]
+    own = [node for node in _needed(graph, [output])[0] if names.isdisjoint(node.output)]
     while any(node.op_type == "If" for node in own):
         node = own.pop(0)
         if node.op_type == "If":
@@ -70,6 +70,11 @@ def make_optional(graph: onnx.GraphProto, output: str, flag: str) -> None:
         len(value.type.tensor_type.shape.dim) for value in graph.output if value.name == output
     )
     inside = f"{output}.computed"
+    if not own:  # others need it as well: only its copy is left out
+        own = [helper.make_node("Identity", [f"{output}.used"], [output])]
+        for node in shared:
+            for names_of in (node.input, node.output):
+                names_of[:] = [f"{output}.used" if name == output else name for name in names_of]
     for node in own:
         node.output[:] = [inside if name == output else name for name in node.output]
     nothing = helper.make_tensor(f"{output}.none", TensorProto.FLOAT, [0] * rank, [])

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+
+from twotower_engines.runtime.nodes import Nodes
 
 Array = npt.NDArray[Any]
 
@@ -89,37 +91,7 @@ def _columns_of(bank: str) -> Parts:
     }
 
 
-class _Nodes:
-    """Nodes with names of their own; `nodes.add("Mul", x, y)` adds one and returns its output."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.written: list[onnx.NodeProto] = []
-
-    def add(self, op: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """Add a node of one output and return it, named after its operator unless it is given."""
-        made = output or f"{self.prefix}.{op}_{len(self.written)}"
-        self.written.append(helper.make_node(op, inputs, [made], made, **attributes))
-        return made
-
-    def constant(self, values: Any, dtype: npt.DTypeLike = np.int64) -> str:
-        """Add a constant and return its name."""
-        return self.add("Constant", value=numpy_helper.from_array(np.asarray(values, dtype)))
-
-    def split(self, x: str, count: int) -> list[str]:
-        """Return the elements of a tensor's first axis, each with that axis of size one."""
-        names = [f"{x}.{index}" for index in range(count)]
-        node = helper.make_node("Split", [x], names, f"{x}.split", num_outputs=count)
-        self.written.append(node)
-        return names
-
-    def branch(self, name: str, output: str) -> onnx.GraphProto:
-        """Return these nodes as a branch with one float32 output."""
-        value = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
-        return helper.make_graph(self.written, name, [], [value])
-
-
-def _shares(b: _Nodes, indices: str, weights: str, count: int) -> str:
+def _shares(b: Nodes, indices: str, weights: str, count: int) -> str:
     """Return each expert's weight in each token, 0 where it was not chosen; [tokens, experts]."""
     last = b.constant([2])
     every = b.constant(np.arange(count).reshape(1, 1, -1), np.int32)
@@ -130,7 +102,7 @@ def _shares(b: _Nodes, indices: str, weights: str, count: int) -> str:
     return b.add("ReduceSum", weighted, b.constant([1]), keepdims=0)
 
 
-def _squared(b: _Nodes, x: str, up: str) -> str:
+def _squared(b: Nodes, x: str, up: str) -> str:
     """Return relu(x up^T)^2."""
     inner = b.add("Relu", b.add("Gemm", x, up, transB=1))
     return b.add("Mul", inner, inner)
@@ -139,7 +111,7 @@ def _squared(b: _Nodes, x: str, up: str) -> str:
 def _all_experts(node: onnx.NodeProto, count: int, inner: int) -> list[onnx.NodeProto]:
     """Compute all experts; a share is multiplied into what the second product takes."""
     x, indices, weights, up, down = node.input
-    b = _Nodes(node.name)
+    b = Nodes(node.name)
     share = b.add("Unsqueeze", _shares(b, indices, weights, count), b.constant([2]))
     apart = b.add("Reshape", _squared(b, x, up), b.constant([0, count, inner]))
     flat = b.add("Reshape", b.add("Mul", apart, share), b.constant([0, count * inner]))
@@ -150,7 +122,7 @@ def _all_experts(node: onnx.NodeProto, count: int, inner: int) -> list[onnx.Node
 def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
     """Write a branch for each expert, which adds its share to the sum where a token chose it."""
     x, indices, weights, up, down = node.input
-    b = _Nodes(node.name)
+    b = Nodes(node.name)
     share = b.add("Transpose", _shares(b, indices, weights, count), perm=[1, 0])
     shares = b.split(share, count)
     flags = b.add("Cast", b.add("Cast", share, to=TensorProto.BOOL), to=TensorProto.INT32)
@@ -159,14 +131,14 @@ def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
     first, last = b.constant([0]), b.constant([1])
     total = b.add("ConstantOfShape", b.add("Shape", x))
     for expert in range(count):
-        then = _Nodes(f"{node.name}.{expert}")
+        then = Nodes(f"{node.name}.{expert}")
         share = then.add("Squeeze", shares[expert], first)
         tokens = then.add("Transpose", then.add("NonZero", share), perm=[1, 0])
         squared = _squared(then, then.add("GatherND", x, tokens), _one(up, expert))
         y = then.add("Gemm", squared, _one(down, expert), transB=1)
         mine = then.add("Unsqueeze", then.add("GatherND", share, tokens), last)
         added = then.add("ScatterND", total, tokens, then.add("Mul", y, mine), reduction="add")
-        otherwise = _Nodes(f"{then.prefix}.not")
+        otherwise = Nodes(f"{then.prefix}.not")
         same = otherwise.add("Identity", total)
         total = b.add(
             "If",
