@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,3 +47,32 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield node
         for attribute in node.attribute:
             yield from all_nodes(attribute.g)
+
+
+def read_by(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield every value that a node reads, those of its branches included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from read_by(inner)
+        for output in attribute.g.output:
+            yield output.name
+
+
+def in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Return nodes such that whoever makes a value comes before those that read it."""
+    makers = {name: index for index, node in enumerate(nodes) for name in node.output}
+    ordered: list[onnx.NodeProto] = []
+    done: set[int] = set()
+    waiting = list(range(len(nodes)))[::-1]
+    while waiting:
+        index = waiting[-1]
+        missing = {makers[name] for name in read_by(nodes[index]) if name in makers} - done
+        if index not in done and missing:
+            waiting.extend(sorted(missing, reverse=True))
+            continue
+        waiting.pop()
+        if index not in done:
+            done.add(index)
+            ordered.append(nodes[index])
+    return ordered

@@ -28,13 +28,13 @@ from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, Ext
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
 from twotower_engines.runtime.routed_experts import replace_experts
-from twotower_engines.runtime.vocabulary_passes import spare_passes
+from twotower_engines.runtime.vocabulary_passes import only_masked_rows, spare_passes
 
 Array = npt.NDArray[Any]
 CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
 DENOISER_OUTPUTS = ("new_ids", "still_masked", "confidence", "logits")
 LOGITS_WANTED = "logits_wanted"
-"""Input of the context's session: whether the vocabulary head is computed."""
+"""Input of a session: whether the logits are read."""
 
 
 @dataclass(slots=True)
@@ -268,6 +268,7 @@ class OnnxRuntime:
             prune(model.graph, [*read, *caches])
             parts = replace_experts(model.graph)
             if tower == "denoiser":
+                only_masked_rows(model.graph, LOGITS_WANTED)
                 spare_passes(model.graph, self.vocab_size, self.mask_token_id)
             make_optional(model.graph, "logits", LOGITS_WANTED)
             weights = (

@@ -7,13 +7,14 @@ step the Mamba states after the block, an extension the vocabulary head. (Its ru
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
 import onnx.inliner
 from onnx import TensorProto, helper
 
+from twotower_engines.runtime.nodes import read_by
 from twotower_engines.runtime.routed_experts import OP
 
 
@@ -70,11 +71,6 @@ def make_optional(graph: onnx.GraphProto, output: str, flag: str) -> None:
         len(value.type.tensor_type.shape.dim) for value in graph.output if value.name == output
     )
     inside = f"{output}.computed"
-    if not own:  # others need it as well: only its copy is left out
-        own = [helper.make_node("Identity", [f"{output}.used"], [output])]
-        for node in shared:
-            for names_of in (node.input, node.output):
-                names_of[:] = [f"{output}.used" if name == output else name for name in names_of]
     for node in own:
         node.output[:] = [inside if name == output else name for name in node.output]
     nothing = helper.make_tensor(f"{output}.none", TensorProto.FLOAT, [0] * rank, [])
@@ -102,15 +98,5 @@ def _needed(
     for node in reversed(graph.node):  # sorted: who takes a value comes after who makes it
         if needed.intersection(node.output):
             kept.append(node)
-            needed.update(_read(node))
+            needed.update(read_by(node))
     return kept[::-1], needed
-
-
-def _read(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield every value that a node reads, those of its branches included."""
-    yield from node.input
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
-            yield from _read(inner)
-        for output in attribute.g.output:
-            yield output.name
