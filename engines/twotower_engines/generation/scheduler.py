@@ -147,7 +147,7 @@ class Scheduler:
         name = request.request_id
         if self._find(name) is not None or any(one.request_id == name for one in self._waiting):
             raise RequestError(f"request_id {name!r} is in use by another request")
-        for turned_away in self._waiting.add(request):
+        for turned_away in self._waiting.add(request, len(self._free)):
             name, count = turned_away.request_id, len(self._waiting)
             after = max(LEAST_RETRY, round(self._between_ends * count / 2, 1))
             why = f"{count} requests wait already; try again in {after:g} s"
