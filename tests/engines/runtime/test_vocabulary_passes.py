@@ -32,7 +32,7 @@ def sessions(random_engines):
             spare_passes(model.graph, 300, MASK)
             kinds = [node.op_type for node in model.graph.node]
             assert "ScatterElements" in kinds and kinds.count("ArgMax") == 0
-        make_optional(model.graph, "logits", "asked")
+            make_optional(model.graph, "logits", "asked")
         weights = WeightStore(made.engines.manifest).all_float32("denoiser")
         pairs = [
             pair
@@ -42,6 +42,12 @@ def sessions(random_engines):
         return packed_session(ort, model, iter(pairs), ort.SessionOptions())[0]
 
     return opened(False), opened(True)
+
+
+def run(session, outputs, inputs, asked=False):
+    takes = {value.name for value in session.get_inputs()}
+    given = {"asked": np.array([asked])} if "asked" in takes else {}
+    return session.run(outputs, inputs | given)
 
 
 def inputs_of(session, ids, **rows):
@@ -57,7 +63,7 @@ def inputs_of(session, ids, **rows):
     for value in session.get_inputs():
         if value.name in given:
             found[value.name] = np.array(given[value.name], types[value.type])
-        elif value.name != "asked":
+        else:
             found[value.name] = draw.standard_normal((count, *value.shape[1:])).astype(np.float32)
     return found
 
@@ -77,7 +83,7 @@ def test_a_step_is_the_same(sessions, policy, temperature, masked):
     temperatures = [temperature, 0.0, temperature][:count]
     rows = {"policy": [policy] * count, "temperature": temperatures}
     inputs = inputs_of(sessions[0], blocks(*masked), **rows)
-    whole, spared = (s.run(REFINED, inputs | {"asked": np.array([False])}) for s in sessions)
+    whole, spared = (run(session, REFINED, inputs) for session in sessions)
     np.testing.assert_array_equal(spared[0], whole[0])
     np.testing.assert_allclose(spared[1], whole[1], rtol=1e-5)
     np.testing.assert_array_equal(spared[2], whole[2])
@@ -85,8 +91,7 @@ def test_a_step_is_the_same(sessions, policy, temperature, masked):
 
 def test_logits_that_are_asked_for_are_those_of_every_position(sessions):
     inputs = inputs_of(sessions[0], blocks([1, 2], range(8)))
-    asked = inputs | {"asked": np.array([True])}
-    whole, spared = (session.run(["logits", *REFINED], asked) for session in sessions)
+    whole, spared = (run(session, ["logits", *REFINED], inputs, True) for session in sessions)
     assert whole[0].shape == (2, BLOCK, 300)
     np.testing.assert_allclose(spared[0], whole[0], atol=1e-5)
     np.testing.assert_array_equal(spared[1], whole[1])
@@ -97,5 +102,5 @@ def test_what_is_no_number_fails_its_row_alone(sessions):
     state = next(name for name in inputs if "ssm_state" in name)
     inputs[state][1] = np.nan
     for session in sessions:
-        left = session.run(["still_masked"], inputs | {"asked": np.array([False])})[0]
+        left = run(session, ["still_masked"], inputs)[0]
         assert left[1] == -1 and left[0] >= 0
