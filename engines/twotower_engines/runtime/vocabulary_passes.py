@@ -78,7 +78,6 @@ def _argmax(node: onnx.NodeProto, vocabulary: int, piece: int) -> list[onnx.Node
     return b.written
 
 
-
 def only_masked_rows(graph: onnx.GraphProto, flag: str) -> None:
     """Compute the logits of masked positions alone: a refinement step reads no others.
 
