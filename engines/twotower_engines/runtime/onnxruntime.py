@@ -1,10 +1,10 @@
 """The CPU flavour: ONNX Runtime sessions over the float32 graphs.
 
-Weights are bound once, as values shared by all calls, through I/O bindings: a call only binds ids,
-lengths and states. A slot's Mamba states are arrays that no call writes in place: an extension
-returns new ones and the slot takes them over, so that keeping the previous ones is keeping a
-reference. Keys and values are written in place, into buffers that grow by half: an extension writes
-behind the context's, a denoise step at the end.
+Weights lie in the sessions, packed (`packed_session`): a call only binds ids, lengths and states. A
+slot's Mamba states are arrays that no call writes in place: an extension returns new ones and the
+slot takes them over, so that keeping the previous ones is keeping a reference. Keys and values are
+written in place, into buffers that grow by half: an extension writes behind the context's, a
+denoise step at the end.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ import numpy.typing as npt
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.engine_set import EngineSet
+from twotower_contract.errors import TwoTowerError
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
-from twotower_engines.runtime.pruning import flat_graph, pruned
+from twotower_engines.runtime.packed_session import packed_session
+from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
+from twotower_engines.runtime.routed_experts import replace_experts
+from twotower_engines.runtime.vocabulary_passes import only_masked_rows, spare_passes
 
 Array = npt.NDArray[Any]
 CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
+DENOISER_OUTPUTS = ("new_ids", "still_masked", "confidence", "logits")
+LOGITS_WANTED = "logits_wanted"
+"""Input of a session: whether the logits are read."""
 
 
 @dataclass(slots=True)
@@ -88,18 +95,16 @@ class HostStates:
 
 @dataclass(slots=True)
 class _Binding:
-    """An I/O binding of one session with its weights bound, for one choice of outputs.
+    """An I/O binding of one session, for one choice of outputs.
 
     Attributes:
         inputs: Names that its graph reads.
-        weights: The values bound once, and the arrays behind them.
         held: Those bound last; ONNX Runtime does not keep the arrays behind values alive.
     """
 
     session: Any
     io: Any
     inputs: frozenset[str]
-    weights: dict[str, tuple[Any, Array]]
     held: dict[str, Array] = field(default_factory=dict)
 
 
@@ -131,33 +136,18 @@ class OnnxRuntime:
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
-        caches = [f"{name}_new" for name in self._attention_shapes]
-        states = [*self._new_states(1), *caches]
-        # for each call of a tower the outputs that are read: the others are never computed
-        calls = {
-            "context": {"extend": states or ["logits"], "extend with logits": [*states, "logits"]}
-        }
+        self._mapped = 0  # bytes of weights that are read where they lie in the checkpoint
+        context = self._session(engines, store, "context", threads, progress)
+        self._bindings = {call: _binding(context) for call in ("extend", "extend with logits")}
         if self.has_denoiser:
-            calls["denoiser"] = {
-                "denoise": ["new_ids", "still_masked", "confidence", *caches],
-                "predict": ["logits", *caches],
-            }
-        sessions = {
-            tower: self._sessions(engines.engine_path(tower), list(outputs.values()), threads)
-            for tower, outputs in calls.items()
-        }
-        mapped = sum(map(store.mapped_bytes, sessions))
-        if mapped:
+            denoiser = self._session(engines, store, "denoiser", threads, progress)
+            self._bindings |= {call: _binding(denoiser) for call in ("denoise", "predict")}
+        if self._mapped:
             print(
-                f"note: {mapped / 1e9:.1f} GB of float32 weights are used where they lie: leave "
-                f"the files in {store.folder} as they are while these engines run",
+                f"note: {self._mapped / 1e9:.1f} GB of float32 weights are used where they lie: "
+                f"leave the files in {store.folder} as they are while these engines run",
                 file=sys.stderr,
             )
-        self._bindings: dict[str, _Binding] = {}
-        for tower, opened in sessions.items():
-            weights = self._load_weights(store, tower, progress)
-            for call, session in zip(calls[tower], opened, strict=True):
-                self._bindings[call] = self._binding(session, weights)
         self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
         # a block is denoised several times against the same states: gather them once
         self._gathered: tuple[Any, dict[str, Array]] | None = None
@@ -253,10 +243,15 @@ class OnnxRuntime:
         if not self._slots:
             raise RuntimeError(CLOSED)
 
-    def _sessions(
-        self, path: Path, calls: Sequence[Sequence[str]], threads: int | None
-    ) -> list[Any]:
-        """Open a graph once for each choice of its outputs, with the nodes that these need."""
+    def _session(
+        self,
+        engines: EngineSet,
+        store: WeightStore,
+        tower: str,
+        threads: int | None,
+        progress: Progress | None,
+    ) -> Any:
+        """Open the graph of a tower with its weights, cut down to the outputs that calls read."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
@@ -265,34 +260,36 @@ class OnnxRuntime:
         # waiting threads sleep: a server's other processes need the cores between calls
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        path = engines.engine_path(tower)
         try:
-            graph = flat_graph(path)
-            graphs = [pruned(graph, outputs).SerializeToString() for outputs in calls]
-            open_session = self._ort.InferenceSession
-            return [open_session(one, options, ["CPUExecutionProvider"]) for one in graphs]
+            model = flat_graph(path)
+            caches = [f"{name}_new" for name in self._attention_shapes]
+            read = [*self._new_states(1), "logits"] if tower == "context" else DENOISER_OUTPUTS
+            prune(model.graph, [*read, *caches])
+            parts = replace_experts(model.graph)
+            if tower == "denoiser":
+                only_masked_rows(model.graph, LOGITS_WANTED)
+                spare_passes(model.graph, self.vocab_size, self.mask_token_id)
+            make_optional(model.graph, "logits", LOGITS_WANTED)
+            weights = (
+                part
+                for name, array in store.all_float32(tower, progress)
+                for part in (parts[name](array) if name in parts else {name: array}).items()
+            )
+            session, kept = packed_session(self._ort, model, weights, options)
+        except TwoTowerError:
+            raise
         except Exception as problem:  # ONNX's and its Runtime's own exceptions share no useful base
             raise RuntimeLoadError(
                 f"{path}: ONNX Runtime {self._ort.__version__} cannot load it: {problem}"
             ) from problem
-
-    def _load_weights(
-        self, store: WeightStore, tower: str, progress: Progress | None
-    ) -> dict[str, tuple[Any, Array]]:
-        """Return weight input name to (value, the array behind it)."""
-        of = self._ort.OrtValue.ortvalue_from_numpy
-        return {name: (of(array), array) for name, array in store.all_float32(tower, progress)}
-
-    def _binding(self, session: Any, weights: dict[str, tuple[Any, Array]]) -> _Binding:
-        io = session.io_binding()
-        inputs = frozenset(value.name for value in session.get_inputs())
-        held = {name: weight for name, weight in weights.items() if name in inputs}
-        for name, (value, _) in held.items():
-            io.bind_ortvalue_input(name, value)
-        return _Binding(session, io, inputs, held)
+        self._mapped += store.mapped_bytes(tower, kept)
+        return session
 
     def _run(self, call: str, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         """Run a session: read `inputs`, and write `outputs` in place."""
         binding = self._bindings[call]
+        inputs[LOGITS_WANTED] = np.array(["logits" in outputs])
         of = self._ort.OrtValue.ortvalue_from_numpy
         for name in binding.inputs & inputs.keys():
             binding.io.bind_ortvalue_input(name, of(inputs[name]))
@@ -377,6 +374,11 @@ class OnnxRuntime:
             name: outputs[f"{name}_new"][index : index + 1] for name in self._mamba_shapes
         }
         slot.length = end
+
+
+def _binding(session: Any) -> _Binding:
+    inputs = frozenset(value.name for value in session.get_inputs())
+    return _Binding(session, session.io_binding(), inputs)
 
 
 def _import_onnxruntime() -> Any:
