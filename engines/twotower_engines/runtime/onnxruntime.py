@@ -24,6 +24,7 @@ from twotower_contract.errors import TwoTowerError
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
+from twotower_engines.runtime.host_states import CAPACITY_STEP, HostStates, Slot, grown
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
@@ -31,66 +32,9 @@ from twotower_engines.runtime.routed_experts import replace_experts
 from twotower_engines.runtime.vocabulary_passes import only_masked_rows, spare_passes
 
 Array = npt.NDArray[Any]
-CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
 DENOISER_OUTPUTS = ("new_ids", "still_masked", "confidence", "logits")
 LOGITS_WANTED = "logits_wanted"
 """Input of a session: whether the logits are read."""
-
-
-@dataclass(slots=True)
-class _Slot:
-    """The context of one request.
-
-    Attributes:
-        length: Tokens in the context.
-        mamba: Input name to (1, ...) float32: convolution and SSM states after `length` tokens.
-        previous: The same after `length - 1` tokens, where they were kept.
-        attention: Input name to (1, kv_heads, capacity, head_dim) float32: keys and values.
-    """
-
-    length: int
-    mamba: dict[str, Array]
-    previous: dict[str, Array] | None
-    attention: dict[str, Array]
-
-
-class HostStates:
-    """Kept states in host memory; see `runtime.interface.StateStore`.
-
-    Args:
-        slots: The runtime's slots.
-        size: Bytes that it may take.
-        tokens: Tokens whose keys and values a place holds.
-        context: Tokens that a slot may grow to.
-    """
-
-    def __init__(self, slots: list[_Slot], size: int, tokens: int, context: int) -> None:
-        self._slots, self._tokens, self._context = slots, tokens, context
-        self.place_bytes = sum(array.nbytes for array in slots[0].mamba.values())
-        self.place_bytes += (
-            sum(cache[:, :, 0].nbytes for cache in slots[0].attention.values()) * tokens
-        )
-        self.places = size // self.place_bytes if self.place_bytes else 0
-        self._kept: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
-
-    def save(self, place: int, slot: int, tokens: int) -> None:
-        """Copy a slot's Mamba states, and the keys and values of its last tokens, to a place."""
-        states = self._slots[slot]
-        mamba = {name: array.copy() for name, array in states.mamba.items()}
-        part = slice(states.length - tokens, states.length)
-        caches = {name: cache[:, :, part].copy() for name, cache in states.attention.items()}
-        self._kept[place] = mamba, caches
-
-    def restore(self, slot: int, places: Sequence[int]) -> None:
-        """Fill an empty slot: the keys and values of all places, the Mamba states of the last."""
-        states = self._slots[slot]
-        states.mamba = dict(self._kept[places[-1]][0])
-        states.length = len(places) * self._tokens
-        for name, cache in states.attention.items():
-            kept = np.concatenate([self._kept[place][1][name] for place in places], axis=2)
-            grown = _grown(cache, states.length, self._context)
-            grown[:, :, : states.length] = kept
-            states.attention[name] = grown
 
 
 @dataclass(slots=True)
@@ -300,7 +244,7 @@ class OnnxRuntime:
         binding.held = {**inputs, **outputs}
         binding.session.run_with_iobinding(binding.io)
 
-    def _empty_slot(self) -> _Slot:
+    def _empty_slot(self) -> Slot:
         mamba = {
             name: np.zeros((1, *shape), np.float32) for name, shape in self._mamba_shapes.items()
         }
@@ -309,10 +253,10 @@ class OnnxRuntime:
             for name, (heads, size) in self._attention_shapes.items()
         }
         # before the first token the states are zero as well, so one token is a prompt too
-        return _Slot(0, mamba, mamba, attention)
+        return Slot(0, mamba, mamba, attention)
 
     def _gather(
-        self, slots: Sequence[_Slot], tokens: int, previous: bool = False
+        self, slots: Sequence[Slot], tokens: int, previous: bool = False
     ) -> dict[str, Array]:
         """Return the state inputs of a batch; a slot's own arrays where the batch is one slot.
 
@@ -324,7 +268,7 @@ class OnnxRuntime:
         if len(slots) == 1:
             for name, cache in slots[0].attention.items():
                 if needed > cache.shape[2]:
-                    slots[0].attention[name] = _grown(cache, needed, self.limits.cache_tokens)
+                    slots[0].attention[name] = grown(cache, needed, self.limits.cache_tokens)
             return {**mamba[0], **slots[0].attention}
         batch = {
             name: np.concatenate([states[name] for states in mamba]) for name in self._mamba_shapes
@@ -339,7 +283,7 @@ class OnnxRuntime:
         return batch
 
     def _gather_once(
-        self, numbers: Sequence[int], slots: Sequence[_Slot], tokens: int
+        self, numbers: Sequence[int], slots: Sequence[Slot], tokens: int
     ) -> dict[str, Array]:
         """Return `_gather`, remembered until a slot is reset, or extended and so longer."""
         rows = tuple((number, slot.length) for number, slot in zip(numbers, slots, strict=True))
@@ -359,7 +303,7 @@ class OnnxRuntime:
         """Return the outputs that are written into inputs: keys and values."""
         return {f"{name}_new": inputs[name] for name in self._attention_shapes}
 
-    def _advance(self, slot: _Slot, row: ExtendRow, index: int, outputs: dict[str, Array]) -> None:
+    def _advance(self, slot: Slot, row: ExtendRow, index: int, outputs: dict[str, Array]) -> None:
         """Take over the states that a call returned for one slot."""
         end = slot.length + row.ids.size
         for name, cache in slot.attention.items():
@@ -367,7 +311,7 @@ class OnnxRuntime:
             if written is cache:
                 continue
             if end > cache.shape[2]:
-                cache = slot.attention[name] = _grown(cache, end, self.limits.cache_tokens)
+                cache = slot.attention[name] = grown(cache, end, self.limits.cache_tokens)
             cache[0, :, slot.length : end] = written[index, :, slot.length : end]
         slot.previous = slot.mamba if row.keep_previous else None
         slot.mamba = {
@@ -410,7 +354,7 @@ def _state_shapes(
     return mamba, attention
 
 
-def _previous(slot: _Slot) -> dict[str, Array]:
+def _previous(slot: Slot) -> dict[str, Array]:
     assert slot.previous is not None, "predict needs an extend with keep_previous before it"
     return slot.previous
 
@@ -421,12 +365,3 @@ def _padded(rows: Sequence[npt.NDArray[np.int32]], width: int) -> npt.NDArray[np
     for target, row in zip(padded, rows, strict=True):
         target[: row.size] = row
     return padded
-
-
-def _grown(cache: Array, needed: int, limit: int) -> Array:
-    """Return a larger copy of keys or values: half as much again, at least `needed`."""
-    capacity = min(max(needed, cache.shape[2] * 3 // 2), max(limit, needed))
-    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-    grown = np.zeros((*cache.shape[:2], capacity, cache.shape[3]), cache.dtype)
-    grown[:, :, : cache.shape[2]] = cache
-    return grown

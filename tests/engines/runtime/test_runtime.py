@@ -16,8 +16,9 @@ from twotower_contract.engine_set import EngineFile, open_engine_set
 from twotower_contract.errors import CheckpointError, EngineSetError
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.sampling import row_seed
+from twotower_engines.runtime.host_states import CAPACITY_STEP
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
-from twotower_engines.runtime.onnxruntime import CAPACITY_STEP, OnnxRuntime
+from twotower_engines.runtime.onnxruntime import OnnxRuntime
 from twotower_engines.runtime.opening import open_runtime
 
 VOCABULARY = 300
