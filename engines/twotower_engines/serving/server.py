@@ -151,8 +151,8 @@ class TritonServer:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Models of the ensemble that can be loaded again while requests are open."""
-        return ("preprocessing", "postprocessing")
+        """Models that can be loaded again while requests to `twotower` are open."""
+        return ("preprocessing", "postprocessing", "llm")
 
     @property
     def model_processes(self) -> dict[str, int]:

@@ -181,7 +181,8 @@ class Supervisor:
                     if steps["twotower"] > limit:
                         sick = [("twotower", f"twotower {silent}")]
                     else:
-                        sick = [(part, f"the ensemble {silent}") for part in server.parts]
+                        steps_of = ("preprocessing", "postprocessing")
+                        sick = [(part, f"the ensemble {silent}") for part in steps_of]
                 if sick and (problem := self._heal(server, dict(sick))) is not None:
                     return problem
                 if sick:
