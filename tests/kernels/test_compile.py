@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from twotower_engines.errors import BuildError
+from twotower_engines.kernels import experts
 from twotower_engines.kernels.compile import all_specs, compile_kernel
 from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT
 from twotower_engines.kernels.spec import Sizes
@@ -32,14 +33,13 @@ sizes = Sizes(vocab_size=261, hidden=64, inner=64, experts=8, experts_per_token=
 
 COMPILE = """
 import json
-from dataclasses import replace
 from twotower_engines.kernels import experts
 from twotower_engines.kernels.compile import all_specs, compile_kernel
 from twotower_engines.kernels.targets import target
 made = []
 specs = list({{spec.function: spec for spec in all_specs(sizes)}}.values())  # one of each
-prefill = experts.specs(replace(sizes, rows=64))  # 64 tokens to a tile
-specs += [spec for spec in prefill if spec.launch.constants.get("BLOCK_T") == 64]
+for tiles in experts.matmul_tactics(sizes.dtype)[1:]:
+    specs += [spec for spec in experts.specs(sizes, tiles) if spec.launch == tiles]
 for name in {targets!r}:
     for spec in specs:
         compiled = compile_kernel(spec, target(name))
@@ -82,7 +82,7 @@ def test_every_kernel_compiles_for_every_gpu(compiled: Callable[..., Any], half:
     source = SMALL + COMPILE.format(targets=names)
     found = compiled(source)
     functions = {spec.function for spec in all_specs(Sizes())}
-    assert len(found) == len(names) * (len(functions) + 2)
+    assert len(found) == len(names) * (len(functions) + 2 * (experts.TACTICS - 1))
     assert {made["tokens"] for made in found} >= {16, 64}
     assert {made["kernel"] for made in found} >= {"mamba_scan", "mamba_scan_states"}
     for made in found:

@@ -9,7 +9,7 @@ from twotower_engines.kernels.node import Call, Node
 from twotower_engines.kernels.spec import Sizes
 
 INTEGERS = (
-    *("indices", "pairs", "counts", "lengths", "ids", "policy", "seed", "steps_left"),
+    *("indices", "pairs", "few", "many", "lengths", "ids", "policy", "seed", "steps_left"),
     "partial_ids",
 )
 FLOATS = ("weights", "partial", "ssm_state", "threshold", "temperature", "partials")
@@ -41,7 +41,10 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
         "x": (tokens, s.hidden),
         **dict.fromkeys(("indices", "weights"), (tokens, K)),
         "pairs": pairs,
-        "counts": (E,),
+        **{
+            name: (min(pairs[0], pairs[0] // size + E), 4)
+            for name, size in (("few", 16), ("many", 64))
+        },
         "up": (E, s.inner, s.hidden),
         "down": (E, s.hidden, s.inner),
         "inner": (*pairs, s.inner),

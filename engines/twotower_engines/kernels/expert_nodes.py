@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from twotower_engines.kernels import experts
-from twotower_engines.kernels.node import Call, Launching, Node, Op, Output, integer_cdiv, spec_of
+from twotower_engines.kernels.node import (
+    Call,
+    Dim,
+    Launching,
+    Node,
+    Op,
+    Output,
+    integer_cdiv,
+    spec_of,
+)
 from twotower_engines.kernels.spec import Sizes
 
 
@@ -19,23 +31,32 @@ def _sizes(call: Call, weight: str, *, transposed: bool) -> Sizes:
     )
 
 
+def _bound(pairs: Dim, tokens: int, experts: int, minimum: Callable[[Dim, Any], Dim]) -> Dim:
+    """Return `experts.tile_bound` of a size that may be symbolic."""
+    return minimum(pairs, pairs // tokens + experts)
+
+
 def _route_outputs(call: Call) -> tuple[Output, ...]:
     n, K = call.dims["indices"]
-    return Output("i32", (call.attributes["num_experts"],)), Output("i32", (n * K,))
+    count = call.attributes["num_experts"]
+    bounds = (_bound(n * K, tokens, count, call.minimum) for tokens in experts.TILE_TOKENS)
+    return Output("i32", (n * K,)), *(Output("i32", (bound, 4)) for bound in bounds)
 
 
 def _route(call: Call) -> Launching:
     n, K = call.dims["indices"]
-    spec = spec_of("route_tokens", experts.specs(Sizes()), call)
-    return Launching(spec, (call.attributes["num_experts"],), {"PAIRS": n * K})
+    count = call.attributes["num_experts"]
+    spec = spec_of("route_tokens", experts.specs(Sizes(experts=count)), call)
+    return Launching(spec, (count,), {"PAIRS": n * K})
 
 
 def _matmul(call: Call, name: str, sizes: Sizes, features: int) -> Launching:
     tiles = experts.matmul_tactics(sizes.dtype)[call.tactic - 1]
     spec = spec_of(name, experts.specs(sizes, tiles), call)
-    pairs, tile = call.dims["pairs"][0], spec.launch.constants
-    bound = call.minimum(pairs, pairs // tile["BLOCK_T"] + sizes.experts)
-    return Launching(spec, (integer_cdiv(features, tile["BLOCK_F"]), bound), {"PAIRS": pairs})
+    pairs = call.dims["pairs"][0]
+    bound = _bound(pairs, tiles.constants["BLOCK_T"], sizes.experts, call.minimum)
+    grid = (integer_cdiv(features, tiles.constants["BLOCK_F"]), bound)
+    return Launching(spec, grid, {"PAIRS": pairs})
 
 
 def _up_outputs(call: Call) -> tuple[Output, ...]:
@@ -74,7 +95,7 @@ SPARSE_EXPERTS = Op(
         Node(
             "ExpertsRoute",
             ("indices",),
-            ("counts", "pairs"),
+            ("pairs", "few", "many"),
             {"num_experts": int},
             _route_outputs,
             _route,
@@ -82,7 +103,7 @@ SPARSE_EXPERTS = Op(
         ),
         Node(
             "ExpertsUp",
-            ("x", "up", "counts", "pairs", "indices"),
+            ("x", "up", "pairs", "few", "many", "indices"),
             ("inner",),
             {},
             _up_outputs,
@@ -92,7 +113,7 @@ SPARSE_EXPERTS = Op(
         ),
         Node(
             "ExpertsDown",
-            ("inner", "down", "counts", "pairs", "indices"),
+            ("inner", "down", "pairs", "few", "many", "indices"),
             ("partial",),
             {},
             _down_outputs,
