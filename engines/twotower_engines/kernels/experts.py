@@ -12,223 +12,34 @@ are no atomics. Nothing is read back by the host: the grid has as many programs 
 The routing pass writes a table of tiles for each tactic of the products, so a program of theirs
 reads its work in one place, and one without work ends at once. Working ones come first.
 
-Weights are the left operand of the products (`weight [BLOCK_F, k] @ tokens [k, BLOCK_T]`): tensor
-cores take 64 rows at a time on Hopper, weights have them, and a handful of tokens does not.
+`expert_routing` has the first kernel, `expert_products` the two in the middle.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
 
+from twotower_engines.kernels.expert_products import (
+    SCALES,
+    bank_constants,
+    experts_down,
+    experts_up,
+    matmul_launch,
+    product_specs,
+)
+from twotower_engines.kernels.expert_routing import (
+    TILE_TOKENS,
+    route_launch,
+    route_spec,
+    route_tokens,
+    tile_bound,
+)
 from twotower_engines.kernels.jit import INTERPRETED, Launch, kernel, launch
 from twotower_engines.kernels.spec import KernelSpec, Sizes
-
-
-@kernel
-def write_tiles(
-    tiles: tl.tensor,
-    counts: tl.tensor,
-    expert: tl.tensor,
-    first: tl.tensor,
-    PAIRS: tl.tensor,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-) -> None:
-    """Write one expert's tiles of BLOCK_T pairs at their place, and its share of those left over.
-
-    tiles: [most, 4], of which three are used: expert, first sorted pair, and how many pairs a full
-    tile would have more; a tile of zeros is a full one of expert 0. counts: [BLOCK_E] pairs of each
-    expert; first: sorted pairs of lower experts.
-    """
-    lane = tl.arange(0, BLOCK_E)
-    needed = tl.where(lane < E, (counts + BLOCK_T - 1) // BLOCK_T, 0)
-    below = tl.sum(tl.where(lane < expert, needed, 0), axis=0)
-    count = tl.sum(tl.where(lane == expert, counts, 0), axis=0)
-    for start in range(0, count, BLOCK_E * BLOCK_T):
-        pair = start + lane * BLOCK_T
-        out = tiles + 4 * (below + start // BLOCK_T + lane)
-        tl.store(out, lane * 0 + expert, mask=pair < count)
-        tl.store(out + 1, first + pair, mask=pair < count)
-        tl.store(out + 2, tl.maximum(BLOCK_T - count + pair, 0), mask=pair < count)
-    most = tl.minimum(PAIRS, PAIRS // BLOCK_T + E)
-    for free in range(tl.sum(needed, axis=0) + expert, most, E):
-        tl.store(tiles + 4 * free + 2, BLOCK_T)
-
-
-@kernel
-def route_tokens(
-    indices: tl.tensor,
-    PAIRS: tl.tensor,
-    pairs: tl.tensor,
-    few: tl.tensor,
-    many: tl.tensor,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    FEW: tl.constexpr,
-    MANY: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
-    """Sort the pairs of one expert, and write its tiles of FEW and of MANY tokens; grid (E,).
-
-    Where an expert's pairs start is the number of pairs of lower experts, which every program
-    counts for itself: programs need not meet. Indices that no expert has are left out.
-    """
-    expert = tl.program_id(0)
-    counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    for start in range(0, PAIRS, CHUNK):
-        pair = start + tl.arange(0, CHUNK)
-        index = tl.load(indices + pair, mask=pair < PAIRS, other=-1)
-        known = (index >= 0) & (index < E)
-        counts += tl.histogram(tl.where(known, index, E), BLOCK_E)  # the bin after the last: none
-    lane = tl.arange(0, BLOCK_E)
-    first = tl.sum(tl.where(lane < expert, counts, 0), axis=0)
-    write_tiles(few, counts, expert, first, PAIRS, E, BLOCK_E, FEW)
-    write_tiles(many, counts, expert, first, PAIRS, E, BLOCK_E, MANY)
-    if tl.sum(tl.where(lane == expert, counts, 0), axis=0) == 0:
-        return
-    for start in range(0, PAIRS, CHUNK):
-        pair = start + tl.arange(0, CHUNK)
-        index = tl.load(indices + pair, mask=pair < PAIRS, other=-1)
-        mine = (index == expert).to(tl.int32)
-        tl.store(pairs + first + tl.cumsum(mine, axis=0) - 1, pair, mask=mine > 0)
-        first += tl.sum(mine, axis=0)
-
-
-@kernel
-def tile_of(
-    tiles: tl.tensor, pairs: tl.tensor, PAIRS: tl.tensor, E: tl.constexpr, BLOCK_T: tl.constexpr
-) -> tl.tensor:
-    """Return (expert, its pairs [BLOCK_T], which are real, how many) of this program's tile.
-
-    Safe for any table: TensorRT times a plugin on inputs of its own making.
-    """
-    place = tiles + 4 * tl.program_id(1)
-    expert, start, missing = tl.load(place), tl.load(place + 1), tl.load(place + 2)
-    rows = tl.minimum(BLOCK_T - missing, PAIRS - start)
-    rows = tl.where((expert >= 0) & (expert < E) & (start >= 0) & (missing >= 0), rows, 0)
-    lane = tl.arange(0, BLOCK_T)
-    pair = tl.load(pairs + start + lane, mask=lane < rows, other=-1)
-    return expert.to(tl.int64), pair, (pair >= 0) & (pair < PAIRS), rows
-
-
-@kernel
-def product_tile(
-    weight: tl.tensor,
-    tokens: tl.tensor,
-    rows: tl.tensor,
-    used: tl.tensor,
-    first: tl.tensor,
-    FEATURES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> tl.tensor:
-    """Return weight[first : first + BLOCK_F] @ tokens[rows].T, [BLOCK_F, BLOCK_T] float32.
-
-    weight [FEATURES, DEPTH] and tokens [*, DEPTH] are contiguous, `used` marks real rows. What a
-    last, narrower step has is in a product of its own: the loop masks no depth.
-    """
-    WHOLE: tl.constexpr = DEPTH - DEPTH % BLOCK_K
-    feature = first + tl.arange(0, BLOCK_F)
-    real = feature < FEATURES
-    weight += feature.to(tl.int64)[:, None] * DEPTH
-    tokens += rows.to(tl.int64)[None, :] * DEPTH
-    depth = tl.arange(0, BLOCK_K)
-    left, right = weight + depth[None, :], tokens + depth[:, None]
-    result = tl.zeros((BLOCK_F, BLOCK_T), dtype=tl.float32)
-    for _ in range(0, WHOLE, BLOCK_K):
-        w = tl.load(left, mask=real[:, None], other=0.0)
-        x = tl.load(right, mask=used[None, :], other=0.0)
-        if UPCAST:
-            w, x = w.to(tl.float32), x.to(tl.float32)
-        result = tl.dot(w, x, result, input_precision="ieee")
-        left += BLOCK_K
-        right += BLOCK_K
-    if WHOLE < DEPTH:
-        rest = WHOLE + tl.arange(0, triton.next_power_of_2(max(16, DEPTH - WHOLE)))
-        inside = rest < DEPTH
-        w = tl.load(weight + rest[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        x = tl.load(tokens + rest[:, None], mask=inside[:, None] & used[None, :], other=0.0)
-        if UPCAST:
-            w, x = w.to(tl.float32), x.to(tl.float32)
-        result = tl.dot(w, x, result, input_precision="ieee")
-    return result
-
-
-@kernel
-def experts_up(
-    x: tl.tensor,
-    up: tl.tensor,
-    pairs: tl.tensor,
-    few: tl.tensor,
-    many: tl.tensor,
-    PAIRS: tl.tensor,
-    inner: tl.tensor,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MANY: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """Compute relu(up[e] x)^2 for a tile of pairs and features; grid (features / BLOCK_F, tiles).
-
-    Rounded to T before the square and after, as the op's function is.
-    """
-    expert, pair, used, count = tile_of(many if MANY else few, pairs, PAIRS, E, BLOCK_T)
-    if count <= 0:
-        return
-    first = tl.program_id(0) * BLOCK_F
-    weight = up + expert * (INNER * HIDDEN)
-    result = product_tile(
-        weight, x, pair // K, used, first, INNER, HIDDEN, BLOCK_F, BLOCK_T, BLOCK_K, UPCAST
-    )
-    result = tl.maximum(result, 0.0).to(inner.dtype.element_ty).to(tl.float32)
-    feature = first + tl.arange(0, BLOCK_F)
-    out = inner + pair.to(tl.int64)[None, :] * INNER + feature[:, None]
-    mask = (feature < INNER)[:, None] & used[None, :]
-    tl.store(out, (result * result).to(inner.dtype.element_ty), mask=mask)
-
-
-@kernel
-def experts_down(
-    inner: tl.tensor,
-    down: tl.tensor,
-    pairs: tl.tensor,
-    few: tl.tensor,
-    many: tl.tensor,
-    PAIRS: tl.tensor,
-    partial: tl.tensor,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MANY: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """Compute down[e] inner for a tile of pairs and features; grid (features / BLOCK_F, tiles)."""
-    expert, pair, used, count = tile_of(many if MANY else few, pairs, PAIRS, E, BLOCK_T)
-    if count <= 0:
-        return
-    first = tl.program_id(0) * BLOCK_F
-    weight = down + expert * (INNER * HIDDEN)
-    result = product_tile(
-        weight, inner, pair, used, first, HIDDEN, INNER, BLOCK_F, BLOCK_T, BLOCK_K, UPCAST
-    )
-    feature = first + tl.arange(0, BLOCK_F)
-    out = partial + pair.to(tl.int64)[None, :] * HIDDEN + feature[:, None]
-    tl.store(out, result, mask=(feature < HIDDEN)[:, None] & used[None, :])
 
 
 @kernel
@@ -238,7 +49,6 @@ def experts_sum(
     weights: tl.tensor,
     y: tl.tensor,
     HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -263,53 +73,38 @@ def experts_sum(
     tl.store(out, total.to(y.dtype.element_ty), mask=real)
 
 
-def tile_bound(pairs: int, experts: int, block_t: int) -> int:
-    """Return the most tiles that any routing of that many pairs can need.
-
-    Every expert has at most one tile that is not full, and no tile is empty.
-    """
-    return min(pairs, experts + pairs // block_t)
-
-
-TILE_TOKENS = (16, 64)
-"""Pairs of a small tile and of a large one; `route_tokens` lists the tiles of both sizes."""
-
-TACTICS = 3
-"""Ways to cut the products: two with small tiles of tokens, one with large ones."""
-
-
-def matmul_tactics(dtype: str) -> tuple[Launch, ...]:
-    """Return the tiles of both products, one set for each tactic.
-
-    Few tokens: the time is the weights', so tiles are small in tokens, and 40 kB of shared memory
-    hold four of 64 deep or two of 128, which need half the barriers and fewer instructions for a
-    weight, and have less in flight. Five programs of a multiprocessor keep 100 to 150 kB of weights
-    in flight, several times what bandwidth times latency asks for. Many tokens: larger tiles, so
-    that weights are read once or twice. All within what a plugin may use.
-    """
-    short = 2 if dtype == "fp32" else 1  # a float32 tile has half the depth
-    few, many = TILE_TOKENS
-    return (
-        Launch({"BLOCK_F": 64, "BLOCK_T": few, "BLOCK_K": 64 // short}, 4, 4),
-        Launch({"BLOCK_F": 64, "BLOCK_T": few, "BLOCK_K": 128 // short}, 4, 2),
-        Launch({"BLOCK_F": 64, "BLOCK_T": many, "BLOCK_K": 64 // short}, 4, 3),
-    )
-
-
-def matmul_launch(tokens: int, experts: int, per_token: int, dtype: str) -> Launch:
-    """Return the tiles of both products, by the mean number of tokens of an expert."""
-    few, *_, many = matmul_tactics(dtype)
-    return few if tokens * per_token <= 16 * experts else many
-
-
-def route_launch(experts: int) -> Launch:
-    """Return the tiles of the routing pass: 1024 pairs, as many as a step of 10 rows has."""
-    return Launch({"CHUNK": 1024, "BLOCK_E": triton.next_power_of_2(experts + 1)}, num_warps=4)
-
-
 def sum_launch() -> Launch:
     """Return the tiles of the weighted sum."""
     return Launch({"BLOCK_F": 512}, num_warps=4)
+
+
+def sum_spec(sizes: Sizes) -> KernelSpec:
+    """Return the weighted sum of a model."""
+    dims = {"HIDDEN": sizes.hidden, "E": sizes.experts, "K": sizes.experts_per_token}
+    types = {
+        **{"partial": "*fp32", "indices": "*i32", "weights": "*fp32"},
+        "y": f"*{sizes.dtype}",
+    }
+    return KernelSpec("experts_sum", experts_sum, types, dims, sum_launch())
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A bank of weights of a format in `SCALES`; codes are uint8 tensors."""
+
+    codes: Any
+    form: str
+    scale: Any
+    scale_2: Any = None
+
+
+def _bank_arguments(which: str, bank: Any, depth: int) -> tuple[Any, dict[str, Any]]:
+    """Return a bank's weights, and the products' arguments beside them."""
+    if not isinstance(bank, Bank):
+        return bank, bank_constants(which, "plain", depth, 0)
+    groups = bank.scale.shape[2] if bank.scale.ndim == 3 else 0
+    scales = {f"{which}_{name}": getattr(bank, name) for name in SCALES[bank.form]}
+    return bank.codes, {**bank_constants(which, bank.form, depth, groups), **scales}
 
 
 def sparse_experts(
@@ -321,8 +116,8 @@ def sparse_experts(
         x: [n, hidden] T (bf16 or float32), contiguous, as all others.
         indices: [n, K] int32, -1 for none.
         weights: [n, K] float32.
-        up: [E, inner, hidden] T.
-        down: [E, hidden, inner] T.
+        up: [E, inner, hidden] T, or a `Bank`; x is bf16 then.
+        down: [E, hidden, inner] T, or a `Bank` of the same format.
         config: Tiles of the products; by default `matmul_launch`.
 
     Returns:
@@ -330,10 +125,13 @@ def sparse_experts(
     """
     import torch
 
-    (n, hidden), (experts, inner_size, _), per_token = x.shape, up.shape, indices.shape[1]
+    (n, hidden), per_token = x.shape, indices.shape[1]
     count = n * per_token
     dtype = "fp32" if x.dtype == torch.float32 else "bf16"
-    tiles = config or matmul_launch(n, experts, per_token, dtype)
+    up_codes, up_given = _bank_arguments("up", up, hidden)
+    experts, inner_size = up_codes.shape[:2]
+    down_codes, down_given = _bank_arguments("down", down, inner_size)
+    tiles = config or matmul_launch(n, experts, per_token, dtype, up_given["FORMAT"])
     block_f, block_t = tiles.constants["BLOCK_F"], tiles.constants["BLOCK_T"]
     sizes = TILE_TOKENS if block_t in TILE_TOKENS else (block_t, block_t)
     pairs = indices.new_empty((max(count, 1),))
@@ -355,65 +153,24 @@ def sparse_experts(
     launch(
         experts_up,
         (triton.cdiv(inner_size, block_f), bound),
-        (x, up, pairs, few, many, count, inner),
-        {**matmul, "K": per_token},
+        (x, up_codes, pairs, few, many, count, inner),
+        {**matmul, "K": per_token, **up_given},
         tiles,
     )
     launch(
         experts_down,
         (triton.cdiv(hidden, block_f), bound),
-        (inner, down, pairs, few, many, count, partial),
-        matmul,
+        (inner, down_codes, pairs, few, many, count, partial),
+        {**matmul, **down_given},
         tiles,
     )
     config = sum_launch()
     grid = (n, triton.cdiv(hidden, config.constants["BLOCK_F"]))
-    launch(experts_sum, grid, (partial, indices, weights, y), {**dims, "K": per_token}, config)
+    constants = {"HIDDEN": hidden, "E": experts, "K": per_token}
+    launch(experts_sum, grid, (partial, indices, weights, y), constants, config)
     return y
 
 
-def specs(sizes: Sizes, tiles: Launch | None = None) -> list[KernelSpec]:
-    """Return all four kernels for one model.
-
-    Args:
-        sizes: Sizes of the model and of a call.
-        tiles: Tiles of the products; by default `matmul_launch`.
-    """
-    T = f"*{sizes.dtype}"
-    dims = {"HIDDEN": sizes.hidden, "INNER": sizes.inner, "E": sizes.experts}
-    tiles = tiles or matmul_launch(
-        sizes.tokens, sizes.experts, sizes.experts_per_token, sizes.dtype
-    )
-    few, many = TILE_TOKENS
-    matmul = {**dims, "MANY": tiles.constants["BLOCK_T"] == many, "UPCAST": False}
-    work = {"pairs": "*i32", "few": "*i32", "many": "*i32"}
-    return [
-        KernelSpec(
-            "route_tokens",
-            route_tokens,
-            {"indices": "*i32", "PAIRS": "i32", **work},
-            {"E": sizes.experts, "FEW": few, "MANY": many},
-            route_launch(sizes.experts),
-        ),
-        KernelSpec(
-            "experts_up",
-            experts_up,
-            {"x": T, "up": T, **work, "PAIRS": "i32", "inner": T},
-            {**matmul, "K": sizes.experts_per_token},
-            tiles,
-        ),
-        KernelSpec(
-            "experts_down",
-            experts_down,
-            {"inner": T, "down": T, **work, "PAIRS": "i32", "partial": "*fp32"},
-            matmul,
-            tiles,
-        ),
-        KernelSpec(
-            "experts_sum",
-            experts_sum,
-            {"partial": "*fp32", "indices": "*i32", "weights": "*fp32", "y": T},
-            {**dims, "K": sizes.experts_per_token},
-            sum_launch(),
-        ),
-    ]
+def specs(sizes: Sizes) -> list[KernelSpec]:
+    """Return all kernels of one model, the products in every tactic."""
+    return [route_spec(sizes.experts), *product_specs(sizes), sum_spec(sizes)]
