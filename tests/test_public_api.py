@@ -47,6 +47,7 @@ PROMISED = {
         "FinishReason",
         "Request",
         "RequestLimits",
+        "TokenDetail",
     },
     "twotower_engines.generation.scheduler": {"Scheduler"},
 }

@@ -48,6 +48,11 @@ VERBS: dict[str, Verb] = {
         "Show the contents of a checkpoint, bundle or engine set.",
         "export",
     ),
+    "quantize": Verb(
+        "twotower_export.cli.quantize",
+        "Write a checkpoint with FP8, NVFP4 or INT4 weights.",
+        "export",
+    ),
     "export": Verb(
         "twotower_export.cli.export", "Write a checkpoint's graphs as a bundle.", "export"
     ),
@@ -58,6 +63,9 @@ VERBS: dict[str, Verb] = {
     ),
     "plan": Verb(
         "twotower_engines.cli.plan", "Estimate which GPUs a model fits on, and its speed."
+    ),
+    "simulate": Verb(
+        "twotower_engines.cli.simulate", "Simulate a server of some GPU under some load."
     ),
     "build": Verb(
         "twotower_engines.cli.build", "Build a bundle's engines for one or more SKUs.", "build"

@@ -21,7 +21,12 @@ from twotower_contract.options import (
 )
 
 MODEL = "twotower"
-DTYPES: dict[Wire, type[np.generic]] = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
+DTYPES: dict[Wire, type[np.generic]] = {
+    "INT32": np.int32,
+    "UINT64": np.uint64,
+    "FP32": np.float32,
+    "BOOL": np.bool_,
+}
 
 
 def check_options(options: Options) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def infer_request(
     if prompt is not None and prompt_ids is not None:
         raise RequestRefusedError("prompt and prompt_ids are both given; leave one of them out")
     if prompt is not None:
-        message.add("text_input", _utf8(prompt))
+        message.add("text_input", _checked(prompt))
     else:
         ids = _listed(prompt_ids)
         _require(ids_refusal("prompt_ids", ids))
@@ -83,7 +88,7 @@ def infer_request(
             raise RequestRefusedError("the prompt is empty; give at least one token id")
         message.add("input_ids", ids)
     for name, value in given.items():
-        message.add(name, value.encode() if isinstance(value, str) else value)
+        message.add(name, value)
     message.add("timeout_seconds", timeout)
     if queue_notice is not None:
         message.add("queue_notice_seconds", queue_notice)
@@ -93,7 +98,7 @@ def infer_request(
 def cancel_request(request_id: str) -> Any:
     """Return the message that cancels another request."""
     message = Message("")
-    message.add("cancel_request_id", request_id.encode())
+    message.add("cancel_request_id", request_id)
     return message.message
 
 
@@ -110,10 +115,12 @@ class Message:
         self.message = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
 
     def add(self, name: str, value: Any) -> None:
-        """Add an input of the served model: bytes, a number, or a list of numbers."""
+        """Add an input of the served model: a text, a number, or a list of either."""
         wire, _ = INPUTS[name]
         if wire == "BYTES":
-            self.add_tensor(name, wire, 1, struct.pack("<I", len(value)) + value)
+            texts = [text.encode() for text in ([value] if isinstance(value, str) else value)]
+            packed = b"".join(struct.pack("<I", len(text)) + text for text in texts)
+            self.add_tensor(name, wire, len(texts), packed)
         else:
             values = np.array(value, dtype=DTYPES[wire]).reshape(-1)
             self.add_tensor(name, wire, len(values), values.tobytes())
@@ -132,18 +139,20 @@ def _require(why: str | None) -> None:
         raise RequestRefusedError(why)
 
 
-def _utf8(prompt: str) -> bytes:
+def _checked(prompt: str) -> str:
+    """Return a prompt of text, if it can be sent."""
     if not isinstance(prompt, str):
         raise RequestRefusedError(f"the prompt is {type(prompt).__name__}; it must be text (str)")
     if not prompt:
         raise RequestRefusedError("the prompt is empty; give some text")
     try:
-        return prompt.encode()
+        prompt.encode()
     except UnicodeEncodeError as problem:
         raise RequestRefusedError(
             f"the prompt is not valid Unicode at character {problem.start}; it cannot be sent "
             "as UTF-8"
         ) from problem
+    return prompt
 
 
 def _listed(ids: object) -> object:

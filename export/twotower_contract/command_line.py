@@ -24,18 +24,23 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a request to a command, and those for its prompt and its output."""
     import click
 
-    types = {"INT32": int, "UINT64": int, "FP32": float, "BYTES": str}
+    types = {"INT32": int, "UINT64": int, "FP32": float, "BYTES": str, "BOOL": bool}
     added = [
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
     ]
     for name, option in reversed(OPTIONS.items()):
-        flag = name.removesuffix("s") if option.is_list else name
+        flag = name.replace("_", "-")
+        if option.wire == "BOOL":
+            added.append(click.option(f"--{flag}/--no-{flag}", default=None, help=_help(option)))
+            continue
+        is_repeated = option.is_list and not option.joined
         added.append(
             click.option(
-                f"--{flag.replace('_', '-')}",
+                f"--{flag.removesuffix('s') if is_repeated else flag}",
                 name,
-                type=types[option.wire],
-                multiple=option.is_list,
+                type=_whole_numbers if option.joined else types[option.wire],
+                multiple=is_repeated,
+                metavar="5,-1,7" if option.joined else None,
                 help=_help(option),
             )
         )
@@ -46,9 +51,15 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of a list with commas; ValueError, which click reports, for others."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def _help(option: Option) -> str:
     modes = "" if option.modes == MODES else f" Used by {' and '.join(option.modes)} only."
-    return option.help + modes + ("" if option.is_list else f"  [default: {option.default}]")
+    has_default = not option.is_list and option.default != ""
+    return option.help + modes + (f"  [default: {option.default}]" if has_default else "")
 
 
 def given_options(values: dict[str, Any]) -> dict[str, Any]:

@@ -185,6 +185,11 @@ class ModelConfig:
         return 2 if self.dtype == "bfloat16" else 4
 
     @property
+    def tensor_dtype(self) -> str:
+        """The model's dtype in safetensors' spelling."""
+        return "BF16" if self.dtype == "bfloat16" else "F32"
+
+    @property
     def num_layers(self) -> int:
         """Layers of each tower."""
         return len(self.pattern)

@@ -4,6 +4,7 @@
 ENGINES/<sku>/build.json                   what was built, from what, for what (this module)
               manifest.json tokenizer.json copied from the bundle
               context.onnx denoiser.onnx   or context.plan denoiser.plan
+              context.traffic.json ...     the kernels of a plan, where its builder says them
 ```
 Builders write the record with `write_build_record`; everything that runs engines starts with
 `open_engine_set`. Nothing here loads an engine.
@@ -44,6 +45,11 @@ class Limits:
     max_tokens_per_call: int
     block_size_max: int
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that a slot's keys and values have room for: a request's, and a call's behind."""
+        return self.context + max(self.max_tokens_per_call, self.block_size_max)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineFile:
@@ -64,6 +70,8 @@ class BuildRecord:
         limits: Limits that the engines accept.
         plans: Tower (`context`, `denoiser`) to engine file. No `denoiser` where only the context
             tower was exported.
+        traffic: Tower to the file that lists its engine's kernels (`traffic.py`); none where the
+            builder does not say them.
         compute_capability: As `9.0`; None for the CPU.
         machine: CPU architecture that the engines run on, as `platform.machine()` says it; None for
             any.
@@ -82,6 +90,7 @@ class BuildRecord:
     precision: str
     limits: Limits
     plans: dict[str, EngineFile]
+    traffic: dict[str, EngineFile] = field(default_factory=dict)
     compute_capability: str | None = None
     machine: str | None = None
     cuda: str | None = None
@@ -196,12 +205,15 @@ def _resolve(path: Path, sku: str | None) -> Path:
 def _record(document: Document) -> BuildRecord:
     document.check_format(FORMAT, FORMAT_VERSION)
     profiles = document.section("profiles")
+
+    def files(key: str) -> dict[str, EngineFile]:
+        return {name: one.record(EngineFile) for name, one in document.sections(key).items()}
+
     return document.record(
         BuildRecord,
         limits=document.section("limits").record(Limits),
-        plans={
-            tower: plan.record(EngineFile) for tower, plan in document.sections("plans").items()
-        },
+        plans=files("plans"),
+        traffic=files("traffic") if "traffic" in document.values else {},
         profiles={
             tower: [one.values for one in profiles.items(tower)] for tower in profiles.values
         },

@@ -18,6 +18,15 @@ from twotower_contract.config import ModelConfig
 from twotower_contract.errors import BundleError, ConfigError
 from twotower_contract.json_file import Document, read_json, write_json
 from twotower_contract.layout import TOWERS, Tower, WeightSource, expected_tensors
+from twotower_contract.quantized import (
+    FORMAT_OF_DTYPE,
+    QUANTIZED_DTYPES,
+    Format,
+    is_quantizable,
+    matrix_name,
+    scale_names,
+    unpacked_shape,
+)
 from twotower_contract.shards import ITEM_SIZES, STORED_DTYPES, Shard, TensorEntry
 
 FORMAT: Final = "twotower-bundle"
@@ -59,11 +68,17 @@ class WeightInput(WeightSource):
 
     Attributes:
         name: The graph's input.
-        dtype: Stored dtype of the sources, in safetensors' spelling.
+        dtype: Stored dtype of the sources, in safetensors' spelling; that of the codes where they
+            are quantized. The scales are tensors beside each source; see `scale_names`.
     """
 
     name: str
     dtype: str
+
+    @property
+    def format(self) -> Format | None:
+        """The format of the sources, where they are quantized."""
+        return FORMAT_OF_DTYPE.get(self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,10 +234,11 @@ def _check_tensors(
     document: Document, shards: tuple[Shard, ...], tensors: Mapping[str, TensorEntry]
 ) -> None:
     """Refuse a tensor whose bytes do not fit its shape, its dtype or its shard."""
+    known = (*STORED_DTYPES, *QUANTIZED_DTYPES)
     for name, entry in tensors.items():
-        if entry.dtype not in STORED_DTYPES:
+        if entry.dtype not in known:
             raise document.refusal(
-                f"the tensor {name} has dtype {entry.dtype!r}, not {' or '.join(STORED_DTYPES)}"
+                f"the tensor {name} has dtype {entry.dtype!r}, not {', '.join(known)}"
             )
         size = ITEM_SIZES[entry.dtype] * math.prod(entry.shape)
         lies = entry.begin >= 0 and 0 <= entry.shard < len(shards)
@@ -253,7 +269,7 @@ def _weight(
     how, shape = document.text("how"), document.integers("shape")
     sources = document.texts("sources")
     what = f"the field `{document.path}`"
-    bad = [one for one in sources if one not in tensors or one not in known]
+    bad = [one for one in sources if one not in tensors or matrix_name(one) not in known]
     if bad or not sources:
         raise document.refusal(
             f"{what} is made of {(bad or ['nothing'])[0]}, which is not among the tensors, or none "
@@ -262,8 +278,14 @@ def _weight(
     dtypes = sorted({tensors[source].dtype for source in sources})
     if len(dtypes) > 1:
         raise document.refusal(f"{what} has sources of several dtypes: {', '.join(dtypes)}")
-    first = tensors[sources[0]].shape
-    same = all(tensors[source].shape == first for source in sources)
+    for source in sources:
+        if dtypes[0] not in STORED_DTYPES and not is_quantizable(matrix_name(source)):
+            raise document.refusal(f"{what} is made of {source}, which cannot be {dtypes[0]}")
+        absent = [one for one in scale_names(source, dtypes[0]) if one not in tensors]
+        if absent:
+            raise document.refusal(f"{what} lacks the scale {absent[0]} among the tensors")
+    first = unpacked_shape(dtypes[0], tensors[sources[0]].shape)
+    same = len({tensors[source].shape for source in sources}) == 1
     # `squeeze` may keep an axis of the model that happens to be 1, so only the count must agree
     fits = {
         "as_is": len(sources) == 1 and shape == first,

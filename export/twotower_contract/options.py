@@ -22,7 +22,12 @@ MODES: tuple[str, ...] = get_args(Mode)
 DRAWING = ("ar", "mock_ar")  # they draw tokens on the host, one at a time
 DIFFUSION = ("mask_diffusion",)
 
-Wire = Literal["INT32", "UINT64", "FP32", "BYTES"]
+Priority = Literal["interactive", "batch"]
+PRIORITIES: tuple[str, ...] = get_args(Priority)
+StreamMode = Literal["block", "denoise"]
+STREAM_MODES: tuple[str, ...] = get_args(StreamMode)
+
+Wire = Literal["INT32", "UINT64", "FP32", "BYTES", "BOOL"]
 """Type of a tensor in Triton's protocol."""
 
 INT32_MAX = 2**31 - 1
@@ -30,6 +35,31 @@ SEED_MAX = 2**64 - 1
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # graphs and the wire hold numbers as float32
 FLOAT32_LEAST = 2.0**-149  # the least float32 above 0
 TEMPERATURE_MIN = 2.0**-20  # 1e-6, also as float32; logits divided by less overflow
+FREE = -1  # in a canvas: a position that the model fills
+MOST_STOPS = 16
+MOST_BYTES = 256  # of a stop string, or of a tenant's name
+MOST_TOP = 20
+
+UNHELD_BY_DIFFUSION = (
+    "a block is decided in parallel by the engine, which does not see the answer's earlier tokens"
+)
+IMPOSSIBLE: dict[str, str] = {
+    **dict.fromkeys(
+        ("beam_width", "best_of", "use_beam_search", "length_penalty"),
+        "there is no beam search; draw several answers with different seeds",
+    ),
+    **dict.fromkeys(
+        ("repetition_penalty", "presence_penalty", "frequency_penalty"),
+        f"there are no penalties: {UNHELD_BY_DIFFUSION}; max_repetition_run ends an answer that "
+        "repeats itself",
+    ),
+    **dict.fromkeys(
+        ("logit_bias", "bad_words", "guided_decoding_guide", "response_format"),
+        f"logits cannot be changed: {UNHELD_BY_DIFFUSION}; canvas fixes tokens in their places",
+    ),
+    "n": "a request has one answer; send it n times, with different seeds",
+}
+"""Options of other servers that cannot be had here, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +69,13 @@ class Option:
     Attributes:
         wire: Type of its tensor.
         help: Text of `--help`.
-        low: Least number.
-        high: Largest number.
+        low: Least number; of a list, least id.
+        high: Largest number; of a text, most bytes.
         zero: Meaning of 0, where 0 is allowed beside the range.
         choices: Names that are allowed.
         modes: Modes that use the option.
         by_policy: Whether some policies allow any number above 0.
+        joined: Whether a command line takes a list whole, with commas.
         name: Name of the option, in Python and on the wire.
         default: Value where it is not given.
     """
@@ -57,22 +88,24 @@ class Option:
     choices: tuple[str, ...] = ()
     modes: tuple[str, ...] = MODES
     by_policy: bool = False
+    joined: bool = False
     name: str = ""
     default: Any = None
 
     @property
     def is_list(self) -> bool:
-        """Whether the value is a list of token ids."""
+        """Whether the value is a list, of token ids or of texts."""
         return isinstance(self.default, tuple)
 
     def refusal(self, value: object, policy: str) -> str | None:
         """Return why a value is refused in a request with this policy, or None."""
-        if self.is_list:
-            return ids_refusal(self.name, value)
         if self.wire == "BYTES":
-            if isinstance(value, str) and value in self.choices:
-                return None
-            return f"{self.name} is {value!r}; it must be one of {', '.join(self.choices)}"
+            return self._text_refusal(value)
+        if self.is_list:
+            return ids_refusal(self.name, value, int(self.low))
+        if self.wire == "BOOL":
+            is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's is another type
+            return None if is_bool else f"{self.name} is {value!r}; it must be true or false"
         kind, noun = (Real, "number") if self.wire == "FP32" else (Integral, "whole number")
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"{self.name} is {value!r}; it must be a {noun}"
@@ -86,6 +119,32 @@ class Option:
             f"{low} and at most {high if isinstance(high, int) else format(high, '.3g')}"
             f"{f' with policy {policy}' if self.by_policy else ''}"
         )
+
+    def _text_refusal(self, value: object) -> str | None:
+        """Return why a value is no text, or no list of texts, that the option takes, or None."""
+        if self.is_list:
+            if not isinstance(value, list | tuple) or len(value) > MOST_STOPS:
+                return f"{self.name} is {value!r:.80}; it must be a list of at most {MOST_STOPS}"
+            for one in value:
+                if not one or not self._is_short(one):
+                    return f"{self.name}: {one!r:.80} is no text of 1 to {self.high} bytes"
+            return None
+        if not self.choices:
+            if self._is_short(value):
+                return None
+            return f"{self.name} is {value!r:.80}; it must be text of at most {self.high} bytes"
+        if isinstance(value, str) and value in self.choices:
+            return None
+        return f"{self.name} is {value!r}; it must be one of {', '.join(self.choices)}"
+
+    def _is_short(self, value: object) -> bool:
+        """Whether a value is text that can be sent, no longer than the option takes."""
+        if not isinstance(value, str):
+            return False
+        try:
+            return len(value.encode()) <= self.high
+        except UnicodeEncodeError:
+            return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,9 +229,105 @@ class RequestOptions:
     eos_ids: Annotated[
         tuple[int, ...],
         Option(
-            "INT32", "Token id that ends the answer; a denoised block is kept whole. Repeatable."
+            "INT32",
+            "Token id that ends the answer, beside the model's own end token. Repeatable.",
+            low=0,
         ),
     ] = ()
+    ignore_eos: Annotated[
+        bool, Option("BOOL", "Go on after the model's own end token; eos_ids still end.")
+    ] = False
+    stop: Annotated[
+        tuple[str, ...],
+        Option(
+            "BYTES",
+            "Text that ends the answer, and is left out of it; found across blocks. Repeatable.",
+            high=MOST_BYTES,
+        ),
+    ] = ()
+    min_new_tokens: Annotated[
+        int,
+        Option(
+            "INT32",
+            "Nothing ends the answer before this many tokens; ar and mock_ar choose no end token "
+            "before.",
+            low=0,
+        ),
+    ] = 0
+    max_denoiser_calls: Annotated[
+        int,
+        Option(
+            "INT32",
+            "Most denoiser calls of the answer, whose last one fills its block; 0 for no bound.",
+            zero="no bound",
+            modes=("mask_diffusion", "mock_ar"),
+        ),
+    ] = 0
+    max_repetition_run: Annotated[
+        int,
+        Option(
+            "INT32",
+            "End the answer once a token stands there more than this many times in a row; 0 for "
+            "never.",
+            zero="never",
+        ),
+    ] = 0
+    canvas: Annotated[
+        tuple[int, ...],
+        Option(
+            "INT32",
+            "Tokens of the answer that are fixed in their places, -1 for those that the model "
+            "fills.",
+            low=FREE,
+            modes=DIFFUSION,
+            joined=True,
+        ),
+    ] = ()
+    stream_mode: Annotated[
+        StreamMode,
+        Option(
+            "BYTES",
+            "block sends committed blocks; denoise also the block after each step, masks included.",
+            choices=STREAM_MODES,
+            modes=DIFFUSION,
+        ),
+    ] = "block"
+    logprobs: Annotated[
+        bool,
+        Option(
+            "BOOL",
+            "Tell of each token its log-probability, and the step of its block that committed it.",
+        ),
+    ] = False
+    top_logprobs: Annotated[
+        int,
+        Option(
+            "INT32",
+            "Tell of each token also this many of the most likely ones, with logprobs.",
+            low=0,
+            high=MOST_TOP,
+            modes=DRAWING,
+        ),
+    ] = 0
+    prefix_cache: Annotated[
+        bool,
+        Option(
+            "BOOL",
+            "Keep the states of this prompt for later ones that begin alike, and use those kept.",
+        ),
+    ] = True
+    priority: Annotated[
+        Priority,
+        Option(
+            "BYTES",
+            "interactive requests get a slot before batch ones.",
+            choices=PRIORITIES,
+        ),
+    ] = "interactive"
+    tenant: Annotated[
+        str,
+        Option("BYTES", "Name of the caller: callers take turns.", high=MOST_BYTES),
+    ] = ""
 
 
 class Options(TypedDict, total=False):
@@ -192,6 +347,18 @@ class Options(TypedDict, total=False):
     top_p: float | None
     seed: int | None
     eos_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    stop: Sequence[str] | None
+    min_new_tokens: int | None
+    max_denoiser_calls: int | None
+    max_repetition_run: int | None
+    canvas: Sequence[int] | None
+    stream_mode: str | None
+    logprobs: bool | None
+    top_logprobs: int | None
+    prefix_cache: bool | None
+    priority: str | None
+    tenant: str | None
 
 
 _HINTS = get_type_hints(RequestOptions, include_extras=True)
@@ -222,6 +389,9 @@ def unknown_name(given: Iterable[str], known: Iterable[str]) -> str | None:
     unknown = sorted(set(given) - set(names))
     if not unknown:
         return None
+    impossible = next((name for name in unknown if name in IMPOSSIBLE), None)
+    if impossible is not None:
+        return f"{impossible} cannot be had: {IMPOSSIBLE[impossible]}"
     near = difflib.get_close_matches(unknown[0], names, 1, NEAR)
     return (
         f"there is no option {unknown[0]!r}{f' (the nearest is {near[0]})' if near else ''}; "
@@ -247,18 +417,47 @@ def refusal(given: Mapping[str, Any]) -> str | None:
             f"top_k is {values['top_k']} and top_p {values['top_p']}, but mask_diffusion draws "
             "from all tokens; leave them out, or use mode ar or mock_ar"
         )
+    return _contradiction(values)
+
+
+def _contradiction(values: Mapping[str, Any]) -> str | None:
+    """Return which options contradict each other, or None; each is right by itself."""
+    mode, most, canvas = values["mode"], values["max_new_tokens"], values["canvas"]
+    if values["min_new_tokens"] > most:
+        return f"min_new_tokens is {values['min_new_tokens']}, above max_new_tokens, {most}"
+    if values["top_logprobs"] and not values["logprobs"]:
+        return "top_logprobs is given without logprobs; set logprobs, too"
+    if values["top_logprobs"] and mode in DIFFUSION:
+        return (
+            f"top_logprobs is {values['top_logprobs']}, but mask_diffusion's logits stay on the "
+            "device; leave it out, or use mode ar or mock_ar"
+        )
+    if canvas and mode not in DIFFUSION:
+        return f"canvas is given, but mode {mode} fixes no token; use mode mask_diffusion"
+    if len(canvas) > most:
+        return f"canvas has {len(canvas)} places, but max_new_tokens is {most}; raise it"
+    last = last_pinned(canvas)
+    end = next((token for token in canvas[:last] if token in values["eos_ids"]), None)
+    if end is not None:
+        return f"canvas has the end token {end} before its last fixed token; leave one of them out"
     return None
 
 
-def ids_refusal(name: str, ids: object) -> str | None:
-    """Return why a value is no list of token ids, or None."""
+def last_pinned(canvas: Sequence[int]) -> int:
+    """Return the last place of a canvas that is fixed; -1 where none is."""
+    return max((place for place, token in enumerate(canvas) if token != FREE), default=-1)
+
+
+def ids_refusal(name: str, ids: object, low: int = 0) -> str | None:
+    """Return why a value is no list of token ids from `low` on, or None."""
     if not isinstance(ids, list | tuple):
         return f"{name} is {ids!r}; it must be a list of token ids"
     for place, value in enumerate(ids):
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-        if not is_integer or not 0 <= value <= INT32_MAX:
+        if not is_integer or not low <= value <= INT32_MAX:
             return (
-                f"{name}: {value!r} at place {place} is no token id; ids are whole numbers from 0"
+                f"{name}: {value!r} at place {place} is no token id; ids are whole numbers from "
+                f"{low}"
             )
     return None
 

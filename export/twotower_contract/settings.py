@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from twotower_contract.errors import ConfigError
+from twotower_contract.quantized import check_quantization_config
 
 IMPLEMENTED: Final[dict[str, tuple[Any, ...]]] = {
     "attention_bias": (False,),
@@ -20,7 +21,6 @@ IMPLEMENTED: Final[dict[str, tuple[Any, ...]]] = {
     "n_group": (1,),  # group-limited routing
     "n_shared_experts": (1,),
     "num_nextn_predict_layers": (0, None),
-    "quantization_config": (None,),
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
     "tie_word_embeddings": (False,),
@@ -84,6 +84,7 @@ def check_settings(values: Mapping[str, Any], source: str) -> None:
                 f"{source}: {key} is {value!r:.120}, but TwoTower's towers are defined with "
                 f"{allowed[0]!r} only; this is another model"
             )
+    check_quantization_config(values.get("quantization_config"), source)
     for key in ("rope_scaling", "rope_parameters"):
         _check_positions(values.get(key), f"{source}: {key}")
     _check_time_step_limit(values.get("time_step_limit"), source)

@@ -33,7 +33,7 @@ ITEM_SIZES: Final[Mapping[str, int]] = {
 """Bytes per element by safetensors' dtype."""
 
 STORED_DTYPES: Final = ("BF16", "F32")
-"""The dtypes that a checkpoint may hold, in safetensors' spelling."""
+"""The dtypes of weights that are not quantized, in safetensors' spelling."""
 
 MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own bound
 

@@ -10,6 +10,7 @@ from typing import Final
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import BASE_PREFIX, HEADS, Tower, expected_tensors
+from twotower_contract.quantized import is_quantizable
 
 PARTS: Final = (
     "embeddings",
@@ -54,6 +55,19 @@ def part_of(config: ModelConfig, name: str, *, base: bool = False) -> tuple[Towe
     if kind in MIXER_PARTS:
         return tower, MIXER_PARTS[kind]
     return tower, next(part for mark, part in EXPERT_PARTS.items() if mark in name)
+
+
+def is_narrow_by_default(config: ModelConfig, name: str, *, base: bool = False) -> bool:
+    """Whether a tensor becomes narrow where a recipe says nothing else.
+
+    NVIDIA's FP8 and NVFP4 files of Nemotron-3-Nano keep attention, the Mamba layer before each
+    attention, and heads in 16 bits; what is no matrix of a product is never narrow.
+    """
+    part = part_of(config, name, base=base)[1]
+    if not is_quantizable(name) or part in ("attention", "head"):
+        return False
+    guarded = [index - 1 for index in config.layers_of_kind["*"] if index]
+    return part != "mamba" or not any(f".layers.{index}.mixer." in name for index in guarded)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from twotower_contract.atomic import WITH_CARE, Writing, check_replaceable, new_
 from twotower_contract.digests import file_sha256
 from twotower_contract.errors import BundleError
 from twotower_contract.json_file import format_of
-from twotower_contract.layout import Tower, graph_weights
+from twotower_contract.layout import Tower, WeightSource, graph_weights
 from twotower_contract.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -28,6 +28,8 @@ from twotower_contract.manifest import (
     WeightInput,
     write_manifest,
 )
+from twotower_contract.quantized import codes_name, input_forms
+from twotower_contract.shards import TensorEntry
 from twotower_export.checkpoint import Checkpoint, Progress
 from twotower_export.reference.golden import golden_for
 from twotower_export.tokens import tokenizer_files
@@ -104,7 +106,6 @@ def _manifest(checkpoint: Checkpoint, towers: tuple[Tower, ...]) -> Manifest:
     weights = {
         tower: graph_weights(checkpoint.config, tower, base=checkpoint.base) for tower in towers
     }
-    dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
     return Manifest(
         twotower_version=importlib.metadata.version("twotower"),
         checkpoint=CheckpointSource(
@@ -118,13 +119,19 @@ def _manifest(checkpoint: Checkpoint, towers: tuple[Tower, ...]) -> Manifest:
         graphs={},
         weights={
             tower: {
-                name: WeightInput(
-                    one.how, one.shape, one.sources, name=name, dtype=dtypes[one.sources[0]]
-                )
-                for name, one in inputs.items()
+                name: _weight_input(name, one, checkpoint.tensors) for name, one in inputs.items()
             }
             for tower, inputs in weights.items()
         },
+    )
+
+
+def _weight_input(
+    name: str, weight: WeightSource, tensors: Mapping[str, TensorEntry]
+) -> WeightInput:
+    sources = tuple(codes_name(source, tensors) for source in weight.sources)
+    return WeightInput(
+        weight.how, weight.shape, sources, name=name, dtype=tensors[sources[0]].dtype
     )
 
 
@@ -179,4 +186,9 @@ def _weight_dtypes(checkpoint: Checkpoint, graph: _GraphToWrite) -> dict[str, st
     weights = graph_weights(checkpoint.config, graph.tower, base=checkpoint.base)
     if "native" not in graph.precisions:
         return dict.fromkeys(weights, "F32")
-    return {name: checkpoint.tensors[w.sources[0]].dtype for name, w in weights.items()}
+    inputs = [_weight_input(name, one, checkpoint.tensors) for name, one in weights.items()]
+    computed = checkpoint.config.tensor_dtype
+    return {
+        one.name: input_forms(one.name, one.dtype, one.shape, computed)[one.name][0]
+        for one in inputs
+    }

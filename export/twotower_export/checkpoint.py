@@ -8,7 +8,9 @@ refused here, before anything is written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -20,7 +22,18 @@ from twotower_contract.errors import CheckpointError, listed
 from twotower_contract.files import refuse_dangling
 from twotower_contract.index import INDEX_FILE, SINGLE_FILE, read_index
 from twotower_contract.layout import BASE_PREFIX, TOWERS, Tower, expected_tensors, graph_weights
+from twotower_contract.machine import read_at
 from twotower_contract.manifest import MANIFEST_FILE
+from twotower_contract.quantized import (
+    FORMAT_OF_DTYPE,
+    INT4_GROUPS,
+    SCALE_DTYPES,
+    codes_name,
+    ignored_names,
+    is_quantizable,
+    scale_names,
+    stored_tensors,
+)
 from twotower_contract.shards import STORED_DTYPES, Shard, TensorEntry, read_shard
 from twotower_export import hub
 from twotower_export.tokens import eos_token_ids
@@ -28,7 +41,7 @@ from twotower_export.tokens import eos_token_ids
 SMALL_FILES: Final = (".json", ".jinja")
 """Files of a checkpoint beside its shards: configuration, index, tokenizer."""
 
-MATRICES: Final = ("_proj.weight", "embeddings.weight", "lm_head.weight")
+MATRICES: Final = ("_proj.weight", "_proj.weight_packed", "embeddings.weight", "lm_head.weight")
 """Ends of the names of matrices, which training leaves nowhere at 0."""
 
 Progress = Callable[[str, int, int], None]
@@ -112,6 +125,7 @@ def open_checkpoint(
             "TwoTower checkpoint"
         )
     _check_tensors(folder, config, held, base, tensors)
+    _check_scales(folder, shards, tensors)
     return Checkpoint(
         path=folder,
         config=config,
@@ -282,21 +296,77 @@ def _check_tensors(
 ) -> None:
     """Refuse missing, unexpected, misshapen and wrongly typed tensors, each by name."""
     expected = expected_tensors(config, towers, base=base)
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in expected:
-            problems.append(f"{name} is unknown")
-        elif tensor.shape != expected[name]:
-            problems.append(f"{name} has shape {list(tensor.shape)}, not {list(expected[name])}")
-        elif tensor.dtype == "F16":
-            problems.append(f"{name} is float16, not bfloat16 or float32")
-        elif tensor.dtype not in STORED_DTYPES:
-            problems.append(f"{name} is {tensor.dtype}, not BF16 or F32")
+    problems: list[str] = []
+    known: set[str] = set()
+    for name, shape in expected.items():
+        wanted = _stored_form(name, shape, tensors)
+        problems += _unlike(wanted, tensors)
+        known |= {*wanted, *(ignored_names(name) if is_quantizable(name) else ())}
+    problems += [f"{name} is unknown" for name in tensors if name not in known]
     problems += _mixed_experts(config, towers, base, tensors)
     if problems:
         raise CheckpointError(
             f"{folder}: its tensors are not those of its {CONFIG_FILE}: {listed(problems)}; take "
-            "both of the same revision, and the BF16 weights"
+            "both of the same revision, with weights in BF16 or as `twotower quantize` and "
+            "ModelOpt write them"
+        )
+
+
+def _stored_form(
+    name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of the tensors that hold one of the model's, whichever form it has."""
+    codes = tensors.get(codes_name(name, tensors))
+    format_ = None if codes is None else FORMAT_OF_DTYPE.get(codes.dtype)
+    if format_ is None or not is_quantizable(name):
+        is_plain = codes is not None and codes.dtype in STORED_DTYPES
+        return {name: (codes.dtype if codes is not None and is_plain else "BF16 or F32", shape)}
+    scale = tensors.get(f"{name}_scale")
+    group, dtype = 1, SCALE_DTYPES[0]
+    if scale is not None and format_ == "int4":
+        groups = [size for size in INT4_GROUPS if scale.shape == (shape[0], shape[1] // size)]
+        group = groups[0] if groups else INT4_GROUPS[0]
+        dtype = scale.dtype if scale.dtype in SCALE_DTYPES else dtype
+    return stored_tensors(format_, name, (shape[0], shape[1]), group, dtype)
+
+
+def _unlike(
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Mapping[str, TensorEntry]
+) -> Iterator[str]:
+    """Yield what is missing of a tensor's stored form, or has another dtype or shape."""
+    first = next(iter(wanted))
+    for name, (dtype, shape) in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            reason = "" if name == first else f", without which {first} cannot be read"
+            yield f"{name} is missing{reason}"
+        elif tensor.shape != shape:
+            yield f"{name} has shape {list(tensor.shape)}, not {list(shape)}"
+        elif tensor.dtype == "F16":
+            yield f"{name} is float16, not bfloat16 or float32"
+        elif tensor.dtype != dtype:
+            yield f"{name} is {tensor.dtype}, not {dtype}"
+
+
+def _check_scales(
+    folder: Path, shards: Sequence[Shard], tensors: Mapping[str, TensorEntry]
+) -> None:
+    """Refuse a scale of a whole matrix that is no number above 0: swapped, or never written."""
+    wrong = []
+    for codes, entry in tensors.items():
+        for name in scale_names(codes, entry.dtype):
+            scale = tensors[name]
+            if scale.shape == ():
+                shard = shards[scale.shard]
+                with (folder / shard.file).open("rb", buffering=0) as file:
+                    content = read_at(file.fileno(), 4, shard.data_start + scale.begin)
+                (value,) = struct.unpack("<f", content)
+                if not 0 < value < math.inf:
+                    wrong.append(f"{name} is {value:g}")
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: a scale must be a finite number above 0: {listed(wrong)}; quantize the "
+            "checkpoint again, or download it again"
         )
 
 
@@ -307,7 +377,8 @@ def _mixed_experts(
     problems = []
     for tower in towers:
         for name, weight in graph_weights(config, tower, base=base).items():
-            dtypes = {tensors[one].dtype for one in weight.sources if one in tensors}
-            if len(dtypes) > 1 and dtypes <= set(STORED_DTYPES):
+            sources = [codes_name(one, tensors) for one in weight.sources]
+            dtypes = {tensors[one].dtype for one in sources if one in tensors}
+            if len(dtypes) > 1 and dtypes <= {*STORED_DTYPES, *FORMAT_OF_DTYPE}:
                 problems.append(f"{name} mixes {' and '.join(sorted(dtypes))} over its experts")
     return problems

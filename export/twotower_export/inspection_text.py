@@ -102,8 +102,10 @@ def _builder_saw(build: Mapping[str, Any], tower: str, plan: Mapping[str, Any]) 
         memory = f"{_scaled(engine['device_memory'])}B of device memory"
         yield f"      engine: {engine['layers']:,} layers ({types}), {memory}"
         yield f"        all of them: {Path(plan['file']).with_suffix('.layers.json')}"
-    elif parsed:
+    elif parsed and tower not in build.get("traffic", {}):
         yield "      engine: its layers are not known, for a plan is opened on its GPU only"
+    if tower in build.get("traffic", {}):
+        yield f"      kernels: {build['traffic'][tower]['file']}; --traffic adds up what they move"
 
 
 def _table(sizes: Mapping[str, Any]) -> Iterable[str]:

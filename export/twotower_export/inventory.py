@@ -18,6 +18,7 @@ from typing import Any, Final
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import Tower
 from twotower_contract.manifest import Manifest
+from twotower_contract.quantized import scale_names, weights_in
 from twotower_contract.shards import ITEM_SIZES
 from twotower_contract.sizes import (
     EXPERT_PARTS,
@@ -202,7 +203,7 @@ def take_inventory(
     for name, (dtype, shape) in tensors.items():
         part = part_of(config, name, base=base)
         counts[part] += 1
-        parameters[part] += math.prod(shape)
+        parameters[part] += weights_in(name, dtype, tuple(shape))
         sizes[part] += math.prod(shape) * ITEM_SIZES[dtype]
     order: list[tuple[Tower, str]] = [("context", name) for name in PARTS]
     order += [("denoiser", name) for name in PARTS]
@@ -223,7 +224,8 @@ def inventory_of(manifest: Manifest) -> Inventory:
         source
         for inputs in manifest.weights.values()
         for weight in inputs.values()
-        for source in weight.sources
+        for codes in weight.sources
+        for source in (codes, *scale_names(codes, weight.dtype))
     }
     tensors = {n: (t.dtype, t.shape) for n, t in manifest.tensors.items() if n in used}
     return take_inventory(manifest.model, tensors)

@@ -7,13 +7,11 @@ Bytes are copied as they are, in pieces, whatever the size of the checkpoint.
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from twotower_contract.atomic import WITH_CARE, Writing, check_replaceable, new_folder
 from twotower_contract.config import CONFIG_FILE, config_json
@@ -21,13 +19,14 @@ from twotower_contract.errors import BundleError
 from twotower_contract.index import INDEX_FILE, SINGLE_FILE
 from twotower_contract.json_file import format_of, read_json, write_json
 from twotower_contract.layout import base_name, expected_tensors
-from twotower_contract.machine import read_at
+from twotower_contract.quantized import HF_QUANT_FILE, codes_name, tensors_of
 from twotower_contract.shards import TensorEntry
+from twotower_contract.sizes import part_of
 from twotower_export.checkpoint import Checkpoint, Progress
+from twotower_export.shard_writing import tensor_pieces, write_header
 from twotower_export.tokens import tokenizer_files
 
 SHARD_BYTES: Final = 5_000_000_000
-PIECE_BYTES: Final = 8 * 2**20
 ORIGIN_FILE: Final = "twotower.json"
 FORMAT: Final = "twotower-nemotron-h"
 
@@ -70,8 +69,11 @@ def write_nemotron_h(
     what = "a checkpoint from --target tensorrt-llm"
     check_replaceable(out, what, _is_ours, BundleError, writing)
     writing.begin(out, what)
-    names = expected_tensors(checkpoint.config, ("context",), base=checkpoint.base)
-    members = [_Member(base_name(name), checkpoint.tensors[name]) for name in names]
+    members = [
+        _Member(base_name(stored), checkpoint.tensors[stored])
+        for name in expected_tensors(checkpoint.config, ("context",), base=checkpoint.base)
+        for stored in tensors_of(name, checkpoint.tensors)
+    ]
     total = sum(member.bytes for member in members)
     with new_folder(out, BundleError) as folder:
         free = shutil.disk_usage(folder).free
@@ -84,6 +86,9 @@ def write_nemotron_h(
         for file in tokenizer_files(checkpoint.path):
             shutil.copyfile(file, folder / file.name)
         write_json(folder / CONFIG_FILE, nemotron_h_config(checkpoint))
+        if (checkpoint.path / HF_QUANT_FILE).is_file():
+            settings = read_json(checkpoint.path / HF_QUANT_FILE).values
+            write_json(folder / HF_QUANT_FILE, _with_base_names(settings, checkpoint))
         origin = {
             "format": FORMAT,
             "checkpoint": checkpoint.id or str(checkpoint.path),
@@ -103,9 +108,32 @@ def nemotron_h_config(checkpoint: Checkpoint) -> dict[str, Any]:
     values["architectures"] = ["NemotronHForCausalLM"]
     for key in _DROPPED:
         values.pop(key, None)
+    if "quantization_config" in values:
+        settings = values["quantization_config"]
+        values["quantization_config"] = _with_base_names(settings, checkpoint)
     ids = checkpoint.config.eos_token_ids
     values["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids)
     return dict(sorted(values.items()))
+
+
+def _with_base_names(value: Any, checkpoint: Checkpoint) -> Any:
+    """Return settings in which modules of the context tower have their names in the new checkpoint.
+
+    The other tower's are left out, from lists and as keys.
+    """
+    if isinstance(value, dict):
+        return {
+            name: _with_base_names(one, checkpoint)
+            for key, one in value.items()
+            if (name := _with_base_names(key, checkpoint)) is not None
+        }
+    if isinstance(value, list):
+        return [name for one in value if (name := _with_base_names(one, checkpoint)) is not None]
+    matrix = f"{value}.weight"
+    if checkpoint.base or codes_name(matrix, checkpoint.tensors) not in checkpoint.tensors:
+        return value
+    is_ours = part_of(checkpoint.config, matrix)[0] == "context"
+    return base_name(matrix).removesuffix(".weight") if is_ours else None
 
 
 def _write_shards(
@@ -120,9 +148,9 @@ def _write_shards(
     done = 0
     for file, some in files.items():
         with (folder / file).open("wb") as target:
-            _write_header(target, some)
+            write_header(target, {one.name: (one.tensor.dtype, one.tensor.shape) for one in some})
             for member in some:
-                for piece in _pieces(checkpoint, member):
+                for piece in tensor_pieces(checkpoint, member.tensor):
                     target.write(piece)
                     done += len(piece)
                     if progress is not None:
@@ -147,36 +175,6 @@ def _spread(members: Sequence[_Member], shard_bytes: int) -> dict[str, list[_Mem
         return {SINGLE_FILE: groups[0]}
     count = len(groups)
     return {f"model-{n:05d}-of-{count:05d}.safetensors": g for n, g in enumerate(groups, 1)}
-
-
-def _write_header(target: BinaryIO, members: Sequence[_Member]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    reached = 0
-    for member in members:
-        header[member.name] = {
-            "dtype": member.tensor.dtype,
-            "shape": list(member.tensor.shape),
-            "data_offsets": [reached, reached + member.bytes],
-        }
-        reached += member.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as safetensors writes them
-    target.write(struct.pack("<Q", len(text)) + text)
-
-
-def _pieces(checkpoint: Checkpoint, member: _Member) -> Iterator[bytes]:
-    """Yield the tensor's bytes, at most 8 MiB at a time."""
-    shard = checkpoint.shards[member.tensor.shard]
-    offset = shard.data_start + member.tensor.begin
-    end = shard.data_start + member.tensor.end
-    path = checkpoint.path / shard.file
-    with path.open("rb", buffering=0) as source:
-        while offset < end:
-            piece = read_at(source.fileno(), min(PIECE_BYTES, end - offset), offset)
-            if not piece:
-                raise BundleError(f"{path}: ended while it was read; was it replaced?")
-            yield piece
-            offset += len(piece)
 
 
 def _is_ours(folder: Path) -> bool:

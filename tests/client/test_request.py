@@ -110,6 +110,20 @@ def test_an_unknown_option_is_a_mistake_of_the_caller(client) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("beam_width", "beam_width cannot be had: there is no beam search; draw several"),
+        ("repetition_penalty", "repetition_penalty cannot be had: .* max_repetition_run ends"),
+        ("logit_bias", "logit_bias cannot be had: .* canvas fixes tokens"),
+        ("n", "n cannot be had: a request has one answer"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_name(client, name, said) -> None:
+    with pytest.raises(TypeError, match=said):
+        client.stream("a", **{name: 2})
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "localhost",

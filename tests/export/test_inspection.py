@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from tests.support.sparse_checkpoint import full_config
 from twotower_contract.engine_set import BuildRecord, EngineFile, Limits
 from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
 from twotower_contract.layout import expected_tensors
+from twotower_contract.traffic import Kernel, Listing, Tensor, write_listings
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
 from twotower_engines.planning.skus import known_skus
@@ -311,6 +313,71 @@ def test_a_bundle_whose_checkpoint_is_another_one_exits_with_1(tmp_path, checkpo
     result = CliRunner().invoke(inspect, [str(tmp_path / "bundle"), "--json"])
     assert result.exception.exit_code == 1
     assert "is not the checkpoint of this bundle: other values in" in str(result.exception)
+
+
+def listing(profile, batch):
+    """Two kernels: a product of a layer, and one that copies its weight and a cache."""
+    weight = Tensor("context_tower.layers.0.mixer.in_proj.weight", (1000, 500), "BF16")
+    cache = Tensor("context.layers.2.k_cache", (batch, 2, "context", 8), "BF16")
+    new = replace(cache, name="context.layers.2.k_cache_new")
+    table = Tensor("context_tower.embeddings.weight", (300, 16), "BF16")
+    ids, moved = Tensor("ids", (batch, "tokens"), "INT32"), replace(weight, name="moved")
+    product = Kernel("a.gemm", "gemm", 0, (weight, ids, table), (Tensor("y", (batch, 4), "FLOAT"),))
+    copy = Kernel("__myl_Tran", "kgen", None, (weight,), (moved,))
+    update = Kernel("__myl_Scat", "kgen", 2, (cache, ids), (cache,))
+    usual = {"batch": 1, "tokens": 16, "context": 256}
+    inputs, kernels = (weight, cache, table, ids), (product, copy, update)
+    return Listing(profile, usual, 12_000_000, inputs, (new,), kernels, ("t",))
+
+
+class TestTraffic:
+    @pytest.fixture
+    def engines(self, tmp_path, bundle):
+        folder = tmp_path / "l4"
+        written = tmp_path / "listing.json"
+        write_listings(written, "a test", [listing("wide", "batch"), listing("one", 1)])
+        digest = hashlib.sha256(written.read_bytes()).hexdigest()
+        traffic = {"context": {"file": "context.traffic.json", "sha256": digest}}
+        write_engines(folder, bundle, sku="l4", traffic=traffic)
+        return shutil.move(written, folder / "context.traffic.json").parent
+
+    def test_the_numbers(self, engines):
+        (found,) = inspected(engines, "--traffic")["engines"]
+        wide, one = found["towers"]["context"]["profiles"]
+        assert [call["sizes"]["batch"] for call in wide["calls"]] == [1, 4]
+        assert [call["sizes"]["batch"] for call in one["calls"]] == [1]
+        weight, ids, rows, y = 1_000_000, 4 * 64, 64 * 16 * 2, 4 * 4 * 4
+        call = wide["calls"][1]
+        assert call["kinds"] == {
+            "M": {"kernels": 1, "read_bytes": weight + ids + rows, "written_bytes": y}
+            | {"moved_bytes": weight + ids + rows + y},
+            "*": {"kernels": 1, "read_bytes": ids, "written_bytes": ids, "moved_bytes": 2 * ids},
+            "ends": {"kernels": 1, "read_bytes": weight, "written_bytes": weight}
+            | {"moved_bytes": 2 * weight},
+        }
+        cache, new = 4 * 2 * 256 * 8 * 2, 4 * 2 * 16 * 8 * 2
+        assert call["least_bytes"] == weight + ids + rows + cache + new
+        assert call["moved_bytes"] == sum(one["moved_bytes"] for one in call["kinds"].values())
+        copy = {"kernel": "__myl_Tran", "input": "context_tower.layers.0.mixer.in_proj.weight"}
+        assert call["copies"] == [copy | {"bytes": weight}]
+        assert [one["layer"] for one in call["each"]] == [0, None, 2]
+
+    def test_the_table(self, engines):
+        text = CliRunner().invoke(inspect, [str(engines.parent), "--traffic"]).stdout
+        assert "context, profile wide, from a test; 12 MB of scratch at its largest sizes" in text
+        assert "M (1 layers)" in text
+        assert "context_tower.layers.*.mixer.in_proj.weight: 1 kernel, 1.0 MB" in text
+        assert "without a size, and not counted: t" in text
+
+    def test_refusals(self, engines, tmp_path, bundle):
+        assert "leave out --checkpoint and --full" in refused(engines, "--traffic", "--full")
+        assert "is no engine set, so --traffic means nothing" in refused(bundle, "--traffic")
+        cpu = write_engines(tmp_path / "cpu", bundle)
+        assert "kernels of these engines are not known: cpu (onnxruntime)" in refused(
+            cpu, "--traffic"
+        )
+        (engines / "context.traffic.json").write_text("{}")
+        assert "context.traffic.json: is changed" in refused(engines, "--traffic")
 
 
 def test_names_in_files_cannot_steer_a_terminal(tmp_path, bundle):

@@ -1,86 +1,51 @@
-"""Kernels that TensorRT-RTX's compiler makes of a graph, and the bytes that each reads and writes.
+"""Towers of the released width as TensorRT-RTX's compiler makes them for a call of fixed sizes.
 
-The builder needs no GPU, and says the final kernels to a verbose logger. Run in a process of its
-own, because two of NVIDIA's libraries do not share one:
-
-    python tests/support/compiled.py GRAPH.onnx batch=1 block=16 context=8192
+The builder needs no GPU, and says the final kernels to a verbose logger.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import sys
-
 import onnx
+import onnx_ir as ir
 
-BYTES = {"BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
-TENSOR = re.compile(r"Name: ([^,]+?), Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
+from tests.support.quantized_graphs import weight_dtypes
+from tests.support.sparse_checkpoint import FULL_CONFIG
+from twotower_contract.config import ModelConfig
+from twotower_contract.traffic import read_listings
+from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
+from twotower_engines.building.flavours.process import build_engine_files
+from twotower_engines.building.flavours.profiles import Profile, Sizes
+from twotower_engines.building.flavours.tensorrt_rtx import CAPTURE, LIBRARY
+from twotower_export.graph import build_context_graph, build_denoiser_graph
+from twotower_export.graph.layers import FLOAT_WEIGHTS
 
-
-def made_static(model: onnx.ModelProto, sizes: dict[str, int]) -> onnx.ModelProto:
-    """Give dynamic dimensions their sizes, so that every byte is known."""
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.HasField("dim_param"):
-                dim.dim_value = sizes[dim.dim_param]
-    return model
-
-
-def compiler_log(model: onnx.ModelProto) -> list[str]:
-    """Compile a graph for an RTX GPU; returns the lines that describe kernels and memory."""
-    import tensorrt_rtx as trt
-
-    lines: list[str] = []
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: trt.ILogger.Severity, message: str) -> None:
-            lines.extend(message.splitlines())
-
-    log = Log()
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse(model.SerializeToString()), parser.get_error(0).desc()
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM120, 0)
-    assert builder.build_serialized_network(network, config) is not None, lines[-5:]
-    return lines
+TOWERS = {"context": (build_context_graph, "tokens"), "denoiser": (build_denoiser_graph, "block")}
 
 
-def tensors(text: str) -> list[tuple[str, list[int], int]]:
-    """Name, shape and bytes of each tensor of a kernel."""
-    found = []
-    for name, dims, dtype in TENSOR.findall(text):
-        sizes = [int(dim) for dim in dims.split(",") if dim]
-        found.append((name, sizes, math.prod(sizes) * BYTES[dtype]))
-    return found
+def config_of(pattern=None):
+    """The released model, or one of its width with other layers."""
+    values = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern or "")}
+    return ModelConfig.from_json(FULL_CONFIG | (values if pattern else {}))
 
 
-def kernels(lines: list[str]) -> list[dict[str, object]]:
-    """Each kernel's name, inputs and outputs."""
-    made = []
-    for line in lines:
-        match = re.match(r"Name: (.*?), LayerType: (\w+)", line)
-        if match is not None and match[2] not in ("shape_call", "signal", "wait"):
-            head, outputs = line.split("Outputs:", 1)
-            inputs = head.split("Constants:")[0].split("Inputs:")[1]
-            made.append({"name": match[1], "inputs": tensors(inputs), "outputs": tensors(outputs)})
-    return made
+def write_graph(folder, tower, pattern=None, format_=None):
+    """Write a tower's bfloat16 graph, with its matrices in a format; returns its path."""
+    config = config_of(pattern)
+    stored = weight_dtypes(config, tower, format_, FLOAT_WEIGHTS)
+    path = folder / f"{tower}.onnx"
+    onnx.save(ir.to_proto(TOWERS[tower][0](config, "bfloat16", stored, {})), path)
+    return path
 
 
-if __name__ == "__main__":
-    given = dict(one.split("=") for one in sys.argv[2:])
-    graph = made_static(onnx.load(sys.argv[1]), {name: int(size) for name, size in given.items()})
-    said = compiler_log(graph)
-    scratch = [
-        int(one[1]) for line in said if (one := re.search(r"Max Scratch Memory: (\d+)", line))
-    ]
-    json.dump({"kernels": kernels(said), "scratch": scratch[-1]}, sys.stdout)
+def compiled(folder, tower, rows, tokens, context, pattern=None, capability="12.0", format_=None):
+    """Compile a tower for calls of one size; returns the listing of its kernels."""
+    sizes = {"batch": rows, TOWERS[tower][1]: tokens, "context": context}
+    profile = Profile("fixed", {dim: Sizes(size, size, size) for dim, size in sizes.items()})
+    recipe = engine_recipe([profile]) | {"compute_capabilities": [capability]}
+    recipe["flags"] = {**recipe["flags"], **CAPTURE}
+    graph = write_graph(folder, tower, pattern, format_)
+    job = engine_job(Order(graph, folder / f"{tower}.plan", recipe))
+    build_engine_files(LIBRARY, {tower: job}, 1, lambda name, text: None)
+    _, (listing,) = read_listings(folder / f"{tower}.traffic.json")
+    return listing

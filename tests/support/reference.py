@@ -18,7 +18,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +338,18 @@ class Answer:
     denoiser_calls: int = 0
     masked_counts: list[list[int]] = field(default_factory=list)  # per block, before each call
     finish_reason: str = "length"
+
+
+END_ID = 2
+"""The end token of every checkpoint that tests make."""
+
+
+def cut_at_end(answer: Answer, prompt_length: int, eos_ids: Sequence[int]) -> Answer:
+    """Return an answer that ends with its end token, where NVIDIA keeps the whole block."""
+    new = answer.output_ids[prompt_length:]
+    end = next((place for place, token in enumerate(new, 1) if token in eos_ids), None)
+    ids = answer.output_ids[:prompt_length] + new[:end]
+    return replace(answer, output_ids=ids, finish_reason="length" if end is None else "eos")
 
 
 def generate_mask_diffusion(

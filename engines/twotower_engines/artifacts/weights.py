@@ -20,7 +20,10 @@ import numpy.typing as npt
 from twotower_contract.errors import CheckpointError, listed
 from twotower_contract.manifest import Manifest, WeightInput
 from twotower_contract.moved_tensors import moved_tensors
+from twotower_contract.quantized import decode, scale_names
 from twotower_contract.shards import Shard, TensorEntry, read_shard
+
+_STORED = {"BF16": "<u2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
 
 COPIED_BYTES = 16 * 2**20
 """Largest float32 weight that is copied: of the released layout all but embeddings and heads."""
@@ -75,21 +78,25 @@ class WeightStore:
         """Return a checkpoint tensor as it is stored, without a copy.
 
         Returns:
-            The tensor's shape; float32, or uint16 holding the bits of bf16. Read-only.
+            The tensor's shape; float32, uint16 holding the bits of bf16, or the codes and E4M3
+            scales of a quantized matrix as integers. Read-only.
         """
         entry = self.manifest.tensors[tensor]
         start = self.manifest.shards[entry.shard].data_start
         content = self._map(entry.shard)[start + entry.begin : start + entry.end]
-        dtype = np.dtype("<u2") if entry.dtype == "BF16" else np.dtype("<f4")
-        return content.view(dtype).reshape(entry.shape)
+        return content.view(_STORED[entry.dtype]).reshape(entry.shape)
 
     def float32(self, weight: WeightInput) -> npt.NDArray[np.float32]:
         """Return a weight input in float32: a view where the checkpoint stores a large one so.
 
         A small one is copied, so that no later change of its file reaches it; see `stays_mapped`.
-        bf16 is the upper half of a float32, so widening is a shift by 16 bits and exact.
+        bf16 is the upper half of a float32, so widening is a shift by 16 bits and exact. Quantized
+        matrices are decoded.
+
+        Raises:
+            CheckpointError: A scale is no number above 0.
         """
-        sources = [self.raw(source) for source in weight.sources]
+        sources = [self._decoded(source) for source in weight.sources]
         if stays_mapped(weight):
             view = sources[0].reshape(weight.shape)
             return view if view.flags.aligned else view.copy()
@@ -98,6 +105,20 @@ class WeightStore:
         for part, source in zip(parts, sources, strict=True):
             _widen(source.reshape(part.shape), part)
         return made
+
+    def _decoded(self, source: str) -> npt.NDArray[Any]:
+        """Return a source as it is stored, or in float32 where it is quantized."""
+        dtype = self.manifest.tensors[source].dtype
+        scales = [self.raw(name) for name in scale_names(source, dtype)]
+        if not scales:
+            return self.raw(source)
+        try:
+            decoded: npt.NDArray[np.float32] = decode(np, dtype, self.raw(source), scales)
+        except ValueError as problem:
+            raise CheckpointError(
+                f"{self.folder}: {source}: {problem}; quantize the checkpoint again"
+            ) from problem
+        return decoded
 
     def all_float32(
         self, tower: str, progress: Progress | None = None

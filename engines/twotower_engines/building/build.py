@@ -35,7 +35,7 @@ from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 from twotower_contract.tokenizer import TOKENIZER_FILES
 from twotower_engines.building.build_cache import CachedEngine, EngineCache, digest_of
 from twotower_engines.building.code_digest import code_digest
-from twotower_engines.building.flavours.flavour import Flavour, Order, Target, layers_file
+from twotower_engines.building.flavours.flavour import Flavour, Order, Target, traffic_file
 from twotower_engines.building.flavours.onnxruntime import OnnxRuntimeFlavour
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
@@ -52,7 +52,7 @@ FLAVOURS: dict[str, Flavour] = {
     for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
 }
 CONTEXT = 8192
-ENGINE_CODE = ("twotower_engines/building/flavours/*.py",)
+ENGINE_CODE = ("twotower_engines/building/flavours/*.py", "twotower_contract/traffic.py")
 SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")
 """Sources that decide the bytes of an engine, and those of a set; recipes add the kernels'."""
 
@@ -70,6 +70,7 @@ class BuildOptions:
         precision: Precision of the weights; `auto` for the widest that fits.
         gpus: 1, or 2 for one tower on each; None for the fewest that fit.
         block_size_max: Tokens of the largest block that the denoiser takes.
+        is_shared: Whether one engine must serve every GPU of the SKU's compute capability.
     """
 
     sku: Sku = field(default_factory=lambda: known_skus()["cpu"])
@@ -79,6 +80,7 @@ class BuildOptions:
     precision: str = "auto"
     gpus: int | None = None
     block_size_max: int = BLOCK_SIZE_MAX
+    is_shared: bool = False
 
 
 def build_engines(
@@ -108,10 +110,11 @@ def build_engines(
     flavour = FLAVOURS[plan.flavour]
     chunk = min(plan.max_tokens_per_call, manifest.max_tokens_per_call)
     limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
-    workspace = {tower: size for gpu in plan.gpus for tower, size in gpu.workspace.items()}
-    target = Target(sku, limits, plan.precision, workspace)
+    target = Target(sku, limits, plan.precision, options.is_shared)
     flavour.check(target)
-    graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
+    kind = flavour.graphs(plan.precision)
+    _refuse_quantized(bundle, manifest, kind)
+    graphs = _checked_graphs(bundle, manifest, kind)
     wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
     folder = engines / sku.name
     present = _present(folder, wanted.record.key)
@@ -183,6 +186,17 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
     if plan.fits and plan.precision not in BUILT:
         raise PlanError(refusal(planned("bf16")))
     return require_fit(plan)
+
+
+def _refuse_quantized(bundle: Path, manifest: Manifest, kind: str) -> None:
+    """Refuse graphs that take weights as they are stored, where they are stored quantized."""
+    formats = {one.format for some in manifest.weights.values() for one in some.values()}
+    formats -= {None, "fp8"}
+    if formats and kind == "native":
+        raise BuildError(
+            f"{bundle}: its weights are {' and '.join(sorted(map(str, formats)))}, which only the "
+            "CPU flavour runs as yet; build it with --sku cpu, or quantize to fp8"
+        )
 
 
 def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:
@@ -349,18 +363,20 @@ def _write_set(
     folder: Path, bundle: Path, flavour: Flavour, wanted: _Wanted, built: Mapping[str, CachedEngine]
 ) -> None:
     """Write everything into a new folder, build.json last."""
-    files = {}
+    files, traffic = {}, {}
     for tower in wanted.graphs:
         engine = built[tower]
         path = folder / f"{tower}{flavour.suffix}"
         shutil.copyfile(engine.path, path)
         files[tower] = EngineFile(path.name, engine.sha256)
-        if engine.layers is not None:
-            shutil.copyfile(engine.layers, layers_file(path))
+        engine.copy_beside(path)
+        if traffic_file(path).is_file():
+            listing = traffic_file(path)
+            traffic[tower] = EngineFile(listing.name, file_sha256(listing))
     for path in _copied(bundle):
         shutil.copyfile(path, folder / path.name)
     extra = {**wanted.record.extra, "reports": {t: engine.report for t, engine in built.items()}}
-    write_build_record(folder, replace(wanted.record, plans=files, extra=extra))
+    write_build_record(folder, replace(wanted.record, plans=files, traffic=traffic, extra=extra))
 
 
 def _copied(bundle: Path) -> list[Path]:

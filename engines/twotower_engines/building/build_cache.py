@@ -1,6 +1,7 @@
 """Engine files that were built before: `$XDG_CACHE_HOME/twotower/builds/<key>/{plan,record.json}`.
 
-Where the builder could open an engine, `layers.json` lies beside it.
+Beside an engine lies `traffic.json` where its kernels are known, and `layers.json` where the
+builder could open it.
 
 A key is a digest of everything that decides an engine's bytes: the graph, the flavour, the versions
 of its tools, the builder's code, flags and profiles, and the machines that it is for. So a SKU may
@@ -13,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,16 @@ from twotower_contract.atomic import locked, partial_folder, put_in_place
 from twotower_contract.digests import file_sha256, file_state
 from twotower_contract.json_file import read_json, write_json
 from twotower_engines.artifacts.cache_root import in_cache
-from twotower_engines.building.flavours.flavour import layers_file
+from twotower_engines.building.flavours.flavour import layers_file, traffic_file
 from twotower_engines.errors import BuildError
 
 ENGINE_FILE = "plan"
 RECORD_FILE = "record.json"
-LAYERS_FILE = "layers.json"
+SIDE_FILES: Mapping[str, Callable[[Path], Path]] = {
+    "layers.json": layers_file,
+    "traffic.json": traffic_file,
+}
+"""Name in the cache -> where the file lies beside an engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +44,18 @@ class CachedEngine:
         path: Its file.
         sha256: In hex.
         report: Report of its builder.
-        layers: File that describes its layers; None where the builder could not open it.
+        beside: Files that were written beside it, by their names in `SIDE_FILES`.
     """
 
     path: Path
     sha256: str
     report: dict[str, Any]
-    layers: Path | None = None
+    beside: Mapping[str, Path] = field(default_factory=dict)
+
+    def copy_beside(self, engine: Path) -> None:
+        """Copy what lies beside it to where it lies beside a copy of the engine."""
+        for name, path in self.beside.items():
+            shutil.copyfile(path, SIDE_FILES[name](engine))
 
 
 class EngineCache:
@@ -92,8 +103,9 @@ class EngineCache:
         """Move an engine from a `workplace` into the cache; the caller holds the key."""
         made = engine.parent / key
         made.mkdir()
-        if layers_file(engine).is_file():
-            layers_file(engine).rename(made / LAYERS_FILE)
+        for name, place in SIDE_FILES.items():
+            if place(engine).is_file():
+                place(engine).rename(made / name)
         engine.rename(made / ENGINE_FILE)
         digest = file_sha256(made / ENGINE_FILE)
         write_json(made / RECORD_FILE, {"sha256": digest, "report": dict(report)})
@@ -102,8 +114,8 @@ class EngineCache:
 
 
 def _cached(folder: Path, digest: str, report: dict[str, Any]) -> CachedEngine:
-    layers = folder / LAYERS_FILE
-    return CachedEngine(folder / ENGINE_FILE, digest, report, layers if layers.is_file() else None)
+    beside = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+    return CachedEngine(folder / ENGINE_FILE, digest, report, beside)
 
 
 def digest_of(parts: Mapping[str, Any]) -> str:

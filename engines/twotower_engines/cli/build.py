@@ -89,6 +89,12 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     show_default=True,
     help="Tokens of the largest block.",
 )
+@click.option(
+    "--same-capability",
+    is_flag=True,
+    help="Let one engine serve every GPU of the SKU's compute capability, and be built on any of "
+    "them (flavour tensorrt). It may be slower than one that is tuned for its GPU alone.",
+)
 @click.option("--force", is_flag=True, help="Build again, even where engines exist or are cached.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -102,6 +108,7 @@ def build(
     precision: str,
     gpus: int | None,
     block_size_max: int,
+    same_capability: bool,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -114,7 +121,9 @@ def build(
     chosen = resolve_skus(default_skus() if skus is None else skus)
     results = []
     for sku in chosen:
-        options = BuildOptions(sku, slots, context, flavour, precision, gpus, block_size_max)
+        options = BuildOptions(
+            sku, slots, context, flavour, precision, gpus, block_size_max, same_capability
+        )
         try:
             results.append(_build_one(bundle, engines, options, Writing(force, dry_run)))
         except DryRunEndsError as told:

@@ -145,11 +145,15 @@ def _answer(
 
     stream = TextStream(tokenizer) if tokenizer is not None else None
     events, pieces = [], []
-    with Generator(engines, checkpoint, threads, ByteMeter("binding weights")) as generator:
+    meter = ByteMeter("binding weights")
+    with Generator(engines, checkpoint, threads, meter, tokenizer) as generator:
         start = time.perf_counter()
         for event in generator.stream(request):
             events.append(event)
-            if stream is not None:
+            if event.text is not None:
+                piece = event.text
+                pieces.append(piece)
+            elif stream is not None:
                 piece = stream.push(event.ids) + (stream.finish() if event.is_last else "")
                 pieces.append(piece)
             else:

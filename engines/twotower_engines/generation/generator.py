@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Self
 
 from twotower_contract.engine_set import EngineSet
+from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import GenerationError
+from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import BlockEvent, FinishReason, Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import LoadProgress
@@ -56,6 +58,7 @@ class Generator:
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: CPU threads; None for one per core.
         progress: Receives the weights that are bound and the calls that are prepared.
+        tokenizer: For stop strings; requests that have some are refused without it.
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class Generator:
         checkpoint: Path | None = None,
         threads: int | None = None,
         progress: LoadProgress | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self._runtime = open_runtime(engines, checkpoint, threads, progress)
-        self._scheduler = Scheduler(self._runtime, slots=1)
+        costs = costs_of_engines(engines)
+        self._scheduler = Scheduler(self._runtime, slots=1, tokenizer=tokenizer, costs=costs)
 
     def stream(self, request: Request) -> Iterator[BlockEvent]:
         """Yield the events of one request. Leaving early cancels it.

@@ -64,6 +64,22 @@ def sample(
     return int(min(drawn, np.flatnonzero(probabilities)[-1]))
 
 
+def likeliest(
+    logits: npt.NDArray[np.float32], token: int, count: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Return the log-probability of a token, and id and log-probability of the most likely ones.
+
+    Args:
+        logits: (vocab,) float32.
+        token: The token that was chosen.
+        count: Number of the most likely tokens; of equals the lowest ids.
+    """
+    shifted = logits.astype(np.float64) - logits.max()
+    log_p = shifted - np.log(np.exp(shifted).sum())
+    order = np.argsort(-log_p, kind="stable")[:count]
+    return float(log_p[token]), tuple((int(one), float(log_p[one])) for one in order)
+
+
 def filtered_probabilities(
     logits: npt.NDArray[np.float32], temperature: float, top_k: int, top_p: float
 ) -> npt.NDArray[np.float64]:

@@ -6,7 +6,6 @@ safetensors shards, without reading a weight. Nothing here depends on GPUs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from twotower_contract.index import shard_files
 from twotower_contract.json_file import read_json
 from twotower_contract.layout import TOWERS, Tower
 from twotower_contract.manifest import FORMAT, MANIFEST_FILE, manifest_of_file
+from twotower_contract.quantized import weights_in
 from twotower_contract.shards import read_header
 from twotower_contract.sizes import parts_of_tower
 from twotower_engines.errors import PlanError
@@ -135,7 +135,7 @@ def _stored_parameters(folder: Path) -> int | None:
     except CheckpointError:
         return None
     return sum(
-        int(math.prod(entry["shape"]))
+        weights_in(name, entry["dtype"], tuple(entry["shape"]))
         for header in headers
         for name, entry in header.items()
         if name != "__metadata__"

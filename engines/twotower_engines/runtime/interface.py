@@ -81,10 +81,37 @@ class Denoised:
     Attributes:
         ids: (block,) int32.
         still_masked: Positions still masked; -1 where the logits held a NaN.
+        confidence: (block,) float32, the probability of each prediction; +inf where nothing was
+            masked.
     """
 
     ids: npt.NDArray[np.int32]
     still_masked: int
+    confidence: npt.NDArray[np.float32]
+
+
+class StateStore(Protocol):
+    """Room beside the slots for the states of some prefixes, where the slots' states are.
+
+    Attributes:
+        places: Number of prefixes that there is room for.
+        place_bytes: Bytes of a place.
+    """
+
+    places: int
+    place_bytes: int
+
+    def save(self, place: int, slot: int, tokens: int) -> None:
+        """Copy a slot's Mamba states, and the keys and values of its last tokens, to a place.
+
+        Args:
+            place: Number of the place.
+            slot: Number of the slot.
+            tokens: Number of tokens, as given to `Runtime.state_store`.
+        """
+
+    def restore(self, slot: int, places: Sequence[int]) -> None:
+        """Fill an empty slot: the keys and values of all places, the Mamba states of the last."""
 
 
 class Runtime(Protocol):
@@ -94,12 +121,14 @@ class Runtime(Protocol):
         limits: Limits that the engines were built for.
         vocab_size: Tokens of the vocabulary.
         mask_token_id: The token that means "not decided yet" inside a block.
+        eos_token_ids: The model's own end tokens.
         has_denoiser: False where only the context tower was built.
     """
 
     limits: Limits
     vocab_size: int
     mask_token_id: int
+    eos_token_ids: tuple[int, ...]
     has_denoiser: bool
 
     def reset(self, slot: int) -> None:
@@ -131,6 +160,14 @@ class Runtime(Protocol):
 
         Returns:
             (rows, vocab) float32 logits.
+        """
+
+    def state_store(self, size: int, tokens: int) -> StateStore:
+        """Return room for prefixes.
+
+        Args:
+            size: Bytes that it may take.
+            tokens: Tokens whose keys and values a place holds.
         """
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from twotower_contract.errors import TwoTowerError
+from twotower_engines.artifacts.tokenizer import Tokenizer
+from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
@@ -98,7 +100,10 @@ class TritonPythonModel:
         print(f"twotower: golden self-test {tested.status}: {tested.reason}", file=sys.stderr)
         tested.require()
         slots = settings.slots or self._runtime.limits.slots
-        scheduler = Scheduler(self._runtime, slots)
+        folder = engines.folder
+        tokenizer = Tokenizer(folder) if Tokenizer.exists(folder) else None
+        costs = costs_of_engines(engines)
+        scheduler = Scheduler(self._runtime, slots, tokenizer=tokenizer, costs=costs)
         self._loop = EngineLoop(scheduler, slots + settings.max_waiting, _end_process)
         # Triton itself would wait for the answers under way, which may take minutes.
         on_cut(self._loop.close)

@@ -108,13 +108,14 @@ class Preprocessor:
 
 def _value(tensors: Tensors, option: Option) -> Any:
     """Return the value of an option that was given."""
-    if option.is_list:
-        return tuple(tensors[option.name].tolist())
+    name = option.name
     if option.wire == "BYTES":
-        return _text(tensors, option.name)
-    return (
-        _number(tensors, option.name) if option.wire == "FP32" else int(_one(tensors, option.name))
-    )
+        return _texts(tensors, name) if option.is_list else _text(tensors, name)
+    if option.is_list:
+        return tuple(tensors[name].tolist())
+    if option.wire == "BOOL":
+        return bool(_one(tensors, name))
+    return _number(tensors, name) if option.wire == "FP32" else int(_one(tensors, name))
 
 
 def _one(tensors: Tensors, name: str) -> Any:
@@ -131,9 +132,12 @@ def _number(tensors: Tensors, name: str) -> float:
 
 
 def _text(tensors: Tensors, name: str) -> str:
-    content = bytes(_one(tensors, name))
+    return _texts(tensors, name)[0]
+
+
+def _texts(tensors: Tensors, name: str) -> tuple[str, ...]:
     try:
-        return content.decode("utf-8")
+        return tuple(bytes(content).decode("utf-8") for content in tensors[name].reshape(-1))
     except UnicodeDecodeError as problem:
         raise RequestError(
             f"{name} is not valid UTF-8 at byte {problem.start}; send it as UTF-8"

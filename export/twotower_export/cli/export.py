@@ -34,6 +34,7 @@ Examples:
   twotower inspect bundle --checkpoint /models/moved-here
   twotower inspect bundle --full
   twotower inspect engines --json
+  twotower inspect engines --traffic
 """
 
 
@@ -195,8 +196,14 @@ def _refuse_options_of_bundles(target: str, towers: str | None, full: bool) -> N
     help="Read every byte of the checkpoint, and compare it with the sha256 that were recorded: of "
     "a bundle by its export, of a CHECKPOINT by the Hugging Face cache.",
 )
+@click.option(
+    "--traffic",
+    is_flag=True,
+    help="Print the bytes that the kernels of ENGINES move in a call, by kind of layer, beside the "
+    "least that the call must move.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> None:
+def inspect(source: str, checkpoint: Path | None, full: bool, traffic: bool, as_json: bool) -> None:
     """Say what a checkpoint, bundle or engine set holds, weighs, and which GPUs could hold it.
 
     Nothing is downloaded: a hub id is looked up in the local cache. Exits with 1 where a file of a
@@ -205,6 +212,9 @@ def inspect(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> 
     from twotower_export.inspection import inspect_source
     from twotower_export.inspection_text import report
 
+    if traffic:
+        _print_traffic(source, checkpoint is not None or full, as_json)
+        return
     meter = StepMeter()
     found: dict[str, Any] = inspect_source(source, checkpoint, progress=meter, full=full)
     meter.finish()
@@ -213,3 +223,12 @@ def inspect(source: str, checkpoint: Path | None, full: bool, as_json: bool) -> 
     click.echo(json.dumps(found) if as_json else report(found))
     if found.get("problems"):
         raise InspectionError(f"{source}: {listed(found['problems'])}")
+
+
+def _print_traffic(source: str, has_others: bool, as_json: bool) -> None:
+    from twotower_export.engine_traffic import engines_traffic, traffic_text
+
+    if has_others:
+        raise TwoTowerError("--traffic is about ENGINES: leave out --checkpoint and --full")
+    found = engines_traffic(Path(source).expanduser())
+    click.echo(json.dumps(found) if as_json else traffic_text(found))

@@ -1,40 +1,58 @@
 """A checkpoint's tensors by name, mapped, and PyTorch modules filled with them.
 
+Quantized matrices are decoded when they are asked for, by PyTorch's own types and operators.
+
 Mapped means that a tensor's bytes are read when arithmetic touches them, and not before: of a layer
 of experts, those that no token is routed to stay on the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
+import torch
 from torch import Tensor, nn
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.errors import CheckpointError
 from twotower_contract.index import SINGLE_FILE, read_index
 from twotower_contract.layout import Tower, base_name
+from twotower_contract.quantized import E2M1, INT4_OFFSET, PACKED, scale_names
 from twotower_contract.shards import read_header
 from twotower_export.reference.towers import ContextTower, Denoiser, on_meta
+
+DTYPES: Final = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
+"""Stored dtypes as safetensors spells them."""
 
 OpenShards = dict[str, Any]
 """Opened safetensors files by name; closed when they are let go."""
 
 
 class NamedTensors:
-    """A checkpoint's tensors by name, mapped; the base checkpoint's under the context tower's."""
+    """A checkpoint's tensors by name, mapped; the base checkpoint's under the context tower's.
 
-    def __init__(self, checkpoint: Path) -> None:
-        self._checkpoint = checkpoint
+    Args:
+        checkpoint: Its folder.
+        decoded: Dtype of the matrices that are stored quantized.
+    """
+
+    def __init__(self, checkpoint: Path, decoded: torch.dtype = torch.float32) -> None:
+        self._checkpoint, self._decoded = checkpoint, decoded
         index = read_index(checkpoint)
         if index is None:
             index = dict.fromkeys(read_header(checkpoint / SINGLE_FILE)[0], SINGLE_FILE)
         self._files = index
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as it is stored.
+        """Return a tensor as it is stored, or decoded where it is quantized.
 
         Raises:
             CheckpointError: The checkpoint has no tensor of this name.
@@ -42,7 +60,9 @@ class NamedTensors:
         return self.read_all([name])[name]
 
     def read_all(self, names: Iterable[str], opened: OpenShards | None = None) -> dict[str, Tensor]:
-        """Tensors as they are stored. Their files stay mapped while the tensors live.
+        """Tensors as they are stored, or decoded where they are quantized.
+
+        Files stay mapped while what is stored in them lives.
 
         Args:
             names: The tensors' names.
@@ -53,21 +73,45 @@ class NamedTensors:
         Raises:
             CheckpointError: The checkpoint has no tensor of one of these names.
         """
-        from safetensors import safe_open
-
         shards: OpenShards = {} if opened is None else opened
         found: dict[str, Tensor] = {}
         for name in names:
-            stored = name if name in self._files else base_name(name)
-            if stored not in self._files:
+            for stored in (name, name + PACKED, base_name(name), base_name(name) + PACKED):
+                if stored in self._files:
+                    break
+            else:
                 raise CheckpointError(
                     f"{self._checkpoint}: has no tensor {name}; restore its index"
                 )
-            file = self._files[stored]
-            if file not in shards:
-                shards[file] = safe_open(self._checkpoint / file, framework="pt")
-            found[name] = cast(Tensor, shards[file].get_tensor(stored))
+            tensor = self._stored(stored, shards)
+            dtype = next(key for key, one in DTYPES.items() if one == tensor.dtype)
+            scales = [self._stored(one, shards) for one in scale_names(stored, dtype)]
+            found[name] = _weights(tensor, scales).to(self._decoded) if scales else tensor
         return found
+
+    def _stored(self, name: str, shards: OpenShards) -> Tensor:
+        from safetensors import safe_open
+
+        file = self._files[name]
+        if file not in shards:
+            shards[file] = safe_open(self._checkpoint / file, framework="pt")
+        return cast(Tensor, shards[file].get_tensor(name))
+
+
+def _weights(codes: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    """Return the weights of a quantized matrix, [out, in], in float32."""
+    first = scales[0].float()
+    if codes.dtype == torch.float8_e4m3fn:
+        return codes.float() * first
+    if codes.dtype == torch.uint8:  # two of E2M1 in a byte
+        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).long()
+        values = torch.tensor(E2M1)[nibbles & 7] * (1 - 2 * (nibbles >> 3))
+        first = first * scales[1]
+    else:
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        nibbles = ((codes[..., None] >> shifts) & 15).flatten(-2)
+        values = (nibbles - INT4_OFFSET).float()
+    return values * first.repeat_interleave(values.shape[-1] // first.shape[-1], dim=-1)
 
 
 def load_module(

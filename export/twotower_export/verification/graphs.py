@@ -6,7 +6,7 @@ with weights that are read where the manifest says they lie.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,8 @@ from twotower_contract.layout import Tower
 from twotower_contract.machine import read_at
 from twotower_contract.manifest import Manifest
 from twotower_contract.onnxruntime import import_onnxruntime
+from twotower_contract.quantized import decode, scale_names
+from twotower_export.verification.calls import QUERIES
 
 Array = npt.NDArray[Any]
 Part = Literal["embeddings", "head"] | int
@@ -31,6 +33,9 @@ HIDDEN: Final = "hidden"
 
 FLOAT: Final = onnx.TensorProto.FLOAT
 BFLOAT16: Final = onnx.TensorProto.BFLOAT16
+FLOAT8: Final = onnx.TensorProto.FLOAT8E4M3FN
+
+_STORED: Final = {"BF16": "<u2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
 
 _PIECE: Final = 1 << 22
 """Elements that are read at a time."""
@@ -56,7 +61,9 @@ def whole_graph(model: onnx.ModelProto, tower: Tower, layers: Sequence[int]) -> 
     marked.CopyFrom(model)
     for name in hidden_names(tower, layers):
         marked.graph.output.append(_value(name, FLOAT))
-    return GraphPart(marked, {output.name: output.name for output in marked.graph.output})
+    return GraphPart(
+        marked, {name: name for name in _compared(output.name for output in marked.graph.output)}
+    )
 
 
 def graph_part(model: onnx.ModelProto, tower: Tower, part: Part, dtype: int = FLOAT) -> GraphPart:
@@ -81,7 +88,8 @@ def graph_part(model: onnx.ModelProto, tower: Tower, part: Part, dtype: int = FL
     if part == "head":
         outputs = [output.name for output in model.graph.output if ".layers." not in output.name]
         return _cut(model, {name: name for name in outputs}, layer.output[0], dtype)
-    return _cut(model, {name: name for name in layer.output}, layer.input[0], dtype)
+    outputs = _compared(layer.output)
+    return _cut(model, {name: name for name in outputs}, layer.input[0], dtype)
 
 
 def hidden_names(tower: Tower, layers: Sequence[int]) -> list[str]:
@@ -92,6 +100,11 @@ def hidden_names(tower: Tower, layers: Sequence[int]) -> list[str]:
 def embeddings_name(tower: Tower) -> str:
     """Return the name that reports give the output of the embeddings."""
     return f"{tower}.embeddings"
+
+
+def _compared(outputs: Iterable[str]) -> list[str]:
+    """Return the outputs that mean something to whoever runs a graph."""
+    return [name for name in outputs if not name.endswith(QUERIES)]
 
 
 def _value(name: str, dtype: int) -> onnx.ValueInfoProto:
@@ -157,11 +170,15 @@ class ManifestWeights:
     def __init__(self, manifest: Manifest, checkpoint: Path, tower: Tower) -> None:
         self._manifest, self._checkpoint = manifest, checkpoint
         self.inputs = manifest.weights[tower]
+        self.scales = {f"{n}_scale": one for n, one in self.inputs.items() if one.format == "fp8"}
 
     def float32(self, name: str) -> Array:
         """Return a weight input in float32, in the shape of the graph's input."""
         made = np.empty(self.inputs[name].shape, np.float32)
         for target, source in self._sources(name, made):
+            if self.inputs[name].format is not None:
+                target[...] = self._decoded(source).reshape(-1)
+                continue
             for piece, values in self._pieces(source, target):
                 if values.itemsize == 2:  # bfloat16 is the upper half of a float32
                     np.left_shift(values, 16, out=piece.view(np.uint32), dtype=np.uint32)
@@ -170,13 +187,18 @@ class ManifestWeights:
         return made
 
     def bfloat16(self, name: str) -> Array:
-        """Return a weight input stored in bfloat16 as uint16, in the graph input's shape.
+        """Return a weight input in bfloat16 as uint16, in the graph input's shape.
+
+        Quantized matrices are decoded and rounded to it, ties to even.
 
         Raises:
             BundleError: It is stored in float32.
         """
         made = np.empty(self.inputs[name].shape, np.uint16)
         for target, source in self._sources(name, made):
+            if self.inputs[name].format is not None:
+                target[...] = _bfloat16(self._decoded(source).reshape(-1))
+                continue
             for piece, values in self._pieces(source, target):
                 if values.itemsize != 2:
                     raise BundleError(
@@ -185,17 +207,45 @@ class ManifestWeights:
                 piece[...] = values
         return made
 
+    def fp8_codes(self, name: str) -> Array:
+        """Return the codes of FP8 matrices as uint8, in the graph input's shape [.., in, out]."""
+        codes = [self._whole(source).T for source in self.inputs[name].sources]
+        return np.stack(codes) if self.inputs[name].how == "stack" else np.asarray(codes[0])
+
+    def fp8_scales(self, name: str) -> Array:
+        """Return the scales of FP8 matrices in float32, one for each."""
+        weight = self.scales[name]
+        scales = [self._whole(f"{source}_scale") for source in weight.sources]
+        return np.stack(scales) if weight.how == "stack" else scales[0]
+
     def _sources(self, name: str, made: Array) -> Iterator[tuple[Array, str]]:
         """Each tensor that a weight input is made of, and where it goes."""
         sources = self.inputs[name].sources
         return zip(made.reshape(len(sources), -1), sources, strict=True)
+
+    def _decoded(self, source: str) -> Array:
+        """Return the weights of a quantized matrix in float32."""
+        dtype = self._manifest.tensors[source].dtype
+        codes, *scales = (self._whole(name) for name in (source, *scale_names(source, dtype)))
+        try:
+            return np.asarray(decode(np, dtype, codes, scales))
+        except ValueError as problem:
+            raise CheckpointError(f"{self._checkpoint}: {source}: {problem}") from problem
+
+    def _whole(self, name: str) -> Array:
+        """Return a tensor as it is stored."""
+        entry = self._manifest.tensors[name]
+        made = np.empty(entry.shape, _STORED[entry.dtype])
+        for piece, values in self._pieces(name, made.reshape(-1)):
+            piece[...] = values
+        return made
 
     def _pieces(self, source: str, target: Array) -> Iterator[tuple[Array, Array]]:
         """Return the pieces of a tensor's place, and the elements as they are stored."""
         entry = self._manifest.tensors[source]
         shard = self._manifest.shards[entry.shard]
         path = self._checkpoint / shard.file
-        stored = np.dtype("<u2") if entry.dtype == "BF16" else np.dtype("<f4")
+        stored = np.dtype(_STORED[entry.dtype])
         count = (entry.end - entry.begin) // stored.itemsize
         if count != target.size:
             raise BundleError(
@@ -211,6 +261,12 @@ class ManifestWeights:
                 if len(content) != size:
                     raise CheckpointError(f"{path}: ends inside {source}; restore the file")
                 yield piece, np.frombuffer(content, stored)
+
+
+def _bfloat16(values: Array) -> Array:
+    """Return the bits of finite float32 numbers rounded to bfloat16, ties to even."""
+    bits = values.view(np.uint32)
+    return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, np.uint16)
 
 
 @dataclass
@@ -246,9 +302,19 @@ class GraphSide:
             self._session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         of = onnxruntime.OrtValue
         for given in self._session.get_inputs():
-            if given.name not in self.weights.inputs:
+            if given.name in self.weights.scales:
+                array = self.weights.fp8_scales(given.name)
+                if given.type == "tensor(bfloat16)":
+                    array = _bfloat16(array)
+                    value = of.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+                else:
+                    value = of.ortvalue_from_numpy(array)
+            elif given.name not in self.weights.inputs:
                 continue
-            if given.type == "tensor(bfloat16)":
+            elif given.type == "tensor(float8e4m3fn)":
+                array = np.ascontiguousarray(self.weights.fp8_codes(given.name))
+                value = of.ortvalue_from_numpy_with_onnx_type(array, FLOAT8)
+            elif given.type == "tensor(bfloat16)":
                 array = self.weights.bfloat16(given.name)
                 value = of.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
             else:

@@ -97,8 +97,10 @@ def by_part(
     def make(part: Part) -> Pair:
         cut = graph_part(model, tower, part, FLOAT if precision == "float32" else BFLOAT16)
         if kind == "native":
-            cut = emulated(cut, target.manifest.weights[tower])
-        tensors, dtype = NamedTensors(checkpoint.path), DTYPES[precision]
+            weights = ManifestWeights(target.manifest, checkpoint.path, tower)
+            cut = emulated(cut, weights.inputs.keys() | weights.scales.keys())
+        dtype = DTYPES[precision]
+        tensors = NamedTensors(checkpoint.path, dtype)
         reference = TowerPartSide("torch", config, tower, tensors, part, dtype)
         graph = _graph_side(target, checkpoint, tower, cut)
         own = [part] if isinstance(part, int) else []

@@ -1,14 +1,15 @@
 """Whether the graph in the checkpoint's dtype is the float32 graph with casts added.
 
 The same operators in the same order, with the same attributes, constants and inputs, function by
-function; every cast of the float32 graph; beyond these only casts to float32 and bfloat16. Where
-values are rounded is left to running it.
+function; every cast of the float32 graph; beyond these only casts to float32 and bfloat16, and the
+decoding of quantized inputs. Where values are rounded is left to running it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy.typing as npt
@@ -90,6 +91,7 @@ class _Body:
 
 def differences(native: onnx.ModelProto, float32: onnx.ModelProto) -> list[str]:
     """Return where the native graph is not the float32 one, the first place of each function."""
+    native = undecoded(native)
     found = _interface(native.graph, float32.graph)
     found += _nodes(
         "main graph",
@@ -108,6 +110,45 @@ def differences(native: onnx.ModelProto, float32: onnx.ModelProto) -> list[str]:
     for name in theirs.keys() & ours:
         found += _function(ours[name], theirs[name])
     return found
+
+
+def undecoded(native: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph whose FP8 matrices are inputs as they were before they were quantized.
+
+    Each goes with its scale into a DequantizeLinear and a Transpose to [out, in]; what departs from
+    that stays, and is found as a difference.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(native)
+    graph = made.graph
+    inputs = {given.name: given for given in graph.input}
+    renamed: dict[str, str] = {}
+    removed = []
+    for node, then in pairwise(graph.node):
+        name = node.input[0] if node.input else ""
+        rank = len(inputs[name].type.tensor_type.shape.dim) if name in inputs else 0
+        last = [*range(rank - 2), rank - 1, rank - 2]
+        if (
+            node.op_type == "DequantizeLinear"
+            and list(node.input) == [name, f"{name}_scale"]
+            and [(one.name, one.i) for one in node.attribute] == [("axis", 0)]
+            and (then.op_type, list(then.input)) == ("Transpose", list(node.output))
+            and list(then.attribute[0].ints) == last
+        ):
+            given = inputs[name].type.tensor_type
+            given.elem_type = inputs[f"{name}_scale"].type.tensor_type.elem_type
+            sizes = [given.shape.dim[place].dim_value for place in last]
+            for dim, size in zip(given.shape.dim, sizes, strict=True):
+                dim.dim_value = size
+            graph.input.remove(inputs[f"{name}_scale"])
+            renamed[then.output[0]] = name
+            removed += [node, then]
+    for node in removed:
+        graph.node.remove(node)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
+    return made
 
 
 def _function(ours: onnx.FunctionProto, theirs: onnx.FunctionProto) -> list[str]:

@@ -37,6 +37,7 @@ from twotower_export.verification.calls import (
 from twotower_export.verification.comparison import Comparison, compare
 from twotower_export.verification.graphs import HIDDEN, Part
 from twotower_export.verification.pairs import Planned, by_part, whole
+from twotower_export.verification.structure import undecoded
 from twotower_export.verification.target import Target, native_problems, structure_problems
 from twotower_export.verification.wiring import wiring_problems
 
@@ -182,7 +183,7 @@ def _plan(
     if tower in target.native:
         native = onnx.load(str(target.native[tower]))
         where = f"{tower} graph in {checkpoint.config.dtype}"
-        wrong = wiring_problems(native, tower, checkpoint.config)
+        wrong = wiring_problems(undecoded(native), tower, checkpoint.config)
         problems += [f"{where}: {p}" for p in native_problems(target, tower, native, model)]
         problems += [f"{where}: {problem}" for problem in wrong]
         if not wrong:

@@ -31,7 +31,7 @@ from twotower_engines.building import build as build_module
 from twotower_engines.building import code_digest as code_digest_module
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.build_cache import EngineCache, digest_of
-from twotower_engines.building.flavours.flavour import Needs, layers_file
+from twotower_engines.building.flavours.flavour import Needs, layers_file, traffic_file
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
 
@@ -89,6 +89,7 @@ class CountingFlavour:
             self.built.append(tower)
             shutil.copyfile(order.graph, order.engine)
             layers_file(order.engine).write_text('{"Layers": []}')
+            traffic_file(order.engine).write_text('{"profiles": []}')
         return {tower: {"engine": self.engine} for tower in orders}
 
     def needs(self, target):
@@ -189,11 +190,14 @@ def test_other_profiles_build_plans_anew(bundle, tmp_path, counting):
     assert counting.built == BOTH + BOTH, "the first plans were still in the cache"
 
 
-def test_layers_of_an_opened_plan_come_along(bundle, tmp_path, counting):
+def test_layers_and_kernels_of_a_plan_come_along(bundle, tmp_path, counting):
     for folder in ("engines", "from-the-cache"):
         made, _ = build_engines(bundle, tmp_path / folder, OPTIONS)
         for tower in BOTH:
             assert layers_file(made.engine_path(tower)).read_text() == '{"Layers": []}'
+            listing = made.build.traffic[tower]
+            assert listing.file == f"{tower}.traffic.json"
+            assert listing.sha256 == file_sha256(made.folder / listing.file)
     assert counting.built == BOTH
 
 

@@ -11,17 +11,26 @@ import json
 import platform
 from dataclasses import replace
 
+import onnx
 import pytest
 
 from tests.support.engine_bundles import write_bundle_of
 from twotower_contract.engine_set import Limits
 from twotower_contract.manifest import read_manifest
+from twotower_contract.traffic import traffic_of
 from twotower_engines.building import build as build_module
 from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
 from twotower_engines.building.flavours import tensorrt as module
+from twotower_engines.building.flavours.compiled import signature_of
 from twotower_engines.building.flavours.flavour import Needs, Order, Target
-from twotower_engines.building.flavours.jobs import engine_recipe
-from twotower_engines.building.flavours.library_build import RefusedError, _configure, _opened
+from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
+from twotower_engines.building.flavours.library_build import (
+    RefusedError,
+    _configure,
+    _described,
+    _inspected,
+    _open,
+)
 from twotower_engines.building.flavours.profiles import narrow_profiles, wide_profiles
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
 from twotower_engines.errors import BuildError
@@ -57,8 +66,8 @@ def machine(monkeypatch, arch):
     monkeypatch.setattr(platform, "machine", lambda: arch)
 
 
-def target(name, limits=LIMITS):
-    return Target(find_sku(name), limits, "bf16")
+def target(name, limits=LIMITS, is_shared=False):
+    return Target(find_sku(name), limits, "bf16", is_shared)
 
 
 @pytest.mark.parametrize("sku", [one for one in known_skus() if one != "cpu"])
@@ -83,7 +92,12 @@ def test_the_refusal_comes_before_anything_is_written(bundle, tmp_path, present)
 def test_gpus_of_one_compute_capability_build_for_each_other(present, here):
     present(here)
     for sku in SHARED_9_0:
-        TensorRtFlavour().check(target(sku))
+        TensorRtFlavour().check(target(sku, is_shared=True))
+        if sku == here:
+            TensorRtFlavour().check(target(sku))
+            continue
+        with pytest.raises(BuildError, match=f"with {find_sku(sku).title} and.* --same-capability"):
+            TensorRtFlavour().check(target(sku))
 
 
 @pytest.mark.parametrize("sku", ARM)
@@ -108,7 +122,7 @@ def test_the_same_gpu_on_another_cpu_is_another_plan(present, monkeypatch):
     present("h200", "aarch64")
     arm = TensorRtFlavour().recipe("denoiser", replace_arch(target("h200"), "aarch64"))
     assert FLAVOURS["tensorrt-rtx"].needs(target("l40s")) == Needs("aarch64")
-    assert (arm["machine"], x86["built_for"]) == ("aarch64", "9.0")
+    assert (arm["machine"], x86["built_for"]) == ("aarch64", "h200")
 
 
 def replace_arch(wanted, arch):
@@ -137,7 +151,7 @@ def test_a_sku_file_is_compared_with_what_the_driver_reports(monkeypatch):
 def test_an_unknown_card_builds_for_its_relatives(monkeypatch):
     machine(monkeypatch, "x86_64")
     monkeypatch.setattr(module, "local_gpu", lambda: LocalGpu("H200 NVL", 140 * GIB, "9.0"))
-    TensorRtFlavour().check(target("h200"))
+    TensorRtFlavour().check(target("h200", is_shared=True))
 
 
 @pytest.mark.parametrize(("here", "sku"), [("h100-sxm", "b200"), ("a10", "l4"), ("b300", "b200")])
@@ -149,19 +163,18 @@ def test_another_gpu_is_refused_by_name(present, here, sku):
 
 
 def test_one_plan_serves_the_gpus_of_a_compute_capability():
-    recipes = [TensorRtFlavour().recipe("denoiser", target(sku)) for sku in SHARED_9_0]
+    recipes = [
+        TensorRtFlavour().recipe("denoiser", target(sku, is_shared=True)) for sku in SHARED_9_0
+    ]
     assert all(recipe == recipes[0] for recipe in recipes)
     assert recipes[0]["hardware"] == "SAME_COMPUTE_CAPABILITY"
     assert recipes[0]["built_for"] == "9.0"
 
 
-def test_a_gpu_without_relatives_gets_a_plan_of_its_own():
-    recipe = TensorRtFlavour().recipe("denoiser", target("a10"))
-    assert recipe["hardware"] is None
-    assert recipe["built_for"] == "a10"
-    # an H100 is of the same compute capability, but has another CPU beside it
-    assert TensorRtFlavour().recipe("denoiser", target("gh200"))["built_for"] == "gh200"
-    assert TensorRtFlavour().recipe("denoiser", target("b200"))["hardware"] is None
+@pytest.mark.parametrize("sku", ["a10", "gh200", "b200", "h200"])
+def test_a_gpu_gets_a_plan_of_its_own_unless_told_otherwise(sku):
+    recipe = TensorRtFlavour().recipe("denoiser", target(sku))
+    assert (recipe["hardware"], recipe["built_for"]) == (None, sku)
 
 
 def test_the_kernels_are_part_of_the_recipe(monkeypatch):
@@ -196,10 +209,15 @@ def test_without_kernels_more_memory_is_planned(bundle, tmp_path, monkeypatch, p
     assert plans == [True, False]
 
 
-def test_the_memory_plan_limits_the_workspace():
-    planned = replace(target("h200"), workspace={"context": 3 << 30, "denoiser": 1 << 30})
-    assert TensorRtFlavour().recipe("context", planned)["workspace"] == 3 << 30
-    assert TensorRtFlavour().recipe("denoiser", planned)["workspace"] == 1 << 30
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_the_builder_may_take_what_the_device_has(flavour):
+    """A region of the compiler needs all its intermediates at once, or the build is refused."""
+    for tower in ("context", "denoiser"):
+        recipe = FLAVOURS[flavour].recipe(tower, target("rtx-pro-6000"))
+        job = {**recipe, "flags": {}, "compute_capabilities": []}
+        config = RecordingConfig()
+        _configure(RecordingApi, config, job)
+        assert config.told == []
 
 
 def test_no_tensorrt(monkeypatch):
@@ -209,14 +227,14 @@ def test_no_tensorrt(monkeypatch):
 
 
 @pytest.mark.parametrize(("version", "fits"), [
-    ("10.12.0.36", False), ("10.13.0.35", True), ("11.4.0.106", True), ("12.0.0", False),
+    ("10.14.1.48", False), ("10.15.1.29", True), ("11.4.0.106", True), ("12.0.0", False),
 ])  # fmt: skip
 def test_which_versions_of_tensorrt_fit(monkeypatch, version, fits):
     monkeypatch.setattr(module, "installed", lambda packages: version)
     if fits:
         assert TensorRtFlavour().versions()["tensorrt"] == version
     else:
-        with pytest.raises(BuildError, match=r"10\.13 to 11\.x is needed"):
+        with pytest.raises(BuildError, match=r"10\.15 to 11\.x is needed"):
             TensorRtFlavour().versions()
 
 
@@ -231,14 +249,14 @@ def test_every_call_has_a_profile(slots):
         for batch in range(1, slots + 1):
             for tokens in (1, 16, 64, 256):
                 assert any(
-                    takes(one, batch=batch, tokens=tokens, context=4096)
+                    takes(one, batch=batch, tokens=tokens, context=4096 + 256)
                     for one in make("context", limits)
                 )
             for block in (1, 16, 64):
                 found = [
                     one
                     for one in make("denoiser", limits)
-                    if takes(one, batch=batch, block=block, context=4096)
+                    if takes(one, batch=batch, block=block, context=4096 + 256)
                 ]
                 assert len(found) == 1
 
@@ -267,9 +285,6 @@ class RecordingApi:
     class ProfilingVerbosity:
         DETAILED = "detailed"
 
-    class MemoryPoolType:
-        WORKSPACE = "workspace"
-
     class HardwareCompatibilityLevel:
         SAME_COMPUTE_CAPABILITY = "same"
 
@@ -292,7 +307,7 @@ class RecordingConfig:
         self.told.append(f"no {flag}")
 
     def set_memory_pool_limit(self, pool, size):
-        self.told.append((pool, size))
+        self.told.append((pool, size))  # nobody should
 
     def set_compute_capability(self, capability, index):
         self.told.append((capability, index))
@@ -314,7 +329,6 @@ def configured(**job):
 def test_what_the_builder_is_told(tmp_path):
     assert configured(flags={"REFIT": True, "TF32": False}).told == ["refit", "no tf32"]
     assert configured().profiling_verbosity == "detailed"
-    assert configured(workspace=1 << 20).told == [("workspace", 1 << 20)]
     assert configured(hardware=None).hardware_compatibility_level is None
     level = configured(hardware="SAME_COMPUTE_CAPABILITY").hardware_compatibility_level
     assert level == "same"
@@ -366,26 +380,75 @@ def test_both_towers_share_the_timing_cache_of_this_gpu(bundle, tmp_path, monkey
 
 
 class InspectingApi:
-    """Stands in for a TensorRT that can open plans; the real one needs a GPU for it."""
+    """Stands in for a TensorRT that can open plans; the real one needs a GPU for it.
+
+    Its inspector says sizes and types only where it has a context with shapes, as NVIDIA's does.
+    """
 
     class LayerInformationFormat:
         JSON = "json"
+
+    class ExecutionContextAllocationStrategy:
+        USER_MANAGED = "user managed"
 
     class Runtime:
         def __init__(self, log):
             pass
 
         def deserialize_cuda_engine(self, plan):
-            return self if plan else None
+            return InspectedEngine() if plan else None
 
-        def create_engine_inspector(self):
-            return self
 
-        device_memory_size_v2 = 12345
+class InspectedEngine:
+    device_memory_size_v2 = 12345
 
-        def get_engine_information(self, form):
-            layers = [{"LayerType": "gemm"}, {"LayerType": "kgen"}, {"LayerType": "gemm"}]
-            return json.dumps({"Layers": layers, "Bindings": []})
+    def create_engine_inspector(self):
+        return Inspector()
+
+    def create_execution_context(self, strategy):
+        assert strategy == "user managed", "a context that only describes gets no memory"
+        return InspectedContext()
+
+    def get_device_memory_size_for_profile_v2(self, profile):
+        return (1000, 12345)[profile]
+
+
+class InspectedContext:
+    def __init__(self):
+        self.profile, self.shapes = 0, {}
+
+    def set_optimization_profile_async(self, profile, stream):
+        self.profile = profile
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+
+
+class Inspector:
+    execution_context = None
+
+    def get_engine_information(self, form):
+        context = self.execution_context
+        rows, tokens = (-1, -1) if context is None else context.shapes["ids"]
+        kind = "N/A due to dynamic shapes" if context is None else "Row major linear BFloat16"
+
+        def tensor(name, *dims):
+            return {"Name": name, "Dimensions": list(dims), "Format/Datatype": kind}
+
+        def layer(kind, reads, writes, metadata=""):
+            values = {"Name": kind, "LayerType": kind, "Metadata": metadata}
+            return values | {"Inputs": reads, "Outputs": writes}
+
+        weight = tensor("context_tower.layers.0.mixer.in_proj.weight", 10304, 2688)
+        hidden, projected = (tensor(n, rows * tokens, s) for n, s in (("h", 2688), ("p", 10304)))
+        of = "[ONNX Layer: in_proj.gemm | context.layers.0 (ContextMambaLayer)]"
+        layers = [
+            layer("gemm", [weight, hidden], [projected], of),
+            layer("kgen", [projected], [hidden]),
+            layer("gemm", [hidden], [projected]),
+            layer("signal", [], []),
+        ]
+        return json.dumps({"Layers": layers, "Bindings": []})
 
 
 class Log:
@@ -395,16 +458,41 @@ class Log:
 
 def test_what_an_opened_engine_tells(tmp_path):
     path = tmp_path / "context.layers.json"
-    found = _opened(InspectingApi, Log(), b"plan", path)
-    assert found == {"layers": 3, "types": {"gemm": 2, "kgen": 1}, "device_memory": 12345}
-    assert len(json.loads(path.read_text())["Layers"]) == 3
+    found = _described(InspectingApi, _open(InspectingApi, Log(), b"plan"), path)
+    types = {"gemm": 2, "kgen": 1, "signal": 1}
+    assert found == {"layers": 4, "types": types, "device_memory": 12345}
+    assert len(json.loads(path.read_text())["Layers"]) == 4
     with pytest.raises(RefusedError, match="cannot be opened: no driver"):
-        _opened(InspectingApi, Log(), b"", path)
+        _open(InspectingApi, Log(), b"")
 
 
-def test_a_recipe_clears_tf32_and_names_the_cpu():
+def test_the_kernels_of_each_profile_of_an_opened_engine(bundle, tmp_path):
+    """Simulated: no TensorRT engine was opened on a GPU yet."""
+    graph = bundle / read_manifest(bundle).graph("native", "context").file
+    profiles = narrow_profiles("context", LIMITS)[1:]
+    job = engine_job(Order(graph, tmp_path / "context.plan", engine_recipe(profiles)))
+    signature = signature_of(onnx.load(graph))
+    listings = _inspected(InspectingApi, InspectedEngine(), job, signature)
+    assert [(one.profile, one.scratch) for one in listings] == [("block", 1000), ("chunk", 12345)]
+    assert [one.usual["tokens"] for one in listings] == [16, 256]
+    for listing, tokens in zip(listings, (4 * 16, 256), strict=True):
+        traffic = traffic_of(listing)
+        assert not listing.unsized
+        assert {kind: one.kernels for kind, one in traffic.by_kind("M").items()} == {
+            "M": 1,
+            "ends": 2,
+        }
+        narrow, wide = 2 * tokens * 2688, 2 * tokens * 10304
+        weight = 2 * 2688 * 10304
+        assert (traffic.moved.read, traffic.moved.written) == (
+            weight + 2 * narrow + wide,
+            narrow + 2 * wide,
+        )
+
+
+def test_a_recipe_keeps_float32_and_nan_and_names_the_cpu():
     recipe = engine_recipe(wide_profiles("context", LIMITS))
-    assert recipe["flags"] == {"TF32": False}
+    assert recipe["flags"] == {"TF32": False, "STRICT_NANS": True}
     assert (recipe["verbosity"], recipe["machine"]) == ("DETAILED", platform.machine())
 
 

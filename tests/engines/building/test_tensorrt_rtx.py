@@ -27,6 +27,7 @@ from tests.support.engine_bundles import (
     write_bundle_of,
     write_full_size_bundle,
 )
+from twotower_contract.digests import file_state
 from twotower_contract.engine_set import Limits, open_engine_set
 from twotower_contract.manifest import read_manifest
 from twotower_engines.building.build import BuildOptions, build_engines
@@ -113,6 +114,9 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
         assert report["parsed"]["layers"] > 100
         assert report["engine"] is None, "a plan is opened on its GPU only"
         assert "TF32" not in report["flags"]
+        assert "STRICT_NANS" in report["flags"]
+        listing = made.build.traffic[tower]
+        assert file_state(made.folder / listing.file, listing.sha256) == "ok"
     assert record.extra["reports"]["denoiser"]["parsed"]["outputs"]["new_ids"] == [
         "INT32",
         [-1, -1],

@@ -61,6 +61,7 @@ def drawn_request(draw, name, vocabulary):
         threshold=bound.get(policy, min(1.0, draw.uniform(0.02, 1.1))),
         policy=policy,
         eos_ids=tuple(draw.sample(range(vocabulary), draw.choice([0, 0, 12]))),
+        ignore_eos=draw.choice([True, False]),
     )
 
 
@@ -71,7 +72,8 @@ def test_the_drawn_models_have_every_mix_of_layers():
 
 
 def reference_answer(reference, model, request, **more):
-    return reference.generate_mask_diffusion(
+    eos_ids = request.eos_ids if request.ignore_eos else (*request.eos_ids, reference.END_ID)
+    answer = reference.generate_mask_diffusion(
         model,
         list(request.prompt_ids),
         request.max_new_tokens,
@@ -80,9 +82,10 @@ def reference_answer(reference, model, request, **more):
         request.threshold,
         request.temperature,
         request.policy,
-        request.eos_ids,
+        eos_ids,
         **more,
     )
+    return reference.cut_at_end(answer, len(request.prompt_ids), eos_ids)
 
 
 @pytest.fixture(scope="module", params=range(MODELS))
@@ -104,6 +107,7 @@ def test_mask_diffusion_is_token_exact(model, reference):
         expected = reference_answer(reference, model.reference, request)
         found = model.generator.generate(request)
         assert found.output_ids == tuple(expected.output_ids), request
+        assert found.finish_reason == expected.finish_reason
         assert [list(counts) for counts in found.blocks] == expected.masked_counts
         assert found.denoiser_calls == expected.denoiser_calls
         blocks = len(found.blocks)
@@ -119,7 +123,7 @@ def test_autoregressive_modes_are_token_exact(model, reference, mode):
         prompt = tuple(draw.randrange(vocabulary) for _ in range(length))
         eos_ids = tuple(draw.sample(range(vocabulary), 10)) if number else ()
         request = Request(str(number), prompt, mode=mode, max_new_tokens=24, eos_ids=eos_ids)
-        expected = loop(model.reference, list(prompt), 24, eos_ids)
+        expected = loop(model.reference, list(prompt), 24, (*eos_ids, reference.END_ID))
         found = model.generator.generate(request)
         assert found.output_ids == tuple(expected.output_ids)
         assert found.finish_reason == expected.finish_reason
@@ -131,7 +135,8 @@ def whole_blocks(draw, model, **changes):
     """A random request whose last block is not trimmed."""
     request = drawn_request(draw, "p", model.engines.manifest.model.vocab_size)
     request = dataclasses.replace(request, **changes)
-    return dataclasses.replace(request, max_new_tokens=draw.randint(1, 3) * request.block_size)
+    length = draw.randint(1, 3) * request.block_size
+    return dataclasses.replace(request, max_new_tokens=length, eos_ids=(), ignore_eos=True)
 
 
 def test_no_block_takes_more_calls_than_steps_or_keeps_a_mask(model):
@@ -150,7 +155,7 @@ def test_no_block_takes_more_calls_than_steps_or_keeps_a_mask(model):
 def test_one_step_commits_a_whole_block(model):
     draw = random.Random(f"one step {model.number}")
     for _ in range(3):
-        request = whole_blocks(draw, model, steps=1, eos_ids=())
+        request = whole_blocks(draw, model, steps=1)
         found = model.generator.generate(request)
         count = request.max_new_tokens // request.block_size
         assert found.blocks == ((request.block_size,),) * count, request
@@ -161,7 +166,7 @@ def test_no_confidence_above_the_threshold_commits_the_even_share(model):
     """No probability is above 1."""
     draw = random.Random(f"even share {model.number}")
     for _ in range(3):
-        request = whole_blocks(draw, model, threshold=1.0, policy="threshold", eos_ids=())
+        request = whole_blocks(draw, model, threshold=1.0, policy="threshold")
         schedule, left = [], request.block_size
         for step in range(request.steps):
             if left:
@@ -256,14 +261,14 @@ def test_a_trimmed_answer_is_the_start_of_the_longer_one(usual):
         assert short.finish_reason == "length"
 
 
-def test_an_end_token_stops_after_its_block(usual):
+def test_an_end_token_is_the_last_of_an_answer(usual):
     whole = usual.generator.generate(Request("w", (5, 6), max_new_tokens=64)).output_ids[2:]
     place = next(i for i in range(16, 64) if whole[i] not in whole[:i])
     stopped = usual.generator.generate(
         Request("e", (5, 6), max_new_tokens=64, eos_ids=(299, whole[place]))
     )
     assert stopped.finish_reason == "eos"
-    assert stopped.output_ids[2:] == whole[: (place // 16 + 1) * 16]
+    assert stopped.output_ids[2:] == whole[: place + 1]
 
 
 def test_an_end_token_that_is_trimmed_away_does_not_count(usual):

@@ -7,33 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.scheduling import CountedRuntime, alone, drawn, finish
 from twotower_contract.engine_set import Limits
-from twotower_contract.policies import POLICIES
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.onnxruntime import OnnxRuntime
 
 POISON = 77
-
-
-class CountedRuntime:
-    """The real runtime, with its calls written down."""
-
-    def __init__(self, runtime):
-        self.runtime = runtime
-        self.calls = []
-
-    def __getattr__(self, name):
-        value = getattr(self.runtime, name)
-        if name not in ("extend", "denoise", "predict"):
-            return value
-
-        def counted(rows):
-            self.calls.append((name, [row.slot for row in rows]))
-            return value(rows)
-
-        return counted
 
 
 @pytest.fixture(scope="module")
@@ -56,42 +37,6 @@ def runtime(engines):
     runtime = OnnxRuntime(engines, threads=1)
     yield runtime
     runtime.close()
-
-
-def finish(scheduler, events=None):
-    """Turn until nothing is left; events by request."""
-    answers = events if events is not None else {}
-    turns = 0
-    while not scheduler.idle:
-        for event in scheduler.turn():
-            answers.setdefault(event.request_id, []).append(event)
-        turns += 1
-        assert turns < 5000, "the scheduler does not come to an end"
-    return answers
-
-
-def alone(runtime, request):
-    scheduler = Scheduler(runtime, slots=1)
-    scheduler.submit(request)
-    return finish(scheduler)[request.request_id]
-
-
-def drawn(draw, name):
-    mode = draw.choice(["mask_diffusion", "mask_diffusion", "mask_diffusion", "ar", "mock_ar"])
-    policy = draw.choice(list(POLICIES))
-    return Request(
-        name,
-        tuple(draw.randrange(4, 70) for _ in range(draw.randint(1, 30))),
-        mode=mode,
-        max_new_tokens=draw.randint(1, 36),
-        block_size=draw.choice([2, 8, 16]),
-        steps=draw.choice([1, 4, 16]),
-        threshold=draw.choice([0.1, 0.5, 0.9]),
-        policy=policy,
-        temperature=draw.choice([0.0, 0.0, 0.7]),
-        seed=draw.randrange(2**64),
-        eos_ids=tuple(draw.sample(range(300), draw.choice([0, 8]))),
-    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -166,6 +111,22 @@ def test_who_comes_first_is_served_first(runtime):
     while not scheduler.idle:
         order.append(sorted(event.request_id for event in scheduler.turn()))
     assert order == [["0", "1"], ["2", "3"], ["4"]]
+
+
+def test_a_full_queue_tells_when_to_try_again(runtime):
+    now = iter(range(10**6))  # a second from each look at the clock to the next
+    scheduler = Scheduler(runtime, slots=1, most_waiting=3, clock=lambda: float(next(now)))
+    for number in range(5):
+        scheduler.submit(Request(str(number), (5, 6), steps=1, max_new_tokens=16))
+    events = scheduler.turn() + scheduler.turn()
+    told = [(event.request_id, event.retry_after) for event in events]
+    assert told == [("3", 0.5), ("4", 0.5), ("0", None), ("1", None)]
+    assert events[0].error == "3 requests wait already; try again in 0.5 s"
+    for number in (5, 6, 7):
+        scheduler.submit(Request(str(number), (5, 6), steps=1, max_new_tokens=16))
+    (turned_away, _) = scheduler.turn()
+    # an end each 3 s, an eighth of which counts; three wait
+    assert (turned_away.request_id, turned_away.retry_after) == ("7", round(3 / 8 * 3 / 2, 1))
 
 
 def test_a_free_slot_is_taken_in_the_next_turn(runtime):

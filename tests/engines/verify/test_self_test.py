@@ -151,7 +151,10 @@ class Stuck(Broken):
     """The denoiser has one answer, all at once."""
 
     def denoise(self, rows):
-        return [Denoised(np.full_like(row.ids, self.token), 0) for row in rows]
+        return [
+            Denoised(np.full_like(row.ids, self.token), 0, np.ones(row.ids.size, np.float32))
+            for row in rows
+        ]
 
     token = 7
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +20,13 @@ class Target:
         sku: The GPU, or `cpu`.
         limits: The limits that the engines must accept.
         precision: Precision of the weights: `float32` or `bf16`.
-        workspace: Tower to the bytes that the memory plan leaves its engine for intermediates.
+        is_shared: Whether one engine must serve every GPU of the compute capability.
     """
 
     sku: Sku
     limits: Limits
     precision: str
-    workspace: Mapping[str, int] = field(default_factory=dict)
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,11 @@ class Order:
 def layers_file(engine: Path) -> Path:
     """Return where an engine's layers are described, in the form of TensorRT's inspector."""
     return engine.with_suffix(".layers.json")
+
+
+def traffic_file(engine: Path) -> Path:
+    """Return where an engine's kernels are listed, in the form of `twotower_contract.traffic`."""
+    return engine.with_suffix(".traffic.json")
 
 
 class Flavour(Protocol):
@@ -103,7 +108,8 @@ class Flavour(Protocol):
     ) -> dict[str, dict[str, Any]]:
         """Build engines, by tower; returns for each what build.json says of it.
 
-        Beside an engine its layers may be written, as `layers_file` names them.
+        Beside an engine its layers and its kernels may be written, as `layers_file` and
+        `traffic_file` name them.
 
         Raises:
             BuildError: The builder is missing, refuses a graph, or crashed.

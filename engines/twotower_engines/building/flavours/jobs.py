@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.flavour import Order, traffic_file
 from twotower_engines.building.flavours.process import Job
-from twotower_engines.building.flavours.profiles import Profile, Sizes
+from twotower_engines.building.flavours.profiles import FIXED, Profile, Sizes
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import Sku
 
-FLAGS = {"TF32": False}
+FLAGS = {"TF32": False, "STRICT_NANS": True}
 """Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
-to TF32's ten bits; here float32 in a graph (scan, router, scores) means float32."""
+to TF32's ten bits; here float32 in a graph (scan, router, scores) means float32. And it makes 0 of
+0 * x and of x - x, whatever x is; here NaN tells that a row has failed, and must come through."""
 
 
 def check_arch(sku: Sku, where: str) -> None:
@@ -54,17 +55,21 @@ def engine_job(order: Order) -> Job:
     """Return the job that builds an order's plan.
 
     Args:
-        order: Its recipe is that of `engine_recipe`, and may have `hardware`, `workspace` and
+        order: Its recipe is that of `engine_recipe`, and may have `hardware` and
             `compute_capabilities`; see `library_build.build_engine_file`.
 
     Raises:
         BuildError: The graph cannot be read, or has a dimension that no profile knows.
     """
-    inputs = graph_inputs(order.graph)
+    profiles = [_profile(values) for values in order.recipe["profiles"]]
+    fixed = _fixed_sizes(profiles)
+    inputs = {
+        name: [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims]
+        for name, dims in graph_inputs(order.graph).items()
+    }
     dynamic = {
         name: dims for name, dims in inputs.items() if any(isinstance(dim, str) for dim in dims)
     }
-    profiles = [_profile(values) for values in order.recipe["profiles"]]
     shapes = [
         {name: profile.shapes(dims, f"{order.graph}: {name}") for name, dims in dynamic.items()}
         for profile in profiles
@@ -73,9 +78,20 @@ def engine_job(order: Order) -> Job:
         **order.recipe,
         "graph": str(order.graph),
         "plan": str(order.engine),
+        "traffic": str(traffic_file(order.engine)),
         "inputs": inputs,
+        "sizes": fixed,
         "profiles": shapes,
+        "usual": [
+            [profile.name, {dim: one.usual for dim, one in profile.sizes.items()}]
+            for profile in profiles
+        ],
     }
+
+
+def _fixed_sizes(profiles: Sequence[Profile]) -> dict[str, int]:
+    """Return the dimensions that become numbers, because they have one size in all profiles."""
+    return {dim: profiles[0].sizes[dim].most for dim in FIXED}
 
 
 def graph_inputs(path: Path) -> dict[str, list[int | str]]:

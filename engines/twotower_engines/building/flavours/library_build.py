@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower_engines.building.flavours.branches import without_branches
+from twotower_contract.traffic import Listing, write_listings
+from twotower_engines.building.flavours.branches import set_sizes, without_branches
+from twotower_engines.building.flavours.compiled import (
+    BuilderLog,
+    Signature,
+    inspected_listing,
+    signature_of,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -36,12 +43,14 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
 
     Args:
         trt: The API's module.
-        job: `graph`, `plan` (where to write), `inputs` (name to dims), `profiles` (list of name to
-            three shapes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
+        job: `graph`, `plan` and `traffic` (where to write the engine and the listing of its
+            kernels), `inputs` (name to dims), `sizes` (of named dimensions that become numbers),
+            `profiles` (list of name to three shapes), `usual` (list of a profile's name and usual
+            sizes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
             profiling), and optionally `kernels` (the compute capability to compile our kernels
-            for), `hardware` (a hardware compatibility level), `compute_capabilities`, `workspace`
-            (bytes that a layer may take), `timing_cache` (a file), `layers` (a file: the engine is
-            opened on this machine's GPU, and its layers are described there).
+            for), `hardware` (a hardware compatibility level), `compute_capabilities`,
+            `timing_cache` (a file), `layers` (a file: the engine is opened on this machine's GPU,
+            and its layers are described there).
         report: Called from the library's threads.
 
     Returns:
@@ -51,10 +60,16 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     Raises:
         RefusedError: The library said no.
     """
+    import onnx
+
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    _parse(trt, network, log, Path(job["graph"]), job.get("kernels"))
+    model = without_branches(onnx.load(job["graph"], load_external_data=False))
+    set_sizes(model, job["sizes"])
+    signature = signature_of(model)
+    _parse(trt, network, log, model, job.get("kernels"))
+    del model
     _let_attention_decompose(trt, network)
     _check_inputs(network, job["inputs"])
     config = builder.create_builder_config()
@@ -69,12 +84,21 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     if plan is None:
         raise RefusedError(log.text() or "no engine came back, and no message")
     _write(Path(job["plan"]), plan)
+    opened = None
+    if job.get("layers"):
+        engine = _open(trt, log, plan)
+        opened = _described(trt, engine, Path(job["layers"]))
+        listings = _inspected(trt, engine, job, signature)
+    else:
+        listings = log.compiled.listings(signature, job["usual"])
+    source = "the builder's log" if opened is None else "TensorRT's inspector, on the GPU"
+    write_listings(Path(job["traffic"]), source, listings)
     flags = trt.BuilderFlag.__members__
     return {
         "parsed": _parsed(network),
         "flags": [name for name, flag in flags.items() if config.get_flag(flag)],
         "bytes": plan.nbytes,
-        "engine": _opened(trt, log, plan, Path(job["layers"])) if job.get("layers") else None,
+        "engine": opened,
     }
 
 
@@ -93,16 +117,21 @@ def _parsed(network: Any) -> dict[str, Any]:
     }
 
 
-def _opened(trt: Any, log: Any, plan: Any, layers: Path) -> dict[str, Any]:
-    """Open a finished engine on this machine's GPU; its layers are written to a file.
+def _open(trt: Any, log: Any, plan: Any) -> Any:
+    """Open a finished engine on this machine's GPU."""
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RefusedError(f"the finished engine cannot be opened: {log.text()}")
+    return engine
+
+
+def _described(trt: Any, engine: Any, layers: Path) -> dict[str, Any]:
+    """Write the layers of an opened engine to a file.
 
     Returns:
         How many layers the engine has, how many of each type, and the bytes of device memory that
         its largest profile takes.
     """
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
-    if engine is None:
-        raise RefusedError(f"the finished engine cannot be opened: {log.text()}")
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     _write(layers, text.encode())
@@ -113,6 +142,32 @@ def _opened(trt: Any, log: Any, plan: Any, layers: Path) -> dict[str, Any]:
         "types": dict(types.most_common()),
         "device_memory": int(engine.device_memory_size_v2),
     }
+
+
+def _inspected(
+    trt: Any, engine: Any, job: Mapping[str, Any], signature: Signature
+) -> list[Listing]:
+    """Return the kernels of each profile of an opened engine, at the profile's usual sizes.
+
+    The inspector knows sizes and types only where it is given a context with all shapes. Such a
+    context runs nothing, and so gets no memory.
+    """
+    listings = []
+    for index, ((name, usual), shapes) in enumerate(
+        zip(job["usual"], job["profiles"], strict=True)
+    ):
+        context = engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        context.set_optimization_profile_async(index, 0)
+        for tensor, (_, shape, _) in shapes.items():
+            context.set_input_shape(tensor, shape)
+        inspector = engine.create_engine_inspector()
+        inspector.execution_context = context
+        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        scratch = int(engine.get_device_memory_size_for_profile_v2(index))
+        listings.append(inspected_listing(text, signature, name, usual, scratch))
+    return listings
 
 
 def one_node_engine(trt: Any) -> int:
@@ -139,7 +194,7 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _log(trt: Any) -> Any:
-    """Return a logger that keeps errors, and writes all it is told into the `--log`.
+    """Return a logger that keeps errors and kernels, and writes what it is told into the `--log`.
 
     A subclass, and so only made once `trt` is there.
     """
@@ -148,10 +203,12 @@ def _log(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.compiled = BuilderLog()
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            self.compiled.take(message)
             if severity != trt.ILogger.Severity.VERBOSE or is_verbose():
                 write_log(f"TensorRT {severity.name}", message)
 
@@ -183,10 +240,7 @@ def _monitor(trt: Any, report: Report) -> Any:
     return Monitor()
 
 
-def _parse(trt: Any, network: Any, log: Any, graph: Path, kernels: str | None) -> None:
-    import onnx
-
-    model = without_branches(onnx.load(str(graph), load_external_data=False))
+def _parse(trt: Any, network: Any, log: Any, model: onnx.ModelProto, kernels: str | None) -> None:
     if kernels is not None:
         model = _with_plugins(model, kernels)
     parser = trt.OnnxParser(network, log)
@@ -241,8 +295,6 @@ def _configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
         flag = getattr(trt.BuilderFlag, name)
         (config.set_flag if is_set else config.clear_flag)(flag)
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, job["verbosity"])
-    if job.get("workspace"):
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
     if job.get("hardware"):
         level = getattr(trt.HardwareCompatibilityLevel, job["hardware"])
         config.hardware_compatibility_level = level

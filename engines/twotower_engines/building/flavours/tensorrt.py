@@ -1,8 +1,9 @@
 """TensorRT: engines for data-centre GPUs, tuned and built on the GPU itself.
 
-For TensorRT 10.13 to 11. What this shares with TensorRT-RTX (parsing, profiles, the worker process,
-progress, interruption) is exercised through that flavour on any machine; what is here alone (timing
-caches, hardware compatibility, the search for the GPU) needs a GPU to be seen at work.
+For TensorRT 10.15, the first to update caches in place, to 11. What this shares with TensorRT-RTX
+(parsing, profiles, the worker process, progress, interruption) is exercised through that flavour on
+any machine; what is here alone (timing caches, hardware compatibility, the search for the GPU)
+needs a GPU to be seen at work.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from twotower_engines.planning.local_gpu import local_gpu
 from twotower_engines.planning.skus import Sku, known_skus
 
 TITLE = "TensorRT"
-OLDEST, NEWEST = (10, 13), (11, 99)
+OLDEST, NEWEST = (10, 15), (11, 99)
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 KERNEL_CODE = (
     "twotower_engines/kernels/*.py",
@@ -56,7 +57,7 @@ class TensorRtFlavour:
         if found is None:
             raise BuildError(f"{TITLE} is not installed; {INSTALL}")
         if not OLDEST <= _minor(found) <= NEWEST:
-            raise BuildError(f"{TITLE} {found} is installed, 10.13 to 11.x is needed; {INSTALL}")
+            raise BuildError(f"{TITLE} {found} is installed, 10.15 to 11.x is needed; {INSTALL}")
         kernels = {"triton": importlib.metadata.version("triton")} if self.has_kernels() else {}
         return {"tensorrt": found, **kernels}
 
@@ -71,9 +72,11 @@ class TensorRtFlavour:
     def check(self, target: Target) -> None:
         """Refuse a machine that has no GPU which can build for the target."""
         sku = target.sku
+        option = " --same-capability" if target.is_shared else ""
         where = (
-            f"copy the bundle, which holds no weights, to a machine with {_builders(sku)} and run "
-            f"`twotower build BUNDLE --sku {sku.name} ENGINES` there"
+            "copy the bundle, which holds no weights, to a machine with "
+            f"{_builders(sku) if target.is_shared else sku.title} and run "
+            f"`twotower build BUNDLE --sku {sku.name} ENGINES{option}` there"
         )
         if "tensorrt-rtx" in sku.flavours:
             where += ", or build here with --flavour tensorrt-rtx"
@@ -85,14 +88,15 @@ class TensorRtFlavour:
                 f"here; {where}"
             )
         same = gpu.compute_capability == sku.compute_capability
-        if not same or not (gpu.is_a(sku) or _is_shared(sku)):
+        if not same or not (gpu.is_a(sku) or target.is_shared):
+            here = ", or build here with --same-capability, or for --sku local" if same else ""
             raise BuildError(
                 f"engines for {sku.name} (compute capability {sku.compute_capability}) cannot be "
-                f"built on this machine's {gpu}; {where}"
+                f"built on this machine's {gpu}; {where}{here}"
             )
 
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
-        """Return profiles for each kind of call; one engine for all GPUs of a compute capability.
+        """Return profiles for each kind of call, and the GPUs that the engine is tuned for.
 
         With the extra `[kernels]` installed, the three ops become plugins whose PTX the engine
         carries; a server needs neither the plugins nor the extra.
@@ -103,11 +107,9 @@ class TensorRtFlavour:
             # our kernels in place of the ops' bodies: see plugins.py
             "kernels": sku.compute_capability if has_kernels else None,
             "kernels_sha256": code_digest(*KERNEL_CODE) if has_kernels else None,
-            "hardware": "SAME_COMPUTE_CAPABILITY" if _is_shared(sku) else None,
-            # unlimited, a layer's tactic may take what the plan gave to the weights
-            "workspace": target.workspace.get(tower),
+            "hardware": "SAME_COMPUTE_CAPABILITY" if target.is_shared else None,
             # not an argument of the builder, but of what it makes
-            "built_for": sku.compute_capability if _is_shared(sku) else sku.name,
+            "built_for": sku.compute_capability if target.is_shared else sku.name,
         }
 
     def build(
@@ -149,11 +151,6 @@ def _timed_on() -> str:
 def _minor(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
-
-
-def _is_shared(sku: Sku) -> bool:
-    """Whether the table has another GPU that can use the same plan."""
-    return bool(_relatives(sku))
 
 
 def _relatives(sku: Sku) -> list[str]:

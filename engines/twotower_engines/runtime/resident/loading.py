@@ -104,7 +104,7 @@ def _upload(
     """Upload each tower's weights to its device; progress counts all towers together."""
     made: dict[str, Tower] = {}
     manifest = store.manifest
-    sizes = {t: sum(map(weight_bytes, manifest.weights[t].values())) for t in engines}
+    sizes = {tower: weight_bytes(manifest, tower) for tower in engines}
     total = sum(sizes.values())
     before = 0
 

@@ -1,9 +1,10 @@
 """Weights from the checkpoint's shards to a device, once, through pinned windows.
 
 A weight input of a native graph holds the bytes of its tensors one after the other: as they are
-stored, or expert after expert. So nothing is converted. A tower's weights are one allocation, which
-is filled window by window: two threads read the windows' bytes from the shards, which may be those
-of many small tensors, while windows that were read travel.
+stored, or expert after expert. Nothing is converted but what is quantized: FP8 codes are
+transposed, and their scales narrowed, see `input_forms`. A tower's weights are one allocation,
+which is filled window by window: two threads read the windows' bytes from the shards, which may be
+those of many small tensors, while windows that were read travel.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from twotower_contract.errors import CheckpointError
 from twotower_contract.manifest import Manifest, WeightInput
-from twotower_contract.shards import ITEM_SIZES
+from twotower_contract.quantized import input_forms
+from twotower_contract.shards import ITEM_SIZES, TensorEntry
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.runtime.resident.device import Device, Fence, aligned
 
@@ -37,14 +40,28 @@ BUFFERS = READERS + 2
 """Windows that are being read, wait for upload, or are being uploaded."""
 
 
-def weight_bytes(weight: WeightInput) -> int:
-    """Return the size of a weight input on the device."""
-    return math.prod(weight.shape) * ITEM_SIZES[weight.dtype]
+def input_sizes(manifest: Manifest, weight: WeightInput) -> dict[str, int]:
+    """Return the bytes on the device of each input that a weight has, by name."""
+    forms = input_forms(weight.name, weight.dtype, weight.shape, manifest.model.tensor_dtype)
+    return {name: math.prod(shape) * ITEM_SIZES[dtype] for name, (dtype, shape) in forms.items()}
+
+
+def weight_bytes(manifest: Manifest, tower: str) -> int:
+    """Return the size of all weights of a tower."""
+    return sum(
+        size
+        for weight in manifest.weights[tower].values()
+        for size in input_sizes(manifest, weight).values()
+    )
 
 
 def tower_bytes(manifest: Manifest, tower: str) -> int:
     """Return the size of all weights of a tower on the device, aligned."""
-    return sum(aligned(weight_bytes(weight)) for weight in manifest.weights[tower].values())
+    return sum(
+        aligned(size)
+        for weight in manifest.weights[tower].values()
+        for size in input_sizes(manifest, weight).values()
+    )
 
 
 def upload_weights(
@@ -71,28 +88,38 @@ def upload_weights(
     size = tower_bytes(store.manifest, tower)
     start = end = device.allocate(size)
     addresses = {}
-    for name, weight in weights.items():
-        addresses[name] = end
-        end += aligned(weight_bytes(weight))
+    for weight in weights.values():
+        for name, count in input_sizes(store.manifest, weight).items():
+            addresses[name] = end
+            end += aligned(count)
     windows = _windows(_pieces(store, weights.values()), window)
     with ExitStack() as stack:
         buffers = [device.staging(min(window, size)) for _ in range(BUFFERS)]
         for buffer in buffers:
             stack.callback(device.free_staging, buffer)
         stack.callback(device.synchronize)
-        total = sum(map(weight_bytes, weights.values()))
+        total = weight_bytes(store.manifest, tower)
         _Journey(device, start, total, buffers, progress).run(windows, _Files(stack))
     return addresses
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Bytes of a shard, and how many bytes after the tower's first they belong."""
+    """Bytes of a shard, and how many bytes after the tower's first they belong.
+
+    Attributes:
+        place, size: Place and number of bytes on the device.
+        offset: Place of the first byte in the shard; of the whole tensor where it is converted.
+        tensor: The tensor where it is converted: the piece is a part of what becomes of it.
+        begin: First byte of that part.
+    """
 
     place: int
     path: Path
     offset: int
     size: int
+    tensor: TensorEntry | None = None
+    begin: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +135,23 @@ def _pieces(store: WeightStore, weights: Iterable[WeightInput]) -> Iterator[_Pie
     """Yield the tensors of a tower in the order of their places."""
     manifest, start = store.manifest, 0
     for weight in weights:
-        place = start
-        for source in weight.sources:
-            tensor = manifest.tensors[source]
-            shard = manifest.shards[tensor.shard]
-            size = tensor.end - tensor.begin
-            yield _Piece(place, store.folder / shard.file, shard.data_start + tensor.begin, size)
-            place += size
-        start += aligned(weight_bytes(weight))
+        ends = ("", *(["_scale"] if weight.format == "fp8" else []))
+        sizes = input_sizes(manifest, weight).values()
+        for end, size in zip(ends, sizes, strict=True):
+            for number, source in enumerate(weight.sources):
+                tensor = manifest.tensors[f"{source}{end}"]
+                shard = manifest.shards[tensor.shard]
+                each = size // len(weight.sources)
+                is_codes = weight.format == "fp8" and not end
+                is_as_stored = not is_codes and each == tensor.end - tensor.begin
+                yield _Piece(
+                    start + number * each,
+                    store.folder / shard.file,
+                    shard.data_start + tensor.begin,
+                    each,
+                    None if is_as_stored else tensor,
+                )
+            start += aligned(size)
 
 
 def _windows(pieces: Iterable[_Piece], window: int) -> Iterator[_Window]:
@@ -127,7 +163,10 @@ def _windows(pieces: Iterable[_Piece], window: int) -> Iterator[_Window]:
             while done < piece.size:
                 place = piece.place + done
                 size = min(piece.size - done, window - place % window)
-                yield _Piece(place, piece.path, piece.offset + done, size)
+                if piece.tensor is None:
+                    yield _Piece(place, piece.path, piece.offset + done, size)
+                else:
+                    yield replace(piece, place=place, size=size, begin=done)
                 done += size
 
     for _, group in groupby(cut(), key=lambda piece: piece.place // window):
@@ -198,15 +237,33 @@ class _Journey:
 
 def _read(buffer: npt.NDArray[Any], begin: int, parts: Sequence[tuple[int, _Piece]]) -> None:
     """Read pieces to their places in a window. Runs in a thread; reading lets others run."""
-    memory = buffer.data
     for descriptor, piece in parts:
-        target = memory[piece.place - begin :][: piece.size]
-        offset = piece.offset
-        while target:
-            got = os.preadv(descriptor, [target], offset)
-            if not got:
-                raise CheckpointError(
-                    f"{piece.path}: ends {len(target)} bytes before a tensor does: was changed "
-                    "while it was read; restore the file"
-                )
-            target, offset = target[got:], offset + got
+        place = piece.place - begin
+        if piece.tensor is None:
+            _fill(buffer.data[place : place + piece.size], descriptor, piece)
+            continue
+        stored = np.empty(piece.tensor.end - piece.tensor.begin, np.uint8)
+        _fill(stored.data, descriptor, piece)
+        made = _converted(stored, piece.tensor)
+        buffer[place : place + piece.size] = made[piece.begin : piece.begin + piece.size]
+
+
+def _fill(target: memoryview, descriptor: int, piece: _Piece) -> None:
+    """Read bytes of a piece's shard from its offset on."""
+    offset = piece.offset
+    while target:
+        got = os.preadv(descriptor, [target], offset)
+        if not got:
+            raise CheckpointError(
+                f"{piece.path}: ends {len(target)} bytes before a tensor does: was changed "
+                "while it was read; restore the file"
+            )
+        target, offset = target[got:], offset + got
+
+
+def _converted(stored: npt.NDArray[np.uint8], tensor: TensorEntry) -> npt.NDArray[np.uint8]:
+    """Return FP8 codes transposed, or a float32 scale in bfloat16, ties to even; as bytes."""
+    if tensor.shape:
+        return np.ascontiguousarray(stored.reshape(tensor.shape).T).reshape(-1)
+    bits = stored.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)

@@ -1,0 +1,118 @@
+"""Requests that wait for a slot: bounded, by priority, callers in turn.
+
+The next request is the oldest one of the caller who has the fewest slots; between callers with as
+many, of the one who got a slot longest ago. Interactive requests come first, but each eighth slot
+goes to a batch request, if one waits. A full queue makes room for a caller who has less in it than
+another: the other's newest request is turned away. Full is a number of requests, and of their
+prompts' tokens, which take memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+
+from twotower_engines.generation.request import Request
+
+MOST_TOKENS = 1 << 22
+"""Tokens of all prompts that wait: some 150 MB."""
+
+BATCH_TURN = 8
+"""One slot of so many goes to a batch request, while interactive ones wait as well."""
+
+
+class WaitingRequests:
+    """The queue of a scheduler.
+
+    Args:
+        most: Requests that may wait; None for any number.
+        most_tokens: Tokens that their prompts may have together.
+    """
+
+    def __init__(self, most: int | None = None, most_tokens: int = MOST_TOKENS) -> None:
+        self._most, self._most_tokens = most, most_tokens
+        self._queues: dict[tuple[str, str], deque[Request]] = {}  # by priority and tenant
+        self._served: dict[str, int] = {}  # the turn of each tenant's last admission
+        self._turns = 0
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return sum(map(len, self._queues.values()))
+
+    def __iter__(self) -> Iterator[Request]:
+        """Yield all, each queue oldest first."""
+        for queue in self._queues.values():
+            yield from queue
+
+    def add(self, request: Request) -> list[Request]:
+        """Take a request; return those that are turned away for it, it itself perhaps."""
+        self._queues.setdefault((request.priority, request.tenant), deque()).append(request)
+        turned_away = []
+        while (weigh := self._overflow()) is not None:
+            weights: Counter[str] = Counter()
+            for one in self:
+                weights[one.tenant] += weigh(one)
+            tenant = max(weights, key=lambda name: (weights[name], name == request.tenant))
+            key = min(key for key in self._queues if key[1] == tenant)  # batch before interactive
+            turned_away.append(self._queues[key][-1])
+            self.remove(turned_away[-1])
+        if request in turned_away:  # then nobody else needs to go
+            for one in reversed(turned_away[:-1]):
+                self._queues.setdefault((one.priority, one.tenant), deque()).append(one)
+            return [request]
+        return turned_away
+
+    def remove(self, request: Request) -> None:
+        """Take a request out."""
+        key = (request.priority, request.tenant)
+        self._queues[key].remove(request)
+        if not self._queues[key]:
+            del self._queues[key]
+
+    def pop(self, holders: Mapping[str, int]) -> Request:
+        """Take out the next request.
+
+        Args:
+            holders: Slots that each tenant has.
+        """
+        self._turns += 1
+        priority = self._priority()
+        tenant = min(
+            (tenant for kind, tenant in self._queues if kind == priority),
+            key=lambda name: (holders.get(name, 0), self._served.get(name, 0)),
+        )
+        self._served[tenant] = self._turns
+        request = self._queues[priority, tenant][0]
+        self.remove(request)
+        self._forget()
+        return request
+
+    def in_order(self, holders: Mapping[str, int]) -> list[Request]:
+        """Return all in the order in which they would get slots if none was given back."""
+        copy, held = WaitingRequests(), Counter(holders)
+        copy._queues = {key: deque(queue) for key, queue in self._queues.items()}
+        copy._served, copy._turns = dict(self._served), self._turns
+        order = []
+        while copy:
+            order.append(copy.pop(held))
+            held[order[-1].tenant] += 1
+        return order
+
+    def _overflow(self) -> Callable[[Request], int] | None:
+        """Return the weight of a request in that of which there is too much, or None."""
+        if self._most is not None and len(self) > self._most:
+            return lambda request: 1
+        tokens = sum(len(one.prompt_ids) for one in self)
+        return (lambda one: len(one.prompt_ids)) if tokens > self._most_tokens else None
+
+    def _priority(self) -> str:
+        kinds = {kind for kind, _ in self._queues}
+        if len(kinds) == 1:
+            return kinds.pop()
+        return "batch" if self._turns % BATCH_TURN == 0 else "interactive"
+
+    def _forget(self) -> None:
+        """Forget callers who have nothing here: their number is not bounded."""
+        here = {tenant for _, tenant in self._queues}
+        if len(self._served) > 2 * len(here) + 64:
+            self._served = {name: turn for name, turn in self._served.items() if name in here}

@@ -1,0 +1,1 @@
+"""The scheduler on engines that only cost time."""

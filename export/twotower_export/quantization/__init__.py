@@ -1,0 +1,1 @@
+"""Quantized checkpoints: which matrices become narrow, their codes and scales, the files."""

@@ -1,0 +1,142 @@
+"""Kernels out of a builder's log: those that TensorRT-RTX says, and lines written by hand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from tests.support.compiled import TOWERS, compiled, config_of, write_graph
+from twotower_contract.engine_set import Limits
+from twotower_contract.traffic import Tensor, read_listings, traffic_of, write_listings
+from twotower_engines.building.flavours.compiled import BuilderLog, layer_of, sizes_of
+from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
+from twotower_engines.building.flavours.process import build_engine_files
+from twotower_engines.building.flavours.profiles import narrow_profiles, wide_profiles
+from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY
+
+LIMITS = Limits(slots=16, context=2048, max_tokens_per_call=256, block_size_max=64)
+PATTERN = "ME*"
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def open_sizes(request, tmp_path_factory):
+    """A tower of full width whose calls may have any size, and the folder that it lies in."""
+    tower, folder = request.param, tmp_path_factory.mktemp("compiled")
+    graph = write_graph(folder, tower, PATTERN)
+    recipe = engine_recipe(wide_profiles(tower, LIMITS)) | {"compute_capabilities": ["12.0"]}
+    job = engine_job(Order(graph, folder / f"{tower}.plan", recipe))
+    build_engine_files(LIBRARY, {tower: job}, 1, lambda name, text: None)
+    source, (listing,) = read_listings(folder / f"{tower}.traffic.json")
+    assert source == "the builder's log"
+    return tower, listing, folder
+
+
+def named_sizes(listing, call):
+    """Bytes of what is written under a name of the graph's, without the number of its part."""
+    tensors = (one for kernel in listing.kernels for one in kernel.writes)
+    return {
+        re.sub(r"_myl\d+$", "", one.name): one.bytes(call)
+        for one in tensors
+        if not one.name.startswith("__my")
+    }
+
+
+def test_sizes_that_a_call_decides_are_found(open_sizes):
+    """Each tensor of a name of its own has the size that a build for this one call says."""
+    tower, listing, folder = open_sizes
+    assert not listing.unsized
+    call = {"batch": 4, TOWERS[tower][1]: 32, "context": LIMITS.cache_tokens}
+    fixed = compiled(folder, tower, 4, 32, LIMITS.cache_tokens, PATTERN)
+    wanted = named_sizes(fixed, call)
+    checked = {
+        name: (size, wanted[name])
+        for name, size in named_sizes(listing, call).items()
+        if name in wanted
+    }
+    assert len(checked) > 15
+    assert {name: pair for name, pair in checked.items() if pair[0] != pair[1]} == {}
+    small, large = traffic_of(fixed), traffic_of(listing, call)
+    assert large.least == small.least
+    assert set(large.by_kind(PATTERN)) == {"M", "E", "*", "ends"}
+    assert 1 <= large.ratio / small.ratio < 1.2, "sizes that are open cost some copies"
+
+
+def test_every_weight_is_read_by_a_kernel_of_its_layer(open_sizes):
+    _, listing, _ = open_sizes
+    heavy = {
+        one.name: kernel.layer
+        for kernel in listing.kernels
+        for one in kernel.reads
+        if ".mixer." in one.name and one.bytes({}) > 1e6
+    }
+    assert len(heavy) > 8
+    assert all(f".layers.{layer}." in name for name, layer in heavy.items())
+
+
+def test_a_listing_survives_its_file(open_sizes, tmp_path):
+    _, listing, _ = open_sizes
+    write_listings(tmp_path / "again.json", "a test", [listing, replace(listing, profile="two")])
+    source, read = read_listings(tmp_path / "again.json")
+    assert (source, read[0], read[1].profile) == ("a test", listing, "two")
+
+
+@pytest.mark.parametrize(("expression", "factors"), [
+    ("2688", (2688,)),
+    ("batch", ("batch",)),
+    ("(* batch block)", ("batch", "block")),
+    ("(* 2 (+ context block) batch)", (2, "context + block", "batch")),
+    ("(+ tokens 3)", ("tokens + 3",)),
+    ("(/ tokens 2)", ()),
+])  # fmt: skip
+def test_expressions_of_sizes(expression, factors):
+    assert sizes_of(expression) == factors
+    call = {"batch": 2, "block": 16, "context": 32, "tokens": 5}
+    expected = {"2688": 2688, "(* 2 (+ context block) batch)": 2 * 48 * 2, "(+ tokens 3)": 8}
+    if expression in expected:
+        assert Tensor("x", factors, "INT8").bytes(call) == expected[expression]
+
+
+def test_the_layer_of_a_kernel():
+    assert layer_of("[ONNX Layer: a | context.layers.7 (ContextMambaLayer)]", ()) == 7
+    assert layer_of("", (Tensor("scale_shift_tables.3", (3, 8), "BF16"),)) == 3
+    everywhere = "".join(f"[ONNX Layer: a | denoiser.layers.{n} (X)]" for n in range(3))
+    assert layer_of(everywhere, ()) is None
+    assert layer_of("denoiser.refine", ()) is None
+
+
+def test_each_profile_has_its_kernels(tmp_path):
+    graph = write_graph(tmp_path, "denoiser", "M")
+    limits = replace(LIMITS, slots=2)
+    recipe = engine_recipe(narrow_profiles("denoiser", limits))
+    job = engine_job(
+        Order(graph, tmp_path / "two.plan", recipe | {"compute_capabilities": ["8.9"]})
+    )
+    build_engine_files(LIBRARY, {"two": job}, 1, lambda name, text: None)
+    _, listings = read_listings(tmp_path / "two.traffic.json")
+    assert [one.profile for one in listings] == ["rows-1", "rows-2"]
+    for rows, listing in enumerate(listings, start=1):
+        (head,) = (one for one in listing.kernels if "head.gemm" in one.name)
+        logits = 2 * rows * 16 * config_of().vocab_size
+        assert sum(one.bytes(listing.usual) for one in head.writes) == logits
+
+
+def test_what_nobody_says_is_named_and_left_out():
+    log = BuilderLog()
+    kernel = (
+        "Name: k_myl0_3, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [-1,4], Strides: [4,1], "
+        "StrideOrder: [1,0], Datatype: Float, Format: (Linear) }], Constants: [], Outputs: "
+        "[ { Name: y, Dimensions: [7], Strides: [1], StrideOrder: [0], Datatype: Float, Format: "
+        "(Linear) }], TacticName: k, StreamId: 0, Metadata: "
+    )
+    log.take(f"Layers:\n{kernel}")
+    log.take("Max Scratch Memory: 4096 bytes")
+    (listing,) = log.listings(((), ()), [("all", {})])
+    assert (listing.unsized, listing.scratch) == (("x",), 4096)
+    assert [(one.reads, one.writes[0].sizes) for one in listing.kernels] == [((), (7,))]
+
+
+def test_the_released_width_is_what_is_compiled():
+    assert config_of(PATTERN).hidden_size == config_of().hidden_size == 2688
