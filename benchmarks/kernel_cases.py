@@ -168,7 +168,8 @@ def code_cases(device: str) -> list[Case]:
             return torch.randint(0, 0x70, shape, dtype=torch.uint8, device=device)
 
         if form == "fp8":
-            return experts.Bank(codes(E, features, depth), form, torch.rand(E, device=device))
+            scale = torch.rand(E, device=device).bfloat16()
+            return experts.Bank(codes(E, depth, features), form, scale)
         both = codes(E, features, depth // 2)
         if form == "int4":
             scale = torch.rand(E, features, depth // 64, device=device).bfloat16()

@@ -26,11 +26,11 @@ def draw_bank(
     """A bank of random codes, all but E4M3's NaN, and its weights in float64."""
     E, features, depth = shape
     if form == "fp8":
-        codes = generator.integers(0, 256, shape).astype(np.uint8)
+        codes = generator.integers(0, 256, (E, depth, features)).astype(np.uint8)
         codes[(codes & 0x7F) == 0x7F] = 0x7E
-        scale = generator.uniform(0.5, 2, E).astype(np.float32) / 2000
-        weights = decoded(codes, form) * scale[:, None, None].astype(np.float64)
-        return Bank(torch.from_numpy(codes), form, torch.from_numpy(scale)), weights
+        scale = torch.from_numpy(generator.uniform(0.5, 2, E) / 2000).bfloat16()
+        weights = decoded(codes, form).transpose(0, 2, 1) * scale.double().numpy()[:, None, None]
+        return Bank(torch.from_numpy(codes), form, scale), weights
     codes = generator.integers(0, 256, (E, features, depth // 2)).astype(np.uint8)
     groups = (E, features, depth // group)
     if form == "int4":

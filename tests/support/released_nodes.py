@@ -23,6 +23,7 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
     conv_dim = d_inner + 2 * s.groups * s.state
     tokens = rows * block
     pairs = (tokens * K,)
+    turned = s.experts_format == "fp8"
     packed = 2 if s.experts_format in ("int4", "nvfp4") else 1
     return {
         "projected": (rows, block, d_inner + conv_dim + s.heads),
@@ -46,8 +47,8 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
             name: (min(pairs[0], pairs[0] // size + E), 4)
             for name, size in (("few", 16), ("many", 64))
         },
-        "up": (E, s.inner, s.hidden // packed),
-        "down": (E, s.hidden, s.inner // packed),
+        "up": (E, *((s.hidden, s.inner) if turned else (s.inner, s.hidden // packed))),
+        "down": (E, *((s.inner, s.hidden) if turned else (s.hidden, s.inner // packed))),
         **{name: dims for bank in ("up", "down") for name, dims in _scales(s, bank).items()},
         "inner": (*pairs, s.inner),
         "partial": (*pairs, s.hidden),
@@ -74,7 +75,7 @@ def dtype_of(name: str, form: str = "plain") -> str:
     if name in ("up", "down") and form != "plain":
         return "fp8" if form == "fp8" else "u8"
     if name.endswith("_scale"):
-        return {"fp8": "fp32", "int4": "bf16", "nvfp4": "fp8"}[form]
+        return {"fp8": "bf16", "int4": "bf16", "nvfp4": "fp8"}[form]
     if name.endswith("_scale_2"):
         return "fp32"
     return "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"

@@ -43,18 +43,17 @@ def _route(call: Call) -> Launching:
     return Launching(spec, (count,), {"PAIRS": n * K})
 
 
-def _up_outputs(call: Call) -> tuple[Output, ...]:
-    return (Output(call.dtypes["x"], (call.dims["pairs"][0], call.dims["up"][1])),)
-
-
-def _down_outputs(call: Call) -> tuple[Output, ...]:
-    return (Output("fp32", (call.dims["pairs"][0], call.dims["down"][1])),)
+def _product_outputs(which: str, form: str, call: Call) -> tuple[Output, ...]:
+    features = call.dims[which][expert_products.FEATURE_AXIS[form]]
+    dtype = call.dtypes["x"] if which == "up" else "fp32"
+    return (Output(dtype, (call.dims["pairs"][0], features)),)
 
 
 def _product(which: str, form: str, call: Call) -> Launching:
     """Return the launch of one of the products, in the call's tactic."""
     tokens = "x" if which == "up" else "inner"
-    count, features, depth = call.size(which, 0), call.size(which, 1), call.size(tokens, 1)
+    count, depth = call.size(which, 0), call.size(tokens, 1)
+    features = call.size(which, expert_products.FEATURE_AXIS[form])
     sizes = Sizes(
         hidden=depth if which == "up" else features,
         inner=features if which == "up" else depth,
@@ -113,7 +112,7 @@ def sparse_experts(form: str) -> Op:
             ("x", *up, *work),
             ("inner",),
             {},
-            _up_outputs,
+            partial(_product_outputs, "up", form),
             partial(_product, "up", form),
             "nothing",
             tactics,
@@ -123,7 +122,7 @@ def sparse_experts(form: str) -> Op:
             ("inner", *down, *work),
             ("partial",),
             {},
-            _down_outputs,
+            partial(_product_outputs, "down", form),
             partial(_product, "down", form),
             "nothing",
             tactics,

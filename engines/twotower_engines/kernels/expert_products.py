@@ -21,18 +21,21 @@ from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 SCALES = {
     "plain": {},
-    "fp8": {"scale": "*fp32"},
+    "fp8": {"scale": "*bf16"},
     "int4": {"scale": "*bf16"},
     "nvfp4": {"scale": "*u8", "scale_2": "*fp32"},
 }
 """Formats of banks: the types of what stands beside the codes. Plain weights have the type T.
 
-fp8: E4M3 [E, features, depth], scale [E]. int4 and nvfp4: two codes in a byte [E, features,
-depth / 2], the first one low; int4 is value + 8 with scales [E, features, depth / group], nvfp4 is
-E2M1 with E4M3 scales of groups of 16 and scale_2 [E].
+fp8: E4M3 [E, depth, features], as TensorRT's own products take it too, scale [E]. int4 and nvfp4:
+two codes in a byte [E, features, depth / 2], the first one low; int4 is value + 8 with scales
+[E, features, depth / group], nvfp4 is E2M1 with E4M3 scales of groups of 16 and scale_2 [E].
 """
 
 PACKED = ("int4", "nvfp4")
+FEATURE_AXIS = {"plain": 1, "fp8": 2, "int4": 1, "nvfp4": 1}
+"""Axis of the output features in a bank."""
+
 LARGEST_GROUP = 64
 """Codes of a group at most: a tile has at least one whole group."""
 
@@ -46,21 +49,23 @@ def weight_tile(
     scale: tl.tensor,
     real: tl.tensor,
     start: tl.tensor,
+    FEATURES: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     FORMAT: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tl.tensor:
-    """Return WIDTH columns of some rows of a bank from `start` on, as factors of a product.
+    """Return the weights of some features for WIDTH inputs from `start` on, as factors.
 
-    weight, scale: [features, 1] addresses of the rows, of which `real` ones are read. MASKED: the
-    tile goes beyond the last column, DEPTH; whole tiles ask for none.
+    weight, scale: [features, 1] addresses of the features' first ones; `real` features are read.
+    MASKED: the tile goes beyond the last input, DEPTH; whole tiles ask for none.
     """
+    STRIDE: tl.constexpr = FEATURES if FORMAT == "fp8" else 1
     PACKED: tl.constexpr = 2 if FORMAT == "int4" or FORMAT == "nvfp4" else 1
     place = start // PACKED + tl.arange(0, WIDTH // PACKED)
     mask = real[:, None] & (place < DEPTH // PACKED)[None, :] if MASKED else real[:, None]
-    codes = tl.load(weight + place[None, :], mask=mask, other=0)
+    codes = tl.load(weight + place[None, :] * STRIDE, mask=mask, other=0)
     if FORMAT == "fp8":
         codes = from_e4m3(codes)
     elif PACKED == 2:
@@ -90,21 +95,25 @@ def product_tile(
 ) -> tl.tensor:
     """Return bank[expert, first : first + BLOCK_F] @ tokens[rows].T, [BLOCK_F, BLOCK_T] float32.
 
-    bank [E, FEATURES, DEPTH] and tokens [*, DEPTH] are contiguous, `used` marks real rows. What a
-    last, narrower step has is in a product of its own: the loop masks no depth.
+    bank [E, FEATURES, DEPTH], in FP8 [E, DEPTH, FEATURES], and tokens [*, DEPTH] are contiguous;
+    `used` marks real rows. What a last, narrower step has is in a product of its own: the loop
+    masks no depth.
     """
     PACKED: tl.constexpr = 2 if FORMAT == "int4" or FORMAT == "nvfp4" else 1
     WHOLE: tl.constexpr = DEPTH - DEPTH % BLOCK_K
     feature = first + tl.arange(0, BLOCK_F)
     real = feature < FEATURES
-    weight = bank + (expert * FEATURES + feature)[:, None] * (DEPTH // PACKED)
+    if FORMAT == "fp8":
+        weight = bank + (expert * (FEATURES * DEPTH) + feature)[:, None]
+    else:
+        weight = bank + (expert * FEATURES + feature)[:, None] * (DEPTH // PACKED)
     if PACKED == 2:
         scale = scale + (expert * FEATURES + feature)[:, None] * (DEPTH // GROUP)
     tokens += rows.to(tl.int64)[None, :] * DEPTH
     depth = tl.arange(0, BLOCK_K)
     result = tl.zeros((BLOCK_F, BLOCK_T), dtype=tl.float32)
     for start in range(0, WHOLE, BLOCK_K):
-        w = weight_tile(weight, scale, real, start, DEPTH, BLOCK_K, GROUP, FORMAT, False)
+        w = weight_tile(weight, scale, real, start, FEATURES, DEPTH, BLOCK_K, GROUP, FORMAT, False)
         x = tl.load(tokens + (start + depth)[:, None], mask=used[None, :], other=0.0)
         if UPCAST:
             w, x = w.to(tl.float32), x.to(tl.float32)
@@ -112,7 +121,7 @@ def product_tile(
     if WHOLE < DEPTH:
         WIDTH: tl.constexpr = triton.next_power_of_2(max(GROUP, DEPTH - WHOLE))
         rest = WHOLE + tl.arange(0, WIDTH)
-        w = weight_tile(weight, scale, real, WHOLE, DEPTH, WIDTH, GROUP, FORMAT, True)
+        w = weight_tile(weight, scale, real, WHOLE, FEATURES, DEPTH, WIDTH, GROUP, FORMAT, True)
         mask = (rest < DEPTH)[:, None] & used[None, :]
         x = tl.load(tokens + rest[:, None], mask=mask, other=0.0)
         if UPCAST:
@@ -127,7 +136,7 @@ def factor(
 ) -> tl.tensor:
     """Return what a product is multiplied by, once it is summed."""
     if FORMAT == "fp8":
-        return tl.load(scale + expert)
+        return tl.load(scale + expert).to(tl.float32)
     if FORMAT == "nvfp4":
         return tl.load(scale_2 + expert) / SHRUNK
     return 1.0

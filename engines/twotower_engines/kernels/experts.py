@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from twotower_engines.kernels.expert_products import (
+    FEATURE_AXIS,
     SCALES,
     bank_constants,
     experts_down,
@@ -129,7 +130,7 @@ def sparse_experts(
     count = n * per_token
     dtype = "fp32" if x.dtype == torch.float32 else "bf16"
     up_codes, up_given = _bank_arguments("up", up, hidden)
-    experts, inner_size = up_codes.shape[:2]
+    experts, inner_size = up_codes.shape[0], up_codes.shape[FEATURE_AXIS[up_given["FORMAT"]]]
     down_codes, down_given = _bank_arguments("down", down, inner_size)
     tiles = config or matmul_launch(n, experts, per_token, dtype, up_given["FORMAT"])
     block_f, block_t = tiles.constants["BLOCK_F"], tiles.constants["BLOCK_T"]
