@@ -22,7 +22,7 @@ from twotower_engines.serving.server import ServerOptions, TritonServer
 from twotower_engines.serving.settings import Settings
 
 COMMAND = [sys.executable, "-m", "twotower_client.cli", "serve"]
-QUIET = ["--grpc-port", "0", "--no-http", "--no-metrics"]
+QUIET = ["--grpc-port", "0", "--no-metrics"]
 ODD = "o d&\"$x;\\'"  # what the shell between Triton and a model's process would take apart
 OPTIONS = ServerOptions("127.0.0.1", 0, None, None)
 
@@ -101,8 +101,8 @@ def test_a_model_whose_process_dies_at_its_start_ends_the_wait(packaged, monkeyp
 def test_a_missing_model_file_is_named(tmp_path, packaged) -> None:
     broken = tmp_path / "repository"
     shutil.copytree(packaged.repository, broken)
-    (broken / "generate" / "1" / "model.py").unlink()
-    assert f"{broken}/generate/1/model.py: is missing" in refused(broken)
+    (broken / "twotower" / "1" / "model.py").unlink()
+    assert f"{broken}/twotower/1/model.py: is missing" in refused(broken)
 
 
 def test_too_few_files_are_refused_by_name(packaged) -> None:
