@@ -110,6 +110,7 @@ def our_answers(
                     max_new_tokens=NEW_TOKENS,
                     steps=STEPS,
                     threshold=THRESHOLD,
+                    ignore_eos=True,
                 )
             )
         while not scheduler.idle:

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import click
 
-from twotower_contract.engine_set import Limits
 from twotower_contract.progress import StatusLine
-from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.cli.plan import DEFAULT_CONTEXT, complete
 from twotower_engines.errors import PlanError
-from twotower_engines.generation.costs import RooflineCosts
 from twotower_engines.generation.scheduler import PREFILL_SECONDS, Scheduler
 from twotower_engines.planning.acceptance import load_acceptance
 from twotower_engines.planning.model_size import read_model_size
-from twotower_engines.planning.plan import MemoryPlan, PlanRequest, plan_memory
+from twotower_engines.planning.plan import PlanRequest, plan_memory
 from twotower_engines.planning.precisions import PRECISIONS
-from twotower_engines.planning.roofline import machine_of
 from twotower_engines.planning.sku_lookup import resolve_skus
-from twotower_engines.simulation.engines import SimulatedRuntime, burst_commits
+from twotower_engines.simulation.engines import SimulatedRuntime, runtime_of_plan
 from twotower_engines.simulation.report import chart, passes, table
 from twotower_engines.simulation.simulate import Outcome
 from twotower_engines.simulation.simulate import simulate as run_simulation
@@ -83,11 +79,11 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     help="Time that prompts may take from running rows in a turn.",
 )
 @click.option(
-    "--commits",
+    "--calls",
     type=click.Choice(["grouped", "at-once"]),
     default="grouped",
     show_default=True,
-    help="Whether finished blocks wait for each other where that is worth it.",
+    help="Whether rows wait for each other's context calls where that pays.",
 )
 @click.option("--seed", default=0, help="Seed of all that is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers for programs.")
@@ -108,7 +104,7 @@ def simulate(
     precision: str,
     prefix_cache: float,
     prefill_ms: float,
-    commits: str,
+    calls: str,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -130,12 +126,12 @@ def simulate(
         raise PlanError(f"this does not fit; `twotower plan {checkpoint} --sku {sku}` says why")
     outcomes = []
     for name, arrivals in loads:
-        runtime = _runtime(plan, task)
+        runtime = runtime_of_plan(plan, task)
         scheduler = Scheduler(
             runtime,
             costs=runtime.costs,
             prefill_seconds=prefill_ms / 1e3,
-            groups_commits=commits == "grouped",
+            groups_calls=calls == "grouped",
             prefix_bytes=int(prefix_cache * 2**30),
             clock=runtime.clock,
         )
@@ -180,19 +176,6 @@ def _numbers(name: str, text: str) -> list[float]:
     if not numbers or not all(0 < one < 1e6 for one in numbers):
         raise PlanError(f"{name} is {text!r}; give numbers above 0 with commas, as 1,16,64")
     return numbers
-
-
-def _runtime(plan: MemoryPlan, task: str) -> SimulatedRuntime:
-    """Return engines of a plan that only take time."""
-    config, item = plan.model.config, machine_of(plan).item
-    limits = Limits(plan.slots, plan.context, plan.max_tokens_per_call, plan.block_size_max)
-
-    def place_bytes(tokens: int) -> int:
-        states = ssm_bytes(config) + conv_bytes(config, item)
-        return states + tokens * kv_bytes_per_token(config, item)
-
-    costs = RooflineCosts(plan.model, machine_of(plan), limits, len(plan.gpus) == 2)
-    return SimulatedRuntime(limits, costs, burst_commits(task), place_bytes=place_bytes)
 
 
 def _with_progress(

@@ -53,7 +53,7 @@ class Row:
         masked_counts: Masked positions before each denoiser call of the block.
         generated: Number of tokens in earlier events.
         logits: Logits of the next token, once the context holds all before it; ar only.
-        waited: Seconds for which a finished block has waited for its commit, by the cost model.
+        waited: Seconds for which the row has waited for a context call, by the cost model.
         prefix: Kept entries of the prompt's first chunks, where the request takes part.
         reused: Tokens of the prompt whose states were kept from an earlier one.
     """

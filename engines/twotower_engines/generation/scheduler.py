@@ -72,7 +72,7 @@ class Scheduler:
         most_waiting: Requests that may wait for a slot; None for any number.
         costs: The time that calls take, for the choice of which to make.
         prefill_seconds: Time that prompts may take from running rows in a turn.
-        groups_commits: Whether finished blocks wait for each other where that is worth it.
+        groups_calls: Whether rows wait for each other's context calls where that pays.
         prefix_bytes: Memory for the states of prompts' beginnings, beside the slots; 0 for none.
         clock: Tells the time in seconds.
     """
@@ -86,7 +86,7 @@ class Scheduler:
         most_waiting: int | None = None,
         costs: Costs = USUAL_COSTS,
         prefill_seconds: float = PREFILL_SECONDS,
-        groups_commits: bool = True,
+        groups_calls: bool = True,
         prefix_bytes: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -98,7 +98,7 @@ class Scheduler:
                 f"slots is {count}; these engines have 1 to {runtime.limits.slots}, "
                 "build with --slots to have more"
             )
-        self._turns = Turns(costs, runtime.limits, prefill_seconds, groups_commits)
+        self._turns = Turns(costs, runtime.limits, prefill_seconds, groups_calls)
         self._clock = clock
         self.counters = Counters()
         self._prefixes: Prefixes | None = None
@@ -147,8 +147,7 @@ class Scheduler:
         name = request.request_id
         if self._find(name) is not None or any(one.request_id == name for one in self._waiting):
             raise RequestError(f"request_id {name!r} is in use by another request")
-        turned_away = self._waiting.add(request)
-        if turned_away is not None:
+        for turned_away in self._waiting.add(request):
             name, count = turned_away.request_id, len(self._waiting)
             after = max(LEAST_RETRY, round(self._between_ends * count / 2, 1))
             why = f"{count} requests wait already; try again in {after:g} s"
@@ -251,7 +250,7 @@ class Scheduler:
                 size = max(part.ids.size for part in parts)
                 self._turns.prefilled(len(rows), size, self._clock() - start)
             for row, part, row_logits in zip(rows, parts, logits, strict=True):
-                row.pending = row.pending[part.ids.size :]
+                row.pending, row.waited = row.pending[part.ids.size :], 0.0
                 row.context_calls += 1
                 row.logits = row_logits
                 if row.stage is Stage.PREFILLING:

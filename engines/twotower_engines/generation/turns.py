@@ -1,8 +1,8 @@
 """Which rows extend their context in a turn.
 
 A context pass costs nearly the same for one row as for many, so finished blocks wait for each other
-for a while. And a turn has a budget for prompts: while some prefill, the others' blocks must not
-stand still. Nothing here changes an answer, only when its parts are computed.
+for a while, and so do prompts. And a turn has a budget for prompts: while some prefill, the others'
+blocks must not stand still. Nothing here changes an answer, only when its parts are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ USUAL_CALLS = 5.0
 """Denoiser calls of a block, until some were counted."""
 
 MEMORY = 64
-"""Blocks over which the number of calls is averaged."""
+"""Blocks, or turns, over which is averaged."""
+
+PACE_KEPT = 0.9
+"""Share of the sums of times that is kept from one call to the next."""
 
 
 def chunk_tokens(costs: Costs, limits: Limits) -> int:
@@ -49,19 +52,23 @@ class Turns:
         limits: Limits of the engines.
         prefill_seconds: Time that prompts may take from running rows in a turn; at least one chunk
             of one prompt is prefilled.
-        groups_commits: Whether finished blocks wait for each other.
+        groups_calls: Whether rows that need a context call wait for each other.
         chunk: Tokens of a prompt in one call.
         calls_per_block: Denoiser calls that blocks took lately, on average.
-        pace: Measured time of calls for prompts over the time that `costs` gives for them.
+        prompts_per_turn: Rows that came with a chunk of a prompt in a turn lately, on average.
+        measured: Seconds that calls for prompts took lately, summed.
+        modelled: Seconds that `costs` gives for the same calls.
     """
 
     costs: Costs
     limits: Limits
     prefill_seconds: float
-    groups_commits: bool = True
+    groups_calls: bool = True
     chunk: int = 0
     calls_per_block: float = USUAL_CALLS
-    pace: float = 1.0
+    prompts_per_turn: float = 0.0
+    measured: float = 0.0
+    modelled: float = 0.0
 
     def __post_init__(self) -> None:
         """Choose the size of chunks."""
@@ -74,19 +81,14 @@ class Turns:
             rows: All rows, in the order of their slots.
         """
         kinds = {row: self._kind(row) for row in rows if row.pending.size}
-        chosen = set(self._prompts(rows, kinds))
-        waiting = [row for row in kinds if row.stage is Stage.COMMITTING]
-        block = self.limits.block_size_max
-        # a single token is a step of its own; and where blocks are extended, they all go along
-        chosen.update(row for row in waiting if kinds[row] == 1)
-        blocks = [row for row in waiting if kinds[row] != 1]
-        if any(kinds[row] == block for row in chosen) or self._commits(rows, blocks):
-            chosen.update(blocks)
-        calls: dict[int, list[Row]] = {}
+        self._count_prompts(kinds)
+        allowed = set(self._prompts(rows, kinds))
+        ready: dict[int, list[Row]] = {}
         for row, kind in kinds.items():
-            if row in chosen:
-                calls.setdefault(kind, []).append(row)
-        return list(calls.values())
+            if row.stage is Stage.COMMITTING or row in allowed:
+                ready.setdefault(kind, []).append(row)
+        # a single token is a step of its own, which nobody waits for
+        return [some for kind, some in ready.items() if kind == 1 or self._pays(rows, some, kind)]
 
     def part(self, row: Row) -> ExtendRow:
         """Return the next tokens of a row that go into one call."""
@@ -104,11 +106,11 @@ class Turns:
         )
 
     def stepped(self, rows: Sequence[Row], stepping: Sequence[Row]) -> None:
-        """Count a denoiser call: the others, whose blocks are finished, waited for it."""
+        """Count a denoiser call: the rows that need a context call waited for it."""
         size = max(row.block.size for row in stepping)
         seconds = self.costs.denoise(len(stepping), size)
         for row in rows:
-            if row.stage is Stage.COMMITTING and row.request.mode == "mask_diffusion":
+            if row.pending.size:
                 row.waited += seconds
 
     def finished(self, calls: int) -> None:
@@ -116,8 +118,15 @@ class Turns:
         self.calls_per_block += (calls - self.calls_per_block) / MEMORY
 
     def prefilled(self, rows: int, tokens: int, seconds: float) -> None:
-        """Compare a call for prompts with its cost."""
-        self.pace += (seconds / self.costs.extend(rows, tokens) - self.pace) / 8
+        """Compare a call for prompts with its cost; the last few count."""
+        if tokens > self.limits.block_size_max:
+            self.measured = self.measured * PACE_KEPT + seconds
+            self.modelled = self.modelled * PACE_KEPT + self.costs.extend(rows, tokens)
+
+    @property
+    def pace(self) -> float:
+        """Measured time of calls for prompts over the time that `costs` gives for them."""
+        return self.measured / self.modelled if self.modelled else 1.0
 
     def _kind(self, row: Row) -> int:
         """Return the size that a row's part is padded to: a token, a block or a chunk."""
@@ -140,25 +149,32 @@ class Turns:
             count += 1
         return prompts[:count]
 
-    def _commits(self, rows: Sequence[Row], blocks: Sequence[Row]) -> bool:
-        """Whether finished blocks are committed now, rather than a step later together with more.
+    def _count_prompts(self, kinds: dict[Row, int]) -> None:
+        """Average how many rows come with another chunk of a prompt in a turn."""
+        chunks = (row for row, kind in kinds.items() if kind > self.limits.block_size_max)
+        new = sum(not row.waited for row in chunks)
+        self.prompts_per_turn += (new - self.prompts_per_turn) / MEMORY
 
-        The choice of least time lost per block: rows that wait lose the time of each step, and all
-        rows lose the time of the context call.
+    def _pays(self, rows: Sequence[Row], ready: Sequence[Row], kind: int) -> bool:
+        """Whether a context call is made now, rather than a step later for more rows.
+
+        The choice of least time lost per row of the call: rows that wait for it lose the time of
+        each step, and all rows lose the time of the call.
         """
         denoising = [
             row
             for row in rows
             if row.stage is Stage.STEPPING and row.request.mode == "mask_diffusion"
         ]
-        if not blocks or not denoising or not self.groups_commits:
-            return bool(blocks)
-        count, size = len(blocks), max(row.pending.size for row in blocks)
-        step = self.costs.denoise(len(denoising), size)
-        lost = sum(row.waited for row in blocks)
-        if max(row.waited for row in blocks) >= self.calls_per_block * step / 2:
+        if not denoising or not self.groups_calls:
+            return True
+        count, size = len(ready), max(self.part(row).ids.size for row in ready)
+        step = self.costs.denoise(len(denoising), max(row.block.size for row in denoising))
+        lost = sum(row.waited for row in ready)
+        if max(row.waited for row in ready) >= self.calls_per_block * step / 2:
             return True  # a block must not take half as long again
-        more = count + len(denoising) / self.calls_per_block
+        is_chunk = kind > self.limits.block_size_max
+        coming = self.prompts_per_turn if is_chunk else len(denoising) / self.calls_per_block
         now = lost + len(rows) * between(self.costs.extend, count, size)
-        later = lost + count * step + len(rows) * between(self.costs.extend, more, size)
-        return now / count <= later / more
+        later = lost + count * step + len(rows) * between(self.costs.extend, count + coming, size)
+        return now / count <= later / (count + coming)

@@ -2,16 +2,20 @@
 
 The next request is the oldest one of the caller who has the fewest slots; between callers with as
 many, of the one who got a slot longest ago. Interactive requests come first, but each eighth slot
-goes to a batch request, if one waits. A full queue makes room for a caller who has fewer requests
-in it than another: the other's newest one is turned away.
+goes to a batch request, if one waits. A full queue makes room for a caller who has less in it than
+another: the other's newest request is turned away. Full is a number of requests, and of their
+prompts' tokens, which take memory.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from twotower_engines.generation.request import Request
+
+MOST_TOKENS = 1 << 22
+"""Tokens of all prompts that wait: some 150 MB."""
 
 BATCH_TURN = 8
 """One slot of so many goes to a batch request, while interactive ones wait as well."""
@@ -22,10 +26,11 @@ class WaitingRequests:
 
     Args:
         most: Requests that may wait; None for any number.
+        most_tokens: Tokens that their prompts may have together.
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self._most = most
+    def __init__(self, most: int | None = None, most_tokens: int = MOST_TOKENS) -> None:
+        self._most, self._most_tokens = most, most_tokens
         self._queues: dict[tuple[str, str], deque[Request]] = {}  # by priority and tenant
         self._served: dict[str, int] = {}  # the turn of each tenant's last admission
         self._turns = 0
@@ -39,16 +44,22 @@ class WaitingRequests:
         for queue in self._queues.values():
             yield from queue
 
-    def add(self, request: Request) -> Request | None:
-        """Take a request; return the one that is turned away for it, which may be itself."""
+    def add(self, request: Request) -> list[Request]:
+        """Take a request; return those that are turned away for it, it itself perhaps."""
         self._queues.setdefault((request.priority, request.tenant), deque()).append(request)
-        if self._most is None or len(self) <= self._most:
-            return None
-        waiting = Counter(one.tenant for one in self)
-        tenant = max(waiting, key=lambda name: (waiting[name], name == request.tenant))
-        key = min(key for key in self._queues if key[1] == tenant)  # batch before interactive
-        turned_away = self._queues[key][-1]
-        self.remove(turned_away)
+        turned_away = []
+        while (weigh := self._overflow()) is not None:
+            weights: Counter[str] = Counter()
+            for one in self:
+                weights[one.tenant] += weigh(one)
+            tenant = max(weights, key=lambda name: (weights[name], name == request.tenant))
+            key = min(key for key in self._queues if key[1] == tenant)  # batch before interactive
+            turned_away.append(self._queues[key][-1])
+            self.remove(turned_away[-1])
+        if request in turned_away:  # then nobody else needs to go
+            for one in reversed(turned_away[:-1]):
+                self._queues.setdefault((one.priority, one.tenant), deque()).append(one)
+            return [request]
         return turned_away
 
     def remove(self, request: Request) -> None:
@@ -86,6 +97,13 @@ class WaitingRequests:
             order.append(copy.pop(held))
             held[order[-1].tenant] += 1
         return order
+
+    def _overflow(self) -> Callable[[Request], int] | None:
+        """Return the weight of a request in that of which there is too much, or None."""
+        if self._most is not None and len(self) > self._most:
+            return lambda request: 1
+        tokens = sum(len(one.prompt_ids) for one in self)
+        return (lambda one: len(one.prompt_ids)) if tokens > self._most_tokens else None
 
     def _priority(self) -> str:
         kinds = {kind for kind, _ in self._queues}

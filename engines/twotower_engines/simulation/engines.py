@@ -6,6 +6,7 @@ which calls are made is the real scheduler.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower_contract.engine_set import Limits
-from twotower_engines.generation.costs import Costs
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
+from twotower_engines.generation.costs import Costs, RooflineCosts
 from twotower_engines.generation.sampling import row_seed
 from twotower_engines.planning.acceptance import load_acceptance
+from twotower_engines.planning.plan import MemoryPlan
+from twotower_engines.planning.roofline import machine_of
 from twotower_engines.runtime.interface import Denoised, DenoiseRow, ExtendRow, PredictRow
 
 MASK, TOKEN = 0, 1
@@ -32,11 +36,11 @@ Call = tuple[str, int, int]
 
 def burst_commits(task: str) -> Commits:
     """Return the planner's rule for a task: one token, or at some rate a burst (`acceptance`)."""
-    acceptance = load_acceptance()
+    rate = functools.cache(functools.partial(load_acceptance().burst_rate, task))
 
     def commits(row: DenoiseRow, masked: int) -> int:
         draw = random.Random(row.seed)
-        is_burst = draw.random() < acceptance.burst_rate(task, row.threshold)
+        is_burst = draw.random() < rate(row.threshold)
         count = draw.randint(2, masked) if is_burst and masked > 1 else 1
         return masked if row.steps_left <= 1 else max(count, -(-masked // row.steps_left))
 
@@ -184,3 +188,16 @@ class SimulatedRuntime:
         self.row_seconds[kind] += rows * seconds
         self.stalled[kind] += (active - rows) * seconds
         self.empty += (self.limits.slots - active) * seconds
+
+
+def runtime_of_plan(plan: MemoryPlan, task: str) -> SimulatedRuntime:
+    """Return engines of a plan that only take time, and the steps of a task's blocks."""
+    config, machine = plan.model.config, machine_of(plan)
+    limits = Limits(plan.slots, plan.context, plan.max_tokens_per_call, plan.block_size_max)
+
+    def place_bytes(tokens: int) -> int:
+        states = ssm_bytes(config) + conv_bytes(config, machine.item)
+        return states + tokens * kv_bytes_per_token(config, machine.item)
+
+    costs = RooflineCosts(plan.model, machine, limits, len(plan.gpus) == 2)
+    return SimulatedRuntime(limits, costs, burst_commits(task), place_bytes=place_bytes)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.engines.generation.test_scheduler import CountedRuntime, finish
 from tests.engines.runtime.test_resident import make_resident
+from tests.support.scheduling import CountedRuntime, finish
 from twotower_contract.engine_set import Limits
 from twotower_engines.generation.costs import LinearCosts
 from twotower_engines.generation.prefixes import Prefixes

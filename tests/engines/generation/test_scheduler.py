@@ -7,33 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.scheduling import CountedRuntime, alone, drawn, finish
 from twotower_contract.engine_set import Limits
-from twotower_contract.policies import POLICIES
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.onnxruntime import OnnxRuntime
 
 POISON = 77
-
-
-class CountedRuntime:
-    """The real runtime, with its calls written down."""
-
-    def __init__(self, runtime):
-        self.runtime = runtime
-        self.calls = []
-
-    def __getattr__(self, name):
-        value = getattr(self.runtime, name)
-        if name not in ("extend", "denoise", "predict"):
-            return value
-
-        def counted(rows):
-            self.calls.append((name, [row.slot for row in rows]))
-            return value(rows)
-
-        return counted
 
 
 @pytest.fixture(scope="module")
@@ -56,42 +37,6 @@ def runtime(engines):
     runtime = OnnxRuntime(engines, threads=1)
     yield runtime
     runtime.close()
-
-
-def finish(scheduler, events=None):
-    """Turn until nothing is left; events by request."""
-    answers = events if events is not None else {}
-    turns = 0
-    while not scheduler.idle:
-        for event in scheduler.turn():
-            answers.setdefault(event.request_id, []).append(event)
-        turns += 1
-        assert turns < 5000, "the scheduler does not come to an end"
-    return answers
-
-
-def alone(runtime, request):
-    scheduler = Scheduler(runtime, slots=1)
-    scheduler.submit(request)
-    return finish(scheduler)[request.request_id]
-
-
-def drawn(draw, name):
-    mode = draw.choice(["mask_diffusion", "mask_diffusion", "mask_diffusion", "ar", "mock_ar"])
-    policy = draw.choice(list(POLICIES))
-    return Request(
-        name,
-        tuple(draw.randrange(4, 70) for _ in range(draw.randint(1, 30))),
-        mode=mode,
-        max_new_tokens=draw.randint(1, 36),
-        block_size=draw.choice([2, 8, 16]),
-        steps=draw.choice([1, 4, 16]),
-        threshold=draw.choice([0.1, 0.5, 0.9]),
-        policy=policy,
-        temperature=draw.choice([0.0, 0.0, 0.7]),
-        seed=draw.randrange(2**64),
-        eos_ids=tuple(draw.sample(range(300), draw.choice([0, 8]))),
-    )
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.waiting import BATCH_TURN, WaitingRequests
@@ -63,12 +64,30 @@ def test_the_order_is_told_without_changing_it():
         assert popped(queue, held) == told
 
 
+def turned_away(queue, one):
+    return [away.request_id for away in queue.add(one)]
+
+
 def test_a_full_queue_makes_room_for_who_has_less_in_it():
     queue = WaitingRequests(most=4)
     for number in range(4):
-        assert queue.add(request(f"a{number}", "a")) is None
-    assert queue.add(request("a4", "a")).request_id == "a4"
-    assert queue.add(request("b0", "b")).request_id == "a3"
-    assert queue.add(request("b1", "b")).request_id == "a2"
-    assert queue.add(request("b2", "b")).request_id == "b2"
+        assert turned_away(queue, request(f"a{number}", "a")) == []
+    assert turned_away(queue, request("a4", "a")) == ["a4"]
+    assert turned_away(queue, request("b0", "b")) == ["a3"]
+    assert turned_away(queue, request("b1", "b")) == ["a2"]
+    assert turned_away(queue, request("b2", "b")) == ["b2"]
     assert popped(queue) == ["a0", "b0", "a1", "b1"]
+
+
+def test_long_prompts_fill_a_queue_too():
+    queue = WaitingRequests(most=100, most_tokens=50)
+
+    def long(name, tokens):
+        return replace(request(name, name[0]), prompt_ids=(5,) * tokens)
+
+    for name in ("a0", "a1", "b0"):
+        assert turned_away(queue, long(name, 15)) == []
+    assert turned_away(queue, long("b1", 20)) == ["b1"]
+    assert turned_away(queue, long("c0", 25)) == ["c0"]
+    assert turned_away(queue, long("c1", 20)) == ["a1"]
+    assert popped(queue) == ["a0", "b0", "c1"]

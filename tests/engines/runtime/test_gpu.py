@@ -180,7 +180,7 @@ def test_plans_answer_as_the_cpu_flavour_does(built):
         runtime = open_runtime(engines)
         scheduler = Scheduler(runtime)
         for row in range(4):
-            scheduler.submit(Request(str(row), ids, max_new_tokens=96))
+            scheduler.submit(Request(str(row), ids, max_new_tokens=96, ignore_eos=True))
         got = {str(row): [] for row in range(4)}
         while not scheduler.idle:
             for event in scheduler.turn():

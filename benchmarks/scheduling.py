@@ -1,0 +1,109 @@
+"""The scheduler's choices on a simulated H200: shared calls, budget, chunks, slots and prefixes.
+
+    python -m benchmarks.scheduling CHECKPOINT     # or its config.json; three minutes, no GPU
+
+The simulator's times are the planner's, so these are comparisons, not measurements. Prompts have
+300 tokens, answers 256, both by half up or down; steps per block as measured on arithmetic at
+threshold 0.8. Callers send their next request when one is answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.support import ROOT
+from twotower_contract.json_file import write_json
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.planning.model_size import ModelSize, read_model_size
+from twotower_engines.planning.plan import PlanRequest, plan_memory
+from twotower_engines.planning.sku_lookup import find_sku
+from twotower_engines.simulation.engines import runtime_of_plan
+from twotower_engines.simulation.simulate import Outcome, simulate
+from twotower_engines.simulation.workload import Arrival, Kind, at_concurrency, at_rate
+
+RESULTS = ROOT / "benchmarks" / "results"
+TASK, CONTEXT = "arithmetic", 6144
+KIND = Kind(prompt=300, shared=0, new=256, threshold=0.8)
+GIB = 2**30
+
+
+def run(
+    model: ModelSize,
+    arrivals: list[Arrival],
+    slots: int = 16,
+    chunk: int | None = None,
+    **options: Any,
+) -> Outcome:
+    """Simulate one load on an H200."""
+    request = PlanRequest(find_sku("h200"), slots=slots, context=CONTEXT, max_tokens_per_call=chunk)
+    runtime = runtime_of_plan(plan_memory(model, request), TASK)
+    scheduler = Scheduler(runtime, costs=runtime.costs, clock=runtime.clock, **options)
+    return simulate(runtime, scheduler, arrivals)
+
+
+def cases(model: ModelSize) -> Iterator[tuple[str, str, Outcome]]:
+    """Yield the question, the setting, and what came of it."""
+    for slots in (1, 4, 16, 32, 64):
+        for shared in (False, True):
+            found = run(model, at_concurrency(KIND, 10 * slots, slots), slots, groups_calls=shared)
+            yield "calls", f"{slots} rows, {'shared' if shared else 'at once'}", found
+    long = replace(KIND, prompt=3000)
+    for budget in (0.0, 0.015, 0.03, 0.06, 0.12):
+        found = run(model, at_rate(long, 100, 3.0), prefill_seconds=budget)
+        yield "budget", f"{1e3 * budget:g} ms", found
+    for chunk in (64, 128, 256):
+        yield "chunk", f"{chunk} tokens", run(model, at_rate(long, 100, 2.0), chunk=chunk)
+    for slots in (8, 16, 32, 64):
+        yield "slots", f"{slots} slots", run(model, at_concurrency(KIND, 300, 64), slots)
+    beginning = replace(KIND, shared=2000)
+    for memory in (0, 1, 4):
+        found = run(model, at_rate(beginning, 100, 3.0), prefix_bytes=memory * GIB)
+        yield "prefixes", f"{memory} GiB", found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    model = read_model_size(parser.parse_args().checkpoint)
+    day = datetime.date.today().isoformat()
+    results, lines = [], [
+        "# The scheduler's choices, simulated",
+        "",
+        f"`python -m benchmarks.scheduling`, {day}: an H200 in bf16, released size, by",
+        "the planner's times. Comparisons, not measurements; times at the 50th and 95th",
+        "percentile.",
+    ]  # fmt: skip
+    for question, setting, one in cases(model):
+        if not results or results[-1]["question"] != question:
+            lines += [
+                "",
+                f"| {question} | tokens/s | first block, s | between blocks, ms | denoiser calls | "
+                "context calls | waiting for prompts |",
+                "|---|---:|---:|---:|---:|---:|---:|",
+            ]
+        first, gap = one.first_block, one.block_gap
+        waits = one.row_share["waiting for others' prompts"]
+        cells = (
+            setting,
+            f"{one.tokens_per_second:,.0f}",
+            f"{first[50]:.2f}, {first[95]:.2f}",
+            f"{1e3 * gap[50]:.0f}, {1e3 * gap[95]:.0f}",
+            f"{one.counters.denoiser_calls:,}",
+            f"{one.counters.context_calls:,}",
+            f"{waits:.0%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+        results.append({"question": question, "setting": setting, **one.as_json()})
+    name = f"scheduling-simulated-{day}"
+    write_json(RESULTS / f"{name}.json", {"date": day, "results": results})
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
