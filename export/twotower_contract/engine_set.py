@@ -45,6 +45,11 @@ class Limits:
     max_tokens_per_call: int
     block_size_max: int
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that a slot's keys and values have room for: a request's, and a call's behind."""
+        return self.context + max(self.max_tokens_per_call, self.block_size_max)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineFile:

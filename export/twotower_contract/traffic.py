@@ -285,8 +285,12 @@ def _renewed(output: Tensor, listing: Listing, call: Mapping[str, int]) -> int:
 
 
 def _copies(listing: Listing, call: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
-    """Yield kernels that write as much as a large input that they read, and not an output."""
+    """Yield kernels that write as much as a large input that they read, and not an output.
+
+    A cache that was updated in place is still the input that it was.
+    """
     inputs = {one.name for one in listing.inputs}
+    inputs |= {one.name for one in listing.outputs if one.name.removesuffix("_new") in inputs}
     outputs = {one.name for one in listing.outputs}
     for kernel in listing.kernels:
         names = {one.name for one in kernel.reads}

@@ -15,6 +15,7 @@ from twotower_contract.traffic import traffic_of
 
 PATTERN = "ME*"
 CONTEXT = 8192
+CAPACITY = CONTEXT + 256  # with room for the largest call
 LARGE = 100_000  # bytes; what is smaller than this may be moved about
 pytest.importorskip("tensorrt_rtx", reason="needs `pip install tensorrt-rtx-cu13`")
 
@@ -23,7 +24,7 @@ pytest.importorskip("tensorrt_rtx", reason="needs `pip install tensorrt-rtx-cu13
 def compiled(request, tmp_path_factory):
     """The kernels of a tower at 1 or 16 rows of 16 tokens."""
     tower, rows = request.param
-    return compile_tower(tmp_path_factory.mktemp("compiled"), tower, rows, 16, CONTEXT, PATTERN)
+    return compile_tower(tmp_path_factory.mktemp("compiled"), tower, rows, 16, CAPACITY, PATTERN)
 
 
 def rows(compiled):
@@ -44,35 +45,45 @@ def test_all_that_kernels_touch_has_a_size(compiled):
     assert sum(one.kernels for one in kinds.values()) == len(compiled.kernels) > 40
 
 
-def test_no_kernel_copies_or_transposes_a_weight(compiled):
-    """A kernel that writes as much as a weight that it reads is a copy of it."""
+def test_no_kernel_copies_or_transposes_a_weight_or_a_state(compiled):
+    """A kernel that writes as much as an input that it reads is a copy of it.
+
+    But for the convolution, which makes more of its short history.
+    """
     copies = [name for _, name, _ in traffic_of(compiled).copies]
-    assert not [name for name in copies if not name.startswith("context.")]
+    assert not [name for name in copies if not name.endswith("conv_state")]
 
 
 def test_attention_is_one_kernel_and_writes_no_scores(compiled):
     assert sum("mha" in kernel.name for kernel in compiled.kernels) == 1
-    scores = 32 * 16 * CONTEXT * rows(compiled)
+    scores = 32 * 16 * CAPACITY * rows(compiled)
+    caches = {one.sizes for one in compiled.inputs if one.name.endswith("_cache")}
     assert not [
         (name, shape)
         for name, shape, _ in written(compiled)
-        if {CONTEXT, CONTEXT + 16} & set(shape) and math.prod(shape) >= scores
+        if CAPACITY in shape and shape not in caches and math.prod(shape) >= scores
     ]
 
 
-def test_a_cache_is_read_once(compiled):
-    read = [
-        one.name
-        for kernel in compiled.kernels
-        for one in kernel.reads
-        if one.name.endswith("_cache")
-    ]
-    assert sorted(read) == [f"context.layers.2.{kind}_cache" for kind in "kv"]
-
-
-def test_a_mamba_state_is_read_as_it_lies(compiled):
-    """Only the new state is as large as the old one."""
-    assert not [name for _, name, _ in traffic_of(compiled).copies if name.endswith("ssm_state")]
+def test_caches_are_updated_in_place_and_read_by_attention_alone(compiled):
+    caches = {f"context.layers.2.{kind}_cache_new" for kind in "kv"}
+    readers = {}
+    for kernel in compiled.kernels:
+        written = {one.name for one in kernel.writes}
+        for name in caches.intersection(one.name for one in kernel.reads):
+            readers.setdefault(name, []).append("update" if name in written else kernel.name)
+    assert readers.keys() == caches
+    for update, attention in readers.values():
+        assert update == "update"
+        assert "mha" in attention
+    assert (
+        not [  # what went in is named by what comes out: there is no other cache
+            one.name
+            for kernel in compiled.kernels
+            for one in (*kernel.reads, *kernel.writes)
+            if CAPACITY in one.sizes and 128 in one.sizes and one.name not in caches
+        ]
+    )
 
 
 def test_refinement_writes_no_integers_for_each_token(compiled):

@@ -49,7 +49,13 @@ def test_what_was_exported_passes(exported, options):
     assert report.outcome.passed
     assert report.by_part == bool(options)
     tensors = {tensor.tensor for tensor in report.outcome.tensors}
-    new = {"0.conv_state_new", "0.ssm_state_new", "2.k_new", "2.v_new", "3.ssm_state_new"}
+    new = {
+        "0.conv_state_new",
+        "0.ssm_state_new",
+        "2.k_cache_new",
+        "2.v_cache_new",
+        "3.ssm_state_new",
+    }
     assert {f"context.layers.{name}" for name in new} <= tensors
     assert {"logits", "new_ids", "confidence", "committed", "still_masked"} <= tensors
     for tower in ("context", "denoiser"):
@@ -156,7 +162,7 @@ def test_shuffled_experts_are_found(copied):
     assert "logits" in differing(run(copied))
 
 
-@pytest.mark.parametrize("name", ["logits", "context.layers.2.v_new"])
+@pytest.mark.parametrize("name", ["logits", "context.layers.2.v_cache_new"])
 def test_a_missing_output_fails_by_name(copied, name):
     def remove(model):
         kept = [output for output in model.graph.output if output.name != name]

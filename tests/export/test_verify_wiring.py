@@ -116,8 +116,8 @@ CASES = {
     "keys for values": (
         "context",
         swapped_outputs,
-        "context.layers.2 makes context.layers.2.hidden, context.layers.2.v_new, "
-        "context.layers.2.k_new, not",
+        "context.layers.2 makes context.layers.2.hidden, context.layers.2.v_cache_new, "
+        "context.layers.2.k_cache_new, context.layers.2.queries, not",
     ),
     "a rule of the refinement": (
         "denoiser",

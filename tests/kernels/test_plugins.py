@@ -31,7 +31,7 @@ from twotower_contract.layout import graph_weights
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.node import NAMESPACE
 from twotower_engines.kernels.nodes import OPS
-from twotower_engines.kernels.plugin_graph import with_plugins
+from twotower_engines.kernels.plugin_graph import OPSET, with_plugins
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
@@ -95,7 +95,7 @@ def wrapped(function: ir.Function, given: list[torch.Tensor]) -> onnx.ModelProto
     helper = onnx.helper
     call = helper.make_node(function.name, proto.input, proto.output, domain="twotower")
     call.attribute.extend(proto.attribute_proto)
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("twotower", 1)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("twotower", 1)]
     wrapper = helper.make_function(
         "twotower", "Wrapper", list(proto.input), list(proto.output), [call], opsets
     )
@@ -154,7 +154,7 @@ def test_a_whole_tower_with_plugins_means_the_same(tower: Literal["denoiser", "c
     states = {a.i for node in changed.graph.node for a in node.attribute if a.name == "states"}
     assert states == {int(tower == "context")}
 
-    given = random_inputs(model, {"batch": 2, "block": 4, "tokens": 4, "context": 3})
+    given = random_inputs(model, {"batch": 2, "block": 4, "tokens": 4, "context": 3 + 4})
     for mine, theirs in zip(run(changed, given), run(model, given), strict=True):
         assert not np.isnan(theirs).any()
         np.testing.assert_array_equal(mine, theirs)

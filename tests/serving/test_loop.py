@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -164,7 +165,7 @@ def test_a_request_that_fails_on_the_way_says_why(packaged, runtime, loop) -> No
             return getattr(runtime, name)
 
         def denoise(self, rows):
-            return [type(one)(one.ids, -1) for one in runtime.denoise(rows)]
+            return [replace(one, still_masked=-1) for one in runtime.denoise(rows)]
 
     poisoned = EngineLoop(Scheduler(Poisoned(), slots=2), 3, lambda: None)
     answer = Answer()

@@ -41,10 +41,19 @@ class Interface:
     outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
 
 
-def interface_of(manifest: Manifest, tower: str) -> Interface:
-    """Return the interface of a tower's engine in the checkpoint's dtype."""
+def interface_of(manifest: Manifest, tower: str, capacity: int = DYNAMIC) -> Interface:
+    """Return the interface of a tower's engine in the checkpoint's dtype.
+
+    A cache comes out as it went in, with the call's keys or values in its room: its input and its
+    output are the same memory.
+
+    Args:
+        capacity: Tokens that a cache has room for; engines know it, graphs do not.
+    """
     model, dtype = manifest.model, COMPUTED[manifest.model.dtype]
-    states = dict(_states(model, dtype))
+    states = dict(_states(model, dtype, capacity))
+    queries = TensorSpec(dtype, (DYNAMIC, model.num_attention_heads, DYNAMIC, model.head_dim))
+    attention = {f"context.layers.{i}.queries": queries for i in model.layers_of_kind["*"]}
     rows = {"ids": 2, "lengths": 1, "context_lengths": 1}
     if tower == "denoiser":
         rows |= dict.fromkeys(("conditioned", "steps_left", "policy", "seed"), 1)
@@ -59,13 +68,12 @@ def interface_of(manifest: Manifest, tower: str) -> Interface:
             weight.name, weight.dtype, weight.shape, model.tensor_dtype
         ).items()
     }
+    new = {f"{name}_new": spec for name, spec in states.items()}
     if tower == "denoiser":
-        return Interface(inputs, _refined(model))
-    new = {
-        name.removesuffix("cache") + "new" if name.endswith("cache") else f"{name}_new": spec
-        for name, spec in states.items()
-    }
-    return Interface(inputs, {"logits": TensorSpec("FLOAT", (DYNAMIC, model.vocab_size)), **new})
+        caches = {name: spec for name, spec in new.items() if name.endswith("cache_new")}
+        return Interface(inputs, {**_refined(model), **caches, **attention})
+    logits = TensorSpec("FLOAT", (DYNAMIC, model.vocab_size))
+    return Interface(inputs, {"logits": logits, **new, **attention})
 
 
 def differences(found: Interface, expected: Interface) -> list[str]:
@@ -84,7 +92,7 @@ def differences(found: Interface, expected: Interface) -> list[str]:
     return problems
 
 
-def _states(model: ModelConfig, dtype: str) -> Iterator[tuple[str, TensorSpec]]:
+def _states(model: ModelConfig, dtype: str, capacity: int) -> Iterator[tuple[str, TensorSpec]]:
     ssm = (model.mamba_num_heads, model.mamba_head_dim, model.ssm_state_size)
     for layer, kind in enumerate(model.pattern):
         name = f"context.layers.{layer}"
@@ -93,7 +101,7 @@ def _states(model: ModelConfig, dtype: str) -> Iterator[tuple[str, TensorSpec]]:
             yield f"{name}.conv_state", TensorSpec(dtype, conv)
             yield f"{name}.ssm_state", TensorSpec("FLOAT", (DYNAMIC, *ssm))
         elif kind == "*":
-            shape = (DYNAMIC, model.num_key_value_heads, DYNAMIC, model.head_dim)
+            shape = (DYNAMIC, model.num_key_value_heads, capacity, model.head_dim)
             yield f"{name}.k_cache", TensorSpec(dtype, shape)
             yield f"{name}.v_cache", TensorSpec(dtype, shape)
 

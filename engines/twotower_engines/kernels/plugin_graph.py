@@ -16,7 +16,7 @@ from twotower_engines.kernels.node import NAMESPACE, Node
 from twotower_engines.kernels.nodes import OPS
 
 VERSION = "1"
-OPSET = 23
+OPSET = 24
 
 
 def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -352,7 +352,7 @@ class _Sizes:
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
         states = {
             "keys and values": self.request.slots
-            * self.request.context
+            * (self.request.context + max(self.chunk, self.request.block_size_max))
             * kv_bytes_per_token(self.model.config, self.item),
             "ssm": self.request.slots * ssm_bytes(self.model.config),
             "conv": self.request.slots * conv_bytes(self.model.config, self.item),
@@ -365,12 +365,14 @@ class _Sizes:
         """Yield the buffers for the calls of a tower: one set, for the largest call."""
         slots = self.request.slots
         logits = self.model.config.vocab_size * FLOAT32
+        queries = slots * self.model.config.num_attention_heads * self.model.config.head_dim
         if tower == "denoiser":
             yield "denoiser logits", slots * self.request.block_size_max * logits
+            yield "denoiser queries", self.request.block_size_max * queries * self.item
             return
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
-        token = kv_bytes_per_token(self.model.config, self.item)
-        yield "new states", slots * (mamba + self.chunk * token)
+        yield "new states", slots * mamba
+        yield "context queries", self.chunk * queries * self.item
         yield "context logits", slots * logits
 
     def workspace(self, tower: str) -> int:

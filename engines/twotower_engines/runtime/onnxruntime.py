@@ -1,9 +1,10 @@
 """The CPU flavour: ONNX Runtime sessions over the float32 graphs.
 
 Weights are bound once, as values shared by all calls, through I/O bindings: a call only binds ids,
-lengths and states. A slot's states are arrays that no call writes in place: an extension returns
-new ones and the slot takes them over, so that keeping the previous ones is keeping a reference.
-Keys and values are the exception, they are appended to buffers that grow by half.
+lengths and states. A slot's Mamba states are arrays that no call writes in place: an extension
+returns new ones and the slot takes them over, so that keeping the previous ones is keeping a
+reference. Keys and values are written in place, into buffers that grow by half: an extension writes
+behind the context's, a denoise step at the end.
 """
 
 from __future__ import annotations
@@ -130,15 +131,16 @@ class OnnxRuntime:
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
-        states = list(self._new_states(1, 1))
+        caches = [f"{name}_new" for name in self._attention_shapes]
+        states = [*self._new_states(1), *caches]
         # for each call of a tower the outputs that are read: the others are never computed
         calls = {
             "context": {"extend": states or ["logits"], "extend with logits": [*states, "logits"]}
         }
         if self.has_denoiser:
             calls["denoiser"] = {
-                "denoise": ["new_ids", "still_masked", "confidence"],
-                "predict": ["logits"],
+                "denoise": ["new_ids", "still_masked", "confidence", *caches],
+                "predict": ["logits", *caches],
             }
         sessions = {
             tower: self._sessions(engines.engine_path(tower), list(outputs.values()), threads)
@@ -158,7 +160,7 @@ class OnnxRuntime:
                 self._bindings[call] = self._binding(session, weights)
         self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
         # a block is denoised several times against the same states: gather them once
-        self._gathered: tuple[tuple[tuple[int, int], ...], dict[str, Array]] | None = None
+        self._gathered: tuple[Any, dict[str, Array]] | None = None
 
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
@@ -171,13 +173,13 @@ class OnnxRuntime:
         self._check_open()
         slots = [self._slots[row.slot] for row in rows]
         tokens = max(row.ids.size for row in rows)
-        inputs = {
+        inputs: dict[str, Array] = {
             "ids": _padded([row.ids for row in rows], tokens),
             "lengths": np.array([row.ids.size for row in rows], np.int32),
             "context_lengths": np.array([slot.length for slot in slots], np.int32),
-            **self._gather(slots),
+            **self._gather(slots, tokens),
         }
-        outputs = self._new_states(len(rows), tokens)
+        outputs = {**self._new_states(len(rows)), **self._in_place(inputs)}
         wanted = any(row.logits for row in rows)
         if wanted:
             outputs["logits"] = np.empty((len(rows), self.vocab_size), np.float32)
@@ -202,12 +204,13 @@ class OnnxRuntime:
             "temperature": np.array([row.temperature for row in rows], np.float32),
             "policy": np.array([row.policy for row in rows], np.int32),
             "seed": np.array([row.seed for row in rows], np.int32),
-            **self._gather_once([row.slot for row in rows], slots),
+            **self._gather_once([row.slot for row in rows], slots, block),
         }
         new_ids = np.empty((len(rows), block), np.int32)
         still_masked = np.empty(len(rows), np.int32)
         confidence = np.empty((len(rows), block), np.float32)
         outputs = {"new_ids": new_ids, "still_masked": still_masked, "confidence": confidence}
+        outputs |= self._in_place(inputs)
         self._run("denoise", inputs, outputs)
         return [
             Denoised(new_ids[index, :size], int(still_masked[index]), confidence[index, :size])
@@ -230,10 +233,10 @@ class OnnxRuntime:
             "temperature": np.zeros(count, np.float32),
             "policy": np.zeros(count, np.int32),
             "seed": np.zeros(count, np.int32),
-            **self._gather(slots, previous=True),
+            **self._gather(slots, 1, previous=True),
         }
         logits = np.empty((count, 1, self.vocab_size), np.float32)
-        self._run("predict", inputs, {"logits": logits})
+        self._run("predict", inputs, {"logits": logits, **self._in_place(inputs)})
         return logits[:, 0]
 
     def state_store(self, size: int, tokens: int) -> HostStates:
@@ -311,15 +314,25 @@ class OnnxRuntime:
         # before the first token the states are zero as well, so one token is a prompt too
         return _Slot(0, mamba, mamba, attention)
 
-    def _gather(self, slots: Sequence[_Slot], previous: bool = False) -> dict[str, Array]:
-        """Return the state inputs of a batch; views where the batch is one slot."""
+    def _gather(
+        self, slots: Sequence[_Slot], tokens: int, previous: bool = False
+    ) -> dict[str, Array]:
+        """Return the state inputs of a batch; a slot's own arrays where the batch is one slot.
+
+        Args:
+            tokens: Tokens of a row in the call, for which there is room behind each context.
+        """
         mamba = [_previous(slot) if previous else slot.mamba for slot in slots]
+        needed = max(slot.length for slot in slots) + tokens
         if len(slots) == 1:
+            for name, cache in slots[0].attention.items():
+                if needed > cache.shape[2]:
+                    slots[0].attention[name] = _grown(cache, needed, self.limits.cache_tokens)
             return {**mamba[0], **slots[0].attention}
         batch = {
             name: np.concatenate([states[name] for states in mamba]) for name in self._mamba_shapes
         }
-        capacity = max((cache.shape[2] for s in slots for cache in s.attention.values()), default=0)
+        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
         for name, (heads, size) in self._attention_shapes.items():
             # zero, not empty: values past a row's length are masked, but must be finite
             joined = np.zeros((len(slots), heads, capacity, size), np.float32)
@@ -328,30 +341,37 @@ class OnnxRuntime:
             batch[name] = joined
         return batch
 
-    def _gather_once(self, numbers: Sequence[int], slots: Sequence[_Slot]) -> dict[str, Array]:
+    def _gather_once(
+        self, numbers: Sequence[int], slots: Sequence[_Slot], tokens: int
+    ) -> dict[str, Array]:
         """Return `_gather`, remembered until a slot is reset, or extended and so longer."""
-        key = tuple((number, slot.length) for number, slot in zip(numbers, slots, strict=True))
+        rows = tuple((number, slot.length) for number, slot in zip(numbers, slots, strict=True))
+        key = (tokens, rows)
         if self._gathered is None or self._gathered[0] != key:
-            self._gathered = (key, self._gather(slots))
+            self._gathered = (key, self._gather(slots, tokens))
         return self._gathered[1]
 
-    def _new_states(self, count: int, tokens: int) -> dict[str, Array]:
-        """Return empty arrays for the state outputs of the context engine."""
-        outputs = {
+    def _new_states(self, count: int) -> dict[str, Array]:
+        """Return empty arrays for the Mamba states that the context engine returns."""
+        return {
             f"{name}_new": np.empty((count, *shape), np.float32)
             for name, shape in self._mamba_shapes.items()
         }
-        for name, (heads, size) in self._attention_shapes.items():
-            outputs[_new_name(name)] = np.empty((count, heads, tokens, size), np.float32)
-        return outputs
+
+    def _in_place(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Return the outputs that are written into inputs: keys and values."""
+        return {f"{name}_new": inputs[name] for name in self._attention_shapes}
 
     def _advance(self, slot: _Slot, row: ExtendRow, index: int, outputs: dict[str, Array]) -> None:
         """Take over the states that a call returned for one slot."""
         end = slot.length + row.ids.size
         for name, cache in slot.attention.items():
+            written = outputs[f"{name}_new"]
+            if written is cache:
+                continue
             if end > cache.shape[2]:
-                cache = slot.attention[name] = _grown(cache, end, self.limits.context)
-            cache[0, :, slot.length : end] = outputs[_new_name(name)][index, :, : row.ids.size]
+                cache = slot.attention[name] = _grown(cache, end, self.limits.cache_tokens)
+            cache[0, :, slot.length : end] = written[index, :, slot.length : end]
         slot.previous = slot.mamba if row.keep_previous else None
         slot.mamba = {
             name: outputs[f"{name}_new"][index : index + 1] for name in self._mamba_shapes
@@ -386,11 +406,6 @@ def _state_shapes(
         for kind in ("k", "v")
     }
     return mamba, attention
-
-
-def _new_name(cache: str) -> str:
-    """Return the output that extends a cache: `..k_cache` to `..k_new`."""
-    return cache.removesuffix("cache") + "new"
 
 
 def _previous(slot: _Slot) -> dict[str, Array]:

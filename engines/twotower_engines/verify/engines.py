@@ -29,12 +29,10 @@ BOUNDS: Mapping[str, Mapping[str, Callable[[Limits], int]]] = {
     "context": {
         "batch": lambda limits: limits.slots,
         "tokens": lambda limits: limits.max_tokens_per_call,
-        "context": lambda limits: limits.context,
     },
     "denoiser": {
         "batch": lambda limits: limits.slots,
         "block": lambda limits: limits.block_size_max,
-        "context": lambda limits: limits.context,
     },
 }
 
@@ -120,6 +118,13 @@ def _profile_problems(engines: EngineSet, tower: str) -> list[str]:
                 f"{BUILD_FILE}: profiles of the {tower} engine take `{dim}` up to {reached}, but "
                 f"the limits promise {wanted}; build again"
             )
+    room = engines.build.limits.cache_tokens
+    given = {_sizes(profile, "context") for profile in profiles}
+    if given != {(room, room, room)}:
+        problems.append(
+            f"{BUILD_FILE}: caches of the {tower} engine have room for {max(given)[2]} tokens, but "
+            f"the limits ask for {room}; build again"
+        )
     return problems
 
 
@@ -135,7 +140,7 @@ def _verify_interface(
     found: Verification, engines: EngineSet, tower: str, bundle: Path | None
 ) -> None:
     """Compare what TensorRT parsed, now or when it built, with what the manifest implies."""
-    expected = interface_of(engines.manifest, tower)
+    expected = interface_of(engines.manifest, tower, engines.build.limits.cache_tokens)
     counts = f"{len(expected.inputs)} inputs and {len(expected.outputs)} outputs of the {tower}"
     if bundle is not None:
         try:
@@ -183,7 +188,8 @@ def _parsed(engines: EngineSet, tower: str, bundle: Path) -> tuple[str, Interfac
         path = bundle / manifest.graph(precision, tower).file
         if path.is_file() and file_sha256(path) == digest:
             # One of both parses for either flavour: it is the same parser, and here without a GPU.
-            return LIBRARY.title, parse(path, LIBRARY)
+            sizes = {"context": engines.build.limits.cache_tokens}
+            return LIBRARY.title, parse(path, LIBRARY, sizes)
     raise BuildError(
         f"{bundle}: has no {tower} graph with sha256 {str(digest)[:12]}, from which the engine was "
         "built; name the bundle that the engines were built from"

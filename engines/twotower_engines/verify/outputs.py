@@ -26,9 +26,9 @@ from twotower_engines.runtime.resident.runtime import Tower
 from twotower_engines.verify.differences import Array, Difference, compare_arrays
 
 ROWS = 2
-CHUNK, BLOCK, CAPACITY = 37, 16, 128
+CHUNK, BLOCK, CONTEXT = 37, 16, 128
 NUMPY = {"INT32": np.int32, "FLOAT": np.float32, "BF16": np.uint16}
-TOKEN_AXES = {"k_new": 2, "v_new": 2, "new_ids": 1, "confidence": 1, "committed": 1}
+TOKEN_AXES = {"queries": 2, "new_ids": 1, "confidence": 1, "committed": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,26 +89,22 @@ def compare_tower(
     Returns:
         A difference for each output of each call, named `tower.call.output`.
     """
-    interface = interface_of(manifest, name)
+    interface = interface_of(manifest, name, limits.cache_tokens)
     found = []
     for call in _calls(name, limits, manifest):
-        rows, capacity = len(call.lengths), min(CAPACITY, limits.context)
         given = states if call.continues else {}
-        empty = _empty_states(interface, rows, capacity)
+        empty = _empty_states(interface, len(call.lengths))
         inputs = {**call.inputs, **empty, **given}
         inputs = {key: _as_taken(array, interface.inputs[key]) for key, array in inputs.items()}
         outputs = reference.run(inputs)
         ours = _run(tower, interface, inputs, {key: one.shape for key, one in outputs.items()})
         ours, theirs = (
-            {
-                f"{name}.{call.name}.{key}": _valid(key, one, call.lengths)
-                for key, one in side.items()
-            }
+            {f"{name}.{call.name}.{key}": _valid(key, one, call) for key, one in side.items()}
             for side in (ours, outputs)
         )
         found += compare_arrays(ours, theirs, precision)
         if name == "context" and not call.continues:
-            states |= _landed(empty, outputs, call.lengths)
+            states |= {key: outputs[f"{key}_new"] for key in empty}
     return found
 
 
@@ -116,7 +112,7 @@ def _calls(tower: str, limits: Limits, manifest: Manifest) -> Iterator[_Call]:
     """Yield the calls that serving makes: ragged rows of a chunk, a block and a single token."""
     generator = np.random.default_rng(0)
     rows = min(ROWS, limits.slots)
-    chunk = min(CHUNK, limits.max_tokens_per_call, max(1, min(CAPACITY, limits.context) // 2))
+    chunk = min(CHUNK, limits.max_tokens_per_call, max(1, min(CONTEXT, limits.context) // 2))
     block = min(BLOCK, limits.block_size_max, limits.max_tokens_per_call)
     seen = np.array([chunk, max(1, chunk // 4)][:rows], np.int32)
 
@@ -146,29 +142,13 @@ def _calls(tower: str, limits: Limits, manifest: Manifest) -> Iterator[_Call]:
         yield made
 
 
-def _empty_states(interface: Interface, rows: int, capacity: int) -> dict[str, Array]:
-    """Return zero states: their batch is the first dimension, a cache's capacity the third."""
+def _empty_states(interface: Interface, rows: int) -> dict[str, Array]:
+    """Return zero states; their batch is the first dimension."""
     return {
-        name: np.zeros((rows, *(capacity if n < 0 else n for n in spec.shape[1:])), np.float32)
+        name: np.zeros((rows, *spec.shape[1:]), np.float32)
         for name, spec in interface.inputs.items()
         if name.startswith("context.layers.")
     }
-
-
-def _landed(
-    empty: Mapping[str, Array], outputs: Mapping[str, Array], lengths: npt.NDArray[np.int32]
-) -> dict[str, Array]:
-    """Return the states after a first call: new Mamba states, and caches that hold its tokens."""
-    states = {}
-    for name, array in empty.items():
-        if not name.endswith("_cache"):
-            states[name] = outputs[f"{name}_new"]
-            continue
-        filled = array.copy()
-        for row, count in enumerate(lengths):
-            filled[row, :, :count] = outputs[name.removesuffix("cache") + "new"][row, :, :count]
-        states[name] = filled
-    return states
 
 
 def _run(
@@ -187,7 +167,8 @@ def _run(
         device.upload(addresses[name], sent[-1])
     for name, spec in interface.outputs.items():
         size = math.prod(shapes[name]) * np.dtype(NUMPY[spec.dtype]).itemsize
-        addresses[name] = device.allocate(size)
+        cache = addresses.get(name.removesuffix("_new")) if name.endswith("cache_new") else None
+        addresses[name] = device.allocate(size) if cache is None else cache
     call = tower.engine.prepare({name: tuple(array.shape) for name, array in inputs.items()})
     call.bind(addresses)
     call.enqueue()
@@ -199,13 +180,18 @@ def _run(
     return outputs
 
 
-def _valid(name: str, array: Array, lengths: npt.NDArray[np.int32]) -> Array:
+def _valid(name: str, array: Array, call: _Call) -> Array:
     """Return an output with zeros where rows have no tokens."""
-    suffix = name.rpartition(".")[2]
+    suffix, tokens = name.rpartition(".")[2], call.inputs["ids"].shape[1]
     axis = 1 if suffix == "logits" and array.ndim == 3 else TOKEN_AXES.get(suffix)
-    if axis is None:
+    if suffix.endswith("cache_new"):
+        axis = 2
+        after = np.arange(array.shape[2]) - call.inputs["context_lengths"][:, None]
+        valid = (after < call.lengths[:, None]) | (after >= tokens)
+    elif axis is not None:
+        valid = np.arange(array.shape[axis]) < call.lengths[:, None]
+    else:
         return array
-    valid = np.arange(array.shape[axis]) < lengths[:, None]
     shape = [1] * array.ndim
     shape[0], shape[axis] = valid.shape
     return np.where(valid.reshape(shape), array, np.zeros((), array.dtype))

@@ -1,17 +1,24 @@
 """Attention over cached context and the block: grouped queries, no positional encoding.
 
-The standard operator `Attention` (opset 23) under a boolean mask: TensorRT makes one kernel of it,
-in which scores are float32 and never written, whatever their number, and ONNX Runtime computes it
-on a CPU. Written out as product, softmax and product, keys were transposed and cast to float32, and
-the scores of the whole capacity written three times: 136 MiB for each row, layer and 8192 tokens.
+Keys and values of a call are written into the cache's own room (`TensorScatter`, opset 24), and one
+operator reads the cache (`Attention`, opset 23) under a boolean mask. Where the cache that comes
+out is the memory of the cache that went in, only the call's tokens move. The context tower writes
+them behind the context's, where they stay; the denoiser at the cache's end, where they disturb
+nothing. TensorRT makes one kernel of the attention, in which scores are float32 and never written,
+and ONNX Runtime computes all of it on a CPU.
 
+- TensorRT asks that an updated cache is an input and an output of the engine, of the same address,
+  and has one size. It learned `Attention` in 10.14 and the update in 10.15; TensorRT-RTX 1.7 has
+  both.
+- The queries are an output, which nobody reads. TensorRT lays out an output as it is written here,
+  and then reads the caches where they lie. Of queries that are its own affair it makes another
+  layout, and copies both caches into it.
+- The kernel is given a list of the 64-key tiles that the mask of a row uses. Its cost follows the
+  context's length; only the mask itself has the size of the cache.
+- What a cache holds past a row's tokens must be finite, because 0 * NaN is NaN.
 - The softmax's precision is not given: TensorRT refuses the attribute. Softmax weights may be
   rounded to T for their product with the values, as in flash attention.
 - Not opset 24's `nonpad_kv_seqlen`: TensorRT's parser drops it without a word.
-- Keys and values of the context and of the block are joined before: one copy of the cache, 8 MiB
-  for each row, layer and 8192 tokens, in which what is not seen becomes 0. Opset 24's
-  `TensorScatter` into the cache's own room would save it, where a call may write to its states.
-- The cost follows the capacity of the cache that is given, not the context's length.
 
 Sources: NVIDIA's `modeling_nemotron_h.py`, `NemotronHAttention` (it applies no rotary embedding,
 whatever `rope_theta` in config.json), and `modeling_nemotron_twotower.py`,
@@ -35,8 +42,9 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
     The context tower is causal inside the block; in the denoiser every position of the block sees
     every other (NVIDIA's `_run_denoiser_step_diffusion`). Both see the whole context.
 
-    Inputs: x [B, L, hidden] T; k_cache, v_cache [B, kv, C, D] T; lengths, context_lengths [B]
-    int32; `MIXER_WEIGHTS`. Outputs: y [B, L, hidden] T; k_new, v_new [B, kv, L, D] T.
+    Inputs: x [B, L, hidden] T; k_cache, v_cache [B, kv, C, D] T, C at least L more than a row's
+    context; lengths, context_lengths [B] int32; `MIXER_WEIGHTS`. Outputs: y [B, L, hidden] T;
+    k_cache_new, v_cache_new; queries [B, heads, L, D] T.
     """
     b = Body(dtype)
     args = inputs("x", "k_cache", "v_cache", "lengths", "context_lengths", *MIXER_WEIGHTS)
@@ -49,34 +57,32 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
         for weight, count in zip(projections[:3], (heads, kv, kv), strict=True)
     )
 
-    b.begin("visible.cache")
-    cached = b.arange(b.size(k_cache, 2))
-    sees_cache = b.op.Less(b.unsqueeze(cached, 0), b.unsqueeze(context_lengths, 1))  # [B, C]
-    b.begin("visible.block")
-    steps = b.arange(b.size(x, 1))
-    # At least one key is seen, also by a row that takes no part: its states must stay finite.
-    known = b.op.Max(lengths, b.i32(1))
-    sees_block = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(known, 1))  # [B, L]
     b.begin("visible")
-    seen = b.unsqueeze(b.op.Concat(sees_cache, sees_block, axis=1), 1, 2)  # [B, 1, 1, C + L]
+    capacity, tokens = b.size(k_cache, 2), b.size(x, 1)
+    place = b.unsqueeze(b.arange(capacity), 0)  # [1, C]
+    # At least one key is seen, also by a row that takes no part: its states must stay finite.
+    known = b.unsqueeze(b.op.Max(lengths, b.i32(1)), 1)  # [B, 1]
+    context = b.unsqueeze(context_lengths, 1)  # [B, 1]
     if causal:
-        b.begin("visible.causal")
-        position = b.op.Sub(b.arange(b.size(seen, 3)), b.cast(b.size(k_cache, 2), INT32))
-        earlier = b.op.LessOrEqual(b.unsqueeze(position, 0), b.unsqueeze(steps, 1))
-        mask = b.op.And(seen, earlier)  # [B, 1, L, C + L]
+        start = b.cast(context_lengths, INT64)
+        step = b.op.Min(b.unsqueeze(b.arange(tokens), 0), b.op.Sub(known, b.i32(1)))
+        last = b.op.Add(context, step)  # [B, L]
+        seen = b.op.LessOrEqual(b.unsqueeze(place, 1), b.unsqueeze(last, 2))
+        mask = b.unsqueeze(seen, 1)  # [B, 1, L, C]
     else:
-        queries = b.op.Concat(b.i64([1, 1]), b.size(x, 1), b.i64([1]), axis=0)
-        mask = b.op.Expand(seen, queries)
+        first = b.op.Sub(capacity, tokens)
+        start = b.op.Expand(first, b.size(x, 0))
+        step = b.op.Sub(place, b.cast(first, INT32))
+        in_block = b.op.And(b.op.GreaterOrEqual(step, b.i32(0)), b.op.Less(step, known))
+        seen = b.op.Or(b.op.Less(place, context), in_block)
+        queries = b.op.Concat(b.i64([1, 1]), tokens, b.i64([1]), axis=0)
+        mask = b.op.Expand(b.unsqueeze(seen, 1, 2), queries)  # [B, 1, L, C]
 
-    def joined(cache: ir.Value, new: ir.Value) -> ir.Value:
-        # What is not seen is zeroed: 0 * NaN would reach the result, and a slot that was given up
-        # may hold one.
-        clean = b.op.Where(b.unsqueeze(sees_cache, 1, 3), cache, b.const(0.0, dtype))
-        made: ir.Value = b.op.Concat(clean, new, axis=2)
-        return made
-
+    b.begin("cache")
+    keys, values = (
+        b.op.TensorScatter(cache, new, start, axis=2) for cache, new in ((k_cache, k), (v_cache, v))
+    )
     b.begin("attention")
-    keys, values = joined(k_cache, k), joined(v_cache, v)
     y = b.op.Attention(q, keys, values, mask, scale=D**-0.5)
     b.begin("o_proj")
     y = b.reshape(b.transpose(y, 0, 2, 1, 3), 0, -1, heads * D)
@@ -84,7 +90,7 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
     return b.function(
         "CausalAttention" if causal else "BlockAttention",
         args,
-        {"y": y, "k_new": k, "v_new": v},
+        {"y": y, "k_cache_new": keys, "v_cache_new": values, "queries": q},
         "Grouped-query attention over the cached context and the block, scale 1/sqrt(head_dim).",
     )
 

@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.tape
 
-OPSET = 23
-"""Version of the standard operators: the first that has `Attention`."""
+OPSET = 24
+"""Version of the standard operators: the first that has `Attention` and `TensorScatter`."""
 
 DOMAIN = "twotower"
 """Domain of the functions in this file and of the plugins that can replace three of them."""

@@ -29,12 +29,13 @@ TENSORS: Final = {
 STATES: Final = {
     "conv_state": "Raw x | B | C columns of the last three tokens, newest last.",
     "ssm_state": "Mamba-2 state after the tokens of the context.",
-    "k_cache": "Keys of the context's tokens; those past context_lengths are ignored.",
-    "v_cache": "Values of the context's tokens; those past context_lengths are ignored.",
+    "k_cache": "Keys of the context's tokens, then room: ignored, but finite.",
+    "v_cache": "Values of the context's tokens, then room: ignored, but finite.",
     "conv_state_new": "conv_state after the tokens of this call.",
     "ssm_state_new": "ssm_state after the tokens of this call.",
-    "k_new": "Keys of this call's tokens, to be appended to k_cache.",
-    "v_new": "Values of this call's tokens, to be appended to v_cache.",
+    "k_cache_new": "k_cache with this call's keys in its room; may be the same memory.",
+    "v_cache_new": "v_cache with this call's values in its room; may be the same memory.",
+    "queries": "Queries of this call. Nobody reads them.",
 }
 """By what follows `context.layers.{i}.`."""
 

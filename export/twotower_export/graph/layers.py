@@ -31,6 +31,8 @@ class LayerKind:
         outputs: Outputs of the mixer beside its result, for the cache.
         row_inputs: Per-row lengths that the mixer reads.
         weights: Weights of the mixer, in order.
+        in_place: Outputs that are an input with this call's tokens written into it. The denoiser
+            has them as well: it keeps nothing, but attention reads its block from there.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerKind:
     outputs: tuple[str, ...]
     row_inputs: tuple[str, ...]
     weights: tuple[str, ...]
+    in_place: tuple[str, ...] = ()
 
 
 KINDS = {
@@ -51,9 +54,10 @@ KINDS = {
     "*": LayerKind(
         "Attention",
         ("k_cache", "v_cache"),
-        ("k_new", "v_new"),
+        ("k_cache_new", "v_cache_new", "queries"),
         ("lengths", "context_lengths"),
         attention.MIXER_WEIGHTS,
+        in_place=("k_cache_new", "v_cache_new", "queries"),
     ),
     "E": LayerKind("Experts", (), (), ("lengths",), experts.MIXER_WEIGHTS),
 }
@@ -153,9 +157,10 @@ def _denoiser_layer(
 
     x = modulated(normed(hidden)) if kind == "E" else normed(modulated(hidden))
     b.begin("mixer")
-    y = b.call(mixer, [x, *states_and_rows, *weights])[0]
+    y, *new = b.call(mixer, [x, *states_and_rows, *weights])
     b.begin("residual")
     outputs = {"hidden_out": b.op.Add(hidden, b.op.Mul(gate, y))}
+    outputs |= {name: new[letter.outputs.index(name)] for name in letter.in_place}
     order = "modulate(norm(hidden))" if kind == "E" else "norm(modulate(hidden))"
     doc = f"Denoiser tower, {letter.name} layer: hidden + gate * mixer({order})."
     return b.function(f"Denoiser{letter.name}Layer", args, outputs, doc)

@@ -33,14 +33,30 @@ Shape = Sequence[int | str]
 
 
 class _Graph:
-    """A main graph while it is written: its body, its inputs by name, its outputs."""
+    """A main graph while it is written: its body, its inputs by name, its outputs.
 
-    def __init__(self, config: ModelConfig, dtype: Dtype, weight_dtypes: Mapping[str, str]) -> None:
+    Args:
+        length: Name of the dimension that counts the tokens of a call.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: Dtype, weight_dtypes: Mapping[str, str], length: str
+    ) -> None:
         self.config = config
         self.dtype = DTYPES[dtype]
         self.body = Body(self.dtype)
         self.inputs: dict[str, ir.Value] = {}
         self.outputs: list[ir.Value] = []
+        c = config
+        cache: Shape = ["batch", c.num_key_value_heads, "context", c.head_dim]
+        ssm: Shape = ["batch", c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size]
+        self._states: dict[str, tuple[Shape, ir.DataType]] = {
+            "conv_state": (["batch", c.conv_kernel - 1, c.conv_dim], self.dtype),
+            "ssm_state": (ssm, FLOAT),
+            "k_cache": (cache, self.dtype),
+            "v_cache": (cache, self.dtype),
+            "queries": (["batch", c.num_attention_heads, length, c.head_dim], self.dtype),
+        }
         self._weight_dtypes = weight_dtypes
         self._weights: dict[str, ir.Value] = {}
 
@@ -105,23 +121,19 @@ class _Graph:
 
     def add_states(self) -> dict[int, list[ir.Value]]:
         """Add inputs for the context's states, by layer."""
-        c = self.config
-        shapes: dict[str, tuple[Shape, ir.DataType]] = {
-            "conv_state": (["batch", c.conv_kernel - 1, c.conv_dim], self.dtype),
-            "ssm_state": (
-                ["batch", c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size],
-                FLOAT,
-            ),
-            "k_cache": (["batch", c.num_key_value_heads, "context", c.head_dim], self.dtype),
-            "v_cache": (["batch", c.num_key_value_heads, "context", c.head_dim], self.dtype),
-        }
         return {
             index: [
-                self.input(f"context.layers.{index}.{state}", *shapes[state])
+                self.input(f"context.layers.{index}.{state}", *self._states[state])
                 for state in KINDS[kind].states
             ]
-            for index, kind in enumerate(c.pattern)
+            for index, kind in enumerate(self.config.pattern)
         }
+
+    def add_new_states(self, index: int, values: Mapping[str, ir.Value]) -> None:
+        """Add outputs of a layer: each is a state as it is after the call, of the same shape."""
+        for name, value in values.items():
+            shape = self._states[name.removesuffix("_new")]
+            self.output(value, f"context.layers.{index}.{name}", *shape)
 
     def model(
         self, name: str, functions: Sequence[ir.Function], doc: str, metadata: Mapping[str, str]
@@ -175,7 +187,7 @@ def build_context_graph(
         weight_dtypes: The dtype of each weight input, as safetensors spells it.
         metadata: Written into the file.
     """
-    g = _Graph(config, dtype, weight_dtypes)
+    g = _Graph(config, dtype, weight_dtypes, "tokens")
     b = g.body
     ids = g.input("ids", ["batch", "tokens"], INT32)
     rows = {name: g.input(name, ["batch"], INT32) for name in ("lengths", "context_lengths")}
@@ -185,23 +197,13 @@ def build_context_graph(
 
     b.begin("embeddings")
     hidden: ir.Value = b.op.Gather(g.weight("context_tower.embeddings.weight"), ids)
-    new_shapes: dict[str, tuple[Shape, ir.DataType]] = {
-        "conv_state_new": (["batch", config.conv_kernel - 1, config.conv_dim], g.dtype),
-        "ssm_state_new": (
-            ["batch", config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size],
-            FLOAT,
-        ),
-        "k_new": (["batch", config.num_key_value_heads, "tokens", config.head_dim], g.dtype),
-        "v_new": (["batch", config.num_key_value_heads, "tokens", config.head_dim], g.dtype),
-    }
     for index, kind in enumerate(config.pattern):
         letter, name = KINDS[kind], f"context.layers.{index}"
         given = [hidden, *states[index], *(rows[row] for row in letter.row_inputs)]
         outputs = [f"{name}.hidden", *(f"{name}.{output}" for output in letter.outputs)]
         weights = g.layer_weights("context_tower", index)
         hidden, *new = b.call(layers.by_kind[kind], [*given, *weights], name, outputs)
-        for output, value in zip(letter.outputs, new, strict=True):
-            g.output(value, f"{name}.{output}", *new_shapes[output])
+        g.add_new_states(index, dict(zip(letter.outputs, new, strict=True)))
 
     b.begin("last")
     last = b.unsqueeze(last_valid(b, hidden, rows["lengths"]), 1)
@@ -238,7 +240,7 @@ def build_denoiser_graph(
     Outputs: new_ids, confidence, committed, still_masked, and logits [batch, block, vocab] float32.
     Arguments as of `build_context_graph`.
     """
-    g = _Graph(config, dtype, weight_dtypes)
+    g = _Graph(config, dtype, weight_dtypes, "block")
     b = g.body
     ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)
     rows = {
@@ -259,13 +261,16 @@ def build_denoiser_graph(
     )
     b.begin("embeddings")
     hidden: ir.Value = b.op.Gather(g.weight("denoiser_tower.embeddings.weight"), ids)
+    written: list[dict[str, ir.Value]] = []
     for index, kind in enumerate(config.pattern):
         letter, name = KINDS[kind], f"denoiser.layers.{index}"
         given = [hidden, embedding, rows["conditioned"], *states[index]]
         given += [rows[row] for row in letter.row_inputs]
         given += [g.weight(f"scale_shift_tables.{index}")]
         given += g.layer_weights("denoiser_tower", index)
-        (hidden,) = b.call(layers.by_kind[kind], given, name, [f"{name}.hidden"])
+        outputs = [f"{name}.hidden", *(f"context.layers.{index}.{o}" for o in letter.in_place)]
+        hidden, *new = b.call(layers.by_kind[kind], given, name, outputs)
+        written.append(dict(zip(letter.in_place, new, strict=True)))
 
     b.begin("norm_f")
     (normed,) = b.call(layers.norm, [hidden, g.weight("denoiser_tower.norm_f.weight")])
@@ -275,6 +280,8 @@ def build_denoiser_graph(
     _add_refined(g, refined)
     meaning = "Logits of each position's own token; rounded to the graph's dtype before float32."
     g.output(b.up(logits), "logits", ["batch", "block", config.vocab_size], FLOAT, meaning)
+    for index, values in enumerate(written):
+        g.add_new_states(index, values)
     doc = "Denoiser tower: one refinement step of a block against the context's states."
     return g.model("denoiser", [*layers.all, time, refine], doc, metadata)
 
@@ -286,7 +293,7 @@ def build_refine_graph(
     metadata: Mapping[str, str],
 ) -> ir.Model:
     """`twotower::RefineBlock` alone, for tests and benchmarks; logits come as float32."""
-    g = _Graph(config, dtype, weight_dtypes)
+    g = _Graph(config, dtype, weight_dtypes, "block")
     shape: Shape = ["batch", "block", config.vocab_size]
     logits = g.input("logits", shape, FLOAT, "Logits of each position's own token.")
     ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)

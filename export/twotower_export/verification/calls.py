@@ -20,8 +20,8 @@ from twotower_contract.policies import POLICIES
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
 
-CAPACITY: Final = 45
-"""Tokens that the random K/V caches hold: more than any row uses but one, which uses all."""
+LONGEST: Final = 45
+"""Tokens of the longest context; its cache is full but for the room of the call."""
 
 STATE_SCALE: Final = 30.0
 """Magnitude of the random SSM states: those of long contexts are far from one."""
@@ -31,8 +31,16 @@ MASKED_SHARE: Final = 0.7
 STATES: Final = {"M": ("conv_state", "ssm_state"), "*": ("k_cache", "v_cache"), "E": ()}
 """States that a layer of each kind takes; inputs of both towers' graphs."""
 
-NEW_STATES: Final = {"M": ("conv_state_new", "ssm_state_new"), "*": ("k_new", "v_new"), "E": ()}
-"""States that a layer of each kind returns; outputs of the context tower's graph."""
+CACHES_NEW: Final = ("k_cache_new", "v_cache_new")
+
+QUERIES: Final = "queries"
+"""An output of attention layers that is there for its place in memory only."""
+
+NEW_STATES: Final = {
+    "context": {"M": ("conv_state_new", "ssm_state_new"), "*": (*CACHES_NEW, QUERIES), "E": ()},
+    "denoiser": {"M": (), "*": (*CACHES_NEW, QUERIES), "E": ()},
+}
+"""States that a layer of each tower and kind returns; outputs of the graph."""
 
 REFINED: Final = ("new_ids", "confidence", "committed", "still_masked")
 RULES: Final = ("threshold", "steps_left", "temperature", "policy", "seed")
@@ -69,10 +77,10 @@ def call_shapes(tower: Tower, chunk: int) -> tuple[CallShape, ...]:
     Args:
         chunk: Tokens of a prefill chunk of the context tower.
     """
-    rows, past = 4, (0, CAPACITY, 3, 17)
+    rows, past = 4, (0, LONGEST, 3, 17)
     if tower == "context":
         return (
-            CallShape("chunk", chunk, (chunk, chunk // 3 + 1), (0, CAPACITY), (0, 0)),
+            CallShape("chunk", chunk, (chunk, chunk // 3 + 1), (0, LONGEST), (0, 0)),
             CallShape("block", 16, (16, 7, 0, 16), past, (0,) * rows),
             CallShape("token", 1, (1, 1, 0, 1), past, (0,) * rows),
         )
@@ -102,7 +110,7 @@ def random_feed(
         "ids": ids,
         "lengths": np.array(shape.lengths, np.int32),
         "context_lengths": np.array(shape.context_lengths, np.int32),
-        **_states(config, rows, generator, layers),
+        **_states(config, rows, LONGEST + shape.tokens, generator, layers),
     }
     if tower == "denoiser":
         ids[generator.random(ids.shape) < MASKED_SHARE] = config.mask_token_id
@@ -121,16 +129,25 @@ def random_hidden(config: ModelConfig, shape: CallShape, seed: int) -> Array:
 def cleared(feed: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
     """Zero the outputs that nobody reads: past a row's length, and inactive rows' logits.
 
-    New states are compared everywhere, because an inactive row must keep its own.
+    New states are compared everywhere, because an inactive row must keep its own; caches as well,
+    but for what a call writes past a row's length, or the denoiser into the room at their end.
     """
-    lengths = feed["lengths"]
+    lengths, tokens = feed["lengths"], feed["ids"].shape[1]
     made: dict[str, Array] = {}
     for name, value in outputs.items():
         token_axis = _token_axis(name, value.ndim)
         if token_axis is None:
             made[name] = value
             continue
-        if value.ndim == 2:  # the logits of a row's last token
+        if name.endswith(CACHES_NEW):
+            place = np.arange(value.shape[token_axis])
+            if "conditioned" in feed:
+                inside = np.broadcast_to(place < place.size - tokens, (len(lengths), place.size))
+            else:
+                after = place - feed["context_lengths"][:, None]
+                inside = (after < lengths[:, None]) | (after >= tokens)
+            inside = inside[:, None, :, None]
+        elif value.ndim == 2:  # the logits of a row's last token
             inside = (lengths > 0)[:, None]
         else:
             inside = np.arange(value.shape[token_axis]) < lengths[:, None]
@@ -143,7 +160,7 @@ def cleared(feed: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str
 def _token_axis(name: str, rank: int) -> int | None:
     """Return the axis of an output that counts tokens; None for one that is compared whole."""
     last = name.rpartition(".")[2]
-    if last in ("k_new", "v_new"):
+    if last in CACHES_NEW:
         return 2
     if last in ("hidden", "logits"):
         return min(rank - 1, 1)
@@ -153,6 +170,7 @@ def _token_axis(name: str, rank: int) -> int | None:
 def _states(
     config: ModelConfig,
     rows: int,
+    capacity: int,
     generator: np.random.Generator,
     layers: Collection[int] | None,
 ) -> Feed:
@@ -170,7 +188,7 @@ def _states(
             states[name + "ssm_state"] = np.float32(STATE_SCALE) * draw(*sizes)
         elif kind == "*":
             for part in ("k_cache", "v_cache"):
-                sizes = (config.num_key_value_heads, CAPACITY, config.head_dim)
+                sizes = (config.num_key_value_heads, capacity, config.head_dim)
                 states[name + part] = draw(*sizes)
     return states
 
@@ -197,9 +215,8 @@ def inputs_of(config: ModelConfig, tower: Tower) -> Sequence[str]:
 
 def outputs_of(config: ModelConfig, tower: Tower) -> Sequence[str]:
     """Names of all outputs that a tower's graph must have, in no order."""
-    if tower == "denoiser":
-        return ["logits", *REFINED]
-    return ["logits", *_per_layer(config, NEW_STATES)]
+    refined = REFINED if tower == "denoiser" else ()
+    return ["logits", *refined, *_per_layer(config, NEW_STATES[tower])]
 
 
 def _per_layer(config: ModelConfig, parts: Mapping[str, Sequence[str]]) -> list[str]:

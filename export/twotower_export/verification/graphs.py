@@ -6,7 +6,7 @@ with weights that are read where the manifest says they lie.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from twotower_contract.machine import read_at
 from twotower_contract.manifest import Manifest
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_contract.quantized import decode, scale_names
+from twotower_export.verification.calls import QUERIES
 
 Array = npt.NDArray[Any]
 Part = Literal["embeddings", "head"] | int
@@ -60,7 +61,9 @@ def whole_graph(model: onnx.ModelProto, tower: Tower, layers: Sequence[int]) -> 
     marked.CopyFrom(model)
     for name in hidden_names(tower, layers):
         marked.graph.output.append(_value(name, FLOAT))
-    return GraphPart(marked, {output.name: output.name for output in marked.graph.output})
+    return GraphPart(
+        marked, {name: name for name in _compared(output.name for output in marked.graph.output)}
+    )
 
 
 def graph_part(model: onnx.ModelProto, tower: Tower, part: Part, dtype: int = FLOAT) -> GraphPart:
@@ -85,7 +88,8 @@ def graph_part(model: onnx.ModelProto, tower: Tower, part: Part, dtype: int = FL
     if part == "head":
         outputs = [output.name for output in model.graph.output if ".layers." not in output.name]
         return _cut(model, {name: name for name in outputs}, layer.output[0], dtype)
-    return _cut(model, {name: name for name in layer.output}, layer.input[0], dtype)
+    outputs = _compared(layer.output)
+    return _cut(model, {name: name for name in outputs}, layer.input[0], dtype)
 
 
 def hidden_names(tower: Tower, layers: Sequence[int]) -> list[str]:
@@ -96,6 +100,11 @@ def hidden_names(tower: Tower, layers: Sequence[int]) -> list[str]:
 def embeddings_name(tower: Tower) -> str:
     """Return the name that reports give the output of the embeddings."""
     return f"{tower}.embeddings"
+
+
+def _compared(outputs: Iterable[str]) -> list[str]:
+    """Return the outputs that mean something to whoever runs a graph."""
+    return [name for name in outputs if not name.endswith(QUERIES)]
 
 
 def _value(name: str, dtype: int) -> onnx.ValueInfoProto:

@@ -21,7 +21,8 @@ from twotower_contract.config import ModelConfig
 from twotower_contract.layout import HEADS, Tower
 from twotower_export.reference.mapped import NamedTensors, load_module, load_tower
 from twotower_export.reference.mixers import Layer, RMSNorm, Router, project
-from twotower_export.reference.towers import Call, Denoiser, on_meta, run_layer
+from twotower_export.reference.towers import Call, Denoiser, advance_states, on_meta, run_layer
+from twotower_export.verification.calls import NEW_STATES
 from twotower_export.verification.graphs import HIDDEN, Part, embeddings_name, hidden_names
 
 Array = npt.NDArray[Any]
@@ -87,9 +88,9 @@ class TowerSide:
         with torch.no_grad():
             if self.tower == "context":
                 logits, outputs = self._module(*rows, given)
-                outputs = {"logits": logits, **outputs}
             else:
-                outputs = {"logits": self._module(*rows, given["conditioned"], given)}
+                logits, outputs = self._module(*rows, given["conditioned"], given), {}
+            outputs = {"logits": logits, **_new_states(self.tower, given, outputs)}
             if self.layers:
                 outputs |= self._hidden(given)
         return {name: value.numpy() for name, value in outputs.items()}
@@ -176,13 +177,14 @@ class TowerPartSide:
         if self.tower == "context":
             call = _call(given, None)
             hidden = run_layer(self._module, self.part, hidden, call, given, emitted)
-            return {name: hidden, **emitted}
+            return {name: hidden, **_new_states(self.tower, given, emitted)}
         # A denoiser of this one layer: it is layer 0 there, and so are its states.
         renamed = {
             key.replace(f"layers.{self.part}.", "layers.0."): value for key, value in given.items()
         }
         (layer,) = self._module.denoiser_tower.layers
-        return {name: run_layer(layer, 0, hidden, _call(given, self._module), renamed, emitted)}
+        hidden = run_layer(layer, 0, hidden, _call(given, self._module), renamed, emitted)
+        return {name: hidden, **_new_states(self.tower, given, {})}
 
     def _denoiser_names(self, part: int) -> dict[str, str]:
         """Map a one-layer denoiser's parameters to checkpoint tensors; its ends stay on meta."""
@@ -193,6 +195,20 @@ class TowerPartSide:
             elif name.startswith(("t_embedder.", "t_block.")):
                 names[name] = name
         return names | {"scale_shift_tables.0": f"scale_shift_tables.{part}"}
+
+
+def _new_states(
+    tower: Tower, given: Mapping[str, Tensor], emitted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the states after a call, by the names of the graph's outputs.
+
+    Args:
+        emitted: New states of the context tower; the denoiser leaves the context's as they are.
+    """
+    after = advance_states(given, emitted, given["lengths"], given["context_lengths"])
+    outputs = {new for kind in NEW_STATES[tower].values() for new in kind}
+    named = {f"{name}_new": value for name, value in after.items()}
+    return {name: value for name, value in named.items() if name.rpartition(".")[2] in outputs}
 
 
 class _Head(nn.Module):

@@ -138,9 +138,8 @@ def _layer_problems(wires: _Wires, tower: Tower, config: ModelConfig, index: int
     weights = [name for name in graph_weights(config, tower) if name.startswith(prefix)]
     wanted |= {name.removeprefix(prefix): name for name in weights}
     yield from wires.check_call(what, node, wanted)
-    made = [hidden]
-    if tower == "context":
-        made += [f"context.layers.{index}.{state}" for state in NEW_STATES[kind]]
+    states = NEW_STATES[tower][kind]
+    made = [hidden, *(f"context.layers.{index}.{state}" for state in states)]
     if list(node.output) != made:
         yield f"{what} makes {', '.join(node.output)}, not {', '.join(made)}"
 

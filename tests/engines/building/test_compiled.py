@@ -48,8 +48,8 @@ def test_sizes_that_a_call_decides_are_found(open_sizes):
     """Each tensor of a name of its own has the size that a build for this one call says."""
     tower, listing, folder = open_sizes
     assert not listing.unsized
-    call = {"batch": 4, TOWERS[tower][1]: 32, "context": 1024}
-    fixed = compiled(folder, tower, 4, 32, 1024, PATTERN)
+    call = {"batch": 4, TOWERS[tower][1]: 32, "context": LIMITS.cache_tokens}
+    fixed = compiled(folder, tower, 4, 32, LIMITS.cache_tokens, PATTERN)
     wanted = named_sizes(fixed, call)
     checked = {
         name: (size, wanted[name])

@@ -272,13 +272,15 @@ def test_one_h200_holds_both_towers(model):
     assert plan.placement == "both towers on one GPU"
     assert gpu.weight_bytes == 126_371_805_696
     assert gpu.states == {
-        "keys and values": 16 * 8192 * 6144,
+        "keys and values": 16 * (8192 + 256) * 6144,
         "ssm": 16 * 46 * MIB,
         "conv": 16 * 847_872,
         "mock_ar copy": 16 * (46 * MIB + 847_872),
     }
     # the largest call: 16 rows of 256 tokens, and of a block of 64
-    assert gpu.buffers["new states"] == 16 * (46 * MIB + 847_872 + 256 * 6144)
+    assert gpu.buffers["new states"] == 16 * (46 * MIB + 847_872)
+    assert gpu.buffers["context queries"] == 16 * 256 * 4096 * 2
+    assert gpu.buffers["denoiser queries"] == 16 * 64 * 4096 * 2
     assert gpu.buffers["denoiser logits"] == 16 * 64 * 131072 * 4
     assert gpu.buffers["context logits"] == 16 * 131072 * 4
     # scores in float32 and weights in bf16 of 16 rows x 256 tokens x 32 heads; one layer's keys of

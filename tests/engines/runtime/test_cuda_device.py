@@ -196,7 +196,7 @@ class NullEngine:
         pass
 
 
-@pytest.mark.parametrize(("gpus", "most"), [(1, 24), (2, 48)])
+@pytest.mark.parametrize(("gpus", "most"), [(1, 8), (2, 32)])
 def test_an_extension_of_all_layers_takes_few_calls(random_engines, monkeypatch, gpus, most):
     """16 rows of the full-size pattern: 929 copies on one GPU before, 1857 on two."""
     manifest = random_engines("MEM*E*M", seed=11).engines.manifest
@@ -211,13 +211,13 @@ def test_an_extension_of_all_layers_takes_few_calls(random_engines, monkeypatch,
     runtime.extend(rows)
     counts = Counter(name for name in fake.calls if name != "cudaSetDevice")
     copies = counts["cudaMemcpy3DAsync"] + counts["cudaMemcpy3DPeerAsync"]
-    assert copies == 18 * gpus
+    assert copies == (2 if gpus == 1 else 2 + 18)
     assert counts["cudaMemcpy3DPeerAsync"] == 18 * (gpus - 1)
     asked = {name for name in counts if name.endswith("Async")}
     assert sum(counts[name] for name in asked) <= most
     fake.calls.clear()
     runtime.reset(3)
-    assert Counter(fake.calls)["cudaMemset2DAsync"] == 4 * gpus - 2 * (gpus - 1)
+    assert Counter(fake.calls)["cudaMemset2DAsync"] == (5 if gpus == 1 else 3 + 5)
     runtime.close()
 
 

@@ -62,6 +62,7 @@ from twotower_export.checkpoint import open_checkpoint
 from twotower_export.tiny.checkpoints import write_random_checkpoint
 
 LIMITS = Limits(slots=6, context=256, max_tokens_per_call=256, block_size_max=32)
+SIZES = {"context": LIMITS.cache_tokens}
 TOWERS = ("context", "denoiser")
 FLOAT32 = ("A_log", "gate.weight")
 
@@ -79,7 +80,8 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parsed(exported):
     return {
-        tower: parse(exported / "bundle" / "graphs" / f"{tower}.onnx", LIBRARY) for tower in TOWERS
+        tower: parse(exported / "bundle" / "graphs" / f"{tower}.onnx", LIBRARY, SIZES)
+        for tower in TOWERS
     }
 
 
@@ -159,7 +161,7 @@ def test_without_the_bundle_the_builders_report_is_taken(engines, exported):
 def test_the_parser_agrees_with_the_manifest_in_every_name_dtype_and_shape(engines, parsed):
     manifest = open_engine_set(engines).manifest
     for tower in TOWERS:
-        expected = interface_of(manifest, tower)
+        expected = interface_of(manifest, tower, LIMITS.cache_tokens)
         assert differences(parsed[tower], expected) == []
         assert {spec.dtype for spec in expected.inputs.values()} == {"INT32", "FLOAT", "BF16"} or (
             tower == "context"
@@ -169,7 +171,7 @@ def test_the_parser_agrees_with_the_manifest_in_every_name_dtype_and_shape(engin
 
 
 def test_differences_are_named(engines, parsed):
-    expected = interface_of(open_engine_set(engines).manifest, "context")
+    expected = interface_of(open_engine_set(engines).manifest, "context", LIMITS.cache_tokens)
     found = parsed["context"]
     outputs = {name: spec for name, spec in found.outputs.items() if name != "logits"}
     inputs = dict(found.inputs)
@@ -208,7 +210,7 @@ PROBLEMS = {
     "output": (drop_output, "output still_masked is missing"),
     "input": (other_input, "input lengths is INT64 [-1], not INT32 [-1]"),
     "gap": (leave_a_gap, "take `batch` up to 1, but the limits promise 6"),
-    "limit": (promise_more, "take `context` up to 256, but the limits promise 512"),
+    "limit": (promise_more, "have room for 512 tokens, but the limits ask for 768"),
     "profiles": (
         lambda build: build["profiles"].pop("context"),
         "the context engine has no profiles",
@@ -395,10 +397,10 @@ def test_every_output_of_every_call_is_compared(narrow):
         for output in interface_of(narrow.manifest, tower).outputs:
             calls = ("chunk", "block", "token") if tower == "context" else ("block", "token")
             assert {f"{tower}.{call}.{output}" for call in calls} <= set(names)
-    assert len(names) == 3 * 5 + 2 * 5
+    assert len(names) == 3 * 6 + 2 * 8
     assert found.verified == [
-        f"all 15 outputs of context calls against {narrow.folder}",
-        f"all 10 outputs of denoiser calls against {narrow.folder}",
+        f"all 18 outputs of context calls against {narrow.folder}",
+        f"all 16 outputs of denoiser calls against {narrow.folder}",
     ]
 
 
@@ -407,8 +409,8 @@ def test_every_output_of_every_call_is_compared(narrow):
     [
         "context.layers.0.ssm_state_new",
         "context.layers.0.conv_state_new",
-        "context.layers.1.k_new",
-        "context.layers.1.v_new",
+        "context.layers.1.k_cache_new",
+        "context.layers.1.v_cache_new",
         "confidence",
         "committed",
         "new_ids",

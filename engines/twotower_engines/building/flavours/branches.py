@@ -7,6 +7,7 @@ where the condition holds is right in either case (`Body.when` of the exporter).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ def without_branches(model: onnx.ModelProto) -> onnx.ModelProto:
         for node in nodes:
             body.node.extend(_then(node) if node.op_type == "If" else [node])
     return flat
+
+
+def set_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
+    """Make numbers of named dimensions of a graph's inputs and outputs."""
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
 
 
 def _then(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -174,9 +174,19 @@ class _Sizer:
         return tensors
 
     def _best(self, said: Sequence[int], choices: Sequence[Shape]) -> Shape | None:
-        """Return the shape that looks most like one with open sizes; the largest of equals."""
+        """Return the shape that looks most like one with open sizes; the largest of equals.
+
+        Where none looks like it, the open sizes of the largest fill in for its own, in order.
+        """
         best = max(choices, key=lambda shape: self._likeness(said, shape), default=None)
-        return best if best is not None and any(self._likeness(said, best)[:3]) else None
+        if best is None or any(self._likeness(said, best)[:3]):
+            return best
+        # a list of the tiles of a mask, as attention takes it: at most one for each row and token
+        open_sizes = [size for size in best if _size(size) == -1]
+        if said.count(-1) > len(open_sizes):
+            return None
+        given = iter(open_sizes)
+        return tuple(next(given) if size == -1 else (size,) for size in said)
 
     def _likeness(self, said: Sequence[int], shape: Shape) -> tuple[bool, bool, bool, int]:
         wanted = [size for size in said if size != 1]

@@ -14,7 +14,7 @@ from typing import Any
 
 from twotower_engines.building.flavours.flavour import Order, traffic_file
 from twotower_engines.building.flavours.process import Job
-from twotower_engines.building.flavours.profiles import Profile, Sizes
+from twotower_engines.building.flavours.profiles import FIXED, Profile, Sizes
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import Sku
 
@@ -61,11 +61,15 @@ def engine_job(order: Order) -> Job:
     Raises:
         BuildError: The graph cannot be read, or has a dimension that no profile knows.
     """
-    inputs = graph_inputs(order.graph)
+    profiles = [_profile(values) for values in order.recipe["profiles"]]
+    fixed = _fixed_sizes(profiles)
+    inputs = {
+        name: [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims]
+        for name, dims in graph_inputs(order.graph).items()
+    }
     dynamic = {
         name: dims for name, dims in inputs.items() if any(isinstance(dim, str) for dim in dims)
     }
-    profiles = [_profile(values) for values in order.recipe["profiles"]]
     shapes = [
         {name: profile.shapes(dims, f"{order.graph}: {name}") for name, dims in dynamic.items()}
         for profile in profiles
@@ -76,12 +80,18 @@ def engine_job(order: Order) -> Job:
         "plan": str(order.engine),
         "traffic": str(traffic_file(order.engine)),
         "inputs": inputs,
+        "sizes": fixed,
         "profiles": shapes,
         "usual": [
             [profile.name, {dim: one.usual for dim, one in profile.sizes.items()}]
             for profile in profiles
         ],
     }
+
+
+def _fixed_sizes(profiles: Sequence[Profile]) -> dict[str, int]:
+    """Return the dimensions that become numbers, because they have one size in all profiles."""
+    return {dim: profiles[0].sizes[dim].most for dim in FIXED}
 
 
 def graph_inputs(path: Path) -> dict[str, list[int | str]]:

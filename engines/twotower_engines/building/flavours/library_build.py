@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower_contract.traffic import Listing, write_listings
-from twotower_engines.building.flavours.branches import without_branches
+from twotower_engines.building.flavours.branches import set_sizes, without_branches
 from twotower_engines.building.flavours.compiled import (
     BuilderLog,
     Signature,
@@ -44,12 +44,13 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     Args:
         trt: The API's module.
         job: `graph`, `plan` and `traffic` (where to write the engine and the listing of its
-            kernels), `inputs` (name to dims), `profiles` (list of name to three shapes), `usual`
-            (list of a profile's name and usual sizes), `flags` (name of a builder flag to whether
-            it is set), `verbosity` (of profiling), and optionally `kernels` (the compute capability
-            to compile our kernels for), `hardware` (a hardware compatibility level),
-            `compute_capabilities`, `timing_cache` (a file), `layers` (a file: the engine is opened
-            on this machine's GPU, and its layers are described there).
+            kernels), `inputs` (name to dims), `sizes` (of named dimensions that become numbers),
+            `profiles` (list of name to three shapes), `usual` (list of a profile's name and usual
+            sizes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
+            profiling), and optionally `kernels` (the compute capability to compile our kernels
+            for), `hardware` (a hardware compatibility level), `compute_capabilities`,
+            `timing_cache` (a file), `layers` (a file: the engine is opened on this machine's GPU,
+            and its layers are described there).
         report: Called from the library's threads.
 
     Returns:
@@ -65,6 +66,7 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
     model = without_branches(onnx.load(job["graph"], load_external_data=False))
+    set_sizes(model, job["sizes"])
     signature = signature_of(model)
     _parse(trt, network, log, model, job.get("kernels"))
     del model

@@ -1,7 +1,7 @@
 """Read a graph with TensorRT's own parser: its inputs and outputs, without building anything.
 
-`python -m twotower_engines.building.flavours.parsing MODULE GRAPH RESULT` is the process that
-loads the library, for the reasons given in `worker.py`.
+`python -m twotower_engines.building.flavours.parsing MODULE GRAPH RESULT SIZES` is the process that
+loads the library, for the reasons given in `worker.py`; SIZES is JSON.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from twotower_engines.artifacts.engine_interface import Interface, TensorSpec
+from twotower_engines.building.flavours.branches import set_sizes
 from twotower_engines.building.flavours.process import Library
 from twotower_engines.errors import BuildError
 
 SECONDS = 300
 
 
-def parse(graph: Path, library: Library) -> Interface:
+def parse(graph: Path, library: Library, sizes: Mapping[str, int]) -> Interface:
     """Let a library parse an ONNX file.
 
     Args:
         graph: The file.
         library: The TensorRT to parse with.
+        sizes: Named dimensions that become numbers, as in the engine.
 
     Raises:
         BuildError: The library cannot be loaded, or refuses the graph.
@@ -36,7 +38,7 @@ def parse(graph: Path, library: Library) -> Interface:
         result = Path(folder) / "interface.json"
         command = [sys.executable, "-m", "twotower_engines.building.flavours.parsing"]
         done = subprocess.run(
-            [*command, library.module, str(graph), str(result)],
+            [*command, library.module, str(graph), str(result), json.dumps(sizes)],
             capture_output=True,
             text=True,
             timeout=SECONDS,
@@ -56,14 +58,18 @@ def specs_of(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in values.items()}
 
 
-def _main(module: str, graph: str, result: str) -> None:
+def _main(module: str, graph: str, result: str, sizes: str) -> None:
+    import onnx
+
     trt: Any = importlib.import_module(module)
     log = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(log)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(graph):
+    model = onnx.load(graph, load_external_data=False)
+    set_sizes(model, json.loads(sizes))
+    if not parser.parse(model.SerializeToString()):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         sys.exit("; ".join(errors[:5]) or "the parser gave no reason")
 

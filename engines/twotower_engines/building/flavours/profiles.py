@@ -19,6 +19,10 @@ Dims = Sequence[int | str]
 USUAL_BLOCK = 16
 """Tokens of a block in NVIDIA's `inference.py`: what the engines are tuned for."""
 
+FIXED = ("context",)
+"""Dimensions of one size in all profiles, which becomes a number in the graph: TensorRT updates a
+cache in place whose room it knows."""
+
 ROW_BUCKETS = (1, 4, 16, 64, 256)
 """Most rows of each profile of the denoiser: a step of one row should not pay for sixteen."""
 
@@ -120,8 +124,8 @@ def wide_profiles(tower: str, limits: Limits) -> list[Profile]:
 
 
 def _cache(limits: Limits) -> dict[str, Sizes]:
-    """Return the cache sizes: the runtime passes each slot's whole buffer of keys and values."""
-    return {"context": Sizes(1, limits.context, limits.context)}
+    """Return the size of a cache: the runtime passes each slot's whole room."""
+    return {"context": Sizes(*[limits.cache_tokens] * 3)}
 
 
 def _block(limits: Limits) -> Sizes:

@@ -1,8 +1,9 @@
 """TensorRT: engines for data-centre GPUs, tuned and built on the GPU itself.
 
-For TensorRT 10.13 to 11. What this shares with TensorRT-RTX (parsing, profiles, the worker process,
-progress, interruption) is exercised through that flavour on any machine; what is here alone (timing
-caches, hardware compatibility, the search for the GPU) needs a GPU to be seen at work.
+For TensorRT 10.15, the first to update caches in place, to 11. What this shares with TensorRT-RTX
+(parsing, profiles, the worker process, progress, interruption) is exercised through that flavour on
+any machine; what is here alone (timing caches, hardware compatibility, the search for the GPU)
+needs a GPU to be seen at work.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from twotower_engines.planning.local_gpu import local_gpu
 from twotower_engines.planning.skus import Sku, known_skus
 
 TITLE = "TensorRT"
-OLDEST, NEWEST = (10, 13), (11, 99)
+OLDEST, NEWEST = (10, 15), (11, 99)
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 KERNEL_CODE = (
     "twotower_engines/kernels/*.py",
@@ -56,7 +57,7 @@ class TensorRtFlavour:
         if found is None:
             raise BuildError(f"{TITLE} is not installed; {INSTALL}")
         if not OLDEST <= _minor(found) <= NEWEST:
-            raise BuildError(f"{TITLE} {found} is installed, 10.13 to 11.x is needed; {INSTALL}")
+            raise BuildError(f"{TITLE} {found} is installed, 10.15 to 11.x is needed; {INSTALL}")
         kernels = {"triton": importlib.metadata.version("triton")} if self.has_kernels() else {}
         return {"tensorrt": found, **kernels}
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.config import ModelConfig
 from twotower_contract.engine_set import Limits
 from twotower_engines.runtime.resident.device import Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
@@ -104,6 +105,26 @@ def unseen_sizes(size: CallSize, vocabulary: int) -> dict[str, int]:
     seen = output_layout(size, vocabulary)
     layout = _denoiser_outputs(size, vocabulary)
     return {name: _bytes(*one) for name, one in layout.items() if name not in seen}
+
+
+class Queries:
+    """The attention layers' queries: outputs that nobody reads, all in the same place.
+
+    TensorRT lays out what is an output as it was told, and then its attention reads the caches
+    where they lie. Otherwise it would choose another order, and copy both caches into it.
+    """
+
+    def __init__(self, model: ModelConfig, item: int) -> None:
+        self._names = [f"context.layers.{layer}.queries" for layer in model.layers_of_kind["*"]]
+        self._token = model.num_attention_heads * model.head_dim * item
+
+    def size(self, size: CallSize) -> int:
+        """Return the bytes of their place in a call."""
+        return size.rows * size.tokens * self._token if self._names else 0
+
+    def addresses(self, start: int) -> dict[str, int]:
+        """Return where each of them is written, by its name."""
+        return dict.fromkeys(self._names, start)
 
 
 def _denoiser_outputs(size: CallSize, vocabulary: int) -> Layout:

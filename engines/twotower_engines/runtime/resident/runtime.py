@@ -23,6 +23,7 @@ from twotower_engines.runtime.resident.calls import (
     REFINE_ROWS,
     CallMemory,
     CallSize,
+    Queries,
     Tensors,
     bucket,
     call_sizes,
@@ -97,6 +98,7 @@ class ResidentRuntime:
         item = manifest.model.item_bytes
         self._kinds = state_kinds(manifest.model, limits, item)
         self._step = window_step(self._kinds)
+        self._queries = Queries(manifest.model, item)
         has_mirror = denoiser is not None and denoiser.device is not context.device
         self._states = SlotStates(
             context.device,
@@ -241,6 +243,8 @@ class ResidentRuntime:
         ]
         for states in self._all_states():
             states.take(self._context.device, prepared.landed, taken)
+        if self._mirror is not self._states:
+            self._mirror.take_tokens(self._states, taken)
         for row in rows:
             self._lengths[row.slot] += row.ids.size
 
@@ -253,8 +257,8 @@ class ResidentRuntime:
     def _prepare_all(self, progress: Progress | None) -> None:
         """Prepare every call that a request can ask for, so that none pays for it."""
         extends = call_sizes("extend", self.limits)
-        landings = {size: Landing(self._kinds, size.rows, size.tokens) for size in extends}
-        unseen = max(landing.size for landing in landings.values())
+        landings = {size: Landing(self._kinds, size.rows) for size in extends}
+        unseen = max(landing.size + self._queries.size(size) for size, landing in landings.items())
         memory = CallMemory(self._context.device, extends, self.vocab_size, unseen)
         refines: list[CallSize] = []
         if self._denoiser is not None:
@@ -266,10 +270,10 @@ class ResidentRuntime:
         if self._denoiser is None:
             return
         stay = {size: packed(unseen_sizes(size, self.vocab_size)) for size in refines}
-        unseen = max(end for _, end in stay.values())
+        unseen = max(end + self._queries.size(size) for size, (_, end) in stay.items())
         memory = CallMemory(self._denoiser.device, refines, self.vocab_size, unseen)
         for size in refines:
-            self._calls[size] = self._prepare_refine(self._denoiser, size, memory, stay[size][0])
+            self._calls[size] = self._prepare_refine(self._denoiser, size, memory, *stay[size])
             _tell(progress, len(self._calls), total)
         if not all(self._calls[size].is_captured for size in refines):
             log.warning(
@@ -284,6 +288,7 @@ class ResidentRuntime:
         inputs, outputs = memory.inputs(size), memory.outputs(size)
         call = tower.engine.prepare(self._shapes(inputs, size.rows))
         landed = landing.addresses(memory.unseen)
+        landed |= self._queries.addresses(memory.unseen + landing.size)
         call.bind({**tower.weights, **inputs.addresses, **outputs.addresses, **landed})
         call.bind(self._states.addresses())
         inputs.clear()
@@ -293,13 +298,19 @@ class ResidentRuntime:
         return _Prepared(call, inputs, outputs, call.enqueue, landing.boxes(memory.unseen))
 
     def _prepare_refine(
-        self, tower: Tower, size: CallSize, memory: CallMemory, unseen: Mapping[str, int]
+        self,
+        tower: Tower,
+        size: CallSize,
+        memory: CallMemory,
+        unseen: Mapping[str, int],
+        unseen_end: int,
     ) -> _Prepared:
         """Prepare a denoiser call and capture it, where the engine lets it be captured."""
         inputs, outputs = memory.inputs(size), memory.outputs(size)
         call = tower.engine.prepare(self._shapes(inputs, size.rows))
         states = self._mirror.addresses(previous=size.verb == "predict")
         stay = {name: memory.unseen + offset for name, offset in unseen.items()}
+        stay |= self._queries.addresses(memory.unseen + unseen_end)
         call.bind({**tower.weights, **states, **inputs.addresses, **outputs.addresses, **stay})
         inputs.clear()  # capturing runs the call once, and it must read valid ids
         inputs.upload()

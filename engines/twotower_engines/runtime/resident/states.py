@@ -2,16 +2,21 @@
 
 States of one kind (SSM, convolution, keys and values) have one shape in all layers, so each kind is
 one allocation, [layers][slots][a slot's row], and an engine reads the rows of neighbouring slots
-where they lie. A context call writes its new states to a landing buffer of the same layout, and the
-active rows are copied to their slots from there: 46 MB of SSM states per row of the full model, 20
+where they lie.
+
+Keys and values are updated there as well: an engine takes a cache and gives it back at the same
+address, with the tokens of the call written behind the context's; the denoiser writes its block at
+the cache's end. Each slot has room for one call beside its context.
+
+A context call writes its new Mamba states to a landing buffer of the same layout, and the active
+rows are copied to their slots from there: 46 MB of SSM states per row of the full model, 20
 microseconds on an H200, against some 5 ms of the call. (Two buffers taking turns would save that
 copy, but a call covers only some of the slots, and the others would be left behind in the wrong
 buffer.)
 
 Because all layers of a kind lie in one allocation, a strided copy takes a row of every layer home
-at once. An extension takes one copy of each Mamba kind for each run of neighbouring slots, and
-one of keys and values for each slot, whatever the number of layers: 18 copies for 16 neighbouring
-slots, twice that where the denoiser's GPU has the states as well.
+at once. An extension takes one copy of each Mamba kind for each run of neighbouring slots; where
+the denoiser's GPU has the states as well, as many more, and one of keys and values for each slot.
 """
 
 from __future__ import annotations
@@ -36,8 +41,7 @@ class StateKind:
         names: Names of the inputs, in the order of the layers, as `context.layers.0.ssm_state`.
         row: Shape of one slot's row.
         item: Bytes per element.
-        grows: True for keys and values, [heads, tokens, size], of which a call returns only its
-            own tokens.
+        grows: True for keys and values, [heads, tokens, size], which a call extends in place.
     """
 
     names: tuple[str, ...]
@@ -47,7 +51,7 @@ class StateKind:
 
     @property
     def parts(self) -> int:
-        """Yield pieces of a row that lie elsewhere in call and slot: heads of keys and values."""
+        """Pieces of a row, each with a range of tokens of its own: heads of keys and values."""
         return self.row[0] if self.grows else 1
 
     @property
@@ -55,24 +59,15 @@ class StateKind:
         """Bytes of one token of one head."""
         return self.row[-1] * self.item
 
-    def pitch(self, tokens: int | None = None) -> int:
-        """Bytes of one part of a slot's row, or of a row that a call of `tokens` returns."""
-        if self.grows and tokens is not None:
-            return tokens * self.token_bytes
+    @property
+    def pitch(self) -> int:
+        """Bytes of one part of a row."""
         return math.prod(self.row) * self.item // self.parts
 
-    def height(self, rows: int, tokens: int | None = None) -> int:
-        """Parts from one layer to the next: those of all rows, and as many as alignment asks."""
-        step = ALIGNMENT // math.gcd(self.pitch(tokens), ALIGNMENT)
-        return -(-rows * self.parts // step) * step
-
-    def box(self, start: int, rows: int, tokens: int | None = None) -> Box:
-        """Return the box of all layers, where it begins at `start`."""
-        return Box(start, self.pitch(tokens), self.height(rows, tokens))
-
-    def new_name(self, name: str) -> str:
-        """Return the output that renews or extends an input."""
-        return name.removesuffix("cache") + "new" if self.grows else f"{name}_new"
+    def box(self, start: int, rows: int) -> Box:
+        """Return the box of all layers, where it begins at `start`; each layer is aligned."""
+        step = ALIGNMENT // math.gcd(self.pitch, ALIGNMENT)
+        return Box(start, self.pitch, -(-rows * self.parts // step) * step)
 
 
 def state_kinds(model: ModelConfig, limits: Limits, item: int) -> tuple[StateKind, ...]:
@@ -83,7 +78,7 @@ def state_kinds(model: ModelConfig, limits: Limits, item: int) -> tuple[StateKin
     )
     conv = (model.conv_kernel - 1, model.conv_dim)
     ssm = (model.mamba_num_heads, model.mamba_head_dim, model.ssm_state_size)
-    cache = (model.num_key_value_heads, limits.context, model.head_dim)
+    cache = (model.num_key_value_heads, limits.cache_tokens, model.head_dim)
     caches = [f"{layer}.{one}_cache" for layer in attention for one in "kv"]
     kinds = (
         StateKind(tuple(f"{layer}.conv_state" for layer in mamba), conv, item, grows=False),
@@ -98,7 +93,7 @@ def window_step(kinds: Sequence[StateKind]) -> int:
 
     It is 1 for the full-size model; a tiny one has rows of fewer than 256 bytes.
     """
-    rows = (kind.pitch() * kind.parts for kind in kinds)
+    rows = (kind.pitch * kind.parts for kind in kinds)
     return math.lcm(*(ALIGNMENT // math.gcd(row, ALIGNMENT) for row in rows))
 
 
@@ -118,19 +113,16 @@ class Taken:
 
 
 class Landing:
-    """Where the new states of a context call are written.
+    """Where the new Mamba states of a context call are written."""
 
-    Args:
-        tokens: Tokens of each row, padding included.
-    """
-
-    def __init__(self, kinds: Sequence[StateKind], rows: int, tokens: int) -> None:
+    def __init__(self, kinds: Sequence[StateKind], rows: int) -> None:
         self._boxes: list[tuple[StateKind, Box]] = []
         self.size = 0
         for kind in kinds:
-            box = kind.box(self.size, rows, tokens)
-            self._boxes.append((kind, box))
-            self.size += aligned(box.layer * len(kind.names))
+            if not kind.grows:
+                box = kind.box(self.size, rows)
+                self._boxes.append((kind, box))
+                self.size += aligned(box.layer * len(kind.names))
 
     def boxes(self, start: int) -> dict[StateKind, Box]:
         """Return the box of each kind, where the landing place begins at `start`."""
@@ -139,7 +131,7 @@ class Landing:
     def addresses(self, start: int) -> dict[str, int]:
         """Return where each output begins, by its name."""
         return {
-            kind.new_name(name): box.address + layer * box.layer
+            f"{name}_new": box.address + layer * box.layer
             for kind, box in self.boxes(start).items()
             for layer, name in enumerate(kind.names)
         }
@@ -169,15 +161,20 @@ class SlotStates:
         return tuple(self._boxes[kind] for kind in self.kinds)
 
     def reset(self, slot: int) -> None:
-        """Set a slot's Mamba states to zero. Keys and values past a length are never read."""
+        """Set a slot's states to zero.
+
+        Keys and values past a length count for nothing, but only while they are finite: attention
+        multiplies them by 0, and what a slot was given up with may be NaN.
+        """
         for boxes in (self._boxes, self._previous):
             for kind, box in boxes.items():
-                if not kind.grows:
-                    start = box.address + slot * box.pitch
-                    self.device.zero(start, box.layer, box.pitch, len(kind.names))
+                row = kind.parts * box.pitch
+                self.device.zero(box.address + slot * row, box.layer, row, len(kind.names))
 
     def addresses(self, first: int = 0, *, previous: bool = False) -> dict[str, int]:
         """Return where the rows from slot `first` on begin, by name of the input.
+
+        Keys and values are outputs as well, at the same addresses.
 
         Args:
             first: The first row of the call; a multiple of `window_step`.
@@ -187,7 +184,8 @@ class SlotStates:
         return {
             name: box.address + layer * box.layer + first * kind.parts * box.pitch
             for kind, box in boxes.items()
-            for layer, name in enumerate(kind.names)
+            for layer, given in enumerate(kind.names)
+            for name in ((given, f"{given}_new") if kind.grows else (given,))
         }
 
     def keep_previous(self, slots: Sequence[int]) -> None:
@@ -197,26 +195,29 @@ class SlotStates:
             self._move(self.device, kind, kept, self._boxes[kind], rows)
 
     def take(self, source: Device, landed: dict[StateKind, Box], rows: Sequence[Taken]) -> None:
-        """Copy what a context call returned into the slots of its rows.
+        """Copy new Mamba states of a context call into the slots of its rows.
 
         Args:
             source: The device of the call, in whose order the copies happen.
             landed: Where each kind landed.
             rows: Active rows, in order.
         """
+        for kind, new in landed.items():
+            self._move(source, kind, self._boxes[kind], new, rows)
+
+    def take_tokens(self, other: SlotStates, rows: Sequence[Taken]) -> None:
+        """Copy what a call added to the keys and values of another device's slots."""
         for kind, home in self._boxes.items():
             if not kind.grows:
-                self._move(source, kind, home, landed[kind], rows)
                 continue
             for one in rows:
-                new, layers = landed[kind], len(kind.names)
-                target = one.slot * kind.parts * home.pitch + one.length * kind.token_bytes
-                source.copy_box(
-                    home.moved(target),
-                    new.moved(one.row * kind.parts * new.pitch),
+                begin = one.slot * kind.parts * home.pitch + one.length * kind.token_bytes
+                other.device.copy_box(
+                    home.moved(begin),
+                    other._boxes[kind].moved(begin),
                     one.valid * kind.token_bytes,
                     kind.parts,
-                    layers,
+                    len(kind.names),
                     self.device,
                 )
 
