@@ -110,9 +110,8 @@ def demo(folder: Path, precision: str, prompt: str, max_new_tokens: int) -> None
         stops = [word for token in eos_ids for word in ("--eos-id", str(token))]
         url = f"127.0.0.1:{port}"
         options = ("--url", url, "--stream", "--max-new-tokens", str(max_new_tokens), *stops)
-        _say(
-            total, total, "generate", *options, *(("--",) if prompt.startswith("-") else ()), prompt
-        )
+        ends = ("--",) if prompt.startswith("-") else ()
+        _say(total, total, "generate", *options, *ends, prompt)
         _ask(url, prompt, max_new_tokens, eos_ids)
     click.echo(f"\nThe artifacts are in {folder.resolve()}:")
     for name, path in paths.items():

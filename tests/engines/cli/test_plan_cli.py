@@ -115,6 +115,7 @@ def test_plan_takes_what_build_takes(random_engines):
 
     mine = {option.name: option for option in plan.params}
     writing = {"bundle", "engines", "force", "dry_run", "log", "verbose", "quiet"}
+    writing |= {"same_capability"}
     names = {option.name for option in build.params} - writing
     assert names <= mine.keys()
     result = run(FULL_SIZE, "--sku", "rtx-pro-6000", "--flavour", "tensorrt",
