@@ -1,6 +1,7 @@
 """Bytes that compiled towers of the released size move in a call, against the least that they must.
 
     python -m benchmarks.traffic            # about five minutes on two cores, no GPU
+    python -m benchmarks.traffic fp8        # FP8 weights, as the default recipe stores them
 
 TensorRT-RTX compiles both towers for SM120 with a block of 16 tokens and a context of 8,192, and
 says what each final kernel reads and writes. The least is every input of the graph read once (of
@@ -11,6 +12,7 @@ TensorRT shares the compiler but times its choices: its engines may differ.
 from __future__ import annotations
 
 import datetime
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,10 +28,10 @@ ROWS = (1, 4, 16)
 CONTEXT, BLOCK = 8192, 16
 
 
-def measure(tower: str, rows: int, folder: Path) -> dict[str, Any]:
+def measure(tower: str, rows: int, folder: Path, format_: str | None) -> dict[str, Any]:
     """Compile one tower for one number of rows and add up what its kernels move."""
     start = time.perf_counter()
-    listing = compiled(folder, tower, rows, BLOCK, CONTEXT)
+    listing = compiled(folder, tower, rows, BLOCK, CONTEXT, format_=format_)
     traffic = traffic_of(listing)
     return {
         "tower": tower,
@@ -44,20 +46,21 @@ def measure(tower: str, rows: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(format_: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         results = []
         for tower in TOWERS:
             for rows in ROWS:
-                results.append(measure(tower, rows, Path(name)))
+                results.append(measure(tower, rows, Path(name), format_))
                 print(results[-1], flush=True)
     day = datetime.date.today().isoformat()
-    write_json(RESULTS / f"traffic-rtx-{day}.json", {"date": day, "results": results})
+    stem = RESULTS / "-".join(["traffic-rtx", *([format_] if format_ else []), day])
+    write_json(stem.with_suffix(".json"), {"date": day, "results": results})
     lines = [
         "# Bytes that compiled towers move",
         "",
         f"`python -m benchmarks.traffic`, {day}, TensorRT-RTX's compiler on 2 cores, no GPU; the",
-        f"released size, bf16, function bodies, SM120, block {BLOCK}, context {CONTEXT:,}.",
+        f"released size, {format_ or 'bf16'}, function bodies, SM120, block {BLOCK}, context {CONTEXT:,}.",
         "",
         "| tower | rows | GB moved | least | ratio | scratch, MB | kernels | compiled in, s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -68,8 +71,8 @@ def main() -> None:
             for one in results
         ),
     ]
-    (RESULTS / f"traffic-rtx-{day}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

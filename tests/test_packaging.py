@@ -31,7 +31,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
 
 def test_the_wheel_holds_all_that_its_verbs_read(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    models = {"preprocess", "generate", "postprocess"}
+    models = {"preprocessing", "twotower", "postprocessing"}
     assert {f"twotower_engines/triton_repo/{name}/1/model.py" for name in models} <= names
     assert "twotower_engines/planning/skus.json" in names
     assert "twotower_export/data/tiny/config.json" in names
@@ -50,7 +50,8 @@ def test_the_client_imports_nothing_else_but_the_contract():
     ours = {"twotower_client", "twotower_contract"}
     allowed = sys.stdlib_module_names | ours | {"numpy", "tritonclient", "grpc", "click"}
     for path in (ROOT / "client/twotower_client").rglob("*.py"):
-        assert imported(path) <= allowed, path
+        extra = {"starlette", "uvicorn", "jinja2"} if path.parent.name == "openai" else set()
+        assert imported(path) <= allowed | extra, path
     code = (
         "import sys, importlib, pkgutil, twotower_contract as c\n"
         "for one in pkgutil.iter_modules(c.__path__, 'twotower_contract.'):\n"

@@ -26,20 +26,25 @@ from twotower_client.errors import (
     ServerBusyError,
     ServerUnavailableError,
 )
-from twotower_client.result import Answer, Block
+from twotower_client.result import Answer, Block, Canvas, TokenDetail
 from twotower_contract.options import Options
 
 if TYPE_CHECKING:
     from twotower_client.aio import AsyncAnswerStream, AsyncTwoTowerClient
     from twotower_client.client import AnswerStream, TwoTowerClient
+    from twotower_client.pool import AsyncClientPool, ClientPool
+    from twotower_client.retry import Retry
 
 __all__ = [
     "Answer",
     "AnswerStream",
     "AsyncAnswerStream",
+    "AsyncClientPool",
     "AsyncTwoTowerClient",
     "Block",
+    "Canvas",
     "ClientError",
+    "ClientPool",
     "DeadlineError",
     "InactivityError",
     "ModelNotReadyError",
@@ -47,13 +52,18 @@ __all__ = [
     "RequestCancelledError",
     "RequestFailedError",
     "RequestRefusedError",
+    "Retry",
     "ServerBusyError",
     "ServerUnavailableError",
+    "TokenDetail",
     "TwoTowerClient",
 ]
 
 
 LAZY = {
+    "AsyncClientPool": "pool",
+    "ClientPool": "pool",
+    "Retry": "retry",
     "AnswerStream": "client",
     "AsyncAnswerStream": "aio",
     "AsyncTwoTowerClient": "aio",

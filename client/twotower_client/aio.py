@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
@@ -26,12 +26,12 @@ from twotower_client.core import (
     Connection,
     StreamCore,
     is_unreachable,
-    needs_stop,
 )
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
 from twotower_client.request import cancel_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
+from twotower_client.retry import NO_RETRY, Retry, Servers
 from twotower_contract.options import Options
 
 
@@ -71,12 +71,30 @@ class AsyncTwoTowerClient(ClientCore):
         """
         return AsyncAnswerStream(self, *self._request(prompt, prompt_ids, timeout, options))
 
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        concurrency: int = 16,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncIterator[Answer | ClientError]:
+        """Return an async iterator over the answers to many prompts, in their order."""
+        from twotower_client.aio_many import generate_many  # imports this module
+
+        limits = (concurrency, timeout, retry or NO_RETRY, progress)
+        return generate_many(Servers([self]), prompts, *limits, options)
+
     async def stop(self, request_id: str) -> bool:
         """Tell the server to stop a request; return whether it took note."""
         connection = None
         try:
             connection = self._connect(asyncio.get_running_loop())
-            call = connection.infer(cancel_request(request_id), timeout=STOP_SECONDS)
+            call = connection.infer(
+                cancel_request(request_id), timeout=STOP_SECONDS, metadata=self._metadata
+            )
             async with _errors_of(call):
                 async for response in call:
                     if response.error_message:
@@ -89,7 +107,7 @@ class AsyncTwoTowerClient(ClientCore):
     async def check_ready(self) -> None:
         """Return if the model is ready."""
         connection = self._connect(asyncio.get_running_loop())
-        call = connection.ready(READY_REQUEST, timeout=LOOK_SECONDS)
+        call = connection.ready(READY_REQUEST, timeout=LOOK_SECONDS, metadata=self._metadata)
         try:
             async with _errors_of(call):
                 response = await call
@@ -113,9 +131,6 @@ class AsyncTwoTowerClient(ClientCore):
     async def close(self) -> None:
         """Close the connection. Open streams end with an error, as do later calls."""
         loop = asyncio.get_running_loop()
-        stopping = [task for task in self._stopping if task.get_loop() is loop]
-        if stopping:  # for dropped streams; each takes a limited time
-            await asyncio.wait(stopping)
         self._is_closed = True
         for connection in list(self._opened):  # those of other loops close by themselves
             if connection.loop is loop:
@@ -127,12 +142,6 @@ class AsyncTwoTowerClient(ClientCore):
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    def _stop_dropped(self, call: Any, reader: asyncio.Task[None], request_id: str) -> None:
-        """Begin to stop the request of a stream that is gone."""
-        task = asyncio.get_running_loop().create_task(_stop(self, call, reader, request_id))
-        self._stopping.add(task)
-        task.add_done_callback(self._stopping.discard)
 
 
 class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
@@ -158,13 +167,11 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
             while block is None:  # a notice, or the empty response with which newer servers end
                 block = self._take(await self._wait())
         except ClientError as problem:
-            await self._end(problem)
+            self._end(problem)
             raise
         except BaseException:  # the task was cancelled, for one
-            await asyncio.shield(self.cancel())
+            self._end(cancelled())
             raise
-        if self.is_done:
-            await _drain(self._call, self._reader)
         return block
 
     async def answer(self) -> Answer:
@@ -176,7 +183,7 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
     async def cancel(self) -> None:
         """Stop the request, on the server too. Does nothing when the answer is complete."""
         if not self.is_done and self._ended is None:
-            await self._end(cancelled())
+            self._end(cancelled())
 
     async def aclose(self) -> None:
         """Do what `cancel` does; for `contextlib.aclosing`."""
@@ -194,16 +201,16 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
         if reader is None or self._ended is not None or self.is_done:
             return
         with contextlib.suppress(RuntimeError):  # that loop is closed, and its calls have ended
-            reader.get_loop().call_soon_threadsafe(
-                self._client._stop_dropped, self._call, reader, self.request_id
-            )
+            reader.get_loop().call_soon_threadsafe(self._call.cancel)
 
     async def _wait(self) -> Any:
         """Wait for the next item, but not too long."""
         if self._reader is None:  # here, as a stream may be made before there is a loop
             self._connection = self._begin(asyncio.get_running_loop())
             self._call = self._connection.infer(
-                self._request, timeout=self._timeout + GRACE_SECONDS
+                self._request,
+                timeout=self._timeout + GRACE_SECONDS,
+                metadata=self._client._metadata,
             )
             arguments = (self._connection, self._call, self._arrived)
             self._reader = asyncio.create_task(_read(*arguments))
@@ -217,36 +224,15 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
             await self._client.check_ready()
         return item
 
-    async def _end(self, problem: ClientError) -> None:
-        """Remember how it ended; where the server may be at work still, tell it to stop."""
+    def _end(self, problem: ClientError) -> None:
+        """Remember how it ended, and tell the server that nobody listens any more."""
         self._ended = problem
         self._arrived.put_nowait(None)  # wakes a task that waits in __anext__
-        if self._reader is None:
+        if self._call is None:
             return
         if is_unreachable(problem):
             self._client._give_up(self._connection)
-        if needs_stop(problem):
-            await _stop(self._client, self._call, self._reader, self.request_id)
-        else:
-            await _drain(self._call, self._reader)
-
-
-async def _stop(
-    client: AsyncTwoTowerClient, call: Any, reader: asyncio.Task[None], request_id: str
-) -> None:
-    """Stop a request and wait for its call to end; cancel the call where that fails."""
-    told = await client.stop(request_id)
-    await _drain(call, reader, GRACE_SECONDS if told else 0.0)
-
-
-async def _drain(
-    call: Any, reader: asyncio.Task[None] | None, seconds: float = GRACE_SECONDS
-) -> None:
-    """Let the call end by itself (`client.AnswerStream._end` says why), or else cancel it."""
-    assert reader is not None, "there is a reader when something has arrived"
-    done, _ = await asyncio.wait([reader], timeout=seconds)
-    if not done:
-        call.cancel()
+        self._call.cancel()
 
 
 async def _read(connection: Connection, call: Any, arrived: asyncio.Queue[Any]) -> None:

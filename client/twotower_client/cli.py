@@ -87,7 +87,12 @@ VERBS: dict[str, Verb] = {
     "serve": Verb(
         "twotower_engines.cli.serve", "Run a Triton server on a model repository.", "serve"
     ),
+    "probe": Verb("twotower_client.probe_cli", "Ask a server whether it is live or ready."),
     "generate": Verb("twotower_client.generate_cli", "Ask a running server for an answer."),
+    "openai": Verb(
+        "twotower_client.openai_cli", "Serve OpenAI's HTTP interface for a server.", "openai"
+    ),
+    "bench": Verb("twotower_client.bench_cli", "Measure a server under load, or engines alone."),
     "doctor": Verb(
         "twotower_engines.cli.doctor", "Report what works on this machine and what is missing."
     ),
@@ -101,6 +106,7 @@ VERBS: dict[str, Verb] = {
 EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
     "cuda": ("tensorrt", "rtx"),
     "huggingface_hub": ("export",),
+    "jinja2": ("openai",),
     "ml_dtypes": ("export", "build"),
     "onnx": ("export", "build"),
     "onnx_ir": ("export",),
@@ -108,6 +114,7 @@ EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
     "polygraphy": ("build",),
     "pytriton": ("serve",),
     "safetensors": ("reference",),
+    "starlette": ("openai",),
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("rtx",),
     "tokenizers": ("export", "reference", "build"),
@@ -115,6 +122,7 @@ EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
     "tqdm": ("export",),
     "transformers": ("dev",),
     "triton": ("kernels",),
+    "uvicorn": ("openai",),
 }
 
 OF_LINUX = ("fcntl", "resource")

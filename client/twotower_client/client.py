@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import atexit
 import queue
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
 
 from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
 from twotower_client.core import (
+    PROBE_REQUEST,
     READY_REQUEST,
     ClientCore,
     Connection,
     StreamCore,
     is_unreachable,
-    needs_stop,
+    state_of,
 )
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
 from twotower_client.request import cancel_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
+from twotower_client.retry import NO_RETRY, Retry, Servers
 from twotower_contract.options import Options
 
 
@@ -44,6 +45,8 @@ class TwoTowerClient(ClientCore):
             was killed sends neither data nor an error.
         credentials: Credentials for TLS, from `grpc.ssl_channel_credentials`; None for no
             encryption.
+        server_name: The name in the server's certificate, where it is not that of the address.
+        access_key: Key that the server asks for, if it does (`serve --key-file`).
 
     Raises:
         RequestRefusedError: `url` is no `host:port`, or a timeout is not positive.
@@ -96,10 +99,36 @@ class TwoTowerClient(ClientCore):
         """
         return AnswerStream(self, *self._request(prompt, prompt_ids, timeout, options))
 
-    def stop(self, request_id: str) -> bool:
-        """Tell the server to stop a request.
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        concurrency: int = 16,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[Answer | ClientError]:
+        """Return an iterator over the answers to many prompts, in their order.
 
-        Cancelling the call is not enough: it does not reach the steps of an ensemble.
+        An error takes the place of its answer, and the others go on. Prompts are read as requests
+        become free to be sent. Closing the iterator stops what is under way.
+
+        Args:
+            prompts: Texts or lists of token ids.
+            concurrency: Requests under way at a time.
+            timeout: Seconds for one attempt at one answer; the client's, where not given.
+            retry: When a request is sent again; never, where not given.
+            progress: Called with the number of answers, and of failed ones among them.
+            **options: Options of every request; see `Options`.
+        """
+        from twotower_client.many import generate_many  # imports this module
+
+        limits = (concurrency, timeout, retry or NO_RETRY, progress)
+        return generate_many(Servers([self]), prompts, *limits, options)
+
+    def stop(self, request_id: str) -> bool:
+        """Tell the server to stop a request of whatever client, by the server's name of it.
 
         Returns:
             Whether the server took note. One that did not gives the request up after its timeout.
@@ -107,7 +136,10 @@ class TwoTowerClient(ClientCore):
         connection = None
         try:
             connection = self._connect()
-            for response in connection.infer(cancel_request(request_id), timeout=STOP_SECONDS):
+            call = connection.infer(
+                cancel_request(request_id), timeout=STOP_SECONDS, metadata=self._metadata
+            )
+            for response in call:
                 if response.error_message:
                     return False
         except (grpc.RpcError, ClientError):  # the latter where this client was closed
@@ -125,12 +157,35 @@ class TwoTowerClient(ClientCore):
         """
         connection = self._connect()
         try:
-            response = connection.ready(READY_REQUEST, timeout=LOOK_SECONDS)
+            response = connection.ready(
+                READY_REQUEST, timeout=LOOK_SECONDS, metadata=self._metadata
+            )
         except grpc.RpcError as problem:
             self._give_up(connection)
             raise error_of_readiness(problem, self.url) from None
         if not response.ready:
             raise not_ready(self.url, "")
+
+    def probe(self, timeout: float = LOOK_SECONDS) -> dict[str, Any]:
+        """Ask the engine's thread itself for its state, before all requests that wait.
+
+        Args:
+            timeout: Seconds that the answer may take.
+
+        Returns:
+            How many requests run and wait (`running`, `waiting`), the count of `turns`, and whether
+            new requests are refused (`draining`).
+
+        Raises:
+            ClientError: There was no answer.
+        """
+        connection = self._connect()
+        try:
+            call = connection.infer(PROBE_REQUEST, timeout=timeout, metadata=self._metadata)
+            return state_of(next(call, None), self.url)
+        except grpc.RpcError as problem:
+            self._give_up(connection)
+            raise error_of_readiness(problem, self.url) from None
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Wait until the model is ready.
@@ -169,18 +224,22 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
     """The blocks of one answer as they arrive, made by `TwoTowerClient.stream`.
 
     Attributes:
-        request_id: Name of the request on the server.
+        request_id: The server's name of the request; empty before its first response.
         prompt_ids: Token ids of the prompt as the server saw it; empty before the first block.
         blocks: Blocks that have arrived.
         queue_place: Place among the requests that wait for a slot, from 1, as the server told it
             last; 0 otherwise.
+        on_canvas: Is called with the block after each denoiser call, where the request has
+            `stream_mode="denoise"`. Set it before the first block is waited for.
     """
 
     def __init__(self, client: TwoTowerClient, request: Any, timeout: float) -> None:
         super().__init__(client, request, timeout)
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._connection = self._begin()
-        self._call = self._connection.infer(request, timeout=timeout + GRACE_SECONDS)
+        self._call = self._connection.infer(
+            request, timeout=timeout + GRACE_SECONDS, metadata=client._metadata
+        )
         # A thread waits for the server, so that we can wait for the thread with a limit.
         arguments = (self._connection, self._call, self._arrived)
         self._reader = threading.Thread(target=_read, args=arguments, daemon=True)
@@ -205,8 +264,6 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         except BaseException:  # Ctrl-C, for one
             self.cancel()
             raise
-        if self.is_done:
-            self._reader.join(GRACE_SECONDS)  # see _end
         return block
 
     def answer(self) -> Answer:
@@ -239,12 +296,8 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         self.cancel()
 
     def __del__(self) -> None:
-        # An iterator that was dropped half way; whoever drops it must not wait for the server.
-        is_open = hasattr(self, "_reader") and self._ended is None  # else it never began, or ended
-        # No thread starts while Python shuts down; `_close_all` was there before.
-        if is_open and not self.is_done and not sys.is_finalizing():
-            let_go = (self._client, self._call, self._reader, self.request_id)
-            threading.Thread(target=_stop, args=let_go, daemon=True).start()
+        if hasattr(self, "_call"):  # else it never began
+            self._call.cancel()  # does nothing where it has ended
 
     def _wait(self) -> Any:
         """Wait for the next item, but not too long."""
@@ -257,26 +310,11 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         return item
 
     def _end(self, problem: ClientError) -> None:
-        """Remember how it ended; where the server may be at work still, tell it to stop.
-
-        The call is left to end by itself: a server (2.51) whose ensemble's call is cancelled while
-        it is ending counts the request as under way for ever, and then is slow to shut down.
-        """
+        """Remember how it ended, and tell the server that nobody listens any more."""
         self._ended = problem
         if is_unreachable(problem):
             self._client._give_up(self._connection)
-        if needs_stop(problem):
-            _stop(self._client, self._call, self._reader, self.request_id)
-        else:
-            self._reader.join(GRACE_SECONDS)
-
-
-def _stop(client: TwoTowerClient, call: Any, reader: threading.Thread, request_id: str) -> None:
-    """Stop a request and wait for its call to end; cancel the call where that fails."""
-    if client.stop(request_id):
-        reader.join(GRACE_SECONDS)
-    if reader.is_alive():
-        call.cancel()
+        self._call.cancel()
 
 
 def _read(connection: Connection, call: Any, arrived: queue.SimpleQueue[Any]) -> None:

@@ -23,6 +23,8 @@ KEEP_ALIVE = [
 ]
 LOOK_SECONDS = 5.0  # for calls that only look
 STOP_SECONDS = 2.0  # for telling a server to stop; it may be the one that hangs
+# Where Triton looks for the key of the part of its protocol that `serve --key-file` restricts.
+ACCESS_HEADER = "triton-grpc-protocol-twotower-access"
 RETRY_SECONDS = 0.2  # between two looks at a server that is not ready
 GRACE_SECONDS = 2.0  # for a call to end by itself
 MOST_SECONDS = 1e9  # 30 years; threads and gRPC can wait a little longer

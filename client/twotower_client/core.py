@@ -5,16 +5,17 @@ A client adds only how it calls and how it waits: `client.py` with threads, `aio
 
 from __future__ import annotations
 
+import json
 import time
-import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from twotower_client.connection import (
+    ACCESS_HEADER,
     KEEP_ALIVE,
     channel_options,
     check_address,
@@ -23,26 +24,23 @@ from twotower_client.connection import (
 )
 from twotower_client.errors import (
     ClientError,
-    DeadlineError,
     InactivityError,
-    RequestCancelledError,
     RequestFailedError,
     ServerUnavailableError,
 )
-from twotower_client.request import MODEL, infer_request
+from twotower_client.request import MODEL, infer_request, probe_request
 from twotower_client.response import (
-    block_of,
     error_of,
     error_of_rpc,
-    prompt_ids_of,
-    queue_place_of,
+    read,
     too_late,
     unexplained,
 )
-from twotower_client.result import Answer, Block
+from twotower_client.result import Answer, Block, Canvas
 from twotower_contract.options import Options
 
 READY_REQUEST = service_pb2.ModelReadyRequest(name=MODEL)
+PROBE_REQUEST = probe_request()
 NOTICE_SECONDS = 5.0  # between two notices of the server that a request still waits
 # Otherwise a new channel would get the connection of the one that was given up.
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
@@ -80,14 +78,17 @@ class ClientCore:
         timeout: float = 300.0,
         inactivity_timeout: float = 60.0,
         credentials: Any | None = None,
+        server_name: str | None = None,
+        access_key: str | None = None,
     ) -> None:
         self.url = check_address(url)
         self.timeout = check_seconds("timeout", timeout)
         self.inactivity_timeout = check_seconds("inactivity_timeout", inactivity_timeout)
         self._credentials = credentials
+        self._server_name = server_name
+        self._metadata = [(ACCESS_HEADER, access_key)] if access_key is not None else []
         self._connections: dict[Any, Connection] = {}  # by event loop; None with threads
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()  # those given up, too
-        self._stopping: set[Any] = set()  # tasks that stop dropped streams; with asyncio only
         self._is_closed = False
 
     def _connect(self, loop: Any = None) -> Connection:
@@ -111,7 +112,9 @@ class ClientCore:
         return connection
 
     def _open_channel(self) -> Any:
-        options = [*channel_options(self.url), *KEEP_ALIVE, *OWN_CONNECTION]
+        options: list[tuple[str, Any]] = [*channel_options(self.url), *KEEP_ALIVE, *OWN_CONNECTION]
+        if self._server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self._server_name))
         if self._credentials is None:
             return self._channels.insecure_channel(self.url, options=options)
         return self._channels.secure_channel(self.url, self._credentials, options=options)
@@ -131,8 +134,7 @@ class ClientCore:
         """Return the message of a request, checked, and its timeout in seconds."""
         limit = self.timeout if timeout is None else check_seconds("timeout", timeout)
         notice = min(NOTICE_SECONDS, self.inactivity_timeout / 3)
-        request_id = uuid.uuid4().hex
-        return infer_request(prompt, prompt_ids, options, request_id, limit, notice), limit
+        return infer_request(prompt, prompt_ids, options, limit, notice), limit
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -148,10 +150,11 @@ class StreamCore(Generic[Client]):
     """One answer as far as it has arrived, and the reason why it ended."""
 
     def __init__(self, client: Client, request: Any, timeout: float) -> None:
-        self.request_id: str = request.id
+        self.request_id = ""
         self.prompt_ids: tuple[int, ...] = ()
         self.blocks: list[Block] = []
         self.queue_place = 0
+        self.on_canvas: Callable[[Canvas], None] | None = None
         self._client = client
         self._timeout = timeout
         self._left = timeout
@@ -214,13 +217,18 @@ class StreamCore(Generic[Client]):
             raise error_of(message) or unexplained(message, self._client.url)
         if not item.infer_response.outputs:
             return None
-        self.queue_place = queue_place_of(item.infer_response)
+        response = read(item.infer_response, time.monotonic() - self._began)
+        self.request_id = self.request_id or response.request_id
+        self.queue_place = response.queue_place
         if self.queue_place:
             return None
-        self.prompt_ids = self.prompt_ids or prompt_ids_of(item.infer_response)
-        block = block_of(item.infer_response, time.monotonic() - self._began)
-        self.blocks.append(block)
-        return block
+        self.prompt_ids = self.prompt_ids or response.prompt_ids
+        if response.canvas is not None:
+            if self.on_canvas is not None:
+                self.on_canvas(response.canvas)
+            return None
+        self.blocks.append(response.block)
+        return response.block
 
     def _answer(self) -> Answer:
         """Put the blocks together once the answer is complete."""
@@ -241,9 +249,16 @@ class StreamCore(Generic[Client]):
         raise TypeError(f"{type(self).__name__} is under way and cannot be pickled or copied")
 
 
-def needs_stop(problem: ClientError) -> bool:
-    """Return whether the server may still work on a request that ended so."""
-    return isinstance(problem, RequestCancelledError | DeadlineError)
+def state_of(part: Any, url: str) -> dict[str, Any]:
+    """Return the state of the engine that the answer to a probe tells.
+
+    Raises:
+        ClientError: The answer is an error, or there is none.
+    """
+    if part is None or part.error_message:
+        message = part.error_message if part else "no answer"
+        raise error_of(message) or unexplained(message, url)
+    return dict(json.loads(read(part.infer_response, 0.0).block.text))
 
 
 def is_unreachable(problem: ClientError) -> bool:

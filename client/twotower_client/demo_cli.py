@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import click
 
 from twotower_client.errors import ClientError
-from twotower_contract.manifest import read_manifest
+from twotower_client.generate_cli import replay_blocks
 from twotower_contract.processes import run_child
+from twotower_contract.replay import Replay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,7 @@ Examples:
   twotower demo
   twotower demo --folder /tmp/demo --max-new-tokens 32
   twotower demo --precision fp8
+  twotower demo --html replay.html
   twotower demo --prompt "Tom the bear lived on a farm. Tom had a green ball"
 """
 
@@ -78,7 +80,13 @@ class StepFailedError(ClientError):
     show_default=True,
     help="Length of the answer in tokens.",
 )
-def demo(folder: Path, precision: str, prompt: str, max_new_tokens: int) -> None:
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a page to FILE that replays the denoising.",
+)
+def demo(folder: Path, precision: str, prompt: str, max_new_tokens: int, html: Path | None) -> None:
     """Export, build, package and serve the small checkpoint, and stream an answer from it."""
     _check_prompt(prompt)
     _check_installed()
@@ -103,16 +111,15 @@ def demo(folder: Path, precision: str, prompt: str, max_new_tokens: int) -> None
         if run_child(_command(*step)).returncode:
             raise StepFailedError(f"`twotower {step[0]}` failed; its messages stand above")
     port = _free_port()
-    serve = ("serve", repository, "--grpc-port", str(port), "--no-http", "--no-metrics")
+    serve = ("serve", repository, "--grpc-port", str(port), "--no-metrics")
     _say(total - 1, total, *serve)
     with _server(serve):
-        eos_ids = list(read_manifest(Path(bundle)).model.eos_token_ids)
-        stops = [word for token in eos_ids for word in ("--eos-id", str(token))]
         url = f"127.0.0.1:{port}"
-        options = ("--url", url, "--stream", "--max-new-tokens", str(max_new_tokens), *stops)
+        page = () if html is None else ("--html", str(html))
+        options = ("--url", url, "--stream", "--max-new-tokens", str(max_new_tokens), *page)
         ends = ("--",) if prompt.startswith("-") else ()
         _say(total, total, "generate", *options, *ends, prompt)
-        _ask(url, prompt, max_new_tokens, eos_ids)
+        _ask(url, prompt, max_new_tokens, html)
     click.echo(f"\nThe artifacts are in {folder.resolve()}:")
     for name, path in paths.items():
         click.echo(f"  {name:<11} {_size(Path(path)):>8}  {path}")
@@ -209,24 +216,26 @@ def _server(serve: tuple[str, ...]) -> Iterator[None]:
         process.wait()
 
 
-def _ask(url: str, prompt: str, max_new_tokens: int, eos_ids: list[int]) -> None:
+def _ask(url: str, prompt: str, max_new_tokens: int, html: Path | None) -> None:
     """Stream an answer: the text as it grows, a mark after each block, figures at the end."""
     from twotower_client.client import TwoTowerClient
 
     click.echo(f"(each {BLOCK_END} ends a block)\n{prompt}", nl=False)
     with TwoTowerClient(url) as client:
-        stream = client.stream(prompt, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+        told = html is not None
+        stream = client.stream(prompt, max_new_tokens=max_new_tokens, logprobs=told)
         for number, block in enumerate(stream):
             click.secho(block.text, nl=False, fg=("cyan", "green")[number % 2])
             click.secho(BLOCK_END, nl=False, dim=True)
         answer = stream.answer()
-    click.echo(f"\n\n{_figures(answer, eos_ids)}")
+    figures = _figures(answer)
+    click.echo(f"\n\n{figures}")
+    if html is not None:
+        Replay(prompt, replay_blocks(answer), figures.partition("\n")[0]).write(html)
 
 
-def _figures(answer: Answer, eos_ids: list[int]) -> str:
-    """Return the figures of an answer, without the tokens after the end token in its last block."""
-    ends = [number for number, token in enumerate(answer.ids, 1) if token in eos_ids]
-    count = ends[0] if ends else len(answer.ids)
+def _figures(answer: Answer) -> str:
+    count = len(answer.ids)
     calls = ", ".join(str(len(block.masked_counts)) for block in answer.blocks)
     return (
         f"{count} tokens in {answer.seconds:.2f} s: {count / answer.seconds:.0f} tokens/s, "

@@ -52,7 +52,6 @@ def infer_request(
     prompt: str | None,
     prompt_ids: Sequence[int] | None,
     options: Options,
-    request_id: str,
     timeout: float,
     queue_notice: float | None = None,
 ) -> Any:
@@ -62,7 +61,6 @@ def infer_request(
         prompt: Text, or None.
         prompt_ids: Token ids, or None; exactly one of the two is given.
         options: Options of the request.
-        request_id: Name of the request on the server.
         timeout: Seconds after which the server gives the request up by itself.
         queue_notice: Seconds between two notices that the request still waits for a slot; None for
             no notices.
@@ -74,7 +72,7 @@ def infer_request(
         RequestRefusedError: Something is missing or wrong.
     """
     given = check_options(options)
-    message = Message(request_id)
+    message = Message()
     if prompt is None and prompt_ids is None:
         raise RequestRefusedError("there is no prompt; give a prompt or prompt_ids")
     if prompt is not None and prompt_ids is not None:
@@ -97,8 +95,15 @@ def infer_request(
 
 def cancel_request(request_id: str) -> Any:
     """Return the message that cancels another request."""
-    message = Message("")
+    message = Message()
     message.add("cancel_request_id", request_id)
+    return message.message
+
+
+def probe_request() -> Any:
+    """Return the message that asks for the state of the engine."""
+    message = Message()
+    message.add("probe", 1)
     return message.message
 
 
@@ -109,18 +114,19 @@ class Message:
         message: The `tritonclient.grpc.service_pb2.ModelInferRequest`.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self) -> None:
         from tritonclient.grpc import service_pb2
 
-        self.message = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
+        self.message = service_pb2.ModelInferRequest(model_name=MODEL)
 
     def add(self, name: str, value: Any) -> None:
         """Add an input of the served model: a text, a number, or a list of either."""
         wire, _ = INPUTS[name]
         if wire == "BYTES":
-            texts = [text.encode() for text in ([value] if isinstance(value, str) else value)]
-            packed = b"".join(struct.pack("<I", len(text)) + text for text in texts)
-            self.add_tensor(name, wire, len(texts), packed)
+            texts = [value] if isinstance(value, str | bytes) else value
+            contents = [text.encode() if isinstance(text, str) else text for text in texts]
+            packed = b"".join(struct.pack("<I", len(one)) + one for one in contents)
+            self.add_tensor(name, wire, len(contents), packed)
         else:
             values = np.array(value, dtype=DTYPES[wire]).reshape(-1)
             self.add_tensor(name, wire, len(values), values.tobytes())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from twotower_client.connection import proxy_of
+from twotower_client.connection import ACCESS_HEADER, proxy_of
 from twotower_client.errors import (
     ClientError,
     DeadlineError,
@@ -18,14 +19,14 @@ from twotower_client.errors import (
     ServerUnavailableError,
 )
 from twotower_client.request import MODEL
-from twotower_client.result import Block
+from twotower_client.result import Block, Canvas, TokenDetail
+from twotower_contract.options import FREE
+from twotower_contract.statuses import STATUSES, Failure
 
-REFUSED = "request refused: "  # how our refusals begin; Triton puts the ensemble's name before
 UNKNOWN_MODEL = "unknown model"  # also of a server that is shutting down
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
 
-# Finish reasons of an answer that is not complete.
-FAILURES: dict[str, type[ClientError]] = {
+FAILURES: dict[Failure, type[ClientError]] = {
     "refused": RequestRefusedError,
     "busy": ServerBusyError,
     "late": DeadlineError,
@@ -53,57 +54,120 @@ BALANCER: dict[str, tuple[type[ClientError], str]] = {
     ),
 }
 
+# Outputs that have nothing to say are left out of a response.
 Tensor = Literal[
-    "output_ids", "prompt_ids", "masked_counts", "denoiser_calls", "context_calls", "queue_place"
+    "output_ids", "prompt_ids", "masked_counts", "commit_steps", "top_ids", "canvas_ids"
 ]
+Reals = Literal["logprobs", "top_logprobs", "canvas_confidence"]
+Number = Literal["denoiser_calls", "context_calls", "queue_place"]
+Text = Literal["finish_reason", "text_output", "request_id"]
 
 
-def block_of(response: Any, seconds: float) -> Block:
-    """Read one response of a stream, which holds outputs and came so long after the request.
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response of a stream, read.
 
-    Raises:
-        ClientError: The server says that the answer ends here without being complete.
+    Attributes:
+        block: The block in it.
+        prompt_ids: The prompt as the server saw it; empty in all but the first block's response.
+        queue_place: Place among the requests that wait for a slot, from 1; 0 where it has one.
+        request_id: The server's name of the request; empty in all but the first response.
+        canvas: The block as it is, where this response holds no finished one.
     """
+
+    block: Block
+    prompt_ids: tuple[int, ...]
+    queue_place: int
+    request_id: str
+    canvas: Canvas | None = None
+
+
+def read(response: Any, seconds: float) -> Response:
+    """Read one response of a stream, which holds outputs and came so long after the request."""
     from tritonclient.grpc import InferResult
 
     result = InferResult(response)
-    reason = _text(result, "finish_reason")
-    if reason in FAILURES:
-        raise FAILURES[reason](f"the server says: {_text(result, 'error')}")
-    return Block(
-        text=_text(result, "text_output"),
-        ids=_integers(result, "output_ids"),
-        masked_counts=_integers(result, "masked_counts"),
-        denoiser_calls=_integers(result, "denoiser_calls")[0],
-        context_calls=_integers(result, "context_calls")[0],
-        finish_reason=reason or None,
-        seconds=seconds,
-    )
+
+    def integers(name: Tensor | Number) -> tuple[int, ...]:
+        values = result.as_numpy(name)
+        return () if values is None else tuple(values.tolist())
+
+    def reals(name: Reals) -> tuple[float, ...]:
+        values = result.as_numpy(name)
+        return () if values is None else tuple(values.tolist())
+
+    def texts() -> tuple[str, ...]:
+        values = result.as_numpy("token_texts")
+        return () if values is None else tuple(bytes(one).decode() for one in values)
+
+    def number(name: Number) -> int:
+        return next(iter(integers(name)), 0)
+
+    def text(name: Text) -> str:
+        values = result.as_numpy(name)
+        return "" if values is None else bytes(values[0]).decode()
+
+    return Response(
+        Block(
+            text=text("text_output"),
+            ids=integers("output_ids"),
+            masked_counts=integers("masked_counts"),
+            denoiser_calls=number("denoiser_calls"),
+            context_calls=number("context_calls"),
+            finish_reason=text("finish_reason") or None,
+            seconds=seconds,
+            details=_details(
+                texts(), reals("logprobs"), integers("commit_steps"), integers("top_ids"),
+                reals("top_logprobs"),
+            ),
+        ),
+        prompt_ids=integers("prompt_ids"),
+        queue_place=number("queue_place"),
+        request_id=text("request_id"),
+        canvas=_canvas(integers("canvas_ids"), texts(), reals("canvas_confidence")),
+    )  # fmt: skip
 
 
-def prompt_ids_of(response: Any) -> tuple[int, ...]:
-    """Return the prompt as the server saw it; empty in all but the first block's response."""
-    from tritonclient.grpc import InferResult
+def _details(
+    texts: tuple[str, ...],
+    logprobs: tuple[float, ...],
+    calls: tuple[int, ...],
+    top_ids: tuple[int, ...],
+    top_logprobs: tuple[float, ...],
+) -> tuple[TokenDetail, ...]:
+    """Put together what is told of each token."""
+    count = len(logprobs)
+    if not count:
+        return ()
+    each = len(top_ids) // count
+    pairs = list(zip(top_ids, top_logprobs, strict=True))
+    tops = [tuple(pairs[place * each : (place + 1) * each]) for place in range(count)]
+    told = zip(texts or ("",) * count, logprobs, calls, tops, strict=True)
+    return tuple(TokenDetail(*one) for one in told)
 
-    return _integers(InferResult(response), "prompt_ids")
 
-
-def queue_place_of(response: Any) -> int:
-    """Return the place among the requests that wait for a slot, from 1; 0 where it has one."""
-    from tritonclient.grpc import InferResult
-
-    return _integers(InferResult(response), "queue_place")[0]
+def _canvas(
+    ids: tuple[int, ...], texts: tuple[str, ...], confidence: tuple[float, ...]
+) -> Canvas | None:
+    if not ids:
+        return None
+    texts = texts or tuple(f"{token} " for token in ids)
+    places = zip(ids, texts, confidence, strict=True)
+    return Canvas(tuple(None if token == FREE else (text, sure) for token, text, sure in places))
 
 
 def error_of(message: str) -> ClientError | None:
     """Return the exception that a model's error message stands for; None for Triton's own."""
-    text = message.removeprefix(f"in ensemble '{MODEL}', ")
-    if text.startswith(REFUSED):
-        return RequestRefusedError(text.removeprefix(REFUSED))
-    if DEAD_PROCESS in text:
-        return RequestFailedError(
-            f"a model's process on the server has died and does not come back ({text}); "
-            "restart the server"
+    for failure, status in STATUSES.items():
+        if message.startswith(f"{status}: "):
+            words = message.partition(": ")[2]
+            if failure == "refused":
+                return RequestRefusedError(words)
+            return FAILURES[failure](f"the server says: {words}")
+    if DEAD_PROCESS in message:
+        return ServerUnavailableError(
+            f"a model's process on the server has died ({message}); try again when the server has "
+            "started it again"
         )
     return None
 
@@ -117,6 +181,11 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
     import grpc
 
     code, details = problem.code(), problem.details()
+    if details and ACCESS_HEADER in details:
+        return RequestRefusedError(
+            f"the server at {url} asks for an access key, and was given none or another; give the "
+            "right one with access_key, or --key-file on the command line"
+        )
     status = HTTP_STATUS.search(details or "")
     if status is not None and status[1] in BALANCER:
         kind, words = BALANCER[status[1]]
@@ -216,12 +285,3 @@ def not_ready(url: str, details: str) -> ModelNotReadyError:
         "when it is loaded or was restarted, or check that this server was given a repository of "
         "`twotower package`"
     )
-
-
-def _integers(result: Any, name: Tensor) -> tuple[int, ...]:
-    return tuple(result.as_numpy(name).tolist())
-
-
-def _text(result: Any, name: Literal["finish_reason", "error", "text_output"]) -> str:
-    content: bytes = result.as_numpy(name)[0]
-    return content.decode()

@@ -6,6 +6,24 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class TokenDetail:
+    """One token of an answer, and how sure the model was of it.
+
+    Attributes:
+        text: Text that the token adds.
+        logprob: Log-probability of the token; in mask diffusion the denoiser's when it was
+            committed.
+        call: Denoiser call of its block that committed it, from 1; 0 where the request fixed it.
+        top: Id and log-probability of the most likely tokens, as many as `top_logprobs` asks for.
+    """
+
+    text: str
+    logprob: float
+    call: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """One committed block of an answer, as it arrives.
 
@@ -16,8 +34,10 @@ class Block:
         masked_counts: Positions still masked before each denoiser call of this block.
         denoiser_calls: Denoiser calls of the request so far.
         context_calls: Context-tower calls of the request so far, the prompt's included.
-        finish_reason: None while more is to come; then `length`, `eos` or `cancelled`.
+        finish_reason: None while more is to come; then `length`, `eos`, `stop`, `calls`,
+            `repetition` or `cancelled`.
         seconds: Seconds from the sending of the request to the arrival of this block.
+        details: One for each of `ids`, where the request asks for `logprobs`; else empty.
     """
 
     text: str
@@ -27,6 +47,18 @@ class Block:
     context_calls: int
     finish_reason: str | None
     seconds: float
+    details: tuple[TokenDetail, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """A block that is not finished, after one of its denoiser calls.
+
+    Attributes:
+        tokens: Text of each position, and the confidence at it; None where nothing is decided.
+    """
+
+    tokens: tuple[tuple[str, float] | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

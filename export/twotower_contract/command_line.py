@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from twotower_contract.options import MODES, OPTIONS, Option
+from twotower_contract.options import DIFFUSION, MODES, OPTIONS, Option
 
 JSON_HELP = """With --json one object is printed at
 the end: output_ids (the prompt included), text (of the new tokens), denoiser_calls, context_calls,
@@ -21,7 +22,7 @@ finish_reason."""
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a request to a command, and those for its prompt and its output."""
+    """Add the options of a request to a command, and `--json`."""
     import click
 
     types = {"INT32": int, "UINT64": int, "FP32": float, "BYTES": str, "BOOL": bool}
@@ -44,11 +45,50 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help=_help(option),
             )
         )
-    text = "Token ids to continue, instead of text."
-    added.append(click.option("--prompt-ids", metavar="5,6,7", help=text))
     for add in added:
         command = add(command)
     return command
+
+
+def prompt_ids_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option of a prompt of token ids to a command."""
+    import click
+
+    text = "Token ids to continue, instead of text."
+    return click.option("--prompt-ids", metavar="5,6,7", help=text)(command)
+
+
+def showing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that show how an answer comes about."""
+    import click
+
+    command = click.option(
+        "--html",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Write a page to FILE that replays the denoising.",
+    )(command)
+    text = "Show the block on the terminal as it resolves, coloured by confidence."
+    return click.option("--live", is_flag=True, help=text)(command)
+
+
+def check_showing(live: bool, as_json: bool, error: type[Exception]) -> None:
+    """Refuse two uses of standard output at once.
+
+    Args:
+        live: Whether --live is given.
+        as_json: Whether --json is given.
+        error: Class of the error.
+    """
+    if live and as_json:
+        raise error("--live and --json are both given; leave one of them out")
+
+
+def showing(options: dict[str, Any], live: bool, html: Path | None) -> dict[str, Any]:
+    """Return the options of a request with those that --live and --html need."""
+    mode = options.get("mode", OPTIONS["mode"].default)
+    shown = {"stream_mode": "denoise"} if live and mode in DIFFUSION else {}
+    return {**options, **shown, **({"logprobs": True} if html is not None else {})}
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

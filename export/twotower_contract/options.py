@@ -2,7 +2,7 @@
 
 `RequestOptions` is the declaration. The options of `twotower run` and `twotower generate`, the
 checks of the client and of the engines, and the server's reading of its input tensors follow from
-it; a test checks `triton_repo/{twotower,preprocess}/config.pbtxt` against it.
+it, and `twotower package` gives the served models their inputs from it.
 """
 
 from __future__ import annotations
@@ -376,6 +376,7 @@ INPUTS: dict[str, tuple[Wire, int]] = {
     "timeout_seconds": ("FP32", 1),
     "queue_notice_seconds": ("FP32", 1),
     "cancel_request_id": ("BYTES", 1),
+    "probe": ("INT32", 1),
 }
 """Type and length (-1 for any) of every input tensor of the served model; all are optional."""
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import TWOTOWER
-from twotower_client.demo_cli import BLOCK_END, NEEDED, PROMPT, _figures
-from twotower_client.result import Answer, Block
+from tests.support.browser import address_of, chromium
+from twotower_client.demo_cli import BLOCK_END, NEEDED, PROMPT
 
 TOKENS = 40  # three blocks
 
@@ -25,7 +25,8 @@ def demo(*options: str, command: list[str] = TWOTOWER) -> subprocess.CompletedPr
 @pytest.mark.server
 def test_the_whole_path(tmp_path) -> None:
     folder = tmp_path / "demo"
-    ran = demo("--folder", str(folder), "--max-new-tokens", str(TOKENS))
+    page = tmp_path / "replay.html"
+    ran = demo("--folder", str(folder), "--max-new-tokens", str(TOKENS), "--html", str(page))
     assert ran.returncode == 0, ran.stderr
     steps = [
         shlex.split(line.partition("] twotower ")[2])
@@ -53,6 +54,15 @@ def test_the_whole_path(tmp_path) -> None:
         assert re.search(rf"^  {name} +[0-9.]+ MB  {folder / name}$", ran.stdout, re.MULTILINE)
         assert any((folder / name).iterdir())
 
+    with chromium() as browser:
+        browser.open(address_of(page))
+        browser.press("\ue010")
+        shown = browser.run("return document.querySelector('.board').textContent")
+        assert shown == PROMPT + "".join(blocks)
+        assert browser.text(".where").startswith("block 3 of 3, call ")
+        assert browser.text(".where").endswith(": 0 of 8 masked")
+        assert browser.problems() == []
+
     # the commands that were shown, given again as they are, give the same
     serving = subprocess.Popen([*TWOTOWER, *steps[4]], stdout=subprocess.PIPE, text=True)
     try:
@@ -63,18 +73,6 @@ def test_the_whole_path(tmp_path) -> None:
         serving.terminate()  # the second signal ends the server at once
         serving.communicate(timeout=30)
     assert again.stdout == "".join(blocks) + "\n"
-
-
-def test_tokens_after_the_end_token_do_not_count() -> None:
-    blocks = (
-        Block("", tuple(range(10, 26)), (16, 8), 2, 2, None, 1.0),
-        Block("", (30, 31, 2, 40, 2, *[7] * 11), (16, 9, 3), 5, 3, "eos", 2.0),
-    )
-    ids = blocks[0].ids + blocks[1].ids
-    answer = Answer("", (5,), ids, blocks, "eos", 5, 3, 2.0, "a")
-    said = _figures(answer, [2])
-    assert said.startswith("19 tokens in 2.00 s: 10 tokens/s, 3.8 tokens per denoiser call, ")
-    assert _figures(answer, [99]).startswith("32 tokens in 2.00 s: 16 tokens/s, 6.4 tokens per ")
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,11 @@ def test_shell(server) -> None:
         assert ran.stdout.strip()
 
 
-def test_http(server) -> None:
+def test_http(http) -> None:
     """What the line with curl sends, sent without curl, which not every machine has."""
     [command] = re.findall(r"curl -N .*?}'", blocks("sh")[1], flags=re.DOTALL)
     _, _, address, _, data = shlex.split(command.replace("\\\n", ""))
-    url = "http://" + address.replace("localhost:8000", server.http_address)
+    url = address.replace("localhost:8000", http)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(urllib.request.Request(url, data.encode()), timeout=60) as response:
         lines = response.read().decode().splitlines()

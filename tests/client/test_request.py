@@ -152,13 +152,13 @@ def test_a_url_that_is_an_address(url) -> None:
 
 @pytest.mark.parametrize("ids", [np.array([5, 6, 7]), (5, 6, 7), range(5, 8), iter([5, 6, 7])])
 def test_ids_come_as_any_sequence(ids) -> None:
-    message = infer_request(None, ids, {}, "name", 1.5)
+    message = infer_request(None, ids, {}, 1.5)
     assert message.raw_input_contents[0] == struct.pack("<3i", 5, 6, 7)
     assert list(message.inputs[0].shape) == [3]
 
 
 def test_an_option_that_is_none_is_left_out() -> None:
-    message = infer_request("a", None, dict.fromkeys(OPTIONS), "name", 1.5)
+    message = infer_request("a", None, dict.fromkeys(OPTIONS), 1.5)
     assert [tensor.name for tensor in message.inputs] == ["text_input", "timeout_seconds"]
 
 
@@ -216,8 +216,8 @@ def test_the_command_reads_a_prompt_as_utf8_whatever_the_locale() -> None:
 
 def test_what_is_sent() -> None:
     options = {"max_new_tokens": np.int64(5), "threshold": 1, "mode": "ar", "seed": 2**64 - 1}
-    message = infer_request("é", None, {**options, "eos_ids": (2, 3)}, "name", 1.5)
-    assert (message.model_name, message.id) == ("twotower", "name")
+    message = infer_request("é", None, {**options, "eos_ids": (2, 3)}, 1.5)
+    assert (message.model_name, message.id) == ("twotower", "")
     sent = {
         tensor.name: (tensor.datatype, list(tensor.shape), content)
         for tensor, content in zip(message.inputs, message.raw_input_contents, strict=True)

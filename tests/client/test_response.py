@@ -8,17 +8,26 @@ import twotower_client as tt
 from twotower_client.response import error_of, too_late
 
 
-def test_a_refusal_is_told_without_the_names_of_models() -> None:
-    error = error_of("in ensemble 'twotower', request refused: threshold is 2; it must be less")
-    assert type(error) is tt.RequestRefusedError
-    assert str(error) == "threshold is 2; it must be less"
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ("INVALID_ARGUMENT", tt.RequestRefusedError),
+        ("UNAVAILABLE", tt.ServerBusyError),
+        ("DEADLINE_EXCEEDED", tt.DeadlineError),
+        ("INTERNAL", tt.RequestFailedError),
+    ],
+)
+def test_an_error_has_the_kind_of_its_status(status, kind) -> None:
+    error = error_of(f"{status}: threshold is 2: it must be less")
+    assert type(error) is kind
+    assert str(error).endswith("threshold is 2: it must be less")
+    assert status not in str(error)
 
 
 def test_a_dead_process_is_named_with_the_remedy() -> None:
-    error = error_of("in ensemble 'twotower', Stub process 'generate_0_0' is not healthy.")
-    assert type(error) is tt.RequestFailedError
-    assert "does not come back" in str(error)
-    assert "restart the server" in str(error)
+    error = error_of("Stub process 'twotower_0_0' is not healthy.")
+    assert type(error) is tt.ServerUnavailableError
+    assert "try again when the server has started it again" in str(error)
 
 
 @pytest.mark.parametrize(

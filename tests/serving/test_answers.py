@@ -126,10 +126,10 @@ def test_many_at_once_get_what_each_would_get_alone(client, local) -> None:
         assert answers[number].text == text, number
 
 
-def test_http_streams_the_same_blocks(server, client) -> None:
+def test_http_streams_the_same_blocks(http, client) -> None:
     answer = client.generate("Once upon", max_new_tokens=40)
     request = urllib.request.Request(
-        f"http://{server.http_address}/v2/models/twotower/generate_stream",
+        f"{http}/v2/models/twotower/generate_stream",
         data=json.dumps({"text_input": "Once upon", "max_new_tokens": 40}).encode(),
     )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:

@@ -22,7 +22,7 @@ from twotower_engines.serving.server import ServerOptions, TritonServer
 from twotower_engines.serving.settings import Settings
 
 COMMAND = [sys.executable, "-m", "twotower_client.cli", "serve"]
-QUIET = ["--grpc-port", "0", "--no-http", "--no-metrics"]
+QUIET = ["--grpc-port", "0", "--no-metrics"]
 ODD = "o d&\"$x;\\'"  # what the shell between Triton and a model's process would take apart
 OPTIONS = ServerOptions("127.0.0.1", 0, None, None)
 

@@ -18,8 +18,7 @@ from twotower_contract.options import INPUTS, OPTIONS, Option, Options, RequestO
 from twotower_engines.cli.run import run
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
-from twotower_engines.serving.preprocess import Preprocessor
-from twotower_engines.serving.wire import decode
+from twotower_engines.serving.preprocessing import Preprocessor
 
 SEED = 3
 DRAWS = 6000
@@ -88,17 +87,17 @@ def test_client_engines_and_server_take_the_same(packaged) -> None:
         names = draw.sample(list(OPTIONS), draw.randint(1, 3))
         given = {name: drawn(draw, OPTIONS[name]) for name in names}
         engines = refused(Request("x", (5,), **given).check_options)
-        client = refused(lambda given=given: infer_request(None, [5], given, "x", 1.0))
+        client = refused(lambda given=given: infer_request(None, [5], given, 1.0))
         assert engines == client, given
         if client is None:
             for name in given:
                 accepted[name] += 1
-            tensors = tensors_of(infer_request(None, [5], given, "x", 1.0))
+            tensors = tensors_of(infer_request(None, [5], given, 1.0))
             why = refused(lambda tensors=tensors: preprocessor.message(tensors, "x"))
             assert why is None or any(words in why for words in OWN_LIMITS), (given, why)
             if why is None:
                 reached += 1
-                request = decode(preprocessor.message(tensors, "x")).request
+                request = preprocessor.message(tensors, "x").request
                 for name, value in given.items():
                     assert same(getattr(request, name), value, OPTIONS[name]), (name, value)
     assert min(accepted.values()) > DRAWS / len(OPTIONS) / 10, accepted

@@ -16,14 +16,14 @@ from twotower_contract.engine_set import open_engine_set
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.options import INPUTS
 from twotower_engines.errors import ServingError
-from twotower_engines.serving.package import package, templates_folder
+from twotower_engines.serving.package import package, read_templates, templates_folder
 from twotower_engines.serving.repository import MODELS, check_configs, check_repository, read_config
 from twotower_engines.serving.settings import Settings
 
 
 @pytest.fixture
 def configs():
-    return {name: read_config(ROOT / "triton_repo" / name / "config.pbtxt") for name in MODELS}
+    return read_templates(ROOT / "triton_repo")
 
 
 def run_cli(capsys, *arguments: str) -> str:
@@ -36,7 +36,7 @@ def test_the_repository_is_complete_and_names_the_engines(packaged) -> None:
     check_repository(packaged.repository, MODELS)
     for name in MODELS:
         assert (packaged.repository / name / "1").is_dir()
-    for name in ("preprocess", "generate", "postprocess"):
+    for name in ("preprocessing", "twotower", "postprocessing"):
         parameters = read_config(packaged.repository / name / "config.pbtxt").parameters
         found = {key: value.string_value for key, value in parameters.items()}
         assert Settings.of_parameters(found) == Settings(packaged.engines, slots=2, threads=1)
@@ -58,10 +58,10 @@ def test_the_verb_writes_the_same(packaged, tmp_path, capsys) -> None:
 def test_writing_again_replaces_and_leaves_nothing_else(packaged, tmp_path) -> None:
     engines, repository = open_engine_set(packaged.engines), tmp_path / "repository"
     package(engines, repository, Settings(packaged.engines, slots=1))
-    (repository / "generate" / "left").write_text("over")
+    (repository / "twotower" / "left").write_text("over")
     package(engines, repository, Settings(packaged.engines, slots=2))
-    assert not (repository / "generate" / "left").exists()
-    assert 'string_value: "2"' in (repository / "generate" / "config.pbtxt").read_text()
+    assert not (repository / "twotower" / "left").exists()
+    assert 'string_value: "2"' in (repository / "twotower" / "config.pbtxt").read_text()
     assert [one.name for one in tmp_path.iterdir()] == ["repository"]
 
 
@@ -86,7 +86,7 @@ def test_a_write_that_fails_leaves_the_old_one(packaged, tmp_path, monkeypatch) 
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(ServingError, match=r"cannot be written \(disk full\); name another place"):
         package(engines, repository, Settings(packaged.engines, slots=2))
-    assert 'string_value: "1"' in (repository / "generate" / "config.pbtxt").read_text()
+    assert 'string_value: "1"' in (repository / "twotower" / "config.pbtxt").read_text()
     assert [one.name for one in tmp_path.iterdir()] == ["repository"]
 
 
@@ -131,19 +131,20 @@ def test_the_configurations_join_up(configs) -> None:
     check_configs(configs)
 
 
-@pytest.mark.parametrize("name", ["twotower", "preprocess"])
-def test_the_declared_inputs_are_those_of_the_table(configs, name) -> None:
+@pytest.mark.parametrize("name", ["ensemble", "twotower", "preprocessing"])
+def test_the_inputs_are_those_of_the_table(configs, name) -> None:
     from tritonclient.grpc.model_config_pb2 import DataType
 
     def wire(tensor):
         kind = DataType.Name(tensor.data_type).removeprefix("TYPE_")
         return "BYTES" if kind == "STRING" else kind
 
-    found = {one.name: (wire(one), *one.dims, one.optional) for one in configs[name].input}
-    assert found == {name: (*form, True) for name, form in INPUTS.items()}
+    inputs = {one.name: (wire(one), *one.dims, one.optional) for one in configs[name].input}
+    own = {"request": ("BYTES", 1, True)} if name == "twotower" else {}
+    assert inputs == {name: (*form, True) for name, form in INPUTS.items()} | own
 
 
-def test_every_input_is_passed_on_to_preprocess(configs) -> None:
+def test_every_input_is_passed_on_to_preprocessing(configs) -> None:
     assert dict(step(configs, 0).input_map) == {name: name for name in INPUTS}
 
 
@@ -153,7 +154,7 @@ def rename(mapping, old: str, new: str) -> None:
 
 
 def step(configs, number: int):
-    return configs["twotower"].ensemble_scheduling.step[number]
+    return configs["ensemble"].ensemble_scheduling.step[number]
 
 
 INT64, TEXT = 9, 13  # of Triton's DataType
@@ -164,13 +165,13 @@ BREAKS = {
     "has no input `requst`": lambda c: rename(step(c, 1).input_map, "request", "requst"),
     "has no output `text`": lambda c: rename(step(c, 2).output_map, "text_output", "text"),
     "which nothing gives": lambda c: step(c, 1).input_map.update({"request": "reqest"}),
-    "is TYPE_INT64": lambda c: setattr(c["generate"].output[0], "data_type", INT64),
-    "nothing feeds it": lambda c: c["postprocess"].input.add(name="a", data_type=TEXT, dims=[1]),
-    "is optional, but preprocess needs": lambda c: setattr(
-        c["preprocess"].input[0], "optional", False
+    "is TYPE_INT64": lambda c: setattr(c["twotower"].output[1], "data_type", INT64),
+    "nothing feeds it": lambda c: c["postprocessing"].input.add(name="a", data_type=TEXT, dims=[1]),
+    "is optional, but preprocessing needs": lambda c: setattr(
+        c["preprocessing"].input[0], "optional", False
     ),
-    "its name is `other`": lambda c: setattr(c["generate"], "name", "other"),
-    "the steps give nothing": lambda c: c["twotower"].output.add(
+    "its name is `other`": lambda c: setattr(c["twotower"], "name", "other"),
+    "the steps give nothing": lambda c: c["ensemble"].output.add(
         name="a", data_type=TEXT, dims=[1]
     ),
 }

@@ -1,4 +1,4 @@
-"""The steps of the ensemble without a server: preprocess, postprocess, and what travels between."""
+"""The steps of the ensemble without a server: what each does, and what travels between."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from twotower_contract.errors import TwoTowerError
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS, Tokenizer, added_text
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
-from twotower_engines.serving.preprocess import Preprocessor
-from twotower_engines.serving.wire import Cancel, Job, decode, encode
+from twotower_engines.serving.preprocessing import Preprocessor
+from twotower_engines.serving.wire import Cancel, Job, Probe, decode, encode
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_text_and_ids_become_the_same_job(preprocessor, tokenizer) -> None:
     ids = tokenizer.encode("Once upon")
     as_text = {"text_input": np.array([b"Once upon"], object)}
     as_ids = {"input_ids": np.array(ids, np.int32)}
-    jobs = [decode(preprocessor.message(given, "x")) for given in (as_text, as_ids)]
+    jobs = [preprocessor.message(given, "x") for given in (as_text, as_ids)]
     assert jobs[0] == jobs[1] == Job(Request("x", ids))
 
 
@@ -82,7 +82,7 @@ def test_every_option_reaches_the_job(preprocessor) -> None:
         "timeout_seconds": np.array([1.5], np.float32),
         "queue_notice_seconds": np.array([2.5], np.float32),
     }
-    assert decode(preprocessor.message(given, "x")) == Job(
+    assert preprocessor.message(given, "x") == Job(
         Request(
             "x", (5,), mode="ar", policy="quota", max_new_tokens=7, block_size=9, steps=3,
             top_k=11, seed=2**63 + 5, threshold=0.9, temperature=0.1, top_p=0.3, eos_ids=(2, 4),
@@ -90,13 +90,6 @@ def test_every_option_reaches_the_job(preprocessor) -> None:
         1.5,
         2.5,
     )  # fmt: skip
-
-
-def test_a_request_without_an_id_gets_one(preprocessor) -> None:
-    given = {"input_ids": np.array([5], np.int32)}
-    names = {decode(preprocessor.message(given, "")).request.request_id for _ in range(2)}
-    assert len(names) == 2
-    assert all(names)
 
 
 def test_engines_without_a_tokenizer_take_ids(packaged, tmp_path) -> None:
@@ -115,6 +108,7 @@ def test_messages_survive_the_way() -> None:
     job = Job(Request("é", (1, 2), eos_ids=(3,), temperature=0.5), 2.0, 5.0)
     assert decode(encode(job)) == job
     assert decode(encode(Cancel("é"))) == Cancel("é")
+    assert decode(encode(Probe())) == Probe()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +116,7 @@ def test_messages_survive_the_way() -> None:
     [
         (b"\xff", "not valid JSON"),
         (b"[]", "should be a JSON object"),
+        (b"[" * 200_000, "not valid JSON"),
         (b"{}", "there is no 'prompt_ids'"),
         (
             b'{"request_id": "a", "prompt_ids": [1], "colour": 1}',
@@ -156,3 +151,23 @@ def test_a_prompt_that_holds_the_mask_is_told_to_the_log(preprocessor, capfd) ->
         preprocessor.message({"text_input": np.array([text.encode()], object)}, "r\x1b[2J")
         said = capfd.readouterr().err
         assert (r"the prompt of request r\x1b[2J holds the mask token (id 3)" in said) == is_told
+
+
+def test_long_text_is_refused_by_its_beginning(preprocessor, monkeypatch) -> None:
+    """The tokenizer sees no more of it than could fit; text that fits is taken whole."""
+    seen: list[int] = []
+    encoding = Tokenizer._encoding
+    monkeypatch.setattr(
+        Tokenizer, "_encoding", lambda self, text: (seen.append(len(text)), encoding(self, text))[1]
+    )
+    long = np.array([b"one two " * 100_000], object)
+    with pytest.raises(RequestError, match=r"more than \d+ tokens; these engines hold 4096"):
+        preprocessor.message({"text_input": long}, "x")
+    assert seen == [4096 * 16]
+
+
+def test_the_beginning_never_counts_more_than_the_whole(tokenizer) -> None:
+    text = "Zoë naïvely paid 5 € for a 🦊 and a 👩‍🚀,   日本語! " * 3
+    for end in range(1, len(text)):
+        assert tokenizer.least_count(text[:end]) <= len(tokenizer.encode(text))
+    assert tokenizer.least_count("") == 0

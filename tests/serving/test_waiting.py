@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import grpc
@@ -11,7 +12,7 @@ from tritonclient.grpc import service_pb2_grpc
 import twotower_client as tt
 from twotower_client.connection import KEEP_ALIVE
 from twotower_client.request import Message
-from twotower_client.response import queue_place_of
+from twotower_client.response import read
 
 pytestmark = pytest.mark.server
 
@@ -29,8 +30,8 @@ def busy(client):
         stream.cancel()
 
 
-def waiting(name: str = "raw", **inputs) -> object:
-    message = Message(name)
+def waiting(**inputs) -> object:
+    message = Message()
     for one, value in {"input_ids": [7], "max_new_tokens": 4, **inputs}.items():
         message.add(one, value)
     return message.message
@@ -51,26 +52,28 @@ def test_a_request_that_waits_is_not_inactive(server, busy) -> None:
     assert stream.queue_place == 0
 
 
-def test_places_are_told_to_those_who_ask(server, busy) -> None:
+def test_places_are_told_to_those_who_ask(server, client, busy) -> None:
     """A caller who does not ask gets blocks alone: `generate` over HTTP takes one response."""
     with grpc.insecure_channel(server.grpc_address) as channel:
         infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
-        silent = infer(iter([waiting("first")]), timeout=60)
-        asks = infer(iter([waiting("second", queue_notice_seconds=0.5)]), timeout=60)
-        places = [queue_place_of(next(asks).infer_response) for _ in range(3)]
+        silent = infer(iter([waiting()]), timeout=60)
+        while not client.probe()["waiting"]:  # two calls may arrive in any order
+            time.sleep(0.05)
+        asks = infer(iter([waiting(queue_notice_seconds=0.5)]), timeout=60)
+        places = [read(next(asks).infer_response, 0).queue_place for _ in range(3)]
         assert places == [2, 2, 2]
         for other in busy:
             other.cancel()
-        assert [queue_place_of(part.infer_response) for part in silent] == [0]
-        assert queue_place_of(list(asks)[-1].infer_response) == 0
+        assert [read(part.infer_response, 0).queue_place for part in silent] == [0]
+        assert read(list(asks)[-1].infer_response, 0).queue_place == 0
 
 
 def test_a_request_that_only_waited_is_told_so(server, busy) -> None:
     with grpc.insecure_channel(server.grpc_address) as channel:
         infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
         [part] = infer(iter([waiting(timeout_seconds=0.3)]), timeout=60)
-    said = part.infer_response.SerializeToString().decode(errors="replace")
-    assert "waited for a slot for all of timeout_seconds, 0.3" in said
+    words = "DEADLINE_EXCEEDED: waited for a slot for all of timeout_seconds, 0.3"
+    assert part.error_message.startswith(words)
 
 
 def test_keep_alive_questions_come_no_more_often_than_the_server_allows(server) -> None:

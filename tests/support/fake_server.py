@@ -14,6 +14,8 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from twotower_contract.statuses import Failure, text_of
+
 Answer = Callable[[Any, Any], Iterator[Any]]
 
 
@@ -36,6 +38,11 @@ def part(finish_reason: str = "", text: str = "", ids: tuple[int, ...] = (), pla
         content = struct.pack("<I", len(content)) + content
         _add(message.infer_response, name, "BYTES", 1, content)
     return message
+
+
+def failure(kind: Failure, message: str = "for a test") -> Any:
+    """The response that ends an answer early."""
+    return service_pb2.ModelStreamInferResponse(error_message=text_of(kind, message))
 
 
 def _add(response: Any, name: str, kind: str, count: int, content: bytes) -> None:

@@ -45,18 +45,27 @@ def alone(runtime, request):
 
 
 def drawn(draw, name):
+    """A request of any kind: modes, policies, lengths, ends, a canvas, callers."""
     mode = draw.choice(["mask_diffusion", "mask_diffusion", "mask_diffusion", "ar", "mock_ar"])
-    policy = draw.choice(list(POLICIES))
+    length = draw.randint(1, 36)
+    canvas = [draw.choice([-1, -1, draw.randrange(4, 70)]) for _ in range(draw.randint(0, length))]
     return Request(
         name,
         tuple(draw.randrange(4, 70) for _ in range(draw.randint(1, 30))),
         mode=mode,
-        max_new_tokens=draw.randint(1, 36),
+        max_new_tokens=length,
         block_size=draw.choice([2, 8, 16]),
         steps=draw.choice([1, 4, 16]),
         threshold=draw.choice([0.1, 0.5, 0.9]),
-        policy=policy,
+        policy=draw.choice(list(POLICIES)),
         temperature=draw.choice([0.0, 0.0, 0.7]),
         seed=draw.randrange(2**64),
-        eos_ids=tuple(draw.sample(range(300), draw.choice([0, 8]))),
+        eos_ids=tuple(draw.sample(range(70, 300), draw.choice([0, 8]))),
+        ignore_eos=draw.choice([True, False]),
+        min_new_tokens=draw.choice([0, draw.randint(0, length)]),
+        max_denoiser_calls=draw.choice([0, 0, draw.randint(1, 20)]),
+        max_repetition_run=draw.choice([0, 0, 1]),
+        canvas=tuple(canvas) if mode == "mask_diffusion" and draw.random() < 0.3 else (),
+        priority=draw.choice(["interactive", "batch"]),
+        tenant=draw.choice(["", "a", "b"]),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +51,11 @@ def server(packaged):
     """The server that most tests share. At the end nothing of it may be left."""
     from twotower_engines.serving.server import ServerOptions, TritonServer
 
-    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, 0, 0)) as running:
+    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, 0)) as running:
         running.seconds_to_ready = running.wait_until_ready(60)
         group = running.pid
         yield running
+        assert running.exit_code is None, running.log_tail(200)
     assert processes_of(group) == []
     assert not list(Path("/dev/shm").glob(f"{running._prefix}*"))
 
@@ -64,6 +66,33 @@ def client(server):
 
     with TwoTowerClient(server.grpc_address, timeout=60) as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def http(server):
+    """The address of HTTP, `http://host:port`, before the server that most tests share."""
+    from twotower_client import TwoTowerClient
+    from twotower_client.http_door import Door
+
+    with TwoTowerClient(server.grpc_address) as asking, Door(("127.0.0.1", 0), asking) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{door.server_address[1]}"
+        door.shutdown()
+
+
+def free_slot_at_once(url: str) -> bool:
+    """Whether a request gets a slot without waiting."""
+    import grpc
+    from tritonclient.grpc import service_pb2_grpc
+
+    from twotower_client.request import infer_request
+    from twotower_client.response import read
+
+    with grpc.insecure_channel(url) as channel:
+        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        request = infer_request("Mia", None, {"max_new_tokens": 1}, 20, 0.5)
+        responses = [one.infer_response for one in ask(iter([request]))]
+    return not any(read(one, 0.0).queue_place for one in responses if one.outputs)
 
 
 def processes_of(group: int) -> list[int]:

@@ -60,7 +60,20 @@ class Tokenizer:
             raise TokenizerError(
                 f"the text is not valid UTF-8 at character {problem.start}; give it as UTF-8"
             ) from problem
-        return tuple(self._tokenizer.encode(text).ids)
+        return tuple(self._encoding(text).ids)
+
+    def least_count(self, start: str) -> int:
+        """Return how many ids every text has at least that begins so.
+
+        The last word may go on differently, so it does not count.
+        """
+        words = self._encoding(start).word_ids
+        return sum(word is not None and word != words[-1] for word in words)
+
+    def _encoding(self, text: str) -> Any:
+        # Unlike `encode`, it lets other threads run meanwhile.
+        [encoding] = self._tokenizer.encode_batch([text])
+        return encoding
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
@@ -86,6 +99,31 @@ def added_text(
     before = tokenizer.decode(previous).removesuffix(INCOMPLETE)
     text = tokenizer.decode([*previous, *ids])
     return (text if is_last else text.removesuffix(INCOMPLETE))[len(before) :]
+
+
+def token_texts(
+    tokenizer: Tokenizer, previous: Sequence[int], ids: Sequence[int], is_last: bool
+) -> list[str]:
+    """Return the text that each of some ids adds; together they are `added_text` of all.
+
+    A character of several ids belongs to the last of them.
+    """
+    known = [*previous, *ids]
+    ends = range(len(previous) + 1, len(known) + 1)
+    return [
+        added_text(
+            tokenizer,
+            known[max(0, end - 1 - PREVIOUS_IDS) : end - 1],
+            known[end - 1 : end],
+            is_last and end == len(known),
+        )
+        for end in ends
+    ]
+
+
+def canvas_texts(tokenizer: Tokenizer, ids: Sequence[int], mask_id: int) -> list[str | None]:
+    """Return the text of each id of an unfinished block by itself; None where it is masked."""
+    return [None if token == mask_id else tokenizer.decode([token]) for token in ids]
 
 
 class TextStream:

@@ -12,24 +12,32 @@ import click
 from twotower_contract.command_line import (
     JSON_HELP,
     Outcome,
+    check_showing,
     given_options,
+    prompt_ids_option,
     read_prompt,
     request_options,
+    showing,
+    showing_options,
     warn_of_mask,
 )
 from twotower_contract.errors import EngineSetError
+from twotower_contract.live import LiveView
+from twotower_contract.options import DIFFUSION
+from twotower_contract.replay import Replay, Token, tokens_of
 from twotower_engines.errors import RequestError, TokenizerError
 
 if TYPE_CHECKING:
     from twotower_contract.engine_set import EngineSet
     from twotower_engines.artifacts.tokenizer import Tokenizer
-    from twotower_engines.generation.request import Request
+    from twotower_engines.generation.request import BlockEvent, Request
 
 EPILOG = f"""\b
 Examples:
   twotower run checkpoint --prompt "Mia the fox lived by the river."
   twotower run engines --prompt "Mia the fox" --threshold 0.8 --max-new-tokens 128
   twotower run engines --prompt-ids 5,6,7 --mode ar --temperature 0.7 --top-p 0.9 --json
+  twotower run engines --prompt "Mia the fox" --live --html replay.html
 
 The answer goes to standard output as it is made, figures to standard error. {JSON_HELP}
 """
@@ -38,7 +46,9 @@ The answer goes to standard output as it is made, figures to standard error. {JS
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="CHECKPOINT|ENGINES")
 @click.option("--prompt", help="Text to continue.")
+@prompt_ids_option
 @request_options
+@showing_options
 @click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
 @click.option(
     "--checkpoint",
@@ -54,6 +64,8 @@ def run(
     checkpoint: Path | None,
     threads: int | None,
     as_json: bool,
+    live: bool,
+    html: Path | None,
     **options: Any,
 ) -> None:
     """Continue a prompt on this machine.
@@ -62,17 +74,22 @@ def run(
     """
     from twotower_engines.generation.request import Request
 
-    options = given_options(options)
+    options = showing(given_options(options), live, html)
+    check_showing(live, as_json, RequestError)
     text, ids = read_prompt(prompt, prompt_ids, "--prompt", RequestError)
     # What no engines take is refused before a checkpoint is exported and built for it.
     Request("run", (), **options).check_options()
     engines, checkpoint = _engines_of(source, sku, checkpoint)
     request, tokenizer = _request(engines, text, ids or (), options)
-    outcome = _answer(engines, request, tokenizer, checkpoint, threads, echo=not as_json)
+    view = None if as_json else LiveView(sys.stdout, live)
+    outcome, blocks = _answer(engines, request, tokenizer, checkpoint, threads, view)
+    figures = outcome.figures(len(request.prompt_ids))
+    if html is not None:
+        Replay(text or " ".join(map(str, request.prompt_ids)), blocks, figures).write(html)
     if as_json:
         print(outcome.as_json())
     else:
-        print(outcome.figures(len(request.prompt_ids)), file=sys.stderr)
+        print(figures, file=sys.stderr)
 
 
 def _engines_of(
@@ -134,34 +151,81 @@ def _answer(
     tokenizer: Tokenizer | None,
     checkpoint: Path | None,
     threads: int | None,
-    echo: bool,
-) -> Outcome:
-    """Generate; with `echo`, print each piece as it comes."""
+    view: LiveView | None,
+) -> tuple[Outcome, list[tuple[Token, ...]]]:
+    """Generate, and show each piece as it comes; return also the tokens where they are told of."""
     import time
 
-    from twotower_engines.artifacts.tokenizer import TextStream
     from twotower_engines.generation.generator import Generator, result_of
     from twotower_engines.runtime.progress import ByteMeter
 
-    stream = TextStream(tokenizer) if tokenizer is not None else None
-    events, pieces = [], []
+    words = _Words(tokenizer, engines.manifest.model.mask_token_id)
+    events, pieces, blocks = [], [], []
     meter = ByteMeter("binding weights")
     with Generator(engines, checkpoint, threads, meter, tokenizer) as generator:
         start = time.perf_counter()
         for event in generator.stream(request):
+            if event.canvas:
+                if view is not None:
+                    view.canvas(words.canvas(event))
+                continue
             events.append(event)
-            if event.text is not None:
-                piece = event.text
-                pieces.append(piece)
-            elif stream is not None:
-                piece = stream.push(event.ids) + (stream.finish() if event.is_last else "")
-                pieces.append(piece)
-            else:
-                piece = "".join(f"{token} " for token in event.ids)
-            if echo:
-                print(piece, end="", flush=True)
+            blocks.append(words.tokens(event, request))
+            pieces.append(words.piece(event))
+            if view is not None:
+                view.commit(pieces[-1])
         seconds = time.perf_counter() - start
-    if echo:
-        print()
+    if view is not None:
+        view.finish()
     result = result_of(request, events, seconds)
-    return Outcome(text="".join(pieces) if stream is not None else None, **asdict(result))
+    text = "".join(pieces) if tokenizer is not None else None
+    return Outcome(text=text, **asdict(result)), blocks
+
+
+class _Words:
+    """Ids of one answer as words, in their order; the ids themselves where there is no tokenizer.
+
+    Args:
+        tokenizer: The engines' tokenizer, if any.
+        mask_id: The mask token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, mask_id: int) -> None:
+        from twotower_engines.artifacts.tokenizer import TextStream
+
+        self._tokenizer, self._mask_id = tokenizer, mask_id
+        self._stream = TextStream(tokenizer) if tokenizer is not None else None
+        self._ids: tuple[int, ...] = ()
+
+    def piece(self, event: BlockEvent) -> str:
+        """Return the text that a block adds."""
+        self._ids += event.ids
+        if event.text is not None:
+            return event.text
+        if self._stream is None:
+            return "".join(f"{token} " for token in event.ids)
+        return self._stream.push(event.ids) + (self._stream.finish() if event.is_last else "")
+
+    def tokens(self, event: BlockEvent, request: Request) -> tuple[Token, ...]:
+        """Return the tokens that a block adds, where the request asks to be told of them."""
+        from twotower_engines.artifacts.tokenizer import token_texts
+
+        if self._tokenizer is None:
+            texts = [f"{token} " for token in event.ids]
+        else:
+            texts = token_texts(self._tokenizer, self._ids, event.ids, event.is_last)
+        details = event.details
+        steps, logprobs = [one.step for one in details], [one.logprob for one in details]
+        is_denoised = request.mode in DIFFUSION
+        return tokens_of(texts, steps, logprobs, is_denoised) if details else ()
+
+    def canvas(self, event: BlockEvent) -> list[tuple[str, float | None] | None]:
+        """Return what a block shows that is not finished."""
+        from twotower_engines.artifacts.tokenizer import canvas_texts
+
+        if self._tokenizer is None:
+            texts = [None if one == self._mask_id else f"{one} " for one in event.canvas]
+        else:
+            texts = canvas_texts(self._tokenizer, event.canvas, self._mask_id)
+        pairs = zip(texts, event.canvas_confidence, strict=True)
+        return [None if text is None else (text, confidence) for text, confidence in pairs]

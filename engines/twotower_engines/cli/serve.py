@@ -15,6 +15,9 @@ from twotower_contract.progress import StatusLine
 
 if TYPE_CHECKING:
     from twotower_engines.serving.server import TritonServer
+    from twotower_engines.serving.supervisor import Supervisor
+
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 PACKAGE_EPILOG = """\b
 Examples:
@@ -25,12 +28,16 @@ Examples:
 SERVE_EPILOG = """\b
 Examples:
   twotower serve repository
-  twotower serve repository --grpc-port 0 --no-http --no-metrics --json
-  twotower serve repository --host 0.0.0.0 --log server.log
+  twotower serve repository --grpc-port 0 --no-metrics --json
+  twotower serve repository --http-port 8000
+  twotower serve repository --host 0.0.0.0 --log server.log --grace 60
+  twotower serve repository --tls-certificate server.pem --tls-key server.key --key-file key
 
 When every model is ready, one line is printed on standard output, for example
-`ready grpc=127.0.0.1:8001 http=127.0.0.1:8000 metrics=127.0.0.1:8002 pid=4242 seconds=2.1`,
-or with --json the same as an object. Ctrl-C or SIGTERM ends the server, a second one at once.
+`ready grpc=127.0.0.1:8001 metrics=127.0.0.1:8002 pid=4242 seconds=2.1`,
+or with --json the same as an object; and another when the server was started again. A server whose
+process dies or hangs is brought back. SIGTERM refuses new requests, lets those that are open end
+within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second signal does.
 """
 
 
@@ -52,6 +59,14 @@ or with --json the same as an object. Ctrl-C or SIGTERM ends the server, a secon
     help="Requests that may wait for a slot before others are refused.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
+@click.option(
+    "--prefix-mib",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="MiB that the states of prompts' beginnings may take; a prompt that begins as an earlier "
+    "one starts sooner.",
+)
 @click.option("--force", is_flag=True, help="Replace REPO whatever it holds.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -101,22 +116,28 @@ def package(
     help="Port of gRPC; 0 takes a free one.",
 )
 @click.option(
-    "--http-port",
-    type=int,
-    default=8000,
-    show_default=True,
-    help="Port of HTTP; 0 takes a free one.",
-)
-@click.option(
     "--metrics-port",
     type=int,
     default=8002,
     show_default=True,
     help="Port of metrics; 0 takes a free one.",
 )
-@click.option("--no-http", is_flag=True, help="Serve gRPC only.")
+@click.option(
+    "--http-port", type=int, help="Speak HTTP on this port, too; 0 takes a free one.  [no HTTP]"
+)
 @click.option("--no-metrics", is_flag=True, help="Serve no metrics.")
+@click.option("--tls-certificate", type=FILE, help="Encrypt gRPC with this certificate (PEM).")
+@click.option("--tls-key", type=FILE, help="Key of the certificate (PEM).")
+@click.option(
+    "--tls-clients",
+    type=FILE,
+    help="Ask clients for a certificate that this authority signed (PEM), as it must the server's.",
+)
+@click.option(
+    "--key-file", type=FILE, help="Answer those alone who send the key that this file holds."
+)
 @click.option("--log", type=click.Path(path_type=Path), help="Keep the server's log here.")
+@click.option("--log-json", is_flag=True, help="Log each request as a JSON object on a line.")
 @click.option(
     "--ready-timeout",
     type=click.FloatRange(min=0),
@@ -124,76 +145,89 @@ def package(
     show_default=True,
     help="Seconds that the models may take to load.",
 )
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0.5),
+    default=3,
+    show_default=True,
+    help="Seconds without an answer after which a model is taken for hung and started again.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30,
+    show_default=True,
+    help="Seconds that open requests have to end after SIGTERM.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the ready line as a JSON object.")
 def serve(
     repo: Path,
     host: str,
     grpc_port: int,
-    http_port: int,
     metrics_port: int,
-    no_http: bool,
+    http_port: int | None,
     no_metrics: bool,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    tls_clients: Path | None,
+    key_file: Path | None,
     log: Path | None,
+    log_json: bool,
     ready_timeout: float,
+    stall_timeout: float,
+    grace: float,
     as_json: bool,
 ) -> None:
     """Run a Triton server on a model repository until it is told to end.
 
     The server is the `tritonserver` on PATH, or else the one inside the package nvidia-pytriton.
     """
-    from twotower_engines.errors import ServingError
-    from twotower_engines.serving.server import ServerOptions, TritonServer
+    from twotower_engines.serving.launch import ServerOptions, read_key, tls_of
+    from twotower_engines.serving.supervisor import Policy, Supervisor
 
     options = ServerOptions(
         host=host,
         grpc_port=grpc_port,
-        http_port=None if no_http else http_port,
         metrics_port=None if no_metrics else metrics_port,
+        http_port=http_port,
         log=log,
+        log_json=log_json,
+        tls=tls_of(tls_certificate, tls_key, tls_clients),
+        access_key=read_key(key_file) if key_file is not None else None,
     )
-    with _Interrupted() as interrupted, TritonServer(repo, options) as server:
-        interrupted.server = server
-        if interrupted.count:
-            return
-        show = _Status()
-        show(f"starting the Triton server of {server.source}")
+    show = _Status()
+    supervisor = Supervisor(repo, options, Policy(ready_timeout, stall_timeout, grace), _tell)
+
+    def ready(server: TritonServer, seconds: float) -> None:
+        show.clear()
+        front = supervisor.front
+        http = front.address if front is not None else None
+        print(_ready(server, http, seconds, as_json), flush=True)
+
+    with _Interrupted(supervisor):
         try:
-            seconds = server.wait_until_ready(ready_timeout, show)
-        except ServingError:
-            if interrupted.count:
-                return
-            raise
+            supervisor.run(show, ready)
         finally:
             show.clear()
-        print(_ready(server, seconds, as_json), flush=True)
-        code = server.wait()
-        if code and not interrupted.count:
-            raise ServingError(
-                f"the Triton server ended with exit code {code}\n{server.log_tail()}"
-            )
+
+
+def _tell(event: str) -> None:
+    print(f"twotower serve: {event}", file=sys.stderr, flush=True)
 
 
 class _Interrupted:
-    """While active, Ctrl-C and SIGTERM ask the server to end; a second one kills it."""
+    """While active, Ctrl-C and SIGTERM ask the server to end."""
 
-    def __init__(self) -> None:
-        self.server: TritonServer | None = None
-        self.count = 0
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
 
     def _handle(self, number: int, frame: object) -> None:
-        self.count += 1
-        if self.server is None:  # it is being started, which takes no time; see `serve`
-            return
-        if self.count == 1:
-            print("ending the server", file=sys.stderr)
-            self.server.request_stop()
-        else:
-            self.server.kill()
+        print("ending the server", file=sys.stderr)
+        self._supervisor.end(number)
 
-    def __enter__(self) -> _Interrupted:
+    def __enter__(self) -> None:
         wanted = (signal.SIGINT, *ENDING)
         self._before = {number: signal.signal(number, self._handle) for number in wanted}
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -218,10 +252,10 @@ class _Status:
         self._line.clear()
 
 
-def _ready(server: TritonServer, seconds: float, as_json: bool) -> str:
+def _ready(server: TritonServer, http: str | None, seconds: float, as_json: bool) -> str:
     values: dict[str, object] = {
         "grpc": server.grpc_address,
-        "http": server.http_address,
+        "http": http,
         "metrics": server.metrics_address,
         "pid": server.pid,
         "seconds": round(seconds, 2),

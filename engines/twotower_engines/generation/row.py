@@ -48,6 +48,7 @@ class Row:
         unsent: Tokens of the next event; empty in mask_diffusion, which sends whole blocks.
         unsent_text: Their text, for stop strings.
         details: Details of `unsent`, or of the block's tokens that are decided, by place.
+        masked: Masked positions of the block.
         confidence: Of each place of the block the probability of what stands there, or of the
             newest prediction; 1 where the request fixed it.
         masked_counts: Masked positions before each denoiser call of the block.
@@ -67,6 +68,7 @@ class Row:
     last_id: int
     stage: Stage = Stage.PREFILLING
     block: npt.NDArray[np.int32] = field(init=False)
+    masked: int = field(init=False)
     confidence: npt.NDArray[np.float32] = field(init=False)
     unsent: list[int] = field(default_factory=list)
     unsent_text: str = ""
@@ -96,11 +98,6 @@ class Row:
         most = self.request.max_denoiser_calls
         return most - self.denoiser_calls if most else math.inf
 
-    @property
-    def is_decided(self) -> bool:
-        """Whether no position of the block is masked."""
-        return not bool((self.block == self.mask_id).any())
-
     def begin_block(self) -> None:
         """Lay out the next block: masked, but for what the request's canvas fixes there."""
         size, fixed = self.request.block_size, self.request.canvas
@@ -111,17 +108,18 @@ class Row:
             if token != FREE:
                 self.block[place] = token
                 self.details[place] = TokenDetail(0.0, GIVEN)
+        self.masked = size - len(self.details)
 
     def refine(self, refined: Denoised) -> None:
         """Take over a denoise step."""
-        was_masked = self.block == self.mask_id
-        self.confidence[was_masked] = refined.confidence[was_masked]
-        if self.request.logprobs:
+        if self._is_watched:
+            was_masked = self.block == self.mask_id
+            self.confidence[was_masked] = refined.confidence[was_masked]
             step = len(self.masked_counts) - 1
             for place in np.flatnonzero(was_masked & (refined.ids != self.mask_id)):
                 probability = max(float(refined.confidence[place]), LEAST_PROBABILITY)
                 self.details[int(place)] = TokenDetail(math.log(probability), step)
-        self.block = refined.ids
+        self.block, self.masked = refined.ids, refined.still_masked
 
     def snapshot(self) -> BlockEvent:
         """Return the block as it is, for those who watch it."""
@@ -205,3 +203,8 @@ class Row:
     @property
     def _tells(self) -> bool:
         return self.request.logprobs
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether anybody is told how sure a step was."""
+        return self.request.logprobs or self.request.stream_mode == "denoise"

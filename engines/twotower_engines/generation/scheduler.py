@@ -147,7 +147,7 @@ class Scheduler:
         name = request.request_id
         if self._find(name) is not None or any(one.request_id == name for one in self._waiting):
             raise RequestError(f"request_id {name!r} is in use by another request")
-        for turned_away in self._waiting.add(request):
+        for turned_away in self._waiting.add(request, len(self._free)):
             name, count = turned_away.request_id, len(self._waiting)
             after = max(LEAST_RETRY, round(self._between_ends * count / 2, 1))
             why = f"{count} requests wait already; try again in {after:g} s"
@@ -269,8 +269,8 @@ class Scheduler:
 
     def _denoise(self, rows: Sequence[Row]) -> list[BlockEvent]:
         """Refine the block of every row once; one that its request fixed whole needs no step."""
-        masked = [row for row in rows if not row.is_decided]
-        events = [row.finish_block() for row in rows if row.is_decided]
+        masked = [row for row in rows if row.masked]
+        events = [row.finish_block() for row in rows if not row.masked]
         if not masked:
             return events
         refined = self._runtime.denoise([self._step(row) for row in masked])
@@ -292,7 +292,7 @@ class Scheduler:
         """Return the next denoise step of a row, and count it."""
         request, step = row.request, len(row.masked_counts)
         steps_left = min(request.steps - step, row.calls_left)
-        row.masked_counts.append(int((row.block == self._runtime.mask_token_id).sum()))
+        row.masked_counts.append(row.masked)
         row.denoiser_calls += 1
         return DenoiseRow(
             row.slot,

@@ -44,11 +44,16 @@ class WaitingRequests:
         for queue in self._queues.values():
             yield from queue
 
-    def add(self, request: Request) -> list[Request]:
-        """Take a request; return those that are turned away for it, it itself perhaps."""
+    def add(self, request: Request, free: int = 0) -> list[Request]:
+        """Take a request; return those that are turned away for it, it itself perhaps.
+
+        Args:
+            request: Comes last of its caller.
+            free: Slots that are free, whose next holders only seem to wait.
+        """
         self._queues.setdefault((request.priority, request.tenant), deque()).append(request)
         turned_away = []
-        while (weigh := self._overflow()) is not None:
+        while (weigh := self._overflow(free)) is not None:
             weights: Counter[str] = Counter()
             for one in self:
                 weights[one.tenant] += weigh(one)
@@ -98,9 +103,9 @@ class WaitingRequests:
             held[order[-1].tenant] += 1
         return order
 
-    def _overflow(self) -> Callable[[Request], int] | None:
+    def _overflow(self, free: int) -> Callable[[Request], int] | None:
         """Return the weight of a request in that of which there is too much, or None."""
-        if self._most is not None and len(self) > self._most:
+        if self._most is not None and len(self) > self._most + free:
             return lambda request: 1
         tokens = sum(len(one.prompt_ids) for one in self)
         return (lambda one: len(one.prompt_ids)) if tokens > self._most_tokens else None

@@ -1,7 +1,8 @@
 """Writing a model repository for an engine set.
 
-The models' configurations lie in `triton_repo/` as Triton reads them. Packaging parses them, sets
-the parameters that name this machine's engine set and checkpoint, checks the whole, and writes it.
+The models' configurations lie in `triton_repo/`. Packaging parses them, adds the inputs that the
+table of options declares, sets the parameters that name this machine's engine set and checkpoint,
+checks the whole, and writes it.
 Engines and weights are not copied.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from twotower_contract.atomic import WITH_CARE, Writing, partial_folder, put_in_place
 from twotower_contract.engine_set import EngineSet
+from twotower_contract.options import INPUTS
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.repository import (
@@ -27,7 +29,7 @@ from twotower_engines.serving.repository import (
 from twotower_engines.serving.settings import Settings
 
 # The ensemble has no code of its own: the steps read the parameters.
-MODELS_WITH_CODE = tuple(name for name in MODELS if name != "twotower")
+MODELS_WITH_CODE = tuple(name for name in MODELS if name != "ensemble")
 
 
 def templates_folder() -> Path:
@@ -45,6 +47,25 @@ def templates_folder() -> Path:
         f"the models' configurations are missing (looked in {installed} and {checkout}); "
         "install twotower again"
     )
+
+
+def read_templates(folder: Path) -> dict[str, Any]:
+    """Read the configurations of a folder `triton_repo`, and give them the inputs of a request."""
+    from tritonclient.grpc import model_config_pb2
+
+    configs = {name: read_config(folder / name / CONFIG_FILE) for name in MODELS}
+    for model in ("preprocessing", "twotower", "ensemble"):
+        for name, (wire, length) in INPUTS.items():
+            kind = "TYPE_STRING" if wire == "BYTES" else f"TYPE_{wire}"
+            data_type = model_config_pb2.DataType.Value(kind)
+            configs[model].input.add(name=name, data_type=data_type, dims=[length], optional=True)
+    request = configs["preprocessing"].output[0]
+    configs["twotower"].input.add(
+        name=request.name, data_type=request.data_type, dims=request.dims, optional=True
+    )
+    for name in INPUTS:
+        configs["ensemble"].ensemble_scheduling.step[0].input_map[name] = name
+    return configs
 
 
 def package(
@@ -67,7 +88,7 @@ def package(
     _check_slots(engines, settings)
     _check_replaceable(repository, writing)
     templates = templates_folder()
-    configs = {name: read_config(templates / name / CONFIG_FILE) for name in MODELS}
+    configs = read_templates(templates)
     for name in MODELS_WITH_CODE:
         for key, value in settings.parameters().items():
             configs[name].parameters[key].string_value = value

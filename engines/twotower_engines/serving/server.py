@@ -23,43 +23,40 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 from twotower_engines.errors import ServingError
+from twotower_engines.serving.asking import ACCESS, CONTROL, Asker
 from twotower_engines.serving.installation import find_server, make_backends, problem_of
-from twotower_engines.serving.lifeline import VARIABLE, remove_left, start_keeper
+from twotower_engines.serving.launch import (
+    LOG_JSON,
+    RESTARTS,
+    ServerOptions,
+    Tls,
+    arguments,
+    name_of,
+)
+from twotower_engines.serving.lifeline import (
+    DRAIN,
+    LIFELINE,
+    SECONDS_TO_TELL,
+    remove_left,
+    start_keeper,
+)
 from twotower_engines.serving.place import link_models, make_folder, refusal
 from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
-from twotower_engines.serving.stubs import dead_stubs, library_path
+from twotower_engines.serving.stubs import dead_stubs, library_path, model_processes
 
-EXIT_SECONDS = 10  # how long the server may take to unload its models
-KILL_SECONDS = EXIT_SECONDS + 2  # after which it is killed
 GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine
 HEED_SECONDS = 2  # in which the server heeds a process of a model that ended, where it does at all
 
 
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """How to run the server.
-
-    Attributes:
-        host: Address to listen on.
-        grpc_port: 0 for any free one, as for the others.
-        http_port: None for no HTTP.
-        metrics_port: None for no metrics.
-        log: File for the server's log; None for a temporary file.
-    """
-
-    host: str = "127.0.0.1"
-    grpc_port: int = 8001
-    http_port: int | None = 8000
-    metrics_port: int | None = 8002
-    log: Path | None = None
+Process = subprocess.Popen[bytes]
 
 
 class TritonServer:
@@ -83,32 +80,37 @@ class TritonServer:
     ) -> None:
         self._options = options or ServerOptions()
         self._repository, self._models = repository.absolute(), models
+        self._options.check()
         check_repository(self._repository, models)
         self._installation = find_server()
         problem = problem_of(self._installation, importlib.metadata.version("numpy"))
         problem = problem or refusal()
         if problem is not None:
             raise ServingError(problem)
-        self._ports = choose_ports(self._options.host, self._wanted_ports())
+        self._ports = choose_ports(self._options.host, self._options.wanted_ports())
         self._started = time.monotonic()
         # Two servers with one prefix would read each other's shared memory.
         self._prefix = f"twotower_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._control_key = secrets.token_hex(16)
         self._held: list[socket.socket] = []
         self._folder = make_folder()
-        # Whoever holds the reading end learns when we are gone: see `lifeline`.
-        listening, self._lifeline = os.pipe()
+        # Whoever holds a reading end learns when we are gone: see `lifeline`.
+        self._writing, reading = {}, {}
+        for pipe in (DRAIN, LIFELINE):
+            reading[pipe], self._writing[pipe] = os.pipe()
         try:
             self._held = hold_ports(self._options.host, self._ports)
             self._links = link_models(self._repository, models, self._folder)
             self._log = self._options.log or self._folder / "server.log"
-            self._process, self._keeper = self._start(listening)
+            self._process, self._keeper = self._start(reading)
         except BaseException:
-            self._cut()
+            self._cut(*self._writing)
             self._let_go()
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
         finally:
-            os.close(listening)
+            for descriptor in reading.values():
+                os.close(descriptor)
 
     @property
     def source(self) -> str:
@@ -126,14 +128,67 @@ class TritonServer:
         return self._address("--grpc-port")
 
     @property
-    def http_address(self) -> str | None:
-        """`host:port` of HTTP, or None."""
-        return self._address("--http-port") if "--http-port" in self._ports else None
+    def http_port(self) -> int | None:
+        """Port that is kept for HTTP, or None."""
+        return self._ports.get("--http-port")
+
+    @property
+    def dialled(self) -> str:
+        """`host:port` at which this machine reaches gRPC."""
+        return _dialled(self.grpc_address)
 
     @property
     def metrics_address(self) -> str | None:
         """`host:port` of the metrics, or None."""
         return self._address("--metrics-port") if "--metrics-port" in self._ports else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the server, or None while it runs."""
+        return self._process.poll()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Models of the ensemble that can be loaded again while requests are open."""
+        return ("preprocessing", "postprocessing")
+
+    @property
+    def model_processes(self) -> dict[str, int]:
+        """Process ids of the models that have one, as they were when the server was ready."""
+        return self._model_processes
+
+    @property
+    def options_again(self) -> ServerOptions:
+        """Options with which another server takes the place of this one."""
+        ports: dict[str, Any] = {
+            option.strip("-").replace("-", "_"): port for option, port in self._ports.items()
+        }
+        return replace(self._options, restarts=self._options.restarts + 1, **ports)
+
+    @contextlib.contextmanager
+    def asker(self) -> Iterator[Asker]:
+        """Give a connection that may use all that the server can do."""
+        keys = {CONTROL: self._control_key}
+        if self._options.access_key is not None:
+            keys[ACCESS] = self._options.access_key
+        tls = self._options.tls
+        credentials, name = _credentials(tls) if tls is not None else (None, None)
+        asker = Asker(self.dialled, credentials, name, keys)
+        try:
+            yield asker
+        finally:
+            asker.close()
+
+    def reload(self, model: str) -> None:
+        """Load a model again whose process has ended.
+
+        Raises:
+            NoAnswerError: The server could not.
+        """
+        with self.asker() as asker:
+            asker.reload(model)
+            asker.load("ensemble")  # which was unloaded with it
+        self._model_processes |= model_processes(self.pid)
 
     def wait_until_ready(
         self, timeout: float = 600.0, progress: Callable[[str], None] | None = None
@@ -151,19 +206,16 @@ class TritonServer:
             ServingError: The server or the process of a model ended, or was not ready in time.
                 Carries the end of the server's log.
         """
-        from tritonclient.grpc import InferenceServerClient
-
         next_look = float(HEED_SECONDS)
-        # It is our own, so no proxy of the environment stands between.
-        direct = [("grpc.enable_http_proxy", 0)]
-        with InferenceServerClient(_dialled(self.grpc_address), channel_args=direct) as client:
+        with self.asker() as asker:
             while True:
                 elapsed = time.monotonic() - self._started
                 code = self._process.poll()
                 if code is not None:
                     raise ServingError(f"the Triton server {_ending(code)}\n{self.log_tail()}")
-                waiting = [name for name in self._models if not _is_ready(client, name)]
+                waiting = [name for name in self._models if not asker.is_ready(name)]
                 if not waiting:
+                    self._model_processes = model_processes(self.pid)
                     return elapsed
                 if elapsed > next_look:
                     self._check_models()
@@ -192,11 +244,12 @@ class TritonServer:
         return self._process.wait()
 
     def request_stop(self) -> None:
-        """Tell open requests and the server to end, and return at once.
+        """Tell open requests that the server ends, and return; it is gone a second later."""
+        self._cut(DRAIN, LIFELINE)
 
-        The server is gone after `KILL_SECONDS` at most, whatever its clients do.
-        """
-        self._cut()
+    def drain(self) -> None:
+        """Let the model refuse new requests and finish those that are open."""
+        self._cut(DRAIN)
 
     def kill(self) -> None:
         """End the server and everything that it started at once."""
@@ -208,7 +261,7 @@ class TritonServer:
         """End the server and everything that it started, and remove what it left."""
         self.request_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(KILL_SECONDS)
+            self._process.wait(SECONDS_TO_TELL + GONE_SECONDS)
         self.kill()
         self._process.wait()
         self._wait_for_models()
@@ -251,52 +304,28 @@ class TritonServer:
     ) -> None:
         self.stop()
 
-    def _cut(self) -> None:
-        """Cut the lifeline; a second time does nothing."""
-        lifeline, self._lifeline = self._lifeline, -1
-        if lifeline >= 0:
-            os.close(lifeline)
+    def _cut(self, *pipes: str) -> None:
+        """Cut pipes; a second time does nothing."""
+        for pipe in pipes:
+            descriptor = self._writing.pop(pipe, None)
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _let_go(self) -> None:
         """Let other servers of ours have the ports."""
         for one in self._held:
             one.close()
 
-    def _wanted_ports(self) -> dict[str, int]:
-        wanted = {
-            "--grpc-port": self._options.grpc_port,
-            "--http-port": self._options.http_port,
-            "--metrics-port": self._options.metrics_port,
-        }
-        return {option: port for option, port in wanted.items() if port is not None}
-
     def _address(self, option: str) -> str:
         host = self._options.host
         return f"[{host}]:{self._ports[option]}" if ":" in host else f"{host}:{self._ports[option]}"
 
     def _arguments(self) -> list[str]:
-        host = self._options.host
-        arguments = [
-            f"--model-repository={self._links}",
-            f"--exit-timeout-secs={EXIT_SECONDS}",
-            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
-            "--backend-config=python,shm-default-byte-size=4194304",
-            f"--grpc-address={host}",
-            f"--grpc-port={self._ports['--grpc-port']}",
-            # Our clients ask a silent server every 30 s whether it is there. By default (5 minutes)
-            # the third such question ends the connection.
-            "--grpc-http2-min-recv-ping-interval-without-data=10000",
-        ]
+        words = arguments(self._options, self._ports, self._models, self._control_key)
+        words.append(f"--model-repository={self._links}")
+        words.append(f"--backend-config=python,shm-region-prefix-name={self._prefix}")
         backends = make_backends(self._installation, self._links.parent)
-        if backends is not None:
-            arguments.append(f"--backend-directory={backends}")
-        for name in ("http", "metrics"):
-            if f"--{name}-port" in self._ports:
-                arguments.append(f"--{name}-port={self._ports[f'--{name}-port']}")
-                arguments.append(f"--{name}-address={host}")
-            else:  # port 0 would not mean none, but a random one
-                arguments.append(f"--allow-{name}=false")
-        return arguments
+        return words if backends is None else [*words, f"--backend-directory={backends}"]
 
     def _open_log(self) -> BinaryIO:
         try:
@@ -308,10 +337,12 @@ class TritonServer:
                 "with --log"
             ) from problem
 
-    def _start(self, lifeline: int) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+    def _start(self, reading: dict[str, int]) -> tuple[Process, Process]:
         """Start the server and its keeper."""
-        environment = {**os.environ, VARIABLE: str(lifeline)}
+        environment = {**os.environ, **{pipe: str(one) for pipe, one in reading.items()}}
         environment |= library_path(self._folder)
+        environment[RESTARTS] = str(self._options.restarts)
+        environment[LOG_JSON] = "1" if self._options.log_json else ""
         # The stub embeds Python and finds packages through the first interpreter on PATH.
         scripts = str(Path(sys.executable).parent)
         environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
@@ -324,10 +355,12 @@ class TritonServer:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                pass_fds=(lifeline,),  # the models' processes inherit it from the server
+                pass_fds=tuple(
+                    reading.values()
+                ),  # the models' processes inherit it from the server
             )
         try:
-            keeper = start_keeper(lifeline, server.pid, KILL_SECONDS, self._prefix, self._folder)
+            keeper = start_keeper(reading[LIFELINE], server.pid, self._prefix, self._folder)
         except BaseException:
             server.kill()
             server.wait()
@@ -339,13 +372,14 @@ NOISE = re.compile(r"pinned memory|CUDA driver|CudaDriver|NVML|DCGM|cudaError", 
 ERROR = re.compile(r"E\d{4} |error:|Traceback|terminate called|.*cannot open shared object")
 
 
-def _is_ready(client: object, model: str) -> bool:
-    from tritonclient.utils import InferenceServerException
+def _credentials(tls: Tls) -> tuple[Any, str | None]:
+    """Return the credentials with which to ask our own server, and the name in its certificate."""
+    import grpc
 
-    try:
-        return bool(client.is_model_ready(model, client_timeout=2))  # type: ignore[attr-defined]
-    except InferenceServerException:
-        return False  # it does not listen yet
+    certificate = tls.certificate.read_bytes()
+    # Its authority may not be on this machine: the certificate itself is trusted.
+    ours = (tls.key.read_bytes(), certificate) if tls.clients is not None else (None, None)
+    return grpc.ssl_channel_credentials(certificate, *ours), name_of(tls.certificate)
 
 
 def _dialled(address: str) -> str:

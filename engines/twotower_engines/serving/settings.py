@@ -23,6 +23,7 @@ class Settings:
         slots: Requests that are generated at once; None for all that the engines have.
         max_waiting: Requests that may wait for a slot before others are refused.
         threads: CPU threads of the engines; None for one per core.
+        prefix_mib: Memory for the states of prompts' beginnings, in MiB; 0 for none.
     """
 
     engine_set: Path
@@ -30,6 +31,7 @@ class Settings:
     slots: int | None = None
     max_waiting: int = MAX_WAITING
     threads: int | None = None
+    prefix_mib: int = 0
 
     def parameters(self) -> dict[str, str]:
         """Return them as config.pbtxt holds them: strings, those that are None left out."""
@@ -39,6 +41,7 @@ class Settings:
             "slots": self.slots,
             "max_waiting": self.max_waiting,
             "threads": self.threads,
+            "prefix_mib": self.prefix_mib,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -70,6 +73,7 @@ class Settings:
             slots=integer("slots"),
             max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
             threads=integer("threads"),
+            prefix_mib=integer("prefix_mib") or 0,
         )
 
     @classmethod

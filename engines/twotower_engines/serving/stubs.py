@@ -8,12 +8,14 @@ The server waits for ever for a stub that died, so we look whether one did.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
+MODEL_FILE = re.compile(rb"/(\w+)/1/model\.py")
 LINKER_FAILED = 127  # what the dynamic linker exits with; a stub without arguments exits with 1
 
 
@@ -70,12 +72,37 @@ def stub_problem(stub: Path) -> str | None:
 
 def dead_stubs(server: int) -> list[int]:
     """Return the process ids of a server's children that have ended and that it does not heed."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    return [process for process in _children(server) if state_of(process) == "Z"]
+
+
+def model_processes(server: int) -> dict[str, int]:
+    """Return a server's processes of models, whose command lines name the models' files."""
+    processes = {}
+    for process in _children(server):
         try:
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):  # it ended while we looked
+            command = Path(f"/proc/{process}/cmdline").read_bytes()
+        except OSError:  # it ended while we looked
             continue
-        if state == "Z" and int(parent) == server:
-            found.append(int(path.parent.name))
-    return sorted(found)
+        match = MODEL_FILE.search(command)
+        if match is not None:
+            processes[match[1].decode()] = process
+    return processes
+
+
+def state_of(process: int) -> str | None:
+    """Return the kernel's letter for a process: R, S, D, T (stopped), Z (ended); None for gone."""
+    after_name = _stat(process)
+    return after_name[0] if after_name else None
+
+
+def _children(parent: int) -> list[int]:
+    processes = sorted(int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [one for one in processes if (_stat(one) or ["", "-1"])[1] == str(parent)]
+
+
+def _stat(process: int) -> list[str]:
+    """Return the fields of a process after its name; none where it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

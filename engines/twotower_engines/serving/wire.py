@@ -1,7 +1,7 @@
-"""The message between the steps of the ensemble, as one JSON object.
+"""What the engine's thread can be told, and how it travels between the steps of the ensemble.
 
-`preprocess` checks a request once and passes it on whole; `generate` reads it. A second kind of
-object cancels a request that is under way.
+`preprocessing` checks a request once and passes it on whole, as one JSON object; `twotower` reads
+it. Other kinds of object cancel a request that is under way, or ask whether the engine turns.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
 
 DURATIONS = ("timeout_seconds", "queue_notice_seconds")
+REMEDY = "give text_input or input_ids instead: `request` is what `preprocessing` made of them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +50,44 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """A wish to cancel the request of this id."""
+    """A wish to cancel the request that the server gave this id."""
 
     request_id: str
 
 
-def encode(message: Job | Cancel) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question to the engine's thread, which answers between two turns, before all who wait."""
+
+
+def encode(message: Job | Cancel | Probe) -> bytes:
     """Return a message as JSON in UTF-8."""
+    values: dict[str, Any]
     if isinstance(message, Cancel):
-        values: dict[str, Any] = {"cancel_request_id": message.request_id}
+        values = {"cancel_request_id": message.request_id}
+    elif isinstance(message, Probe):
+        values = {"probe": 1}
     else:
         durations = {name: getattr(message, name) for name in DURATIONS}
         values = {**asdict(message.request), **durations}
     return json.dumps(values).encode()
 
 
-def decode(content: bytes) -> Job | Cancel:
+def decode(content: bytes) -> Job | Cancel | Probe:
     """Read a message.
 
     Raises:
-        RequestError: It is no JSON object of this kind. Only a caller that speaks to `generate`
-            directly can send one.
+        RequestError: It is no JSON object of this kind. Only a caller that gives `request` to
+            `twotower` by itself can send one.
     """
     try:
         values = json.loads(content)
-    except ValueError as problem:
-        raise RequestError(f"request: is not valid JSON ({problem}); call `twotower`") from problem
+    except (ValueError, RecursionError) as problem:
+        raise RequestError(f"request: is not valid JSON ({problem}); {REMEDY}") from problem
     if not isinstance(values, dict):
-        raise RequestError("request: should be a JSON object; call the model `twotower` instead")
+        raise RequestError(f"request: should be a JSON object; {REMEDY}")
+    if "probe" in values:
+        return Probe()
     if "cancel_request_id" in values:
         return Cancel(str(values["cancel_request_id"]))
     durations = {name: values.pop(name, 0.0) for name in DURATIONS}

@@ -35,7 +35,7 @@ def first_match(text, stops):
 
 def test_a_stop_string_is_found_in_any_pieces():
     draw, found = random.Random(1), 0
-    for _ in range(3000):
+    for _ in range(1500):
         stops = ["".join(draw.choices("ab", k=draw.randint(1, 5))) for _ in range(3)]
         text = "".join(draw.choices("abc", k=draw.randint(0, 20)))
         matcher = StopMatcher(stops)
@@ -44,7 +44,7 @@ def test_a_stop_string_is_found_in_any_pieces():
         assert matcher.matched is (expected is not None)
         assert given == text[:expected], (text, stops)
         found += matcher.matched
-    assert 500 < found < 2900
+    assert 250 < found < 1450
 
 
 def test_nothing_goes_out_that_may_become_a_match():
@@ -86,7 +86,7 @@ def ended(request, parts):
 
 def test_an_answer_ends_at_one_token_in_any_pieces():
     draw, reasons = random.Random(2), dict.fromkeys(["eos", "stop", "length", "repetition"], 0)
-    for _ in range(4000):
+    for _ in range(2000):
         request, ids = drawn(draw)
         whole = ended(request, [[token] for token in ids])
         assert ended(request, list(pieces(draw, ids))) == whole, request
@@ -98,7 +98,7 @@ def test_an_answer_ends_at_one_token_in_any_pieces():
         if reason != "length":
             assert len(kept) >= request.min_new_tokens
             assert len(kept) >= len(request.canvas) or reason == "stop"
-    assert min(reasons.values()) > 100, reasons
+    assert min(reasons.values()) > 50, reasons
 
 
 def test_a_stop_string_ends_with_the_token_that_completes_it():

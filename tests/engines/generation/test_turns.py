@@ -60,7 +60,7 @@ def calls_of(runtime, costs, groups_calls=True):
     counted = CountedRuntime(runtime)
     scheduler = Scheduler(counted, costs=costs, groups_calls=groups_calls)
     for number in range(4):
-        one = Request(str(number), (5, 6, 7 + number), max_new_tokens=160, ignore_eos=True)
+        one = Request(str(number), (5, 6, 7 + number), max_new_tokens=96, ignore_eos=True)
         scheduler.submit(one)
     finish(scheduler)
     kinds = [kind for kind, _ in counted.calls]

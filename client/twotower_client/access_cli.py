@@ -1,0 +1,77 @@
+"""The options with which each verb reaches a server: its address, TLS, and its key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from twotower_client.errors import RequestRefusedError
+
+if TYPE_CHECKING:
+    from twotower_client.client import TwoTowerClient
+
+ACCESS = ("url", "tls_authority", "tls_certificate", "tls_key", "key_file")
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a verb, which hands their values to `connect`."""
+    options = (
+        click.option(
+            "--url",
+            default="localhost:8001",
+            show_default=True,
+            help="host:port of the server's gRPC endpoint; for files several, with commas between.",
+        ),
+        click.option(
+            "--tls-authority", type=FILE, help="Encrypt; this authority signed the server (PEM)."
+        ),
+        click.option(
+            "--tls-certificate", type=FILE, help="Our certificate, if it asks for one (PEM)."
+        ),
+        click.option("--tls-key", type=FILE, help="Key of our certificate (PEM)."),
+        click.option("--key-file", type=FILE, help="File that holds the server's access key."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def connect(
+    url: str,
+    tls_authority: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    key_file: Path | None,
+    **settings: Any,
+) -> TwoTowerClient:
+    """Return a client that reaches the server in the way that the options say.
+
+    Raises:
+        RequestRefusedError: A file is missing or cannot be read.
+    """
+    import grpc
+
+    from twotower_client.client import TwoTowerClient
+
+    if (tls_certificate is None) != (tls_key is None):
+        raise RequestRefusedError("--tls-certificate and --tls-key belong together; give both")
+    if tls_certificate is not None and tls_authority is None:
+        raise RequestRefusedError("--tls-certificate is given without --tls-authority; give both")
+    contents = [one and _read(one) for one in (tls_authority, tls_key, tls_certificate)]
+    return TwoTowerClient(
+        url,
+        credentials=grpc.ssl_channel_credentials(*contents) if tls_authority else None,
+        access_key=_read(key_file).decode(errors="replace").strip() if key_file else None,
+        **settings,
+    )
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as problem:
+        raise RequestRefusedError(f"{file}: cannot be read ({problem.strerror})") from problem

@@ -1,0 +1,1 @@
+"""A front end with OpenAI's HTTP interface, for a running server: `twotower openai`."""

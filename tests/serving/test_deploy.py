@@ -1,0 +1,237 @@
+"""The recipes of docs/deploy, read by the tools that they are for; and nginx before real servers.
+
+A tool that is not installed skips its test: nginx and promtool are Debian's, `kubernetes-validate`
+is PyPI's and wants an environment of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+
+import twotower_client as tt
+from tests.support import ROOT, TWOTOWER
+
+DEPLOY = ROOT / "docs" / "deploy"
+LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
+needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+
+
+def documents(file: str) -> list[dict]:
+    return list(yaml.safe_load_all((DEPLOY / file).read_text()))
+
+
+@pytest.mark.skipif(
+    shutil.which("kubernetes-validate") is None, reason="kubernetes-validate is not installed"
+)
+def test_kubernetes_takes_the_manifests() -> None:
+    command = ["kubernetes-validate", "--strict", str(DEPLOY / "kubernetes.yaml")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_pods_of_a_deployment_are_found_and_outlive_the_grace() -> None:
+    kinds = {one["kind"]: one for one in documents("kubernetes.yaml")}
+    pod = kinds["Deployment"]["spec"]["template"]
+    for kind, place in (("Service", "selector"), ("PodMonitor", "selector.matchLabels"),
+                        ("Deployment", "selector.matchLabels"),
+                        ("PodDisruptionBudget", "selector.matchLabels")):  # fmt: skip
+        labels = kinds[kind]["spec"]
+        for key in place.split("."):
+            labels = labels[key]
+        assert labels.items() <= pod["metadata"]["labels"].items(), kind
+    [container] = pod["spec"]["containers"]
+    grace = int(container["args"][container["args"].index("--grace") + 1])
+    before = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert grace + before < pod["spec"]["terminationGracePeriodSeconds"]
+    [scaled] = documents("keda.yaml")
+    assert scaled["spec"]["scaleTargetRef"]["name"] == kinds["Deployment"]["metadata"]["name"]
+
+
+@pytest.mark.parametrize("file", ["kubernetes.yaml", "kserve.yaml"])
+def test_probes_are_commands_that_there_are(file) -> None:
+    probes = []
+
+    def look(node: object) -> None:
+        if isinstance(node, dict):
+            probes.extend(value for key, value in node.items() if key.endswith("Probe"))
+            for value in node.values():
+                look(value)
+        elif isinstance(node, list):
+            for value in node:
+                look(value)
+
+    look(documents(file))
+    assert len(probes) >= 2
+    for probe in probes:
+        program, *words = probe["exec"]["command"]
+        assert program == "twotower"
+        ran = subprocess.run(
+            [*TWOTOWER, *words, "--url", "127.0.0.1:9"], capture_output=True, text=True
+        )
+        assert ran.returncode == 1, ran.stderr  # no server is there; 2 would be a wrong option
+        assert float(words[words.index("--timeout") + 1]) < probe["timeoutSeconds"]
+
+
+def test_compose_names_files_and_ports_that_there_are() -> None:
+    [compose] = documents("compose.yaml")
+    services = compose["services"]
+    build = services["server"]["build"]
+    assert (DEPLOY / build["context"] / build["dockerfile"]).is_file()
+    for volume in services["prometheus"]["volumes"]:
+        assert (DEPLOY / volume.split(":")[0]).is_file()
+    [scrape] = documents("prometheus.yml")[0]["scrape_configs"]
+    [target] = scrape["static_configs"][0]["targets"]
+    assert target.split(":")[0] in services
+
+
+def test_the_entry_point_of_the_image_gives_options_that_there_are(tmp_path) -> None:
+    """The shell's line, with a `twotower` that only says what it was given."""
+    import json
+    import os
+
+    text = (DEPLOY / "Dockerfile").read_text()
+    words = json.loads(text.partition("ENTRYPOINT ")[2])
+    stand_in = tmp_path / "twotower"
+    stand_in.write_text('#!/bin/sh\necho "$@"\n')
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOST": "0.0.0.0"}
+    said = subprocess.run(
+        [*words, "--grace", "45"], env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert said == [
+        "package /engines repository --checkpoint /checkpoint --force",
+        "serve repository --host 0.0.0.0 --log-json --log /dev/stderr --grace 45",
+    ]
+    for line in said:
+        verb, *given = line.split()
+        help_ = subprocess.run([*TWOTOWER, verb, "--help"], capture_output=True, text=True).stdout
+        assert all(word in help_ for word in given if word.startswith("--"))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextlib.contextmanager
+def balancer(folder: Path, *servers: str) -> Iterator[tuple[str, bytes]]:
+    """Run nginx with the recipe's configuration; give its address and certificate."""
+    certificate = folder / "server.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", folder / "server.key", "-out", certificate, "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    port = free_port()
+    config = (DEPLOY / "nginx.conf").read_text()
+    for name, address in zip(("server-a:8001", "server-b:8001", "8443"), (*servers, str(port))):  # noqa: B905 - a test may give one server
+        config = config.replace(name, address)
+    (folder / "nginx.conf").write_text(config)
+    command = ["nginx", "-p", str(folder), "-c", "nginx.conf"]
+    tried = subprocess.run([*command, "-t"], capture_output=True, text=True)
+    assert tried.returncode == 0, tried.stderr
+    running = subprocess.Popen(
+        [*command, "-g", "daemon off;"], stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield f"localhost:{port}", certificate.read_bytes()
+    finally:
+        running.terminate()
+        running.communicate(timeout=20)
+
+
+class Keyed(grpc.AuthMetadataPlugin):
+    """Sends a tenant's key with each call."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, context, callback) -> None:
+        callback((("x-api-key", self.key),), None)
+
+
+def connect(address: str, certificate: bytes, key: str = "change-me-a") -> tt.TwoTowerClient:
+    credentials = grpc.composite_channel_credentials(
+        grpc.ssl_channel_credentials(certificate), grpc.metadata_call_credentials(Keyed(key))
+    )
+    return tt.TwoTowerClient(address, timeout=60, credentials=credentials)
+
+
+@needs_nginx
+@pytest.mark.server
+def test_nginx_streams_checks_keys_and_passes_over_a_server_that_is_gone(
+    server, client, tmp_path
+) -> None:
+    with balancer(tmp_path, server.grpc_address, f"127.0.0.1:{free_port()}") as (address, trusted):
+        expected = client.generate(prompt_ids=[5], max_new_tokens=64)
+        with connect(address, trusted) as balanced:
+            for _ in range(4):  # every second one would go to the server that is gone
+                answer = balanced.generate(prompt_ids=[5], max_new_tokens=64)
+                assert answer.ids == expected.ids
+            with balanced.stream(prompt_ids=[5], **LONG) as stream:
+                next(stream)  # before the answer is complete: blocks pass one by one
+                assert not stream.is_done
+        with connect(address, trusted, "guessed") as stranger, pytest.raises(tt.ClientError):
+            stranger.generate(prompt_ids=[5], max_new_tokens=4)
+    end = time.monotonic() + 20
+    while client.probe()["running"]:
+        assert time.monotonic() < end, "the caller's leaving did not pass the balancer"
+        time.sleep(0.1)
+
+
+@needs_nginx
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_server_that_is_killed_under_load_loses_nothing_silently(packaged, tmp_path) -> None:
+    """Every request ends in the right answer, or in an error after which the same one works."""
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    options = ServerOptions("127.0.0.1", 0, None)
+    retryable = (
+        tt.ServerUnavailableError, tt.RequestFailedError, tt.ServerBusyError, tt.ModelNotReadyError
+    )  # fmt: skip
+    with (
+        TritonServer(packaged.repository, options) as one,
+        TritonServer(packaged.repository, options) as other,
+        balancer(tmp_path, one.grpc_address, other.grpc_address) as (address, trusted),
+        connect(address, trusted) as client,
+    ):
+        one.wait_until_ready(120)
+        other.wait_until_ready(120)
+        expected = client.generate(prompt_ids=[5], max_new_tokens=200).ids
+        answers, killed = [], threading.Event()
+
+        def ask() -> None:
+            for _ in range(6):
+                try:
+                    answers.append(client.generate(prompt_ids=[5], max_new_tokens=200).ids)
+                except retryable:
+                    answers.append(client.generate(prompt_ids=[5], max_new_tokens=200).ids)
+                if len(answers) > 12 and not killed.is_set():
+                    killed.set()
+                    one.kill()
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert killed.is_set()
+        assert answers == [expected] * 48

@@ -1,0 +1,172 @@
+"""The model over HTTP: whole answers, streams, and everything that a caller can do wrong."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+
+from twotower_client import TwoTowerClient
+from twotower_client.http_door import MOST_BODY, Door
+
+pytestmark = pytest.mark.server
+LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
+
+
+def post(url: str, body: object, path: str = "generate", model: str = "twotower", **headers: str):
+    """Send a body; return the status and the body of the answer."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/v2/models/{model}/{path}", content, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, refusal.read().decode()
+
+
+@pytest.mark.parametrize("model", ["twotower", "ensemble"])
+def test_generate_gives_the_whole_answer(http, client, model) -> None:
+    options = {"max_new_tokens": 40, "mode": "ar", "seed": 2**64 - 1, "temperature": 0.5}
+    status, body = post(http, {"id": "a", "text_input": "Once upon", **options}, model=model)
+    values, answer = json.loads(body), client.generate("Once upon", **options)
+    assert status == 200
+    assert values["text_output"] == answer.text
+    assert tuple(values["output_ids"]) == answer.ids
+    assert tuple(values["prompt_ids"]) == answer.prompt_ids
+    assert (values["finish_reason"], values["context_calls"]) == ("length", answer.context_calls)
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"text_input": ""}, "the prompt is empty"),
+        ({"text_input": 5}, "it must be text"),
+        ({"input_ids": "567"}, "prompt_ids"),
+        ({"input_ids": [99999]}, "outside the vocabulary"),
+        ({}, "there is no prompt"),
+        ({"text_input": "hi", "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"text_input": "hi", "max_new_tokens": 4294967300}, "max_new_tokens is 4294967300"),
+        ({"text_input": "hi", "max_new_tokens": "4"}, "it must be a whole number"),
+        ({"text_input": "hi", "max_new_tokens": True}, "it must be a whole number"),
+        ({"text_input": "hi", "max_new_tokens": 4.5}, "it must be a whole number"),
+        ({"text_input": "hi", "threshold": "x"}, "it must be a number"),
+        ({"text_input": "hi", "colour": "."}, "there is no option 'colour'"),
+        ({"text_input": "hi", "max_tokens": 5}, "(the nearest is max_new_tokens)"),
+        ({"text_input": "hi", "parameters": {"treshold": 1}}, "(the nearest is threshold)"),
+        ({"text_input": "hi", "parameters": 5}, "parameters should be a JSON object"),
+        ({"text_input": "hi", "timeout_seconds": -1}, "timeout is -1"),
+        ({"text_input": "hi", "cancel_request_id": "x"}, "no option 'cancel_request_id'"),
+        ({"probe": 1}, "there is no option 'probe'"),
+        ([], "should be a JSON object"),
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b"", "not valid JSON"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_refusal_is_a_bad_request(http, path, body, said) -> None:
+    status, answer = post(http, body, path)
+    assert status == 400
+    assert said in json.loads(answer)["error"]
+
+
+def test_a_time_that_is_over_and_paths_that_are_not_there(http) -> None:
+    status, answer = post(http, {"input_ids": [5], "timeout_seconds": 0.3, **LONG})
+    assert status == 504
+    assert "0.3" in json.loads(answer)["error"]
+    late = {"input_ids": [5], "timeout_seconds": 0.5, "block_size": 1, **LONG}
+    status, answer = post(http, late, "generate_stream")
+    last = json.loads(answer.strip().splitlines()[-1].removeprefix("data: "))
+    assert (status, last["status"]) == (200, 504)
+    for model in ("preprocessing", "other"):
+        assert post(http, {"text_input": "hi"}, model=model)[0] == 404
+    for path in ("/v2/logging", "/v2/systemsharedmemory/region/x/register", "/"):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(http + path, b"{}", timeout=30)
+        assert refusal.value.code == 404
+
+
+def test_bodies_are_bounded(http) -> None:
+    """Neither is read: the connection ends instead."""
+    host = http.removeprefix("http://")
+    for header, value, status in (
+        ("Content-Length", str(MOST_BODY + 1), 413),
+        ("Content-Length", "-5", 411),
+        ("Transfer-Encoding", "chunked", 411),
+    ):
+        connection = http_client(host)
+        connection.putrequest("POST", "/v2/models/twotower/generate")
+        connection.putheader(header, value)
+        connection.endheaders()
+        response = connection.getresponse()
+        assert response.status == status
+        assert json.load(response)["error"]
+        connection.close()
+
+
+def http_client(host: str) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(host, timeout=30)
+
+
+def test_a_caller_who_leaves_frees_the_slot(http, client) -> None:
+    host, port = http.removeprefix("http://").split(":")
+    for path in ("generate", "generate_stream"):
+        body = json.dumps({"input_ids": [5], "block_size": 1, **LONG}).encode()
+        head = f"POST /v2/models/twotower/{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        until(lambda: not client.probe()["running"])
+        with socket.create_connection((host, int(port))) as caller:
+            caller.sendall(head.encode() + body)
+            until(lambda: client.probe()["running"])
+        until(lambda: not client.probe()["running"])
+
+
+def until(holds) -> None:
+    for _ in range(400):
+        if holds():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("it never was so")
+
+
+def test_health_is_the_engines_own(http) -> None:
+    for path in ("live", "ready"):
+        with urllib.request.urlopen(f"{http}/v2/health/{path}", timeout=30) as response:
+            assert json.load(response)["draining"] is False
+
+
+def test_a_key_and_encryption(server, tmp_path) -> None:
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    trusting = ssl.create_default_context(cafile=certificate)
+    with (
+        TwoTowerClient(server.grpc_address) as asking,
+        Door(("127.0.0.1", 0), asking, "secret", tls) as door,
+    ):
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        url = f"https://localhost:{door.server_address[1]}/v2/models/twotower/generate"
+        body = json.dumps({"input_ids": [5], "max_new_tokens": 4}).encode()
+        for sent in ({}, {"Authorization": "Bearer other"}):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(
+                    urllib.request.Request(url, body, sent), timeout=30, context=trusting
+                )
+        request = urllib.request.Request(url, body, {"Authorization": "Bearer secret"})
+        with urllib.request.urlopen(request, timeout=30, context=trusting) as response:
+            assert len(json.load(response)["output_ids"]) == 4
+        door.shutdown()

@@ -1,0 +1,200 @@
+"""What an operator sees: lines of the log, metrics, and the files that are made of their names."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+
+import pytest
+
+import twotower_client as tt
+from tests.support import ROOT
+from twotower_engines.serving.journal import METRICS, OUTCOMES, Ended, Journal, line_of
+
+DEPLOY = ROOT / "docs" / "deploy"
+OURS = re.compile(r"\btwotower_(\w+)")
+SUFFIXES = re.compile(r"_(bucket|sum|count)$")
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
+)
+
+
+class Sums:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.counters, self.gauges, self.values = {}, {}, []
+
+    def add(self, name, label, amount) -> None:
+        self.counters[name, label] = self.counters.get((name, label), 0) + amount
+
+    def set(self, name, value) -> None:
+        self.gauges[name] = value
+
+    def observe(self, name, value) -> None:
+        self.values.append((name, value))
+
+
+def test_notes_become_lines_and_sums(capfd) -> None:
+    sums = Sums()
+    journal = Journal(sums, True, lambda: {"num_requests_running": 2})
+    journal.ended(Ended("key", "mine", "length", "", 3, 32, 8, 2, 0.5, 0.75, 1.5))
+    journal.ended(Ended("", "", "busy", "come again"))
+    journal.note("prompt_tokens_total", 3)
+    journal.note("prompt_tokens_total", 4)
+    journal.note("time_per_block_seconds", 0.25)
+    journal.close()
+    assert sums.counters == {
+        ("requests_total", "length"): 1,
+        ("requests_total", "busy"): 1,
+        ("prompt_tokens_total", ""): 7,
+    }
+    assert sorted(sums.values) == [
+        ("e2e_request_latency_seconds", 1.5),
+        ("request_queue_time_seconds", 0.5),
+        ("time_per_block_seconds", 0.25),
+        ("time_to_first_block_seconds", 0.75),
+        ("tokens_per_denoiser_call", 4.0),
+    ]
+    assert sums.gauges == {"num_requests_running": 2}
+    first, second = map(json.loads, capfd.readouterr().err.splitlines())
+    assert (first["name"], first["tokens"], first["event"]) == ("mine", 32, "request")
+    assert second == {
+        "event": "request", "outcome": "busy", "reason": "come again", "prompt_tokens": 0,
+        "tokens": 0, "denoiser_calls": 0, "context_calls": 0, "seconds": 0.0,
+    }  # fmt: skip
+
+
+def test_a_callers_words_stay_on_their_line() -> None:
+    line = line_of(Ended("key", "a\noutcome=eos \x1b[2J", "length"), as_json=False)
+    assert line.startswith('twotower: request request_id=key name="a\\noutcome=eos \\u001b[2J" out')
+    assert "\n" not in line
+
+
+def test_outcomes_are_those_that_an_answer_can_have() -> None:
+    from typing import get_args
+
+    from twotower_contract.statuses import STATUSES
+    from twotower_engines.generation.request import FinishReason
+
+    assert {*get_args(FinishReason), *STATUSES} <= set(OUTCOMES)
+
+
+def test_the_table_lists_every_metric_with_its_type() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    listed = {
+        name: row[2].split(",")[0].strip() for row in rows for name in re.findall(r"\w+", row[1])
+    }
+    assert listed == {name: one.kind for name, one in METRICS.items()}
+    for outcome in OUTCOMES:
+        assert f"`{outcome}`" in text
+
+
+@pytest.mark.parametrize("file", ["grafana.json", "alerts.yml", "keda.yaml", "../metrics.md"])
+def test_files_name_metrics_that_there_are(file) -> None:
+    names = {SUFFIXES.sub("", one) for one in OURS.findall((DEPLOY / file).read_text())}
+    assert names
+    assert names <= set(METRICS)
+
+
+def test_the_dashboard_is_whole() -> None:
+    board = json.loads((DEPLOY / "grafana.json").read_text())
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids) >= 8
+    for panel in board["panels"]:
+        assert panel["targets"]
+        assert all(target["expr"] for target in panel["targets"])
+
+
+@needs_promtool
+def test_promtool_takes_the_rules() -> None:
+    for verb, file in (("rules", "alerts.yml"), ("config", "prometheus.yml")):
+        ran = subprocess.run(
+            ["promtool", "check", verb, file], cwd=DEPLOY, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def page(server) -> str:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=20) as response:
+        return response.read().decode()
+
+
+def value(text: str, name: str) -> float:
+    [line] = [line for line in text.splitlines() if line.startswith(f"twotower_{name} ")]
+    return float(line.rpartition(" ")[2])
+
+
+@pytest.mark.server
+def test_the_servers_page_counts_what_was_done(server, client) -> None:
+    before = page(server)
+    answer = client.generate(prompt_ids=[5, 6], max_new_tokens=40)
+    with pytest.raises(tt.RequestRefusedError):
+        client.generate(prompt_ids=[99999])
+    with pytest.raises(tt.DeadlineError):
+        client.generate(prompt_ids=[5], max_new_tokens=4000, threshold=1.0, timeout=0.3)
+    expected = {
+        'requests_total{outcome="length"}': 1,
+        'requests_total{outcome="refused"}': 1,
+        "e2e_request_latency_seconds_count": 2,
+        "generation_tokens_total": 40,
+        "turns_total": answer.denoiser_calls,
+    }
+    end = time.monotonic() + 20
+    while True:
+        after = page(server)
+        gained = {name: value(after, name) - value(before, name) for name in expected}
+        if all(gained[name] >= count for name, count in expected.items()):
+            break
+        assert time.monotonic() < end, gained
+        time.sleep(0.2)
+    for name, one in METRICS.items():
+        assert f"# TYPE twotower_{name} {one.kind}" in after
+    log = server._log.read_text()
+    assert f"request_id={answer.request_id}" in log
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
+def test_a_real_prometheus_reads_them(server, client, tmp_path) -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    shutil.copy(DEPLOY / "alerts.yml", tmp_path)
+    config = (DEPLOY / "prometheus.yml").read_text()
+    config = config.replace("server:8002", server.metrics_address).replace("5s", "1s")
+    (tmp_path / "prometheus.yml").write_text(config)
+    running = subprocess.Popen(
+        ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data",
+         f"--web.listen-address=127.0.0.1:{port}"],
+        cwd=tmp_path, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        client.generate(prompt_ids=[5], max_new_tokens=40)
+        query = "/api/v1/query?query=twotower_generation_tokens_total"
+        end = time.monotonic() + 60
+        while not (values := ask(port, query)):
+            assert time.monotonic() < end
+            time.sleep(0.5)
+        assert float(values[0]["value"][1]) >= 40
+        rules = ask(port, "/api/v1/rules", "groups")[0]["rules"]
+        assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+        assert len(rules) == 6
+    finally:
+        running.terminate()
+        running.wait()
+
+
+def ask(port: int, path: str, key: str = "result") -> list:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+            return json.load(response)["data"][key]
+    except OSError:  # it does not listen yet
+        return []
