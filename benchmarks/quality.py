@@ -33,6 +33,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tests.support.torch_generation import MASK_ID, generate, load_towers
+from twotower_contract.quantized import Format
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.quantization.recipe import default_recipe
 from twotower_export.quantization.writing import quantize_checkpoint
@@ -42,11 +43,16 @@ from twotower_export.tiny.checkpoints import copy_pretrained
 from twotower_export.tiny.corpus import Document, fact_documents, story_documents
 
 RESULTS = Path(__file__).with_name("results")
-FORMATS = ("fp8", "nvfp4", "int4")
+FORMATS: dict[str, tuple[Format, int | None]] = {
+    "fp8": ("fp8", None),
+    "nvfp4": ("nvfp4", None),
+    "int4": ("int4", None),
+    "int4, groups of 32": ("int4", 32),
+}
 THRESHOLDS = (0.9, 0.8)
 STORIES, FACTS, BATCH = 400, 400, 100
 DIVERGENCE_PROMPTS, BLOCK, BLOCKS, STEPS = 16, 16, 4, 16
-BARS = {"fp8": (1.0, 0.02), "nvfp4": (5.0, 0.05), "int4": (5.0, 0.05)}
+BARS = {name: (1.0, 0.02) if name == "fp8" else (5.0, 0.05) for name in FORMATS}
 """Most points of exact answers and share of tokens per call that a format may lose."""
 
 
@@ -55,8 +61,9 @@ def checkpoints(folder: Path) -> Iterator[tuple[str, Path, dict[str, Any] | None
     copy_pretrained(folder / "bf16")
     yield "bf16", folder / "bf16", None
     source = open_checkpoint(folder / "bf16")
-    for name in FORMATS:
-        report = quantize_checkpoint(source, folder / name, default_recipe(source, name))
+    for name, (format_, group) in FORMATS.items():
+        recipe = default_recipe(source, format_, group=group)
+        report = quantize_checkpoint(source, folder / name, recipe)
         yield name, folder / name, report
 
 
