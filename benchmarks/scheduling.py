@@ -1,6 +1,6 @@
 """The scheduler's choices on a simulated H200: shared calls, budget, chunks, slots and prefixes.
 
-    python -m benchmarks.scheduling CHECKPOINT     # or its config.json; three minutes, no GPU
+    python -m benchmarks.scheduling        # two minutes, no GPU
 
 The simulator's times are the planner's, so these are comparisons, not measurements. Prompts have
 300 tokens, answers 256, both by half up or down; steps per block as measured on arithmetic at
@@ -30,6 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TASK, CONTEXT = "arithmetic", 6144
 KIND = Kind(prompt=300, shared=0, new=256, threshold=0.8)
 GIB = 2**30
+OTHERS = "interactive other"
 
 
 def run(
@@ -46,6 +47,20 @@ def run(
     return simulate(runtime, scheduler, arrivals)
 
 
+def mixed(priority: str, tenant: str) -> list[Arrival]:
+    """Return 64 callers who always ask, and requests of others at random beside them."""
+    many = [
+        replace(one, request=replace(one.request, priority=priority, tenant=tenant))
+        for one in at_concurrency(KIND, 300, 64)
+    ]
+    others = at_rate(replace(KIND, seed=1), 60, 1.0)
+    return [
+        *many,
+        *(replace(one, request=replace(one.request, request_id=f"other {n}", tenant="other"))
+          for n, one in enumerate(others)),
+    ]  # fmt: skip
+
+
 def cases(model: ModelSize) -> Iterator[tuple[str, str, Outcome]]:
     """Yield the question, the setting, and what came of it."""
     for slots in (1, 4, 16, 32, 64):
@@ -60,6 +75,12 @@ def cases(model: ModelSize) -> Iterator[tuple[str, str, Outcome]]:
         yield "chunk", f"{chunk} tokens", run(model, at_rate(long, 100, 2.0), chunk=chunk)
     for slots in (8, 16, 32, 64):
         yield "slots", f"{slots} slots", run(model, at_concurrency(KIND, 300, 64), slots)
+    for name, priority, tenant in (
+        ("all alike", "interactive", "other"),
+        ("the 64 are batch", "batch", "other"),
+        ("callers have names", "interactive", "many"),
+    ):
+        yield "first block of 60 others", name, run(model, mixed(priority, tenant))
     beginning = replace(KIND, shared=2000)
     for memory in (0, 1, 4):
         found = run(model, at_rate(beginning, 100, 3.0), prefix_bytes=memory * GIB)
@@ -68,7 +89,8 @@ def cases(model: ModelSize) -> Iterator[tuple[str, str, Outcome]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
+    sizes = ROOT / "tests" / "data" / "full_size"
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=sizes, help="[released sizes]")
     model = read_model_size(parser.parse_args().checkpoint)
     day = datetime.date.today().isoformat()
     results, lines = [], [
@@ -86,7 +108,8 @@ def main() -> None:
                 "context calls | waiting for prompts |",
                 "|---|---:|---:|---:|---:|---:|---:|",
             ]
-        first, gap = one.first_block, one.block_gap
+        first = one.first_block_of.get(OTHERS, one.first_block)
+        gap = one.block_gap
         waits = one.row_share["waiting for others' prompts"]
         cells = (
             setting,

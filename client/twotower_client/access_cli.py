@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,24 @@ from twotower_client.errors import RequestRefusedError
 if TYPE_CHECKING:
     from twotower_client.client import TwoTowerClient
 
-ACCESS = ("url", "tls_authority", "tls_certificate", "tls_key", "key_file")
+SECRETS = ("tls_authority", "tls_certificate", "tls_key", "key_file")
+ACCESS = ("url", *SECRETS)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options to a verb, which hands their values to `connect`."""
+    return click.option(
+        "--url",
+        default="localhost:8001",
+        show_default=True,
+        help="host:port of the server's gRPC endpoint; several with commas for --input.",
+    )(secret_options(command))
+
+
+def secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of TLS and the key to a verb, which hands their values to `secrets_of`."""
     options = (
-        click.option(
-            "--url",
-            default="localhost:8001",
-            show_default=True,
-            help="host:port of the server's gRPC endpoint; for files several, with commas between.",
-        ),
         click.option(
             "--tls-authority", type=FILE, help="Encrypt; this authority signed the server (PEM)."
         ),
@@ -40,34 +45,44 @@ def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def connect(
-    url: str,
+def connect(access: Mapping[str, Any], **settings: Any) -> TwoTowerClient:
+    """Return a client that reaches the server in the way that the options say.
+
+    Args:
+        access: Values of the options, by the names in `ACCESS`.
+        **settings: As for `TwoTowerClient`.
+
+    Raises:
+        RequestRefusedError: A file is missing or cannot be read.
+    """
+    from twotower_client.client import TwoTowerClient
+
+    secrets = secrets_of(**{name: access[name] for name in SECRETS})
+    return TwoTowerClient(access["url"], **settings, **secrets)
+
+
+def secrets_of(
     tls_authority: Path | None,
     tls_certificate: Path | None,
     tls_key: Path | None,
     key_file: Path | None,
-    **settings: Any,
-) -> TwoTowerClient:
-    """Return a client that reaches the server in the way that the options say.
+) -> dict[str, Any]:
+    """Return the arguments of a client that the options stand for.
 
     Raises:
         RequestRefusedError: A file is missing or cannot be read.
     """
     import grpc
 
-    from twotower_client.client import TwoTowerClient
-
     if (tls_certificate is None) != (tls_key is None):
         raise RequestRefusedError("--tls-certificate and --tls-key belong together; give both")
     if tls_certificate is not None and tls_authority is None:
         raise RequestRefusedError("--tls-certificate is given without --tls-authority; give both")
     contents = [one and _read(one) for one in (tls_authority, tls_key, tls_certificate)]
-    return TwoTowerClient(
-        url,
-        credentials=grpc.ssl_channel_credentials(*contents) if tls_authority else None,
-        access_key=_read(key_file).decode(errors="replace").strip() if key_file else None,
-        **settings,
-    )
+    return {
+        "credentials": grpc.ssl_channel_credentials(*contents) if tls_authority else None,
+        "access_key": _read(key_file).decode(errors="replace").strip() if key_file else None,
+    }
 
 
 def _read(file: Path) -> bytes:

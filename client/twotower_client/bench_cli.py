@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from twotower_client.access_cli import SECRETS, secret_options, secrets_of
 from twotower_client.errors import ClientError, RequestRefusedError
 from twotower_client.prompts import random_prompts, read_prompts
 from twotower_contract.atomic import write_text
@@ -113,6 +114,7 @@ def _numbers(kind: Callable[[str], float], noun: str) -> Callable[..., tuple[Any
     metavar="OLD NEW",
     help="Compare two results of --save; nothing is sent.",
 )
+@secret_options
 @request_options
 def bench(
     engines: str | None,
@@ -134,6 +136,7 @@ def bench(
     from twotower_client.bench.load import Amount, Work
     from twotower_client.request import check_options
 
+    files = {name: options.pop(name) for name in SECRETS}
     _check_one(ENGINES=engines, **{"--url": url, "--compare": compare or None})
     _check_pair("--prompts", prompts, "--random", random_tokens)
     _check_pair("--duration", duration, "--num-prompts", num_prompts)
@@ -152,7 +155,7 @@ def bench(
     work = Work(_prompts_of(prompts, random_tokens), given)
     amount = Amount(None if num_prompts else duration or SECONDS, num_prompts)
     levels = _levels(concurrency, rate)
-    measured = asyncio.run(_measure(url, work, levels, amount, warmup))
+    measured = asyncio.run(_measure(url, secrets_of(**files), work, levels, amount, warmup))
     result = {
         "kind": "twotower bench",
         "about": {
@@ -208,7 +211,12 @@ def _levels(concurrency: tuple[int, ...], rates: tuple[float, ...]) -> list[Leve
 
 
 async def _measure(
-    url: str, work: Work, levels: Sequence[Level], amount: Amount, warmup: int | None
+    url: str,
+    secrets: dict[str, Any],
+    work: Work,
+    levels: Sequence[Level],
+    amount: Amount,
+    warmup: int | None,
 ) -> list[dict[str, Any]]:
     """Send every load, and return its figures."""
     from twotower_client.aio import AsyncTwoTowerClient
@@ -216,7 +224,7 @@ async def _measure(
     from twotower_client.bench.summary import summarize
 
     figures = []
-    async with AsyncTwoTowerClient(url) as client:
+    async with AsyncTwoTowerClient(url, **secrets) as client:
         await client.check_ready()
         for level in levels:
             await _warm_up(client, work, level, warmup)

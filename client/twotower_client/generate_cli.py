@@ -115,17 +115,20 @@ def generate(
 ) -> None:
     """Continue PROMPT with the model of a running server."""
     access = {name: options.pop(name) for name in ACCESS}
-    access |= {"timeout": timeout, "inactivity_timeout": inactivity_timeout}
+    limits = {"timeout": timeout, "inactivity_timeout": inactivity_timeout}
     if source is not None or target is not None:
         if prompt is not None or prompt_ids is not None or source is None or target is None:
             raise RequestRefusedError("give --input and --output together, and no other prompt")
-        _answer_file(access, source, target, concurrency, attempts, given_options(options))
+        _answer_file(access, limits, source, target, concurrency, attempts, given_options(options))
         return
     check_showing(live, as_json, RequestRefusedError)
     text, ids = read_prompt(prompt, prompt_ids, "PROMPT", RequestRefusedError)
     options = showing(given_options(options), live, html)
     view = LiveView(sys.stdout, live) if (streamed or live) and not as_json else None
-    with connect(**access) as client, client.stream(text, prompt_ids=ids, **options) as stream:
+    with (
+        connect(access, **limits) as client,
+        client.stream(text, prompt_ids=ids, **options) as stream,
+    ):
         if view is not None:
             stream.on_canvas = lambda canvas: view.canvas(canvas.tokens)
         for block in stream:
@@ -174,6 +177,7 @@ def replay_blocks(answer: Answer) -> list[tuple[Token, ...]]:
 
 def _answer_file(
     access: dict[str, Any],
+    limits: dict[str, float],
     source: Path,
     target: Path,
     concurrency: int,
@@ -183,7 +187,13 @@ def _answer_file(
     """Answer every prompt of a file.
 
     Args:
-        access: Arguments of `connect`; the address may be several, with commas between.
+        access: As for `connect`; the address may be several, with commas between.
+        limits: Timeouts of the clients.
+        source: File of prompts.
+        target: File of answers.
+        concurrency: Requests under way at a time.
+        attempts: Most times that a request is sent.
+        options: Options of every request.
 
     Raises:
         AnswersFailedError: Some failed; the file says why.
@@ -193,7 +203,7 @@ def _answer_file(
     from twotower_client.retry import Retry, Servers
 
     with contextlib.ExitStack() as stack:
-        clients = [connect(**{**access, "url": url}) for url in access["url"].split(",")]
+        clients = [connect({**access, "url": url}, **limits) for url in access["url"].split(",")]
         for client in clients:
             stack.enter_context(client)
         batch = Batch(Servers(clients), concurrency, Retry(attempts=attempts))

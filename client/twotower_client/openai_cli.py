@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from twotower_client.access_cli import access_options, secrets_of
 from twotower_client.errors import RequestRefusedError
 
 KEYS_VARIABLE = "TWOTOWER_API_KEYS"
@@ -22,12 +23,7 @@ A page at http://localhost:9000/ shows answers as they are denoised.
 
 
 @click.command(epilog=EPILOG)
-@click.option(
-    "--url",
-    default="localhost:8001",
-    show_default=True,
-    help="host:port of the server's gRPC endpoint.",
-)
+@access_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=int, default=9000, show_default=True, help="Port of HTTP; 0 takes a free one."
@@ -76,6 +72,7 @@ def openai(
     max_concurrency: int,
     max_body: int,
     timeout: float,
+    **files: Path | None,
 ) -> None:
     """Serve OpenAI's interface over HTTP, in front of a running server."""
     from twotower_client.aio import AsyncTwoTowerClient
@@ -93,8 +90,9 @@ def openai(
         max_concurrency=max_concurrency,
         template=template,
     )
-    AsyncTwoTowerClient(url, timeout=timeout)  # a wrong address is told now
-    app = make_app(lambda: AsyncTwoTowerClient(url, timeout=timeout), settings)
+    access = {"timeout": timeout, **secrets_of(**files)}
+    AsyncTwoTowerClient(url, **access)  # a wrong address is told now
+    app = make_app(lambda: AsyncTwoTowerClient(url, **access), settings)
     run(app, host, port, lambda address: print(f"ready http={address}", flush=True))
 
 

@@ -38,7 +38,7 @@ def probe(kind: str, timeout: float, as_json: bool, **access: Any) -> None:
     """Ask a server whether it is live or ready; for the probes of a cluster."""
     from twotower_client.access_cli import connect
 
-    with connect(**access) as client:
+    with connect(access) as client:
         state = client.probe(timeout)
     if kind == "ready" and state["draining"]:
         raise ModelNotReadyError(

@@ -113,11 +113,19 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What some kernels move: their number, and bytes."""
+    """What some kernels move.
+
+    Attributes:
+        kernels: Number of kernels.
+        read: Bytes read.
+        written: Bytes written.
+        least: Bytes of the graph's inputs and outputs that no kernel before them touched.
+    """
 
     kernels: int
     read: int
     written: int
+    least: int
 
     @property
     def total(self) -> int:
@@ -131,18 +139,21 @@ class Traffic:
 
     Attributes:
         kernels: Each kernel with what it moves.
-        least: Bytes that the call must move: weights, states and other inputs once, outputs once.
         copies: Kernel, input and bytes, where a kernel copies or transposes a large input.
     """
 
     kernels: tuple[tuple[Kernel, Moved], ...]
-    least: int
     copies: tuple[tuple[str, str, int], ...]
 
     @property
     def moved(self) -> Moved:
         """All kernels together."""
         return _sum(moved for _, moved in self.kernels)
+
+    @property
+    def least(self) -> int:
+        """Bytes that the call must move: weights, states and other inputs once, outputs once."""
+        return self.moved.least
 
     @property
     def ratio(self) -> float:
@@ -174,10 +185,16 @@ def traffic_of(listing: Listing, call: Mapping[str, int] | None = None) -> Traff
     """
     sizes = {**listing.usual, **(call or {})}
     tokens = math.prod(value_of(size, sizes) for size in _ids(listing).sizes)
-    moved = tuple((kernel, _moved(kernel, sizes, tokens)) for kernel in listing.kernels)
-    least = sum(_touched(tensor, sizes, tokens) for tensor in listing.inputs)
-    least += sum(_renewed(tensor, listing, sizes) for tensor in listing.outputs)
-    return Traffic(moved, least, tuple(_copies(listing, sizes)))
+    waiting = {tensor.name: _touched(tensor, sizes, tokens) for tensor in listing.inputs}
+    waiting |= {tensor.name: _renewed(tensor, listing, sizes) for tensor in listing.outputs}
+    kernels = []
+    for kernel in listing.kernels:
+        names = [tensor.name for tensor in (*kernel.reads, *kernel.writes)]
+        # a state that is renewed where it lies has one name here for both
+        both = [*names, *(f"{name}_new" for name in names)]
+        least = sum(waiting.pop(name, 0) for name in both)
+        kernels.append((kernel, _moved(kernel, sizes, tokens, least)))
+    return Traffic(tuple(kernels), tuple(_copies(listing, sizes)))
 
 
 def write_listings(path: Path, source: str, listings: Sequence[Listing]) -> None:
@@ -266,12 +283,12 @@ def _touched(tensor: Tensor, call: Mapping[str, int], tokens: int) -> int:
     return min(tensor.bytes(call), tokens * Tensor("", tensor.sizes[1:], tensor.type).bytes(call))
 
 
-def _moved(kernel: Kernel, call: Mapping[str, int], tokens: int) -> Moved:
+def _moved(kernel: Kernel, call: Mapping[str, int], tokens: int, least: int) -> Moved:
     """Return what a kernel moves; where it writes into its input, only what it writes there."""
     in_place = {one.name for one in kernel.reads} & {one.name for one in kernel.writes}
     read = sum(_touched(one, call, tokens) for one in kernel.reads if one.name not in in_place)
     written = sum(one.bytes(call) for one in kernel.writes if one.name not in in_place)
-    return Moved(1, read, written + (read if in_place else 0))
+    return Moved(1, read, written + (read if in_place else 0), least)
 
 
 def _renewed(output: Tensor, listing: Listing, call: Mapping[str, int]) -> int:
@@ -307,4 +324,5 @@ def _sum(some: Iterable[Moved]) -> Moved:
         sum(one.kernels for one in every),
         sum(one.read for one in every),
         sum(one.written for one in every),
+        sum(one.least for one in every),
     )

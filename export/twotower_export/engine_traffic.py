@@ -89,7 +89,6 @@ def _of_call(traffic: Traffic, call: Mapping[str, int], pattern: str) -> dict[st
     return {
         "sizes": dict(call),
         **_moved(traffic.moved),
-        "least_bytes": traffic.least,
         "ratio": round(traffic.ratio, 4),
         "kinds": {kind: _moved(moved) for kind, moved in traffic.by_kind(pattern).items()},
         "copies": [
@@ -110,6 +109,7 @@ def _moved(moved: Moved) -> dict[str, int]:
         "read_bytes": moved.read,
         "written_bytes": moved.written,
         "moved_bytes": moved.total,
+        "least_bytes": moved.least,
     }
 
 
@@ -152,11 +152,11 @@ def _text_of_profile(
             f"{kind} ({pattern.count(kind)} layers)" if kind in pattern else kind,
             f"{one['kernels']:,}",
             f"{one['kernels'] / pattern.count(kind):.1f}" if kind in pattern else "",
-            *(f"{one[f'{way}_bytes'] / 1e9:.3f}" for way in ("read", "written")),
+            *(f"{one[f'{way}_bytes'] / 1e9:.3f}" for way in ("read", "written", "least")),
         ]
         for kind, one in call["kinds"].items()
     ]
-    yield from _table([["", "kernels", "a layer", "GB read", "written"], *kinds], 1)
+    yield from _table([["", "kernels", "a layer", "GB read", "written", "least"], *kinds], 1)
     largest = sorted(call["each"], key=lambda one: -one["read_bytes"] - one["written_bytes"])
     yield "  the largest kernels:"
     kernels = [

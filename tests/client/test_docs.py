@@ -48,7 +48,7 @@ def test_shell(server) -> None:
 
 def test_http(http) -> None:
     """What the line with curl sends, sent without curl, which not every machine has."""
-    [command] = re.findall(r"curl -N .*?}'", blocks("sh")[1], flags=re.DOTALL)
+    [command] = re.findall(r"curl -N .*?}'", "".join(blocks("sh")), flags=re.DOTALL)
     _, _, address, _, data = shlex.split(command.replace("\\\n", ""))
     url = address.replace("localhost:8000", http)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -57,6 +57,21 @@ def test_http(http) -> None:
     events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
     assert len(events) == 3
     assert events[-1]["finish_reason"] == "length"
+
+
+def test_each_option_over_http(http) -> None:
+    from twotower_contract.options import OPTIONS
+
+    lines = [line for block in blocks("sh") for line in block.splitlines() if "generate" in line]
+    told = set()
+    for line in (one for one in lines if one.startswith("curl localhost")):
+        _, address, _, data = shlex.split(line)
+        told |= set(json.loads(data))
+        url = address.replace("localhost:8000", http)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(urllib.request.Request(url, data.encode()), timeout=60) as response:
+            assert b"text_output" in response.read(), line
+    assert told == {"text_input", *OPTIONS}
 
 
 def test_the_options_are_all_there() -> None:

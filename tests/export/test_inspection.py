@@ -330,6 +330,11 @@ def listing(profile, batch):
     return Listing(profile, usual, 12_000_000, inputs, (new,), kernels, ("t",))
 
 
+def moved(read, written, least):
+    bytes_ = {"read_bytes": read, "written_bytes": written, "moved_bytes": read + written}
+    return {"kernels": 1, **bytes_, "least_bytes": least}
+
+
 class TestTraffic:
     @pytest.fixture
     def engines(self, tmp_path, bundle):
@@ -347,15 +352,13 @@ class TestTraffic:
         assert [call["sizes"]["batch"] for call in wide["calls"]] == [1, 4]
         assert [call["sizes"]["batch"] for call in one["calls"]] == [1]
         weight, ids, rows, y = 1_000_000, 4 * 64, 64 * 16 * 2, 4 * 4 * 4
+        cache, new = 4 * 2 * 256 * 8 * 2, 4 * 2 * 16 * 8 * 2
         call = wide["calls"][1]
         assert call["kinds"] == {
-            "M": {"kernels": 1, "read_bytes": weight + ids + rows, "written_bytes": y}
-            | {"moved_bytes": weight + ids + rows + y},
-            "*": {"kernels": 1, "read_bytes": ids, "written_bytes": ids, "moved_bytes": 2 * ids},
-            "ends": {"kernels": 1, "read_bytes": weight, "written_bytes": weight}
-            | {"moved_bytes": 2 * weight},
+            "M": moved(weight + ids + rows, y, least=weight + ids + rows),
+            "*": moved(ids, ids, least=cache + new),
+            "ends": moved(weight, weight, least=0),
         }
-        cache, new = 4 * 2 * 256 * 8 * 2, 4 * 2 * 16 * 8 * 2
         assert call["least_bytes"] == weight + ids + rows + cache + new
         assert call["moved_bytes"] == sum(one["moved_bytes"] for one in call["kinds"].values())
         copy = {"kernel": "__myl_Tran", "input": "context_tower.layers.0.mixer.in_proj.weight"}

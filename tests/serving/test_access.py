@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -148,3 +149,40 @@ def test_a_client_takes_the_same_settings(closed, files) -> None:
     ) as client:  # fmt: skip
         client.check_ready()
         assert len(client.generate(prompt_ids=[5], max_new_tokens=4).ids) == 4
+
+
+def test_a_load_test_gets_in_the_same_way(closed, files) -> None:
+    command = [
+        *TWOTOWER,
+        "bench",
+        *options(files, closed),
+        "--key-file",
+        str(files / "access"),
+        "--num-prompts",
+        "2",
+        "--warmup",
+        "0",
+    ]
+    ran = subprocess.run(
+        [*command, "--max-new-tokens", "4"], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[1].split()[:5] == ["1", "at", "a", "time", "2"]
+
+
+def test_the_openai_front_end_gets_in_the_same_way(closed, files) -> None:
+    command = [
+        *TWOTOWER,
+        "openai",
+        *options(files, closed),
+        "--key-file",
+        str(files / "access"),
+        "--port",
+        "0",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().strip().removeprefix("ready http=")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{address}/health", timeout=30) as answer:
+            assert answer.status == 200
+        process.terminate()

@@ -96,7 +96,7 @@ def test_a_part_of_the_ensemble_comes_back_alone(serving) -> None:
     server, engine = serving.ready["pid"], serving.model("twotower")
     with serving.client() as client, client.stream(prompt_ids=[5], **LONG) as stream:
         next(stream)
-        for part in ("postprocessing", "preprocessing"):
+        for part in ("postprocessing", "llm", "preprocessing"):
             killed = serving.model(part)
             os.kill(killed, signal.SIGKILL)
             until(lambda part=part, killed=killed: serving.model(part) not in (None, killed))

@@ -101,8 +101,8 @@ def test_a_model_whose_process_dies_at_its_start_ends_the_wait(packaged, monkeyp
 def test_a_missing_model_file_is_named(tmp_path, packaged) -> None:
     broken = tmp_path / "repository"
     shutil.copytree(packaged.repository, broken)
-    (broken / "generate" / "1" / "model.py").unlink()
-    assert f"{broken}/generate/1/model.py: is missing" in refused(broken)
+    (broken / "twotower" / "1" / "model.py").unlink()
+    assert f"{broken}/twotower/1/model.py: is missing" in refused(broken)
 
 
 def test_too_few_files_are_refused_by_name(packaged) -> None:

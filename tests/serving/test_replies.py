@@ -146,3 +146,32 @@ def test_nothing_follows_the_end_and_the_sender_is_let_go(sending) -> None:
     sending.close()
     assert len(sender.sent) == 1
     assert sender not in vars(reply).values()
+
+
+def test_the_end_is_not_sent_while_somebody_asks(sending) -> None:
+    """The server frees the request with its end."""
+
+    class Asked(Sender):
+        is_asked = ended_meanwhile = False
+
+        def send(self, response, flags) -> None:
+            self.ended_meanwhile = self.is_asked
+            super().send(response, flags)
+
+        def is_cancelled(self) -> bool:
+            self.is_asked = True
+            begun.set()
+            threading.Event().wait(0.2)
+            self.is_asked = False
+            return False
+
+    begun, sender = threading.Event(), Asked()
+    reply = TritonReply(TRITON, sender, sending, None)
+    caller = threading.Thread(target=reply.is_cancelled)
+    caller.start()
+    begun.wait()
+    reply.send(LAST)
+    caller.join()
+    sending.close()
+    assert len(sender.sent) == 1
+    assert not sender.ended_meanwhile

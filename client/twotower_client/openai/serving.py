@@ -51,7 +51,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: Any, host: str, port: int, ready: Callable[[str], None]) -> None:
+def run(app: Any, host: str, port: int, ready: Callable[[str], None], **tls: Any) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Args:
@@ -59,6 +59,7 @@ def run(app: Any, host: str, port: int, ready: Callable[[str], None]) -> None:
         host: Address to listen on.
         port: Port; 0 takes a free one.
         ready: Is told `host:port` once callers are answered.
+        **tls: Files of certificates, as uvicorn names them.
 
     Raises:
         PortTakenError: The address is in use, or not this machine's.
@@ -71,6 +72,7 @@ def run(app: Any, host: str, port: int, ready: Callable[[str], None]) -> None:
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
         h11_max_incomplete_event_size=1 << 16,
+        **tls,
     )
     server = _Server(config, ready)
     try:

@@ -35,15 +35,17 @@ from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
 from twotower_contract.tokenizer import TOKENIZER_FILES
 from twotower_engines.building.build_cache import CachedEngine, EngineCache, digest_of
 from twotower_engines.building.code_digest import code_digest
+from twotower_engines.building.device_memory import check_device_memory
 from twotower_engines.building.flavours.flavour import Flavour, Order, Target, traffic_file
 from twotower_engines.building.flavours.onnxruntime import OnnxRuntimeFlavour
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
 from twotower_engines.building.flavours.tensorrt_rtx import TensorRtRtxFlavour
 from twotower_engines.errors import BuildError, PlanError
-from twotower_engines.planning.fit import gib, refusal, require_fit
+from twotower_engines.planning.fit import refusal, require_fit
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanRequest, plan_memory
+from twotower_engines.planning.precisions import flavour_for
 from twotower_engines.planning.skus import Sku, known_skus
 
 FLAVOURS: dict[str, Flavour] = {
@@ -122,7 +124,7 @@ def build_engines(
         partial_folder(engines) as work,
         _built(flavour, wanted, progress, writing.force) as built,
     ):
-        _check_device_memory(plan, built)
+        check_device_memory(plan, built)
         made = work / sku.name
         made.mkdir()
         _write_set(made, bundle, flavour, wanted, built)
@@ -158,9 +160,8 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
         PlanError: It does not fit in a precision that can be built, or the SKU cannot serve it.
         BuildError: The bundle's weights are in another precision.
     """
-    if options.flavour not in ("auto", *FLAVOURS):
-        raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
-    flavour = None if options.flavour == "auto" else options.flavour
+    model = read_model_size(bundle)
+    flavour = _chosen_flavour(options, model.precision)
     request = PlanRequest(
         options.sku,
         options.gpus,
@@ -168,10 +169,8 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
         options.context or min(CONTEXT, manifest.model.max_position_embeddings),
         flavour=flavour,
         block_size_max=options.block_size_max,
-        kernels=FLAVOURS[flavour or options.sku.flavour].has_kernels(),
+        kernels=FLAVOURS[flavour].has_kernels(),
     )
-
-    model = read_model_size(bundle)
 
     def planned(precision: str) -> MemoryPlan:
         return plan_memory(model, replace(request, precision=precision))
@@ -188,6 +187,32 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
     if plan.fits and not plan.is_built:
         raise PlanError(refusal(plan))
     return require_fit(plan)
+
+
+def _chosen_flavour(options: BuildOptions, precision: str | None) -> str:
+    """Return the flavour to build with.
+
+    `auto` is the SKU's default, but on an RTX card itself TensorRT with our kernels, where both are
+    installed: such engines read the routed experts only. Quantized weights (`precision`) take the
+    first flavour that has kernels for them.
+
+    Raises:
+        BuildError: There is no such flavour.
+    """
+    if options.flavour in FLAVOURS:
+        return options.flavour
+    if options.flavour != "auto":
+        raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
+    if precision is not None:
+        return flavour_for(options.sku, precision)
+    best, sku = FLAVOURS["tensorrt"], options.sku
+    if best.name in sku.flavours and sku.flavour != best.name and best.has_kernels():
+        limits = Limits(options.slots, options.context or CONTEXT, 1, options.block_size_max)
+        with contextlib.suppress(BuildError):
+            best.versions()
+            best.check(Target(sku, limits, options.precision, options.is_shared))
+            return best.name
+    return sku.flavour
 
 
 def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:
@@ -322,32 +347,6 @@ def _built(
 
 def _say_waiting() -> None:
     print("waiting for another build of the same engine to end", file=sys.stderr, flush=True)
-
-
-def _check_device_memory(plan: MemoryPlan, built: Mapping[str, CachedEngine]) -> None:
-    """Check the memory that TensorRT reports for intermediates against the memory plan.
-
-    Raises:
-        BuildError: A GPU would not hold it all; never where the builder could not open an engine.
-    """
-    for gpu in plan.gpus:
-        engines = {tower: built[tower].report.get("engine") or {} for tower in gpu.towers}
-        taken = {
-            tower: engine["device_memory"]
-            for tower, engine in engines.items()
-            if "device_memory" in engine
-        }
-        more = sum(size - gpu.workspace[tower] for tower, size in taken.items())
-        if more > gpu.free:
-            sizes = ", ".join(
-                f"{tower} {gib(size)} (planned {gib(gpu.workspace[tower])})"
-                for tower, size in taken.items()
-            )
-            raise BuildError(
-                f"the engines for {plan.sku.name} take more device memory for intermediates than "
-                f"was planned: {sizes}, and only {gib(gpu.free)} were left free; build with fewer "
-                "--slots, a shorter --context or a smaller --block-size-max"
-            )
 
 
 def _write_set(

@@ -60,7 +60,8 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     type=click.Choice(["auto", *FLAVOURS]),
     default="auto",
     show_default=True,
-    help="Library that builds and runs them. `auto`: the SKU's default.",
+    help="Library that builds and runs them. `auto`: the SKU's default; on an RTX card itself "
+    "tensorrt, where it and the extra [kernels] are installed.",
 )
 @click.option(
     "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests in flight."

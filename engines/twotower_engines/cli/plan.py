@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from twotower_contract.engine_set import MAX_BLOCK
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX, PlanRequest
-from twotower_engines.planning.plan_report import plan_report
+from twotower_engines.planning.plan_report import plan_report, with_faster_flavours
 from twotower_engines.planning.plan_text import text_of_many, text_of_one
 from twotower_engines.planning.precisions import PRECISIONS
 from twotower_engines.planning.sku_lookup import complete_skus, resolve_skus
@@ -69,7 +70,7 @@ Examples:
     type=click.Choice(["auto", *FLAVOURS]),
     default="auto",
     show_default=True,
-    help="Library that runs the engines. `auto`: the SKU's default.",
+    help="Library that runs the engines. `auto`: the SKU's default, and the others beside it.",
 )
 @click.option(
     "--block-size-max",
@@ -113,6 +114,7 @@ def plan(
     chosen = resolve_skus(skus)
     several = len(chosen) > 1
     reports = []
+    others = []
     problems = []
     for sku in chosen:
         try:
@@ -126,6 +128,10 @@ def plan(
                 block_size_max=block_size_max,
             )
             reports.append(plan_report(model, request, threshold))
+            others += [
+                plan_report(model, replace(request, flavour=other), threshold)
+                for other in (sku.flavours[1:] if flavour == "auto" else ())
+            ]
         except PlanError as problem:
             if not several:
                 raise
@@ -138,12 +144,16 @@ def plan(
             "slots": slots,
             "context": context,
             "plans": [report.as_json() for report in reports],
+            "other_flavours": [report.as_json() for report in others],
             "impossible": problems,
         }
         click.echo(json.dumps(values, indent=2))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        click.echo(text_of_many(reports, width) if several else text_of_one(reports[0]))
+        if several:
+            click.echo(text_of_many(with_faster_flavours(reports, others), width))
+        else:
+            click.echo(text_of_one(reports[0], others))
         for text in problems:
             click.echo(f"  {text}")
     if not several and reports[0].refused is not None:

@@ -29,7 +29,7 @@ SERVE_EPILOG = """\b
 Examples:
   twotower serve repository
   twotower serve repository --grpc-port 0 --no-metrics --json
-  twotower serve repository --http-port 8000
+  twotower serve repository --http-port 8000 --openai-port 9000
   twotower serve repository --host 0.0.0.0 --log server.log --grace 60
   twotower serve repository --tls-certificate server.pem --tls-key server.key --key-file key
 
@@ -125,6 +125,11 @@ def package(
 @click.option(
     "--http-port", type=int, help="Speak HTTP on this port, too; 0 takes a free one.  [no HTTP]"
 )
+@click.option(
+    "--openai-port",
+    type=int,
+    help="Speak OpenAI's interface on this port, too; 0 takes a free one.  [no such port]",
+)
 @click.option("--no-metrics", is_flag=True, help="Serve no metrics.")
 @click.option("--tls-certificate", type=FILE, help="Encrypt gRPC with this certificate (PEM).")
 @click.option("--tls-key", type=FILE, help="Key of the certificate (PEM).")
@@ -166,6 +171,7 @@ def serve(
     grpc_port: int,
     metrics_port: int,
     http_port: int | None,
+    openai_port: int | None,
     no_metrics: bool,
     tls_certificate: Path | None,
     tls_key: Path | None,
@@ -190,6 +196,7 @@ def serve(
         grpc_port=grpc_port,
         metrics_port=None if no_metrics else metrics_port,
         http_port=http_port,
+        openai_port=openai_port,
         log=log,
         log_json=log_json,
         tls=tls_of(tls_certificate, tls_key, tls_clients),
@@ -200,9 +207,8 @@ def serve(
 
     def ready(server: TritonServer, seconds: float) -> None:
         show.clear()
-        front = supervisor.front
-        http = front.address if front is not None else None
-        print(_ready(server, http, seconds, as_json), flush=True)
+        fronts = {kind: front.address for kind, front in supervisor.fronts.items()}
+        print(_ready(server, fronts, seconds, as_json), flush=True)
 
     with _Interrupted(supervisor):
         try:
@@ -252,10 +258,11 @@ class _Status:
         self._line.clear()
 
 
-def _ready(server: TritonServer, http: str | None, seconds: float, as_json: bool) -> str:
+def _ready(server: TritonServer, fronts: dict[str, str], seconds: float, as_json: bool) -> str:
     values: dict[str, object] = {
         "grpc": server.grpc_address,
-        "http": http,
+        "http": fronts.get("http"),
+        "openai": fronts.get("openai"),
         "metrics": server.metrics_address,
         "pid": server.pid,
         "seconds": round(seconds, 2),

@@ -43,8 +43,14 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--sku", required=True, shell_complete=complete, help="The GPU, as for `plan`.")
-@click.option("--rate", help="Requests a second, at random; several with commas.")
-@click.option("--concurrency", help="Callers who each wait for an answer; several with commas.")
+@click.option(
+    "--rate", metavar="N[,N...]", help="Requests a second, at random; several with commas."
+)
+@click.option(
+    "--concurrency",
+    metavar="N[,N...]",
+    help="Callers who each wait for an answer; several with commas.",
+)
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -71,9 +77,15 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     type=click.Choice(["auto", *PRECISIONS]),
     help="Precision of the weights.",
 )
-@click.option("--prefix-cache", default=0.0, help="GiB for prefixes of prompts.  [default: none]")
+@click.option(
+    "--prefix-cache",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="GiB for prefixes of prompts.  [default: none]",
+)
 @click.option(
     "--prefill-ms",
+    type=click.FloatRange(min=0),
     default=1e3 * PREFILL_SECONDS,
     show_default=True,
     help="Time that prompts may take from running rows in a turn.",

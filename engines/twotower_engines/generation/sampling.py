@@ -76,7 +76,11 @@ def likeliest(
     """
     shifted = logits.astype(np.float64) - logits.max()
     log_p = shifted - np.log(np.exp(shifted).sum())
-    order = np.argsort(-log_p, kind="stable")[:count]
+    if not count:
+        return float(log_p[token]), ()
+    count = min(count, log_p.size)
+    likely = np.flatnonzero(log_p >= np.partition(log_p, -count)[-count])
+    order = likely[np.argsort(-log_p[likely], kind="stable")][:count]
     return float(log_p[token]), tuple((int(one), float(log_p[one])) for one in order)
 
 

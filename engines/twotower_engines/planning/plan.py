@@ -5,7 +5,7 @@ of its calls, and the engines' workspace. A plan says whether it fits; `fit.py` 
 instead. It is all arithmetic and needs no GPU. (After a build, `build.py` checks the memory that
 TensorRT reports against the plan.)
 
-`ASSUMPTIONS` lists what is assumed rather than known, and every report prints it.
+`BASIS` says which figures are compiled, which computed and which assumed; every report prints it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from twotower_contract.layout import Tower
 from twotower_contract.quantized import FORMATS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.errors import PlanError
+from twotower_engines.planning.compiled import Way, compiled_tower, table_source
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import BUILT, PRECISIONS, flavour_for, weight_sizes
 from twotower_engines.planning.skus import GIB, Sku
@@ -30,21 +31,28 @@ BLOCK_SIZE_MAX = 64
 """Default for the largest block of the engines; most requests have blocks of 16."""
 OVERHEAD = {"onnxruntime": 512 << 20, "tensorrt": GIB, "tensorrt-rtx": GIB}
 MARGIN = 0.02
-WORKSPACE_SLACK = 1.25
+WORKSPACE_SLACK = 1.1
 FLOAT32 = 4
 
-ASSUMPTIONS = (
-    "per GPU 1 GiB for the CUDA context, libraries and captured graphs (0.5 GiB on the CPU), and "
-    "2% of the memory stays free",
-    "workspace: the largest layer's intermediates in the largest call, elementwise chains fused, "
-    "plus a quarter; `tensorrt` with the extra [kernels] runs our kernels (routed experts only), "
-    "else function bodies run (all experts, quadratic scan)",
-    "attention scores are written out: float32 and once more in the weights' dtype; and the keys "
-    "of one layer once more in float32",
-    "calls of a tower take turns in memory for the largest: where new states land, and its logits",
-    "with two GPUs each holds all context states; beside the denoiser, the Mamba states a second "
-    "time for mock_ar",
-)
+BASIS: Mapping[str, tuple[str, ...]] = {
+    "compiled": (
+        f"workspace: the scratch memory that the compiler asked for ({table_source()}), and a "
+        "tenth; `tensorrt` with the extra [kernels] runs our kernels (routed experts only), else "
+        "function bodies run (all experts, quadratic scan). TensorRT shares the compiler, but "
+        "times its choices: `build` checks what it reports",
+    ),
+    "arithmetic": (
+        "weights, states and buffers: the bytes that the runtime allocates. Calls of a tower take "
+        "turns in memory for the largest: where new states land, and its logits",
+        "with two GPUs each holds all context states; beside the denoiser, the Mamba states a "
+        "second time for mock_ar",
+    ),
+    "assumed": (
+        "per GPU 1 GiB for the CUDA context, libraries and captured graphs (0.5 GiB on the CPU), "
+        "and 2% of the memory stays free",
+    ),
+}
+"""Ground of each figure of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +213,7 @@ class MemoryPlan:
             "fits": self.fits,
             "buildable": self.buildable,
             "needs_quantizing": self.needs_quantizing,
-            "assumptions": list(ASSUMPTIONS),
+            "basis": {name: list(texts) for name, texts in BASIS.items()},
         }
 
 
@@ -335,9 +343,9 @@ class _Sizes:
         return self.request.max_tokens_per_call
 
     @property
-    def has_kernels(self) -> bool:
+    def way(self) -> Way:
         """Whether our kernels run in place of the ops' function bodies."""
-        return self.flavour == "tensorrt" and self.request.kernels
+        return "kernels" if self.flavour == "tensorrt" and self.request.kernels else "bodies"
 
     @property
     def item(self) -> int:
@@ -376,40 +384,8 @@ class _Sizes:
         yield "context logits", slots * logits
 
     def workspace(self, tower: str) -> int:
-        """Return the bytes of the largest layer's intermediates in a tower's largest call."""
+        """Return the scratch memory of a tower's engine, as compiled for its largest call."""
         length = self.chunk if tower == "context" else self.request.block_size_max
-        tokens = self.request.slots * length
-        kinds = {"M": self._mamba, "*": self._attention, "E": self._experts}
-        pattern = set(self.model.config.pattern)
-        largest = max(size(tokens, length) for kind, size in kinds.items() if kind in pattern)
-        head = (
-            tokens if tower == "denoiser" else self.request.slots
-        ) * self.model.config.vocab_size
-        residual = 4 * tokens * self.model.config.hidden_size * self.item
-        return int(WORKSPACE_SLACK * (max(largest, head * self.item) + residual))
-
-    def _mamba(self, tokens: int, length: int) -> int:
-        c = self.model.config
-        inner = c.mamba_num_heads * c.mamba_head_dim
-        size = tokens * (2 * inner + c.conv_dim + c.mamba_num_heads) * self.item
-        if not self.has_kernels:
-            decay = tokens * length * c.mamba_num_heads  # [B, heads, L, L], and its product
-            size += (2 * decay + tokens * (c.conv_dim + 3 * inner)) * FLOAT32
-        return size
-
-    def _attention(self, tokens: int, length: int) -> int:
-        c = self.model.config
-        seen = self.request.context + length
-        scores = tokens * c.num_attention_heads * seen * (FLOAT32 + self.item)
-        # scores are float32 products: narrower keys are cast first, and may be written out so
-        keys = 0 if self.item == FLOAT32 else tokens // length * seen * c.num_key_value_heads
-        return scores + keys * c.head_dim * FLOAT32
-
-    def _experts(self, tokens: int, length: int) -> int:
-        c = self.model.config
-        if self.has_kernels:
-            inner = c.num_experts_per_tok * c.moe_intermediate_size * self.item
-            return tokens * (inner + c.hidden_size * FLOAT32)
-        # [E, n, inner] and [E, n, hidden], the products of the dense body
-        width = c.moe_intermediate_size + c.hidden_size
-        return tokens * c.num_experts * width * self.item
+        compiled = compiled_tower(self.model.config, tower, self.way, self.item)
+        size = compiled.scratch_bytes(self.request.slots, length, self.request.context)
+        return int(WORKSPACE_SLACK * size)

@@ -7,6 +7,7 @@ tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -52,6 +53,11 @@ class PlanReport:
     def sku(self) -> Sku:
         """The SKU."""
         return self.plan.sku
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether its engines run our kernels, which the SKU's default flavour does not."""
+        return self.plan.flavour == "tensorrt" != self.sku.flavour
 
     @property
     def has_denoiser(self) -> bool:
@@ -159,7 +165,7 @@ class PlanReport:
             },
             "precisions": self.precision_table(),
             "roofline": {
-                "assumptions": list(roofline.ASSUMPTIONS),
+                "basis": {name: list(texts) for name, texts in roofline.BASIS.items()},
                 "context_extension": [self.extension(rows).as_json() for rows in ROWS],
                 "prefill": self.prefill(),
             },
@@ -206,3 +212,18 @@ def plan_report(model: ModelSize, request: PlanRequest, threshold: float) -> Pla
         widest = resolve_precision(model, request.sku, "auto")
         wide = plan_memory(model, replace(request, precision=widest))
     return PlanReport(plan, wide, None if wide.buildable else refusal(wide), threshold, acceptance)
+
+
+def with_faster_flavours(
+    reports: Sequence[PlanReport], others: Sequence[PlanReport]
+) -> list[PlanReport]:
+    """Return plans of several SKUs, each followed by those of other flavours that run our kernels.
+
+    Such engines are built on the GPU itself, and so are no default where others can be built
+    anywhere; but they read the routed experts only.
+    """
+    return [
+        shown
+        for report in reports
+        for shown in (report, *(one for one in others if one.sku == report.sku and one.is_faster))
+    ]

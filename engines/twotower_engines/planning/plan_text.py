@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from twotower_contract.engine_set import MAX_SLOTS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
@@ -22,6 +22,7 @@ GROUPS = (
     *("libraries and graphs", "used", "free"),
 )
 """Groups of the table of memory, in their order."""
+GROUNDS = ("compiled", "arithmetic", "measured by others", "assumed")
 
 
 def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str:
@@ -34,9 +35,9 @@ def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str
     first = reports[0].plan
     ends = _task_range(reports[0].acceptance)
     many = f"x{first.slots}"
-    head = ["SKU", "memory", "verdict", "GPUs", "precision", "weights", "used", "free"]
+    head = ["SKU", "memory", "flavour", "verdict", "GPUs", "precision", "weights", "used", "free"]
     head += ["slots", "context", "step ms", many, "tok/s", many]
-    table = _folded([head, *(_line(report) for report in reports)], {0, 2, 4}, width)
+    table = _folded([head, *(_line(report) for report in reports)], {0, 2, 3, 5}, width)
     notes = [
         "",
         "memory: GiB per GPU as CUDA sees it; weights, used and free: GiB on the fullest GPU.",
@@ -63,8 +64,13 @@ def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str
     return "\n".join(parts)
 
 
-def text_of_one(report: PlanReport) -> str:
-    """Return everything about one SKU's plan."""
+def text_of_one(report: PlanReport, others: Sequence[PlanReport] = ()) -> str:
+    """Return everything about one SKU's plan.
+
+    Args:
+        report: The plan.
+        others: Plans with the other flavours that serve the SKU.
+    """
     plan, sku = report.plan, report.sku
     capability = sku.compute_capability or "no CUDA"
     peak = f"{sku.bandwidth / 1e9:,.0f} GB/s, {sku.achieved:.0%} of it achieved"
@@ -77,6 +83,7 @@ def text_of_one(report: PlanReport) -> str:
         "",
         _verdict(report),
         "",
+        *([_flavours(report, others), ""] if others else []),
         _memory_table(plan),
         "",
         _stretch(report),
@@ -87,13 +94,20 @@ def text_of_one(report: PlanReport) -> str:
         "",
         _token_table(report),
         "",
-        "Assumed:",
-        *(f"- {text}" for text in memory_plan.ASSUMPTIONS + roofline.ASSUMPTIONS),
-        "",
+        *_basis(),
         "Sources:",
         *(f"- {text}" for text in _sources(report)),
     ]
     return "\n".join(parts)
+
+
+def _basis() -> Iterator[str]:
+    """Yield what the figures stand on: compiled, computed, measured by others, assumed."""
+    for name in GROUNDS:
+        yield f"{name.capitalize()}:"
+        for basis in (memory_plan.BASIS, roofline.BASIS):
+            yield from (f"- {text}" for text in basis.get(name, ()))
+        yield ""
 
 
 def _heading(model: ModelSize, plan: MemoryPlan) -> str:
@@ -121,6 +135,20 @@ def _first_step(plan: MemoryPlan) -> str:
     return ""
 
 
+def _flavours(report: PlanReport, others: Sequence[PlanReport]) -> str:
+    """Return a line for each flavour, and where its engines can be built."""
+    many = f"x{report.plan.slots}"
+    rows = [("flavour", "built", "verdict", "workspace", "step ms", many, "tok/s", many)]
+    for one in (report, *others):
+        plan = one.plan
+        where = "on any machine" if plan.flavour == "tensorrt-rtx" else "on the GPU, with [kernels]"
+        workspace = max(sum(gpu.workspace.values()) for gpu in plan.gpus)
+        verdict, *_, step, many_steps, rate, many_rates = _line(one)[3:]
+        cells = (verdict, gib(workspace), step, many_steps, rate, many_rates)
+        rows.append((plan.flavour, where, *cells))
+    return "\n".join(["By flavour:", _columns(rows, left={0, 1, 2})])
+
+
 def _line(report: PlanReport) -> tuple[str, ...]:
     """Return the row of one SKU."""
     plan, sku = report.plan, report.sku
@@ -129,7 +157,7 @@ def _line(report: PlanReport) -> tuple[str, ...]:
     verdict = "no" if not plan.fits else "later" if later else "yes"
     sizes = (fullest.weight_bytes, fullest.total, fullest.free)
     memory = (verdict, f"{len(plan.gpus)}", plan.precision, *(f"{n / GIB:.1f}" for n in sizes))
-    name = (sku.name, f"{sku.memory / GIB:.1f}")
+    name = (sku.name, f"{sku.memory / GIB:.1f}", plan.flavour)
     if not plan.fits:
         return (*name, *memory, *("-",) * 6)
     stretch = (_most(report.most_slots), _thousands(report.most_context))

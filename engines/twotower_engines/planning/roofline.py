@@ -4,9 +4,8 @@ A denoiser step or a context extension is taken apart into parts; each part take
 bytes over the achieved bandwidth and its operations over the achieved rate. The parts follow each
 other, so their times add up, and each kernel and each call has a small cost of its own. The number
 of routed experts that a batch reads comes from the measured routing (`routing.py`), the number of
-steps of a block from the measured acceptance (`acceptance.py`). Only the denoiser's calls are
-captured as CUDA graphs: the host enqueues a context call kernel by kernel, and short kernels wait
-for it.
+steps of a block from the measured acceptance (`acceptance.py`); kernels, and what they move beside
+weights and states, from compiled engines (`compiled.py`). Calls are captured as CUDA graphs.
 
 Where bytes bind, this is a floor for the time and a ceiling for tokens per second. Where operations
 do, it is an estimate: 60% of the dense rate is assumed, and 73 to 83% of it was measured on an RTX
@@ -22,7 +21,9 @@ from typing import Any, Literal
 
 from twotower_contract.layout import Tower
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
+from twotower_contract.traffic import ENDS
 from twotower_engines.planning.acceptance import Calls
+from twotower_engines.planning.compiled import Way, compiled_tower, table_source
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import BLOCK, MemoryPlan
 from twotower_engines.planning.precisions import weight_sizes
@@ -31,41 +32,44 @@ from twotower_engines.planning.skus import Sku
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 FLOAT32 = 4
+TABLE = table_source()
 MATRIX_EFFICIENCY = 0.6
 KERNEL_SECONDS = {"tensorrt": 2e-6, "tensorrt-rtx": 2e-6, "onnxruntime": 5e-6}
 """Seconds from the end of a kernel to the start of the next."""
-ENQUEUE_SECONDS = 5e-6
-"""Seconds that the host takes to enqueue a kernel outside of a captured graph."""
 CALL_SECONDS = 300e-6
-# Kernels per layer of each kind, and before and after all layers. With our kernels a Mamba layer is
-# norm, projection, two of ours, projection, residual; an MoE layer has four of ours, and function
-# bodies leave more to run.
-KERNELS: Mapping[str, Mapping[str, int]] = {
-    "tensorrt": {"M": 6, "*": 8, "E": 11, "ends": 13},
-    "tensorrt-rtx": {"M": 24, "*": 14, "E": 14, "ends": 30},
-    "onnxruntime": {"M": 90, "*": 50, "E": 40, "ends": 100},
-}
+CPU_KERNELS: Mapping[str, int] = {"M": 90, "*": 50, "E": 40, "ends": 100}
+"""Operators that ONNX Runtime runs, per layer of each kind, and before and after all layers."""
 
-ASSUMPTIONS = (
-    "memory is read at the achieved share of the specified bandwidth, so a time that bytes bind is "
-    "a floor; matrix products reach 60% of the dense bf16 rate, whatever the width of the weights: "
-    "a time that FLOPs bind is an estimate, for 73 to 83% was measured on an RTX PRO 6000",
-    "each kernel costs 2 us besides (some 450 of a call; function bodies: some 1,000), each call "
-    "300 us on the host; denoiser calls are captured graphs, context calls are not: their host "
-    "enqueues a kernel in 5 us, and the call takes at least as long",
-    "calls are counted as large as they are asked for: the runtime pads rows to a power of two and "
-    "a row's tokens to 16, 32, 64 or a chunk, which costs time that is not counted here",
-    "new states are written, and read and written once more to reach their slot; ids and logits "
-    "that cross to the host are not counted",
-    "`tensorrt` reads the experts that a batch is routed to, once; `tensorrt-rtx` and "
-    "`onnxruntime` run function bodies, which read and compute all experts",
-    "routing as measured on arithmetic prompts, rows of a batch independent; `uniform` is the "
-    "other end, every token choosing its experts at random",
-    "attention reads the keys and values of a slot's whole capacity (what a request has not "
-    "reached is masked, not skipped), and its scores stay on the chip",
-    "rows finish their blocks independently, and those that do share one context extension; "
-    "prefill is not part of tokens per second",
-)
+BASIS: Mapping[str, tuple[str, ...]] = {
+    "compiled": (
+        f"kernels of a call, and the bytes that they move beside weights and states ({TABLE}): "
+        "for `tensorrt` of the graph cut at our plugins, for the others of function bodies",
+        "attention reads the keys and values of a slot's whole capacity: what a request has not "
+        "reached is masked, and counted as if it were read",
+    ),
+    "measured by others": (
+        "the tokens that a denoiser call commits (tasks `open` to `arithmetic`), and the experts "
+        "that a batch is routed to (arithmetic prompts, rows independent; `uniform` is the other "
+        "end, every token choosing at random)",
+        "for comparison only: 73 to 83% of the dense bf16 rate in matrix products on an RTX PRO "
+        "6000, and the times of NVIDIA's code below",
+    ),
+    "assumed": (
+        "memory is read at the achieved share of the specified bandwidth (its source is below), so "
+        "a time that bytes bind is a floor; matrix products reach 60% of the dense bf16 rate, "
+        "whatever the width of the weights: a time that FLOPs bind is an estimate",
+        "each kernel costs 2 us besides, each call 300 us on the host; calls are captured graphs",
+        "calls are counted as large as they are asked for: the runtime pads rows to a power of two "
+        "and a row's tokens to 16, 32, 64 or a chunk, which costs time that is not counted here",
+        "new Mamba states are read and written once more to reach their slot; ids and logits that "
+        "cross to the host are not counted",
+        "`tensorrt` reads the experts that a batch is routed to, once; `tensorrt-rtx` and "
+        "`onnxruntime` run function bodies, which read and compute all experts",
+        "rows finish their blocks independently, and those that do share one context extension; "
+        "prefill is not part of tokens per second",
+    ),
+}
+"""Ground of each figure of the times."""
 
 RoutingKind = Literal["measured", "uniform"]
 
@@ -84,9 +88,14 @@ class Machine:
         return FLOAT32 if self.precision == "float32" else 2
 
     @property
+    def way(self) -> Way:
+        """Whether our kernels run, which read the routed experts only, or function bodies."""
+        return "kernels" if self.flavour == "tensorrt" else "bodies"
+
+    @property
     def reads_all_experts(self) -> bool:
         """Whether the experts run as the dense function body."""
-        return self.flavour != "tensorrt"
+        return self.way == "bodies"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +182,7 @@ def denoiser_step(
         routing: Source of the number of distinct experts.
     """
     parts = _Parts(model, machine, "denoiser", rows, tokens, context, "denoiser block", routing)
-    vocabulary = model.config.vocab_size
-    # logits are written once and read once by the refinement
-    return parts.cost(logits=2 * rows * tokens * vocabulary, heads=rows * tokens)
+    return parts.cost(heads=rows * tokens)
 
 
 def context_call(
@@ -197,13 +204,13 @@ def context_call(
     table: Routing = "context token" if tokens == 1 else "context block"
     parts = _Parts(model, machine, "context", rows, tokens, context, table, routing)
     item = machine.item
-    new = rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
-    new += rows * tokens * kv_bytes_per_token(model.config, item)
-    # new states are read and written once more to reach their slots
-    copies = 2 * new / parts.bandwidth
+    mamba = rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
+    new = mamba + rows * tokens * kv_bytes_per_token(model.config, item)
+    # new Mamba states are read and written once more to reach their slots
+    copies = 2 * mamba / parts.bandwidth
     if to_second_gpu and machine.sku.peer:
         copies += new / machine.sku.peer
-    return parts.cost(logits=rows * model.config.vocab_size, heads=rows, written=new, copies=copies)
+    return parts.cost(heads=rows, written=new, copies=copies)
 
 
 def throughput(plan: MemoryPlan, rows: int, calls: Calls) -> Throughput:
@@ -258,6 +265,7 @@ class _Parts:
     ) -> None:
         self.model, self.machine, self.rows, self.tokens = model, machine, rows, tokens
         self.context, self.tower = context, tower
+        self.compiled = compiled_tower(model.config, tower, machine.way, machine.item)
         self.count = rows * tokens
         self.parameters = parts_of_tower(model.config, tower)
         self.weights = weight_sizes(model, tower, machine.precision)
@@ -268,63 +276,56 @@ class _Parts:
             experts, chosen = c.num_experts, c.num_experts_per_tok
             self.distinct = distinct_experts(table, rows, tokens, experts, chosen, routing)
 
-    def cost(
-        self, *, logits: int, heads: int, written: float = 0.0, copies: float = 0.0
-    ) -> CallCost:
+    def cost(self, *, heads: int, written: float = 0.0, copies: float = 0.0) -> CallCost:
         """Put the parts together.
 
         Args:
-            logits: Number of float32 values written or read.
             heads: Positions that the head is applied to.
             written: Bytes of new states.
             copies: Seconds that new states take to reach their slots.
         """
-        sizes, flops = self._bytes(logits, written), self._flops(heads)
+        sizes, flops = self._bytes(written), self._flops(heads)
         sku = self.machine.sku
         rate = sku.flops * MATRIX_EFFICIENCY
         seconds = {
             part: max(size / self.bandwidth, flops.get(part, 0.0) / rate)
             for part, size in sizes.items()
         }
-        seconds["launches"] = self._launches(sum(seconds.values())) + CALL_SECONDS
+        seconds["launches"] = self._launches() + CALL_SECONDS
         if copies:
             seconds["state copies"] = copies
         return CallCost(self.rows, self.tokens, self.distinct, sizes, flops, seconds)
 
-    def _launches(self, busy: float) -> float:
-        """Return the seconds in which kernels wait to begin, in a call that is busy for so long."""
-        kernels = KERNELS[self.machine.flavour]
-        count = kernels["ends"] + sum(kernels[kind] for kind in self.model.config.pattern)
-        gaps = count * KERNEL_SECONDS[self.machine.flavour]
-        is_captured = self.tower == "denoiser" or self.machine.flavour == "onnxruntime"
-        return gaps if is_captured else max(gaps, count * ENQUEUE_SECONDS - busy)
+    def _launches(self) -> float:
+        """Return the seconds in which kernels wait to begin."""
+        pattern = self.model.config.pattern
+        count = self.compiled.call_kernels(pattern)
+        if self.machine.flavour == "onnxruntime":
+            count = CPU_KERNELS[ENDS] + sum(CPU_KERNELS[kind] for kind in pattern)
+        return count * KERNEL_SECONDS[self.machine.flavour]
 
-    def _bytes(self, logits: int, written: float) -> dict[str, float]:
+    def _bytes(self, written: float) -> dict[str, float]:
         model, c, item, n = self.model, self.model.config, self.machine.item, self.count
-        layers, w = len(c.pattern), self.weights
+        w = self.weights
         mamba = self.rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
         keys = self.rows * self.context * kv_bytes_per_token(model.config, item)
-        share = self.distinct / c.num_experts if c.num_experts else 0.0
+        moved = self.compiled.moved_bytes(c.pattern, self.rows, self.tokens, self.context)
         return {
-            "routed experts": w["routed experts"] * share + self._expert_activations(),
+            "routed experts": w["routed experts"] * self._share_of_experts(),
             "shared experts": w["shared experts"],
             "router": w["router"],
             "mamba": w["mamba"],
             "attention": w["attention"],
             "states": mamba + keys + written,
-            "head": w["head"] + logits * FLOAT32,
-            # the residual is read and written by the norm and by the addition of each layer
-            "activations": 4.0 * layers * n * c.hidden_size * item + w["norms"],
+            "head": w["head"],
+            "activations": moved + w["norms"],
             "embeddings": n * c.hidden_size * item,
             "time conditioning": w["time conditioning"],
         }
 
-    def _expert_activations(self) -> float:
-        """Inner activations, written once and read once; of all experts in the dense body."""
-        c = self.model.config
-        width = c.moe_intermediate_size + c.hidden_size
-        each = c.num_experts if self.machine.reads_all_experts else c.num_experts_per_tok
-        return 2.0 * self.model.layers("E") * self.count * each * width * self.machine.item
+    def _share_of_experts(self) -> float:
+        count = self.model.config.num_experts
+        return self.distinct / count if count else 0.0
 
     def _flops(self, heads: int) -> dict[str, float]:
         model, c, n, p = self.model, self.model.config, self.count, self.parameters

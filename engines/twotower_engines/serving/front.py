@@ -1,32 +1,40 @@
-"""The process that speaks HTTP beside a server: `twotower_client.http_door`."""
+"""The processes that speak HTTP beside a server: Triton's paths, and OpenAI's."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.launch import ServerOptions, name_of
 
-MODULE = "twotower_client.http_door"  # by name: the engines import no client
+# By name: the engines import no client.
+MODULES = {"http": "twotower_client.http_door", "openai": "twotower_client.openai.beside"}
 
 
 class Front:
-    """Runs the process, and starts it again where it ended.
+    """Runs a process, and starts it again where it ended.
 
     Args:
+        kind: Which of `MODULES`.
         options: Those of the server.
         port: Port of HTTP; 0 for any free one.
         grpc_address: `host:port` of the server.
+        tokenizer: Folder whose tokenizer may have a chat template.
 
     Raises:
         ServingError: It did not start.
     """
 
-    def __init__(self, options: ServerOptions, port: int, grpc_address: str) -> None:
+    def __init__(
+        self, kind: str, options: ServerOptions, port: int, grpc_address: str, tokenizer: Path
+    ) -> None:
+        self._kind = kind
         self._given: dict[str, Any] = {
+            "tokenizer": str(tokenizer),
             "host": options.host,
             "port": port,
             "grpc": grpc_address,
@@ -48,7 +56,7 @@ class Front:
         if code is None:
             return None
         self._start()
-        return f"the process of HTTP ended with exit code {code}"
+        return f"the process of {self._kind} ended with exit code {code}"
 
     def close(self) -> None:
         """End the process."""
@@ -56,7 +64,7 @@ class Front:
         self._process.communicate()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", MODULE]
+        command = [sys.executable, "-m", MODULES[self._kind]]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -67,5 +75,5 @@ class Front:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            raise ServingError("HTTP could not be served; the reason stands above")
+            raise ServingError(f"{self._kind} could not be served; the reason stands above")
         self._given["port"] = int(line)

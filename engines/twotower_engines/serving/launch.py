@@ -47,6 +47,7 @@ class ServerOptions:
         grpc_port: 0 for any free one, as for the other.
         metrics_port: None for no metrics.
         http_port: None for no HTTP, which a process beside the server speaks.
+        openai_port: The same for OpenAI's interface.
         log: File for the server's log; None for a temporary file.
         log_json: Whether each request is logged as a JSON object.
         restarts: Servers that ran here before this one.
@@ -58,6 +59,7 @@ class ServerOptions:
     grpc_port: int = 8001
     metrics_port: int | None = 8002
     http_port: int | None = None
+    openai_port: int | None = None
     log: Path | None = None
     log_json: bool = False
     restarts: int = 0
@@ -70,6 +72,7 @@ class ServerOptions:
             "--grpc-port": self.grpc_port,
             "--metrics-port": self.metrics_port,
             "--http-port": self.http_port,
+            "--openai-port": self.openai_port,
         }
         return {option: port for option, port in wanted.items() if port is not None}
 

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, Self
 
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.asking import ACCESS, CONTROL, Asker
+from twotower_engines.serving.front import MODULES
 from twotower_engines.serving.installation import find_server, make_backends, problem_of
 from twotower_engines.serving.launch import (
     LOG_JSON,
@@ -128,9 +129,10 @@ class TritonServer:
         return self._address("--grpc-port")
 
     @property
-    def http_port(self) -> int | None:
-        """Port that is kept for HTTP, or None."""
-        return self._ports.get("--http-port")
+    def front_ports(self) -> dict[str, int]:
+        """Ports of the processes beside the server, by their kind."""
+        names = {kind: f"--{kind}-port" for kind in MODULES}
+        return {kind: self._ports[name] for kind, name in names.items() if name in self._ports}
 
     @property
     def dialled(self) -> str:
@@ -149,8 +151,8 @@ class TritonServer:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Models of the ensemble that can be loaded again while requests are open."""
-        return ("preprocessing", "postprocessing")
+        """Models that can be loaded again while requests to `twotower` are open."""
+        return ("preprocessing", "postprocessing", "llm")
 
     @property
     def model_processes(self) -> dict[str, int]:

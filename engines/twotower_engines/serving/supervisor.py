@@ -23,6 +23,7 @@ from twotower_engines.errors import ServingError
 from twotower_engines.serving.asking import NoAnswerError
 from twotower_engines.serving.front import Front
 from twotower_engines.serving.launch import ServerOptions
+from twotower_engines.serving.repository import CONFIG_FILE, read_config
 from twotower_engines.serving.server import TritonServer
 from twotower_engines.serving.stubs import state_of
 
@@ -70,7 +71,7 @@ class Supervisor:
     ) -> None:
         self._repository, self._options = repository, options
         self._policy, self._tell = policy, tell
-        self.front: Front | None = None
+        self.fronts: dict[str, Front] = {}
         self._server: TritonServer | None = None
         self._ending: signal.Signals | None = None
 
@@ -97,8 +98,8 @@ class Supervisor:
         try:
             self._run(starting, ready)
         finally:
-            if self.front is not None:
-                self.front.close()
+            for front in self.fronts.values():
+                front.close()
 
     def _run(self, starting: Tell, ready: Callable[[TritonServer, float], None]) -> None:
         options, failures, began, has_run = self._options, 0, time.monotonic(), False
@@ -112,8 +113,7 @@ class Supervisor:
                         self._policy.ready_seconds, lambda text: self._start(starting, text)
                     )
                     has_run = True
-                    if self.front is None and server.http_port is not None:
-                        self.front = Front(self._options, server.http_port, server.dialled)
+                    self._open_fronts(server)
                     ready(server, seconds)
                     problem = self._watch(server)
                     if problem is None:
@@ -136,6 +136,14 @@ class Supervisor:
                 failures = 0
             self._pause(min(2.0**failures - 1, LONGEST_PAUSE_SECONDS))
 
+    def _open_fronts(self, server: TritonServer) -> None:
+        """Start the processes beside the server that are not there yet."""
+        for kind, port in server.front_ports.items():
+            if kind not in self.fronts:
+                config = read_config(self._repository / "twotower" / CONFIG_FILE)
+                engines = Path(config.parameters["engine_set"].string_value)
+                self.fronts[kind] = Front(kind, self._options, port, server.dialled, engines)
+
     def _start(self, starting: Tell, text: str) -> None:
         if self._ending is not None:
             raise EndingError
@@ -156,7 +164,7 @@ class Supervisor:
                 time.sleep(STEP_SECONDS)
                 if (code := server.exit_code) is not None:
                     return f"the Triton server ended with exit code {code}"
-                if self.front is not None and (event := self.front.look_after()) is not None:
+                for event in filter(None, [one.look_after() for one in self.fronts.values()]):
                     self._tell(f"{event}; it was started again")
                 sick = []
                 for model, process in server.model_processes.items():
@@ -173,7 +181,8 @@ class Supervisor:
                     if steps["twotower"] > limit:
                         sick = [("twotower", f"twotower {silent}")]
                     else:
-                        sick = [(part, f"the ensemble {silent}") for part in server.parts]
+                        steps_of = ("preprocessing", "postprocessing")
+                        sick = [(part, f"the ensemble {silent}") for part in steps_of]
                 if sick and (problem := self._heal(server, dict(sick))) is not None:
                     return problem
                 if sick:

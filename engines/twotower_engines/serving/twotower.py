@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -100,6 +101,9 @@ class TritonReply:
         self._wanted = wanted
         self._in_ensemble = in_ensemble
         self._is_lost = False
+        # Whoever asks of a request that has had its final response, asks of freed memory: that
+        # ends the server (2.51) now and then.
+        self._guard = threading.Lock()
 
     def send(self, part: Part) -> None:
         """Send a part."""
@@ -111,22 +115,25 @@ class TritonReply:
 
     def is_cancelled(self) -> bool:
         """Whether the caller is gone. Servers up to 2.51 never tell a step of an ensemble."""
-        sender = self._sender
-        return self._is_lost or (sender is not None and bool(sender.is_cancelled()))
+        with self._guard:
+            sender = self._sender
+            return self._is_lost or (sender is not None and bool(sender.is_cancelled()))
 
     def _deliver(self, part: Part, message: str = "", failure: Failure | None = None) -> None:
         """Send a response. A caller that cannot be reached is taken for one that left."""
-        sender, is_last = self._sender, failure is not None or part.event.is_last
-        if sender is None:
-            return
-        if is_last:
-            self._sender = None
+        is_last = failure is not None or part.event.is_last
         flags = self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
-        try:
-            sender.send(self._response(part, message, failure), flags=flags)
-        except Exception:
-            self._is_lost = True
-            traceback.print_exc(file=sys.stderr)
+        with self._guard:
+            sender = self._sender
+            if sender is None:
+                return
+            if is_last:
+                self._sender = None
+            try:
+                sender.send(self._response(part, message, failure), flags=flags)
+            except Exception:
+                self._is_lost = True
+                traceback.print_exc(file=sys.stderr)
 
     def _response(self, part: Part, message: str, failure: Failure | None) -> Any:
         triton = self._triton

@@ -63,6 +63,9 @@ def passes(outcomes: Sequence[tuple[str, Outcome]]) -> str:
             f"{name}: {c.denoiser_calls:,} denoiser and {c.context_calls:,} context calls in "
             f"{one.seconds:.1f} s ({shares}){reused if c.reused_tokens else ''}"
         )
+        if len(one.first_block_of) > 1:
+            of = (f"{who} {_times(each, 1)} s" for who, each in one.first_block_of.items())
+            lines.append(f"{name}: first block of {', of '.join(of)}")
     return "\n".join(lines)
 
 

@@ -20,9 +20,10 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(slots=True)
 class _Times:
-    """When a request came, and when it got each of its blocks."""
+    """When a request came, whose it was, and when it got each of its blocks."""
 
     came: float
+    caller: str
     blocks: list[float] = field(default_factory=list)
     tokens: int = 0
 
@@ -37,6 +38,7 @@ class Outcome:
         refused: Requests that were turned away.
         tokens: Tokens of the answers.
         first_block: Percentile to the time from a request's coming to its first block.
+        first_block_of: The same for each priority and tenant that there is.
         block_gap: The same of the time between two blocks of a request.
         whole: The same of the time to the last block.
         row_share: Cause to the share of all slots' time: what rows did, what they waited for, and
@@ -50,6 +52,7 @@ class Outcome:
     refused: int
     tokens: int
     first_block: dict[int, float]
+    first_block_of: dict[str, dict[int, float]]
     block_gap: dict[int, float]
     whole: dict[int, float]
     row_share: dict[str, float]
@@ -105,7 +108,9 @@ def simulate(
     runtime.active = lambda: scheduler.active
 
     def submit(one: Arrival, came: float) -> None:
-        times[one.request.request_id] = _Times(came)
+        times[one.request.request_id] = _Times(
+            came, f"{one.request.priority} {one.request.tenant}".rstrip()
+        )
         scheduler.submit(one.request)
 
     while coming or not scheduler.idle:
@@ -153,13 +158,20 @@ def _outcome(
         len(answered),
         refused,
         sum(one.tokens for one in answered),
-        _percentiles([one.blocks[0] - one.came for one in answered]),
+        _first_blocks(answered),
+        {who: _first_blocks(answered, who) for who in sorted({one.caller for one in answered})},
         _percentiles(gaps),
         _percentiles([one.blocks[-1] - one.came for one in answered]),
         {name: share / total for name, share in shares.items()},
         {name: busy / (seconds or 1.0) for name, busy in sorted(runtime.busy.items())},
         scheduler.counters,
     )
+
+
+def _first_blocks(answered: Sequence[_Times], caller: str | None = None) -> dict[int, float]:
+    """Return the percentiles of the time to the first block, of one caller or of all."""
+    chosen = [one for one in answered if caller in (None, one.caller)]
+    return _percentiles([one.blocks[0] - one.came for one in chosen])
 
 
 def _percentiles(values: Sequence[float]) -> dict[int, float]:

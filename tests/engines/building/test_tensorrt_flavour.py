@@ -33,7 +33,7 @@ from twotower_engines.building.flavours.library_build import (
 )
 from twotower_engines.building.flavours.profiles import narrow_profiles, wide_profiles
 from twotower_engines.building.flavours.tensorrt import TensorRtFlavour
-from twotower_engines.errors import BuildError
+from twotower_engines.errors import BuildError, PlanError
 from twotower_engines.planning.local_gpu import LocalGpu
 from twotower_engines.planning.plan import plan_memory
 from twotower_engines.planning.sku_lookup import find_sku
@@ -224,6 +224,37 @@ def test_no_tensorrt(monkeypatch):
     monkeypatch.setattr(module, "installed", lambda packages: None)
     with pytest.raises(BuildError, match=r"TensorRT is not installed; .*twotower\[tensorrt\]"):
         TensorRtFlavour().versions()
+
+
+@pytest.mark.parametrize(
+    ("sku", "here", "package", "kernels", "chosen"),
+    [
+        ("rtx-pro-6000", "rtx-pro-6000", "11.4.0.106", True, "tensorrt"),
+        ("rtx-pro-6000", None, "11.4.0.106", True, "tensorrt-rtx"),
+        ("rtx-pro-6000", "rtx-5090", "11.4.0.106", True, "tensorrt-rtx"),
+        ("rtx-pro-6000", "rtx-pro-6000", None, True, "tensorrt-rtx"),
+        ("rtx-pro-6000", "rtx-pro-6000", "11.4.0.106", False, "tensorrt-rtx"),
+        ("l40s", None, "11.4.0.106", True, "tensorrt"),
+        ("h200", "h200", None, True, "tensorrt"),
+    ],
+)
+def test_auto_takes_what_can_be_built_here(
+    bundle, tmp_path, monkeypatch, present, sku, here, package, kernels, chosen
+):
+    """On an RTX card TensorRT with our kernels; what else must be refused is refused by name."""
+    present(here)
+    monkeypatch.setattr(module, "installed", lambda packages: package)
+    monkeypatch.setattr(TensorRtFlavour, "has_kernels", lambda self: kernels)
+    asked = []
+
+    def record(model, request):
+        asked.append((request.flavour, request.kernels))
+        raise PlanError("far enough")
+
+    monkeypatch.setattr(build_module, "plan_memory", record)
+    with pytest.raises(PlanError, match="far enough"):
+        build_engines(bundle, tmp_path, BuildOptions(find_sku(sku), 2, 64))
+    assert asked == [(chosen, kernels and chosen == "tensorrt")]
 
 
 @pytest.mark.parametrize(("version", "fits"), [

@@ -8,6 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from docs import plan_table
 from tests.support import FULL_SIZE, TWOTOWER
 from twotower_engines.cli.plan import plan
 from twotower_engines.errors import PlanError
@@ -26,15 +27,37 @@ def run(*arguments):
 def test_all_skus_in_one_table():
     result = run(FULL_SIZE, "--sku", "all")
     assert result.exit_code == 0, result.output
-    rows = {line.split()[0]: line.split() for line in result.output.splitlines()[3:21]}
+    rows = {line.split()[0]: line.split() for line in result.output.splitlines()[3:24]}
     assert len(rows) == 18
-    assert rows["h200"][2:5] == ["yes", "1", "bf16"]
-    assert rows["h100-sxm"][2:5] == ["yes", "2", "bf16"]
-    assert rows["l40s"][2:5] == ["yes", "2", "fp8"]
-    assert rows["rtx-4090"][2:5] == ["later", "2", "int4"]
-    assert rows["a10"][2] == "no"
+    assert rows["h200"][3:6] == ["yes", "1", "bf16"]
+    assert rows["h100-sxm"][3:6] == ["yes", "2", "bf16"]
+    assert rows["l40s"][3:6] == ["yes", "2", "fp8"]
+    assert rows["a10"][3:6] == ["later", "2", "int4"]
+    assert rows["cpu"][3] == "no"
     assert "What would fit instead" in result.output
     assert "--sku h200 --gpus 1" in result.output
+
+
+def test_an_rtx_card_shows_both_flavours():
+    """Built on the card with our kernels, a step reads the routed experts alone."""
+    table = run(FULL_SIZE, "--sku", "rtx-pro-6000,h200").output.splitlines()[3:6]
+    assert [line.split()[0] for line in table] == ["rtx-pro-6000", "rtx-pro-6000", "h200"]
+    assert [line.split()[2] for line in table] == ["tensorrt-rtx", "tensorrt", "tensorrt"]
+    bodies, ours = (float(line.split()[11]) for line in table[:2])
+    assert ours < bodies / 2.5
+    alone = run(FULL_SIZE, "--sku", "rtx-pro-6000").output
+    assert "tensorrt      on the GPU, with [kernels]" in alone
+    values = json.loads(run(FULL_SIZE, "--sku", "rtx-pro-6000", "--json").output)
+    flavours = [one["memory"]["flavour"] for one in values["plans"] + values["other_flavours"]]
+    assert flavours == ["tensorrt-rtx", "tensorrt"]
+    only = run(FULL_SIZE, "--sku", "rtx-pro-6000", "--flavour", "tensorrt")
+    assert "By flavour" not in only.output
+    assert "(12.0, tensorrt)" in only.output
+
+
+def test_the_table_of_the_documents_is_todays():
+    """Else `python docs/plan_table.py` writes it."""
+    assert plan_table.table() in plan_table.PAGE.read_text(encoding="utf-8")
 
 
 def test_one_sku_shows_everything():
@@ -50,6 +73,9 @@ def test_one_sku_shows_everything():
         "not built yet",
         "Prefill of one request",
         "By threshold, from task `open` to `arithmetic`",
+        "Compiled:",
+        "Arithmetic:",
+        "Measured by others:",
         "Assumed:",
         "matrix products reach 60%",
         "Sources:",
@@ -59,7 +85,9 @@ def test_one_sku_shows_everything():
 
 
 def test_json_has_what_the_tables_have():
-    result = run(FULL_SIZE, "--sku", "h200,a10", "--json", "--threshold", "0.8")
+    result = run(
+        FULL_SIZE, "--sku", "h200,a10", "--json", "--threshold", "0.8", "--precision", "bf16"
+    )
     assert result.exit_code == 0, result.output
     values = json.loads(result.output)
     h200, a10 = values["plans"]
@@ -81,7 +109,7 @@ def test_json_has_what_the_tables_have():
 
 
 def test_a_sku_that_does_not_fit_is_refused_after_its_table():
-    result = run(FULL_SIZE, "--sku", "a10")
+    result = run(FULL_SIZE, "--sku", "a10", "--precision", "bf16")
     assert isinstance(result.exception, PlanError)
     assert "--sku h200 --gpus 1" in str(result.exception)
     assert "DOES NOT FIT" in result.output
@@ -115,7 +143,7 @@ def test_plan_takes_what_build_takes(random_engines):
 
     mine = {option.name: option for option in plan.params}
     writing = {"bundle", "engines", "force", "dry_run", "log", "verbose", "quiet"}
-    writing |= {"same_capability"}
+    writing |= {"same_capability"}  # which changes no number of a plan
     names = {option.name for option in build.params} - writing
     assert names <= mine.keys()
     result = run(FULL_SIZE, "--sku", "rtx-pro-6000", "--flavour", "tensorrt",

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, kstest
 
-from twotower_engines.generation.sampling import filtered_probabilities, row_seed, sample, uniform
+from twotower_engines.generation.sampling import (
+    filtered_probabilities,
+    likeliest,
+    row_seed,
+    sample,
+    uniform,
+)
 
 DRAWS = 4000
 LOGITS = np.array([2.0, 1.0, 1.0, 0.5, -1.0, -40.0, 1.9, 0.0], np.float32)
@@ -82,6 +88,16 @@ def test_a_wrong_distribution_would_be_noticed():
 def test_greedy_takes_the_lowest_index_of_equals():
     assert sample(np.array([0, 3, 3, 1], np.float32), 0.0, 0, 1.0, 1, 1) == 1
     assert sample(np.array([0, 3, 3, 1], np.float32), -1.0, 2, 0.1, 1, 1) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 20])
+def test_the_likeliest_tokens_come_in_order_and_equals_by_index(count):
+    chances = plain_probabilities(1.0, 0, 1.0)
+    logprob, top = likeliest(LOGITS, 3, count)
+    assert logprob == pytest.approx(np.log(chances[3]))
+    assert [token for token, _ in top] == [0, 6, 1, 2, 3, 7, 4, 5][:count]
+    for token, one in top:
+        assert one == pytest.approx(np.log(chances[token]))
 
 
 def test_a_draw_depends_on_seed_and_position_only():

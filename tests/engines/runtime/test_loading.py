@@ -249,7 +249,7 @@ def test_rtx_engines_that_cannot_be_captured_are_enqueued(cuda, monkeypatch, pla
     build = replace(placed.build, flavour="tensorrt-rtx", versions={"tensorrt_rtx": "1.7.1"})
     with caplog.at_level(logging.WARNING):
         runtime = open_runtime(with_inputs(trt, replace(placed, build=build)))
-    assert "cannot be captured as a CUDA graph" in caplog.text
+    assert "cannot be captured as CUDA graphs" in caplog.text
     assert "cudaStreamBeginCapture" not in cuda.calls
     kept = list((Path(os.environ["XDG_CACHE_HOME"]) / "twotower" / "rtx-kernels").iterdir())
     assert len(kept) == 2

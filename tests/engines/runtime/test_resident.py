@@ -20,7 +20,7 @@ from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.opening import open_runtime
-from twotower_engines.runtime.resident.calls import call_sizes, token_bucket
+from twotower_engines.runtime.resident.calls import CallSize, call_sizes, token_bucket
 from twotower_engines.runtime.resident.device import Device
 from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
 from twotower_engines.runtime.resident.states import state_kinds, window_step
@@ -112,32 +112,83 @@ def test_a_call_leaves_the_slots_inside_its_window_alone(resident):
     assert refined() == before
 
 
-def test_every_call_is_prepared_before_the_first_request(engines):
+def test_usual_calls_are_prepared_at_once_and_others_on_first_need(engines):
     seen = []
     limits = replace(LIMITS, block_size_max=40, max_tokens_per_call=72)
     runtime = make_resident(
         engines.engines, limits=limits, progress=lambda *told: seen.append(told)
     )
+    context, denoiser = runtime._context.engine, runtime._denoiser.engine
     device, room = runtime._denoiser.device, runtime._denoiser.device.room
-    rows = {1, 2, 4, 5}
-    extended = {(row, tokens) for row in rows for tokens in (1, 16, 32, 40, 72)}
-    denoised = {(row, tokens) for row in rows for tokens in (16, 32, 40)}
-    predicted = {(row, 1) for row in rows}
-    assert sorted(runtime._context.engine.prepared) == sorted(extended)
-    assert sorted(runtime._denoiser.engine.prepared) == sorted([*denoised, *predicted])
-    assert device.captures == len(denoised) + len(predicted) == 16
-    assert seen == [(done, 36) for done in range(1, 37)]
-    for slot in range(5):
-        runtime.reset(slot)
-        for tokens in (1, 3, 17, 32, 38):
-            ids = np.full(tokens, 7, np.int32)
-            runtime.extend([ExtendRow(slot, ids)] if tokens < 38 else [ExtendRow(slot, ids[:2])])
-            runtime.denoise([DenoiseRow(slot, ids, threshold=0.5, steps_left=2)])
-        runtime.predict([PredictRow(slot, 7)])
-    # whatever a client asks for: nothing more is prepared, captured or allocated
-    assert len(runtime._context.engine.prepared) == len(extended)
-    assert (device.captures, device.room) == (16, room)
+    blocks = {(row, 16) for row in (1, 2, 4, 5)}
+    assert sorted(context.prepared) == sorted([*blocks, (1, 72)])
+    assert sorted(denoiser.prepared) == sorted(blocks)
+    assert seen == [(done, 9) for done in range(1, 10)]
+    assert device.captures == 9, "of context calls too"
+
+    def every_call():
+        for slot in range(5):
+            runtime.reset(slot)
+            for tokens in (1, 3, 17, 32, 38):
+                ids = np.full(tokens, 7, np.int32)
+                runtime.extend([ExtendRow(slot, ids if tokens < 38 else ids[:2])])
+                runtime.denoise([DenoiseRow(slot, ids, threshold=0.5, steps_left=2)])
+            runtime.predict([PredictRow(slot, 7)])
+
+    every_call()
+    many = len(context.prepared), len(denoiser.prepared), device.captures
+    later = [*context.prepared[5:], *denoiser.prepared[4:]]
+    # one request pays for one row, or for two where the rows of so small a model are not aligned
+    assert {rows for rows, _ in later} <= {1, 2}
+    every_call()
+    assert (len(context.prepared), len(denoiser.prepared), device.captures) == many
+    assert device.room == room, "nothing is allocated later"
     runtime.close()
+
+
+@pytest.mark.parametrize(
+    ("slots", "asked", "window"),
+    [
+        (16, [0], (0, 1)),
+        (16, [13], (13, 1)),
+        (16, [4, 5], (4, 2)),
+        (16, [5, 6], (4, 4)),
+        (16, [7, 8], (0, 16)),
+        (16, [9, 12], (8, 8)),
+        (5, [4], (4, 1)),
+        (5, [3, 4], (0, 5)),
+        (6, [4, 5], (4, 2)),
+        (3, [1, 2], (0, 3)),
+    ],
+)
+def test_a_window_begins_at_a_multiple_of_its_rows(slots, asked, window):
+    """So there are few of them, each with a captured call of its own."""
+    runtime = ResidentRuntime.__new__(ResidentRuntime)
+    runtime.limits, runtime._step = replace(LIMITS, slots=slots), 1
+    assert runtime._window(asked) == window
+
+
+def test_a_call_that_is_prepared_late_leaves_every_context_as_it_is(engines, resident):
+    """Preparing runs the call, also on slots that hold a context."""
+    fresh = make_resident(engines.engines, 2)
+    ids = np.arange(10, 30, dtype=np.int32)
+    answers = []
+    for runtime in (resident, fresh):
+        runtime.reset(2)
+        runtime.extend([ExtendRow(2, ids)])
+        if runtime is fresh:
+            assert (CallSize("predict", 2, 1), 2) not in runtime._calls
+            runtime.reset(3)
+            runtime.extend([ExtendRow(2, ids[:1]), ExtendRow(3, ids[:1])])  # two rows, one token
+        else:
+            runtime.extend([ExtendRow(2, ids[:1])])
+        runtime.extend([ExtendRow(2, ids[:16])])
+        block = np.full(8, runtime.mask_token_id, np.int32)
+        (made,) = runtime.denoise([DenoiseRow(2, block, threshold=0.2, steps_left=1)])
+        answers.append((made.ids.tolist(), made.confidence.tolist()))
+    assert answers[0][0] == answers[1][0]
+    np.testing.assert_allclose(answers[0][1], answers[1][1], rtol=1e-5)
+    fresh.close()
 
 
 @pytest.mark.parametrize(
@@ -252,7 +303,7 @@ def test_windows_begin_where_states_are_aligned(engines):
 def test_engines_that_cannot_be_captured_answer_alike_and_say_so(engines, caplog):
     plain = make_resident(engines.engines, can_capture=False)
     assert plain._denoiser.device.captures == 0
-    assert "cannot be captured as a CUDA graph" in caplog.text
+    assert "cannot be captured as CUDA graphs" in caplog.text
     generator = random.Random(4)
     requests = [draw_request(number, generator) for number in range(4)]
     assert answers(plain, requests) == answers(engines.runtime, requests)

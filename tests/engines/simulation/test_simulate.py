@@ -183,6 +183,18 @@ def test_many_requests_of_one_caller_do_not_hold_up_anothers():
     assert fair < 1.5  # until a slot is free, which no request holds for longer
 
 
+def test_batch_requests_make_room_for_interactive_ones():
+    many = [
+        replace(one, request=replace(one.request, priority="batch"))
+        for one in at_concurrency(KIND, 60, 32)
+    ]
+    single = replace(next(replace(KIND, seed=9).requests(1)), request_id="single", tenant="b")
+    found = outcome([*many, Arrival(single, 1.0)])
+    first = found.first_block_of
+    assert set(first) == {"batch", "interactive b"}
+    assert first["interactive b"][50] < first["batch"][50] / 2
+
+
 def test_long_prompts_delay_running_rows_by_their_budget():
     """Fifteen prompts of 3,000 tokens come while one request runs."""
     long = Kind(prompt=3000, shared=0, new=16, threshold=0.8)
@@ -224,7 +236,7 @@ def test_a_shared_beginning_is_read_once():
 
 def test_a_full_queue_turns_away():
     found = outcome([Arrival(one, 0.0) for one in KIND.requests(60)], most_waiting=20)
-    assert (found.requests, found.refused) == (20, 40)
+    assert (found.requests, found.refused) == (16 + 20, 24)
 
 
 def test_a_trace_is_read(tmp_path):

@@ -79,6 +79,17 @@ def call_sizes(verb: Verb, limits: Limits) -> list[CallSize]:
     return sorted(sizes, key=lambda size: (size.rows * size.tokens, size.rows), reverse=True)
 
 
+def usual_sizes(verb: Verb, limits: Limits) -> list[CallSize]:
+    """Return the sizes that most requests need: blocks of the usual size, and a prompt's chunk."""
+    block = token_bucket(verb, min(SMALLEST_BLOCK, limits.block_size_max), limits)
+    chunk = limits.max_tokens_per_call
+    return [
+        size
+        for size in call_sizes(verb, limits)
+        if size.tokens == block or (verb == "extend" and (size.rows, size.tokens) == (1, chunk))
+    ]
+
+
 def input_layout(size: CallSize) -> Layout:
     """Return shape and dtype of the host's inputs: the ids, and one value per row for the rest."""
     names = ["lengths", "context_lengths"]

@@ -1,15 +1,16 @@
 """The GPU runtime: fixed slots and row buckets; a denoise step copies only token ids to the host.
 
 A call covers a window of neighbouring slots, so that states are read where they lie; inactive slots
-inside the window have length 0. Rows and tokens of calls come in a few sizes, and all calls are
-prepared when the runtime is made. Denoiser calls begin at slot 0, so that each can be captured once
-and replayed later: one launch per step instead of some hundreds.
+inside the window have length 0. Rows and tokens of calls come in a few sizes, and a window begins
+at a multiple of its rows, so that each call can be captured once and replayed later: one launch in
+place of some hundreds. Calls of the usual sizes are prepared when the runtime is made, the others
+when a request first needs them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,14 +26,16 @@ from twotower_engines.runtime.resident.calls import (
     CallSize,
     Queries,
     Tensors,
+    Verb,
     bucket,
     call_sizes,
     packed,
     token_bucket,
     unseen_sizes,
+    usual_sizes,
 )
 from twotower_engines.runtime.resident.device import Box, Device
-from twotower_engines.runtime.resident.engine import Call, Engine, Shape
+from twotower_engines.runtime.resident.engine import Engine, Shape
 from twotower_engines.runtime.resident.kept import KeptStates
 from twotower_engines.runtime.resident.states import (
     Landing,
@@ -57,9 +60,8 @@ class Tower:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A call, its small tensors, how to run it, and where its new states land."""
+    """A call's small tensors, how to run it, and where its new states land."""
 
-    call: Call
     inputs: Tensors
     outputs: Tensors
     launch: Callable[[], None]
@@ -112,9 +114,13 @@ class ResidentRuntime:
                 denoiser.device, self._kinds, limits.slots, keeps_previous=True
             )
         self._lengths = [0] * limits.slots
-        self._calls: dict[CallSize, _Prepared] = {}
+        self._calls: dict[tuple[CallSize, int], _Prepared] = {}
         self._is_closed = False
-        self._prepare_all(progress)
+        self._memory = {"extend": self._call_memory(context, ("extend",))}
+        if denoiser is not None:
+            memory = self._call_memory(denoiser, ("denoise", "predict"))
+            self._memory |= {"denoise": memory, "predict": memory}
+        self._prepare_usual(progress)
 
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
@@ -126,17 +132,16 @@ class ResidentRuntime:
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine."""
         self._check_open()
-        first, count = self._window(row.slot for row in rows)
-        tokens = token_bucket("extend", max(row.ids.size for row in rows), self.limits)
-        prepared = self._calls[CallSize("extend", count, tokens)]
+        most = max(row.ids.size for row in rows)
+        prepared, first = self._call("extend", [row.slot for row in rows], most)
         arrays = prepared.inputs.arrays
         prepared.inputs.clear()
+        count = arrays["lengths"].size
         arrays["context_lengths"][:] = self._lengths[first : first + count]
         for row in rows:
             arrays["ids"][row.slot - first, : row.ids.size] = row.ids
             arrays["lengths"][row.slot - first] = row.ids.size
         self._mirror.keep_previous(sorted(row.slot for row in rows if row.keep_previous))
-        prepared.call.bind(self._states.addresses(first))
         prepared.inputs.upload()
         if self._denoiser is not None:
             self._context.device.follow(self._denoiser.device)
@@ -153,25 +158,25 @@ class ResidentRuntime:
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
         self._check_open()
-        count = bucket(max(row.slot for row in rows) + 1, self.limits.slots)
-        tokens = token_bucket("denoise", max(row.ids.size for row in rows), self.limits)
-        prepared = self._calls[CallSize("denoise", count, tokens)]
+        most = max(row.ids.size for row in rows)
+        prepared, first = self._call("denoise", [row.slot for row in rows], most)
         arrays = prepared.inputs.arrays
         prepared.inputs.clear()
         arrays["conditioned"][:] = 1
-        arrays["context_lengths"][:] = self._lengths[:count]
+        count = arrays["lengths"].size
+        arrays["context_lengths"][:] = self._lengths[first : first + count]
         for row in rows:
-            arrays["ids"][row.slot, : row.ids.size] = row.ids
-            arrays["lengths"][row.slot] = row.ids.size
+            arrays["ids"][row.slot - first, : row.ids.size] = row.ids
+            arrays["lengths"][row.slot - first] = row.ids.size
             for name in REFINE_ROWS:
-                arrays[name][row.slot] = getattr(row, name)
+                arrays[name][row.slot - first] = getattr(row, name)
         self._run(prepared)
         seen = prepared.outputs.arrays
         return [
             Denoised(
-                seen["new_ids"][row.slot, : row.ids.size].copy(),
-                int(seen["still_masked"][row.slot]),
-                seen["confidence"][row.slot, : row.ids.size].copy(),
+                seen["new_ids"][row.slot - first, : row.ids.size].copy(),
+                int(seen["still_masked"][row.slot - first]),
+                seen["confidence"][row.slot - first, : row.ids.size].copy(),
             )
             for row in rows
         ]
@@ -179,18 +184,18 @@ class ResidentRuntime:
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
         """Run the denoiser tower on each slot's last token to predict the next."""
         self._check_open()
-        count = bucket(max(row.slot for row in rows) + 1, self.limits.slots)
-        prepared = self._calls[CallSize("predict", count, 1)]
+        prepared, first = self._call("predict", [row.slot for row in rows], 1)
         arrays = prepared.inputs.arrays
         prepared.inputs.clear()
         arrays["steps_left"][:] = 1
-        arrays["context_lengths"][:] = [max(0, length - 1) for length in self._lengths[:count]]
+        lengths = self._lengths[first : first + arrays["lengths"].size]
+        arrays["context_lengths"][:] = [max(0, length - 1) for length in lengths]
         for row in rows:
-            arrays["ids"][row.slot, 0] = row.id
-            arrays["lengths"][row.slot] = 1
+            arrays["ids"][row.slot - first, 0] = row.id
+            arrays["lengths"][row.slot - first] = 1
         self._run(prepared)
         logits = prepared.outputs.arrays["logits"]
-        return np.stack([logits[row.slot, 0] for row in rows])
+        return np.stack([logits[row.slot - first, 0] for row in rows])
 
     def state_store(self, size: int, tokens: int) -> KeptStates:
         """Return room for prefixes on the context tower's device.
@@ -222,18 +227,30 @@ class ResidentRuntime:
     def _all_states(self) -> list[SlotStates]:
         return [self._states] if self._mirror is self._states else [self._states, self._mirror]
 
-    def _window(self, slots: Iterable[int]) -> tuple[int, int]:
-        """Return the first slot and the number of rows of a call that covers all of `slots`.
+    def _call(self, verb: Verb, slots: Sequence[int], tokens: int) -> tuple[_Prepared, int]:
+        """Return the call that covers some slots, prepared now if it is the first of its kind.
+
+        Returns:
+            The call, and the first slot that it covers.
+        """
+        first, rows = self._window(slots)
+        size = CallSize(verb, rows, token_bucket(verb, tokens, self.limits))
+        if (size, first) not in self._calls:
+            self._prepare(size, first)
+        return self._calls[size, first], first
+
+    def _window(self, slots: Sequence[int]) -> tuple[int, int]:
+        """Return the first slot and the number of rows of the smallest window with all of `slots`.
 
         The first slot's states are aligned; for a tiny model that may leave slot 0 alone.
         """
-        asked = list(slots)
-        low, high = min(asked), max(asked)
-        count = bucket(high - low + 1, self.limits.slots)
-        first = min(low, self.limits.slots - count) // self._step * self._step
-        if first + count <= high:
-            return 0, bucket(high + 1, self.limits.slots)
-        return first, count
+        low, high = min(slots), max(slots)
+        rows = bucket(high - low + 1, self.limits.slots)
+        while True:
+            first = min(low // rows * rows, self.limits.slots - rows) // self._step * self._step
+            if high < first + rows:
+                return first, rows
+            rows = min(2 * rows, self.limits.slots)
 
     def _take(self, prepared: _Prepared, first: int, rows: Sequence[ExtendRow]) -> None:
         """Copy a context call's new states to their slots, on each device that has them."""
@@ -254,65 +271,60 @@ class ResidentRuntime:
         prepared.launch()
         prepared.outputs.download()
 
-    def _prepare_all(self, progress: Progress | None) -> None:
-        """Prepare every call that a request can ask for, so that none pays for it."""
-        extends = call_sizes("extend", self.limits)
-        landings = {size: Landing(self._kinds, size.rows) for size in extends}
-        unseen = max(landing.size + self._queries.size(size) for size, landing in landings.items())
-        memory = CallMemory(self._context.device, extends, self.vocab_size, unseen)
-        refines: list[CallSize] = []
-        if self._denoiser is not None:
-            refines = call_sizes("denoise", self.limits) + call_sizes("predict", self.limits)
-        total = len(extends) + len(refines)
-        for size in extends:
-            self._calls[size] = self._prepare_extend(size, memory, landings[size])
-            _tell(progress, len(self._calls), total)
-        if self._denoiser is None:
-            return
-        stay = {size: packed(unseen_sizes(size, self.vocab_size)) for size in refines}
-        unseen = max(end + self._queries.size(size) for size, (_, end) in stay.items())
-        memory = CallMemory(self._denoiser.device, refines, self.vocab_size, unseen)
-        for size in refines:
-            self._calls[size] = self._prepare_refine(self._denoiser, size, memory, *stay[size])
-            _tell(progress, len(self._calls), total)
-        if not all(self._calls[size].is_captured for size in refines):
+    def _call_memory(self, tower: Tower, verbs: Sequence[Verb]) -> CallMemory:
+        """Return the memory in which all calls of a tower take turns."""
+        sizes = [size for verb in verbs for size in call_sizes(verb, self.limits)]
+        unseen = max(self._unseen_bytes(size) + self._queries.size(size) for size in sizes)
+        return CallMemory(tower.device, sizes, self.vocab_size, unseen)
+
+    def _unseen_bytes(self, size: CallSize) -> int:
+        """Return the bytes of what a call leaves on the device, its queries left out."""
+        if size.verb == "extend":
+            return Landing(self._kinds, size.rows).size
+        return packed(unseen_sizes(size, self.vocab_size))[1]
+
+    def _prepare_usual(self, progress: Progress | None) -> None:
+        """Prepare the calls that most requests ask for, so that none of these pays for it."""
+        verbs: list[Verb] = ["extend", "denoise"] if self.has_denoiser else ["extend"]
+        usual = [size for verb in verbs for size in usual_sizes(verb, self.limits)]
+        for done, size in enumerate(usual, start=1):
+            self._prepare(size, 0)
+            if progress is not None:
+                progress(done, len(usual))
+        if not all(call.is_captured for call in self._calls.values()):
+            names = {tower.device.name: None for tower in (self._context, self._denoiser) if tower}
             log.warning(
-                "%s: TensorRT says that this denoiser cannot be captured as a CUDA graph, so its "
+                "%s: TensorRT says that these engines cannot be captured as CUDA graphs, so their "
                 "kernels are launched one by one: the same answers, slower",
-                self._denoiser.device.name,
+                ", ".join(names),
             )
 
-    def _prepare_extend(self, size: CallSize, memory: CallMemory, landing: Landing) -> _Prepared:
-        """Prepare a context call; its states are bound anew each time, so it is not captured."""
-        tower = self._context
-        inputs, outputs = memory.inputs(size), memory.outputs(size)
-        call = tower.engine.prepare(self._shapes(inputs, size.rows))
-        landed = landing.addresses(memory.unseen)
-        landed |= self._queries.addresses(memory.unseen + landing.size)
-        call.bind({**tower.weights, **inputs.addresses, **outputs.addresses, **landed})
-        call.bind(self._states.addresses())
-        inputs.clear()
-        inputs.upload()
-        call.enqueue()  # warm up now, so that no request pays for lazy set-up
-        tower.device.synchronize()
-        return _Prepared(call, inputs, outputs, call.enqueue, landing.boxes(memory.unseen))
+    def _prepare(self, size: CallSize, first: int) -> None:
+        """Prepare a call for a window of slots, and capture it where the engine allows that.
 
-    def _prepare_refine(
-        self,
-        tower: Tower,
-        size: CallSize,
-        memory: CallMemory,
-        unseen: Mapping[str, int],
-        unseen_end: int,
-    ) -> _Prepared:
-        """Prepare a denoiser call and capture it, where the engine lets it be captured."""
+        Preparing runs the call, on rows without tokens: it writes into the room past each slot's
+        context, and where every call writes.
+        """
+        is_extend = size.verb == "extend"
+        tower = self._context if is_extend else self._denoiser
+        assert tower is not None, "only a denoiser refines"
+        memory = self._memory[size.verb]
         inputs, outputs = memory.inputs(size), memory.outputs(size)
         call = tower.engine.prepare(self._shapes(inputs, size.rows))
-        states = self._mirror.addresses(previous=size.verb == "predict")
-        stay = {name: memory.unseen + offset for name, offset in unseen.items()}
-        stay |= self._queries.addresses(memory.unseen + unseen_end)
-        call.bind({**tower.weights, **states, **inputs.addresses, **outputs.addresses, **stay})
-        inputs.clear()  # capturing runs the call once, and it must read valid ids
+        landed: dict[StateKind, Box] = {}
+        if is_extend:
+            landing = Landing(self._kinds, size.rows)
+            landed = landing.boxes(memory.unseen)
+            unseen = landing.addresses(memory.unseen)
+            states = self._states.addresses(first)
+        else:
+            offsets, _ = packed(unseen_sizes(size, self.vocab_size))
+            unseen = {name: memory.unseen + offset for name, offset in offsets.items()}
+            states = self._mirror.addresses(first, previous=size.verb == "predict")
+        unseen |= self._queries.addresses(memory.unseen + self._unseen_bytes(size))
+        call.bind({**tower.weights, **states, **inputs.addresses, **outputs.addresses, **unseen})
+        inputs.clear()  # the ids that it reads now must be valid
+        inputs.arrays["context_lengths"][:] = self._lengths[first : first + size.rows]
         inputs.upload()
         is_captured = call.can_capture()
         if is_captured:
@@ -321,14 +333,9 @@ class ResidentRuntime:
             launch = call.enqueue
             launch()
         tower.device.synchronize()
-        return _Prepared(call, inputs, outputs, launch, is_captured=is_captured)
+        self._calls[size, first] = _Prepared(inputs, outputs, launch, landed, is_captured)
 
     def _shapes(self, inputs: Tensors, rows: int) -> dict[str, Shape]:
         """Return the shapes of all inputs that are not weights."""
         small = {name: tuple(array.shape) for name, array in inputs.arrays.items()}
         return small | {name: (rows, *kind.row) for kind in self._kinds for name in kind.names}
-
-
-def _tell(progress: Progress | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)

@@ -1,0 +1,189 @@
+"""Makes the planner's table of compiled engines: kernels, bytes and scratch memory of a tower.
+
+    python -m benchmarks.compiled_tables    # a few minutes on two cores, no GPU
+
+TensorRT-RTX compiles towers of the released width with a few layers of each kind: as they are, and
+cut at our plugins. What a listing says of any call is taken apart into terms of the call's sizes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from tests.support.compiled import TOWERS, config_of, write_graph
+from tests.support.cut import cut_at_plugins
+from twotower_contract.json_file import write_json
+from twotower_contract.traffic import Kernel, Listing, read_listings, traffic_of
+from twotower_engines.building.flavours.branches import without_branches
+from twotower_engines.building.flavours.compiled import signature_of
+from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
+from twotower_engines.building.flavours.process import build_engine_files
+from twotower_engines.building.flavours.profiles import Profile, Sizes
+from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY, TensorRtRtxFlavour
+from twotower_engines.planning.compiled import (
+    FORMAT,
+    FORMAT_VERSION,
+    TABLE_FILE,
+    TERMS,
+    Way,
+    units_of,
+    value_of_terms,
+)
+
+PATTERN = "MEM*EM"
+CAPABILITY = "12.0"
+WAYS: tuple[Way, ...] = ("bodies", "kernels")
+MOST = {"context": 256, "denoiser": 64}
+"""Most tokens of a row that a tower is compiled for."""
+SLOTS, CONTEXT, LONG = 16, 8192, 32768
+CALLS = [
+    (rows, tokens, context)
+    for rows in (1, 3, 16)
+    for tokens in (1, 5, 16, 64)
+    for context in (CONTEXT, LONG)
+]
+"""Calls of which the terms are found: more than terms, with sizes of no common factor."""
+
+
+def compiled(folder: Path, tower: str, way: Way, rows: int, tokens: int, context: int) -> Listing:
+    """Compile a tower for calls up to some size; plugins are kernels of the listing."""
+    name = TOWERS[tower][1]
+    path = write_graph(folder, tower, PATTERN)
+    signature = signature_of(onnx.load(path))
+    plugins: list[Kernel] = []
+    flat: dict[str, Sizes] = {}
+    if way == "kernels":
+        model, plugins = cut_at_plugins(without_branches(onnx.load(path)), name)
+        onnx.save(model, path)
+        pairs = config_of().num_experts_per_tok
+        usual, most = min(64, rows * tokens), rows * tokens
+        flat["flat"] = Sizes(1, usual, most)
+        flat["pairs"] = Sizes(pairs, pairs * usual, pairs * most)
+    sizes = {"batch": Sizes(1, min(4, rows), rows), name: Sizes(1, min(16, tokens), tokens)}
+    sizes["context"] = Sizes(context, context, context)  # the room of a cache is one size
+    recipe = engine_recipe([Profile("all", sizes | flat)]) | {"compute_capabilities": [CAPABILITY]}
+    job = engine_job(Order(path, folder / "engine.plan", recipe))
+    build_engine_files(LIBRARY, {tower: job}, 1, lambda tower, text: None)
+    _, (listing,) = read_listings(folder / "engine.traffic.json")
+    outputs = tuple(one for one in signature[1] if one.name.startswith("context."))
+    kernels = (*listing.kernels, *plugins)
+    return replace(listing, inputs=signature[0], outputs=outputs, kernels=kernels)
+
+
+def call_of(tower: str, rows: int, tokens: int, context: int) -> dict[str, int]:
+    """Return a call's sizes by the names of the graphs, and those of a cut graph."""
+    flat = rows * tokens
+    names = {"batch": rows, TOWERS[tower][1]: tokens, "context": context}
+    return {**names, "flat": flat, "pairs": flat * config_of().num_experts_per_tok}
+
+
+def terms_of(bytes_of: Callable[[int, int, int], float]) -> dict[str, float]:
+    """Return the terms of which the bytes of a call are the sum.
+
+    Raises:
+        ValueError: They are the sum of something else.
+    """
+    rows = [[value_of_terms({term: 1.0}, *call) for term in TERMS] for call in CALLS]
+    matrix, values = np.array(rows), np.array([bytes_of(*call) for call in CALLS])
+    scale = np.abs(matrix).max(axis=0)
+    factors = np.linalg.lstsq(matrix / scale, values, rcond=None)[0] / scale
+    wrong = np.abs(matrix @ factors - values).max()
+    if wrong > 1e-3 * max(values.max(), 1):
+        raise ValueError(f"bytes of a call are no sum of {', '.join(TERMS)}: {wrong:,.0f} off")
+    return {
+        term: round(float(factor), 3)
+        for term, factor in zip(TERMS, factors, strict=True)
+        if abs(factor) > 0.01
+    }
+
+
+def kinds_of(tower: str, listings: Mapping[int, Listing]) -> dict[str, dict[str, Any]]:
+    """Return kernels and terms of a layer of each kind.
+
+    Args:
+        listings: By the room of the caches.
+    """
+    kinds = traffic_of(listings[CONTEXT]).by_kind(PATTERN)
+    calls = {
+        call: traffic_of(listings[call[2]], call_of(tower, *call)).by_kind(PATTERN)
+        for call in CALLS
+    }
+
+    def beside(kind: str, *call: int) -> float:
+        moved = calls[call[0], call[1], call[2]][kind]
+        return moved.total - moved.least
+
+    def of_layer(kind: str) -> dict[str, Any]:
+        count = PATTERN.count(kind) or 1
+        terms = terms_of(lambda *call: beside(kind, *call) / count)
+        return {"kernels": round(kinds[kind].kernels / count, 2), "bytes": terms}
+
+    return {kind: of_layer(kind) for kind in kinds}
+
+
+def scratch_of(tower: str, small: Listing, listings: Mapping[int, Listing]) -> dict[str, float]:
+    """Return the terms of the scratch memory: tokens of all rows, and rows with their context.
+
+    Args:
+        small: One row of 16 tokens.
+        listings: The largest call, by the room of the caches.
+    """
+
+    def scratch(listing: Listing, rows: int, tokens: int, context: int) -> float:
+        edges = [one for one in listing.kernels if one.kind == "plugin"]
+        call = call_of(tower, rows, tokens, context)
+        own = {one.name for one in (*listing.inputs, *listing.outputs)}
+        largest = max(
+            (
+                sum(one.bytes(call) for one in (*k.reads, *k.writes) if one.name not in own)
+                for k in edges
+            ),
+            default=0,
+        )
+        return float((listing.scratch or 0) + largest)
+
+    most = MOST[tower]
+    least = scratch(small, 1, 16, CONTEXT)
+    large, longer = (scratch(one, SLOTS, most, context) for context, one in listings.items())
+    per_context = max(0.0, (longer - large) / (SLOTS * (LONG - CONTEXT)))
+    per_token = (large - least - per_context * (SLOTS - 1) * CONTEXT) / (SLOTS * most - 16)
+    rest = max(0.0, least - 16 * per_token - per_context * CONTEXT)
+    terms = {"1": rest, "rows * tokens": per_token, "rows * context": per_context}
+    return {term: round(value, 3) for term, value in terms.items()}
+
+
+def main() -> None:
+    towers: dict[str, dict[str, Any]] = {}
+    for tower in TOWERS:
+        towers[tower] = {}
+        for way in WAYS:
+            with tempfile.TemporaryDirectory() as name:
+                listings = {
+                    context: compiled(Path(name), tower, way, SLOTS, MOST[tower], context)
+                    for context in (CONTEXT, LONG)
+                }
+                small = compiled(Path(name), tower, way, 1, 16, CONTEXT)
+                towers[tower][way] = {
+                    "kinds": kinds_of(tower, listings),
+                    "scratch": scratch_of(tower, small, listings),
+                    "units": units_of(config_of(), tower, way),
+                }
+            print(tower, way, towers[tower][way], flush=True)
+    (version,) = TensorRtRtxFlavour().versions().values()
+    day = datetime.date.today().isoformat()
+    source = f"TensorRT-RTX {version} for SM120, layers {PATTERN} of the released width, {day}"
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "source": source}
+    write_json(TABLE_FILE, {**head, "towers": towers})
+
+
+if __name__ == "__main__":
+    main()

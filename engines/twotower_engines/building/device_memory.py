@@ -1,0 +1,36 @@
+"""The memory that finished engines need, against the plan of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from twotower_engines.building.build_cache import CachedEngine
+from twotower_engines.errors import BuildError
+from twotower_engines.planning.fit import gib
+from twotower_engines.planning.plan import MemoryPlan
+
+
+def check_device_memory(plan: MemoryPlan, built: Mapping[str, CachedEngine]) -> None:
+    """Check the memory that TensorRT reports for intermediates against the memory plan.
+
+    Raises:
+        BuildError: A GPU would not hold it all; never where the builder could not open an engine.
+    """
+    for gpu in plan.gpus:
+        engines = {tower: built[tower].report.get("engine") or {} for tower in gpu.towers}
+        taken = {
+            tower: engine["device_memory"]
+            for tower, engine in engines.items()
+            if "device_memory" in engine
+        }
+        more = sum(size - gpu.workspace[tower] for tower, size in taken.items())
+        if more > gpu.free:
+            sizes = ", ".join(
+                f"{tower} {gib(size)} (planned {gib(gpu.workspace[tower])})"
+                for tower, size in taken.items()
+            )
+            raise BuildError(
+                f"the engines for {plan.sku.name} take more device memory for intermediates than "
+                f"was planned: {sizes}, and only {gib(gpu.free)} were left free; build with fewer "
+                "--slots, a shorter --context or a smaller --block-size-max"
+            )
