@@ -1,20 +1,21 @@
 """Bytes that compiled towers of the released size move in a call, against the least that they must.
 
-    python -m benchmarks.traffic            # about five minutes on two cores, no GPU
-    python -m benchmarks.traffic fp8        # one row, weights as the default recipe stores them
+    python -m benchmarks.traffic            # about fifteen minutes on two cores, no GPU
 
-TensorRT-RTX compiles both towers for SM120 with a block of 16 tokens and a context of 8,192, and
+TensorRT-RTX compiles both towers for SM120 with a context of 8,192 tokens and room for a call, and
 says what each final kernel reads and writes. The least is every input of the graph read once (of
-embeddings, the rows of the tokens) and every output written once (of a cache, the new rows).
-TensorRT shares the compiler but times its choices: its engines may differ.
+embeddings, the rows of the tokens) and every output written once (of a cache, the new rows). Each
+tower is compiled twice: with the ops' bodies, as TensorRT-RTX runs it, and cut at our plugins,
+which is what TensorRT compiles between them: there, what a plugin reads is an output. TensorRT
+shares the compiler but times its choices: its engines may differ.
 """
 
 from __future__ import annotations
 
 import datetime
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,36 @@ from twotower_contract.json_file import write_json
 from twotower_contract.traffic import traffic_of
 
 RESULTS = ROOT / "benchmarks" / "results"
-ROWS = (1, 4, 16)
-CONTEXT, BLOCK = 8192, 16
+CAPACITY = 8192 + 256
+CALLS = {"block": [(rows, 16) for rows in (1, 4, 16)], "chunk": [(1, 256), (4, 256)]}
+FORMS = ("bodies", "cut at plugins", "bodies, fp8")
+"""The last has FP8 weights, as the default recipe stores them, and is compiled for one row."""
 
 
-def measure(tower: str, rows: int, folder: Path, format_: str | None) -> dict[str, Any]:
-    """Compile one tower for one number of rows and add up what its kernels move."""
+def cases() -> Iterator[tuple[str, str, str, int, int]]:
+    """Yield the form, the kind of call, the tower, and rows and tokens of each measurement."""
+    for form in FORMS:
+        for kind, calls in CALLS.items():
+            for tower in TOWERS if kind == "block" else ("context",):
+                for rows, tokens in calls:
+                    if form != FORMS[2] or (rows, kind) == (1, "block"):
+                        yield form, kind, tower, rows, tokens
+
+
+def measure(
+    form: str, kind: str, tower: str, rows: int, tokens: int, folder: Path
+) -> dict[str, Any]:
+    """Compile one tower for one size of call and add up what its kernels move."""
     start = time.perf_counter()
-    listing = compiled(folder, tower, rows, BLOCK, CONTEXT, format_=format_)
+    given = {"is_cut": form == FORMS[1], "format_": "fp8" if form == FORMS[2] else None}
+    listing = compiled(folder, tower, rows, tokens, CAPACITY, **given)
     traffic = traffic_of(listing)
     return {
+        "form": form,
         "tower": tower,
+        "call": kind,
         "rows": rows,
+        "tokens": tokens,
         "moved_bytes": traffic.moved.total,
         "least_bytes": traffic.least,
         "ratio": round(traffic.ratio, 3),
@@ -46,34 +65,33 @@ def measure(tower: str, rows: int, folder: Path, format_: str | None) -> dict[st
     }
 
 
-def main(format_: str | None = None) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         results = []
-        for tower in TOWERS:
-            for rows in ROWS if format_ is None else ROWS[:1]:
-                results.append(measure(tower, rows, Path(name), format_))
-                print(results[-1], flush=True)
+        for case in cases():
+            results.append(measure(*case, Path(name)))
+            print(results[-1], flush=True)
     day = datetime.date.today().isoformat()
-    stem = RESULTS / "-".join(["traffic-rtx", *([format_] if format_ else []), day])
-    write_json(stem.with_suffix(".json"), {"date": day, "results": results})
+    write_json(RESULTS / f"traffic-rtx-{day}.json", {"date": day, "results": results})
     lines = [
         "# Bytes that compiled towers move",
         "",
         f"`python -m benchmarks.traffic`, {day}, TensorRT-RTX's compiler on 2 cores, no GPU; the",
-        f"released size, {format_ or 'bf16'}, function bodies, SM120, block {BLOCK}, context",
-        f"{CONTEXT:,}.",
+        f"released size, bf16, SM120, caches of {CAPACITY:,} tokens.",
         "",
-        "| tower | rows | GB moved | least | ratio | scratch, MB | kernels | compiled in, s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| form | tower | rows x tokens | GB moved | least | ratio | scratch, MB | inputs copied |"
+        " kernels | compiled in, s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {one['tower']} | {one['rows']} | {one['moved_bytes'] / 1e9:.1f} | "
-            f"{one['least_bytes'] / 1e9:.1f} | {one['ratio']:.2f} | "
-            f"{one['scratch_bytes'] / 1e6:.0f} | {one['kernels']} | {one['seconds']:.0f} |"
+            f"| {one['form']} | {one['tower']} | {one['rows']} x {one['tokens']} | "
+            f"{one['moved_bytes'] / 1e9:.1f} | {one['least_bytes'] / 1e9:.1f} | "
+            f"{one['ratio']:.2f} | {one['scratch_bytes'] / 1e6:.0f} | {one['copied_inputs']} | "
+            f"{one['kernels']} | {one['seconds']:.0f} |"
             for one in results
         ),
     ]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (RESULTS / f"traffic-rtx-{day}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

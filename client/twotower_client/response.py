@@ -199,7 +199,7 @@ def error_of_rpc(problem: Any, url: str, started: bool) -> ClientError:
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) and started:
         return RequestFailedError(
             f"the connection to {url} broke in the middle of the answer ({details}); "
-            "the server may have ended"
+            "the server may have ended; send the request again"
         )
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailableError(

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from twotower_contract.config import ModelConfig
 
 Tower = Literal["context", "denoiser"]
-How = Literal["as_is", "stack", "squeeze"]
+How = Literal["as_is", "stack", "squeeze", "widen"]
 Shape = tuple[int, ...]
 
 TOWERS: Final[tuple[Tower, ...]] = ("context", "denoiser")
@@ -34,7 +34,7 @@ class WeightSource:
 
     Attributes:
         how: `as_is`; `stack`: the sources along a new first axis; `squeeze`: drop axis 1, of
-            size 1.
+            size 1; `widen`: in float32, however it is stored.
         shape: Shape of the input.
         sources: Names of the checkpoint's tensors.
     """
@@ -130,7 +130,8 @@ def _attention(config: ModelConfig, mixer: str) -> Iterator[tuple[str, WeightSou
 def _experts(config: ModelConfig, mixer: str) -> Iterator[tuple[str, WeightSource]]:
     h, count = config.hidden_size, config.num_experts
     routed, shared = config.moe_intermediate_size, config.shared_intermediate_size
-    yield _as_is(f"{mixer}.gate.weight", count, h)
+    # the router works in float32: widened once, not at every call
+    yield f"{mixer}.gate.weight", WeightSource("widen", (count, h), (f"{mixer}.gate.weight",))
     yield _as_is(f"{mixer}.gate.e_score_correction_bias", count)
     for name, shape in (("up_proj", (routed, h)), ("down_proj", (h, routed))):
         sources = tuple(f"{mixer}.experts.{e}.{name}.weight" for e in range(count))

@@ -76,6 +76,11 @@ class WeightInput(WeightSource):
     dtype: str
 
     @property
+    def input_dtype(self) -> str:
+        """Dtype of the graph's input, or of its codes where it is quantized."""
+        return "F32" if self.how == "widen" else self.dtype
+
+    @property
     def format(self) -> Format | None:
         """The format of the sources, where they are quantized."""
         return FORMAT_OF_DTYPE.get(self.dtype)
@@ -289,6 +294,7 @@ def _weight(
     # `squeeze` may keep an axis of the model that happens to be 1, so only the count must agree
     fits = {
         "as_is": len(sources) == 1 and shape == first,
+        "widen": len(sources) == 1 and shape == first,
         "squeeze": len(sources) == 1 and math.prod(shape) == math.prod(first),
         "stack": shape == (len(sources), *first),
     }

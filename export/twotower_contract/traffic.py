@@ -304,7 +304,8 @@ def _renewed(output: Tensor, listing: Listing, call: Mapping[str, int]) -> int:
 def _copies(listing: Listing, call: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
     """Yield kernels that write as much as a large input that they read, and not an output.
 
-    A cache that was updated in place is still the input that it was.
+    The input is most of what the kernel reads: one that reads twice as much of something else makes
+    more of it than a copy. A cache that was updated in place is still the input that it was.
     """
     inputs = {one.name for one in listing.inputs}
     inputs |= {one.name for one in listing.outputs if one.name.removesuffix("_new") in inputs}
@@ -312,9 +313,11 @@ def _copies(listing: Listing, call: Mapping[str, int]) -> Iterator[tuple[str, st
     for kernel in listing.kernels:
         names = {one.name for one in kernel.reads}
         written = [one.bytes(call) for one in kernel.writes if one.name not in outputs | names]
+        most = max((one.bytes(call) for one in kernel.reads), default=0)
         for one in kernel.reads if not kernel.is_product else ():
             size = one.bytes(call)
-            if one.name in inputs and size >= LARGE and max(written, default=0) >= size:
+            is_copied = LARGE <= size <= max(written, default=0) and 2 * size >= most
+            if one.name in inputs and is_copied:
                 yield kernel.name, one.name, size
 
 

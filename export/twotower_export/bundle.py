@@ -189,6 +189,6 @@ def _weight_dtypes(checkpoint: Checkpoint, graph: _GraphToWrite) -> dict[str, st
     inputs = [_weight_input(name, one, checkpoint.tensors) for name, one in weights.items()]
     computed = checkpoint.config.tensor_dtype
     return {
-        one.name: input_forms(one.name, one.dtype, one.shape, computed)[one.name][0]
+        one.name: input_forms(one.name, one.input_dtype, one.shape, computed)[one.name][0]
         for one in inputs
     }

@@ -82,6 +82,7 @@ def test_manifest_maps_every_weight_input(bundle, checkpoint):
             parts = [source.shape for source in sources]
             made = {
                 "as_is": parts[0],
+                "widen": parts[0],
                 "stack": (len(parts), *parts[0]),
                 "squeeze": tuple(size for size in parts[0] if size != 1),
             }

@@ -46,12 +46,7 @@ def test_all_that_kernels_touch_has_a_size(compiled):
 
 
 def test_no_kernel_copies_or_transposes_a_weight_or_a_state(compiled):
-    """A kernel that writes as much as an input that it reads is a copy of it.
-
-    But for the convolution, which makes more of its short history.
-    """
-    copies = [name for _, name, _ in traffic_of(compiled).copies]
-    assert not [name for name in copies if not name.endswith("conv_state")]
+    assert not traffic_of(compiled).copies
 
 
 def test_attention_is_one_kernel_and_writes_no_scores(compiled):
@@ -76,14 +71,10 @@ def test_caches_are_updated_in_place_and_read_by_attention_alone(compiled):
     for update, attention in readers.values():
         assert update == "update"
         assert "mha" in attention
-    assert (
-        not [  # what went in is named by what comes out: there is no other cache
-            one.name
-            for kernel in compiled.kernels
-            for one in (*kernel.reads, *kernel.writes)
-            if CAPACITY in one.sizes and 128 in one.sizes and one.name not in caches
-        ]
-    )
+    # what went in is named by what comes out: there is no other cache
+    touched = (one for kernel in compiled.kernels for one in (*kernel.reads, *kernel.writes))
+    large = {one.name for one in touched if CAPACITY in one.sizes and 128 in one.sizes}
+    assert large == caches
 
 
 def test_refinement_writes_no_integers_for_each_token(compiled):
@@ -96,5 +87,15 @@ def test_refinement_writes_no_integers_for_each_token(compiled):
 
 
 def test_scratch_memory_is_bounded(compiled):
-    """Seen: 43 MB at one row, 440 MB at 16, most of it the experts' results before their sum."""
-    assert compiled.scratch < (100e6 if rows(compiled) == 1 else 500e6)
+    """Seen: 43 MB at one row, 340 MB at 16, most of it the experts' results before their sum."""
+    assert compiled.scratch < (100e6 if rows(compiled) == 1 else 360e6)
+
+
+@pytest.mark.parametrize("tower", ["context", "denoiser"])
+def test_what_tensorrt_compiles_between_our_plugins_moves_little_twice(tower, tmp_path):
+    """Plugins read and write across the edge of what is compiled: 1.06 of the least was seen."""
+    listing = compile_tower(tmp_path, tower, 16, 16, CAPACITY, PATTERN, is_cut=True)
+    traffic = traffic_of(listing)
+    assert not traffic.copies
+    assert traffic.ratio < 1.1
+    assert listing.scratch < 60e6

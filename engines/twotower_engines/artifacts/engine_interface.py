@@ -65,7 +65,7 @@ def interface_of(manifest: Manifest, tower: str, capacity: int = DYNAMIC) -> Int
         name: TensorSpec(STORED[stored], shape)
         for weight in manifest.weights[tower].values()
         for name, (stored, shape) in input_forms(
-            weight.name, weight.dtype, weight.shape, model.tensor_dtype
+            weight.name, weight.input_dtype, weight.shape, model.tensor_dtype
         ).items()
     }
     new = {f"{name}_new": spec for name, spec in states.items()}
@@ -113,5 +113,5 @@ def _refined(model: ModelConfig) -> dict[str, TensorSpec]:
         "confidence": TensorSpec("FLOAT", block),
         "committed": TensorSpec("INT32", block),
         "still_masked": TensorSpec("INT32", (DYNAMIC,)),
-        "logits": TensorSpec("FLOAT", (*block, model.vocab_size)),
+        "logits": TensorSpec(COMPUTED[model.dtype], (*block, model.vocab_size)),
     }

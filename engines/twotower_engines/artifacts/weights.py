@@ -103,7 +103,7 @@ class WeightStore:
         made = np.empty(weight.shape, dtype=np.float32)
         parts = made if weight.how == "stack" else [made]
         for part, source in zip(parts, sources, strict=True):
-            _widen(source.reshape(part.shape), part)
+            widen(source.reshape(part.shape), part)
         return made
 
     def _decoded(self, source: str) -> npt.NDArray[Any]:
@@ -212,7 +212,7 @@ class WeightStore:
 
 def stays_mapped(weight: WeightInput) -> bool:
     """Whether a weight's float32 values are used where they lie, in the checkpoint's file."""
-    is_stored_so = weight.how != "stack" and weight.dtype == "F32"
+    is_stored_so = weight.how not in ("stack", "widen") and weight.dtype == "F32"
     return is_stored_so and 4 * math.prod(weight.shape) > COPIED_BYTES
 
 
@@ -222,7 +222,7 @@ def _state(path: Path) -> tuple[int, ...]:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def _widen(source: npt.NDArray[Any], target: npt.NDArray[np.float32]) -> None:
+def widen(source: npt.NDArray[Any], target: npt.NDArray[np.float32]) -> None:
     """Copy float32, or widen bf16 bits, into `target` of the same shape."""
     if source.dtype == np.float32:
         target[...] = source

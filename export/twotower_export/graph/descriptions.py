@@ -43,6 +43,7 @@ _HOW: Final = {
     "as_is": "as it is stored",
     "stack": "the tensors of all experts, stacked",
     "squeeze": "without its axis of size one",
+    "widen": "in float32",
 }
 
 

@@ -80,7 +80,7 @@ def experts_mixer(config: ModelConfig, dtype: ir.DataType, routed: ir.Function) 
     tokens = b.reshape(x, -1, config.hidden_size)
 
     b.begin("router.scores")
-    scores = b.op.Sigmoid(b.linear(b.cast(tokens, FLOAT), b.cast(gate, FLOAT)))  # [n, E]
+    scores = b.op.Sigmoid(b.linear(b.cast(tokens, FLOAT), gate))  # [n, E]
     corrected = b.op.Add(scores, b.cast(correction, FLOAT))
     b.begin("router.choice")
     k = b.i64([config.num_experts_per_tok])

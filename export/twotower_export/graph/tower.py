@@ -89,7 +89,7 @@ class _Graph:
             if self._weight_dtypes[name] == "F8_E4M3":
                 self._weights[name] = self._fp8(name, source)
                 continue
-            stored = STORED[self._weight_dtypes[name]]
+            stored = FLOAT if source.how == "widen" else STORED[self._weight_dtypes[name]]
             value = self.input(name, source.shape, stored, describe_weight(source))
             if stored != self.dtype and not name.endswith(FLOAT_WEIGHTS):
                 value = self.body.cast(value, self.dtype)
@@ -237,7 +237,8 @@ def build_denoiser_graph(
     Inputs: ids [batch, block] int32; per row: lengths, context_lengths, conditioned (1: with time
     conditioning; 0: a plain pass, for mock-AR), threshold, steps_left, temperature, policy, seed
     (see `refine.refine_block`); the context's states, which are only read; weights.
-    Outputs: new_ids, confidence, committed, still_masked, and logits [batch, block, vocab] float32.
+    Outputs: new_ids, confidence, committed, still_masked, and logits [batch, block, vocab] T,
+    which mock-AR reads: wider they would be written a second time, 8 MB for each row.
     Arguments as of `build_context_graph`.
     """
     g = _Graph(config, dtype, weight_dtypes, "block")
@@ -278,8 +279,8 @@ def build_denoiser_graph(
     logits = b.linear(normed, g.weight("lm_head.weight"))
     refined = b.call(refine, [logits, ids, *(rows[row] for row in ROW_INPUTS)], "denoiser.refine")
     _add_refined(g, refined)
-    meaning = "Logits of each position's own token; rounded to the graph's dtype before float32."
-    g.output(b.up(logits), "logits", ["batch", "block", config.vocab_size], FLOAT, meaning)
+    meaning = "Logits of each position's own token, in the dtype that they were computed in."
+    g.output(logits, "logits", ["batch", "block", config.vocab_size], g.dtype, meaning)
     for index, values in enumerate(written):
         g.add_new_states(index, values)
     doc = "Denoiser tower: one refinement step of a block against the context's states."

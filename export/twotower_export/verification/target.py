@@ -97,7 +97,7 @@ def native_problems(
     computed = target.manifest.model.tensor_dtype
     inputs = {given.name: given.type.tensor_type.elem_type for given in native.graph.input}
     for name, weight in target.manifest.weights[tower].items():
-        dtype, _ = input_forms(name, weight.dtype, weight.shape, computed)[name]
+        dtype, _ = input_forms(name, weight.input_dtype, weight.shape, computed)[name]
         if name in inputs and stored[dtype] != inputs[name]:
             problems.append(f"it takes {name} as other than {dtype}")
     return problems

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from twotower_contract.errors import CheckpointError
 from twotower_contract.shards import read_header, sample_digest
 from twotower_engines.artifacts import weights
-from twotower_engines.artifacts.weights import WeightStore, _widen
+from twotower_engines.artifacts.weights import WeightStore, widen
 from twotower_engines.runtime.interface import ExtendRow
 from twotower_engines.runtime.opening import open_runtime
 
@@ -81,7 +81,7 @@ def test_widening_keeps_special_values(made):
     """NaN, infinities, zeros of both signs and subnormals: bf16 is a float32 cut in half."""
     bits = np.arange(2**16, dtype=np.uint16)
     widened = np.empty(bits.shape, np.float32)
-    _widen(bits, widened)
+    widen(bits, widened)
     wanted = torch.from_numpy(bits).view(torch.bfloat16).to(torch.float32).numpy()
     np.testing.assert_array_equal(widened.view(np.uint32), wanted.view(np.uint32))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.support import host_device as host
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from tests.support.closing import check_closing
 from twotower_contract.engine_set import Limits
 from twotower_contract.errors import CheckpointError
@@ -25,6 +28,9 @@ from twotower_engines.runtime.resident.device import Device
 from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
 from twotower_engines.runtime.resident.states import state_kinds, window_step
 from twotower_engines.runtime.resident.upload import input_sizes, tower_bytes, upload_weights
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint
+from twotower_export.tiny.checkpoints import tiny_config
 
 LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
 
@@ -394,3 +400,57 @@ def test_engines_that_nothing_here_can_run_are_refused(engines, flavour, message
     build = replace(engines.engines.build, flavour=flavour)
     with pytest.raises(RuntimeLoadError, match=message):
         open_runtime(replace(engines.engines, build=build))
+
+
+class BfloatEngine:
+    """An engine that writes the bits of 1.5 as every logit."""
+
+    def __init__(self):
+        self.addresses = {}
+
+    def prepare(self, shapes):
+        return self
+
+    def bind(self, addresses):
+        self.addresses = dict(addresses)
+
+    def can_capture(self):
+        return False
+
+    def enqueue(self):
+        if "still_masked" in self.addresses:
+            host.view(self.addresses["logits"], 2 * 300).view(np.uint16)[:] = 0x3FC0
+
+    def close(self):
+        pass
+
+
+def test_logits_come_in_the_towers_dtype_and_are_widened_for_who_reads_them(engines):
+    manifest = replace(
+        engines.engines.manifest, model=replace(engines.engines.manifest.model, dtype="bfloat16")
+    )
+    device = host.HostDevice()
+    towers = [Tower(BfloatEngine(), device, {}) for _ in range(2)]
+    runtime = ResidentRuntime(manifest, LIMITS, *towers)
+    logits = runtime.predict([PredictRow(0, 7)])
+    assert logits.dtype == np.float32
+    assert logits.tolist() == [[1.5] * 300]
+    runtime.close()
+
+
+def test_the_routers_gate_is_widened_on_its_way(tmp_path):
+    """A graph computes with it in float32 and casts nothing at a call."""
+    config = tiny_config("E", hidden=32, dtype="bfloat16")
+    source = write_checkpoint(tmp_path / "checkpoint", config, random_tensors(config))
+    manifest = write_bundle(open_checkpoint(source), tmp_path / "bundle")
+    name = "context_tower.layers.0.mixer.gate.weight"
+    weight = manifest.weights["context"][name]
+    assert (weight.how, weight.dtype, weight.input_dtype) == ("widen", "BF16", "F32")
+    graph = onnx.load(tmp_path / "bundle" / manifest.graph("native", "context").file)
+    (given,) = (one for one in graph.graph.input if one.name == name)
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    store, device = WeightStore(manifest), host.HostDevice()
+    addresses = upload_weights(store, "context", device, window=1 << 12)
+    there = host.view(addresses[name], 4 * math.prod(weight.shape)).view(np.float32)
+    np.testing.assert_array_equal(there, store.float32(weight).reshape(-1))
+    assert there.any()

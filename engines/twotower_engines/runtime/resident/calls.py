@@ -101,20 +101,33 @@ def input_layout(size: CallSize) -> Layout:
     return layout
 
 
-def output_layout(size: CallSize, vocabulary: int) -> Layout:
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """The logits of a tower.
+
+    Attributes:
+        count: Tokens of the vocabulary.
+        item: Bytes of one of the denoiser's, which come as they were computed: 2 are bf16 bits.
+    """
+
+    count: int
+    item: int
+
+
+def output_layout(size: CallSize, logits: Logits) -> Layout:
     """Return shape and dtype of what the host reads."""
     if size.verb == "extend":
-        return {"logits": ((size.rows, vocabulary), np.float32)}
-    all_outputs = _denoiser_outputs(size, vocabulary)
+        return {"logits": ((size.rows, logits.count), np.float32)}
+    all_outputs = _denoiser_outputs(size, logits)
     refined = ("new_ids", "still_masked", "confidence")
     seen = ("logits",) if size.verb == "predict" else refined
     return {name: all_outputs[name] for name in seen}
 
 
-def unseen_sizes(size: CallSize, vocabulary: int) -> dict[str, int]:
+def unseen_sizes(size: CallSize, logits: Logits) -> dict[str, int]:
     """Return bytes of each of the denoiser's outputs that stay on the device."""
-    seen = output_layout(size, vocabulary)
-    layout = _denoiser_outputs(size, vocabulary)
+    seen = output_layout(size, logits)
+    layout = _denoiser_outputs(size, logits)
     return {name: _bytes(*one) for name, one in layout.items() if name not in seen}
 
 
@@ -138,14 +151,14 @@ class Queries:
         return dict.fromkeys(self._names, start)
 
 
-def _denoiser_outputs(size: CallSize, vocabulary: int) -> Layout:
+def _denoiser_outputs(size: CallSize, logits: Logits) -> Layout:
     block = (size.rows, size.tokens)
     return {
         "new_ids": (block, np.int32),
         "still_masked": ((size.rows,), np.int32),
         "confidence": (block, np.float32),
         "committed": (block, np.int32),
-        "logits": ((*block, vocabulary), np.float32),
+        "logits": ((*block, logits.count), np.float32 if logits.item == 4 else np.uint16),
     }
 
 
@@ -185,18 +198,18 @@ class CallMemory:
     Args:
         device: Device of the tower.
         sizes: Sizes of all calls.
-        vocabulary: Tokens of the vocabulary.
+        logits: The tower's logits.
         unseen: Bytes that the largest call leaves on the device: new states, and logits that nobody
             reads.
     """
 
     def __init__(
-        self, device: Device, sizes: Iterable[CallSize], vocabulary: int, unseen: int
+        self, device: Device, sizes: Iterable[CallSize], logits: Logits, unseen: int
     ) -> None:
-        self._device, self._vocabulary = device, vocabulary
+        self._device, self._logits = device, logits
         every = list(sizes)
         self._inputs = self._pair([input_layout(size) for size in every])
-        self._outputs = self._pair([output_layout(size, vocabulary) for size in every])
+        self._outputs = self._pair([output_layout(size, logits) for size in every])
         self.unseen = device.allocate(unseen)
 
     def inputs(self, size: CallSize) -> Tensors:
@@ -205,7 +218,7 @@ class CallMemory:
 
     def outputs(self, size: CallSize) -> Tensors:
         """Return the outputs of a call that the host reads."""
-        return Tensors(self._device, *self._outputs, output_layout(size, self._vocabulary))
+        return Tensors(self._device, *self._outputs, output_layout(size, self._logits))
 
     def _pair(self, layouts: Iterable[Layout]) -> tuple[Array, int]:
         """Return host and device memory for any of some layouts."""

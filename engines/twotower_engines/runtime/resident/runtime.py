@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from twotower_contract.engine_set import Limits
 from twotower_contract.manifest import Manifest
-from twotower_engines.artifacts.weights import Progress
+from twotower_engines.artifacts.weights import Progress, widen
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.resident.calls import (
     REFINE_ROWS,
     CallMemory,
     CallSize,
+    Logits,
     Queries,
     Tensors,
     Verb,
@@ -101,6 +102,7 @@ class ResidentRuntime:
         self._kinds = state_kinds(manifest.model, limits, item)
         self._step = window_step(self._kinds)
         self._queries = Queries(manifest.model, item)
+        self._logits = Logits(self.vocab_size, item)
         has_mirror = denoiser is not None and denoiser.device is not context.device
         self._states = SlotStates(
             context.device,
@@ -195,7 +197,10 @@ class ResidentRuntime:
             arrays["lengths"][row.slot - first] = 1
         self._run(prepared)
         logits = prepared.outputs.arrays["logits"]
-        return np.stack([logits[row.slot - first, 0] for row in rows])
+        found = np.empty((len(rows), self.vocab_size), np.float32)
+        for target, row in zip(found, rows, strict=True):
+            widen(logits[row.slot - first, 0], target)
+        return found
 
     def state_store(self, size: int, tokens: int) -> KeptStates:
         """Return room for prefixes on the context tower's device.
@@ -275,13 +280,13 @@ class ResidentRuntime:
         """Return the memory in which all calls of a tower take turns."""
         sizes = [size for verb in verbs for size in call_sizes(verb, self.limits)]
         unseen = max(self._unseen_bytes(size) + self._queries.size(size) for size in sizes)
-        return CallMemory(tower.device, sizes, self.vocab_size, unseen)
+        return CallMemory(tower.device, sizes, self._logits, unseen)
 
     def _unseen_bytes(self, size: CallSize) -> int:
         """Return the bytes of what a call leaves on the device, its queries left out."""
         if size.verb == "extend":
             return Landing(self._kinds, size.rows).size
-        return packed(unseen_sizes(size, self.vocab_size))[1]
+        return packed(unseen_sizes(size, self._logits))[1]
 
     def _prepare_usual(self, progress: Progress | None) -> None:
         """Prepare the calls that most requests ask for, so that none of these pays for it."""
@@ -318,7 +323,7 @@ class ResidentRuntime:
             unseen = landing.addresses(memory.unseen)
             states = self._states.addresses(first)
         else:
-            offsets, _ = packed(unseen_sizes(size, self.vocab_size))
+            offsets, _ = packed(unseen_sizes(size, self._logits))
             unseen = {name: memory.unseen + offset for name, offset in offsets.items()}
             states = self._mirror.addresses(first, previous=size.verb == "predict")
         unseen |= self._queries.addresses(memory.unseen + self._unseen_bytes(size))

@@ -27,7 +27,7 @@ from twotower_contract.errors import CheckpointError
 from twotower_contract.manifest import Manifest, WeightInput
 from twotower_contract.quantized import input_forms
 from twotower_contract.shards import ITEM_SIZES, TensorEntry
-from twotower_engines.artifacts.weights import Progress, WeightStore
+from twotower_engines.artifacts.weights import Progress, WeightStore, widen
 from twotower_engines.runtime.resident.device import Device, Fence, aligned
 
 WINDOW = 64 << 20
@@ -42,7 +42,7 @@ BUFFERS = READERS + 2
 
 def input_sizes(manifest: Manifest, weight: WeightInput) -> dict[str, int]:
     """Return the bytes on the device of each input that a weight has, by name."""
-    forms = input_forms(weight.name, weight.dtype, weight.shape, manifest.model.tensor_dtype)
+    forms = input_forms(weight.name, weight.input_dtype, weight.shape, manifest.model.tensor_dtype)
     return {name: math.prod(shape) * ITEM_SIZES[dtype] for name, (dtype, shape) in forms.items()}
 
 
@@ -262,7 +262,15 @@ def _fill(target: memoryview, descriptor: int, piece: _Piece) -> None:
 
 
 def _converted(stored: npt.NDArray[np.uint8], tensor: TensorEntry) -> npt.NDArray[np.uint8]:
-    """Return FP8 codes transposed, or a float32 scale in bfloat16, ties to even; as bytes."""
+    """Return what becomes of a tensor, as bytes.
+
+    Bfloat16 is widened to float32, FP8 codes are transposed, a float32 scale is rounded to
+    bfloat16, ties to even.
+    """
+    if tensor.dtype == "BF16":
+        widened = np.empty(stored.size // 2, np.float32)
+        widen(stored.view(np.uint16), widened)
+        return widened.view(np.uint8)
     if tensor.shape:
         return np.ascontiguousarray(stored.reshape(tensor.shape).T).reshape(-1)
     bits = stored.view(np.uint32)
