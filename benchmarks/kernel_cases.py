@@ -155,6 +155,58 @@ def expert_cases(device: str) -> list[Case]:
     return cases
 
 
+BITS = {"fp8": 8.0, "int4": 4.25, "nvfp4": 4.5}
+"""Bits of a weight with its share of the scales."""
+
+
+def code_cases(device: str) -> list[Case]:
+    """The same with weights of 8 and 4 bits; `gpu_checks` compares their numbers."""
+    K, E, h, inner = SIZES.experts_per_token, SIZES.experts, SIZES.hidden, SIZES.inner
+
+    def bank(form: str, features: int, depth: int) -> experts.Bank:
+        def codes(*shape: int) -> Tensor:
+            return torch.randint(0, 0x70, shape, dtype=torch.uint8, device=device)
+
+        if form == "fp8":
+            scale = torch.rand(E, device=device).bfloat16()
+            return experts.Bank(codes(E, depth, features), form, scale)
+        both = codes(E, features, depth // 2)
+        if form == "int4":
+            scale = torch.rand(E, features, depth // 64, device=device).bfloat16()
+            return experts.Bank(both, form, scale)
+        scales = codes(E, features, depth // 16), torch.rand(E, device=device)
+        return experts.Bank(both, form, *scales)
+
+    def make(form: str, tokens: int, used: float) -> Callable[[], tuple[Any, ...]]:
+        shared: list[experts.Bank] = []
+
+        def inputs() -> tuple[Any, ...]:
+            if not shared:
+                shared.extend((bank(form, inner, h), bank(form, h, inner)))
+            x = torch.randn(tokens, h, device=device).bfloat16()
+            weights = torch.rand(tokens, K, device=device)
+            return (x, routed(tokens, used, SIZES).to(device), weights, *shared)
+
+        return inputs
+
+    cases = []
+    for (form, bits), rows in itertools.product(BITS.items(), (1, 16)):
+        tokens = rows * SIZES.block
+        used = distinct_experts("denoiser block", rows, SIZES.block, E, K)
+        cases.append(
+            Case(
+                f"SparseExperts{form.upper()}",
+                f"{tokens} tokens, {used:.0f} experts",
+                used * 2 * h * inner * bits / 8 + tokens * h * 4,
+                make(form, tokens, used),
+                experts.sparse_experts,
+                None,
+                tolerance=0.0,
+            )
+        )
+    return cases
+
+
 def routed(tokens: int, used: float, sizes: Sizes, seed: int = 0) -> Tensor:
     """Indices [tokens, K] whose number of distinct experts is about `used`.
 
@@ -226,4 +278,9 @@ def mamba_cases(device: str) -> list[Case]:
     return cases
 
 
-CASES = {"refine": refine_cases, "experts": expert_cases, "mamba": mamba_cases}
+CASES = {
+    "refine": refine_cases,
+    "experts": expert_cases,
+    "codes": code_cases,
+    "mamba": mamba_cases,
+}

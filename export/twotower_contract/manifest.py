@@ -32,7 +32,7 @@ from twotower_contract.shards import ITEM_SIZES, STORED_DTYPES, Shard, TensorEnt
 FORMAT: Final = "twotower-bundle"
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
-MAX_TOKENS_PER_CALL: Final = 256
+MAX_TOKENS_PER_CALL: Final = 1024
 """Most tokens of one row in one call of a context graph."""
 REMEDY: Final = "write the bundle again with `twotower export`"
 

@@ -234,7 +234,7 @@ def test_a_broken_record_is_refused(engines):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("slots", 10**9), ("slots", 0), ("context", 10**30), ("max_tokens_per_call", 257),
+    [("slots", 10**9), ("slots", 0), ("context", 10**30), ("max_tokens_per_call", 1025),
      ("block_size_max", -1)],
 )  # fmt: skip
 def test_limits_that_no_build_has_are_refused(engines, name, value):

@@ -33,15 +33,13 @@ sizes = Sizes(vocab_size=261, hidden=64, inner=64, experts=8, experts_per_token=
 COMPILE = """
 import json
 from dataclasses import replace
-from twotower_engines.kernels import experts
 from twotower_engines.kernels.compile import all_specs, compile_kernel
+from twotower_engines.kernels.expert_products import product_specs
 from twotower_engines.kernels.targets import target
 made = []
-specs = list({{spec.function: spec for spec in all_specs(sizes)}}.values())  # one of each
-prefill = experts.specs(replace(sizes, rows=64))  # 64 tokens to a tile
-specs += [spec for spec in prefill if spec.launch.constants.get("BLOCK_T") == 64]
+codes = [product_specs(replace(sizes, experts_format=form))[0] for form in {forms!r}]
 for name in {targets!r}:
-    for spec in specs:
+    for spec in [*all_specs(sizes), *(codes if name in ("8.0", "9.0") else [])]:
         compiled = compile_kernel(spec, target(name))
         made.append(dict(
             kernel=spec.name, target=name, ptx=compiled.ptx, entry=compiled.entry,
@@ -79,10 +77,10 @@ def parameters(ptx: str, entry: str) -> list[str]:
 @pytest.mark.parametrize("half", [0, 1])
 def test_every_kernel_compiles_for_every_gpu(compiled: Callable[..., Any], half: int) -> None:
     names = [gpu.compute_capability for gpu in TARGETS][half::2]
-    source = SMALL + COMPILE.format(targets=names)
-    found = compiled(source)
-    functions = {spec.function for spec in all_specs(Sizes())}
-    assert len(found) == len(names) * (len(functions) + 2)
+    forms = ("fp8", "int4", "nvfp4")  # one kernel each, the slow test has them all
+    found = compiled(SMALL + COMPILE.format(targets=names, forms=forms))
+    old_and_hopper = len({"8.0", "9.0"} & set(names))
+    assert len(found) == len(names) * len(all_specs(Sizes())) + len(forms) * old_and_hopper
     assert {made["tokens"] for made in found} >= {16, 64}
     assert {made["kernel"] for made in found} >= {"mamba_scan", "mamba_scan_states"}
     for made in found:
@@ -113,7 +111,7 @@ def test_full_size_kernels_for_an_h200(tmp_path: Path) -> None:
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == sorted(f"{line['kernel']}.sm_90.ptx" for line in lines)
     wide_copy = r"cp\.async\.cg\.shared\.global \[.*\], 0x10"  # 16 bytes at a time
-    up = (tmp_path / "experts_up.sm_90.ptx").read_text()
+    up = (tmp_path / "experts_up.1.sm_90.ptx").read_text()
     assert "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16" in up
     assert re.search(wide_copy, up), "weights"
     vocabulary = (tmp_path / "refine_vocabulary.sm_90.ptx").read_text()
@@ -156,12 +154,11 @@ def test_an_unknown_gpu_is_an_error_of_the_user() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--block", "--rows"])
-def test_sizes_that_no_kernel_has_are_refused(option: str) -> None:
+def test_sizes_that_no_kernel_has_are_refused() -> None:
     start = [sys.executable, "-c", "from twotower_client.cli import main; main()"]
-    done = subprocess.run([*start, "kernels", option, "100000"], capture_output=True, text=True)
+    done = subprocess.run([*start, "kernels", "--block", "100000"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"{option}': 100000 is not in the range" in done.stderr
+    assert "--block': 100000 is not in the range" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -188,11 +185,11 @@ def test_nothing_compiles_while_the_interpreter_is_on() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 16])
-def test_every_full_size_kernel_assembles_for_every_gpu(rows: int) -> None:
+@pytest.mark.parametrize("form", ["plain", "fp8", "int4", "nvfp4"])
+def test_every_full_size_kernel_assembles_for_every_gpu(form: str) -> None:
     with ThreadPoolExecutor(2) as pool:
         tables = pool.map(
-            lambda gpu: command("--target", gpu.compute_capability, "--rows", str(rows), "--json"),
+            lambda gpu: command("--target", gpu.compute_capability, "--experts", form, "--json"),
             TARGETS,
         )
     for line in (line for table in tables for line in table):

@@ -10,7 +10,7 @@ import torch
 
 import tests.support.kernel_reference as reference
 from tests.support.kernel_inputs import draw_experts
-from twotower_engines.kernels import experts
+from twotower_engines.kernels import expert_products, expert_routing, experts
 from twotower_engines.kernels.jit import Launch, launch
 
 SMALL = Launch({"BLOCK_F": 16, "BLOCK_T": 4, "BLOCK_K": 16}, num_warps=4, num_stages=2)
@@ -75,7 +75,7 @@ def test_bf16_agrees_with_the_function_to_its_last_roundings() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_default_tiles(tokens: int) -> None:
-    tiles = experts.matmul_launch(tokens, 8, 2, "fp32")
+    tiles = expert_products.matmul_launch(tokens, 8, 2, "fp32")
     check(draw_experts(np.random.default_rng(1), 20, 2, 8, 80, 72), tiles)
 
 
@@ -145,16 +145,36 @@ def test_results_do_not_depend_on_tiles_of_tokens() -> None:
         np.testing.assert_array_equal(first, experts.sparse_experts(*args, config=other))
 
 
-@pytest.mark.parametrize(("n", "K", "E"), [(5, 2, 4), (700, 3, 7)])
-def test_routing_sorts_pairs_by_expert(n: int, K: int, E: int) -> None:
-    indices = np.random.default_rng(8).integers(-1, E, (n, K)).astype(np.int32)
-    counts, pairs = torch.empty(E, dtype=torch.int32), torch.empty(n * K, dtype=torch.int32)
-    grid, tiles = (E,), experts.route_launch()
-    launch(experts.route_tokens, grid, (torch.from_numpy(indices), n * K, counts, pairs), {}, tiles)
+def route(indices: np.ndarray, E: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The sorted pairs and both tables of tiles, as the kernel writes them."""
+    n = indices.size
+    pairs = torch.empty(n, dtype=torch.int32)
+    bounds = [expert_routing.tile_bound(n, E, size) for size in expert_routing.TILE_TOKENS]
+    tables = [torch.full((bound, 4), -7, dtype=torch.int32) for bound in bounds]
+    constants = dict(zip(("FEW", "MANY"), expert_routing.TILE_TOKENS, strict=True), E=E)
+    given = (torch.from_numpy(indices), n, pairs, *tables)
+    launch(expert_routing.route_tokens, (E,), given, constants, expert_routing.route_launch(E))
+    return pairs.numpy(), [table.numpy() for table in tables]
+
+
+@pytest.mark.parametrize(("n", "K", "E"), [(5, 2, 4), (700, 3, 7), (3, 2, 9)])
+def test_routing_sorts_pairs_and_lists_tiles(n: int, K: int, E: int) -> None:
+    indices = np.random.default_rng(8).integers(-1, E + 1, (n, K)).astype(np.int32)
+    indices[: n // 2] = 1  # an expert of many tiles
+    pairs, tables = route(indices, E)
     flat = indices.ravel()
     routed = [pair for expert in range(E) for pair in np.flatnonzero(flat == expert)]
-    np.testing.assert_array_equal(counts, np.bincount(flat[flat >= 0], minlength=E))
     np.testing.assert_array_equal(pairs[: len(routed)], routed)
+    counts = np.bincount(flat[(flat >= 0) & (flat < E)], minlength=E)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    for table, size in zip(tables, expert_routing.TILE_TOKENS, strict=True):
+        want = [
+            (expert, start, max(size - (starts[expert + 1] - start), 0))
+            for expert in range(E)
+            for start in range(starts[expert], starts[expert + 1], size)
+        ]
+        np.testing.assert_array_equal(table[: len(want), :3], want)
+        assert (table[len(want) :, 2] == size).all(), "no work"
 
 
 def test_the_grid_has_a_program_for_every_tile() -> None:
@@ -164,21 +184,40 @@ def test_the_grid_has_a_program_for_every_tile() -> None:
         counts = np.bincount(
             generator.integers(0, E, n) // generator.integers(1, E + 1), minlength=E
         )
-        assert (-(-counts // block)).sum() <= experts.tile_bound(n, E, block)
+        assert (-(-counts // block)).sum() <= expert_routing.tile_bound(n, E, block)
 
 
-def test_nonsense_counts_write_nothing_outside() -> None:
-    """TensorRT times a plugin's node alone, on counts and pairs that no routing produced."""
+def test_nonsense_tiles_write_nothing_outside() -> None:
+    """TensorRT times a plugin's node alone, on tiles and pairs that no routing produced."""
     generator = np.random.default_rng(10)
     x, _, _, up, _ = draw_experts(generator, 6, 2, 4, 32, 32)
-    for _ in range(20):
-        counts = torch.from_numpy(generator.integers(-(2**31), 2**31, 4).astype(np.int32))
-        counts[0] = int(generator.integers(0, 40))
-        pairs = torch.from_numpy(generator.integers(-(2**31), 2**31, 12).astype(np.int32))
+    sizes = {"HIDDEN": 32, "INNER": 32, "E": 4, "K": 2, "MANY": False, "UPCAST": True}
+    sizes |= expert_products.bank_constants("up", "plain", 32, 0)
+
+    def run(tiles: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         buffer = torch.full((12 + 8, 32), 7.0)
-        inner = buffer[4:16]
-        args = (x, up, counts, pairs, 12, inner)
-        sizes = {"HIDDEN": 32, "INNER": 32, "E": 4, "K": 2, "BLOCK_E": 4, "UPCAST": True}
-        launch(experts.experts_up, (2, 6), args, sizes, SMALL)
+        args = (x, up, pairs, tiles, tiles, 12, buffer[4:16])
+        launch(expert_products.experts_up, (2, 6), args, sizes, SMALL)
         assert (buffer[:4] == 7.0).all()
         assert (buffer[16:] == 7.0).all()
+        return buffer[4:16]
+
+    for _ in range(20):
+        tiles = torch.from_numpy(generator.integers(-(2**31), 2**31, (6, 4)).astype(np.int32))
+        tiles[0] = torch.from_numpy(generator.integers(-3, 14, 4).astype(np.int32))
+        pairs = torch.from_numpy(generator.integers(-(2**31), 2**31, 12).astype(np.int32))
+        run(tiles, pairs)
+
+
+def test_a_table_of_zeros_is_work() -> None:
+    """If TensorRT times a node on zeros, a tactic with more or larger tiles must take longer."""
+    x, _, _, up, _ = draw_experts(np.random.default_rng(13), 6, 2, 4, 32, 32)
+    inner = torch.zeros(12, 32)
+    sizes = {"HIDDEN": 32, "INNER": 32, "E": 4, "K": 2, "MANY": False, "UPCAST": True}
+    sizes |= expert_products.bank_constants("up", "plain", 32, 0)
+    tiles, pairs = torch.zeros(6, 4, dtype=torch.int32), torch.zeros(12, dtype=torch.int32)
+    launch(
+        expert_products.experts_up, (2, 6), (x, up, pairs, tiles, tiles, 12, inner), sizes, SMALL
+    )
+    want = torch.relu(up[0] @ x[0]).square()
+    torch.testing.assert_close(inner[0], want, rtol=1e-5, atol=1e-5)

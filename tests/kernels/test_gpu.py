@@ -47,6 +47,11 @@ def test_experts(check: Callable[[str], Any]) -> None:
     assert found["same"]
 
 
+def test_quantized_experts(check: Callable[[str], Any]) -> None:
+    for name, error in check("quantized")["errors"].items():
+        assert error < 4e-3, name
+
+
 def test_mamba(check: Callable[[str], Any]) -> None:
     found = check("mamba")
     for name, error in found["errors"].items():

@@ -23,12 +23,13 @@ from tests.support.kernel_inputs import (
     row_tensors,
 )
 from tests.support.plugin_launches import DTYPES, made_tensors, node_call
+from tests.support.quantized_banks import draw_bank
 from tests.support.released_nodes import released_call
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels import experts, mamba, nodes, refine
+from twotower_engines.kernels import expert_products, experts, mamba, nodes, refine
 from twotower_engines.kernels.compile import all_specs
 from twotower_engines.kernels.jit import launch
-from twotower_engines.kernels.node import Call, Launching, Node
+from twotower_engines.kernels.node import POINTERS, Call, Launching, Node
 from twotower_engines.kernels.spec import Sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
@@ -49,14 +50,21 @@ def run_node(
     assert next(outputs, None) is None, "an output without a parameter"
     for name, value in zip(spec.types, arguments, strict=True):
         if isinstance(value, torch.Tensor):
-            assert spec.types[name] == f"*{DTYPES[value.dtype]}", name
+            assert spec.types[name] == POINTERS[DTYPES[value.dtype]], name
         else:
             assert spec.types[name] == "i32", name
+    arguments = [as_bytes(value) for value in arguments]
     constants = dict(spec.constants)
     if "UPCAST" in constants:
         constants["UPCAST"] = True
     launch(spec.function, launching.grid, tuple(arguments), constants, spec.launch)
     return made
+
+
+def as_bytes(value: Any) -> Any:
+    """As a kernel sees FP8."""
+    is_fp8 = isinstance(value, torch.Tensor) and value.dtype == torch.float8_e4m3fn
+    return value.view(torch.uint8) if is_fp8 else value
 
 
 def run_chain(
@@ -83,14 +91,32 @@ def test_refine_chain(V: int) -> None:
         np.testing.assert_array_equal(made[name], tensor)
 
 
-@pytest.mark.parametrize("tactic", range(1, experts.TACTICS + 1))
+@pytest.mark.parametrize("tactic", range(1, expert_products.TACTICS + 1))
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_experts_chain(tokens: int, tactic: int) -> None:
     args = draw_experts(np.random.default_rng(tokens), tokens, 2, 5, 40, 24)
     args[1][1] = -1
     made = run_chain("SparseExperts", list(args), {"num_experts": 5}, tactic)
-    tiles = experts.matmul_tactics("fp32")[tactic - 1]
+    tiles = expert_products.matmul_tactics("fp32")[tactic - 1]
     want = experts.sparse_experts(*args, config=tiles)
+    torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4", "nvfp4"])
+def test_experts_chain_of_codes(form: str) -> None:
+    generator = np.random.default_rng(5)
+    x, indices, weights, _, _ = draw_experts(generator, 9, 2, 4, 128, 64, torch.bfloat16)
+    banks = []
+    for shape in ((4, 64, 128), (4, 128, 64)):
+        bank, _ = draw_bank(generator, form, shape, 16 if form == "nvfp4" else 64)
+        banks.append(bank)
+    given = [x, indices, weights]
+    for bank in banks:
+        codes = bank.codes.view(torch.float8_e4m3fn) if form == "fp8" else bank.codes
+        scale = bank.scale.view(torch.float8_e4m3fn) if form == "nvfp4" else bank.scale
+        given += [codes, scale, *([bank.scale_2] if form == "nvfp4" else [])]
+    made = run_chain(f"SparseExperts{form.upper()}", given, {"num_experts": 4})
+    want = experts.sparse_experts(x, indices, weights, *banks)
     torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
 
 
@@ -140,11 +166,14 @@ def test_an_engine_runs_what_is_compiled_and_timed(rows: int) -> None:
     They are the kernels of `twotower kernels`, which `test_compile.py` assembles, and take the
     tiles of the ops' own launchers, which `benchmarks/kernels.py` times.
     """
-    listed = {spec.name: spec for spec in all_specs(Sizes(rows=rows, block=16))}
-    mine = [name for name in NODES if name.startswith(("Experts", "Mamba"))]
-    launchings = [released(name, rows, 16) for name in mine]
-    for launching in launchings:
-        assert launching.spec == listed[launching.spec.name]
+    launchings = []
+    for form, suffix in (("plain", ""), ("fp8", "FP8"), ("int4", "INT4"), ("nvfp4", "NVFP4")):
+        listed = {spec.name: spec for spec in all_specs(Sizes(experts_format=form))}
+        for op in (f"SparseExperts{suffix}", "MambaBlockStep"):
+            for node in nodes.OPS[op].chain:
+                for tactic in range(1, node.tactics + 1):
+                    launchings.append(released(node.name, rows, 16, tactic))
+                    assert launchings[-1].spec == listed[launchings[-1].spec.name]
     scan = next(one for one in launchings if one.spec.name == "mamba_scan")
     assert scan.grid == (64, rows, 1)
 
@@ -158,4 +187,4 @@ def test_only_the_first_dimension_of_a_grid_grows_with_tokens() -> None:
 
 def test_the_grid_of_a_prefill_call_fits() -> None:
     for node in ("ExpertsUp", "ExpertsDown"):
-        assert max(released(node, 256, 256, experts.TACTICS).grid[1:]) <= 65535
+        assert max(released(node, 256, 256, expert_products.TACTICS).grid[1:]) <= 65535

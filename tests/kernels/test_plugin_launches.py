@@ -9,12 +9,16 @@ import pytest
 
 from twotower_engines.kernels.nodes import OPS
 
+CHAINS = ("RefineBlock", "SparseExperts", "SparseExpertsNVFP4", "MambaBlockStep")
+"""Ops with every kind of argument: no scales, and two."""
+
 LAUNCHED = """
 import json
+from dataclasses import replace
 import torch
 from tests.support.driver_fake import FakeDriver
 from tests.support.plugin_launches import Launcher, TORCH
-from tests.support.released_nodes import attributes_of, dtype_of, tensor_shapes
+from tests.support.released_nodes import attributes_of, dtype_of, form_of, tensor_shapes
 from twotower_engines.kernels.node import Call
 from twotower_engines.kernels.nodes import OPS
 from twotower_engines.kernels.spec import Sizes
@@ -25,16 +29,18 @@ sizes = Sizes(vocab_size=261, hidden=64, inner=64, experts=8, experts_per_token=
 driver = FakeDriver()
 launcher = Launcher(driver, target("9.0"))
 made = {}
-for node in (node for op in OPS.values() for node in op.chain):
-    shapes = tensor_shapes(sizes, 2, 64)
-    inputs = [torch.empty(shapes[name], dtype=TORCH[dtype_of(name)]) for name in node.takes]
+for node in (node for op in {ops!r} for node in OPS[op].chain):
+    form = form_of(node)
+    shapes = tensor_shapes(replace(sizes, experts_format=form), 2, 64)
+    types = [TORCH[dtype_of(name, form)] for name in node.takes]
+    inputs = [torch.empty(shapes[name], dtype=t) for name, t in zip(node.takes, types)]
     outputs = launcher.run(node, inputs, attributes_of(node, sizes))
     again = launcher.run(node, inputs, attributes_of(node, sizes))
     call = driver.launched[-2]
     names = {t.data_ptr(): n for n, t in zip(node.takes, inputs)}
     names |= {t.data_ptr(): n for n, t in zip(node.makes, outputs)}
     made[node.name] = [names.get(value, value) for value in call.arguments]
-assert len(driver.modules) == len(made), "a kernel is loaded once"
+assert len(driver.modules) == len(set(driver.modules)), "a kernel is loaded once"
 print(json.dumps(made))
 """
 
@@ -42,10 +48,10 @@ print(json.dumps(made))
 @pytest.fixture(scope="module")
 def launched(compiled: Callable[[str], Any]) -> Any:
     """Node name to what a GPU would find at the addresses of its arguments, by name."""
-    return compiled(LAUNCHED)
+    return compiled(LAUNCHED.replace("{ops!r}", repr(CHAINS)))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CHAINS)
 def test_a_kernel_finds_inputs_integers_and_outputs(launched: Any, op: str) -> None:
     for node in OPS[op].chain:
         found = launched[node.name]

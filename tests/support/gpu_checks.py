@@ -2,7 +2,7 @@
 
 A process of its own, because the other tests here run the kernels in the interpreter:
 
-    python -m tests.support.gpu_checks refine|experts|mamba|plugins
+    python -m tests.support.gpu_checks refine|experts|quantized|mamba|plugins
 
 References are float64: NumPy's where they are quick enough, PyTorch's on the GPU otherwise.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ from tests.support.kernel_inputs import (
     row_tensors,
 )
 from tests.support.plugin_launches import Launcher
-from twotower_engines.kernels import experts, mamba, refine
+from tests.support.quantized_banks import draw_bank
+from twotower_engines.kernels import expert_products, experts, mamba, refine
 from twotower_engines.kernels.nodes import OPS
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.kernels.targets import target
@@ -120,6 +122,29 @@ def check_experts() -> dict[str, Any]:
     return {"errors": errors, "same": equal}
 
 
+def check_quantized() -> dict[str, Any]:
+    """Banks of 8 and 4 bits in every tactic: what a GPU's own instructions make of the codes."""
+    generator = np.random.default_rng(4)
+    errors = {}
+    for form, group in (("fp8", 16), ("int4", 64), ("int4", 32), ("nvfp4", 16)):
+        x, indices, weights, _, _ = draw_experts(generator, 40, 2, 8, 448, 192, torch.bfloat16)
+        up, exact_up = draw_bank(generator, form, (8, 192, 448), group)
+        down, exact_down = draw_bank(generator, form, (8, 448, 192), group)
+        exact = (x.double().numpy(), indices.numpy(), weights.numpy(), exact_up, exact_down)
+        want = reference.sparse_experts(*exact, "bf16")
+        banks = [replace(bank, **on_gpu(bank)) for bank in (up, down)]
+        for tactic, tiles in enumerate(expert_products.matmul_tactics("bf16", form), 1):
+            got = experts.sparse_experts(*to_gpu([x, indices, weights]), *banks, tiles)
+            errors[f"{form} groups of {group}, tactic {tactic}"] = relative(got, want)
+    return {"errors": errors}
+
+
+def on_gpu(bank: experts.Bank) -> dict[str, Any]:
+    """A bank's tensors there."""
+    (codes, scale, scale_2) = to_gpu([bank.codes, bank.scale, bank.scale_2])
+    return {"codes": codes, "scale": scale, "scale_2": scale_2}
+
+
 def check_mamba() -> dict[str, Any]:
     """Full-size heads: denoise steps, and calls of several chunks, with large seeds."""
     generator = np.random.default_rng(3)
@@ -156,7 +181,8 @@ def check_plugins() -> dict[str, Any]:
     launcher = Launcher(driver, target(f"{major}.{minor}"), stream)
     errors: dict[str, float] = {}
     equal: dict[str, bool] = {}
-    bf16 = [case for name in CASES for case in CASES[name]("cuda") if "fp32" not in case.shape]
+    plain = [name for name in CASES if name != "codes"]
+    bf16 = [case for name in plain for case in CASES[name]("cuda") if "fp32" not in case.shape]
     for case in bf16:
         if not re.match(r"B=[14] |(16|256) tokens", case.shape):
             continue
@@ -169,7 +195,7 @@ def check_plugins() -> dict[str, Any]:
             torch.cuda.synchronize()
             got = [made[output] for output in OPS[case.op].outputs]
             if case.op == "SparseExperts":
-                tiles = experts.matmul_tactics("bf16")[tactic - 1]
+                tiles = expert_products.matmul_tactics("bf16")[tactic - 1]
                 want: Any = (experts.sparse_experts(*inputs, config=tiles),)
             else:
                 want = case.kernel(*inputs)
@@ -200,5 +226,5 @@ def op_call(op: str, inputs: tuple[Any, ...], states: bool) -> tuple[list[Any], 
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    checks = (check_refine, check_experts, check_mamba, check_plugins)
+    checks = (check_refine, check_experts, check_quantized, check_mamba, check_plugins)
     print(json.dumps({f.__name__: f for f in checks}[f"check_{sys.argv[1]}"]()))

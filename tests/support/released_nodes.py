@@ -9,7 +9,7 @@ from twotower_engines.kernels.node import Call, Node
 from twotower_engines.kernels.spec import Sizes
 
 INTEGERS = (
-    *("indices", "pairs", "counts", "lengths", "ids", "policy", "seed", "steps_left"),
+    *("indices", "pairs", "few", "many", "lengths", "ids", "policy", "seed", "steps_left"),
     "partial_ids",
 )
 FLOATS = ("weights", "partial", "ssm_state", "threshold", "temperature", "partials")
@@ -23,6 +23,8 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
     conv_dim = d_inner + 2 * s.groups * s.state
     tokens = rows * block
     pairs = (tokens * K,)
+    turned = s.experts_format == "fp8"
+    packed = 2 if s.experts_format in ("int4", "nvfp4") else 1
     return {
         "projected": (rows, block, d_inner + conv_dim + s.heads),
         "scanned": (rows, block, d_inner),
@@ -41,16 +43,41 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
         "x": (tokens, s.hidden),
         **dict.fromkeys(("indices", "weights"), (tokens, K)),
         "pairs": pairs,
-        "counts": (E,),
-        "up": (E, s.inner, s.hidden),
-        "down": (E, s.hidden, s.inner),
+        **{
+            name: (min(pairs[0], pairs[0] // size + E), 4)
+            for name, size in (("few", 16), ("many", 64))
+        },
+        "up": (E, *((s.hidden, s.inner) if turned else (s.inner, s.hidden // packed))),
+        "down": (E, *((s.inner, s.hidden) if turned else (s.hidden, s.inner // packed))),
+        **{name: dims for bank in ("up", "down") for name, dims in _scales(s, bank).items()},
         "inner": (*pairs, s.inner),
         "partial": (*pairs, s.hidden),
     }
 
 
-def dtype_of(name: str) -> str:
-    """Return a tensor's type in a bf16 model."""
+def _scales(s: Sizes, bank: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what stands beside a bank's codes."""
+    features, depth = (s.inner, s.hidden) if bank == "up" else (s.hidden, s.inner)
+    group = {"int4": 64, "nvfp4": 16}.get(s.experts_format)
+    scale = (s.experts,) if group is None else (s.experts, features, depth // group)
+    return {f"{bank}_scale": scale, f"{bank}_scale_2": (s.experts,)}
+
+
+def form_of(node: Node) -> str:
+    """Return the format of a node's banks: the end of its name tells."""
+    return next(
+        (form for form in ("nvfp4", "fp8", "int4") if node.name.lower().endswith(form)), "plain"
+    )
+
+
+def dtype_of(name: str, form: str = "plain") -> str:
+    """Return a tensor's type in a bf16 model whose banks have a format."""
+    if name in ("up", "down") and form != "plain":
+        return "fp8" if form == "fp8" else "u8"
+    if name.endswith("_scale"):
+        return {"fp8": "bf16", "int4": "bf16", "nvfp4": "fp8"}[form]
+    if name.endswith("_scale_2"):
+        return "fp32"
     return "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"
 
 
@@ -68,7 +95,8 @@ def attributes_of(node: Node, sizes: Sizes) -> Mapping[str, Any]:
 
 def released_call(node: Node, rows: int, block: int, tactic: int) -> Call:
     """Return a node's call in a profile whose blocks have up to `LARGEST_BLOCK` tokens."""
-    sizes = Sizes()
+    form = form_of(node)
+    sizes = Sizes(experts_format=form)
 
     def of_node(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         return {name: shapes[name] for name in node.takes}
@@ -76,7 +104,7 @@ def released_call(node: Node, rows: int, block: int, tactic: int) -> Call:
     return Call(
         of_node(tensor_shapes(sizes, rows, block)),
         of_node(tensor_shapes(sizes, rows, LARGEST_BLOCK)),
-        {name: dtype_of(name) for name in node.takes},
+        {name: dtype_of(name, form) for name in node.takes},
         attributes_of(node, sizes),
         tactic=tactic,
     )

@@ -26,7 +26,7 @@ sys.modules["tensorrt"] = trt
 trtp: Any = importlib.import_module("tensorrt_bindings.plugin")
 sys.modules["tensorrt.plugin"] = trtp
 
-from tests.support.released_nodes import attributes_of, dtype_of, tensor_shapes  # noqa: E402
+from tests.support.released_nodes import attributes_of, dtype_of, form_of, tensor_shapes  # noqa: E402
 from twotower_engines.errors import BuildError  # noqa: E402
 from twotower_engines.kernels import plugins  # noqa: E402
 from twotower_engines.kernels.node import NAMESPACE  # noqa: E402
@@ -111,8 +111,9 @@ INPUTS = {
     "ExpertsUp": [
         ("bf16", (40, 64)),
         ("bf16", (8, 96, 64)),
-        ("i32", (8,)),
         ("i32", (80,)),
+        ("i32", (13, 4)),
+        ("i32", (9, 4)),
         ("i32", (40, 2)),
     ],
     "MambaScan": [
@@ -211,13 +212,16 @@ def profiles() -> Any:
     trt.IDimensionExpr = Expression
     trt.DimsExprs = lambda count: [None] * count
     trtp._tensor.SymExprImpl = lambda integer: integer._expr
-    dtypes = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32}
-    sizes = Sizes(vocab_size=261, hidden=64, inner=64, experts=8, experts_per_token=2, heads=2)
+    dtypes = plugins.DTYPES
+    sizes = Sizes(vocab_size=261, hidden=192, inner=64, experts=8, experts_per_token=2, heads=2)
     sizes = replace(sizes, groups=1)
     made: dict[str, Any] = {}
-    for node in (node for op in OPS.values() for node in op.chain):
+    chosen = [op for op in OPS if not op.endswith(("FP8", "INT4"))]  # the same nodes, other banks
+    for node in (node for op in chosen for node in OPS[op].chain):
         plugin = created(node.name, attributes_of(node, sizes))
-        types = [dtypes[dtype_of(name)] for name in node.takes]
+        form = form_of(node)
+        sizes = replace(sizes, experts_format=form)
+        types = [dtypes[dtype_of(name, form)] for name in node.takes]
         ranks = [len(tensor_shapes(sizes, 1, 16)[name]) for name in node.takes]
         types += plugin.get_output_data_types(types, ranks)
         given: dict[int, list[Any]] = {}

@@ -9,7 +9,7 @@ nor safetensors: the format is a length, a JSON header, and raw little-endian by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,11 @@ class WeightStore:
         for index in self._maps:
             self._refuse_changed(index)
 
-    def mapped_bytes(self, tower: str) -> int:
-        """Return the bytes of a tower's float32 weights that stay in their files while it runs."""
-        weights = self.manifest.weights[tower].values()
-        return sum(4 * math.prod(one.shape) for one in weights if stays_mapped(one))
+    def mapped_bytes(self, tower: str, names: Collection[str]) -> int:
+        """Return the bytes of some float32 weights of a tower that are views of their files."""
+        weights = self.manifest.weights[tower]
+        views = (one for one in weights.values() if one.name in names and stays_mapped(one))
+        return sum(4 * math.prod(one.shape) for one in views)
 
     def _map(self, index: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of a shard; those of the file that was checked, where one was."""

@@ -43,7 +43,7 @@ KEYS = (
     epilog="""\b
 Examples:
   twotower kernels
-  twotower kernels --target 9.0 --rows 16
+  twotower kernels --target 9.0 --experts nvfp4
   twotower kernels --json > kernels.json
   twotower kernels --target 8.9 --output ptx/
 """
@@ -56,11 +56,11 @@ Examples:
     help="Compute capability to compile for; may be given again.  [default: all]",
 )
 @click.option(
-    "--rows",
-    type=click.IntRange(1, 1024),
-    default=1,
+    "--experts",
+    default="plain",
     show_default=True,
-    help="Rows of a batch; the tiles are chosen for this many.",
+    type=click.Choice(["plain", "fp8", "int4", "nvfp4"]),
+    help="Format of the experts' weights; plain is that of --dtype.",
 )
 @click.option(
     "--block",
@@ -84,7 +84,7 @@ Examples:
 )
 def kernels(
     targets: tuple[str, ...],
-    rows: int,
+    experts: str,
     block: int,
     dtype: str,
     as_json: bool,
@@ -94,14 +94,17 @@ def kernels(
 
     Every kernel of the released model's sizes is compiled to PTX for each GPU generation, without a
     GPU. Registers and spills are per thread and are the assembler's; shared memory is per program.
-    `driver` is the CUDA version whose driver first takes that PTX.
+    `driver` is the CUDA version whose driver first takes that PTX. The products of the experts are
+    listed in every tactic that TensorRT chooses from: the number ends their names.
     """
     from twotower_engines.kernels.compile import all_specs
     from twotower_engines.kernels.spec import Sizes
     from twotower_engines.kernels.targets import TARGETS, target
 
+    if experts != "plain" and dtype != "bf16":
+        raise click.UsageError(f"experts of {experts} have bf16 activations: leave --dtype out")
     wanted = [target(name) for name in targets] or list(TARGETS)
-    specs = all_specs(Sizes(rows=rows, block=block, dtype=dtype))
+    specs = all_specs(Sizes(experts_format=experts, block=block, dtype=dtype))
     lines = []
     count = len(wanted) * len(specs)
     report = StatusLine(LOG_SECONDS, quiet_seconds=0.0)  # the first time takes minutes

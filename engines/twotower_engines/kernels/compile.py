@@ -146,7 +146,7 @@ def _compiled(source: ASTSource, target: Target, options: dict[str, Any]) -> Any
     except CompilationError as problem:
         raise BuildError(
             f"a kernel cannot be compiled for compute capability {target.compute_capability} in "
-            f"these sizes; ask for a smaller block or fewer rows: {problem}"
+            f"these sizes; ask for a smaller block: {problem}"
         ) from problem
     except OSError as problem:
         raise BuildError(

@@ -1,59 +1,73 @@
-"""The chain of `SparseExperts`."""
+"""The chains of `SparseExperts`, and of its forms with weights of 8 and 4 bits."""
 
 from __future__ import annotations
 
-from twotower_engines.kernels import experts
-from twotower_engines.kernels.node import Call, Launching, Node, Op, Output, integer_cdiv, spec_of
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from twotower_engines.kernels import expert_products, expert_routing, experts
+from twotower_engines.kernels.node import (
+    Call,
+    Dim,
+    Launching,
+    Node,
+    Op,
+    Output,
+    integer_cdiv,
+    spec_of,
+)
 from twotower_engines.kernels.spec import Sizes
 
+SUFFIXES = {"plain": "", "fp8": "FP8", "int4": "INT4", "nvfp4": "NVFP4"}
+"""What ends the names of an op and its nodes, by the format of the banks."""
 
-def _sizes(call: Call, weight: str, *, transposed: bool) -> Sizes:
-    outer, inner = call.size(weight, 1), call.size(weight, 2)
-    hidden, width = (outer, inner) if transposed else (inner, outer)
-    return Sizes(
-        hidden=hidden,
-        inner=width,
-        experts=call.size(weight, 0),
-        experts_per_token=call.size("indices", 1),
-        dtype=call.dtypes[weight],
-    )
+
+def _bound(pairs: Dim, tokens: int, count: int, minimum: Callable[[Dim, Any], Dim]) -> Dim:
+    """Return `expert_routing.tile_bound` of a size that may be symbolic."""
+    return minimum(pairs, pairs // tokens + count)
 
 
 def _route_outputs(call: Call) -> tuple[Output, ...]:
     n, K = call.dims["indices"]
-    return Output("i32", (call.attributes["num_experts"],)), Output("i32", (n * K,))
+    count = call.attributes["num_experts"]
+    sizes = expert_routing.TILE_TOKENS
+    bounds = (_bound(n * K, tokens, count, call.minimum) for tokens in sizes)
+    return Output("i32", (n * K,)), *(Output("i32", (bound, 4)) for bound in bounds)
 
 
 def _route(call: Call) -> Launching:
     n, K = call.dims["indices"]
-    spec = spec_of("route_tokens", experts.specs(Sizes()), call)
-    return Launching(spec, (call.attributes["num_experts"],), {"PAIRS": n * K})
+    count = call.attributes["num_experts"]
+    spec = spec_of("route_tokens", [expert_routing.route_spec(count)], call)
+    return Launching(spec, (count,), {"PAIRS": n * K})
 
 
-def _matmul(call: Call, name: str, sizes: Sizes, features: int) -> Launching:
-    tiles = experts.matmul_tactics(sizes.dtype)[call.tactic - 1]
-    spec = spec_of(name, experts.specs(sizes, tiles), call)
-    pairs, tile = call.dims["pairs"][0], spec.launch.constants
-    bound = call.minimum(pairs, pairs // tile["BLOCK_T"] + sizes.experts)
-    return Launching(spec, (integer_cdiv(features, tile["BLOCK_F"]), bound), {"PAIRS": pairs})
+def _product_outputs(which: str, form: str, call: Call) -> tuple[Output, ...]:
+    features = call.dims[which][expert_products.FEATURE_AXIS[form]]
+    dtype = call.dtypes["x"] if which == "up" else "fp32"
+    return (Output(dtype, (call.dims["pairs"][0], features)),)
 
 
-def _up_outputs(call: Call) -> tuple[Output, ...]:
-    return (Output(call.dtypes["x"], (call.dims["pairs"][0], call.dims["up"][1])),)
-
-
-def _up(call: Call) -> Launching:
-    sizes = _sizes(call, "up", transposed=False)
-    return _matmul(call, "experts_up", sizes, sizes.inner)
-
-
-def _down_outputs(call: Call) -> tuple[Output, ...]:
-    return (Output("fp32", (call.dims["pairs"][0], call.dims["down"][1])),)
-
-
-def _down(call: Call) -> Launching:
-    sizes = _sizes(call, "down", transposed=True)
-    return _matmul(call, "experts_down", sizes, sizes.hidden)
+def _product(which: str, form: str, call: Call) -> Launching:
+    """Return the launch of one of the products, in the call's tactic."""
+    tokens = "x" if which == "up" else "inner"
+    count, depth = call.size(which, 0), call.size(tokens, 1)
+    features = call.size(which, expert_products.FEATURE_AXIS[form])
+    sizes = Sizes(
+        hidden=depth if which == "up" else features,
+        inner=features if which == "up" else depth,
+        experts=count,
+        experts_per_token=call.size("indices", 1),
+        dtype=call.dtypes[tokens],
+        experts_format=form,
+    )
+    groups = call.size(f"{which}_scale", 2) if form == "int4" else 1
+    specs = expert_products.product_specs(sizes, depth // groups)
+    spec = spec_of(f"experts_{which}.{call.tactic}", specs, call)
+    pairs, tiles = call.dims["pairs"][0], spec.launch.constants
+    bound = _bound(pairs, tiles["BLOCK_T"], count, call.minimum)
+    return Launching(spec, (integer_cdiv(features, tiles["BLOCK_F"]), bound), {"PAIRS": pairs})
 
 
 def _sum_outputs(call: Call) -> tuple[Output, ...]:
@@ -61,54 +75,70 @@ def _sum_outputs(call: Call) -> tuple[Output, ...]:
 
 
 def _sum(call: Call) -> Launching:
-    sizes = _sizes(call, "up", transposed=False)
-    spec = spec_of("experts_sum", experts.specs(sizes), call)
+    sizes = Sizes(
+        hidden=call.size("x", 1),
+        experts=call.size("up", 0),
+        experts_per_token=call.size("indices", 1),
+        dtype=call.dtypes["x"],
+    )
+    spec = spec_of("experts_sum", [experts.sum_spec(sizes)], call)
     tiles = integer_cdiv(sizes.hidden, spec.launch.constants["BLOCK_F"])
     return Launching(spec, (call.dims["x"][0], tiles), {})
 
 
-SPARSE_EXPERTS = Op(
-    ("x", "indices", "weights", "up", "down"),
-    ("y",),
-    (
+def sparse_experts(form: str) -> Op:
+    """Return the op of one format of banks; each bank's scales follow it."""
+    suffix = SUFFIXES[form]
+    up, down = (
+        (which, *(f"{which}_{name}" for name in expert_products.SCALES[form]))
+        for which in ("up", "down")
+    )
+    inputs = ("x", "indices", "weights", *up, *down)
+    work = ("pairs", "few", "many", "indices")
+    counted: dict[str, type] = {"num_experts": int}
+    tactics = expert_products.TACTICS
+    chain = (
         Node(
-            "ExpertsRoute",
+            f"ExpertsRoute{suffix}",
             ("indices",),
-            ("counts", "pairs"),
-            {"num_experts": int},
+            ("pairs", "few", "many"),
+            counted,
             _route_outputs,
             _route,
             "nothing",
         ),
         Node(
-            "ExpertsUp",
-            ("x", "up", "counts", "pairs", "indices"),
+            f"ExpertsUp{suffix}",
+            ("x", *up, *work),
             ("inner",),
             {},
-            _up_outputs,
-            _up,
+            partial(_product_outputs, "up", form),
+            partial(_product, "up", form),
             "nothing",
-            tactics=experts.TACTICS,
+            tactics,
         ),
         Node(
-            "ExpertsDown",
-            ("inner", "down", "counts", "pairs", "indices"),
+            f"ExpertsDown{suffix}",
+            ("inner", *down, *work),
             ("partial",),
             {},
-            _down_outputs,
-            _down,
+            partial(_product_outputs, "down", form),
+            partial(_product, "down", form),
             "nothing",
-            tactics=experts.TACTICS,
+            tactics,
         ),
         Node(
-            "ExpertsSum",
-            ("x", "indices", "weights", "up", "down", "partial"),
+            f"ExpertsSum{suffix}",
+            (*inputs, "partial"),
             ("y",),
             {},
             _sum_outputs,
             _sum,
             "op",
         ),
-    ),
-)
-"""The routed experts of a layer."""
+    )
+    return Op(inputs, ("y",), chain)
+
+
+EXPERT_OPS = {f"SparseExperts{suffix}": sparse_experts(form) for form, suffix in SUFFIXES.items()}
+"""The routed experts of a layer, by name."""

@@ -68,6 +68,7 @@ def mamba_scan(
 
     Tokens past a row's length get 0. No new states are written: their pointers are not used.
     """
+    WIDE: tl.constexpr = projected.dtype.element_ty == tl.float32
     D_INNER: tl.constexpr = H * P
     CONV_DIM: tl.constexpr = D_INNER + 2 * G * N
     STRIDE: tl.constexpr = D_INNER + CONV_DIM + H
@@ -96,10 +97,10 @@ def mamba_scan(
     skip = tl.load(D + head).to(tl.float32)
     dt = xbc + CONV_DIM + head
     lane = tl.arange(0, BLOCK_L)
-    c = convolved(xbc, history, time, length, weight, bias, c0, N, BLOCK_N, STRIDE, CONV_DIM)
-    b = convolved(xbc, history, time, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM)
+    c = convolved(xbc, history, time, length, weight, bias, c0, N, BLOCK_N, STRIDE, CONV_DIM, WIDE)
+    b = convolved(xbc, history, time, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM, WIDE)
     x = convolved(
-        xbc, history, time, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM
+        xbc, history, time, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM, WIDE
     ).to(tl.float32)
     step, since, end = decays(dt, time, length, step_bias, rate, STRIDE)
     begun = since  # from the state on
@@ -110,9 +111,11 @@ def mamba_scan(
     # The row's earlier chunks, newest first; `since` begins at the end of the next one.
     for back in range(BLOCK_L, start + BLOCK_L, BLOCK_L):
         earlier = time - back
-        b = convolved(xbc, history, earlier, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM)
+        b = convolved(
+            xbc, history, earlier, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM, True
+        )
         x = convolved(
-            xbc, history, earlier, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM
+            xbc, history, earlier, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM, True
         ).to(tl.float32)
         step, total, end = decays(dt, earlier, length, step_bias, rate, STRIDE)
         decay = tl.exp(since[:, None] + (end - total)[None, :])
@@ -152,6 +155,7 @@ def mamba_scan_states(
     their own: a group's heads all read the old ones, and one of them writes.
     """
     LEFT: tl.constexpr = "none" if projected.dtype.element_ty == tl.float32 else "left"
+    WIDE: tl.constexpr = projected.dtype.element_ty == tl.float32
     D_INNER: tl.constexpr = H * P
     CONV_DIM: tl.constexpr = D_INNER + 2 * G * N
     STRIDE: tl.constexpr = D_INNER + CONV_DIM + H
@@ -181,13 +185,13 @@ def mamba_scan_states(
         y = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.float32)
         if start < length:
             c = convolved(
-                xbc, history, time, length, weight, bias, c0, N, BLOCK_N, STRIDE, CONV_DIM
+                xbc, history, time, length, weight, bias, c0, N, BLOCK_N, STRIDE, CONV_DIM, WIDE
             )
             b = convolved(
-                xbc, history, time, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM
+                xbc, history, time, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM, WIDE
             )
             x = convolved(
-                xbc, history, time, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM
+                xbc, history, time, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM, WIDE
             ).to(tl.float32)
             step, total, end = decays(dt, time, length, step_bias, rate, STRIDE)
             y = attended(c, b, x, step, within(total, lane), state, total, UPCAST) + skip * x

@@ -21,8 +21,8 @@ def four_taps(
     """Return the taps of BLOCK channels from `first` on, oldest first, [1, BLOCK] float32 each.
 
     weight: [conv_dim, 4], read as vectors; channels from `count` on get 0. AGAIN: read in every
-    turn of a loop, where the compiler would hold them in registers throughout; float32 has none to
-    spare.
+    turn of a loop, where the compiler would hold them in registers throughout, and there are none
+    to spare.
     """
     place = tl.arange(0, TAPS * BLOCK)
     real = place < TAPS * count
@@ -69,16 +69,16 @@ def convolved(
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     CONV_DIM: tl.constexpr,
+    AGAIN: tl.constexpr,
 ) -> tl.tensor:
     """Return SiLU(conv + bias) of `count` channels from `first`, [times, BLOCK], rounded to T.
 
-    Tokens past a row's length get 0, and so do channels from `count` on.
+    Tokens past a row's length get 0, and so do channels from `count` on. AGAIN: as of `four_taps`.
     """
-    IS_FLOAT: tl.constexpr = xbc.dtype.element_ty == tl.float32
     lane = tl.arange(0, BLOCK)
     real = lane < count
     channel = first + lane
-    w0, w1, w2, w3 = four_taps(weight, first, count, BLOCK, IS_FLOAT)
+    w0, w1, w2, w3 = four_taps(weight, first, count, BLOCK, AGAIN)
     shift = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     v0 = raw_columns(xbc, history, time - 3, length, channel, real, STRIDE, CONV_DIM)
     v1 = raw_columns(xbc, history, time - 2, length, channel, real, STRIDE, CONV_DIM)

@@ -23,7 +23,8 @@ NAMESPACE = "twotower"
 Dim = Any
 """A dimension: an integer, or a symbolic expression with + - * // whose size is known later."""
 
-POINTERS = {"bf16": "*bf16", "fp32": "*fp32", "i32": "*i32"}
+POINTERS = {"bf16": "*bf16", "fp32": "*fp32", "i32": "*i32", "fp8": "*u8", "u8": "*u8"}
+"""How a kernel sees a tensor; FP8 comes as bytes, for 8.0 has no such type."""
 
 
 def integer_cdiv(a: int, b: int) -> int:
@@ -39,7 +40,7 @@ class Call:
         dims: Input name to its dimensions.
         largest: Input name to its largest dimensions in the profile, as integers; empty while
             TensorRT only asks for shapes.
-        dtypes: Input name to "bf16", "fp32" or "i32".
+        dtypes: Input name to "bf16", "fp32", "i32", "fp8" or "u8".
         attributes: Attribute name to its value.
         cdiv: Division of dimensions, rounded up.
         minimum: The smaller of two dimensions.

@@ -9,7 +9,7 @@ are. `plugin_graph` puts the chains into a graph.
 from __future__ import annotations
 
 from twotower_engines.kernels import mamba, refine, vocabulary
-from twotower_engines.kernels.expert_nodes import SPARSE_EXPERTS
+from twotower_engines.kernels.expert_nodes import EXPERT_OPS
 from twotower_engines.kernels.node import (
     Call,
     Dim,
@@ -149,7 +149,7 @@ OPS = {
             ),
         ),
     ),
-    "SparseExperts": SPARSE_EXPERTS,
+    **EXPERT_OPS,
     "MambaBlockStep": Op(
         MAMBA_INPUTS,
         ("y", "conv_state_new", "ssm_state_new"),

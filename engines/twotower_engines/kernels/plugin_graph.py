@@ -35,6 +35,7 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
         model, [(NAMESPACE, op) for op in OPS], exclude=True
     )
     states = any(output.name.endswith("ssm_state_new") for output in flat.graph.output)
+    take_codes(flat)
     nodes: list[onnx.NodeProto] = []
     calls: dict[str, onnx.NodeProto] = {}
     for number, node in enumerate(flat.graph.node):
@@ -52,6 +53,72 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     if not any(entry.domain == NAMESPACE for entry in flat.opset_import):
         flat.opset_import.append(helper.make_opsetid(NAMESPACE, 1))
     return flat
+
+
+def take_codes(model: onnx.ModelProto) -> None:
+    """Give experts their FP8 codes: the op's function would get weights written out in T.
+
+    A bank of FP8 is codes [E, in, out], dequantized by a scale of each expert and transposed. Where
+    both banks of a call are, its op becomes `SparseExpertsFP8`, on the codes and scales.
+
+    Args:
+        model: A graph whose calls of the ops are in its main graph; it is changed.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    functions = {function.name: function for function in model.functions}
+    for node in model.graph.node:
+        if node.domain != NAMESPACE or node.op_type != "SparseExperts":
+            continue
+        banks = [_codes(makers, name) for name in node.input[3:]]
+        if not all(banks):
+            continue
+        node.op_type = "SparseExpertsFP8"
+        node.input[3:] = [name for bank in banks for name in bank]
+        if node.op_type not in functions:
+            functions[node.op_type] = _on_codes(functions["SparseExperts"])
+            model.functions.append(functions[node.op_type])
+    _drop_unused(model)
+
+
+def _codes(makers: dict[str, onnx.NodeProto], bank: str) -> list[str]:
+    """Return the codes and the scale that a bank is made of; nothing where it is made otherwise."""
+    turned = makers.get(bank)
+    if turned is None or turned.op_type != "Transpose":
+        return []
+    wide = makers.get(turned.input[0])
+    return list(wide.input[:2]) if wide is not None and wide.op_type == "DequantizeLinear" else []
+
+
+def _on_codes(op: onnx.FunctionProto) -> onnx.FunctionProto:
+    """Return the op's function on FP8 banks: what it is where no plugin is registered."""
+    made = onnx.FunctionProto()
+    made.CopyFrom(op)
+    made.name = f"{op.name}FP8"
+    first, banks = list(op.input[:3]), list(op.input[3:])
+    del made.input[:], made.node[:]
+    made.input.extend([*first, *(name for bank in banks for name in (bank, f"{bank}_scale"))])
+    for bank in banks:
+        given = [bank, f"{bank}_scale"]
+        made.node.append(helper.make_node("DequantizeLinear", given, [f"{bank}_wide"], axis=0))
+        made.node.append(
+            helper.make_node("Transpose", [f"{bank}_wide"], [f"{bank}_turned"], perm=[0, 2, 1])
+        )
+    for node in op.node:
+        made.node.append(node)
+        made.node[-1].input[:] = [f"{x}_turned" if x in banks else x for x in node.input]
+    return made
+
+
+def _drop_unused(model: onnx.ModelProto) -> None:
+    """Remove the nodes that dequantized what is taken as codes now."""
+    used = {name for node in model.graph.node for name in node.input}
+    used |= {output.name for output in model.graph.output}
+    for kind in ("Transpose", "DequantizeLinear"):
+        kept = [n for n in model.graph.node if n.op_type != kind or used & set(n.output)]
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
+        used = {name for node in kept for name in node.input}
+        used |= {output.name for output in model.graph.output}
 
 
 def _chain(call: onnx.NodeProto, stem: str, states: bool) -> list[onnx.NodeProto]:

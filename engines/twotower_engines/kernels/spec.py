@@ -20,7 +20,7 @@ class Sizes:
     Attributes:
         dtype: Type of logits, activations and large weights: "bf16" or "fp32".
         small_dtype: Type of the weights that stay as they were trained (biases, A_log, D, norms).
-        rows: Rows of a batch that launch configurations are chosen for.
+        experts_format: Format of the experts' banks: "plain" (T), "fp8", "int4" or "nvfp4".
         block: Positions of a block.
     """
 
@@ -37,13 +37,8 @@ class Sizes:
     epsilon: float = 1e-5
     dtype: str = "bf16"
     small_dtype: str = "bf16"
-    rows: int = 1
+    experts_format: str = "plain"
     block: int = 16
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one call."""
-        return self.rows * self.block
 
 
 @dataclass(frozen=True)

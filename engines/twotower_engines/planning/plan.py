@@ -24,8 +24,14 @@ from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import BUILT, PRECISIONS, flavour_for, weight_sizes
 from twotower_engines.planning.skus import GIB, Sku
 
-CHUNKS = (256, 128, 64, 32)
-"""Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks."""
+CHUNKS: Mapping[Way, tuple[int, ...]] = {
+    "kernels": (1024, 256, 128, 64, 32),
+    "bodies": (256, 128, 64, 32),
+}
+"""Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks.
+
+A long chunk reads each routed expert once for more tokens; bodies compute all experts for each.
+"""
 BLOCK = 16
 BLOCK_SIZE_MAX = 64
 """Default for the largest block of the engines; most requests have blocks of 16."""
@@ -110,8 +116,8 @@ class PlanRequest:
         precision: A name of `PRECISIONS`; `auto`: the widest that fits and that the SKU computes
             in, the weights as released where none fits.
         flavour: Flavour of the engines; None for the SKU's default.
-        max_tokens_per_call: Tokens of one row in one context call; None: the largest of 256, 128,
-            64 and 32 with which the plan fits.
+        max_tokens_per_call: Tokens of one row in one context call; None: the largest of `CHUNKS`
+            with which the plan fits.
         block_size_max: Largest block of the denoiser.
         kernels: Whether `tensorrt` has our kernels (the extra [kernels]) or runs function bodies,
             which other flavours always do.
@@ -228,7 +234,9 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     sku = request.sku
     wide = resolve_precision(model, sku, request.precision)
     several = request.precision == "auto" and len(sku.precisions) > 1 and wide == sku.precisions[0]
-    chunks = (request.max_tokens_per_call,) if request.max_tokens_per_call else CHUNKS
+    chunks: Sequence[int] = CHUNKS[way_of(request)]
+    if request.max_tokens_per_call:
+        chunks = (request.max_tokens_per_call,)
     counts = (request.gpus,) if request.gpus else gpu_counts(model, sku)
 
     def planned(gpus: int, precision: str, chunk: int) -> MemoryPlan:
@@ -249,6 +257,12 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     )
     fitting = next((plan for plan in plans if plan.fits), None)
     return fitting or planned(counts[-1], wide, chunks[-1])
+
+
+def way_of(request: PlanRequest) -> Way:
+    """Return whether our kernels run in place of the ops' function bodies."""
+    flavour = request.flavour or request.sku.flavour
+    return "kernels" if flavour == "tensorrt" and request.kernels else "bodies"
 
 
 def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
@@ -343,11 +357,6 @@ class _Sizes:
         return self.request.max_tokens_per_call
 
     @property
-    def way(self) -> Way:
-        """Whether our kernels run in place of the ops' function bodies."""
-        return "kernels" if self.flavour == "tensorrt" and self.request.kernels else "bodies"
-
-    @property
     def item(self) -> int:
         """Bytes of an activation, a key or a value: weights may be narrower, these are not."""
         return FLOAT32 if self.request.precision == "float32" else 2
@@ -386,6 +395,6 @@ class _Sizes:
     def workspace(self, tower: str) -> int:
         """Return the scratch memory of a tower's engine, as compiled for its largest call."""
         length = self.chunk if tower == "context" else self.request.block_size_max
-        compiled = compiled_tower(self.model.config, tower, self.way, self.item)
+        compiled = compiled_tower(self.model.config, tower, way_of(self.request), self.item)
         size = compiled.scratch_bytes(self.request.slots, length, self.request.context)
         return int(WORKSPACE_SLACK * size)

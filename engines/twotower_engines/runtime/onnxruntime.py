@@ -1,10 +1,10 @@
 """The CPU flavour: ONNX Runtime sessions over the float32 graphs.
 
-Weights are bound once, as values shared by all calls, through I/O bindings: a call only binds ids,
-lengths and states. A slot's Mamba states are arrays that no call writes in place: an extension
-returns new ones and the slot takes them over, so that keeping the previous ones is keeping a
-reference. Keys and values are written in place, into buffers that grow by half: an extension writes
-behind the context's, a denoise step at the end.
+Weights lie in the sessions, packed (`packed_session`): a call only binds ids, lengths and states. A
+slot's Mamba states are arrays that no call writes in place: an extension returns new ones and the
+slot takes them over, so that keeping the previous ones is keeping a reference. Keys and values are
+written in place, into buffers that grow by half: an extension writes behind the context's, a
+denoise step at the end.
 """
 
 from __future__ import annotations
@@ -20,86 +20,35 @@ import numpy.typing as npt
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.engine_set import EngineSet
+from twotower_contract.errors import TwoTowerError
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
+from twotower_engines.runtime.host_states import CAPACITY_STEP, HostStates, Slot, grown
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
-from twotower_engines.runtime.pruning import flat_graph, pruned
+from twotower_engines.runtime.packed_session import packed_session
+from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
+from twotower_engines.runtime.routed_experts import replace_experts
+from twotower_engines.runtime.vocabulary_passes import only_masked_rows, spare_passes
 
 Array = npt.NDArray[Any]
-CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
-
-
-@dataclass(slots=True)
-class _Slot:
-    """The context of one request.
-
-    Attributes:
-        length: Tokens in the context.
-        mamba: Input name to (1, ...) float32: convolution and SSM states after `length` tokens.
-        previous: The same after `length - 1` tokens, where they were kept.
-        attention: Input name to (1, kv_heads, capacity, head_dim) float32: keys and values.
-    """
-
-    length: int
-    mamba: dict[str, Array]
-    previous: dict[str, Array] | None
-    attention: dict[str, Array]
-
-
-class HostStates:
-    """Kept states in host memory; see `runtime.interface.StateStore`.
-
-    Args:
-        slots: The runtime's slots.
-        size: Bytes that it may take.
-        tokens: Tokens whose keys and values a place holds.
-        context: Tokens that a slot may grow to.
-    """
-
-    def __init__(self, slots: list[_Slot], size: int, tokens: int, context: int) -> None:
-        self._slots, self._tokens, self._context = slots, tokens, context
-        self.place_bytes = sum(array.nbytes for array in slots[0].mamba.values())
-        self.place_bytes += (
-            sum(cache[:, :, 0].nbytes for cache in slots[0].attention.values()) * tokens
-        )
-        self.places = size // self.place_bytes if self.place_bytes else 0
-        self._kept: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
-
-    def save(self, place: int, slot: int, tokens: int) -> None:
-        """Copy a slot's Mamba states, and the keys and values of its last tokens, to a place."""
-        states = self._slots[slot]
-        mamba = {name: array.copy() for name, array in states.mamba.items()}
-        part = slice(states.length - tokens, states.length)
-        caches = {name: cache[:, :, part].copy() for name, cache in states.attention.items()}
-        self._kept[place] = mamba, caches
-
-    def restore(self, slot: int, places: Sequence[int]) -> None:
-        """Fill an empty slot: the keys and values of all places, the Mamba states of the last."""
-        states = self._slots[slot]
-        states.mamba = dict(self._kept[places[-1]][0])
-        states.length = len(places) * self._tokens
-        for name, cache in states.attention.items():
-            kept = np.concatenate([self._kept[place][1][name] for place in places], axis=2)
-            grown = _grown(cache, states.length, self._context)
-            grown[:, :, : states.length] = kept
-            states.attention[name] = grown
+DENOISER_OUTPUTS = ("new_ids", "still_masked", "confidence", "logits")
+LOGITS_WANTED = "logits_wanted"
+"""Input of a session: whether the logits are read."""
 
 
 @dataclass(slots=True)
 class _Binding:
-    """An I/O binding of one session with its weights bound, for one choice of outputs.
+    """An I/O binding of one session, for one choice of outputs.
 
     Attributes:
         inputs: Names that its graph reads.
-        weights: The values bound once, and the arrays behind them.
         held: Those bound last; ONNX Runtime does not keep the arrays behind values alive.
     """
 
     session: Any
     io: Any
     inputs: frozenset[str]
-    weights: dict[str, tuple[Any, Array]]
     held: dict[str, Array] = field(default_factory=dict)
 
 
@@ -131,33 +80,18 @@ class OnnxRuntime:
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
         self._mamba_shapes, self._attention_shapes = _state_shapes(model)
-        caches = [f"{name}_new" for name in self._attention_shapes]
-        states = [*self._new_states(1), *caches]
-        # for each call of a tower the outputs that are read: the others are never computed
-        calls = {
-            "context": {"extend": states or ["logits"], "extend with logits": [*states, "logits"]}
-        }
+        self._mapped = 0  # bytes of weights that are read where they lie in the checkpoint
+        context = self._session(engines, store, "context", threads, progress)
+        self._bindings = {call: _binding(context) for call in ("extend", "extend with logits")}
         if self.has_denoiser:
-            calls["denoiser"] = {
-                "denoise": ["new_ids", "still_masked", "confidence", *caches],
-                "predict": ["logits", *caches],
-            }
-        sessions = {
-            tower: self._sessions(engines.engine_path(tower), list(outputs.values()), threads)
-            for tower, outputs in calls.items()
-        }
-        mapped = sum(map(store.mapped_bytes, sessions))
-        if mapped:
+            denoiser = self._session(engines, store, "denoiser", threads, progress)
+            self._bindings |= {call: _binding(denoiser) for call in ("denoise", "predict")}
+        if self._mapped:
             print(
-                f"note: {mapped / 1e9:.1f} GB of float32 weights are used where they lie: leave "
-                f"the files in {store.folder} as they are while these engines run",
+                f"note: {self._mapped / 1e9:.1f} GB of float32 weights are used where they lie: "
+                f"leave the files in {store.folder} as they are while these engines run",
                 file=sys.stderr,
             )
-        self._bindings: dict[str, _Binding] = {}
-        for tower, opened in sessions.items():
-            weights = self._load_weights(store, tower, progress)
-            for call, session in zip(calls[tower], opened, strict=True):
-                self._bindings[call] = self._binding(session, weights)
         self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
         # a block is denoised several times against the same states: gather them once
         self._gathered: tuple[Any, dict[str, Array]] | None = None
@@ -253,10 +187,15 @@ class OnnxRuntime:
         if not self._slots:
             raise RuntimeError(CLOSED)
 
-    def _sessions(
-        self, path: Path, calls: Sequence[Sequence[str]], threads: int | None
-    ) -> list[Any]:
-        """Open a graph once for each choice of its outputs, with the nodes that these need."""
+    def _session(
+        self,
+        engines: EngineSet,
+        store: WeightStore,
+        tower: str,
+        threads: int | None,
+        progress: Progress | None,
+    ) -> Any:
+        """Open the graph of a tower with its weights, cut down to the outputs that calls read."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
@@ -265,34 +204,36 @@ class OnnxRuntime:
         # waiting threads sleep: a server's other processes need the cores between calls
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        path = engines.engine_path(tower)
         try:
-            graph = flat_graph(path)
-            graphs = [pruned(graph, outputs).SerializeToString() for outputs in calls]
-            open_session = self._ort.InferenceSession
-            return [open_session(one, options, ["CPUExecutionProvider"]) for one in graphs]
+            model = flat_graph(path)
+            caches = [f"{name}_new" for name in self._attention_shapes]
+            read = [*self._new_states(1), "logits"] if tower == "context" else DENOISER_OUTPUTS
+            prune(model.graph, [*read, *caches])
+            parts = replace_experts(model.graph)
+            if tower == "denoiser":
+                only_masked_rows(model.graph, LOGITS_WANTED)
+                spare_passes(model.graph, self.vocab_size, self.mask_token_id)
+            make_optional(model.graph, "logits", LOGITS_WANTED)
+            weights = (
+                part
+                for name, array in store.all_float32(tower, progress)
+                for part in (parts[name](array) if name in parts else {name: array}).items()
+            )
+            session, kept = packed_session(self._ort, model, weights, options)
+        except TwoTowerError:
+            raise
         except Exception as problem:  # ONNX's and its Runtime's own exceptions share no useful base
             raise RuntimeLoadError(
                 f"{path}: ONNX Runtime {self._ort.__version__} cannot load it: {problem}"
             ) from problem
-
-    def _load_weights(
-        self, store: WeightStore, tower: str, progress: Progress | None
-    ) -> dict[str, tuple[Any, Array]]:
-        """Return weight input name to (value, the array behind it)."""
-        of = self._ort.OrtValue.ortvalue_from_numpy
-        return {name: (of(array), array) for name, array in store.all_float32(tower, progress)}
-
-    def _binding(self, session: Any, weights: dict[str, tuple[Any, Array]]) -> _Binding:
-        io = session.io_binding()
-        inputs = frozenset(value.name for value in session.get_inputs())
-        held = {name: weight for name, weight in weights.items() if name in inputs}
-        for name, (value, _) in held.items():
-            io.bind_ortvalue_input(name, value)
-        return _Binding(session, io, inputs, held)
+        self._mapped += store.mapped_bytes(tower, kept)
+        return session
 
     def _run(self, call: str, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         """Run a session: read `inputs`, and write `outputs` in place."""
         binding = self._bindings[call]
+        inputs[LOGITS_WANTED] = np.array(["logits" in outputs])
         of = self._ort.OrtValue.ortvalue_from_numpy
         for name in binding.inputs & inputs.keys():
             binding.io.bind_ortvalue_input(name, of(inputs[name]))
@@ -303,7 +244,7 @@ class OnnxRuntime:
         binding.held = {**inputs, **outputs}
         binding.session.run_with_iobinding(binding.io)
 
-    def _empty_slot(self) -> _Slot:
+    def _empty_slot(self) -> Slot:
         mamba = {
             name: np.zeros((1, *shape), np.float32) for name, shape in self._mamba_shapes.items()
         }
@@ -312,10 +253,10 @@ class OnnxRuntime:
             for name, (heads, size) in self._attention_shapes.items()
         }
         # before the first token the states are zero as well, so one token is a prompt too
-        return _Slot(0, mamba, mamba, attention)
+        return Slot(0, mamba, mamba, attention)
 
     def _gather(
-        self, slots: Sequence[_Slot], tokens: int, previous: bool = False
+        self, slots: Sequence[Slot], tokens: int, previous: bool = False
     ) -> dict[str, Array]:
         """Return the state inputs of a batch; a slot's own arrays where the batch is one slot.
 
@@ -327,7 +268,7 @@ class OnnxRuntime:
         if len(slots) == 1:
             for name, cache in slots[0].attention.items():
                 if needed > cache.shape[2]:
-                    slots[0].attention[name] = _grown(cache, needed, self.limits.cache_tokens)
+                    slots[0].attention[name] = grown(cache, needed, self.limits.cache_tokens)
             return {**mamba[0], **slots[0].attention}
         batch = {
             name: np.concatenate([states[name] for states in mamba]) for name in self._mamba_shapes
@@ -342,7 +283,7 @@ class OnnxRuntime:
         return batch
 
     def _gather_once(
-        self, numbers: Sequence[int], slots: Sequence[_Slot], tokens: int
+        self, numbers: Sequence[int], slots: Sequence[Slot], tokens: int
     ) -> dict[str, Array]:
         """Return `_gather`, remembered until a slot is reset, or extended and so longer."""
         rows = tuple((number, slot.length) for number, slot in zip(numbers, slots, strict=True))
@@ -362,7 +303,7 @@ class OnnxRuntime:
         """Return the outputs that are written into inputs: keys and values."""
         return {f"{name}_new": inputs[name] for name in self._attention_shapes}
 
-    def _advance(self, slot: _Slot, row: ExtendRow, index: int, outputs: dict[str, Array]) -> None:
+    def _advance(self, slot: Slot, row: ExtendRow, index: int, outputs: dict[str, Array]) -> None:
         """Take over the states that a call returned for one slot."""
         end = slot.length + row.ids.size
         for name, cache in slot.attention.items():
@@ -370,13 +311,18 @@ class OnnxRuntime:
             if written is cache:
                 continue
             if end > cache.shape[2]:
-                cache = slot.attention[name] = _grown(cache, end, self.limits.cache_tokens)
+                cache = slot.attention[name] = grown(cache, end, self.limits.cache_tokens)
             cache[0, :, slot.length : end] = written[index, :, slot.length : end]
         slot.previous = slot.mamba if row.keep_previous else None
         slot.mamba = {
             name: outputs[f"{name}_new"][index : index + 1] for name in self._mamba_shapes
         }
         slot.length = end
+
+
+def _binding(session: Any) -> _Binding:
+    inputs = frozenset(value.name for value in session.get_inputs())
+    return _Binding(session, session.io_binding(), inputs)
 
 
 def _import_onnxruntime() -> Any:
@@ -408,7 +354,7 @@ def _state_shapes(
     return mamba, attention
 
 
-def _previous(slot: _Slot) -> dict[str, Array]:
+def _previous(slot: Slot) -> dict[str, Array]:
     assert slot.previous is not None, "predict needs an extend with keep_previous before it"
     return slot.previous
 
@@ -419,12 +365,3 @@ def _padded(rows: Sequence[npt.NDArray[np.int32]], width: int) -> npt.NDArray[np
     for target, row in zip(padded, rows, strict=True):
         target[: row.size] = row
     return padded
-
-
-def _grown(cache: Array, needed: int, limit: int) -> Array:
-    """Return a larger copy of keys or values: half as much again, at least `needed`."""
-    capacity = min(max(needed, cache.shape[2] * 3 // 2), max(limit, needed))
-    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-    grown = np.zeros((*cache.shape[:2], capacity, cache.shape[3]), cache.dtype)
-    grown[:, :, : cache.shape[2]] = cache
-    return grown

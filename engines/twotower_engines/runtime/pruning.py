@@ -7,45 +7,96 @@ step the Mamba states after the block, an extension the vocabulary head. (Its ru
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
 import onnx.inliner
+from onnx import TensorProto, helper
+
+from twotower_engines.runtime.nodes import read_by
+from twotower_engines.runtime.routed_experts import OP
 
 
 def flat_graph(path: Path) -> onnx.ModelProto:
-    """Read a graph and write its functions out, so that their parts can be left out as well."""
-    return onnx.inliner.inline_local_functions(onnx.load(str(path), load_external_data=False))
+    """Read a graph and write its functions out, so that their parts can be left out as well.
+
+    All but the experts: see `routed_experts`.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    flat = onnx.inliner.inline_selected_functions(model, [OP], exclude=True)
+    del flat.functions[:]
+    return flat
 
 
-def pruned(model: onnx.ModelProto, outputs: Collection[str]) -> onnx.ModelProto:
-    """Return the nodes and inputs that some outputs need.
+def prune(graph: onnx.GraphProto, outputs: Collection[str]) -> None:
+    """Leave only the nodes and inputs that some outputs need.
 
     Args:
-        model: A graph without functions; it is not changed.
+        graph: A graph without functions.
         outputs: Names of those to keep, in the graph's order.
     """
-    cut = onnx.ModelProto()
-    cut.CopyFrom(model)
+    kept, needed = _needed(graph, outputs)
+    inputs = [value for value in graph.input if value.name in needed]
+    wanted = [value for value in graph.output if value.name in outputs]
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    graph.node.extend(kept)
+    graph.input.extend(inputs)
+    graph.output.extend(wanted)
+
+
+def make_optional(graph: onnx.GraphProto, output: str, flag: str) -> None:
+    """Compute an output, and what it alone needs, only where an input of the graph says so.
+
+    What comes after the last branch becomes one; before that, the branches ask the input as well.
+    (ONNX Runtime packs the weights of a branch, but not those of a branch inside a branch.)
+
+    Args:
+        graph: A graph without functions.
+        output: Name of a float32 output; its value is empty where it is not computed.
+        flag: Name of the new input, bool [1].
+    """
+    others = [value.name for value in graph.output if value.name != output]
+    shared, _ = _needed(graph, others)
+    names = {name for node in shared for name in node.output}
+    own = [node for node in _needed(graph, [output])[0] if names.isdisjoint(node.output)]
+    while any(node.op_type == "If" for node in own):
+        node = own.pop(0)
+        if node.op_type == "If":
+            asked = f"{node.name}.asked"
+            shared.append(helper.make_node("And", [node.input[0], flag], [asked], asked))
+            node.input[0] = asked
+        shared.append(node)
+    rank = next(
+        len(value.type.tensor_type.shape.dim) for value in graph.output if value.name == output
+    )
+    inside = f"{output}.computed"
+    for node in own:
+        node.output[:] = [inside if name == output else name for name in node.output]
+    nothing = helper.make_tensor(f"{output}.none", TensorProto.FLOAT, [0] * rank, [])
+    empty = helper.make_node("Constant", [], [nothing.name], value=nothing)
+    then, otherwise = (
+        helper.make_graph(
+            nodes, name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)]
+        )
+        for nodes, name in ((own, inside), ([empty], nothing.name))
+    )
+    del graph.node[:]
+    graph.node.extend(shared)
+    graph.node.append(
+        helper.make_node("If", [flag], [output], then_branch=then, else_branch=otherwise)
+    )
+    graph.input.append(helper.make_tensor_value_info(flag, TensorProto.BOOL, [1]))
+
+
+def _needed(
+    graph: onnx.GraphProto, outputs: Collection[str]
+) -> tuple[list[onnx.NodeProto], set[str]]:
+    """Return the nodes that some outputs need, in their order, and every value that these read."""
     needed = set(outputs)
     kept = []
-    for node in reversed(model.graph.node):  # sorted: who takes a value comes after who makes it
+    for node in reversed(graph.node):  # sorted: who takes a value comes after who makes it
         if needed.intersection(node.output):
             kept.append(node)
-            needed.update(_read(node))
-    del cut.graph.node[:], cut.graph.input[:], cut.graph.output[:], cut.graph.value_info[:]
-    cut.graph.node.extend(reversed(kept))
-    cut.graph.input.extend(value for value in model.graph.input if value.name in needed)
-    cut.graph.output.extend(value for value in model.graph.output if value.name in outputs)
-    return cut
-
-
-def _read(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield every value that a node reads, those of its branches included."""
-    yield from node.input
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
-            yield from _read(inner)
-        for output in attribute.g.output:
-            yield output.name
+            needed.update(read_by(node))
+    return kept[::-1], needed

@@ -35,6 +35,9 @@ from twotower_export.verification.towers import TowerPartSide, TowerSide
 Kind = Literal["float32", "native"]
 """The two graphs that a bundle has of a tower."""
 
+CHUNK: Final = 256
+"""Prefill chunk of a tower: the scan's body is quadratic in it."""
+
 PART_CHUNK: Final = 24
 """Prefill chunk for one MoE layer on its own: the graphs' reference body computes all experts."""
 
@@ -82,7 +85,7 @@ def whole(
         graph = _graph_side(target, checkpoint, tower, part)
         return Pair(graph, reference, range(checkpoint.config.num_layers), wants_hidden=False)
 
-    chunk = target.manifest.max_tokens_per_call
+    chunk = min(CHUNK, target.manifest.max_tokens_per_call)
     yield Planned(tower, tower, "float32", chunk, make)
 
 
@@ -106,7 +109,7 @@ def by_part(
         own = [part] if isinstance(part, int) else []
         return Pair(graph, reference, own, wants_hidden=part != "embeddings")
 
-    chunk = target.manifest.max_tokens_per_call
+    chunk = min(CHUNK, target.manifest.max_tokens_per_call)
     every: list[Part] = ["embeddings", *range(config.num_layers), "head"]
     for part in parts or every:
         dense = part in config.layers_of_kind["E"]

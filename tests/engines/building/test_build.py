@@ -53,7 +53,7 @@ def test_an_engine_set_for_the_cpu(bundle, tmp_path):
     record = made.build
     assert (record.sku, record.flavour, record.precision) == ("cpu", "onnxruntime", "float32")
     assert (record.limits.slots, record.limits.context) == (3, 99)
-    assert record.limits.max_tokens_per_call == made.manifest.max_tokens_per_call
+    assert record.limits.max_tokens_per_call == 256 < made.manifest.max_tokens_per_call
     assert record.compute_capability is None
     assert record.bundle_fingerprint == made.manifest.checkpoint.fingerprint
     assert record.versions.keys() == {"twotower", "onnxruntime"}

@@ -65,7 +65,7 @@ def test_one_sku_shows_everything():
     assert result.exit_code == 0, result.output
     for text in (
         "63.19 B parameters",
-        "FITS: both towers on one GPU, bf16, prefill in chunks of 256",
+        "FITS: both towers on one GPU, bf16, prefill in chunks of 1024",
         "routed experts       54.71",
         "A slot takes 94.8 MiB: 46.8 MiB of Mamba states and 6,144 B per token",
         "fp8         60.9 GiB  1 x h200",

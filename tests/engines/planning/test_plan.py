@@ -268,7 +268,8 @@ def test_the_cpu_and_fp32_checkpoints_are_fp32(model):
 
 
 def test_one_h200_holds_both_towers(model):
-    plan = plan_memory(model, PlanRequest(find_sku("h200"), gpus=1, slots=16, context=8192))
+    request = PlanRequest(find_sku("h200"), 1, slots=16, context=8192, max_tokens_per_call=256)
+    plan = plan_memory(model, request)
     (gpu,) = plan.gpus
     assert plan.fits
     assert plan.buildable
@@ -319,6 +320,9 @@ def test_chunks_shrink_before_a_plan_is_refused(model):
     assert plan_memory(model, replace(request, slots=most)).max_tokens_per_call == 256
     assert more.max_tokens_per_call < 256
     assert more.fits
+    assert plan_memory(model, replace(request, slots=8)).max_tokens_per_call == 1024
+    bodies = PlanRequest(find_sku("rtx-pro-6000"), slots=1, precision="bf16")
+    assert plan_memory(model, bodies).max_tokens_per_call == 256, "all experts for each token"
     assert not plan_memory(model, replace(more.asked, max_tokens_per_call=256)).fits
 
 
@@ -496,5 +500,5 @@ def test_a_tiny_checkpoint_on_the_cpu(random_engines):
 def test_as_json_is_json(model):
     values = json.loads(json.dumps(plan_memory(model, PlanRequest(find_sku("h100-sxm"))).as_json()))
     assert values["gpus"][0]["weights"]["context"]["routed experts"] == 2 * 29_374_808_064
-    assert values["max_tokens_per_call"] == 256
+    assert values["max_tokens_per_call"] == 1024
     assert values["basis"].keys() == {"compiled", "arithmetic", "assumed"}

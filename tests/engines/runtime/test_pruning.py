@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from twotower_engines.runtime.pruning import flat_graph, pruned
+from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
+from twotower_engines.runtime.routed_experts import replace_experts
 
 
 @pytest.fixture(scope="module")
@@ -12,23 +13,55 @@ def made(random_engines):
     return random_engines("MEM*EM*E", seed=2)
 
 
+def pruned(path, outputs):
+    graph = flat_graph(path).graph
+    prune(graph, outputs)
+    return graph
+
+
 def test_a_denoise_step_computes_no_states_and_a_prediction_refines_nothing(made):
-    graph = flat_graph(made.folder / "denoiser.onnx")
-    refine, predict = (pruned(graph, outputs) for outputs in (["new_ids"], ["logits"]))
-    names = {node.name for node in graph.graph.node}
-    assert any("end_state" in name for name in names)
+    graph = flat_graph(made.folder / "denoiser.onnx").graph
+    refine, predict = (
+        pruned(made.folder / "denoiser.onnx", outputs) for outputs in (["new_ids"], ["logits"])
+    )
+    assert any("end_state" in node.name for node in graph.node)
     for cut in (refine, predict):
-        left = {node.name for node in cut.graph.node}
+        left = {node.name for node in cut.node}
         assert not any("end_state" in name for name in left)
         assert any("RefineBlock" in name for name in left) == (cut is refine)
-    assert {value.name for value in graph.graph.input} - {
-        value.name for value in predict.graph.input
-    } == {"threshold", "steps_left", "temperature", "policy", "seed"}
+    assert {value.name for value in graph.input} - {value.name for value in predict.input} == {
+        "threshold", "steps_left", "temperature", "policy", "seed",
+    }  # fmt: skip
 
 
 def test_an_extension_without_logits_has_no_head(made):
-    graph = flat_graph(made.folder / "context.onnx")
-    states = [value.name for value in graph.graph.output if value.name != "logits"]
-    inputs = {value.name for value in pruned(graph, states).graph.input}
-    left_out = {value.name for value in graph.graph.input} - inputs
+    path = made.folder / "context.onnx"
+    graph = flat_graph(path).graph
+    states = [value.name for value in graph.output if value.name != "logits"]
+    left_out = {value.name for value in graph.input}
+    left_out -= {value.name for value in pruned(path, states).input}
     assert {"context_lm_head.weight", "context_tower.norm_f.weight"} <= left_out
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_an_optional_head_is_a_branch_and_no_branch_holds_another(made, monkeypatch, routed):
+    """The last experts of the pattern serve the head alone, and are branches themselves."""
+    monkeypatch.setattr(
+        "twotower_engines.runtime.routed_experts.ROUTED_FROM", 0 if routed else 2**60
+    )
+    graph = flat_graph(made.folder / "context.onnx").graph
+    replace_experts(graph)
+    make_optional(graph, "logits", "asked")
+    branches = [node for node in graph.node if node.op_type == "If"]
+    assert len(branches) == 1 + routed * 3 * 8
+    inside = {
+        name
+        for node in branches
+        for attribute in node.attribute
+        for part in attribute.g.node
+        for name in (part.op_type, *part.input)
+    }
+    assert "If" not in inside
+    assert "context_lm_head.weight" in inside
+    last = [node.name for node in graph.node if node.op_type == "And" and "asked" in node.input]
+    assert len(last) == routed * 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from dataclasses import replace
 
@@ -17,8 +16,9 @@ from twotower_contract.engine_set import EngineFile, open_engine_set
 from twotower_contract.errors import CheckpointError, EngineSetError
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.generation.sampling import row_seed
+from twotower_engines.runtime.host_states import CAPACITY_STEP
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
-from twotower_engines.runtime.onnxruntime import CAPACITY_STEP, OnnxRuntime
+from twotower_engines.runtime.onnxruntime import OnnxRuntime
 from twotower_engines.runtime.opening import open_runtime
 
 VOCABULARY = 300
@@ -153,14 +153,6 @@ def test_noise_draws_the_models_distribution(made, runtime, reference):
     assert np.mean(found[:, 0] == found[:, 1]) < 0.9  # places draw apart
 
 
-def test_small_weights_do_not_change_with_their_files(runtime):
-    """Those above `COPIED_BYTES` stay mapped: see the tests of weights."""
-    bindings = (runtime._bindings["extend with logits"], runtime._bindings["denoise"])
-    arrays = [array for binding in bindings for _, array in binding.weights.values()]
-    assert len(arrays) > 20
-    assert all(array.flags.owndata for array in arrays)
-
-
 class Stopwatch:
     """A session whose time in ONNX Runtime is written down."""
 
@@ -193,7 +185,6 @@ def test_a_call_costs_little_beside_the_engine(runtime, rows):
         binding.session = session
     # the best of each: the other processes of this machine are not ours to measure
     assert min(whole) - min(watch.seconds) < 0.5 * min(watch.seconds)
-    assert statistics.median(whole) < 2 * statistics.median(watch.seconds)
 
 
 def test_a_plan_that_changed_is_refused(made, tmp_path):

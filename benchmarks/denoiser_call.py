@@ -1,0 +1,222 @@
+"""One denoiser call of a model of hidden size 512 on this CPU, against the towers in PyTorch.
+
+    python -m benchmarks.denoiser_call
+
+14 layers, the released vocabulary of 131,072, random weights; two choices of experts. All in
+float32, one request, a block of 16 tokens of which 10 are masked, behind a context of 64:
+
+- PyTorch: the reference towers, eager, which compute only the routed experts
+  (`reference.mixers.SparseExperts`), and the refinement step of `benchmarks.eager`;
+- ours: a call of the CPU flavour, from ids to ids, and the refinement step in it on its own.
+
+Times are the process's CPU time with one thread, so that other processes of the machine count
+little, and the least of many repeats in turns. Both must commit the same tokens.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.eager import refine_block
+from tests.support.torch_generation import load_towers
+from twotower_contract.engine_set import EngineSet
+from twotower_contract.onnxruntime import import_onnxruntime
+from twotower_engines.building.build import BuildOptions, build_engines
+from twotower_engines.runtime.interface import DenoiseRow, ExtendRow
+from twotower_engines.runtime.onnxruntime import OnnxRuntime
+from twotower_engines.runtime.pruning import flat_graph, prune
+from twotower_engines.runtime.vocabulary_passes import spare_passes
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint
+from twotower_export.reference.towers import advance_states, empty_states
+from twotower_export.tiny.checkpoints import write_random_checkpoint
+
+RESULTS = Path(__file__).with_name("results")
+PATTERN, HIDDEN, VOCABULARY = "MEM*EMEM*EMEM*", 512, 131_072
+MODELS: Mapping[str, dict[str, int]] = {
+    "8 experts of 512, 2 per token": {},
+    "64 experts of 352, 6 per token": {
+        "num_experts": 64,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 352,
+    },
+}
+CONTEXT, BLOCK, KNOWN, MASK, THRESHOLD = 64, 16, 6, 3, 0.9
+REPEATS = 20
+
+
+def build(folder: Path, sizes: Mapping[str, int]) -> EngineSet:
+    """Write a random checkpoint and build its engines for the CPU."""
+    write_random_checkpoint(
+        folder / "checkpoint", PATTERN, HIDDEN, 1, vocab_size=VOCABULARY, **sizes
+    )
+    write_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle")
+    options = BuildOptions(slots=1, context=512)
+    return build_engines(folder / "bundle", folder / "engines", options)[0]
+
+
+def memory(key: str) -> float:
+    """Return an entry of this process's memory in GB, `RssAnon` or `VmHWM`."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1e6
+    raise KeyError(key)
+
+
+def refinement(folder: Path) -> Callable[[np.ndarray], Callable[[], Any]]:
+    """Return the step alone, as the denoiser's session has it: logits, then a call."""
+    model = flat_graph(folder / "bundle" / "graphs" / "float32" / "refine.onnx")
+    prune(model.graph, ["new_ids", "still_masked", "confidence"])
+    spare_passes(model.graph, VOCABULARY, MASK)
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    rows = {"lengths": BLOCK, "steps_left": BLOCK, "policy": 0, "seed": 0}
+    inputs = {name: np.array([value], np.int32) for name, value in rows.items()}
+    inputs |= {"threshold": np.array([THRESHOLD], np.float32)}
+    inputs |= {"temperature": np.zeros(1, np.float32)}
+
+    def on(logits: np.ndarray) -> Callable[[], Any]:
+        return lambda: session.run(None, inputs | {"logits": logits, "ids": block_ids()[None]})
+
+    return on
+
+
+def context_ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(4, VOCABULARY, CONTEXT).astype(np.int32)
+
+
+def block_ids() -> np.ndarray:
+    block = np.full(BLOCK, MASK, np.int32)
+    block[:KNOWN] = context_ids()[:KNOWN]
+    return block
+
+
+@torch.no_grad()
+def measure(folder: Path, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return CPU milliseconds of each way, and the memory that loading ours took in GB."""
+    engines = build(folder, sizes)
+    before = memory("RssAnon")
+    runtime = OnnxRuntime(engines, threads=1)
+    weights = engines.manifest.weights
+    shapes = [weight.shape for tower in weights.values() for weight in tower.values()]
+    made = {
+        "weights_gb": sum(4 * math.prod(shape) for shape in shapes) / 1e9,
+        "resident_gb": memory("RssAnon") - before,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+    runtime.extend([ExtendRow(0, context_ids())])
+    row = DenoiseRow(0, block_ids(), THRESHOLD, BLOCK)
+
+    towers = load_towers(folder / "checkpoint")
+    tokens, none, one = (torch.tensor([count]) for count in (CONTEXT, 0, 1))
+    states = empty_states(towers.config, 1, 2 * CONTEXT, torch.float32)
+    _, new = towers.context(torch.from_numpy(context_ids()[None]), tokens, none, states)
+    states = advance_states(states, new, tokens, none)
+    ids, size = torch.from_numpy(block_ids()[None]), torch.tensor([BLOCK])
+
+    def tower() -> torch.Tensor:
+        made: torch.Tensor = towers.denoiser(ids, size, tokens, one, states)
+        return made
+
+    logits = tower()
+    step = refinement(folder)(logits.numpy())
+    ways: dict[str, Callable[[], Any]] = {
+        "pytorch_tower": tower,
+        "pytorch_refinement": lambda: refine_block(
+            logits, ids, size, torch.tensor([THRESHOLD]), size, MASK
+        ),
+        "call": lambda: runtime.denoise([row])[0],
+        "refinement": step,
+    }
+    expected = ways["pytorch_refinement"]()[0][0].numpy()
+    assert (ways["call"]().ids == expected).all(), "our tokens differ from PyTorch's"
+    assert (step()[0][0] == expected).all(), "the refinement step's tokens differ"
+    for name, seconds in best_seconds(ways).items():
+        made[name] = 1000 * seconds
+    runtime.close()
+    return made
+
+
+def best_seconds(ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """The least CPU time of some repeats of each, taken in turns."""
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(REPEATS):
+        for name, run in ways.items():
+            start = time.process_time()
+            run()
+            best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for name, sizes in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(Path(folder), sizes)
+        pytorch = found["pytorch_tower"] + found["pytorch_refinement"]
+        ratios = {
+            "ratio": pytorch / found["call"],
+            "refinement_share": found["refinement"] / found["call"],
+        }
+        rows.append({"model": name} | {key: round(v, 3) for key, v in (found | ratios).items()})
+    report(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print the table and write it to `results/`."""
+    today = datetime.date.today().isoformat()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU, busy with other processes"
+    lines = [
+        "# A denoiser call on the CPU",
+        "",
+        f"`python -m benchmarks.denoiser_call`, {today}, {machine}; hidden size {HIDDEN},"
+        f" {len(PATTERN)} layers, vocabulary {VOCABULARY:,}, one request, CPU milliseconds with one"
+        f" thread, least of {REPEATS}.",
+        "",
+        "| model | PyTorch eager, routed experts only | ours | ratio | refinement in it |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {r['model']} | {r['pytorch_tower']:.1f} + {r['pytorch_refinement']:.1f}"
+            f" | {r['call']:.1f} | {r['ratio']:.2f}x"
+            f" | {r['refinement']:.1f}, {100 * r['refinement_share']:.1f}% |"
+            for r in rows
+        ),
+        "",
+        "GB of memory that loading both towers takes, beside their float32 weights:",
+        "",
+        "| model | weights | resident after loading | peak of the process |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {r['model']} | {r['weights_gb']:.2f} | {r['resident_gb']:.2f}"
+            f" | {r['peak_gb']:.2f} |"
+            for r in rows
+        ),
+    ]
+    print("\n".join(lines))
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"denoiser-call-cpu-{today}"
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    stem.with_suffix(".json").write_text(
+        json.dumps({"date": today, "machine": machine, "rows": rows}, indent=2) + "\n",
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main()

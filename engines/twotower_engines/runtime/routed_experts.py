@@ -1,0 +1,150 @@
+"""The experts of a graph for a CPU: only those that the tokens chose are computed.
+
+The exported graph has one node `twotower::SparseExperts` per layer, whose function body computes
+every expert on every token: a GPU's plugin takes its place. Here nodes of ordinary operators do. An
+expert is a branch over its own two matrices, which ONNX Runtime packs when it loads them (it packs
+no bank of three dimensions), on the tokens that chose it. A small expert costs less than its
+branch: those are all computed, as two products.
+
+A token's result is summed in the order of the experts, and is the same alone and in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from twotower_engines.runtime.nodes import Nodes
+
+Array = npt.NDArray[Any]
+
+Parts = Callable[[Array], Mapping[str, Array]]
+"""From a bank of experts to the matrices that take its place, by name."""
+
+OP = ("twotower", "SparseExperts")
+
+ROUTED_FROM = 2**15
+"""Least inner size x hidden size of an expert that is a branch. Both forms take the same time where
+16 tokens choose among experts of 25,000 to 36,000 (one core of a Xeon with AVX-512)."""
+
+
+def replace_experts(graph: onnx.GraphProto) -> dict[str, Parts]:
+    """Put ordinary nodes in the place of every `SparseExperts`, and matrices in that of its banks.
+
+    Args:
+        graph: A graph without other functions of ours, whose weights are inputs; it is changed.
+
+    Returns:
+        Name of each bank, which is no input any more, to what the new inputs are made of.
+    """
+    shapes = {
+        value.name: tuple(size.dim_value for size in value.type.tensor_type.shape.dim)
+        for value in graph.input
+    }
+    nodes: list[onnx.NodeProto] = []
+    parts: dict[str, Parts] = {}
+    inputs: dict[str, tuple[int, ...]] = {}
+    for node in graph.node:
+        if (node.domain, node.op_type) != OP:
+            nodes.append(node)
+            continue
+        up, down = node.input[3:]
+        count, inner, hidden = shapes[up]
+        if inner * hidden < ROUTED_FROM:
+            inputs |= {up: (count * inner, hidden), down: (hidden, count * inner)}
+            parts |= {up: _rows_of(up), down: _columns_of(down)}
+            nodes += _all_experts(node, count, inner)
+        else:
+            for expert in range(count):
+                inputs |= {_one(up, expert): (inner, hidden), _one(down, expert): (hidden, inner)}
+            parts |= {bank: _each_of(bank) for bank in (up, down)}
+            nodes += _chosen_experts(node, count)
+    kept = [value for value in graph.input if value.name not in parts]
+    made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.input.extend([*kept, *made])
+    return parts
+
+
+def _one(bank: str, expert: int) -> str:
+    """Return the name of one expert's matrix."""
+    return f"{bank}.{expert}"
+
+
+def _each_of(bank: str) -> Parts:
+    return lambda array: {_one(bank, expert): array[expert] for expert in range(len(array))}
+
+
+def _rows_of(bank: str) -> Parts:
+    return lambda array: {bank: array.reshape(-1, array.shape[2])}
+
+
+def _columns_of(bank: str) -> Parts:
+    return lambda array: {
+        bank: np.ascontiguousarray(array.transpose(1, 0, 2)).reshape(array.shape[1], -1)
+    }
+
+
+def _shares(b: Nodes, indices: str, weights: str, count: int) -> str:
+    """Return each expert's weight in each token, 0 where it was not chosen; [tokens, experts]."""
+    last = b.constant([2])
+    every = b.constant(np.arange(count).reshape(1, 1, -1), np.int32)
+    routed = b.add("Equal", b.add("Unsqueeze", indices, last), every)
+    weighted = b.add(
+        "Mul", b.add("Cast", routed, to=TensorProto.FLOAT), b.add("Unsqueeze", weights, last)
+    )
+    return b.add("ReduceSum", weighted, b.constant([1]), keepdims=0)
+
+
+def _squared(b: Nodes, x: str, up: str) -> str:
+    """Return relu(x up^T)^2."""
+    inner = b.add("Relu", b.add("Gemm", x, up, transB=1))
+    return b.add("Mul", inner, inner)
+
+
+def _all_experts(node: onnx.NodeProto, count: int, inner: int) -> list[onnx.NodeProto]:
+    """Compute all experts; a share is multiplied into what the second product takes."""
+    x, indices, weights, up, down = node.input
+    b = Nodes(node.name)
+    share = b.add("Unsqueeze", _shares(b, indices, weights, count), b.constant([2]))
+    apart = b.add("Reshape", _squared(b, x, up), b.constant([0, count, inner]))
+    flat = b.add("Reshape", b.add("Mul", apart, share), b.constant([0, count * inner]))
+    b.add("Gemm", flat, down, output=node.output[0], transB=1)
+    return b.written
+
+
+def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
+    """Write a branch for each expert, which adds its share to the sum where a token chose it."""
+    x, indices, weights, up, down = node.input
+    b = Nodes(node.name)
+    share = b.add("Transpose", _shares(b, indices, weights, count), perm=[1, 0])
+    shares = b.split(share, count)
+    flags = b.add("Cast", b.add("Cast", share, to=TensorProto.BOOL), to=TensorProto.INT32)
+    some = b.add("ReduceMax", flags, b.constant([1]), keepdims=0)
+    chosen = b.split(b.add("Cast", some, to=TensorProto.BOOL), count)
+    first, last = b.constant([0]), b.constant([1])
+    total = b.add("ConstantOfShape", b.add("Shape", x))
+    for expert in range(count):
+        then = Nodes(f"{node.name}.{expert}")
+        share = then.add("Squeeze", shares[expert], first)
+        tokens = then.add("Transpose", then.add("NonZero", share), perm=[1, 0])
+        squared = _squared(then, then.add("GatherND", x, tokens), _one(up, expert))
+        y = then.add("Gemm", squared, _one(down, expert), transB=1)
+        mine = then.add("Unsqueeze", then.add("GatherND", share, tokens), last)
+        added = then.add("ScatterND", total, tokens, then.add("Mul", y, mine), reduction="add")
+        otherwise = Nodes(f"{then.prefix}.not")
+        same = otherwise.add("Identity", total)
+        total = b.add(
+            "If",
+            chosen[expert],
+            output=node.output[0] if expert == count - 1 else None,
+            then_branch=then.branch("chosen", added),
+            else_branch=otherwise.branch("not_chosen", same),
+        )
+    return b.written

@@ -1,0 +1,111 @@
+"""The experts' nodes of the CPU flavour, both forms, against the sum written plainly."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from twotower_contract.onnxruntime import import_onnxruntime
+from twotower_engines.runtime.packed_session import packed_session
+from twotower_engines.runtime.routed_experts import replace_experts
+
+EXPERTS, CHOSEN, HIDDEN, INNER = 7, 3, 24, 20
+
+
+@pytest.fixture(scope="module")
+def banks():
+    draw = np.random.default_rng(1)
+    up = draw.standard_normal((EXPERTS, INNER, HIDDEN), np.float32) / HIDDEN**0.5
+    return {"up": up, "down": draw.standard_normal((EXPERTS, HIDDEN, INNER), np.float32)}
+
+
+@pytest.fixture(params=["branches", "all"])
+def experts(request, monkeypatch):
+    """A function that opens a graph of one `SparseExperts` node with some banks."""
+    least = 0 if request.param == "branches" else INNER * HIDDEN + 1
+    monkeypatch.setattr("twotower_engines.runtime.routed_experts.ROUTED_FROM", least)
+
+    def open_with(banks):
+        args = {
+            "x": (TensorProto.FLOAT, ["n", HIDDEN]),
+            "indices": (TensorProto.INT32, ["n", CHOSEN]),
+            "weights": (TensorProto.FLOAT, ["n", CHOSEN]),
+            "up": (TensorProto.FLOAT, [EXPERTS, INNER, HIDDEN]),
+            "down": (TensorProto.FLOAT, [EXPERTS, HIDDEN, INNER]),
+        }
+        node = helper.make_node("SparseExperts", list(args), ["y"], "experts", domain="twotower")
+        values = [helper.make_tensor_value_info(name, *kind) for name, kind in args.items()]
+        y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", HIDDEN])
+        graph = helper.make_graph([node], "one", values, [y])
+        parts = replace_experts(graph)
+        branches = sum(node.op_type == "If" for node in graph.node)
+        assert branches == (EXPERTS if request.param == "branches" else 0)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+        onnx.checker.check_model(model)
+        ort = import_onnxruntime()
+        weights = [pair for n, bank in banks.items() for pair in parts[n](bank).items()]
+        session, kept = packed_session(ort, model, weights, ort.SessionOptions())
+        assert not kept
+        return lambda *inputs: session.run(["y"], dict(zip(args, inputs, strict=False)))[0]
+
+    return open_with
+
+
+def drawn(seed, tokens):
+    draw = np.random.default_rng(seed)
+    x = draw.standard_normal((tokens, HIDDEN), np.float32)
+    indices = np.stack([draw.permutation(EXPERTS)[:CHOSEN] for _ in range(tokens)])
+    return x, indices.astype(np.int32), draw.random((tokens, CHOSEN), np.float32)
+
+
+def plainly(banks, x, indices, weights):
+    y = np.zeros(x.shape)
+    for token, row in enumerate(indices):
+        for expert, weight in zip(row, weights[token], strict=True):
+            if expert >= 0:
+                inner = np.maximum(banks["up"][expert].astype(np.float64) @ x[token], 0) ** 2
+                y[token] += weight * (banks["down"][expert] @ inner)
+    return y
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_experts_are_summed_by_their_weights(experts, banks, tokens):
+    x, indices, weights = drawn(tokens, tokens)
+    indices[tokens // 2] = -1  # padding
+    y = experts(banks)(x, indices, weights)
+    expected = plainly(banks, x, indices, weights)
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max(initial=1.0))
+
+
+def test_a_token_is_the_same_alone_and_in_a_batch(experts, banks):
+    inputs = drawn(3, 33)
+    run = experts(banks)
+    together = run(*inputs)
+    for token in range(33):
+        alone = run(*(values[token : token + 1] for values in inputs))
+        np.testing.assert_array_equal(alone[0], together[token])
+
+
+def test_a_token_that_is_no_number_spoils_no_other(experts, banks):
+    x, indices, weights = drawn(4, 9)
+    run = experts(banks)
+    before = run(x, indices, weights)
+    x[4] = np.nan
+    after = run(x, indices, weights)
+    assert np.isnan(after[4]).all()
+    np.testing.assert_array_equal(np.delete(after, 4, 0), np.delete(before, 4, 0))
+
+
+def test_branches_read_only_the_chosen_experts(experts, banks, request):
+    x, indices, weights = drawn(5, 4)
+    indices[:] = [0, 2, 5]
+    poisoned = {name: bank.copy() for name, bank in banks.items()}
+    for bank in poisoned.values():
+        bank[[1, 3, 4, 6]] = np.nan
+    y = experts(poisoned)(x, indices, weights)
+    if request.node.callspec.params["experts"] == "branches":
+        np.testing.assert_array_equal(y, experts(banks)(x, indices, weights))
+    else:
+        assert np.isnan(y).all()
