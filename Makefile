@@ -29,8 +29,8 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.demo ## Export, build, package, serve and ask: the whole path, on this machine
-	$(BIN)/twotower demo
+demo: $(VENV)/.demo ## Export, build, package, serve and ask, on this machine; ARGS='--precision fp8'
+	$(BIN)/twotower demo $(ARGS)
 	@echo "to give such commands yourself: . $(VENV)/bin/activate"
 
 test: $(VENV)/.dev ## All tests but the slow ones

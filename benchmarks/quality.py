@@ -4,14 +4,15 @@
 
 Held-out stories and facts, greedy, with the PyTorch towers in float32 on the weights as they are
 stored; the CPU flavour's answers are the same, which tests hold. An answer is exact if the corpus
-would have written it. Both kinds are measured at threshold 0.9, and at 0.6, where the answers are
-less often right and a loss would show sooner.
+would have written it. Measured at threshold 0.9, and at 0.8, NVIDIA's operating point, where fewer
+are: neither is at the ceiling.
 
 The divergence is KL(bfloat16 || quantized) in nats per masked position, with both models on the
 canvases and contexts of the bfloat16 answers.
 
-The bars: FP8 loses at most 1 point of exact answers and 2% of tokens per denoiser call, INT4 and
-NVFP4 at most 5 points and 5%. Exits with 1 where one is missed.
+The bars, on the mean of both thresholds: FP8 loses at most 1 point of exact answers and 2% of
+tokens per denoiser call, INT4 and NVFP4 at most 5 points and 5%. Exits with 1 where one is missed.
+With 800 prompts each, a difference below a point is within the noise.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tests.support.torch_generation import MASK_ID, generate, load_towers
+from twotower_contract.quantized import Format
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.quantization.recipe import default_recipe
 from twotower_export.quantization.writing import quantize_checkpoint
@@ -41,11 +43,16 @@ from twotower_export.tiny.checkpoints import copy_pretrained
 from twotower_export.tiny.corpus import Document, fact_documents, story_documents
 
 RESULTS = Path(__file__).with_name("results")
-FORMATS = ("fp8", "nvfp4", "int4")
-THRESHOLDS = (0.9, 0.6)
-STORIES, FACTS, BATCH = 192, 192, 64
+FORMATS: dict[str, tuple[Format, int | None]] = {
+    "fp8": ("fp8", None),
+    "nvfp4": ("nvfp4", None),
+    "int4": ("int4", None),
+    "int4, groups of 32": ("int4", 32),
+}
+THRESHOLDS = (0.9, 0.8)
+STORIES, FACTS, BATCH = 400, 400, 100
 DIVERGENCE_PROMPTS, BLOCK, BLOCKS, STEPS = 16, 16, 4, 16
-BARS = {"fp8": (1.0, 0.02), "nvfp4": (5.0, 0.05), "int4": (5.0, 0.05)}
+BARS = {name: (1.0, 0.02) if name == "fp8" else (5.0, 0.05) for name in FORMATS}
 """Most points of exact answers and share of tokens per call that a format may lose."""
 
 
@@ -54,8 +61,9 @@ def checkpoints(folder: Path) -> Iterator[tuple[str, Path, dict[str, Any] | None
     copy_pretrained(folder / "bf16")
     yield "bf16", folder / "bf16", None
     source = open_checkpoint(folder / "bf16")
-    for name in FORMATS:
-        report = quantize_checkpoint(source, folder / name, default_recipe(source, name))
+    for name, (format_, group) in FORMATS.items():
+        recipe = default_recipe(source, format_, group=group)
+        report = quantize_checkpoint(source, folder / name, recipe)
         yield name, folder / name, report
 
 
@@ -157,16 +165,19 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for row in others:
         points, share = BARS[row["precision"]]
-        for threshold in THRESHOLDS:
-            exact, rate = f"exact at {threshold}", f"tokens per call at {threshold}"
-            if first[exact] - row[exact] > points:
-                found.append(f"{row['precision']}: {row[exact]:.1f}% {exact}, {first[exact]:.1f}%")
-            if row[rate] < (1 - share) * first[rate]:
-                found.append(f"{row['precision']}: {row[rate]:.2f} {rate}, {first[rate]:.2f}")
+        exact = [np.mean([one[f"exact at {t}"] for t in THRESHOLDS]) for one in (first, row)]
+        rate = [
+            np.mean([one[f"tokens per call at {t}"] for t in THRESHOLDS]) for one in (first, row)
+        ]
+        if exact[0] - exact[1] > points:
+            found.append(f"{row['precision']}: {exact[1]:.1f}% exact, {exact[0]:.1f}% in bfloat16")
+        if rate[1] < (1 - share) * rate[0]:
+            found.append(f"{row['precision']}: {rate[1]:.2f} tokens per call, {rate[0]:.2f}")
     return found
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # faster for so small a model
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder))
     today = datetime.date.today().isoformat()
@@ -178,7 +189,7 @@ def main() -> None:
         f" {STORIES} held-out stories and {FACTS} facts, the default recipe of each format.",
         "",
         "| precision | MB | error of weights | exact at 0.9 (stories, facts) | tokens per call"
-        " | exact at 0.6 (stories, facts) | tokens per call | KL, nats |",
+        " | exact at 0.8 (stories, facts) | tokens per call | KL, nats |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {row['precision']} | {row['bytes'] / 1e6:.2f} | {row['relative_rms']:.1%} |"

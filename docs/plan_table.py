@@ -24,10 +24,10 @@ THRESHOLD = 0.9
 def table() -> str:
     """Return the table and its legend, as `twotower plan --sku all` prints them."""
     model = read_model_size(MODEL)
-    skus = (sku for name, sku in known_skus().items() if name != "cpu")
+    skus = [sku for name, sku in known_skus().items() if name != "cpu"]
     requests = [PlanRequest(sku, flavour=one) for sku in skus for one in sku.flavours]
     reports = [plan_report(model, request, THRESHOLD) for request in requests]
-    default = [one for one in reports if one.plan.flavour == one.sku.flavour]
+    default = [plan_report(model, PlanRequest(sku), THRESHOLD) for sku in skus]
     text = text_of_many(with_faster_flavours(default, reports))
     return text.split("\n\nWhat would fit")[0]
 

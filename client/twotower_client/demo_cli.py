@@ -39,6 +39,7 @@ EPILOG = """\b
 Examples:
   twotower demo
   twotower demo --folder /tmp/demo --max-new-tokens 32
+  twotower demo --precision fp8
   twotower demo --html replay.html
   twotower demo --prompt "Tom the bear lived on a farm. Tom had a green ball"
 """
@@ -63,6 +64,13 @@ class StepFailedError(ClientError):
     help="Folder for the artifacts; it is made anew each time.",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp8", "nvfp4", "int4"]),
+    default="bf16",
+    show_default=True,
+    help="Precision of the weights; all but bf16 add a step that quantizes them.",
+)
+@click.option(
     "--prompt", default=PROMPT, help="Text to continue.  [default: the opening of a story]"
 )
 @click.option(
@@ -78,31 +86,39 @@ class StepFailedError(ClientError):
     metavar="FILE",
     help="Write a page to FILE that replays the denoising.",
 )
-def demo(folder: Path, prompt: str, max_new_tokens: int, html: Path | None) -> None:
+def demo(folder: Path, precision: str, prompt: str, max_new_tokens: int, html: Path | None) -> None:
     """Export, build, package and serve the small checkpoint, and stream an answer from it."""
     _check_prompt(prompt)
     _check_installed()
     _make_folder(folder)
     paths = {name: str(folder / name) for name in ("checkpoint", "bundle", "engines", "repository")}
     checkpoint, bundle, engines, repository = paths.values()
-    steps = [
-        ("tiny", checkpoint, "--pretrained"),
+    steps: list[tuple[str, ...]] = [("tiny", checkpoint, "--pretrained")]
+    if precision != "bf16":
+        wide = str(folder / "bf16")
+        steps = [
+            ("tiny", wide, "--pretrained"),
+            ("quantize", wide, checkpoint, "--format", precision),
+        ]
+    steps += [
         ("export", checkpoint, bundle),
         ("build", bundle, "--sku", "cpu", engines),
         ("package", engines, repository),
     ]
+    total = len(steps) + 2
     for number, step in enumerate(steps, 1):
-        _say(number, *step)
+        _say(number, total, *step)
         if run_child(_command(*step)).returncode:
             raise StepFailedError(f"`twotower {step[0]}` failed; its messages stand above")
     port = _free_port()
     serve = ("serve", repository, "--grpc-port", str(port), "--no-metrics")
-    _say(5, *serve)
+    _say(total - 1, total, *serve)
     with _server(serve):
         url = f"127.0.0.1:{port}"
         page = () if html is None else ("--html", str(html))
         options = ("--url", url, "--stream", "--max-new-tokens", str(max_new_tokens), *page)
-        _say(6, "generate", *options, *(("--",) if prompt.startswith("-") else ()), prompt)
+        ends = ("--",) if prompt.startswith("-") else ()
+        _say(total, total, "generate", *options, *ends, prompt)
         _ask(url, prompt, max_new_tokens, html)
     click.echo(f"\nThe artifacts are in {folder.resolve()}:")
     for name, path in paths.items():
@@ -178,8 +194,8 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "twotower_client.cli", *arguments]
 
 
-def _say(number: int, *arguments: str) -> None:
-    click.secho(f"\n[{number}/6] twotower {shlex.join(arguments)}", bold=True)
+def _say(number: int, total: int, *arguments: str) -> None:
+    click.secho(f"\n[{number}/{total}] twotower {shlex.join(arguments)}", bold=True)
 
 
 @contextmanager

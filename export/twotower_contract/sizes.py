@@ -79,6 +79,16 @@ def parts_of_tower(config: ModelConfig, tower: Tower) -> Mapping[str, int]:
     return sizes
 
 
+@functools.cache
+def narrow_parameters(config: ModelConfig, tower: Tower) -> Mapping[str, int]:
+    """Return the parameters of each part of a tower that become narrow by default."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, shape in expected_tensors(config, (tower,)).items():
+        if is_narrow_by_default(config, name):
+            sizes[part_of(config, name)[1]] += math.prod(shape)
+    return sizes
+
+
 def kv_bytes_per_token(config: ModelConfig, item: int) -> int:
     """Return the bytes of keys and values that one context token leaves, all layers together."""
     return len(config.layers_of_kind["*"]) * 2 * config.kv_width * item

@@ -45,7 +45,7 @@ from twotower_engines.errors import BuildError, PlanError
 from twotower_engines.planning.fit import refusal, require_fit
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanRequest, plan_memory
-from twotower_engines.planning.precisions import BUILT, PRECISIONS
+from twotower_engines.planning.precisions import flavour_for
 from twotower_engines.planning.skus import Sku, known_skus
 
 FLAVOURS: dict[str, Flavour] = {
@@ -113,9 +113,7 @@ def build_engines(
     limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
     target = Target(sku, limits, plan.precision, options.is_shared)
     flavour.check(target)
-    kind = flavour.graphs(plan.precision)
-    _refuse_quantized(bundle, manifest, kind)
-    graphs = _checked_graphs(bundle, manifest, kind)
+    graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
     wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
     folder = engines / sku.name
     present = _present(folder, wanted.record.key)
@@ -160,14 +158,10 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
 
     Raises:
         PlanError: It does not fit in a precision that can be built, or the SKU cannot serve it.
-        BuildError: The precision cannot be built yet.
+        BuildError: The bundle's weights are in another precision.
     """
-    if options.precision in PRECISIONS and options.precision not in BUILT:
-        raise BuildError(
-            f"--precision {options.precision} is not built yet, only {' and '.join(sorted(BUILT))};"
-            " `twotower plan` shows what it would take"
-        )
-    flavour = _chosen_flavour(options)
+    model = read_model_size(bundle)
+    flavour = _chosen_flavour(options, model.precision)
     request = PlanRequest(
         options.sku,
         options.gpus,
@@ -179,30 +173,28 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
     )
 
     def planned(precision: str) -> MemoryPlan:
-        return plan_memory(read_model_size(bundle), replace(request, precision=precision))
+        return plan_memory(model, replace(request, precision=precision))
 
     plan = planned(options.precision)
-    if plan.fits and plan.precision not in BUILT:
+    if plan.needs_quantizing:
+        if options.precision != "auto":
+            raise BuildError(
+                f"--precision is {plan.precision}, but the weights of this bundle are in "
+                f"{model.config.dtype}: quantize the checkpoint first (twotower quantize "
+                f"CHECKPOINT OUT --format {plan.precision}), export OUT and build that"
+            )
         raise PlanError(refusal(planned("bf16")))
+    if plan.fits and not plan.is_built:
+        raise PlanError(refusal(plan))
     return require_fit(plan)
 
 
-def _refuse_quantized(bundle: Path, manifest: Manifest, kind: str) -> None:
-    """Refuse graphs that take weights as they are stored, where they are stored quantized."""
-    formats = {one.format for some in manifest.weights.values() for one in some.values()}
-    formats -= {None, "fp8"}
-    if formats and kind == "native":
-        raise BuildError(
-            f"{bundle}: its weights are {' and '.join(sorted(map(str, formats)))}, which only the "
-            "CPU flavour runs as yet; build it with --sku cpu, or quantize to fp8"
-        )
-
-
-def _chosen_flavour(options: BuildOptions) -> str:
+def _chosen_flavour(options: BuildOptions, precision: str | None) -> str:
     """Return the flavour to build with.
 
     `auto` is the SKU's default, but on an RTX card itself TensorRT with our kernels, where both are
-    installed: such engines read the routed experts only.
+    installed: such engines read the routed experts only. Quantized weights (`precision`) take the
+    first flavour that has kernels for them.
 
     Raises:
         BuildError: There is no such flavour.
@@ -211,6 +203,8 @@ def _chosen_flavour(options: BuildOptions) -> str:
         return options.flavour
     if options.flavour != "auto":
         raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
+    if precision is not None:
+        return flavour_for(options.sku, precision)
     best, sku = FLAVOURS["tensorrt"], options.sku
     if best.name in sku.flavours and sku.flavour != best.name and best.has_kernels():
         limits = Limits(options.slots, options.context or CONTEXT, 1, options.block_size_max)

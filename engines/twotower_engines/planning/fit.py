@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from twotower_contract.engine_set import MAX_SLOTS
+from twotower_contract.quantized import FORMATS
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import (
@@ -21,7 +22,7 @@ from twotower_engines.planning.plan import (
     plan_memory,
     resolve_precision,
 )
-from twotower_engines.planning.precisions import BUILT
+from twotower_engines.planning.precisions import BUILT, flavour_for
 from twotower_engines.planning.skus import Sku, known_skus
 
 
@@ -58,8 +59,8 @@ def refusal(plan: MemoryPlan) -> str:
     """Say why a plan does not fit, or cannot be built yet, and name the nearest plans that can."""
     if plan.fits:
         return (
-            f"--precision {plan.precision} is not built yet, only {' and '.join(sorted(BUILT))}; "
-            "--precision auto names what can be built"
+            f"--precision {plan.precision} is not built yet for {plan.flavour}, only "
+            f"{' and '.join(sorted(BUILT[plan.flavour]))}; --precision auto names what can be built"
         )
     index, gpu = min(enumerate(plan.gpus), key=lambda pair: pair[1].free)
     where = f"GPU {index} of {plan.sku.name}" if len(plan.gpus) > 1 else plan.sku.name
@@ -144,16 +145,21 @@ def _narrower(plan: MemoryPlan) -> Iterator[Suggestion]:
     choices = [
         (f"--precision {name} --gpus {gpus}", replace(plan.asked, precision=name, gpus=gpus))
         for name in plan.sku.precisions
-        if name not in BUILT and name != plan.precision
+        if name in FORMATS and name != plan.precision and plan.model.precision is None
         for gpus in gpu_counts(plan.model, plan.sku)
     ]
     for options, request in choices:
-        yield from _fitting(plan, request, options, "not built yet")
+        yield from _fitting(plan, request, options, _narrower_remark(request))
     for options, request in choices:
         slots = largest_slots(plan.model, request)
         if slots:
             options += f" --slots {slots}"
-            yield from _fitting(plan, request, options, "not built yet", slots=slots)
+            yield from _fitting(plan, request, options, _narrower_remark(request), slots=slots)
+
+
+def _narrower_remark(request: PlanRequest) -> str:
+    flavour = request.flavour or flavour_for(request.sku, request.precision)
+    return "quantize first" if request.precision in BUILT[flavour] else "not built yet"
 
 
 def _other_skus(plan: MemoryPlan) -> Iterator[Suggestion]:
@@ -177,13 +183,16 @@ def _on_another(plan: MemoryPlan, sku: Sku, count: int) -> list[Suggestion]:
     if not _is_built(plan, sku):
         options += " --precision auto"
         changes["precision"] = "auto"
-    return [one for one in _fitting(plan, plan.asked, options, "", **changes) if one.plan.buildable]
+    fitting = _fitting(plan, plan.asked, options, "", **changes)
+    return [one for one in fitting if one.plan.buildable and not one.plan.needs_quantizing]
 
 
 def _is_built(plan: MemoryPlan, sku: Sku) -> bool:
     """Whether the precision that was asked for exists on another SKU and can be built."""
     try:
-        return resolve_precision(plan.model, sku, plan.asked.precision) in BUILT
+        precision = resolve_precision(plan.model, sku, plan.asked.precision)
+        flavour = plan.asked.flavour if plan.asked.flavour in sku.flavours else None
+        return precision in BUILT[flavour or flavour_for(sku, precision)]
     except PlanError:
         return False
 

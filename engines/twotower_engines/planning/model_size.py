@@ -6,8 +6,9 @@ safetensors shards, without reading a weight. Nothing here depends on GPUs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from twotower_contract.index import shard_files
 from twotower_contract.json_file import read_json
 from twotower_contract.layout import TOWERS, Tower
 from twotower_contract.manifest import FORMAT, MANIFEST_FILE, manifest_of_file
-from twotower_contract.quantized import weights_in
-from twotower_contract.shards import read_header
-from twotower_contract.sizes import parts_of_tower
+from twotower_contract.quantized import FORMAT_OF_DTYPE, FORMATS, weights_in
+from twotower_contract.shards import ITEM_SIZES, read_header
+from twotower_contract.sizes import PARTS, part_of, parts_of_tower
 from twotower_engines.errors import PlanError
+
+_Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Stored dtype and shape by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +37,16 @@ class ModelSize:
         towers: `context`, and `denoiser` where there is one.
         source: The file that it was read from.
         warnings: Oddities in the files, for people.
+        precision: The format of the weights where they are quantized, the narrowest of several.
+        stored: Tower to the bytes of each part, where they are quantized.
     """
 
     config: ModelConfig
     towers: tuple[Tower, ...]
     source: str
     warnings: tuple[str, ...] = ()
+    precision: str | None = None
+    stored: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def layers(self, kind: str) -> int:
         """Return how many layers of a kind (`M`, `*` or `E`) one tower has."""
@@ -68,6 +76,7 @@ class ModelSize:
         return {
             "source": self.source,
             "dtype": self.config.dtype,
+            "precision": self.precision,
             "towers": list(self.towers),
             "pattern": self.config.pattern,
             "parameters": self.parameters,
@@ -106,7 +115,8 @@ def read_model_size(path: Path) -> ModelSize:
     values = read_json(path).values
     if values.get("format") == FORMAT:
         manifest = manifest_of_file(path)
-        return ModelSize(manifest.model, manifest.towers, str(path))
+        size = ModelSize(manifest.model, manifest.towers, str(path))
+        return _as_stored(size, {n: (t.dtype, t.shape) for n, t in manifest.tensors.items()})
     return _size_of_config(values, path)
 
 
@@ -115,9 +125,12 @@ def _size_of_config(values: Mapping[str, Any], path: Path) -> ModelSize:
     architectures = values.get("architectures") or []
     is_single = bool(architectures) and not any("TwoTower" in str(name) for name in architectures)
     size = ModelSize(config, TOWERS[:1] if is_single else TOWERS, str(path))
-    held = _stored_parameters(path.parent)
-    if held is None or held == size.parameters:
+    tensors = _stored_tensors(path.parent)
+    if tensors is None:
         return size
+    held = sum(weights_in(name, *tensor) for name, tensor in tensors.items())
+    if held == size.parameters:
+        return _as_stored(size, tensors)
     warning = (
         f"{path} describes {size.parameters:,} parameters, the shards beside it hold {held:,}: "
         "the plan follows the configuration; `twotower inspect` says what differs"
@@ -125,8 +138,24 @@ def _size_of_config(values: Mapping[str, Any], path: Path) -> ModelSize:
     return replace(size, warnings=(warning,))
 
 
-def _stored_parameters(folder: Path) -> int | None:
-    """Count elements in the shards' headers; None where there is no shard, or a broken one.
+def _as_stored(size: ModelSize, tensors: _Tensors) -> ModelSize:
+    """Return the size with the bytes of its tensors, where some are quantized."""
+    formats = {FORMAT_OF_DTYPE[dtype] for dtype, _ in tensors.values() if dtype in FORMAT_OF_DTYPE}
+    if any(dtype == "U8" for dtype, _ in tensors.values()):
+        formats.discard("fp8")  # NVFP4's scales are E4M3, too; of a mixture the narrower is named
+    if not formats:
+        return size
+    stored: dict[str, dict[str, int]] = {tower: dict.fromkeys(PARTS, 0) for tower in size.towers}
+    base = not any(name.startswith("context_tower.") for name in tensors)
+    for name, (dtype, shape) in tensors.items():
+        tower, part = part_of(size.config, name, base=base)
+        if tower in stored:
+            stored[tower][part] += ITEM_SIZES[dtype] * math.prod(shape)
+    return replace(size, precision=max(formats, key=FORMATS.index), stored=stored)
+
+
+def _stored_tensors(folder: Path) -> _Tensors | None:
+    """Return the tensors of the shards' headers; None where there is no shard, or a broken one.
 
     A broken shard is the exporter's to explain: a plan needs no weights at all.
     """
@@ -134,9 +163,9 @@ def _stored_parameters(folder: Path) -> int | None:
         headers = [read_header(folder / file)[0] for file in shard_files(folder)]
     except CheckpointError:
         return None
-    return sum(
-        weights_in(name, entry["dtype"], tuple(entry["shape"]))
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]))
         for header in headers
         for name, entry in header.items()
         if name != "__metadata__"
-    )
+    }

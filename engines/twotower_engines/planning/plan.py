@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from twotower_contract.engine_set import MAX_BLOCK, MAX_SLOTS
-from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
+from twotower_contract.layout import Tower
+from twotower_contract.quantized import FORMATS
+from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.compiled import Way, compiled_tower, table_source
 from twotower_engines.planning.model_size import ModelSize
-from twotower_engines.planning.precisions import BUILT, PRECISIONS
+from twotower_engines.planning.precisions import BUILT, PRECISIONS, flavour_for, weight_sizes
 from twotower_engines.planning.skus import GIB, Sku
 
 CHUNKS: Mapping[Way, tuple[int, ...]] = {
@@ -154,8 +156,8 @@ class MemoryPlan:
 
     @property
     def flavour(self) -> str:
-        """Flavour of the engines."""
-        return self.asked.flavour or self.sku.flavour
+        """Flavour of the engines; unless asked for, the SKU's first that has the precision."""
+        return self.asked.flavour or flavour_for(self.sku, self.precision)
 
     @property
     def slots(self) -> int:
@@ -179,8 +181,18 @@ class MemoryPlan:
 
     @property
     def buildable(self) -> bool:
-        """Whether it fits and `twotower build` can make this precision today."""
-        return self.fits and self.precision in BUILT
+        """Whether it fits, and `twotower build` can make this precision for this flavour."""
+        return self.fits and self.is_built
+
+    @property
+    def is_built(self) -> bool:
+        """Whether `twotower build` can make this precision for this flavour."""
+        return self.precision in BUILT[self.flavour]
+
+    @property
+    def needs_quantizing(self) -> bool:
+        """Whether the weights are not in this precision yet."""
+        return self.model.precision is None and self.precision in FORMATS
 
     @property
     def placement(self) -> str:
@@ -206,6 +218,7 @@ class MemoryPlan:
             "gpus": [gpu.as_json() for gpu in self.gpus],
             "fits": self.fits,
             "buildable": self.buildable,
+            "needs_quantizing": self.needs_quantizing,
             "basis": {name: list(texts) for name, texts in BASIS.items()},
         }
 
@@ -227,7 +240,13 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     counts = (request.gpus,) if request.gpus else gpu_counts(model, sku)
 
     def planned(gpus: int, precision: str, chunk: int) -> MemoryPlan:
-        settled = replace(request, gpus=gpus, precision=precision, max_tokens_per_call=chunk)
+        settled = replace(
+            request,
+            gpus=gpus,
+            precision=precision,
+            max_tokens_per_call=chunk,
+            flavour=request.flavour or flavour_for(sku, precision),
+        )
         return MemoryPlan(model, request, precision, chunk, _shares(model, settled))
 
     plans = (
@@ -254,6 +273,14 @@ def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
     """
     if precision != "auto" and precision not in PRECISIONS:
         raise PlanError(f"--precision is {precision!r}, none of auto, {', '.join(PRECISIONS)}")
+    if model.precision is not None and sku.precisions != ("float32",):
+        if precision not in ("auto", model.precision):
+            raise PlanError(
+                f"--precision is {precision}, but the weights of {model.source} are stored in "
+                f"{model.precision}; leave the option out, or name the checkpoint that they were "
+                "made of"
+            )
+        precision = model.precision
     as_released = precision in ("auto", "bf16", "float32")
     if as_released and (model.config.dtype == "float32" or sku.precisions == ("float32",)):
         # an fp32 checkpoint stays fp32, and ONNX Runtime's CPU provider has no bf16 products
@@ -334,10 +361,9 @@ class _Sizes:
         """Bytes of an activation, a key or a value: weights may be narrower, these are not."""
         return FLOAT32 if self.request.precision == "float32" else 2
 
-    def weights(self, tower: str) -> dict[str, int]:
-        precision = PRECISIONS[self.request.precision]
-        parts = parts_of_tower(self.model.config, tower).items()
-        return {part: precision.size(part, count) for part, count in parts if count}
+    def weights(self, tower: Tower) -> dict[str, int]:
+        sizes = weight_sizes(self.model, tower, self.request.precision)
+        return {part: size for part, size in sizes.items() if size}
 
     def states(self, towers: Sequence[str]) -> dict[str, int]:
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)

@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from twotower_contract.sizes import parts_of_tower
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance, load_acceptance
 from twotower_engines.planning.fit import largest_context, largest_slots, nearest_fits, refusal
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import MemoryPlan, PlanRequest, plan_memory, resolve_precision
-from twotower_engines.planning.precisions import BUILT, PRECISIONS
+from twotower_engines.planning.precisions import BUILT, PRECISIONS, weight_sizes
 from twotower_engines.planning.roofline import (
     ROWS,
     CallCost,
@@ -126,14 +125,11 @@ class PlanReport:
         plan = self.plan
         rows = []
         for name in reversed(PRECISIONS):
-            precision = PRECISIONS[name]
             if name == "float32" and plan.precision != "float32":
                 continue
-            sizes = [
-                precision.size(part, count)
-                for tower in plan.model.towers
-                for part, count in parts_of_tower(plan.model.config, tower).items()
-            ]
+            if plan.model.precision is not None and name not in (plan.precision, "float32"):
+                continue
+            sizes = [sum(weight_sizes(plan.model, t, name).values()) for t in plan.model.towers]
             runs = name in plan.sku.precisions or name == plan.precision
             fitting = (
                 count
@@ -143,10 +139,10 @@ class PlanReport:
             rows.append(
                 {
                     "precision": name,
-                    "summary": precision.summary,
+                    "summary": PRECISIONS[name].summary,
                     "weight_bytes": sum(sizes),
                     "computed_by_sku": runs,
-                    "built": name in BUILT,
+                    "built": name in BUILT[plan.flavour],
                     "gpus": next(fitting, None) if runs else None,
                 }
             )

@@ -13,7 +13,6 @@ from twotower_engines.planning.fit import gib
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import MemoryPlan
 from twotower_engines.planning.plan_report import PlanReport
-from twotower_engines.planning.precisions import BUILT
 from twotower_engines.planning.roofline import ROWS, CallCost
 from twotower_engines.planning.skus import GIB
 
@@ -46,8 +45,10 @@ def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str
         "slots.",
         f"step ms: a denoiser step of one row, and of {first.slots}; tok/s: of one request, and of "
         f"{first.slots}, at threshold {reports[0].threshold:g}, {ends}.",
-        "verdict: `yes` can be built now; `later` fits in a precision that is not built yet; `no` "
-        "does not fit.",
+        "verdict: `yes` can be built now, once the weights are in that precision (twotower "
+        "quantize);",
+        "  `later` fits in a precision that needs kernels which are not there yet; `no` does not "
+        "fit.",
         "Times are a floor where bytes bind, and an estimate where FLOPs do; `--sku NAME` shows "
         "which, and what is assumed.",
     ]
@@ -122,9 +123,16 @@ def _verdict(report: PlanReport) -> str:
     what = f"{plan.placement}, {plan.precision}, prefill in chunks of {plan.max_tokens_per_call}"
     if not plan.fits:
         return f"DOES NOT FIT: {what}"
-    if plan.precision not in BUILT:
+    if not plan.is_built:
         return f"FITS, but {plan.precision} is not built yet: {what}"
-    return f"FITS: {what}"
+    return f"FITS: {what}{_first_step(plan)}"
+
+
+def _first_step(plan: MemoryPlan) -> str:
+    """Say what comes before the build, where the weights are not in the plan's precision yet."""
+    if plan.needs_quantizing:
+        return f"; quantize first: twotower quantize CHECKPOINT OUT --format {plan.precision}"
+    return ""
 
 
 def _flavours(report: PlanReport, others: Sequence[PlanReport]) -> str:
@@ -145,7 +153,7 @@ def _line(report: PlanReport) -> tuple[str, ...]:
     """Return the row of one SKU."""
     plan, sku = report.plan, report.sku
     fullest = min(plan.gpus, key=lambda gpu: gpu.free)
-    later = plan.precision not in BUILT
+    later = not plan.is_built
     verdict = "no" if not plan.fits else "later" if later else "yes"
     sizes = (fullest.weight_bytes, fullest.total, fullest.free)
     memory = (verdict, f"{len(plan.gpus)}", plan.precision, *(f"{n / GIB:.1f}" for n in sizes))

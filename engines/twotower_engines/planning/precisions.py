@@ -1,21 +1,27 @@
-"""The precisions: bits per weight of each part of a tower, scales included.
+"""The precisions: bits per weight of what a quantized checkpoint makes narrow, scales included.
 
-Two parts are never narrow. The time conditioning stays bf16: its angles are t x 1000, and a port
-that quantized it produced degenerate text. Embeddings and heads take at least 8 bits for the same
-reason (both found by PipeNetwork/nemotron-twotower-mlx). The router, the norms and the small
-per-head parameters are a thousandth of the bytes and stay as the checkpoint has them.
+Everything else has 16 bits: the time conditioning, whose angles are t x 1000, and what NVIDIA keeps
+in its quantized files of Nemotron-3-Nano (`is_narrow_by_default`). A checkpoint that is quantized
+already has its own sizes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from twotower_contract.config import ModelConfig
+from twotower_contract.layout import Tower
+from twotower_contract.sizes import narrow_parameters, parts_of_tower
+from twotower_engines.planning.model_size import ModelSize
+
+if TYPE_CHECKING:
+    from twotower_engines.planning.skus import Sku  # which imports this module
 
 WIDE = Fraction(32)
 NATIVE = Fraction(16)
-BYTE = Fraction(8)
-NVFP4 = Fraction(4) + Fraction(8, 16)  # an E4M3 scale for each 16 weights
-INT4 = Fraction(4) + Fraction(16, 128)  # an fp16 scale for each 128 weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,50 +30,60 @@ class Precision:
 
     Attributes:
         name: Value of `--precision`.
-        experts: Routed and shared experts: 94% of the bytes.
-        projections: The in and out projections of Mamba and attention layers.
-        vocabulary: Embeddings and heads.
-        rest: Router, norms, convolutions, time conditioning.
+        narrow: Bits of the matrices that become narrow: experts, and most of Mamba's projections.
+        wide: Bits of everything else.
         summary: One line for people.
     """
 
     name: str
-    experts: Fraction
-    projections: Fraction
-    vocabulary: Fraction
-    rest: Fraction
+    narrow: Fraction
+    wide: Fraction
     summary: str
 
-    def bits(self, part: str) -> Fraction:
-        """Return the bits per weight of a part named as in `sizes.PARTS`."""
-        if part in ("routed experts", "shared experts"):
-            return self.experts
-        if part in ("mamba", "attention"):
-            return self.projections
-        if part in ("embeddings", "head"):
-            return self.vocabulary
-        return self.rest
-
-    def size(self, part: str, parameters: int) -> int:
-        """Return the bytes of a part, rounded up."""
-        return -(-parameters * self.bits(part).numerator // (8 * self.bits(part).denominator))
+    def sizes(self, config: ModelConfig, tower: Tower) -> dict[str, int]:
+        """Return the bytes of each part of a tower, rounded up."""
+        narrow = narrow_parameters(config, tower)
+        sizes = {}
+        for part, count in parts_of_tower(config, tower).items():
+            bits = narrow[part] * self.narrow + (count - narrow[part]) * self.wide
+            sizes[part] = -(-bits.numerator // (8 * bits.denominator))
+        return sizes
 
 
 PRECISIONS: dict[str, Precision] = {
     one.name: one
     for one in (
-        Precision("float32", WIDE, WIDE, WIDE, WIDE, "all in fp32: the CPU, or an fp32 checkpoint"),
-        Precision("bf16", NATIVE, NATIVE, NATIVE, NATIVE, "the weights as released"),
-        Precision("fp8", BYTE, BYTE, BYTE, NATIVE, "E4M3 weights, one scale per matrix"),
+        Precision("float32", WIDE, WIDE, "all in fp32: the CPU, or an fp32 checkpoint"),
+        Precision("bf16", NATIVE, NATIVE, "the weights as released"),
+        Precision("fp8", Fraction(8), NATIVE, "E4M3 experts and Mamba, one scale per matrix"),
         Precision(
-            "nvfp4", NVFP4, BYTE, BYTE, NATIVE, "experts E2M1 with a scale per 16; the rest FP8"
+            "nvfp4", 4 + Fraction(8, 16), NATIVE, "E2M1 experts and Mamba, an E4M3 scale per 16"
         ),
         Precision(
-            "int4", INT4, BYTE, BYTE, NATIVE, "experts INT4 weight-only, a scale per 128; rest INT8"
+            "int4", 4 + Fraction(16, 64), NATIVE, "INT4 experts and Mamba, a bf16 scale per 64"
         ),
     )
 }
 """The precisions by name, from widest to narrowest."""
 
-BUILT = frozenset({"float32", "bf16"})
-"""Precisions that `twotower build` can make today."""
+BUILT: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": tuple(PRECISIONS),
+    "tensorrt": ("float32", "bf16"),
+    "tensorrt-rtx": ("float32", "bf16", "fp8"),
+}
+"""Precisions that `twotower build` can make, by flavour.
+
+TensorRT-RTX reads FP8 inputs inside of its products. Other narrow banks need kernels of ours.
+"""
+
+
+def flavour_for(sku: Sku, precision: str) -> str:
+    """Return the first of a SKU's flavours that can be built in a precision; else its default."""
+    return next((one for one in sku.flavours if precision in BUILT[one]), sku.flavour)
+
+
+def weight_sizes(model: ModelSize, tower: Tower, precision: str) -> dict[str, int]:
+    """Return the bytes of each part of a tower; as stored, where it is quantized already."""
+    if precision == model.precision:
+        return dict(model.stored[tower])
+    return PRECISIONS[precision].sizes(model.config, tower)

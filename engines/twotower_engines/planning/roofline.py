@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any, Literal
 
+from twotower_contract.layout import Tower
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
 from twotower_contract.traffic import ENDS
 from twotower_engines.planning.acceptance import Calls
 from twotower_engines.planning.compiled import Way, compiled_tower, table_source
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import BLOCK, MemoryPlan
-from twotower_engines.planning.precisions import PRECISIONS
+from twotower_engines.planning.precisions import weight_sizes
 from twotower_engines.planning.routing import Routing, distinct_experts
 from twotower_engines.planning.skus import Sku
 
@@ -255,7 +256,7 @@ class _Parts:
         self,
         model: ModelSize,
         machine: Machine,
-        tower: str,
+        tower: Tower,
         rows: int,
         tokens: int,
         context: int,
@@ -267,8 +268,7 @@ class _Parts:
         self.compiled = compiled_tower(model.config, tower, machine.way, machine.item)
         self.count = rows * tokens
         self.parameters = parts_of_tower(model.config, tower)
-        precision = PRECISIONS[machine.precision]
-        self.weights = {part: precision.size(part, n) for part, n in self.parameters.items()}
+        self.weights = weight_sizes(model, tower, machine.precision)
         self.bandwidth = machine.sku.bandwidth * machine.sku.achieved
         c = model.config
         self.distinct = float(c.num_experts)

@@ -62,6 +62,12 @@ A run that was ended goes on where it was when the same command is given again.
     help="`search` tries a few scales and takes the one with the least squared error; `amax` makes "
     "the largest weight the largest code, as ModelOpt does.",
 )
+@click.option(
+    "--group-size",
+    type=click.Choice(["16", "32", "64", "128"]),
+    help="Weights that share a scale in int4; fewer are more exact and take more bytes.  "
+    "[the most that divide all rows: 64 at the released sizes]",
+)
 @click.option("--revision", help="Commit, tag or branch on the hub.  [main, with a warning]")
 @click.option("--force", is_flag=True, help="Replace OUT whatever it holds.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
@@ -74,6 +80,7 @@ def quantize(
     recipe_file: Path | None,
     tower: str | None,
     scales: str,
+    group_size: str | None,
     revision: str | None,
     force: bool,
     dry_run: bool,
@@ -96,12 +103,13 @@ def quantize(
     for warning in opened.warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     recipe: Recipe
+    group = int(group_size) if group_size else None
     if recipe_file is not None:
-        recipe = read_recipe(opened, recipe_file, scales)  # type: ignore[arg-type]  # click's
+        recipe = read_recipe(opened, recipe_file, scales, group)  # type: ignore[arg-type]  # click's
     else:
         parts = [part for part in keep.split(",") if part]
         towers = (tower,) if tower else ()
-        recipe = default_recipe(opened, format_, parts, towers, scales)  # type: ignore[arg-type]
+        recipe = default_recipe(opened, format_, parts, towers, scales, group)  # type: ignore[arg-type]
     try:
         report = quantize_checkpoint(opened, out, recipe, meter, Writing(force, dry_run))
     except KeyboardInterrupt:

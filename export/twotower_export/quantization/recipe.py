@@ -71,6 +71,7 @@ def default_recipe(
     keep: Sequence[str] = (),
     towers: Sequence[Tower] = (),
     scales: Scales = "search",
+    group: int | None = None,
 ) -> Recipe:
     """Return the recipe that NVIDIA's exclusions make.
 
@@ -80,6 +81,7 @@ def default_recipe(
         keep: More parts that keep their dtype, names from `PARTS`.
         towers: Towers to quantize; all by default.
         scales: How to choose the scales.
+        group: Weights that share a scale in `int4`; the most that divide all rows by default.
 
     Raises:
         RecipeError: A part is unknown, or nothing would be quantized.
@@ -94,10 +96,12 @@ def default_recipe(
         is_narrow = is_narrow_by_default(checkpoint.config, name, base=checkpoint.base)
         if is_narrow and part not in kept and (not towers or tower in towers):
             formats[name] = format_
-    return _checked(checkpoint, formats, scales, "this checkpoint with these options")
+    return _checked(checkpoint, formats, scales, "this checkpoint with these options", group)
 
 
-def read_recipe(checkpoint: Checkpoint, path: Path, scales: Scales = "search") -> Recipe:
+def read_recipe(
+    checkpoint: Checkpoint, path: Path, scales: Scales = "search", group: int | None = None
+) -> Recipe:
     """Read a recipe: `{"rules": [{"match": "*.experts.*", "format": "nvfp4"}, ...]}`.
 
     The first rule whose pattern matches a matrix's name decides; a format of `keep` leaves it as
@@ -131,7 +135,7 @@ def read_recipe(checkpoint: Checkpoint, path: Path, scales: Scales = "search") -
             f"nothing is left for the rule {idle[0]!r}: it matches no matrix of experts, Mamba, "
             "attention or heads that an earlier rule leaves"
         )
-    return _checked(checkpoint, formats, scales, str(path))
+    return _checked(checkpoint, formats, scales, str(path), group)
 
 
 def _matrices(checkpoint: Checkpoint) -> list[str]:
@@ -149,7 +153,11 @@ def _matrices(checkpoint: Checkpoint) -> list[str]:
 
 
 def _checked(
-    checkpoint: Checkpoint, formats: Mapping[str, Format], scales: Scales, source: str
+    checkpoint: Checkpoint,
+    formats: Mapping[str, Format],
+    scales: Scales,
+    source: str,
+    wanted: int | None,
 ) -> Recipe:
     """Refuse a recipe that no layout can hold."""
     if not formats:
@@ -169,10 +177,11 @@ def _checked(
     group = 0
     if "int4" in kinds:
         common = math.gcd(*rows.values())
-        group = next((size for size in INT4_GROUPS if common % size == 0), 0)
+        choices = (wanted,) if wanted else INT4_GROUPS
+        group = next((size for size in choices if common % size == 0), 0)
         uneven = [f"the rows have {common} as their greatest common divisor"] * (group == 0)
     if uneven:
-        sizes = NVFP4_BLOCK if "nvfp4" in kinds else min(INT4_GROUPS)
+        sizes = NVFP4_BLOCK if "nvfp4" in kinds else wanted or min(INT4_GROUPS)
         raise RecipeError(
             f"{checkpoint.path}: {listed(uneven)}, and a scale is shared by {sizes} weights of a "
             "row; keep them, or choose fp8"

@@ -131,9 +131,9 @@ H200 = find_sku("h200")
         (
             BuildOptions(H200, precision="fp8"),
             BuildError,
-            "--precision fp8 is not built yet",
+            "--precision is fp8, but the weights of this bundle are in bfloat16: quantize",
         ),
-        (BuildOptions(precision="int4"), BuildError, "--precision int4 is not built yet"),
+        (BuildOptions(precision="int4"), PlanError, "does not compute in int4"),
         (BuildOptions(precision="int3"), PlanError, "--precision is 'int3'"),
         (BuildOptions(flavour="tensorrt"), PlanError, "cpu is served by onnxruntime"),
         (
@@ -159,14 +159,14 @@ def test_what_does_not_fit_is_refused_with_what_does(bundle, tmp_path, small_gpu
     assert not (tmp_path / "engines").exists()
 
 
-def test_what_fits_only_in_a_precision_to_come_is_refused(bundle, tmp_path, small_gpu):
+def test_what_fits_only_narrower_is_refused_until_it_is_quantized(bundle, tmp_path, small_gpu):
     """As the full-size model on an L40S: the manifest's sizes alone decide."""
     wide = shutil.copytree(bundle, tmp_path / "wide")
     manifest = json.loads((wide / "manifest.json").read_text())
     manifest["model"] |= {"num_experts": 128, "moe_intermediate_size": 8192, "hidden_size": 2688}
     (wide / "manifest.json").write_text(json.dumps(manifest))
     small_gpu.write_text(small_gpu.read_text().replace("0.5", "22"))  # fp8 takes 17, bf16 27
-    with pytest.raises(PlanError, match=r"in bf16 do not fit .* --precision fp8 .*not built yet"):
+    with pytest.raises(PlanError, match=r"in bf16 do not fit .* --precision fp8 .*quantize first"):
         build_engines(wide, tmp_path / "engines", BuildOptions(find_sku(str(small_gpu))))
     assert not (tmp_path / "engines").exists()
 

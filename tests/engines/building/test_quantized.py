@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from tests.support.compiled import compiled
 from twotower_contract.traffic import traffic_of
+from twotower_engines.building.build import BuildOptions, build_engines
+from twotower_engines.errors import PlanError
+from twotower_engines.planning.sku_lookup import find_sku
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint
+from twotower_export.quantization.recipe import default_recipe
+from twotower_export.quantization.writing import quantize_checkpoint
+from twotower_export.tiny.checkpoints import tiny_config
 
 pytest.importorskip("tensorrt_rtx", reason="needs `pip install tensorrt-rtx-cu13`")
 
@@ -22,3 +31,41 @@ def test_fp8_weights_are_read_as_8_bits_and_never_copied(tmp_path, tower, capabi
     read = {one.name: one.bytes({}) for kernel in listing.kernels for one in kernel.reads}
     (up,) = [size for name, size in read.items() if name.endswith("layers.1.mixer.experts.up_proj")]
     assert up == 128 * 1856 * 2688
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """Small bundles of one checkpoint, by format; context towers only."""
+    folder = tmp_path_factory.mktemp("quantized")
+    config = tiny_config("ME", hidden=32)
+    tensors = random_tensors(config, towers=("context",))
+    source = open_checkpoint(write_checkpoint(folder / "source", config, tensors))
+    bundles = {}
+    for format_ in ("fp8", "int4"):
+        quantize_checkpoint(source, folder / format_, default_recipe(source, format_))
+        bundles[format_] = folder / f"{format_}-bundle"
+        write_bundle(open_checkpoint(folder / format_), bundles[format_])
+    return bundles
+
+
+def test_an_fp8_bundle_is_built_by_the_flavour_that_has_it(quantized, tmp_path, monkeypatch):
+    """An L40S is served by TensorRT first, which has no kernels for FP8 experts yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = BuildOptions(find_sku("l40s"), slots=2, context=64)
+    engines, _ = build_engines(quantized["fp8"], tmp_path / "engines", options)
+    assert (engines.build.flavour, engines.build.precision) == ("tensorrt-rtx", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("format_", "options", "message"),
+    [
+        ("int4", {}, "--precision int4 is not built yet for tensorrt"),
+        ("fp8", {"flavour": "tensorrt"}, "--precision fp8 is not built yet for tensorrt"),
+        ("fp8", {"precision": "bf16"}, "are stored in fp8; leave the option out"),
+    ],
+)
+def test_what_has_no_kernels_is_refused(quantized, tmp_path, format_, options, message):
+    asked = BuildOptions(find_sku("l40s"), slots=2, context=64, **options)
+    with pytest.raises(PlanError, match=message):
+        build_engines(quantized[format_], tmp_path / "engines", asked)
+    assert not (tmp_path / "engines").exists()

@@ -31,7 +31,7 @@ def test_all_skus_in_one_table():
     assert len(rows) == 18
     assert rows["h200"][3:6] == ["yes", "1", "bf16"]
     assert rows["h100-sxm"][3:6] == ["yes", "2", "bf16"]
-    assert rows["l40s"][3:6] == ["later", "2", "fp8"]
+    assert rows["l40s"][3:6] == ["yes", "2", "fp8"]
     assert rows["a10"][3:6] == ["later", "2", "int4"]
     assert rows["cpu"][3] == "no"
     assert "What would fit instead" in result.output
@@ -68,8 +68,8 @@ def test_one_sku_shows_everything():
         "FITS: both towers on one GPU, bf16, prefill in chunks of 1024",
         "routed experts       54.71",
         "A slot takes 94.8 MiB: 46.8 MiB of Mamba states and 6,144 B per token",
-        "fp8         58.9 GiB  1 x h200",
-        "nvfp4       34.6 GiB  not on h200",
+        "fp8         60.9 GiB  1 x h200",
+        "nvfp4       36.0 GiB  not on h200",
         "not built yet",
         "Prefill of one request",
         "By threshold, from task `open` to `arithmetic`",
@@ -117,17 +117,16 @@ def test_a_sku_that_does_not_fit_is_refused_after_its_table():
 
 
 def test_what_only_fits_narrower_is_refused_until_it_can_be_built():
-    result = run(FULL_SIZE, "--sku", "l40s")
+    result = run(FULL_SIZE, "--sku", "rtx-5090")
     assert isinstance(result.exception, PlanError)
-    assert "--precision fp8 --gpus 2 (not built yet)" in str(result.exception)
-    assert "FITS, but fp8 is not built yet" in result.output
-    asked = run(FULL_SIZE, "--sku", "l40s", "--precision", "fp8")
-    assert "FITS, but fp8 is not built yet" in asked.output
-    with pytest.raises(PlanError, match="--precision fp8 is not built yet, only bf16 and float32"):
+    assert "--precision nvfp4 --gpus 2 (not built yet)" in str(result.exception)
+    assert "FITS, but nvfp4 is not built yet" in result.output
+    chosen = ("--sku", "rtx-5090", "--precision", "nvfp4")
+    asked = run(FULL_SIZE, *chosen)
+    assert "FITS, but nvfp4 is not built yet" in asked.output
+    with pytest.raises(PlanError, match="--precision nvfp4 is not built yet for tensorrt"):
         raise asked.exception
-    (planned,) = json.loads(run(FULL_SIZE, "--sku", "l40s", "--precision", "fp8", "--json").stdout)[
-        "plans"
-    ]
+    (planned,) = json.loads(run(FULL_SIZE, *chosen, "--json").stdout)["plans"]
     assert (planned["fits"], planned["buildable"]) == (True, False)
 
 

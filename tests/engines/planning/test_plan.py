@@ -9,17 +9,27 @@ from fractions import Fraction
 import pytest
 
 from tests.support import FULL_SIZE
+from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from twotower_contract.errors import ConfigError
-from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
+from twotower_contract.sizes import (
+    conv_bytes,
+    kv_bytes_per_token,
+    part_of,
+    parts_of_tower,
+    ssm_bytes,
+)
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.compiled import TABLE_FILE
 from twotower_engines.planning.fit import largest_context, largest_slots, refusal, require_fit
 from twotower_engines.planning.model_size import ModelSize, read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory, resolve_precision
-from twotower_engines.planning.precisions import PRECISIONS, Precision
+from twotower_engines.planning.precisions import Precision, weight_sizes
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.planning.skus import GIB, known_skus
 from twotower_export.checkpoint import open_checkpoint
+from twotower_export.quantization.recipe import default_recipe
+from twotower_export.quantization.writing import quantize_checkpoint
+from twotower_export.tiny.checkpoints import tiny_config
 
 MIB = 1 << 20
 
@@ -164,36 +174,61 @@ def test_a_literal_infinity_is_read(config):
 
 def test_what_each_precision_takes(model):
     def gib(name):
-        return sum(
-            PRECISIONS[name].size(part, count)
-            for tower in model.towers
-            for part, count in parts_of_tower(model.config, tower).items()
-        )
+        return sum(sum(weight_sizes(model, tower, name).values()) for tower in model.towers)
 
     experts = 2 * (29_374_808_064 + 458_981_376)
-    narrow = 2 * (23 * 38_742_208 + 6 * 23_396_352 + 2 * 352_321_536)
-    rest = 2 * (63_185_902_848 - experts - narrow)
+    mamba = 2 * 17 * (10_304 * 2_688 + 2_688 * 4_096)  # of 23; 6 lie before an attention
+    narrow = experts + mamba
+    rest = 2 * (63_185_902_848 - narrow)
     assert gib("bf16") == 126_371_805_696
     assert gib("float32") == 2 * gib("bf16")
-    assert gib("fp8") == experts + narrow + rest
-    assert gib("nvfp4") == experts * 9 // 16 + narrow + rest  # 4 bits and a scale byte per 16
-    assert gib("int4") == experts * 33 // 64 + narrow + rest  # 4 bits and 2 bytes per 128
+    assert gib("fp8") == narrow + rest
+    assert gib("nvfp4") == narrow * 9 // 16 + rest  # 4 bits and a scale byte per 16
+    assert gib("int4") == narrow * 17 // 32 + rest  # 4 bits and 2 bytes per 64
 
 
-def test_what_must_stay_wide():
-    for name, precision in PRECISIONS.items():
-        assert precision.bits("time conditioning") >= 16, name
-        assert precision.bits("router") >= 16, name
-        assert precision.bits("embeddings") >= 8, name
-        assert precision.bits("head") >= 8, name
+def test_what_must_stay_wide(model):
+    sizes = {
+        name: weight_sizes(model, "denoiser", name) for name in ("bf16", "fp8", "nvfp4", "int4")
+    }
+    for name, parts in sizes.items():
+        for part in ("time conditioning", "router", "embeddings", "head", "attention", "norms"):
+            assert parts[part] == sizes["bf16"][part], (name, part)
+    assert sizes["nvfp4"]["mamba"] > sizes["bf16"]["mamba"] * 6 // 23
+
+
+@pytest.mark.parametrize("format_", ["fp8", "nvfp4", "int4"])
+def test_a_quantized_checkpoint_has_the_sizes_that_were_planned(tmp_path, format_):
+    """Of its bytes; the scales of whole matrices are beside the point."""
+    config = tiny_config("MEM*E", hidden=64)
+    source = open_checkpoint(write_checkpoint(tmp_path / "c", config, random_tensors(config)))
+    recipe = default_recipe(source, format_)
+    quantize_checkpoint(source, tmp_path / "quantized", recipe)
+    wide, narrow = read_model_size(tmp_path / "c"), read_model_size(tmp_path / "quantized")
+    assert (wide.precision, narrow.precision, narrow.warnings) == (None, format_, ())
+    sku = find_sku("rtx-pro-6000")
+    assert resolve_precision(narrow, sku, "auto") == format_
+    assert resolve_precision(narrow, find_sku("cpu"), "auto") == "float32"
+    with pytest.raises(PlanError, match=f"are stored in {format_}; leave the option out"):
+        resolve_precision(narrow, sku, "bf16")
+    plan = plan_memory(narrow, PlanRequest(sku, context=1024))
+    assert plan.gpus[0].weight_bytes == sum(
+        one.end - one.begin for one in open_checkpoint(tmp_path / "quantized").tensors.values()
+    )
+    for tower in wide.towers:
+        for part, size in weight_sizes(wide, tower, format_).items():
+            matrices = sum(part_of(config, name) == (tower, part) for name in recipe.formats)
+            scales = matrices * {"fp8": 4, "nvfp4": 4, "int4": 16}[format_]
+            assert weight_sizes(narrow, tower, format_)[part] == size + scales, (tower, part)
 
 
 def test_sizes_agree_with_a_measured_quantization(model):
     """W4A16 experts with an fp16 scale per 16 took a tower from 59 to 21 GiB on two DGX Spark."""
-    spark = Precision("w4a16", Fraction(5), Fraction(16), Fraction(16), Fraction(16), "")
-    shared = parts_of_tower(model.config, "context")["shared experts"]
-    tower = sum(spark.size(part, n) for part, n in parts_of_tower(model.config, "context").items())
-    tower += shared * 11 // 8  # there the shared experts stayed bf16
+    spark = Precision("w4a16", Fraction(5), Fraction(16), "")
+    parts = parts_of_tower(model.config, "context")
+    tower = sum(spark.sizes(model.config, "context").values())
+    narrow = parts["shared experts"] + parts["mamba"] * 17 // 23
+    tower += narrow * 11 // 8  # there these stayed bf16
     assert 20.5 < tower / GIB < 21.9
 
 
@@ -207,7 +242,8 @@ def test_auto_takes_the_widest_that_fits(model):
     assert names["a10"] == "int4"
     # nothing fits: the weights as released
     assert plan_memory(model, PlanRequest(find_sku("a10"), slots=64)).precision == "bf16"
-    assert not plan_memory(model, PlanRequest(find_sku("l40s"))).buildable
+    assert plan_memory(model, PlanRequest(find_sku("l40s"))).buildable
+    assert not plan_memory(model, PlanRequest(find_sku("rtx-5090"))).buildable
 
 
 def test_precisions_that_cannot_be(model):

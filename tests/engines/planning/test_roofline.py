@@ -131,7 +131,7 @@ def test_states_and_activations():
 def test_narrow_weights_move_fewer_bytes():
     fp8 = denoiser_step(MODEL, replace(H200, precision="fp8"), 1, 0)
     bf16 = denoiser_step(MODEL, H200, 1, 0)
-    assert 0.49 < fp8.total_bytes / bf16.total_bytes < 0.53
+    assert 0.53 < fp8.total_bytes / bf16.total_bytes < 0.55  # attention and head stay wide
     assert fp8.bytes["time conditioning"] == bf16.bytes["time conditioning"]
 
 

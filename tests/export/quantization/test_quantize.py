@@ -292,6 +292,20 @@ def test_a_recipe_mixes_formats(source, tmp_path):
     assert layers["context_lm_head"] == {"quant_algo": "FP8"}
 
 
+def test_smaller_groups_are_more_exact(source, tmp_path):
+    errors = []
+    for group in (32, 16):
+        recipe = default_recipe(source, "int4", group=group)
+        report = quantize_checkpoint(source, tmp_path / str(group), recipe)
+        assert report["group_size"] == group
+        errors.append(max(part["relative_rms"] for part in report["parts"]))
+        name = f"{UP}_scale"
+        assert open_checkpoint(tmp_path / str(group)).tensors[name].shape == (32, 32 // group)
+    assert errors[1] < 0.95 * errors[0]
+    with pytest.raises(RecipeError, match="have 32 as their greatest common divisor"):
+        default_recipe(source, "int4", group=64)
+
+
 def test_options_that_cannot_be_followed(source, quantized, tmp_path):
     with pytest.raises(RecipeError, match="--keep names 'norms'; the parts are routed-experts"):
         default_recipe(source, "fp8", ["norms"])
