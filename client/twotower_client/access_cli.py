@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from twotower_client.errors import RequestRefusedError
 if TYPE_CHECKING:
     from twotower_client.client import TwoTowerClient
 
-SECRETS = ("tls_authority", "tls_certificate", "tls_key", "key_file")
+SECRETS = ("tls_authority", "tls_certificate", "tls_key", "key_file", "metadata")
 ACCESS = ("url", *SECRETS)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -39,6 +39,12 @@ def secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--tls-key", type=FILE, help="Key of our certificate (PEM)."),
         click.option("--key-file", type=FILE, help="File that holds the server's access key."),
+        click.option(
+            "--metadata",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Send this header, as a balancer may ask for; may be given several times.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -66,11 +72,12 @@ def secrets_of(
     tls_certificate: Path | None,
     tls_key: Path | None,
     key_file: Path | None,
+    metadata: Sequence[str],
 ) -> dict[str, Any]:
     """Return the arguments of a client that the options stand for.
 
     Raises:
-        RequestRefusedError: A file is missing or cannot be read.
+        RequestRefusedError: A file is missing or cannot be read, or a header has no value.
     """
     import grpc
 
@@ -78,9 +85,14 @@ def secrets_of(
         raise RequestRefusedError("--tls-certificate and --tls-key belong together; give both")
     if tls_certificate is not None and tls_authority is None:
         raise RequestRefusedError("--tls-certificate is given without --tls-authority; give both")
+    pairs = [one.partition("=") for one in metadata]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise RequestRefusedError(f"--metadata is {name!r}; give NAME=VALUE")
     contents = [one and _read(one) for one in (tls_authority, tls_key, tls_certificate)]
     return {
         "credentials": grpc.ssl_channel_credentials(*contents) if tls_authority else None,
+        "metadata": {name: value for name, _, value in pairs},
         "access_key": _read(key_file).decode(errors="replace").strip() if key_file else None,
     }
 

@@ -16,19 +16,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Self, Unpack
 
-import grpc
-import grpc.aio
-
 from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
 from twotower_client.core import (
-    READY_REQUEST,
     ClientCore,
     Connection,
     StreamCore,
     is_unreachable,
 )
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
-from twotower_client.request import cancel_request
+from twotower_client.request import cancel_request, ready_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_client.retry import NO_RETRY, Retry, Servers
@@ -41,8 +37,6 @@ class AsyncTwoTowerClient(ClientCore):
     It may be made before there is an event loop, and used in several, one after the other.
     Arguments and errors are those of `TwoTowerClient`, here and of each method.
     """
-
-    _channels = grpc.aio
 
     async def generate(
         self,
@@ -89,6 +83,8 @@ class AsyncTwoTowerClient(ClientCore):
 
     async def stop(self, request_id: str) -> bool:
         """Tell the server to stop a request; return whether it took note."""
+        import grpc
+
         connection = None
         try:
             connection = self._connect(asyncio.get_running_loop())
@@ -106,8 +102,10 @@ class AsyncTwoTowerClient(ClientCore):
 
     async def check_ready(self) -> None:
         """Return if the model is ready."""
+        import grpc
+
         connection = self._connect(asyncio.get_running_loop())
-        call = connection.ready(READY_REQUEST, timeout=LOOK_SECONDS, metadata=self._metadata)
+        call = connection.ready(ready_request(), timeout=LOOK_SECONDS, metadata=self._metadata)
         try:
             async with _errors_of(call):
                 response = await call
@@ -136,6 +134,11 @@ class AsyncTwoTowerClient(ClientCore):
             if connection.loop is loop:
                 await connection.channel.close()
         self._connections.clear()
+
+    def _channels(self) -> Any:
+        import grpc.aio
+
+        return grpc.aio
 
     async def __aenter__(self) -> Self:
         return self
@@ -237,6 +240,8 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
 
 async def _read(connection: Connection, call: Any, arrived: asyncio.Queue[Any]) -> None:
     """Pass on what arrives; None at the end. The connection is held as long."""
+    import grpc
+
     try:
         async with _errors_of(call):
             async for message in call:
@@ -256,6 +261,8 @@ async def _errors_of(call: Any) -> AsyncIterator[None]:
     Raises:
         grpc.RpcError: The call ended with CANCELLED.
     """
+    import grpc.aio
+
     try:
         yield
     except asyncio.CancelledError:

@@ -14,12 +14,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, Unpack
 
-import grpc
-
 from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
 from twotower_client.core import (
-    PROBE_REQUEST,
-    READY_REQUEST,
     ClientCore,
     Connection,
     StreamCore,
@@ -27,7 +23,7 @@ from twotower_client.core import (
     state_of,
 )
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
-from twotower_client.request import cancel_request
+from twotower_client.request import cancel_request, probe_request, ready_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_client.retry import NO_RETRY, Retry, Servers
@@ -47,9 +43,12 @@ class TwoTowerClient(ClientCore):
             encryption.
         server_name: The name in the server's certificate, where it is not that of the address.
         access_key: Key that the server asks for, if it does (`serve --key-file`).
+        metadata: Headers of every call, as a balancer before the server may ask for:
+            `{"x-api-key": "..."}`.
 
     Raises:
-        RequestRefusedError: `url` is no `host:port`, or a timeout is not positive.
+        RequestRefusedError: `url` is no `host:port`, a timeout is not positive, or gRPC cannot send
+            the metadata.
     """
 
     def generate(
@@ -133,6 +132,8 @@ class TwoTowerClient(ClientCore):
         Returns:
             Whether the server took note. One that did not gives the request up after its timeout.
         """
+        import grpc
+
         connection = None
         try:
             connection = self._connect()
@@ -155,10 +156,12 @@ class TwoTowerClient(ClientCore):
             ModelNotReadyError: The server does not serve the model.
             RequestRefusedError: This client was closed.
         """
+        import grpc
+
         connection = self._connect()
         try:
             response = connection.ready(
-                READY_REQUEST, timeout=LOOK_SECONDS, metadata=self._metadata
+                ready_request(), timeout=LOOK_SECONDS, metadata=self._metadata
             )
         except grpc.RpcError as problem:
             self._give_up(connection)
@@ -179,9 +182,11 @@ class TwoTowerClient(ClientCore):
         Raises:
             ClientError: There was no answer.
         """
+        import grpc
+
         connection = self._connect()
         try:
-            call = connection.infer(PROBE_REQUEST, timeout=timeout, metadata=self._metadata)
+            call = connection.infer(probe_request(), timeout=timeout, metadata=self._metadata)
             return state_of(next(call, None), self.url)
         except grpc.RpcError as problem:
             self._give_up(connection)
@@ -319,6 +324,8 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
 
 def _read(connection: Connection, call: Any, arrived: queue.SimpleQueue[Any]) -> None:
     """Pass on what arrives; None at the end. The connection is held as long."""
+    import grpc
+
     try:
         for message in call:
             arrived.put(message)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import numbers
 import os
 import re
-
-import numpy as np
+from collections.abc import Mapping
 
 from twotower_client.errors import RequestRefusedError
 
@@ -25,6 +25,7 @@ LOOK_SECONDS = 5.0  # for calls that only look
 STOP_SECONDS = 2.0  # for telling a server to stop; it may be the one that hangs
 # Where Triton looks for the key of the part of its protocol that `serve --key-file` restricts.
 ACCESS_HEADER = "triton-grpc-protocol-twotower-access"
+HEADER_NAME = re.compile(r"(?!grpc-)[0-9a-z_.-]+(?<!-bin)")  # with values of text
 RETRY_SECONDS = 0.2  # between two looks at a server that is not ready
 GRACE_SECONDS = 2.0  # for a call to end by itself
 MOST_SECONDS = 1e9  # 30 years; threads and gRPC can wait a little longer
@@ -86,13 +87,29 @@ def check_seconds(name: str, value: float) -> float:
     Raises:
         RequestRefusedError: The value is no number, not positive, or too long to wait for.
     """
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 < value < MOST_SECONDS:
         raise RequestRefusedError(
             f"{name} is {value!r}; it must be a number of seconds, more than 0 and "
             f"below {MOST_SECONDS:.0e}"
         )
     return float(value)
+
+
+def check_metadata(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return headers as gRPC takes them, with their names in lower case.
+
+    Raises:
+        RequestRefusedError: gRPC could not send one of them.
+    """
+    headers = [(name.lower(), value) for name, value in metadata.items()]
+    for name, value in headers:
+        if not HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
+            raise RequestRefusedError(
+                f"metadata {name!r} cannot be sent; names consist of letters, digits, '-', '_' and "
+                "'.', and do not begin with grpc- or end with -bin; values are printable ASCII"
+            )
+    return headers
 
 
 def closed() -> RequestRefusedError:

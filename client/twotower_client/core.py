@@ -1,6 +1,8 @@
 """The core of both clients, without input or output: settings, messages, deadlines, and refusals.
 
 A client adds only how it calls and how it waits: `client.py` with threads, `aio.py` with asyncio.
+grpc and tritonclient take longer to load than all else together; they are loaded with the first
+client.
 """
 
 from __future__ import annotations
@@ -8,17 +10,15 @@ from __future__ import annotations
 import json
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
-
-import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from twotower_client.connection import (
     ACCESS_HEADER,
     KEEP_ALIVE,
     channel_options,
     check_address,
+    check_metadata,
     check_seconds,
     closed,
 )
@@ -28,7 +28,7 @@ from twotower_client.errors import (
     RequestFailedError,
     ServerUnavailableError,
 )
-from twotower_client.request import MODEL, infer_request, probe_request
+from twotower_client.request import infer_request
 from twotower_client.response import (
     error_of,
     error_of_rpc,
@@ -39,8 +39,6 @@ from twotower_client.response import (
 from twotower_client.result import Answer, Block, Canvas
 from twotower_contract.options import Options
 
-READY_REQUEST = service_pb2.ModelReadyRequest(name=MODEL)
-PROBE_REQUEST = probe_request()
 NOTICE_SECONDS = 5.0  # between two notices of the server that a request still waits
 # Otherwise a new channel would get the connection of the one that was given up.
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
@@ -55,6 +53,8 @@ class Connection:
     """
 
     def __init__(self, channel: Any, loop: Any) -> None:
+        from tritonclient.grpc import service_pb2, service_pb2_grpc
+
         self.channel = channel
         self.loop = loop
         self.ready = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelReady
@@ -69,8 +69,6 @@ class Connection:
 class ClientCore:
     """Settings and connections of a client."""
 
-    _channels: Any = grpc  # the module that opens channels
-
     def __init__(
         self,
         url: str = "localhost:8001",
@@ -80,13 +78,18 @@ class ClientCore:
         credentials: Any | None = None,
         server_name: str | None = None,
         access_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
+        import tritonclient.grpc  # noqa: F401  # now, so that no request waits for it
+
         self.url = check_address(url)
         self.timeout = check_seconds("timeout", timeout)
         self.inactivity_timeout = check_seconds("inactivity_timeout", inactivity_timeout)
         self._credentials = credentials
         self._server_name = server_name
-        self._metadata = [(ACCESS_HEADER, access_key)] if access_key is not None else []
+        self._metadata = check_metadata(metadata or {})
+        if access_key is not None:
+            self._metadata.append((ACCESS_HEADER, access_key))
         self._connections: dict[Any, Connection] = {}  # by event loop; None with threads
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()  # those given up, too
         self._is_closed = False
@@ -116,8 +119,14 @@ class ClientCore:
         if self._server_name is not None:
             options.append(("grpc.ssl_target_name_override", self._server_name))
         if self._credentials is None:
-            return self._channels.insecure_channel(self.url, options=options)
-        return self._channels.secure_channel(self.url, self._credentials, options=options)
+            return self._channels().insecure_channel(self.url, options=options)
+        return self._channels().secure_channel(self.url, self._credentials, options=options)
+
+    def _channels(self) -> Any:
+        """Return the module that opens channels."""
+        import grpc
+
+        return grpc
 
     def _give_up(self, connection: Connection | None) -> None:
         """Let later calls have a new connection. Calls under way keep theirs."""
@@ -202,6 +211,8 @@ class StreamCore(Generic[Client]):
         Raises:
             ClientError: The answer ends here without being complete.
         """
+        import grpc
+
         if self._ended is not None:  # cancelled while we waited
             raise self._ended
         if item is None:

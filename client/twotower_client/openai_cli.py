@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -72,7 +73,7 @@ def openai(
     max_concurrency: int,
     max_body: int,
     timeout: float,
-    **files: Path | None,
+    **files: Any,
 ) -> None:
     """Serve OpenAI's interface over HTTP, in front of a running server."""
     from twotower_client.aio import AsyncTwoTowerClient

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-
 from twotower_client.errors import RequestRefusedError
 from twotower_contract.options import (
     INPUTS,
@@ -21,11 +19,11 @@ from twotower_contract.options import (
 )
 
 MODEL = "twotower"
-DTYPES: dict[Wire, type[np.generic]] = {
-    "INT32": np.int32,
-    "UINT64": np.uint64,
-    "FP32": np.float32,
-    "BOOL": np.bool_,
+DTYPES: dict[Wire, str] = {
+    "INT32": "int32",
+    "UINT64": "uint64",
+    "FP32": "float32",
+    "BOOL": "bool",
 }
 
 
@@ -107,6 +105,13 @@ def probe_request() -> Any:
     return message.message
 
 
+def ready_request() -> Any:
+    """Return the message that asks whether the model is ready."""
+    from tritonclient.grpc import service_pb2
+
+    return service_pb2.ModelReadyRequest(name=MODEL)
+
+
 class Message:
     """A ModelInferRequest to which input tensors are added one by one.
 
@@ -128,6 +133,8 @@ class Message:
             packed = b"".join(struct.pack("<I", len(one)) + one for one in contents)
             self.add_tensor(name, wire, len(contents), packed)
         else:
+            import numpy as np
+
             values = np.array(value, dtype=DTYPES[wire]).reshape(-1)
             self.add_tensor(name, wire, len(values), values.tobytes())
 

@@ -23,6 +23,18 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_the_first_client_loads_what_takes_long_and_not_the_package() -> None:
+    ran = run_python(
+        "import sys, twotower_client as client\n"
+        "all_of_it = [getattr(client, name) for name in client.__all__]\n"
+        "slow = {'grpc', 'numpy', 'tritonclient', 'google', 'click'}\n"
+        "print(slow & set(sys.modules))\n"
+        "client.TwoTowerClient('localhost:1')\n"
+        "print(slow - set(sys.modules))"
+    )
+    assert ran.stdout.splitlines() == ["set()", "{'click'}"], ran.stderr
+
+
 @pytest.mark.parametrize(
     "code",
     [

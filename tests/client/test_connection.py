@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 import twotower_client as tt
+from tests.support import TWOTOWER
 from tests.support.fake_server import balancer, fake_server, part
 from tests.support.silent_proxy import SilentProxy
 from twotower_client import core
@@ -339,3 +340,33 @@ def test_clients_and_streams_say_that_they_cannot_be_pickled() -> None:
             for work in (pickle.dumps, copy.copy, copy.deepcopy):
                 with pytest.raises(TypeError, match="cannot be pickled or copied"):
                     work(one)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_metadata_goes_with_every_call(asynchronous) -> None:
+    sent = []
+
+    def answer(request, context):
+        sent.append(dict(context.invocation_metadata()))
+        yield part("length", "hello", (5, 6))
+
+    with fake_server(answer, ready=answer) as url:
+        access = {"metadata": {"X-Api-Key": "a b"}, "access_key": "k"}
+        if asynchronous:
+            asyncio.run(tt.AsyncTwoTowerClient(url, **access).check_ready())
+        else:
+            tt.TwoTowerClient(url, **access).check_ready()
+        ask(url, asynchronous, **access)("hi")
+        words = ["generate", "hi", "--url", url, "--metadata", "x-api-key=a b"]
+        subprocess.run([*TWOTOWER, *words], check=True, capture_output=True, timeout=60)
+    assert [one["x-api-key"] for one in sent] == ["a b"] * 3
+    assert sent[1]["triton-grpc-protocol-twotower-access"] == "k"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("", "a"), ("x y", "a"), ("grpc-x", "a"), ("x-bin", "a"), ("x", "é\n")]
+)
+def test_metadata_that_grpc_cannot_send_is_refused_and_its_value_not_shown(name, value) -> None:
+    with pytest.raises(tt.RequestRefusedError, match="cannot be sent") as refusal:
+        tt.TwoTowerClient(metadata={name: value})
+    assert "é" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""The examples of docs/call.md work as they stand, but for the port."""
+"""The examples of docs/call.md and the notebook work as they stand, but for the port."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 
+import grpc
 import pytest
 
 from tests.support import ROOT, TWOTOWER
@@ -21,14 +22,59 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
+def run(code: str, server) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-c", code.replace("localhost:8001", server.grpc_address)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python(server, number) -> None:
-    code = blocks("python")[number].replace("localhost:8001", server.grpc_address)
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
+    assert run(blocks("python")[number], server).strip()
+
+
+def test_notebook(server, client) -> None:
+    """Its cells in their order, as a notebook without Jupyter; outputs are not kept in the file."""
+    notebook = json.loads((ROOT / "docs" / "examples" / "first-steps.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in cells)
+    shown = run("\n".join("".join(cell["source"]) for cell in cells), server)
+    answer = client.generate("Mia the fox lived by the river.", max_new_tokens=48)
+    assert shown.startswith(answer.text + "\n48 tokens in ")
+    assert "failed: " not in shown
+    counts = [int(count) for count in re.findall(r"^ *(\d+) tokens: ", shown, flags=re.MULTILINE)]
+    assert counts == [16, 16, 16]
+
+
+@pytest.mark.parametrize("language", ["go", "ts"])
+def test_other_languages(server, client, language) -> None:
+    """What their code sends, with its names and types, gives the answer; it is not run itself."""
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    [code] = blocks(language)
+    pattern = r'[Nn]ame: "(\w+)", [Dd]atatype: "(\w+)",'
+    inputs = re.findall(pattern, code)
+    contents = {
+        "BYTES": service_pb2.InferTensorContents(bytes_contents=[b"Mia the fox"]),
+        "INT32": service_pb2.InferTensorContents(int_contents=[48]),
+    }
+    request = service_pb2.ModelInferRequest(model_name="twotower")
+    for name, wire in inputs:
+        request.inputs.add(name=name, datatype=wire, shape=[1], contents=contents[wire])
+    text = b""
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for response in stub.ModelStreamInfer(iter([request]), timeout=60):
+            assert not response.error_message
+            outputs = response.infer_response.outputs
+            for output, raw in zip(
+                outputs, response.infer_response.raw_output_contents, strict=True
+            ):
+                text += raw[4:] if output.name == "text_output" else b""
+    assert text.decode() == client.generate("Mia the fox", max_new_tokens=48).text
 
 
 def test_shell(server) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import urllib.request
 from pathlib import Path
 
 import grpc
+import httpx
+import openai
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 import twotower_client as tt
 from tests.support import TWOTOWER
 from twotower_engines.errors import ServingError
+from twotower_engines.serving.front import Front
 from twotower_engines.serving.launch import ServerOptions, Tls, name_of, read_key, tls_of
 
 
@@ -43,14 +47,16 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def closed(packaged, files):
+def closing(files) -> ServerOptions:
+    tls = Tls(files / "server.pem", files / "server.key", files / "authority.pem")
+    return ServerOptions("127.0.0.1", 0, None, tls=tls, access_key=read_key(files / "access"))
+
+
+@pytest.fixture(scope="module")
+def closed(packaged, closing):
     from twotower_engines.serving.server import TritonServer
 
-    tls = Tls(files / "server.pem", files / "server.key", files / "authority.pem")
-    key = read_key(files / "access")
-    with TritonServer(
-        packaged.repository, ServerOptions("127.0.0.1", 0, None, tls=tls, access_key=key)
-    ) as server:
+    with TritonServer(packaged.repository, closing) as server:
         server.wait_until_ready(120)
         yield server
 
@@ -89,6 +95,31 @@ def test_the_key_is_named_where_it_is_missing(closed, files) -> None:
     ran = run("generate", "--prompt-ids", "5", *options(files, closed))
     assert "access key" in ran.stderr
     assert "--key-file" in ran.stderr
+
+
+@pytest.mark.server
+def test_openais_interface_is_closed_alike(closed, closing, packaged, files) -> None:
+    front = Front("openai", closing, 0, closed.dialled, packaged.engines)
+    try:
+        url = f"https://{front.address.replace('127.0.0.1', 'localhost')}/v1"
+        trusting = ssl.create_default_context(cafile=files / "authority.pem")
+        stranger = httpx.Client(verify=trusting, trust_env=False)
+        with stranger, pytest.raises(httpx.TransportError):
+            stranger.get(f"{url}/models")
+        trusting.load_cert_chain(files / "client.pem", files / "client.key")
+        for key, is_right in (("open-sesame", True), ("other", False)):
+            https = httpx.Client(verify=trusting, trust_env=False)
+            with openai.OpenAI(
+                base_url=url, api_key=key, max_retries=0, http_client=https
+            ) as caller:
+                if is_right:
+                    got = caller.completions.create(model="twotower", prompt="Mia", max_tokens=4)
+                    assert got.usage.completion_tokens == 4
+                else:
+                    with pytest.raises(openai.AuthenticationError):
+                        caller.models.list()
+    finally:
+        front.close()
 
 
 @pytest.mark.server

@@ -1,4 +1,4 @@
-"""`twotower serve --openai-port`: OpenAI's interface beside the server."""
+"""`twotower serve --openai`: OpenAI's interface beside the server."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import subprocess
 
 import openai
 import pytest
+from click.testing import CliRunner
 
 from tests.support import TWOTOWER
 from tests.support.served import processes_of
+from twotower_engines.cli.serve import serve
 
 
 @pytest.mark.server
@@ -34,3 +36,24 @@ def test_serve_speaks_openais_interface_too(packaged, tmp_path) -> None:
         running.communicate(timeout=60)
     assert running.returncode == 0
     assert processes_of(running.pid) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [
+        ([], None),
+        (["--openai"], 9000),
+        (["--openai-port", "9100"], 9100),
+        (["--openai", "--openai-port", "0"], 0),
+    ],
+)
+def test_the_port_has_a_default(monkeypatch, tmp_path, words, port) -> None:
+    asked = []
+
+    def supervise(repo, options, *_):
+        asked.append(options.openai_port)
+        raise SystemExit
+
+    monkeypatch.setattr("twotower_engines.serving.supervisor.Supervisor", supervise)
+    CliRunner().invoke(serve, [str(tmp_path), *words], catch_exceptions=False)
+    assert asked == [port]

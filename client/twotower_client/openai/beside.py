@@ -1,4 +1,4 @@
-"""The front end as a process beside a server, as `twotower serve --openai-port` starts it.
+"""The front end as a process beside a server, as `twotower serve --openai` starts it.
 
 The first line of its standard input says how; it prints its port, and ends with its standard input.
 """

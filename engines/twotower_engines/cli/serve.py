@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from twotower_engines.serving.server import TritonServer
     from twotower_engines.serving.supervisor import Supervisor
 
+OPENAI_PORT = 9000  # as `twotower openai` has it
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 PACKAGE_EPILOG = """\b
@@ -29,7 +30,7 @@ SERVE_EPILOG = """\b
 Examples:
   twotower serve repository
   twotower serve repository --grpc-port 0 --no-metrics --json
-  twotower serve repository --http-port 8000 --openai-port 9000
+  twotower serve repository --openai --http-port 8000
   twotower serve repository --host 0.0.0.0 --log server.log --grace 60
   twotower serve repository --tls-certificate server.pem --tls-key server.key --key-file key
 
@@ -126,10 +127,9 @@ def package(
     "--http-port", type=int, help="Speak HTTP on this port, too; 0 takes a free one.  [no HTTP]"
 )
 @click.option(
-    "--openai-port",
-    type=int,
-    help="Speak OpenAI's interface on this port, too; 0 takes a free one.  [no such port]",
+    "--openai", is_flag=True, help=f"Speak OpenAI's interface on port {OPENAI_PORT}, too."
 )
+@click.option("--openai-port", type=int, help="The same on another port; 0 takes a free one.")
 @click.option("--no-metrics", is_flag=True, help="Serve no metrics.")
 @click.option("--tls-certificate", type=FILE, help="Encrypt gRPC with this certificate (PEM).")
 @click.option("--tls-key", type=FILE, help="Key of the certificate (PEM).")
@@ -171,6 +171,7 @@ def serve(
     grpc_port: int,
     metrics_port: int,
     http_port: int | None,
+    openai: bool,
     openai_port: int | None,
     no_metrics: bool,
     tls_certificate: Path | None,
@@ -191,6 +192,8 @@ def serve(
     from twotower_engines.serving.launch import ServerOptions, read_key, tls_of
     from twotower_engines.serving.supervisor import Policy, Supervisor
 
+    if openai and openai_port is None:
+        openai_port = OPENAI_PORT
     options = ServerOptions(
         host=host,
         grpc_port=grpc_port,
