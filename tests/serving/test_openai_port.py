@@ -15,6 +15,7 @@ from tests.support.served import processes_of
 from twotower_engines.cli.serve import serve
 
 
+@pytest.mark.slow  # a server of its own; test_access.py has the front end before another
 @pytest.mark.server
 def test_serve_speaks_openais_interface_too(packaged, tmp_path) -> None:
     key = tmp_path / "key"
