@@ -189,7 +189,7 @@ def traffic_of(listing: Listing, call: Mapping[str, int] | None = None) -> Traff
     waiting |= {tensor.name: _renewed(tensor, listing, sizes) for tensor in listing.outputs}
     kernels = []
     for kernel in listing.kernels:
-        # a state that is renewed where it lies has one name here: of what goes in, or of what comes out
+        # a state that is renewed where it lies has one name here, as an input or as an output
         states = {t.name.removesuffix("_new") for t in (*kernel.reads, *kernel.writes)}
         both = (name for state in states for name in (state, f"{state}_new"))
         least = sum(waiting.pop(name, 0) for name in both)
