@@ -189,9 +189,9 @@ def traffic_of(listing: Listing, call: Mapping[str, int] | None = None) -> Traff
     waiting |= {tensor.name: _renewed(tensor, listing, sizes) for tensor in listing.outputs}
     kernels = []
     for kernel in listing.kernels:
-        names = [tensor.name for tensor in (*kernel.reads, *kernel.writes)]
-        # a state that is renewed where it lies has one name here for both
-        both = [*names, *(f"{name}_new" for name in names)]
+        # a state that is renewed where it lies has one name here, as an input or as an output
+        states = {t.name.removesuffix("_new") for t in (*kernel.reads, *kernel.writes)}
+        both = (name for state in states for name in (state, f"{state}_new"))
         least = sum(waiting.pop(name, 0) for name in both)
         kernels.append((kernel, _moved(kernel, sizes, tokens, least)))
     return Traffic(tuple(kernels), tuple(_copies(listing, sizes)))

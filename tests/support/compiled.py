@@ -20,8 +20,6 @@ from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
 from twotower_engines.building.flavours.process import build_engine_files
 from twotower_engines.building.flavours.profiles import Profile, Sizes
 from twotower_engines.building.flavours.tensorrt_rtx import CAPTURE, LIBRARY
-from twotower_engines.kernels.node import NAMESPACE
-from twotower_engines.kernels.plugin_graph import with_plugins
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.layers import FLOAT_WEIGHTS
 
@@ -49,6 +47,10 @@ def cut_at_plugins(path, sizes):
 
     What remains is what TensorRT itself compiles where the plugins are.
     """
+    # here, for the tests of the kernels choose how these are run before they are imported
+    from twotower_engines.kernels.node import NAMESPACE
+    from twotower_engines.kernels.plugin_graph import with_plugins
+
     model = without_branches(onnx.load(path))
     set_sizes(model, sizes)
     graph = onnx.shape_inference.infer_shapes(with_plugins(model), data_prop=True).graph

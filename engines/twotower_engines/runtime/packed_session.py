@@ -10,7 +10,7 @@ Sessions share no packed weights (the Python API has no container for them): one
 
 from __future__ import annotations
 
-import tempfile
+import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,11 +28,10 @@ Array = npt.NDArray[Any]
 MATRIX_INPUT = {"Gemm": 1, "MatMul": 1, "Gather": 0}
 """Operators that read matrices, and as which of their inputs."""
 
-ELSEWHERE = "weights"
+# ONNX Runtime wants a file to be where values are said to lie, and never reads it: what it would
+# read is not in it, and that would be an error.
+NO_FILE = Path(os.devnull)
 PROVIDER = "CPUExecutionProvider"
-
-
-ELSEWHERE = "weights"
 
 
 def packed_session(
@@ -54,14 +53,9 @@ def packed_session(
     values, lent = _put_inside(ort, model.graph, weights)
     for name in values:  # the options know a value by its address alone
         options.add_initializer(name, values[name])
-    with tempfile.TemporaryDirectory(prefix="twotower-") as folder:
-        # ONNX Runtime wants the file to be there. It does not read it: what it would read is not in
-        # it, and that would be an error.
-        (Path(folder) / ELSEWHERE).touch()
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", folder
-        )
-        session = ort.InferenceSession(model.SerializeToString(), options, [PROVIDER])
+    key = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(key, str(NO_FILE.parent))
+    session = ort.InferenceSession(model.SerializeToString(), options, [PROVIDER])
     values.clear()
     return session, frozenset(name for name, owner in lent.items() if owner() is not None)
 
@@ -113,7 +107,7 @@ def _elsewhere(name: str, shape: Sequence[int]) -> onnx.TensorProto:
         data_type=TensorProto.FLOAT,
         data_location=TensorProto.EXTERNAL,
     )
-    tensor.external_data.add(key="location", value=ELSEWHERE)
+    tensor.external_data.add(key="location", value=NO_FILE.name)
     return tensor
 
 

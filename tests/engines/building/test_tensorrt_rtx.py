@@ -105,8 +105,8 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     assert record.versions["tensorrt_rtx"] == "1.7.1.116"
     assert record.extra["placement"] == {"context": 0, "denoiser": 0}
     assert record.profiles["denoiser"] == [
-        {"name": "all", "batch": [1, 4, 4], "context": [1, 64, 64], "block": [1, 16, 64]}
-    ]
+        {"name": "all", "batch": [1, 4, 4], "context": [320, 320, 320], "block": [1, 16, 64]}
+    ], "a cache has room for the context and one call"
     for tower in ("context", "denoiser"):
         report = record.extra["reports"][tower]
         graph = graph_inputs(bundle / made.manifest.graph("native", tower).file)

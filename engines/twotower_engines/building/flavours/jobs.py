@@ -91,7 +91,8 @@ def engine_job(order: Order) -> Job:
 
 def _fixed_sizes(profiles: Sequence[Profile]) -> dict[str, int]:
     """Return the dimensions that become numbers, because they have one size in all profiles."""
-    return {dim: profiles[0].sizes[dim].most for dim in FIXED}
+    sizes = profiles[0].sizes
+    return {dim: sizes[dim].most for dim in FIXED if dim in sizes}
 
 
 def graph_inputs(path: Path) -> dict[str, list[int | str]]:
