@@ -51,7 +51,7 @@ def test_notebook(server, client) -> None:
 
 @pytest.mark.parametrize("language", ["go", "ts"])
 def test_other_languages(server, client, language) -> None:
-    """What their code sends, with its names and types, gives the answer; it is not run itself."""
+    """What their code sends, with its names and types, gives the answer; no test runs it."""
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
     [code] = blocks(language)
