@@ -86,11 +86,12 @@ def test_answers_come_in_the_order_of_their_prompts_whichever_ends_first() -> No
 
 
 def test_prompts_are_read_as_they_are_needed_and_leaving_stops_the_rest() -> None:
-    read, cancelled = [], threading.Event()
+    read, asked, cancelled = [], threading.Event(), threading.Event()
 
     def answer(request, context):
         if prompt_of(request)[0] > 3:
             context.add_callback(cancelled.set)
+            asked.set()
             assert cancelled.wait(20)
         yield from echo(request, context)
 
@@ -103,6 +104,7 @@ def test_prompts_are_read_as_they_are_needed_and_leaving_stops_the_rest() -> Non
         many = client.generate_many(prompts(), concurrency=2)
         assert texts(itertools.islice(many, 3)) == ["1", "2", "3"]
         assert len(read) <= 6
+        assert asked.wait(20)  # a request that was not sent yet would have nothing to stop
         many.close()
         assert cancelled.wait(20)
 

@@ -92,5 +92,5 @@ def test_a_weight_that_would_be_computed_from_at_load_is_not_read_from_nowhere()
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    with pytest.raises(Exception, match="requires a regular file"):
+    with pytest.raises(Exception, match="require a regular file"):
         packed_session(ort, folded, [("weight", np.eye(2, dtype=np.float32))], options)
