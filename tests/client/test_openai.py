@@ -104,6 +104,13 @@ def test_a_stream_is_the_answer_in_pieces(caller) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.usage is None for chunk in complete(caller, stream=True))
 
+    async def pieces() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=caller.base_url, api_key="x") as there:
+            stream = await complete(there, max_tokens=40, stream=True)
+            return [chunk.choices[0].text async for chunk in stream]
+
+    assert asyncio.run(pieces()) == [chunk.choices[0].text for chunk in chunks[:-1]]
+
 
 def test_several_prompts_and_choices_have_their_indices(caller, client) -> None:
     prompts, seeds = [PROMPT, "Tom the bear"], (7, 8)

@@ -164,6 +164,8 @@ def test_options_that_do_not_fit_are_refused(files) -> None:
             ServerOptions(access_key=key).check()
     ran = run("generate", "hi", "--tls-key", str(files / "client.key"))
     assert (ran.returncode, "belong together" in ran.stderr) == (2, True)
+    ran = run("probe", "live", "--metadata", "x-api-key")
+    assert (ran.returncode, "give NAME=VALUE" in ran.stderr) == (2, True)
     ran = run("probe", "live", "--key-file", str(files / "none"))
     assert (ran.returncode, "cannot be read" in ran.stderr) == (2, True)
 
