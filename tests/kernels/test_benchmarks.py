@@ -115,6 +115,7 @@ def test_without_a_gpu_the_table_says_so(tmp_path: Path) -> None:
     assert kept.with_suffix(".md").read_text().strip() in done.stdout
 
 
+@pytest.mark.slow
 def test_a_tiny_denoiser_step_runs_on_the_kernels() -> None:
     done = run("denoiser_step", "--tiny", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
@@ -142,6 +143,7 @@ def test_without_a_gpu_the_step_says_its_bounds(tmp_path: Path) -> None:
     assert "nothing is measured" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_first_hour_without_a_gpu_ends_with_its_wall(tmp_path: Path) -> None:
     """Everything imports and is collected, and the bounds stand beside empty times."""
     done = run("gpu", "--output", str(tmp_path))

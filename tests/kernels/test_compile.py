@@ -88,6 +88,7 @@ def test_every_kernel_compiles_for_every_gpu(compiled: Callable[..., Any], half:
         check_ptx(made)
 
 
+@pytest.mark.slow
 def test_larger_blocks_and_float32_spill_nothing() -> None:
     for arguments in (("--block", "64"), ("--dtype", "fp32")):
         for line in command("--target", "9.0", "--json", *arguments):

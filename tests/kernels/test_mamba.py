@@ -58,6 +58,7 @@ def test_sizes(sizes: tuple[int, int, int, int]) -> None:
     check(draw_mamba(np.random.default_rng(1), 16, [16, 5], sizes=sizes), sizes[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rate", [1e-4, 100.0])
 def test_large_seeds_and_extreme_decays(rate: float, dtype: torch.dtype) -> None:
@@ -77,6 +78,7 @@ def test_steps_far_from_zero() -> None:
     assert (quiet != before).any() or (got[2][0, 1] != args[2][0, 1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("L", "lengths"), [(16, [16, 3]), (23, [23, 0]), (64, [64, 41])])
 @pytest.mark.parametrize("rate", [1e-4, 1.0])

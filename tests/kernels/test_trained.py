@@ -99,6 +99,7 @@ def golden_answer(towers: Towers, golden: dict) -> tuple[list[int], int]:
         called = block
 
 
+@pytest.mark.slow
 def test_the_golden_answer_with_kernels_for_all_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     golden = json.loads((CHECKPOINT / "golden.json").read_text(encoding="utf-8"))["golden"]
     towers = load_towers(CHECKPOINT)

@@ -73,6 +73,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([*TWOTOWER, *words], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow  # a server of its own
 @pytest.mark.server
 def test_callers_need_a_certificate_and_the_key(closed, files) -> None:
     known, key = options(files, closed), ["--key-file", str(files / "access")]
@@ -90,6 +91,7 @@ def test_callers_need_a_certificate_and_the_key(closed, files) -> None:
         assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow  # a server of its own
 @pytest.mark.server
 def test_the_key_is_named_where_it_is_missing(closed, files) -> None:
     ran = run("generate", "--prompt-ids", "5", *options(files, closed))
@@ -97,6 +99,7 @@ def test_the_key_is_named_where_it_is_missing(closed, files) -> None:
     assert "--key-file" in ran.stderr
 
 
+@pytest.mark.slow  # a server of its own
 @pytest.mark.server
 def test_openais_interface_is_closed_alike(closed, closing, packaged, files) -> None:
     front = Front("openai", closing, 0, closed.dialled, packaged.engines)
@@ -121,6 +124,7 @@ def test_openais_interface_is_closed_alike(closed, closing, packaged, files) -> 
         front.close()
 
 
+@pytest.mark.slow  # a server of its own
 @pytest.mark.server
 def test_serve_itself_gets_in(closed) -> None:
     with closed.asker() as asker:
@@ -170,6 +174,7 @@ def test_options_that_do_not_fit_are_refused(files) -> None:
     assert (ran.returncode, "cannot be read" in ran.stderr) == (2, True)
 
 
+@pytest.mark.slow  # a server of its own
 @pytest.mark.server
 def test_a_client_takes_the_same_settings(closed, files) -> None:
     credentials = grpc.ssl_channel_credentials(
@@ -183,6 +188,7 @@ def test_a_client_takes_the_same_settings(closed, files) -> None:
         assert len(client.generate(prompt_ids=[5], max_new_tokens=4).ids) == 4
 
 
+@pytest.mark.slow  # a server of its own
 def test_a_load_test_gets_in_the_same_way(closed, files) -> None:
     command = [
         *TWOTOWER,
@@ -202,6 +208,7 @@ def test_a_load_test_gets_in_the_same_way(closed, files) -> None:
     assert ran.stdout.splitlines()[1].split()[:5] == ["1", "at", "a", "time", "2"]
 
 
+@pytest.mark.slow  # a server of its own
 def test_the_openai_front_end_gets_in_the_same_way(closed, files) -> None:
     command = [
         *TWOTOWER,

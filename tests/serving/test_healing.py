@@ -17,7 +17,7 @@ from tests.support import TWOTOWER
 from twotower_client.request import Message
 from twotower_engines.serving.stubs import model_processes
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]  # servers of their own
 LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
 
 

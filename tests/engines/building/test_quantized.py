@@ -19,6 +19,7 @@ from twotower_export.tiny.checkpoints import tiny_config
 pytest.importorskip("tensorrt_rtx", reason="needs `pip install tensorrt-rtx-cu13`")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["8.9", "12.0"])
 @pytest.mark.parametrize("tower", ["context", "denoiser"])
 def test_fp8_weights_are_read_as_8_bits_and_never_copied(tmp_path, tower, capability):

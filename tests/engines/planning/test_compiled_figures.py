@@ -13,6 +13,7 @@ from twotower_export.tiny.checkpoints import tiny_config
 ROWS, TOKENS, CONTEXT = 4, 32, 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tower", TOWERS)
 def test_the_table_is_what_the_compiler_makes_today(tower, way, tmp_path):
