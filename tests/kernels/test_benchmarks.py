@@ -132,6 +132,7 @@ def test_the_step_is_held_against_the_roofline_of_the_plan() -> None:
     assert 1e10 < cost.total_bytes < 3e10
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_step_says_its_bounds(tmp_path: Path) -> None:
     done = run("denoiser_step", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
