@@ -10,23 +10,20 @@ generator, whose time grows faster than the layers: it compiles a tower as one p
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.support import ROOT
+from benchmarks.record import machine, today, write_results
 from tests.support import engine_bundles as bundles
 from tests.support import sparse_checkpoint as sparse
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 
-RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = (2, 8, 26, 52)
 SKU = "rtx-pro-6000"
 
@@ -90,12 +87,11 @@ def table_row(row: dict[str, Any]) -> str:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the table and write it to `results/`."""
-    today = datetime.date.today().isoformat()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    where = machine()
     lines = [
         "# Building TensorRT-RTX plans",
         "",
-        f"`python -m benchmarks.build`, {today}, {machine}; full width, both towers,",
+        f"`python -m benchmarks.build`, {today()}, {where}; full width, both towers,",
         f'`--sku {SKU}`. The plans were not run: that needs the GPU. "Waited" is what other',
         "processes of the machine took from the tower that waited longer, a part of the seconds",
         'before it; "CPU" is what the two builders computed, context and denoiser.',
@@ -105,10 +101,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         *map(table_row, rows),
     ]
     print("\n".join(lines))
-    stem = RESULTS / f"build-rtx-{today}"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    content = {"date": today, "machine": machine, "sku": SKU, "rows": rows}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_results("build-rtx", lines, {"machine": where, "sku": SKU, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,11 +16,7 @@ little, and the least of many repeats in turns. Both must commit the same tokens
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
-import os
-import platform
 import resource
 import tempfile
 import time
@@ -32,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.eager import refine_block
+from benchmarks.record import machine, today, write_results
 from tests.support.torch_generation import load_towers
 from twotower_contract.engine_set import EngineSet
 from twotower_contract.onnxruntime import import_onnxruntime
@@ -45,7 +42,6 @@ from twotower_export.checkpoint import open_checkpoint
 from twotower_export.reference.towers import advance_states, empty_states
 from twotower_export.tiny.checkpoints import write_random_checkpoint
 
-RESULTS = Path(__file__).with_name("results")
 PATTERN, HIDDEN, VOCABULARY = "MEM*EMEM*EMEM*", 512, 131_072
 MODELS: Mapping[str, dict[str, int]] = {
     "8 experts of 512, 2 per token": {},
@@ -181,12 +177,11 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the table and write it to `results/`."""
-    today = datetime.date.today().isoformat()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU, busy with other processes"
+    where = f"{machine()}, busy with other processes"
     lines = [
         "# A denoiser call on the CPU",
         "",
-        f"`python -m benchmarks.denoiser_call`, {today}, {machine}; hidden size {HIDDEN},"
+        f"`python -m benchmarks.denoiser_call`, {today()}, {where}; hidden size {HIDDEN},"
         f" {len(PATTERN)} layers, vocabulary {VOCABULARY:,}, one request, CPU milliseconds with one"
         f" thread, least of {REPEATS}.",
         "",
@@ -210,13 +205,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         ),
     ]
     print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"denoiser-call-cpu-{today}"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"date": today, "machine": machine, "rows": rows}, indent=2) + "\n",
-        encoding="utf-8",
-    )
+    write_results("denoiser-call-cpu", lines, {"machine": where, "rows": rows})
 
 
 if __name__ == "__main__":

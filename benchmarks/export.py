@@ -13,10 +13,7 @@ inlined. What `twotower verify` takes of the 52 layers, on random weights, is me
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import machine, today, write_results
 from tests.support import ROOT, TWOTOWER
 from tests.support.sparse_checkpoint import FULL_CONFIG, FULL_PATTERN, write_sparse_checkpoint
 
-RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = (2, 8, 26, 52)
 REPEATS = 3
 TRACED = ("M", "MM*MM*")
@@ -183,12 +180,11 @@ def report(
     exports: list[dict[str, Any]], traces: list[dict[str, Any]], loaded: list[dict[str, Any]]
 ) -> None:
     """Print the tables and write them to `results/`."""
-    today = datetime.date.today().isoformat()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    where = machine()
     lines = [
         "# Export at full width",
         "",
-        f"`python -m benchmarks.export`, {today}, {machine}. Both towers, graphs in bf16 and in"
+        f"`python -m benchmarks.export`, {today()}, {where}. Both towers, graphs in bf16 and in"
         f" float32; sparse checkpoints; best time and largest memory of {REPEATS} runs, start of"
         " the process included.",
         "",
@@ -223,17 +219,8 @@ def report(
         ),
     ]
     print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"export-{today}"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    content = {
-        "date": today,
-        "machine": machine,
-        "exports": exports,
-        "traces": traces,
-        "functions": loaded,
-    }
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {"machine": where, "exports": exports, "traces": traces, "functions": loaded}
+    write_results("export", lines, content)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,6 @@ Answers are compared between all ways before anything is timed.
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import subprocess
 import tempfile
 import time
@@ -28,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.record import machine, today, write_results
 from tests.support import TWOTOWER
 from tests.support.torch_generation import load_towers
 from twotower_contract.engine_set import EngineSet, open_engine_set
@@ -39,7 +36,6 @@ from twotower_export.reference.refinement import Rule, refine
 from twotower_export.reference.towers import advance_states, empty_states
 from twotower_export.tiny.corpus import documents
 
-RESULTS = Path(__file__).with_name("results")
 NEW_TOKENS, BLOCK, STEPS, THRESHOLD = 96, 16, 16, 0.9
 PROMPTS, PYTORCH_PROMPTS = 16, 4
 REPEATS = 3
@@ -165,12 +161,11 @@ def report(seconds: dict[str, float]) -> None:
         {"way": way, "tokens_per_second": round(rate), "ratio": round(rate / rates[PYTORCH], 2)}
         for way, rate in rates.items()
     ]
-    today = datetime.date.today().isoformat()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    where = machine()
     lines = [
         "# Generation on the CPU",
         "",
-        f"`python -m benchmarks.generation`, {today}, {machine}; trained tiny checkpoint,"
+        f"`python -m benchmarks.generation`, {today()}, {where}; trained tiny checkpoint,"
         f" {PROMPTS} prompts ({PYTORCH_PROMPTS} for PyTorch), {NEW_TOKENS} tokens each, threshold"
         f" {THRESHOLD}, best of {REPEATS}.",
         "",
@@ -179,13 +174,7 @@ def report(seconds: dict[str, float]) -> None:
         *(f"| {r['way']} | {r['tokens_per_second']} | {r['ratio']:.1f}x |" for r in rows),
     ]
     print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"generation-cpu-{today}"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"date": today, "machine": machine, "rows": rows}, indent=2) + "\n",
-        encoding="utf-8",
-    )
+    write_results("generation-cpu", lines, {"machine": where, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import math
 import os
@@ -23,16 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from tests.support import ROOT, TWOTOWER
+from benchmarks.record import today, write_results
+from tests.support import TWOTOWER
 from twotower_contract.engine_set import EngineSet, open_engine_set
-from twotower_contract.json_file import write_json
 from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import PREFILL_SECONDS, Scheduler
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.runtime.opening import open_runtime
 
-RESULTS = ROOT / "benchmarks" / "results"
 LONG, COMING, SHARED = 3000, 15, 2000
 BLOCKS = 60
 
@@ -102,12 +100,12 @@ def main() -> None:
         }
         blocks = first_blocks(runtime, engines)
         runtime.close()
-    day, load = datetime.date.today().isoformat(), os.getloadavg()[0]
+    load = os.getloadavg()[0]
     where = f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}"
     lines = [
         "# Long prompts on the CPU flavour",
         "",
-        f"`python -m benchmarks.long_prompts`, {day}, {where}; the shipped checkpoint.",
+        f"`python -m benchmarks.long_prompts`, {today()}, {where}; the shipped checkpoint.",
         "",
         "Time between two blocks of one request, alone and while others come at once:",
         f"{COMING} prompts of {LONG:,} tokens.",
@@ -129,9 +127,8 @@ def main() -> None:
         ),
     ]
     print("\n".join(lines))
-    result = {"date": day, "machine": where, "gaps_ms": found, "first_blocks": blocks}
-    write_json(RESULTS / f"long-prompts-cpu-{day}.json", result)
-    (RESULTS / f"long-prompts-cpu-{day}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {"machine": where, "gaps_ms": found, "first_blocks": blocks}
+    write_results("long-prompts-cpu", lines, content)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,6 @@ With 800 prompts each, a difference below a point is within the noise.
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +28,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from benchmarks.record import machine, today, write_results
 from tests.support.torch_generation import MASK_ID, generate, load_towers
 from twotower_contract.quantized import Format
 from twotower_export.checkpoint import open_checkpoint
@@ -42,7 +39,6 @@ from twotower_export.reference.towers import Towers, advance_states, empty_state
 from twotower_export.tiny.checkpoints import copy_pretrained
 from twotower_export.tiny.corpus import Document, fact_documents, story_documents
 
-RESULTS = Path(__file__).with_name("results")
 FORMATS: dict[str, tuple[Format, int | None]] = {
     "fp8": ("fp8", None),
     "nvfp4": ("nvfp4", None),
@@ -180,12 +176,11 @@ def main() -> None:
     torch.set_num_threads(1)  # faster for so small a model
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder))
-    today = datetime.date.today().isoformat()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    where = machine()
     lines = [
         "# Quality of quantized weights",
         "",
-        f"`python -m benchmarks.quality`, {today}, {machine}; trained tiny checkpoint,"
+        f"`python -m benchmarks.quality`, {today()}, {where}; trained tiny checkpoint,"
         f" {STORIES} held-out stories and {FACTS} facts, the default recipe of each format.",
         "",
         "| precision | MB | error of weights | exact at 0.9 (stories, facts) | tokens per call"
@@ -205,13 +200,7 @@ def main() -> None:
     failures = missed(rows)
     lines += ["", "Bars missed: " + "; ".join(failures) if failures else "All bars are held."]
     print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"quality-{today}"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"date": today, "machine": machine, "rows": rows}, indent=2) + "\n",
-        encoding="utf-8",
-    )
+    write_results("quality", lines, {"machine": where, "rows": rows})
     sys.exit(bool(failures))
 
 

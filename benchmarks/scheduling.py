@@ -10,14 +10,13 @@ threshold 0.8. Callers send their next request when one is answered.
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import today, write_results
 from tests.support import ROOT
-from twotower_contract.json_file import write_json
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.planning.model_size import ModelSize, read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
@@ -26,7 +25,6 @@ from twotower_engines.simulation.engines import runtime_of_plan
 from twotower_engines.simulation.simulate import Outcome, simulate
 from twotower_engines.simulation.workload import Arrival, Kind, at_concurrency, at_rate
 
-RESULTS = ROOT / "benchmarks" / "results"
 TASK, CONTEXT = "arithmetic", 6144
 KIND = Kind(prompt=300, shared=0, new=256, threshold=0.8)
 GIB = 2**30
@@ -92,11 +90,10 @@ def main() -> None:
     sizes = ROOT / "tests" / "data" / "full_size"
     parser.add_argument("checkpoint", type=Path, nargs="?", default=sizes, help="[released sizes]")
     model = read_model_size(parser.parse_args().checkpoint)
-    day = datetime.date.today().isoformat()
     results, lines = [], [
         "# The scheduler's choices, simulated",
         "",
-        f"`python -m benchmarks.scheduling`, {day}: an H200 in bf16, released size, by",
+        f"`python -m benchmarks.scheduling`, {today()}: an H200 in bf16, released size, by",
         "the planner's times. Comparisons, not measurements; times at the 50th and 95th",
         "percentile.",
     ]  # fmt: skip
@@ -123,9 +120,7 @@ def main() -> None:
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
         results.append({"question": question, "setting": setting, **one.as_json()})
-    name = f"scheduling-simulated-{day}"
-    write_json(RESULTS / f"{name}.json", {"date": day, "results": results})
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_results("scheduling-simulated", lines, {"results": results})
 
 
 if __name__ == "__main__":

@@ -16,16 +16,13 @@ long on a GPU, for as many blocks, so what serving adds weighs less there.
 from __future__ import annotations
 
 import asyncio
-import datetime
-import json
-import os
-import platform
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.record import machine, today, write_results
 from tests.support import TWOTOWER
 from twotower_client import AsyncTwoTowerClient
 from twotower_contract.engine_set import EngineSet, open_engine_set
@@ -39,7 +36,6 @@ from twotower_engines.serving.server import ServerOptions, TritonServer
 from twotower_engines.serving.settings import Settings
 from twotower_export.tiny.corpus import documents
 
-RESULTS = Path(__file__).with_name("results")
 NEW_TOKENS = 256
 STREAMS = (1, 16, 32, 128)
 REQUESTS = 256  # in all; for one stream a quarter
@@ -138,13 +134,12 @@ async def served_answers(address: str, prompts: Sequence[tuple[int, ...]], strea
 
 def write(rows: list[dict[str, float]]) -> None:
     """Print the results as a table, and write both forms."""
-    date = datetime.datetime.now(tz=datetime.UTC).date()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    where = machine()
     alone = rows[0]["tokens_per_second"]
     lines = [
         "# Serving on the CPU",
         "",
-        f"`python -m benchmarks.serving`, {date}, {machine}; trained tiny checkpoint, "
+        f"`python -m benchmarks.serving`, {today()}, {where}; trained tiny checkpoint, "
         f"{NEW_TOKENS} tokens per answer, engines on one thread, best of {REPEATS}.",
         "",
         "| streams | engines alone, s | served, s | served / alone | served, tokens/s | to one |",
@@ -156,11 +151,8 @@ def write(rows: list[dict[str, float]]) -> None:
             f"| {row['streams']} | {row['engine_seconds']:.2f} | {row['served_seconds']:.2f} | "
             f"{row['ratio']:.2f} | {row['tokens_per_second']} | {times:.2f}x |"
         )
-    text = "\n".join(lines) + "\n"
-    print(text)
-    (RESULTS / f"serving-cpu-{date}.md").write_text(text)
-    content = {"date": str(date), "machine": machine, "rows": rows}
-    (RESULTS / f"serving-cpu-{date}.json").write_text(json.dumps(content, indent=2) + "\n")
+    print("\n".join(lines))
+    write_results("serving-cpu", lines, {"machine": where, "rows": rows})
 
 
 if __name__ == "__main__":

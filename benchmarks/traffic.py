@@ -12,19 +12,16 @@ shares the compiler but times its choices: its engines may differ.
 
 from __future__ import annotations
 
-import datetime
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.support import ROOT
+from benchmarks.record import today, write_results
 from tests.support.compiled import TOWERS, compiled
-from twotower_contract.json_file import write_json
 from twotower_contract.traffic import traffic_of
 
-RESULTS = ROOT / "benchmarks" / "results"
 CAPACITY = 8192 + 256
 CALLS = {"block": [(rows, 16) for rows in (1, 4, 16)], "chunk": [(1, 256), (4, 256)]}
 FORMS = ("bodies", "cut at plugins", "bodies, fp8")
@@ -71,13 +68,11 @@ def main() -> None:
         for case in cases():
             results.append(measure(*case, Path(name)))
             print(results[-1], flush=True)
-    day = datetime.date.today().isoformat()
-    write_json(RESULTS / f"traffic-rtx-{day}.json", {"date": day, "results": results})
     lines = [
         "# Bytes that compiled towers move",
         "",
-        f"`python -m benchmarks.traffic`, {day}, TensorRT-RTX's compiler on 2 cores, no GPU; the",
-        f"released size, bf16, SM120, caches of {CAPACITY:,} tokens.",
+        f"`python -m benchmarks.traffic`, {today()}, TensorRT-RTX's compiler on 2 cores, no GPU;",
+        f"the released size, bf16, SM120, caches of {CAPACITY:,} tokens.",
         "",
         "| form | tower | rows x tokens | GB moved | least | ratio | scratch, MB | inputs copied |"
         " kernels | compiled in, s |",
@@ -90,7 +85,7 @@ def main() -> None:
             for one in results
         ),
     ]
-    (RESULTS / f"traffic-rtx-{day}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_results("traffic-rtx", lines, {"results": results})
 
 
 if __name__ == "__main__":
