@@ -5,8 +5,6 @@ The builder needs no GPU, and says the final kernels to a verbose logger.
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import onnx
 import onnx_ir as ir
 
@@ -14,7 +12,7 @@ from tests.support.quantized_graphs import weight_dtypes
 from tests.support.sparse_checkpoint import FULL_CONFIG
 from twotower_contract.config import ModelConfig
 from twotower_contract.traffic import read_listings
-from twotower_engines.building.flavours.branches import set_sizes, without_branches
+from twotower_engines.building.flavours.branches import without_branches
 from twotower_engines.building.flavours.flavour import Order
 from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
 from twotower_engines.building.flavours.process import build_engine_files
@@ -23,7 +21,6 @@ from twotower_engines.building.flavours.tensorrt_rtx import CAPTURE, LIBRARY
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.layers import FLOAT_WEIGHTS
 
-INPUTS, OUTPUTS = attrgetter("input"), attrgetter("output")
 TOWERS = {"context": (build_context_graph, "tokens"), "denoiser": (build_denoiser_graph, "block")}
 
 
@@ -42,35 +39,6 @@ def write_graph(folder, tower, pattern=None, format_=None):
     return path
 
 
-def cut_at_plugins(path, sizes):
-    """Leave out our plugins in a graph with fixed sizes: what they read and make crosses its edge.
-
-    What remains is what TensorRT itself compiles where the plugins are.
-    """
-    # here, for the tests of the kernels choose how these are run before they are imported
-    from twotower_engines.kernels.node import NAMESPACE
-    from twotower_engines.kernels.plugin_graph import with_plugins
-
-    model = without_branches(onnx.load(path))
-    set_sizes(model, sizes)
-    graph = onnx.shape_inference.infer_shapes(with_plugins(model), data_prop=True).graph
-    named = {one.name: one for one in (*graph.value_info, *graph.input, *graph.output)}
-    kept = [node for node in graph.node if node.domain != NAMESPACE]
-    plugins = [node for node in graph.node if node.domain == NAMESPACE]
-    made, read = ({n for node in kept for n in side(node)} for side in (OUTPUTS, INPUTS))
-    to, of = ({n for node in plugins for n in side(node)} for side in (INPUTS, OUTPUTS))
-    given = {one.name for one in graph.input}
-    outputs = {one.name for one in graph.output}
-    cut = onnx.helper.make_graph(
-        kept,
-        graph.name,
-        [named[name] for name in sorted((given | of) & read)],
-        [named[name] for name in sorted((outputs | to) & made)],
-    )
-    opsets = [one for one in model.opset_import if one.domain != NAMESPACE]
-    onnx.save(onnx.helper.make_model(cut, opset_imports=opsets, ir_version=10), path)
-
-
 def compiled(
     folder,
     tower,
@@ -84,12 +52,18 @@ def compiled(
 ):
     """Compile a tower for calls of one size; returns the listing of its kernels."""
     sizes = {"batch": rows, TOWERS[tower][1]: tokens, "context": context}
+    graph = write_graph(folder, tower, pattern, format_)
+    if is_cut:
+        # here, for the tests of the kernels choose how these are run before they are imported
+        from tests.support.cut import cut_at_plugins
+
+        cut, _ = cut_at_plugins(without_branches(onnx.load(graph)), TOWERS[tower][1])
+        onnx.save(cut, graph)
+        sizes["flat"] = rows * tokens
+        sizes["pairs"] = rows * tokens * config_of().num_experts_per_tok
     profile = Profile("fixed", {dim: Sizes(size, size, size) for dim, size in sizes.items()})
     recipe = engine_recipe([profile]) | {"compute_capabilities": [capability]}
     recipe["flags"] = {**recipe["flags"], **CAPTURE}
-    graph = write_graph(folder, tower, pattern, format_)
-    if is_cut:
-        cut_at_plugins(graph, sizes)
     job = engine_job(Order(graph, folder / f"{tower}.plan", recipe))
     build_engine_files(LIBRARY, {tower: job}, 1, lambda name, text: None)
     _, (listing,) = read_listings(folder / f"{tower}.traffic.json")
