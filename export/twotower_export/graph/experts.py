@@ -9,20 +9,20 @@ import numpy as np
 import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
+from twotower_contract.layout import BANKS
 from twotower_export.graph.body import FLOAT, INT32, Body, inputs
 
 MIXER_WEIGHTS = (
     "gate.weight",
     "gate.e_score_correction_bias",
-    "experts.up_proj",
-    "experts.down_proj",
+    *BANKS,
     "shared_experts.up_proj.weight",
     "shared_experts.down_proj.weight",
 )
 """Weights of one MoE mixer, in the order in which its function takes them."""
 
 
-def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
+def sparse_experts(config: ModelConfig, dtype: ir.DataType, *, is_flat: bool) -> ir.Function:
     """`twotower::SparseExperts`: the routed experts' weighted sum, down(relu(up(x))^2).
 
     `NemotronHMLP` without gate projection (`mlp_hidden_act` relu2); the sum is taken in the router
@@ -32,6 +32,11 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
 
     Inputs: x [n, hidden] T; indices [n, k] int32 (-1: none); weights [n, k] float32; up
     [E, inner, hidden]; down [E, hidden, inner]. Output: y [n, hidden] T, summed in float32.
+
+    Args:
+        is_flat: Take the second product over all experts at once, which keeps [E, n, hidden] out of
+            memory. It needs `down` as one matrix: builders of engines that run this body lay the
+            bank out so. Quantized banks cannot be: TensorRT would write them out in T.
     """
     b = Body(dtype)
     args = inputs("x", "indices", "weights", "up", "down")
@@ -42,13 +47,10 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     share = b.op.ReduceSum(
         b.op.Mul(routed, b.unsqueeze(weights, 2)), b.i64([1]), keepdims=0
     )  # [n, E]
+    share = b.transpose(share, 1, 0)
     b.begin("up")
-    inner = b.op.Relu(b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1)))  # [E, n, inner]
-    b.begin("down")
-    each = b.up(b.op.MatMul(b.op.Mul(inner, inner), b.transpose(down, 0, 2, 1)))  # [E, n, hidden]
-    b.begin("sum")
-    share = b.unsqueeze(b.transpose(share, 1, 0), 2)
-    y = b.down(b.op.ReduceSum(b.op.Mul(each, share), b.i64([0]), keepdims=0))
+    inner = b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1))  # [E, n, inner]
+    y = _flat(b, config, inner, share, down) if is_flat else _each(b, inner, share, down)
     return b.function(
         "SparseExperts",
         args,
@@ -56,6 +58,33 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
         "Ungated relu-squared experts, weighted; this body computes all of them.",
         {"num_experts": config.num_experts},
     )
+
+
+def _each(b: Body, inner: ir.Value, share: ir.Value, down: ir.Value) -> ir.Value:
+    """Return the weighted sum of each expert's result; inner [E, n, inner], share [E, n]."""
+    inner = b.op.Relu(inner)
+    b.begin("down")
+    each = b.up(b.op.MatMul(b.op.Mul(inner, inner), b.transpose(down, 0, 2, 1)))  # [E, n, hidden]
+    b.begin("sum")
+    return b.down(b.op.ReduceSum(b.op.Mul(each, b.unsqueeze(share, 2)), b.i64([0]), keepdims=0))
+
+
+def _flat(
+    b: Body, config: ModelConfig, inner: ir.Value, share: ir.Value, down: ir.Value
+) -> ir.Value:
+    """Return the same sum as one product over all experts' activations, which hold their shares.
+
+    The first product is transposed before anything else is made of it: TensorRT then computes it
+    that way round, with its square and the shares, and writes nothing but the activations.
+    """
+    width = config.num_experts * config.moe_intermediate_size
+    inner = b.op.Relu(b.transpose(inner, 0, 2, 1))  # [E, inner, n]
+    b.begin("weighted")
+    inner = b.up(inner)
+    inner = b.down(b.op.Mul(b.op.Mul(inner, inner), b.unsqueeze(share, 1)))
+    b.begin("down")
+    bank = b.reshape(b.transpose(down, 1, 0, 2), config.hidden_size, width)
+    return b.transpose(b.op.MatMul(bank, b.reshape(inner, width, -1)), 1, 0)
 
 
 def experts_mixer(config: ModelConfig, dtype: ir.DataType, routed: ir.Function) -> ir.Function:
