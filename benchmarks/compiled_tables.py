@@ -23,6 +23,7 @@ from twotower_contract.json_file import write_json
 from twotower_contract.traffic import Kernel, Listing, read_listings, traffic_of
 from twotower_engines.building.flavours.branches import without_branches
 from twotower_engines.building.flavours.compiled import signature_of
+from twotower_engines.building.flavours.flat_banks import with_flat_banks
 from twotower_engines.building.flavours.flavour import Order
 from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
 from twotower_engines.building.flavours.process import build_engine_files
@@ -57,14 +58,15 @@ def compiled(folder: Path, tower: str, way: Way, rows: int, tokens: int, context
     """Compile a tower for calls up to some size; plugins are kernels of the listing."""
     name = TOWERS[tower][1]
     path = write_graph(folder, tower, PATTERN)
-    signature = signature_of(onnx.load(path))
+    graph = onnx.load(path)
+    signature = signature_of(with_flat_banks(graph) if way == "bodies" else graph)
     plugins: list[Kernel] = []
     flat: dict[str, Sizes] = {}
     if way == "kernels":
         # here, for the tests of the kernels choose how these are run before they are imported
         from tests.support.cut import cut_at_plugins
 
-        model, plugins = cut_at_plugins(without_branches(onnx.load(path)), name)
+        model, plugins = cut_at_plugins(without_branches(graph), name)
         onnx.save(model, path)
         pairs = config_of().num_experts_per_tok
         usual, most = min(64, rows * tokens), rows * tokens

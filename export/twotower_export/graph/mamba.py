@@ -13,9 +13,9 @@ scans inputs in T, which is less exact.
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
 from dataclasses import dataclass
+
+import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
 from twotower_export.graph.body import FLOAT, Body, in_section, inputs
@@ -104,8 +104,10 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
 
 @dataclass(frozen=True)
 class _Scan:
-    """The scan of a block, per group of heads. Products have three dimensions: TensorRT turns those
-    round instead of their operands, and adds to them in the same kernel.
+    """The scan of a block: what its parts take.
+
+    Their products have three dimensions, groups of all rows and a matrix: TensorRT turns such a
+    product round where it would write a larger one's operand anew.
 
     Attributes:
         sizes: G, J, P, N.
