@@ -381,16 +381,16 @@ class _Sizes:
     def buffers(self, tower: str) -> Iterator[tuple[str, int]]:
         """Yield the buffers for the calls of a tower: one set, for the largest call."""
         slots = self.request.slots
-        logits = self.model.config.vocab_size * FLOAT32
+        vocabulary = slots * self.model.config.vocab_size
         queries = slots * self.model.config.num_attention_heads * self.model.config.head_dim
         if tower == "denoiser":
-            yield "denoiser logits", slots * self.request.block_size_max * logits
+            yield "denoiser logits", self.request.block_size_max * vocabulary * self.item
             yield "denoiser queries", self.request.block_size_max * queries * self.item
             return
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
         yield "new states", slots * mamba
         yield "context queries", self.chunk * queries * self.item
-        yield "context logits", slots * logits
+        yield "context logits", vocabulary * FLOAT32
 
     def workspace(self, tower: str) -> int:
         """Return the scratch memory of a tower's engine, as compiled for its largest call."""

@@ -219,7 +219,7 @@ def test_the_narrow_profiles_of_tensorrt(library, bundle, tmp_path, tower):
 
 
 def test_a_plan_holds_no_weights(library, tmp_path):
-    """A hundred times the experts, and the plan stays as large."""
+    """A hundred times the experts, of 1.6 MB, and the plan stays as large."""
     sizes = []
     for name, experts in (("few", 4), ("many", 400)):
         from twotower_export.bundle import write_bundle
@@ -232,7 +232,7 @@ def test_a_plan_holds_no_weights(library, tmp_path):
         graph = folder / "b" / read_manifest(folder / "b").graph("native", "context").file
         profiles = wide_profiles("context", LIMITS)
         sizes.append(build(library, graph, folder, profiles)["bytes"])
-    assert abs(sizes[1] - sizes[0]) < 20_000
+    assert abs(sizes[1] - sizes[0]) < 50_000
 
 
 # What the library refuses, and what happens to it.
