@@ -1,6 +1,6 @@
 """Bytes that compiled towers of the released size move in a call, against the least that they must.
 
-    python -m benchmarks.traffic            # about fifteen minutes on two cores, no GPU
+    python -m benchmarks.traffic            # about fifteen minutes on two quiet cores, no GPU
 
 TensorRT-RTX compiles both towers for SM120 with a context of 8,192 tokens and room for a call, and
 says what each final kernel reads and writes. The least is every input of the graph read once (of

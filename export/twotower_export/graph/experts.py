@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import BANKS
-from twotower_export.graph.body import FLOAT, INT32, Body, inputs
+from twotower_export.graph.body import FLOAT, INT32, Body, in_section, inputs
 
 MIXER_WEIGHTS = (
     "gate.weight",
@@ -47,10 +47,9 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType, *, is_flat: bool) ->
     share = b.op.ReduceSum(
         b.op.Mul(routed, b.unsqueeze(weights, 2)), b.i64([1]), keepdims=0
     )  # [n, E]
-    share = b.transpose(share, 1, 0)
     b.begin("up")
-    inner = b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1))  # [E, n, inner]
-    y = _flat(b, config, inner, share, down) if is_flat else _each(b, inner, share, down)
+    made = _flat if is_flat else _each
+    y = made(b, config, x, share, up, down)
     return b.function(
         "SparseExperts",
         args,
@@ -60,31 +59,60 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType, *, is_flat: bool) ->
     )
 
 
-def _each(b: Body, inner: ir.Value, share: ir.Value, down: ir.Value) -> ir.Value:
-    """Return the weighted sum of each expert's result; inner [E, n, inner], share [E, n]."""
-    inner = b.op.Relu(inner)
+def _each(
+    b: Body,
+    config: ModelConfig,
+    x: ir.Value,
+    share: ir.Value,
+    up: ir.Value,
+    down: ir.Value,
+) -> ir.Value:
+    """Return the weighted sum of each expert's result; share [n, E]."""
+    inner = b.op.Relu(b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1)))  # [E, n, inner]
     b.begin("down")
     each = b.up(b.op.MatMul(b.op.Mul(inner, inner), b.transpose(down, 0, 2, 1)))  # [E, n, hidden]
     b.begin("sum")
-    return b.down(b.op.ReduceSum(b.op.Mul(each, b.unsqueeze(share, 2)), b.i64([0]), keepdims=0))
+    share = b.unsqueeze(b.transpose(share, 1, 0), 2)
+    return b.down(b.op.ReduceSum(b.op.Mul(each, share), b.i64([0]), keepdims=0))
 
 
 def _flat(
-    b: Body, config: ModelConfig, inner: ir.Value, share: ir.Value, down: ir.Value
+    b: Body,
+    config: ModelConfig,
+    x: ir.Value,
+    share: ir.Value,
+    up: ir.Value,
+    down: ir.Value,
 ) -> ir.Value:
     """Return the same sum as one product over all experts' activations, which hold their shares.
 
     The first product is transposed before anything else is made of it: TensorRT then computes it
-    that way round, with its square and the shares, and writes nothing but the activations.
+    that way round, with its square and the shares, and writes nothing but the activations. Their
+    rows are tokens, which it would copy to a multiple of eight; so the few tokens are filled up.
     """
     width = config.num_experts * config.moe_intermediate_size
-    inner = b.op.Relu(b.transpose(inner, 0, 2, 1))  # [E, inner, n]
+    count = b.size(x, 0)
+    x, share = _filled_up(b, x, config.hidden_size), _filled_up(b, share, config.num_experts)
+    inner = b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1))
+    inner = b.up(b.op.Relu(b.transpose(inner, 0, 2, 1)))  # [E, inner, n]
     b.begin("weighted")
-    inner = b.up(inner)
-    inner = b.down(b.op.Mul(b.op.Mul(inner, inner), b.unsqueeze(share, 1)))
+    each = b.unsqueeze(b.transpose(share, 1, 0), 1)
+    inner = b.down(b.op.Mul(b.op.Mul(inner, inner), each))
     b.begin("down")
     bank = b.reshape(b.transpose(down, 1, 0, 2), config.hidden_size, width)
-    return b.transpose(b.op.MatMul(bank, b.reshape(inner, width, -1)), 1, 0)
+    y = b.transpose(b.op.MatMul(bank, b.reshape(inner, width, -1)), 1, 0)
+    made: ir.Value = b.op.Slice(y, b.i64([0]), count, b.i64([0]))
+    return made
+
+
+@in_section("filled_up")
+def _filled_up(b: Body, x: ir.Value, width: int) -> ir.Value:
+    """Return rows and, up to a multiple of eight, rows of zeros; [n, width]."""
+    eight = b.i64([8])
+    count = b.op.Mul(b.op.Div(b.op.Add(b.size(x, 0), b.i64([7])), eight), eight)
+    zeros = b.op.Expand(b.op.CastLike(b.f32(0.0), x), b.i64([7, width]))
+    filled = b.op.Slice(b.op.Concat(x, zeros, axis=0), b.i64([0]), count, b.i64([0]))
+    return b.reshape(b.reshape(filled, -1, 8, width), -1, width)  # so that TensorRT knows
 
 
 def experts_mixer(config: ModelConfig, dtype: ir.DataType, routed: ir.Function) -> ir.Function:
