@@ -9,6 +9,7 @@ import math
 
 import pytest
 
+from benchmarks import compiled_tables
 from tests.support.compiled import compiled as compile_tower
 from tests.support.compiled import config_of
 from tests.support.sparse_checkpoint import FULL_CONFIG
@@ -122,6 +123,20 @@ def test_scratch_memory_is_bounded_and_planned(compiled):
     assert compiled.scratch < (50e6 if rows(compiled) == 1 else 250e6)
     if rows(compiled) == 16:  # for fewer, the step alone is made otherwise than for a range of rows
         assert compiled.scratch <= WORKSPACE_SLACK * planned.scratch_bytes(16, 16, CAPACITY)
+
+
+def test_experts_write_as_little_where_a_call_decides_how_many_tokens_there_are(
+    tmp_path, monkeypatch
+):
+    """TensorRT would copy activations of a number of tokens that it cannot divide by eight."""
+    monkeypatch.setattr(compiled_tables, "PATTERN", "E")
+    listing = compiled_tables.compiled(tmp_path, "context", "bodies", 16, 256, CONTEXT)
+    assert not listing.unsized
+    call = compiled_tables.call_of("context", 16, 16, CONTEXT)
+    experts, inner = FULL_CONFIG["n_routed_experts"], FULL_CONFIG["moe_intermediate_size"]
+    activations = 2 * experts * inner * 256
+    sizes = [one.bytes(call) for kernel in listing.kernels for one in kernel.writes]
+    assert [size for size in sizes if size >= activations] == [activations]
 
 
 @pytest.mark.parametrize("tower", ["context", "denoiser"])
