@@ -2,8 +2,8 @@
 
     python -m benchmarks.compiled_tables    # a few minutes on two cores, no GPU
 
-TensorRT-RTX compiles towers of the released width with a few layers of each kind: as they are, and
-cut at our plugins. What a listing says of any call is taken apart into terms of the call's sizes.
+TensorRT-RTX compiles towers of the released width with a few layers of each kind: as they are, with
+FP8 weights, and cut at our plugins. What a listing says of any call is taken apart into terms of the call's sizes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from twotower_engines.planning.compiled import (
 
 PATTERN = "MEM*EM"
 CAPABILITY = "12.0"
-WAYS: tuple[Way, ...] = ("bodies", "kernels")
+WAYS: tuple[Way, ...] = ("bodies", "codes", "kernels")
 MOST = {"context": 256, "denoiser": 64}
 """Most tokens of a row that a tower is compiled for."""
 SLOTS, CONTEXT, LONG = 16, 8192, 32768
@@ -57,9 +57,9 @@ CALLS = [
 def compiled(folder: Path, tower: str, way: Way, rows: int, tokens: int, context: int) -> Listing:
     """Compile a tower for calls up to some size; plugins are kernels of the listing."""
     name = TOWERS[tower][1]
-    path = write_graph(folder, tower, PATTERN)
+    path = write_graph(folder, tower, PATTERN, "fp8" if way == "codes" else None)
     graph = onnx.load(path)
-    signature = signature_of(with_flat_banks(graph) if way == "bodies" else graph)
+    signature = signature_of(graph if way == "kernels" else with_flat_banks(graph))
     plugins: list[Kernel] = []
     flat: dict[str, Sizes] = {}
     if way == "kernels":

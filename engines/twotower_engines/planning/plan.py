@@ -19,18 +19,16 @@ from twotower_contract.layout import Tower
 from twotower_contract.quantized import FORMATS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.errors import PlanError
-from twotower_engines.planning.compiled import Way, compiled_tower, table_source
+from twotower_engines.planning.compiled import compiled_tower, table_source, way_of
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import BUILT, PRECISIONS, flavour_for, weight_sizes
 from twotower_engines.planning.skus import GIB, Sku
 
-CHUNKS: Mapping[Way, tuple[int, ...]] = {
-    "kernels": (1024, 256, 128, 64, 32),
-    "bodies": (256, 128, 64, 32),
-}
+CHUNKS = (1024, 256, 128, 64, 32)
 """Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks.
 
-A long chunk reads each routed expert once for more tokens; bodies compute all experts for each.
+A long chunk reads each routed expert once for more tokens. Function bodies compute all experts for
+each, and so begin with the second.
 """
 BLOCK = 16
 BLOCK_SIZE_MAX = 64
@@ -234,7 +232,7 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     sku = request.sku
     wide = resolve_precision(model, sku, request.precision)
     several = request.precision == "auto" and len(sku.precisions) > 1 and wide == sku.precisions[0]
-    chunks: Sequence[int] = CHUNKS[way_of(request)]
+    chunks: Sequence[int] = CHUNKS[0 if _has_kernels(request) else 1 :]
     if request.max_tokens_per_call:
         chunks = (request.max_tokens_per_call,)
     counts = (request.gpus,) if request.gpus else gpu_counts(model, sku)
@@ -259,10 +257,9 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     return fitting or planned(counts[-1], wide, chunks[-1])
 
 
-def way_of(request: PlanRequest) -> Way:
-    """Return whether our kernels run in place of the ops' function bodies."""
-    flavour = request.flavour or request.sku.flavour
-    return "kernels" if flavour == "tensorrt" and request.kernels else "bodies"
+def _has_kernels(request: PlanRequest) -> bool:
+    """Whether our kernels run in place of the ops' function bodies."""
+    return (request.flavour or request.sku.flavour) == "tensorrt" and request.kernels
 
 
 def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
@@ -395,6 +392,7 @@ class _Sizes:
     def workspace(self, tower: str) -> int:
         """Return the scratch memory of a tower's engine, as compiled for its largest call."""
         length = self.chunk if tower == "context" else self.request.block_size_max
-        compiled = compiled_tower(self.model.config, tower, way_of(self.request), self.item)
+        way = way_of(_has_kernels(self.request), self.request.precision)
+        compiled = compiled_tower(self.model.config, tower, way, self.item)
         size = compiled.scratch_bytes(self.request.slots, length, self.request.context)
         return int(WORKSPACE_SLACK * size)
