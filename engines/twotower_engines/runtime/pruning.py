@@ -15,17 +15,21 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from twotower_engines.runtime.nodes import read_by
-from twotower_engines.runtime.routed_experts import OP
+
+WRITTEN_ANEW = (("twotower", "SparseExperts"), ("twotower", "RefineBlock"))
+"""Functions that a CPU has a form of its own for: `routed_experts`, `vocabulary_passes`."""
 
 
 def flat_graph(path: Path) -> onnx.ModelProto:
     """Read a graph and write its functions out, so that their parts can be left out as well.
 
-    All but the experts: see `routed_experts`.
+    All but those that are written anew.
     """
     model = onnx.load(str(path), load_external_data=False)
-    flat = onnx.inliner.inline_selected_functions(model, [OP], exclude=True)
+    flat = onnx.inliner.inline_selected_functions(model, WRITTEN_ANEW, exclude=True)
+    kept = [one for one in flat.functions if (one.domain, one.name) in WRITTEN_ANEW]
     del flat.functions[:]
+    flat.functions.extend(kept)
     return flat
 
 
