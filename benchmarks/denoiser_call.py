@@ -53,7 +53,7 @@ MODELS: Mapping[str, dict[str, int]] = {
     },
 }
 CONTEXT, BLOCK, KNOWN, MASK, THRESHOLD = 64, 16, 6, 3, 0.9
-REPEATS = 10
+REPEATS = 25
 
 
 def build(folder: Path, sizes: Mapping[str, int]) -> EngineSet:
