@@ -35,7 +35,7 @@ def write_graph(folder, tower, pattern=None, format_=None):
     config = config_of(pattern)
     stored = weight_dtypes(config, tower, format_, FLOAT_WEIGHTS)
     path = folder / f"{tower}.onnx"
-    onnx.save(ir.to_proto(TOWERS[tower][0](config, "bfloat16", stored, {})), path)
+    onnx.save(ir.to_proto(TOWERS[tower][0](config, "bfloat16", stored, {}, 64)), path)
     return path
 
 

@@ -233,7 +233,7 @@ def experts_down(
 def deep_launch(group: int) -> Launch:
     """Return the tiles for many tokens and weights of codes; a step has at least a whole group."""
     if group > 64:
-        return Launch({"BLOCK_F": 64, "BLOCK_T": TILE_TOKENS[1], "BLOCK_K": group}, 4, 2)
+        return Launch({"BLOCK_F": 64, "BLOCK_T": TILE_TOKENS[1], "BLOCK_K": group}, 8, 2)
     return Launch({"BLOCK_F": 64, "BLOCK_T": TILE_TOKENS[1], "BLOCK_K": 64}, 4, 3)
 
 
