@@ -7,7 +7,8 @@ says what each final kernel reads and writes. The least is every input of the gr
 embeddings, the rows of the tokens) and every output written once (of a cache, the new rows). Each
 tower is compiled twice: with the ops' bodies, as TensorRT-RTX runs it, and cut at our plugins,
 which is what TensorRT compiles between them: there, what a plugin reads is an output. TensorRT
-shares the compiler but times its choices: its engines may differ.
+shares the compiler but times its choices: its engines may differ. Quantized weights, as the default
+recipe stores them, are compiled for one row: FP8 in both forms, 4 bits cut at our plugins.
 """
 
 from __future__ import annotations
@@ -24,27 +25,42 @@ from twotower_contract.traffic import traffic_of
 
 CAPACITY = 8192 + 256
 CALLS = {"block": [(rows, 16) for rows in (1, 4, 16)], "chunk": [(1, 256), (4, 256)]}
-FORMS = ("bodies", "cut at plugins", "bodies, fp8")
-"""The last has FP8 weights, as the default recipe stores them, and is compiled for one row."""
+FORMS: dict[str, tuple[bool, str | None]] = {
+    "bodies": (False, None),
+    "cut at plugins": (True, None),
+    "bodies, fp8": (False, "fp8"),
+    "cut at plugins, fp8": (True, "fp8"),
+    "cut at plugins, nvfp4": (True, "nvfp4"),
+    "cut at plugins, int4": (True, "int4"),
+}
+"""Whether a graph is cut, and the format of its weights."""
 
 
 def cases() -> Iterator[tuple[str, str, str, int, int]]:
     """Yield the form, the kind of call, the tower, and rows and tokens of each measurement."""
-    for form in FORMS:
+    for form, (_, format_) in FORMS.items():
         for kind, calls in CALLS.items():
             for tower in TOWERS if kind == "block" else ("context",):
                 for rows, tokens in calls:
-                    if form != FORMS[2] or (rows, kind) == (1, "block"):
+                    if format_ is None or (rows, kind) == (1, "block"):
                         yield form, kind, tower, rows, tokens
 
 
 def measure(
-    form: str, kind: str, tower: str, rows: int, tokens: int, folder: Path
+    form: str,
+    kind: str,
+    tower: str,
+    rows: int,
+    tokens: int,
+    folder: Path,
+    capability: str = "12.0",
 ) -> dict[str, Any]:
     """Compile one tower for one size of call and add up what its kernels move."""
     start = time.perf_counter()
-    given = {"is_cut": form == FORMS[1], "format_": "fp8" if form == FORMS[2] else None}
-    listing = compiled(folder, tower, rows, tokens, CAPACITY, **given)
+    is_cut, format_ = FORMS[form]
+    listing = compiled(
+        folder, tower, rows, tokens, CAPACITY, capability=capability, format_=format_, is_cut=is_cut
+    )
     traffic = traffic_of(listing)
     return {
         "form": form,
