@@ -80,9 +80,7 @@ class WeightInput(WeightSource):
     group: int = 0
 
     @classmethod
-    def of(
-        cls, name: str, source: WeightSource, tensors: Mapping[str, TensorEntry]
-    ) -> WeightInput:
+    def of(cls, name: str, source: WeightSource, tensors: Mapping[str, TensorEntry]) -> WeightInput:
         """Return the input that a weight has in a graph, its sources among `tensors`."""
         first = source.sources[0]
         dtype, group = tensors[first].dtype, 0
@@ -325,7 +323,9 @@ def _weight(
             f"{what}: {len(sources)} tensors of shape {list(first)} do not make {list(shape)} by "
             f"`{how}`"
         )
-    scales = {tensors[one].shape for source in sources for one in scale_names(source, dtypes[0])[:1]}
+    scales = {
+        tensors[one].shape for source in sources for one in scale_names(source, dtypes[0])[:1]
+    }
     if len(scales) > 1:
         raise document.refusal(f"{what} has scales of several shapes")
     return WeightInput.of(name, WeightSource(how, shape, sources), tensors)  # type: ignore[arg-type]  # checked

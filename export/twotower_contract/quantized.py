@@ -198,8 +198,8 @@ def input_forms(
     words, rest = divmod(out * into, 4 * NVFP4_BLOCK)
     if rest:
         raise ConfigError(
-            f"{name}: a matrix of {out} x {into} has {out * into // NVFP4_BLOCK} E4M3 scales, which "
-            "is no multiple of 4; quantize it to int4 or fp8"
+            f"{name}: a matrix of {out} x {into} has {out * into // NVFP4_BLOCK} E4M3 scales, "
+            "which is no multiple of 4; quantize it to int4 or fp8"
         )
     return {
         name: codes,

@@ -194,7 +194,7 @@ def _weight_forms(checkpoint: Checkpoint, graph: _GraphToWrite) -> tuple[dict[st
     groups = {one.group for one in inputs if one.group}
     if len(groups) > 1:
         raise BundleError(
-            f"{checkpoint.path}: a scale is shared by {' or '.join(map(str, sorted(groups)))} weights,"
-            " depending on the matrix; one size of groups is supported: quantize the model anew"
+            f"{checkpoint.path}: a scale is shared by {' or '.join(map(str, sorted(groups)))} "
+            "weights, depending on the matrix; one size is supported: quantize the model anew"
         )
     return {one.name: one.input_dtype for one in inputs}, max(groups, default=0)

@@ -230,9 +230,7 @@ def test_codes_that_no_kernel_takes_are_refused() -> None:
     }
     model = ir.to_proto(build_context_graph(config, "float32", dtypes, {}, 16))
     (decoding,) = [node for node in model.graph.node if node.op_type == "FromINT4"]
-    model.graph.node.append(
-        onnx.helper.make_node("Identity", decoding.output, ["elsewhere"])
-    )
+    model.graph.node.append(onnx.helper.make_node("Identity", decoding.output, ["elsewhere"]))
     with pytest.raises(BuildError, match=r"weights of 4 bits \(context_tower.*go where no kernel"):
         with_plugins(model)
 

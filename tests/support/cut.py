@@ -59,7 +59,8 @@ def cut_at_plugins(model, tokens):
         shapes = tensor_shapes(replace(Sizes(), experts_format=form), ROWS, TOKENS)
         if call.op_type.startswith("Product"):  # of one of several sizes
             shapes |= {
-                name: given[tensor] for name, tensor in zip(node.takes[1:], call.input[1:], strict=True)
+                name: given[tensor]
+                for name, tensor in zip(node.takes[1:], call.input[1:], strict=True)
             }
             shapes["x"] = (ROWS * TOKENS, 8 * shapes["matrix"][1])
         dims = {name: shapes[name] for name in node.takes}

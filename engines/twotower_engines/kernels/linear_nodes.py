@@ -23,11 +23,7 @@ def _outputs(call: Call) -> tuple[Output, ...]:
 
 def _launching(form: str, call: Call) -> Launching:
     """Return the launch in the call's tactic."""
-    if call.dtypes["x"] != "bf16":
-        raise BuildError(
-            f"{form} weights are multiplied in bf16, and this graph computes in "
-            f"{call.dtypes['x']}; quantize to fp8, or export a bfloat16 model"
-        )
+    require_bf16(form, call.dtypes["x"])
     features, depth = call.size("matrix", 0), call.size("x", 1)
     groups = call.size("matrix_scale", 1) if form == "int4" else depth // 16
     spec = spec_of(

@@ -227,7 +227,9 @@ def with_faster_flavours(
             *(
                 one
                 for one in others
-                if one.sku == report.sku and one.is_faster and one.plan.flavour != report.plan.flavour
+                if one.sku == report.sku
+                and one.is_faster
+                and one.plan.flavour != report.plan.flavour
             ),
         )
     ]

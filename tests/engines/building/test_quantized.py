@@ -1,4 +1,4 @@
-"""Quantized weights under the real TensorRT-RTX: what its compiler makes of them; who builds them."""
+"""Quantized weights: what the real compiler makes of them, and which flavour builds them."""
 
 from __future__ import annotations
 

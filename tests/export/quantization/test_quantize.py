@@ -300,7 +300,8 @@ def test_queries_keys_and_values_share_the_scale_of_their_scales(source, tmp_pat
     stored = WeightStore(write_bundle(open_checkpoint(tmp_path / "out"), tmp_path / "bundle")).raw
     mixer, exact = "context_tower.layers.2.mixer", NamedTensors(source.path)
     largest = {
-        one: float(exact.read(f"{mixer}.{one}_proj.weight").abs().max()) / (6 * 448) for one in "qkvo"
+        one: float(exact.read(f"{mixer}.{one}_proj.weight").abs().max()) / (6 * 448)
+        for one in "qkvo"
     }
     scales = {one: float(stored(f"{mixer}.{one}_proj.weight_scale_2")) for one in "qkvo"}
     shared = max(largest[one] for one in "qkv")
