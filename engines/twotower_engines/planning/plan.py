@@ -310,7 +310,10 @@ def _check_request(model: ModelSize, request: PlanRequest) -> None:
     if gpus == 2 and len(model.towers) < 2:
         raise PlanError(f"--gpus is 2, but {model.source} has only the context tower; use --gpus 1")
     if gpus == 2 and sku.max_gpus < 2:
-        raise PlanError(f"--gpus is 2, but a machine with {sku.title} has one; use --gpus 1")
+        raise PlanError(
+            f"--gpus is 2, but a machine with {sku.title} has one, and a tower on each of two "
+            "machines is not supported; use --gpus 1"
+        )
     if not 1 <= request.slots <= MAX_SLOTS:
         raise PlanError(f"--slots is {request.slots}; 1 to {MAX_SLOTS} can be planned")
     if not 1 <= request.block_size_max <= MAX_BLOCK:
