@@ -326,7 +326,7 @@ def test_a_plugin_keeps_one_kernel_for_all_profiles(check: Callable[..., Any]) -
     So a tactic's kernel must be the same in every profile, and its grid that of its own tiles.
     """
     made = check("profiles")
-    for op in (*EXPORTED, "SparseExpertsNVFP4"):
+    for op in (*EXPORTED, "SparseExpertsNVFP4", "LinearNVFP4"):
         for node in OPS[op].chain:
             found = made[node.name]
             assert all(found["same"]), node.name
