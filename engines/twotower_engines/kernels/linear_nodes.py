@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from twotower_contract.quantized import CODES_PER_WORD, NVFP4_BLOCK
 from twotower_engines.kernels import linear
 from twotower_engines.kernels.expert_products import PACKED, SCALES, SUFFIXES, require_bf16
 from twotower_engines.kernels.node import (
@@ -24,8 +25,8 @@ def _outputs(call: Call) -> tuple[Output, ...]:
 def _launching(form: str, call: Call) -> Launching:
     """Return the launch in the call's tactic."""
     require_bf16(form, call.dtypes["x"])
-    features, depth = call.size("matrix", 0), call.size("x", 1)
-    groups = call.size("matrix_scale", 1) if form == "int4" else depth // 16
+    features, depth = call.size("matrix", 0), CODES_PER_WORD * call.size("matrix", 1)
+    groups = call.size("matrix_scale", 1) if form == "int4" else depth // NVFP4_BLOCK
     spec = spec_of(
         f"linear.{call.tactic}", linear.linear_specs(features, depth, form, groups), call
     )
