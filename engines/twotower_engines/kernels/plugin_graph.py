@@ -100,8 +100,8 @@ def take_codes(model: onnx.ModelProto) -> None:
     left = [node for node in model.graph.node if node.op_type in DECODERS.values()]
     if left:
         raise BuildError(
-            f"weights of 4 bits ({left[0].input[0]}) go where no kernel of ours takes them; export "
-            "the checkpoint again"
+            f"weights of 4 bits ({left[0].input[0]}) go where no kernel of ours takes them; both "
+            "projections of a layer's experts must have one format: quantize them alike"
         )
 
 
