@@ -113,9 +113,7 @@ class TimedRuntime:
 def first_blocks(runtime: Runtime, engines: EngineSet) -> list[dict[str, Any]]:
     """Return the times to the first step and block of three prompts with a shared beginning."""
     timed = TimedRuntime(runtime)
-    scheduler = Scheduler(
-        timed, slots=1, costs=costs_of_engines(engines), prefix_bytes=256 * 2**20
-    )
+    scheduler = Scheduler(timed, slots=1, costs=costs_of_engines(engines), prefix_bytes=256 * 2**20)
     times = []
     for number in range(3):
         ids = (*prompt(0, SHARED), *prompt(number + 1, 10))

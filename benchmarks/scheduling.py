@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import today, write_results
-from tests.support import ROOT
 from twotower_engines.generation.scheduler import Scheduler
-from twotower_engines.planning.model_size import ModelSize, read_model_size
+from twotower_engines.planning.model_size import RELEASED, ModelSize, read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.simulation.engines import runtime_of_plan
@@ -87,8 +86,9 @@ def cases(model: ModelSize) -> Iterator[tuple[str, str, Outcome]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    sizes = ROOT / "tests" / "data" / "full_size"
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=sizes, help="[released sizes]")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", default=RELEASED, help="[released sizes]"
+    )
     model = read_model_size(parser.parse_args().checkpoint)
     results, lines = [], [
         "# The scheduler's choices, simulated",

@@ -91,9 +91,7 @@ class Turns:
         ready = [row for row in waiting if row.stage is Stage.COMMITTING or row in prompts]
         # a single token is a step of its own, which nobody waits for
         return [
-            some
-            for size, some in self._calls(ready)
-            if size == 1 or self._pays(rows, some, size)
+            some for size, some in self._calls(ready) if size == 1 or self._pays(rows, some, size)
         ]
 
     def part(self, row: Row) -> ExtendRow:
