@@ -1,6 +1,6 @@
 """Long prompts on the CPU flavour: what they cost others, and what one spares the next.
 
-    python -m benchmarks.long_prompts      # half a minute; exports and builds the shipped checkpoint
+    python -m benchmarks.long_prompts      # half a minute
 
 - One request runs alone; then fifteen prompts of 3,000 tokens come at once, with the budget that
   prompts have in a turn and without one: the time between its blocks, and of a turn.
@@ -106,6 +106,7 @@ class TimedRuntime:
         return getattr(self._runtime, name)
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
+        """Refine a block, and note the time if it is the first."""
         self.first_step = min(self.first_step, thread_time())
         return self._runtime.denoise(rows)
 
@@ -178,8 +179,8 @@ def main() -> None:
             for number, one in enumerate(blocks, 1)
         ),
         "",
-        f"The second prompt's steps begin {cold['step_ms'] / warm['step_ms']:.0f} times sooner than "
-        "the first's,",
+        f"The second prompt's steps begin {cold['step_ms'] / warm['step_ms']:.0f} times sooner",
+        "than the first's,",
         f"its first block comes {cold['block_ms'] / warm['block_ms']:.1f} times sooner.",
     ]
     print("\n".join(lines))

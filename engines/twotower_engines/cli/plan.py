@@ -109,8 +109,8 @@ def plan(
     """Show whether a model fits on a GPU, and how fast it can be.
 
     CHECKPOINT is a checkpoint folder, its config.json, a bundle or engines: only sizes are read, no
-    weights. Without one it is the released model. The plan counts weights, states, buffers and workspace per GPU, bounds the time of each
-    call, and lists its assumptions.
+    weights. Without one it is the released model. The plan counts weights, states, buffers and
+    workspace per GPU, bounds the time of each call, and lists its assumptions.
 
     A plan that does not fit, or only in a precision that cannot be built yet, is refused with the
     nearest plans that can be built, and exit code 2. With several SKUs each has a line, and the
