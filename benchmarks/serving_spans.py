@@ -77,4 +77,5 @@ for _owner, _method, _name in (
     (EngineLoop, "_take_in", "take in"),
 ):
     _timed(_owner, _method, _name)
-threading.Thread(target=_answer, name="spans", daemon=True).start()
+if SPANS in os.environ:  # else it was imported for the name alone
+    threading.Thread(target=_answer, name="spans", daemon=True).start()
