@@ -42,8 +42,11 @@ NVFP4_STEPS: Final = (-1, 1, 4, 5)
 Four codes up are 1.5 times the scale: the largest weight becomes a 4 in place of a 6.
 """
 
-INT4_STEPS: Final = (0.95, 0.9, 0.85)
-"""Scales that are tried for a group, relative to the one of `amax`."""
+INT4_STEPS: Final = (1.07, 1.035, 0.965, 0.93, 0.895, 0.86, 0.825)
+"""Scales that are tried for a group, relative to the one of `amax`.
+
+That one makes the largest weight a 7.5, which is clipped if it is positive; 1.07 times it a 7.
+"""
 
 _BIASED: Final = np.float32(1.5 * 2**22)  # adding and subtracting it rounds to multiples of 0.5
 _EXPONENT: Final = 0x7F800000
