@@ -80,6 +80,11 @@ Examples:
     help="Tokens of the largest block.",
 )
 @click.option(
+    "--chunk",
+    type=click.IntRange(min=16),
+    help="Tokens of a prompt that one call reads.  [default: the most that fits]",
+)
+@click.option(
     "--prefix-mib",
     type=click.IntRange(min=0),
     default=0,
@@ -102,6 +107,7 @@ def plan(
     precision: str,
     flavour: str,
     block_size_max: int,
+    chunk: int | None,
     prefix_mib: int,
     threshold: float,
     as_json: bool,
@@ -133,6 +139,7 @@ def plan(
                 context,
                 precision,
                 flavour=None if flavour == "auto" else flavour,
+                max_tokens_per_call=chunk,
                 block_size_max=block_size_max,
                 prefix_bytes=prefix_mib << 20,
             )

@@ -78,6 +78,11 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     help="Precision of the weights.",
 )
 @click.option(
+    "--chunk",
+    type=click.IntRange(min=16),
+    help="Tokens of a prompt that one call reads.  [default: the most that fits]",
+)
+@click.option(
     "--prefix-cache",
     type=click.FloatRange(min=0),
     default=0.0,
@@ -114,6 +119,7 @@ def simulate(
     slots: int,
     context: int | None,
     precision: str,
+    chunk: int | None,
     prefix_cache: float,
     prefill_ms: float,
     calls: str,
@@ -135,7 +141,14 @@ def simulate(
         raise PlanError(f"--sku is {sku!r}; simulate one GPU at a time")
     room = min(context or DEFAULT_CONTEXT, model.config.max_position_embeddings)
     kept = int(prefix_cache * 2**30)
-    request = PlanRequest(chosen, slots=slots, context=room, precision=precision, prefix_bytes=kept)
+    request = PlanRequest(
+        chosen,
+        slots=slots,
+        context=room,
+        precision=precision,
+        max_tokens_per_call=chunk,
+        prefix_bytes=kept,
+    )
     plan = plan_memory(model, request)
     if not plan.fits:
         named = "" if checkpoint == RELEASED else f"{checkpoint} "
