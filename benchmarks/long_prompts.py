@@ -58,7 +58,7 @@ def prompt(seed: int, tokens: int) -> tuple[int, ...]:
 
 
 def gaps(runtime: Runtime, engines: EngineSet, case: str) -> dict[str, list[float]]:
-    """Return the times between blocks of a request that others join, and of its turns, in ms."""
+    """Return times in ms: between blocks of a request, of its turns, and of others' answers."""
     coming, has_budget = CASES[case]
     budget = PREFILL_SECONDS if has_budget else math.inf
     shared_cost = turns.SHARED_COST if has_budget else math.inf
@@ -74,6 +74,7 @@ def _gaps(
     scheduler.submit(running)
     blocks: list[float] = []
     durations: list[float] = []
+    answers: list[float] = []
     while not scheduler.idle:
         start = thread_time()
         for event in scheduler.turn():
@@ -83,10 +84,13 @@ def _gaps(
                     for number in range(coming):
                         one = Request(str(number), prompt(number, LONG), max_new_tokens=16)
                         scheduler.submit(one)
+            elif event.is_last:
+                answers.append(thread_time() - blocks[4])
         if 5 <= len(blocks) < BLOCKS:
             durations.append(thread_time() - start)
     between = [after - before for before, after in itertools.pairwise(blocks[4:])]
-    return {"block": [1e3 * one for one in between], "turn": [1e3 * one for one in durations]}
+    times = {"block": between, "turn": durations, "answer": answers}
+    return {kind: [1e3 * one for one in some] for kind, some in times.items() if some}
 
 
 def shown(values: Sequence[float]) -> dict[str, float]:
@@ -141,7 +145,7 @@ def main() -> None:
         found = {
             case: {
                 kind: min((shown(one[case][kind]) for one in repeats), key=lambda one: one["p95"])
-                for kind in ("block", "turn")
+                for kind in repeats[0][case]
             }
             for case in CASES
         }
@@ -157,10 +161,11 @@ def main() -> None:
         "",
         "Time between two blocks of one request, alone and while others come at once:",
         f"{COMING} prompts of {LONG:,} tokens. Beside it the time of a turn, in which every row",
-        "gets one denoise step.",
+        "gets one denoise step, and the time until the others are answered.",
         "",
-        "| | block: median, ms | 95th | longest | turn: median, ms | 95th | longest |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | block: median, ms | 95th | longest | turn: median, ms | 95th | longest | "
+        "others' answers: median, ms | 95th | longest |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {case} | "
             + " | ".join(f"{value:.0f}" for kind in one.values() for value in kind.values())
