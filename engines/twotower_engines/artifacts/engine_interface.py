@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import FLAT
 from twotower_contract.manifest import Manifest, WeightInput
-from twotower_contract.quantized import input_forms
 
 DYNAMIC = -1
 """A size that is not known before a call, as TensorRT writes it."""
 
-STORED = {"BF16": "BF16", "F32": "FLOAT", "F8_E4M3": "FP8"}
+STORED = {"BF16": "BF16", "F32": "FLOAT", "F8_E4M3": "FP8", "I32": "INT32"}
 """TensorRT's names of the dtypes that weights go in."""
 
 COMPUTED = {"bfloat16": "BF16", "float32": "FLOAT"}
@@ -77,7 +76,7 @@ def interface_of(
             spec = TensorSpec(STORED[weight.input_dtype], (rows_, count * columns))
             taken[weight.name + FLAT] = spec
             continue
-        forms = input_forms(weight.name, weight.input_dtype, weight.shape, model.tensor_dtype)
+        forms = weight.forms(model.tensor_dtype)
         taken |= {name: TensorSpec(STORED[kind], shape) for name, (kind, shape) in forms.items()}
     new = {f"{name}_new": spec for name, spec in states.items()}
     if tower == "denoiser":

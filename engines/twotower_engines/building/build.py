@@ -72,6 +72,8 @@ class BuildOptions:
         gpus: 1, or 2 for one tower on each; None for the fewest that fit.
         block_size_max: Tokens of the largest block that the denoiser takes.
         is_shared: Whether one engine must serve every GPU of the SKU's compute capability.
+        max_tokens_per_call: Tokens of a prompt in one call; None for as many as the plan has room
+            for.
     """
 
     sku: Sku = field(default_factory=lambda: known_skus()["cpu"])
@@ -82,6 +84,7 @@ class BuildOptions:
     gpus: int | None = None
     block_size_max: int = BLOCK_SIZE_MAX
     is_shared: bool = False
+    max_tokens_per_call: int | None = None
 
 
 def build_engines(
@@ -168,6 +171,7 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
         options.slots,
         options.context or min(CONTEXT, manifest.model.max_position_embeddings),
         flavour=flavour,
+        max_tokens_per_call=options.max_tokens_per_call,
         block_size_max=options.block_size_max,
         kernels=FLAVOURS[flavour].has_kernels(),
     )
@@ -193,8 +197,8 @@ def _chosen_flavour(options: BuildOptions, precision: str | None) -> str:
     """Return the flavour to build with.
 
     `auto` is the SKU's default, but on an RTX card itself TensorRT with our kernels, where both are
-    installed: such engines read the routed experts only. Quantized weights (`precision`) take the
-    first flavour that has kernels for them.
+    installed: such engines read the routed experts only. For quantized weights (`precision`) the
+    default is the SKU's first flavour that takes them.
 
     Raises:
         BuildError: There is no such flavour.
@@ -203,16 +207,15 @@ def _chosen_flavour(options: BuildOptions, precision: str | None) -> str:
         return options.flavour
     if options.flavour != "auto":
         raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
-    if precision is not None:
-        return flavour_for(options.sku, precision)
     best, sku = FLAVOURS["tensorrt"], options.sku
-    if best.name in sku.flavours and sku.flavour != best.name and best.has_kernels():
+    default = sku.flavour if precision is None else flavour_for(sku, precision)
+    if best.name in sku.flavours and default != best.name and best.has_kernels():
         limits = Limits(options.slots, options.context or CONTEXT, 1, options.block_size_max)
         with contextlib.suppress(BuildError):
             best.versions()
             best.check(Target(sku, limits, options.precision, options.is_shared))
             return best.name
-    return sku.flavour
+    return default
 
 
 def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:

@@ -2,10 +2,10 @@
 
 A weight input of a native graph holds the bytes of its tensors one after the other: as they are
 stored, or expert after expert. An engine may take a bank of experts row after row instead, see
-`FLAT`. Nothing is converted but what is quantized: FP8 codes are transposed, and their scales
-narrowed, see `input_forms`. A tower's weights are one allocation, which is filled window by window:
-two threads read the windows' bytes from the shards, which may be those of many small tensors, while
-windows that were read travel.
+`FLAT`. Nothing is converted but what is quantized: FP8 codes are transposed, and scales are brought
+to the model's dtype, see `input_forms`. A tower's weights are one allocation, which is filled
+window by window: two threads read the windows' bytes from the shards, which may be those of many
+small tensors, while windows that were read travel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy.typing as npt
 from twotower_contract.errors import CheckpointError
 from twotower_contract.layout import FLAT
 from twotower_contract.manifest import Manifest, WeightInput
-from twotower_contract.quantized import input_forms
+from twotower_contract.quantized import scale_names
 from twotower_contract.shards import ITEM_SIZES, TensorEntry
 from twotower_engines.artifacts.engine_interface import is_flat
 from twotower_engines.artifacts.weights import Progress, WeightStore, widen
@@ -45,7 +45,7 @@ BUFFERS = READERS + 2
 
 def input_sizes(manifest: Manifest, weight: WeightInput) -> dict[str, int]:
     """Return the bytes on the device of each input that a weight has, by name."""
-    forms = input_forms(weight.name, weight.input_dtype, weight.shape, manifest.model.tensor_dtype)
+    forms = weight.forms(manifest.model.tensor_dtype)
     return {name: math.prod(shape) * ITEM_SIZES[dtype] for name, (dtype, shape) in forms.items()}
 
 
@@ -157,14 +157,14 @@ def _pieces(
             yield _Piece(start, size, tuple(map(source, tensors)), row=row)
             start += aligned(size)
             continue
-        ends = ("", *(["_scale"] if weight.format == "fp8" else []))
+        parts = [(one, *scale_names(one, weight.dtype)) for one in weight.sources]
         sizes = input_sizes(manifest, weight).values()
-        for end, size in zip(ends, sizes, strict=True):
-            for number, name in enumerate(weight.sources):
-                tensor = manifest.tensors[f"{name}{end}"]
-                each = size // len(weight.sources)
-                is_codes = weight.format == "fp8" and not end
-                is_as_stored = not is_codes and each == tensor.end - tensor.begin
+        for size, names in zip(sizes, zip(*parts, strict=True), strict=True):
+            for number, name in enumerate(names):
+                tensor = manifest.tensors[name]
+                each = size // len(names)
+                is_turned = weight.format == "fp8" and name in weight.sources
+                is_as_stored = not is_turned and each == tensor.end - tensor.begin
                 yield _Piece(
                     start + number * each,
                     each,
@@ -308,7 +308,7 @@ def _converted(stored: npt.NDArray[np.uint8], tensor: TensorEntry) -> npt.NDArra
         widened = np.empty(stored.size // 2, np.float32)
         widen(stored.view(np.uint16), widened)
         return widened.view(np.uint8)
-    if tensor.shape:
+    if tensor.dtype == "F8_E4M3":
         return np.ascontiguousarray(stored.reshape(tensor.shape).T).reshape(-1)
     bits = stored.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
