@@ -341,6 +341,15 @@ def write(rows: list[dict[str, float]], looped: list[dict[str, float]]) -> None:
     for name in names:
         cells = (f"{row[name]:.2f} ({row[name] / row['engine calls']:.0%})" for row in rows)
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    sixteen = next(row for row in rows if row["streams"] == 16)
+    own = sixteen["scheduling"] + sixteen["taking in, giving out"]
+    lines += [
+        "",
+        f"At 16 streams the engine's thread spends {own / sixteen['engine calls']:.0%} of the time "
+        "of its calls on",
+        "all that serving needs of it. What stands beside it runs on the machine's other cores; on",
+        "two cores it takes some of the engine's, which waits for one.",
+    ]
     served = {row["streams"]: row["tokens per second"] for row in rows}
     lines += [
         "",
