@@ -25,10 +25,11 @@ from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.host_states import CAPACITY_STEP, Batch, HostStates, Slot, grown
+from twotower_engines.runtime.int8_products import use_int8
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
-from twotower_engines.runtime.routed_experts import replace_experts
+from twotower_engines.runtime.routed_experts import parts_of, replace_experts
 from twotower_engines.runtime.vocabulary_passes import refine_masked_rows
 
 Array = npt.NDArray[Any]
@@ -60,6 +61,7 @@ class OnnxRuntime:
         checkpoint: The checkpoint's folder, where it is not the one in the manifest.
         threads: Threads of one operator; None for one per core.
         progress: Called with the bytes of weights that are bound, and their sum.
+        int8: Whether to compute products in 8 bits; see `runtime.int8_products`.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class OnnxRuntime:
         checkpoint: Path | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
+        int8: bool = False,
     ) -> None:
         self._ort = _import_onnxruntime()
+        self._int8 = int8
         model = engines.manifest.model
         self.limits = engines.build.limits
         self.vocab_size = model.vocab_size
@@ -220,17 +224,19 @@ class OnnxRuntime:
             caches = [f"{name}_new" for name in self._attention_shapes]
             read = [*self._new_states(1), "logits"] if tower == "context" else DENOISER_OUTPUTS
             prune(model.graph, [*read, *caches])
-            parts = replace_experts(model.graph)
+            experts = replace_experts(model.graph)
             if tower == "denoiser":
                 model = refine_masked_rows(
                     model, LOGITS_WANTED, self.vocab_size, self.mask_token_id
                 )
             del model.functions[:]  # of what is written anew
+            narrow = use_int8(model) if self._int8 else {}
             make_optional(model.graph, "logits", LOGITS_WANTED)
             weights = (
                 part
-                for name, array in store.all_float32(tower, progress)
-                for part in (parts[name](array) if name in parts else {name: array}).items()
+                for bank in store.all_float32(tower, progress)
+                for matrix in parts_of(experts, *bank)
+                for part in parts_of(narrow, *matrix)
             )
             session, kept = packed_session(self._ort, model, weights, options)
         except TwoTowerError:
