@@ -73,9 +73,7 @@ def replace_experts(graph: onnx.GraphProto) -> dict[str, Parts]:
     return parts
 
 
-def parts_of(
-    parts: Mapping[str, Parts], name: str, array: Array
-) -> Iterable[tuple[str, Array]]:
+def parts_of(parts: Mapping[str, Parts], name: str, array: Array) -> Iterable[tuple[str, Array]]:
     """Return (name, array) of what takes a weight's place; itself where nothing does."""
     return parts[name](array).items() if name in parts else [(name, array)]
 
