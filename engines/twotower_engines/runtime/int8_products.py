@@ -87,7 +87,8 @@ def use_int8(model: onnx.ModelProto) -> dict[str, Parts]:
 def _is_reduced(weight: onnx.ValueInfoProto | None) -> bool:
     if weight is None or not ("_proj" in weight.name or weight.name.endswith("lm_head.weight")):
         return False
-    return math.prod(s.dim_value for s in weight.type.tensor_type.shape.dim) >= REDUCED_FROM
+    size: int = math.prod(each.dim_value for each in weight.type.tensor_type.shape.dim)
+    return size >= REDUCED_FROM
 
 
 def _quantized_rows(b: Nodes, x: str) -> tuple[str, str]:
