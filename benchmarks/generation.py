@@ -11,6 +11,10 @@ The trained tiny checkpoint, held-out prompts, greedy, threshold 0.9, all on the
 What bounds it here is the number of operators (some 600 small ones per denoiser call), not bytes or
 arithmetic: the model has 1 MB. The full-size figures are the roofline's, see `twotower plan`.
 Answers are compared between all ways before anything is timed.
+
+A second table compares what weights are stored as, and products in 8 bits (`--int8`), for a model
+of hidden size 512, 14 layers and the released vocabulary with random weights: one request, four
+denoiser calls for each block, tokens per second of CPU time with one thread.
 """
 
 from __future__ import annotations
@@ -20,26 +24,37 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.denoiser_call import HIDDEN, PATTERN, VOCABULARY, context_ids, seconds
 from benchmarks.record import machine, today, write_results
 from tests.support import TWOTOWER
 from tests.support.torch_generation import load_towers
 from twotower_contract.engine_set import EngineSet, open_engine_set
+from twotower_contract.quantized import Format
 from twotower_engines.artifacts.tokenizer import Tokenizer
+from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.runtime.interface import Runtime
 from twotower_engines.runtime.opening import open_runtime
+from twotower_export.bundle import write_bundle
+from twotower_export.checkpoint import open_checkpoint
+from twotower_export.quantization.recipe import default_recipe
+from twotower_export.quantization.writing import quantize_checkpoint
 from twotower_export.reference.refinement import Rule, refine
 from twotower_export.reference.towers import advance_states, empty_states
+from twotower_export.tiny.checkpoints import write_random_checkpoint
 from twotower_export.tiny.corpus import documents
 
 NEW_TOKENS, BLOCK, STEPS, THRESHOLD = 96, 16, 16, 0.9
 PROMPTS, PYTORCH_PROMPTS = 16, 4
 REPEATS = 3
 PYTORCH = "PyTorch eager, 1 in flight"
+LARGER_FORMATS: tuple[Format, ...] = ("fp8", "int4")
 Answers = list[list[int]]
 
 
@@ -88,10 +103,14 @@ def pytorch_answers(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Calla
 
 
 def our_answers(
-    engines: EngineSet, prompts: Sequence[Sequence[int]], slots: int, mode: str = "mask_diffusion"
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int]],
+    slots: int,
+    mode: str = "mask_diffusion",
+    tokens: int = NEW_TOKENS,
+    steps: int = STEPS,
 ) -> Callable[[], Answers]:
     """The CPU flavour with so many requests in flight."""
-    runtime = open_runtime(engines)
 
     def run() -> Answers:
         scheduler = Scheduler(runtime, slots)
@@ -103,8 +122,8 @@ def our_answers(
                     str(number),
                     tuple(prompt),
                     mode=mode,  # type: ignore[arg-type]
-                    max_new_tokens=NEW_TOKENS,
-                    steps=STEPS,
+                    max_new_tokens=tokens,
+                    steps=steps,
                     threshold=THRESHOLD,
                     ignore_eos=True,
                 )
@@ -136,9 +155,11 @@ def main() -> None:
         prompts = [list(tokenizer.encode(next(held_out).prompt)) for _ in range(PROMPTS)]
         ways = {
             PYTORCH: pytorch_answers(checkpoint, prompts[:PYTORCH_PROMPTS]),
-            "autoregressive, 1 in flight": our_answers(engines, prompts, 1, "ar"),
+            "autoregressive, 1 in flight": our_answers(open_runtime(engines), prompts, 1, "ar"),
             **{
-                f"mask diffusion, {slots} in flight": our_answers(engines, prompts, slots)
+                f"mask diffusion, {slots} in flight": our_answers(
+                    open_runtime(engines), prompts, slots
+                )
                 for slots in (1, 4, 16)
             },
         }
@@ -147,15 +168,37 @@ def main() -> None:
             if "diffusion" in name:
                 same = way()[:PYTORCH_PROMPTS] == expected
                 assert same, f"{name}: answers differ from PyTorch's"
-        seconds = dict(zip(ways, best_seconds(list(ways.values())), strict=True))
-    report(seconds)
+        best = dict(zip(ways, best_seconds(list(ways.values())), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        report(best, precisions(Path(folder)))
 
 
-def report(seconds: dict[str, float]) -> None:
+def precisions(folder: Path) -> list[dict[str, Any]]:
+    """Tokens per CPU second of a larger model by what its weights are stored as."""
+    write_random_checkpoint(folder / "bf16", PATTERN, HIDDEN, 1, vocab_size=VOCABULARY)
+    source = open_checkpoint(folder / "bf16")
+    rows: list[dict[str, Any]] = []
+    for stored in ("bf16", *LARGER_FORMATS):
+        if stored != "bf16":
+            recipe = default_recipe(source, stored, ())
+            quantize_checkpoint(source, folder / stored, recipe)
+        bundle, built = folder / f"{stored}-bundle", folder / f"{stored}-engines"
+        write_bundle(open_checkpoint(folder / stored), bundle)
+        engines = build_engines(bundle, built, BuildOptions(slots=1, context=512))[0]
+        for int8 in (False, True):
+            runtime = open_runtime(engines, threads=1, int8=int8)
+            answer = our_answers(runtime, [context_ids().tolist()], 1, tokens=32, steps=4)
+            least = min(seconds(answer) for _ in range(REPEATS))
+            runtime.close()
+            rows.append({"stored": stored, "int8": int8, "tokens_per_second": round(32 / least, 1)})
+    return rows
+
+
+def report(best: dict[str, float], larger: list[dict[str, Any]]) -> None:
     """Print the table and write it to `results/`."""
     rates = {
         way: NEW_TOKENS * (PYTORCH_PROMPTS if way == PYTORCH else PROMPTS) / one
-        for way, one in seconds.items()
+        for way, one in best.items()
     }
     rows = [
         {"way": way, "tokens_per_second": round(rate), "ratio": round(rate / rates[PYTORCH], 2)}
@@ -172,9 +215,19 @@ def report(seconds: dict[str, float]) -> None:
         "| way | tokens/s | against PyTorch |",
         "|---|---:|---:|",
         *(f"| {r['way']} | {r['tokens_per_second']} | {r['ratio']:.1f}x |" for r in rows),
+        "",
+        f"Hidden size {HIDDEN}, {len(PATTERN)} layers, vocabulary {VOCABULARY:,}, random weights,"
+        " four calls for each block of 16, tokens per second of CPU time with one thread:",
+        "",
+        "| weights | products | tokens/s |",
+        "|---|---|---:|",
+        *(
+            f"| {r['stored']} | {'int8' if r['int8'] else 'float32'} | {r['tokens_per_second']} |"
+            for r in larger
+        ),
     ]
     print("\n".join(lines))
-    write_results("generation-cpu", lines, {"machine": where, "rows": rows})
+    write_results("generation-cpu", lines, {"machine": where, "rows": rows, "larger": larger})
 
 
 if __name__ == "__main__":
