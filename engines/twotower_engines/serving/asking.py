@@ -8,7 +8,8 @@ before all requests that wait, so it comes while any number of streams is open.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from twotower_engines.errors import ServingError
@@ -18,6 +19,8 @@ KEY_HEADER = "triton-grpc-protocol-"
 CONTROL = "twotower-control"  # models, shared memory, logging, tracing: for `serve` alone
 ACCESS = "twotower-access"  # requests: for callers who have the key
 LOAD_SECONDS = 600.0
+# A server that starts is tried again soon; by default after 1 s, then ever more rarely.
+RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 100)]
 
 
 class NoAnswerError(ServingError):
@@ -51,7 +54,7 @@ class Asker:
             (f"{KEY_HEADER}{key}", value) for key, value in (keys or {}).items()
         )
         # A server on this machine is not reached through a proxy.
-        options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
+        options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0), *RECONNECT]
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
@@ -106,31 +109,52 @@ class Asker:
         from tritonclient.grpc import service_pb2
 
         request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
-        self._control(self._stub.RepositoryModelUnload, request)
-        self.load(model)
+        self._control("RepositoryModelUnload", request).wait()
+        self.begin_load(model).wait()
 
-    def load(self, model: str) -> None:
-        """Load a model.
-
-        Raises:
-            NoAnswerError: The server could not.
-        """
+    def begin_load(self, model: str) -> Loading:
+        """Let the server load a model."""
         from tritonclient.grpc import service_pb2
 
         request = service_pb2.RepositoryModelLoadRequest(model_name=model)
-        self._control(self._stub.RepositoryModelLoad, request)
+        return self._control("RepositoryModelLoad", request)
 
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
 
-    def _control(self, call: Any, request: Any) -> None:
-        import grpc
-
-        try:
-            call(request, timeout=LOAD_SECONDS, metadata=self._metadata)
-        except grpc.RpcError as problem:
-            raise NoAnswerError(self._words(request.model_name, problem)) from None
+    def _control(self, call: str, request: Any) -> Loading:
+        begin = getattr(self._stub, call).future
+        future = begin(request, timeout=LOAD_SECONDS, metadata=self._metadata)
+        return Loading(future, partial(self._words, request.model_name))
 
     def _words(self, model: str, problem: Any) -> str:
         return f"{model} at {self.address}: {problem.code().name}: {problem.details()}"
+
+
+class Loading:
+    """A model that the server loads or unloads.
+
+    Args:
+        future: The call.
+        words: Returns the message for its error.
+    """
+
+    def __init__(self, future: Any, words: Callable[[Any], str]) -> None:
+        self._future, self._words = future, words
+
+    @property
+    def problem(self) -> str | None:
+        """Why it failed; None where it has not, or not yet."""
+        problem = self._future.exception() if self._future.done() else None
+        return problem and self._words(problem)
+
+    def wait(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            NoAnswerError: The server could not.
+        """
+        problem = self._future.exception()
+        if problem is not None:
+            raise NoAnswerError(self._words(problem))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,20 +93,22 @@ class ServerOptions:
 
 
 def arguments(
-    options: ServerOptions, ports: dict[str, int], models: Sequence[str], control_key: str
+    options: ServerOptions, ports: dict[str, int], model: str, control_key: str
 ) -> list[str]:
     """Return the arguments of `tritonserver`, without those that name folders.
 
     Args:
         options: How to run it.
         ports: Chosen ports, by the name of their option.
-        models: Models to load.
+        model: Model to load at the start; those that come later are loaded by request.
         control_key: Key of what nobody but `serve` may use.
     """
     host = options.host
     words = [
         "--model-control-mode=explicit",
-        *(f"--load-model={name}" for name in models),
+        f"--load-model={model}",
+        # Our configurations are complete; to ask a Python model would start its process twice.
+        "--disable-auto-complete-config",
         "--backend-config=python,shm-default-byte-size=4194304",
         # A body of 200,000 brackets ends Triton's HTTP, and anyone could register shared memory.
         "--allow-http=false",

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from twotower_engines.errors import ServingError
-from twotower_engines.serving.asking import ACCESS, CONTROL, Asker
+from twotower_engines.serving.asking import ACCESS, CONTROL, Asker, Loading
 from twotower_engines.serving.front import MODULES
 from twotower_engines.serving.installation import find_server, make_backends, problem_of
 from twotower_engines.serving.launch import (
@@ -51,7 +51,12 @@ from twotower_engines.serving.lifeline import (
 from twotower_engines.serving.place import link_models, make_folder, refusal
 from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
-from twotower_engines.serving.stubs import dead_stubs, library_path, model_processes
+from twotower_engines.serving.stubs import (
+    dead_stubs,
+    group_lives,
+    library_path,
+    model_processes,
+)
 
 GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine
 HEED_SECONDS = 2  # in which the server heeds a process of a model that ended, where it does at all
@@ -66,7 +71,8 @@ class TritonServer:
     Args:
         repository: The model repository.
         options: Ports and log.
-        models: Models that must be ready.
+        models: Models that must be ready. The first is loaded before the others, and may answer
+            while they load.
 
     Raises:
         ServingError: The folder is no model repository, no server is installed, it cannot run our
@@ -189,7 +195,7 @@ class TritonServer:
         """
         with self.asker() as asker:
             asker.reload(model)
-            asker.load("ensemble")  # which was unloaded with it
+            asker.begin_load("ensemble").wait()  # which was unloaded with it
         self._model_processes |= model_processes(self.pid)
 
     def wait_until_ready(
@@ -209,6 +215,7 @@ class TritonServer:
                 Carries the end of the server's log.
         """
         next_look = float(HEED_SECONDS)
+        loading: list[Loading] = []
         with self.asker() as asker:
             while True:
                 elapsed = time.monotonic() - self._started
@@ -219,6 +226,10 @@ class TritonServer:
                 if not waiting:
                     self._model_processes = model_processes(self.pid)
                     return elapsed
+                if not loading and self._models[0] not in waiting:
+                    loading = [asker.begin_load(name) for name in waiting]
+                for problem in filter(None, (one.problem for one in loading)):
+                    raise ServingError(f"{problem}\n{self.log_tail()}")
                 if elapsed > next_look:
                     self._check_models()
                     next_look = elapsed + HEED_SECONDS
@@ -275,11 +286,7 @@ class TritonServer:
     def _wait_for_models(self) -> None:
         """Wait, seconds at most, until the kernel has let go of the group's killed processes."""
         end = time.monotonic() + GONE_SECONDS
-        while time.monotonic() < end:
-            try:
-                os.killpg(self._process.pid, 0)
-            except ProcessLookupError:
-                return
+        while group_lives(self._process.pid) and time.monotonic() < end:
             time.sleep(0.01)
 
     def log_tail(self, lines: int = 30) -> str:
@@ -323,7 +330,7 @@ class TritonServer:
         return f"[{host}]:{self._ports[option]}" if ":" in host else f"{host}:{self._ports[option]}"
 
     def _arguments(self) -> list[str]:
-        words = arguments(self._options, self._ports, self._models, self._control_key)
+        words = arguments(self._options, self._ports, self._models[0], self._control_key)
         words.append(f"--model-repository={self._links}")
         words.append(f"--backend-config=python,shm-region-prefix-name={self._prefix}")
         backends = make_backends(self._installation, self._links.parent)
