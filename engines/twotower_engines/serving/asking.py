@@ -8,8 +8,7 @@ before all requests that wait, so it comes while any number of streams is open.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from twotower_engines.errors import ServingError
@@ -109,52 +108,31 @@ class Asker:
         from tritonclient.grpc import service_pb2
 
         request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
-        self._control("RepositoryModelUnload", request).wait()
-        self.begin_load(model).wait()
+        self._control(self._stub.RepositoryModelUnload, request)
+        self.load(model)
 
-    def begin_load(self, model: str) -> Loading:
-        """Let the server load a model."""
+    def load(self, model: str) -> None:
+        """Load a model.
+
+        Raises:
+            NoAnswerError: The server could not.
+        """
         from tritonclient.grpc import service_pb2
 
         request = service_pb2.RepositoryModelLoadRequest(model_name=model)
-        return self._control("RepositoryModelLoad", request)
+        self._control(self._stub.RepositoryModelLoad, request)
 
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
 
-    def _control(self, call: str, request: Any) -> Loading:
-        begin = getattr(self._stub, call).future
-        future = begin(request, timeout=LOAD_SECONDS, metadata=self._metadata)
-        return Loading(future, partial(self._words, request.model_name))
+    def _control(self, call: Any, request: Any) -> None:
+        import grpc
+
+        try:
+            call(request, timeout=LOAD_SECONDS, metadata=self._metadata)
+        except grpc.RpcError as problem:
+            raise NoAnswerError(self._words(request.model_name, problem)) from None
 
     def _words(self, model: str, problem: Any) -> str:
         return f"{model} at {self.address}: {problem.code().name}: {problem.details()}"
-
-
-class Loading:
-    """A model that the server loads or unloads.
-
-    Args:
-        future: The call.
-        words: Returns the message for its error.
-    """
-
-    def __init__(self, future: Any, words: Callable[[Any], str]) -> None:
-        self._future, self._words = future, words
-
-    @property
-    def problem(self) -> str | None:
-        """Why it failed; None where it has not, or not yet."""
-        problem = self._future.exception() if self._future.done() else None
-        return problem and self._words(problem)
-
-    def wait(self) -> None:
-        """Wait for the end.
-
-        Raises:
-            NoAnswerError: The server could not.
-        """
-        problem = self._future.exception()
-        if problem is not None:
-            raise NoAnswerError(self._words(problem))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,20 +94,20 @@ class ServerOptions:
 
 
 def arguments(
-    options: ServerOptions, ports: dict[str, int], model: str, control_key: str
+    options: ServerOptions, ports: dict[str, int], models: Sequence[str], control_key: str
 ) -> list[str]:
     """Return the arguments of `tritonserver`, without those that name folders.
 
     Args:
         options: How to run it.
         ports: Chosen ports, by the name of their option.
-        model: Model to load at the start; those that come later are loaded by request.
+        models: Models to load.
         control_key: Key of what nobody but `serve` may use.
     """
     host = options.host
     words = [
         "--model-control-mode=explicit",
-        f"--load-model={model}",
+        *(f"--load-model={name}" for name in models),
         # Our configurations are complete; to ask a Python model would start its process twice.
         "--disable-auto-complete-config",
         "--backend-config=python,shm-default-byte-size=4194304",

@@ -16,7 +16,7 @@ from twotower_engines.errors import ServingError
 
 CONFIG_FILE = "config.pbtxt"
 MODEL_FILE = "model.py"
-MODELS = ("twotower", "preprocessing", "postprocessing", "ensemble", "llm")
+MODELS = ("preprocessing", "twotower", "postprocessing", "ensemble", "llm")
 
 Config = Any  # tritonclient.grpc.model_config_pb2.ModelConfig, whose module has no types
 

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from twotower_engines.errors import ServingError
-from twotower_engines.serving.asking import ACCESS, CONTROL, Asker, Loading
+from twotower_engines.serving.asking import ACCESS, CONTROL, Asker
 from twotower_engines.serving.front import MODULES
 from twotower_engines.serving.installation import find_server, make_backends, problem_of
 from twotower_engines.serving.launch import (
@@ -71,8 +71,7 @@ class TritonServer:
     Args:
         repository: The model repository.
         options: Ports and log.
-        models: Models that must be ready. The first is loaded before the others, and may answer
-            while they load.
+        models: Models that must be ready.
 
     Raises:
         ServingError: The folder is no model repository, no server is installed, it cannot run our
@@ -195,7 +194,7 @@ class TritonServer:
         """
         with self.asker() as asker:
             asker.reload(model)
-            asker.begin_load("ensemble").wait()  # which was unloaded with it
+            asker.load("ensemble")  # which was unloaded with it
         self._model_processes |= model_processes(self.pid)
 
     def wait_until_ready(
@@ -215,7 +214,6 @@ class TritonServer:
                 Carries the end of the server's log.
         """
         next_look = float(HEED_SECONDS)
-        loading: list[Loading] = []
         with self.asker() as asker:
             while True:
                 elapsed = time.monotonic() - self._started
@@ -226,10 +224,6 @@ class TritonServer:
                 if not waiting:
                     self._model_processes = model_processes(self.pid)
                     return elapsed
-                if not loading and self._models[0] not in waiting:
-                    loading = [asker.begin_load(name) for name in waiting]
-                for problem in filter(None, (one.problem for one in loading)):
-                    raise ServingError(f"{problem}\n{self.log_tail()}")
                 if elapsed > next_look:
                     self._check_models()
                     next_look = elapsed + HEED_SECONDS
@@ -330,7 +324,7 @@ class TritonServer:
         return f"[{host}]:{self._ports[option]}" if ":" in host else f"{host}:{self._ports[option]}"
 
     def _arguments(self) -> list[str]:
-        words = arguments(self._options, self._ports, self._models[0], self._control_key)
+        words = arguments(self._options, self._ports, self._models, self._control_key)
         words.append(f"--model-repository={self._links}")
         words.append(f"--backend-config=python,shm-region-prefix-name={self._prefix}")
         backends = make_backends(self._installation, self._links.parent)
