@@ -1,17 +1,21 @@
 """Bytes that compiled towers of the released size move in a call, against the least that they must.
 
-    python -m benchmarks.traffic            # about fifteen minutes on two cores, no GPU
+    python -m benchmarks.traffic              # about half an hour on two cores, no GPU
+    python -m benchmarks.traffic quantized    # ten minutes
 
 TensorRT-RTX compiles both towers for SM120 with a context of 8,192 tokens and room for a call, and
 says what each final kernel reads and writes. The least is every input of the graph read once (of
 embeddings, the rows of the tokens) and every output written once (of a cache, the new rows). Each
 tower is compiled twice: with the ops' bodies, as TensorRT-RTX runs it, and cut at our plugins,
 which is what TensorRT compiles between them: there, what a plugin reads is an output. TensorRT
-shares the compiler but times its choices: its engines may differ.
+shares the compiler but times its choices: its engines may differ. Quantized weights are
+those of the default recipe, at one row: FP8 in both forms, 4 bits cut at our plugins.
 """
 
 from __future__ import annotations
 
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,32 +28,54 @@ from twotower_contract.traffic import traffic_of
 
 CAPACITY = 8192 + 256
 CALLS = {"block": [(rows, 16) for rows in (1, 4, 16)], "chunk": [(1, 256), (4, 256)]}
-FORMS = ("bodies", "cut at plugins", "bodies, fp8")
-"""The last has FP8 weights, as the default recipe stores them, and is compiled for one row."""
+FORMS = {"bodies": False, "cut at plugins": True}
+"""Whether a graph is cut."""
+
+QUANTIZED = (
+    ("cut at plugins", "int4", "12.0"),
+    ("cut at plugins", "nvfp4", "12.0"),
+    ("cut at plugins", "fp8", "12.0"),
+    ("bodies", "fp8", "12.0"),
+    ("bodies", "fp8", "8.9"),
+)
+"""Forms, formats and compute capabilities of what is measured with quantized weights."""
 
 
-def cases() -> Iterator[tuple[str, str, str, int, int]]:
-    """Yield the form, the kind of call, the tower, and rows and tokens of each measurement."""
+def cases() -> Iterator[tuple[str, str, int, int]]:
+    """Yield the form, the tower, and rows and tokens of each measurement."""
     for form in FORMS:
         for kind, calls in CALLS.items():
             for tower in TOWERS if kind == "block" else ("context",):
                 for rows, tokens in calls:
-                    if form != FORMS[2] or (rows, kind) == (1, "block"):
-                        yield form, kind, tower, rows, tokens
+                    yield form, tower, rows, tokens
 
 
 def measure(
-    form: str, kind: str, tower: str, rows: int, tokens: int, folder: Path
+    form: str,
+    tower: str,
+    rows: int,
+    tokens: int,
+    format_: str | None = None,
+    capability: str = "12.0",
 ) -> dict[str, Any]:
     """Compile one tower for one size of call and add up what its kernels move."""
     start = time.perf_counter()
-    given = {"is_cut": form == FORMS[1], "format_": "fp8" if form == FORMS[2] else None}
-    listing = compiled(folder, tower, rows, tokens, CAPACITY, **given)
+    sizes = (rows, tokens, CAPACITY)
+    with tempfile.TemporaryDirectory() as folder:
+        listing = compiled(
+            Path(folder),
+            tower,
+            *sizes,
+            capability=capability,
+            format_=format_,
+            is_cut=FORMS[form],
+        )
     traffic = traffic_of(listing)
     return {
         "form": form,
+        "weights": format_ or "bf16",
+        "compute_capability": capability,
         "tower": tower,
-        "call": kind,
         "rows": rows,
         "tokens": tokens,
         "moved_bytes": traffic.moved.total,
@@ -59,33 +85,49 @@ def measure(
         "copied_inputs": len(traffic.copies),
         "kernels": traffic.moved.kernels,
         "seconds": round(time.perf_counter() - start, 1),
+        # of the largest process until now
+        "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
     }
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        results = []
-        for case in cases():
-            results.append(measure(*case, Path(name)))
-            print(results[-1], flush=True)
+def write(name: str, command: str, results: list[dict[str, Any]]) -> None:
+    """Write what was measured."""
+    peak = max(one["peak_memory"] for one in results)
     lines = [
         "# Bytes that compiled towers move",
         "",
-        f"`python -m benchmarks.traffic`, {today()}, TensorRT-RTX's compiler on 2 cores, no GPU;",
-        f"the released size, bf16, SM120, caches of {CAPACITY:,} tokens.",
+        f"`{command}`, {today()}, TensorRT-RTX's compiler on 2 cores, no GPU; the released size,",
+        f"caches of {CAPACITY:,} tokens. A compiler's process took {peak / 1e9:.2f} GB at most.",
         "",
-        "| form | tower | rows x tokens | GB moved | least | ratio | scratch, MB | inputs copied |"
-        " kernels | compiled in, s |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| form | weights | for | tower | rows x tokens | GB moved | least | ratio | scratch, MB |"
+        " inputs copied | kernels | compiled in, s |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {one['form']} | {one['tower']} | {one['rows']} x {one['tokens']} | "
+            f"| {one['form']} | {one['weights']} | {one['compute_capability']} | {one['tower']} | "
+            f"{one['rows']} x {one['tokens']} | "
             f"{one['moved_bytes'] / 1e9:.1f} | {one['least_bytes'] / 1e9:.1f} | "
             f"{one['ratio']:.2f} | {one['scratch_bytes'] / 1e6:.0f} | {one['copied_inputs']} | "
             f"{one['kernels']} | {one['seconds']:.0f} |"
             for one in results
         ),
     ]
-    write_results("traffic-rtx", lines, {"results": results})
+    write_results(name, lines, {"results": results})
+
+
+def main() -> None:
+    command = " ".join(["python -m benchmarks.traffic", *sys.argv[1:]])
+    results = []
+    if sys.argv[1:] == ["quantized"]:
+        for form, format_, capability in QUANTIZED:
+            for tower in TOWERS:
+                results.append(measure(form, tower, 1, 16, format_, capability))
+                print(results[-1], flush=True)
+        write("traffic-rtx-quantized", command, results)
+        return
+    for case in cases():
+        results.append(measure(*case))
+        print(results[-1], flush=True)
+    write("traffic-rtx", command, results)
 
 
 if __name__ == "__main__":

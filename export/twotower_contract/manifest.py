@@ -22,6 +22,8 @@ from twotower_contract.quantized import (
     FORMAT_OF_DTYPE,
     QUANTIZED_DTYPES,
     Format,
+    Shape,
+    input_forms,
     is_quantizable,
     matrix_name,
     scale_names,
@@ -70,10 +72,22 @@ class WeightInput(WeightSource):
         name: The graph's input.
         dtype: Stored dtype of the sources, in safetensors' spelling; that of the codes where they
             are quantized. The scales are tensors beside each source; see `scale_names`.
+        group: Weights of a row that share a scale in `int4`; 0 otherwise.
     """
 
     name: str
     dtype: str
+    group: int = 0
+
+    @classmethod
+    def of(cls, name: str, source: WeightSource, tensors: Mapping[str, TensorEntry]) -> WeightInput:
+        """Return the input that a weight has in a graph, its sources among `tensors`."""
+        first = source.sources[0]
+        dtype, group = tensors[first].dtype, 0
+        if FORMAT_OF_DTYPE.get(dtype) == "int4":
+            (scale,) = scale_names(first, dtype)
+            group = source.shape[-1] // tensors[scale].shape[-1]
+        return cls(source.how, source.shape, source.sources, name, dtype, group)
 
     @property
     def input_dtype(self) -> str:
@@ -84,6 +98,10 @@ class WeightInput(WeightSource):
     def format(self) -> Format | None:
         """The format of the sources, where they are quantized."""
         return FORMAT_OF_DTYPE.get(self.dtype)
+
+    def forms(self, computed: str) -> dict[str, tuple[str, Shape]]:
+        """Return the inputs that a native graph has for it; see `input_forms`."""
+        return input_forms(self.name, self.input_dtype, self.shape, computed, self.group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,4 +323,9 @@ def _weight(
             f"{what}: {len(sources)} tensors of shape {list(first)} do not make {list(shape)} by "
             f"`{how}`"
         )
-    return WeightInput(how, shape, sources, name, dtypes[0])  # type: ignore[arg-type]  # checked
+    scales = {
+        tensors[one].shape for source in sources for one in scale_names(source, dtypes[0])[:1]
+    }
+    if len(scales) > 1:
+        raise document.refusal(f"{what} has scales of several shapes")
+    return WeightInput.of(name, WeightSource(how, shape, sources), tensors)  # type: ignore[arg-type]  # checked

@@ -45,7 +45,10 @@ E4M3_MAX: Final = 448.0
 FORMAT_OF_DTYPE: Final[Mapping[str, Format]] = {"F8_E4M3": "fp8", "U8": "nvfp4", "I32": "int4"}
 """Formats by the dtype of the codes."""
 
-WEIGHTS_PER_ITEM: Final[Mapping[str, int]] = {"U8": 2, "I32": 8}
+CODES_PER_WORD: Final = 8
+"""Codes of 4 bits in 32, the lowest bits first."""
+
+WEIGHTS_PER_ITEM: Final[Mapping[str, int]] = {"U8": 2, "I32": CODES_PER_WORD}
 """Weights in one element of the codes, where there are several."""
 
 QUANTIZED_DTYPES: Final = (*FORMAT_OF_DTYPE, "I64")
@@ -160,25 +163,48 @@ def unpacked_shape(dtype: str, shape: Shape) -> Shape:
     return (*shape[:-1], shape[-1] * count) if shape else shape
 
 
-def input_forms(name: str, dtype: str, shape: Shape, computed: str) -> dict[str, tuple[str, Shape]]:
+def input_forms(
+    name: str, dtype: str, shape: Shape, computed: str, group: int = 0
+) -> dict[str, tuple[str, Shape]]:
     """Return the inputs that a native graph has for a weight, dtype and shape by name.
 
     FP8 codes lie as [in, out], where TensorRT dequantizes them inside of the product; the scale of
-    each matrix comes in the dtype that is computed in. The other formats have no inputs of their
-    own yet: their graphs take the weights decoded.
+    each matrix comes in the dtype that is computed in. Codes of 4 bits lie as they are stored, in
+    words of 32 bits: TensorRT's plugins take no bytes. So do the E4M3 scales of `nvfp4`, one row
+    after the other.
 
     Args:
         name: The weight's input.
         dtype: Stored dtype of its sources.
         shape: Its shape, [out, in] or [matrices, out, in] where it is quantized.
         computed: Dtype that the graph computes in, `BF16` or `F32`.
+        group: Weights of a row that share a scale in `int4`.
+
+    Raises:
+        ConfigError: The scales of a matrix do not fill words.
     """
-    if FORMAT_OF_DTYPE.get(dtype) != "fp8":
-        return {name: (computed if dtype in FORMAT_OF_DTYPE else dtype, shape)}
+    format_ = FORMAT_OF_DTYPE.get(dtype)
+    if format_ is None:
+        return {name: (dtype, shape)}
     *bank, out, into = shape
+    if format_ == "fp8":
+        return {
+            name: (dtype, (*bank, into, out)),
+            f"{name}_scale": (computed, tuple(bank)),
+        }
+    codes = ("I32", (*bank, out, into // CODES_PER_WORD))
+    if format_ == "int4":
+        return {name: codes, f"{name}_scale": (computed, (*bank, out, into // group))}
+    words, rest = divmod(out * into, 4 * NVFP4_BLOCK)
+    if rest:
+        raise ConfigError(
+            f"{name}: a matrix of {out} x {into} has {out * into // NVFP4_BLOCK} E4M3 scales, "
+            "which is no multiple of 4; quantize it to int4 or fp8"
+        )
     return {
-        name: (dtype, (*bank, into, out)),
-        f"{name}_scale": (computed, tuple(bank)),
+        name: codes,
+        f"{name}_scale": ("I32", (*bank, words)),
+        f"{name}_scale_2": ("F32", tuple(bank)),
     }
 
 

@@ -28,7 +28,7 @@ from twotower_contract.manifest import (
     WeightInput,
     write_manifest,
 )
-from twotower_contract.quantized import codes_name, input_forms
+from twotower_contract.quantized import codes_name
 from twotower_contract.shards import TensorEntry
 from twotower_export.checkpoint import Checkpoint, Progress
 from twotower_export.reference.golden import golden_for
@@ -130,9 +130,7 @@ def _weight_input(
     name: str, weight: WeightSource, tensors: Mapping[str, TensorEntry]
 ) -> WeightInput:
     sources = tuple(codes_name(source, tensors) for source in weight.sources)
-    return WeightInput(
-        weight.how, weight.shape, sources, name=name, dtype=tensors[sources[0]].dtype
-    )
+    return WeightInput.of(name, replace(weight, sources=sources), tensors)
 
 
 def _graphs(checkpoint: Checkpoint, towers: Sequence[Tower]) -> Iterator[_GraphToWrite]:
@@ -170,25 +168,33 @@ def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> 
         "twotower_version": importlib.metadata.version("twotower"),
         "fingerprint": checkpoint.fingerprint,
     }
-    model = builders[graph.name](
-        checkpoint.config, graph.dtype, _weight_dtypes(checkpoint, graph), metadata
-    )
+    dtypes, group = _weight_forms(checkpoint, graph)
+    given = {"group": group} if group else {}
+    model = builders[graph.name](checkpoint.config, graph.dtype, dtypes, metadata, **given)
     path = folder / graph.file
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx_ir.save(model, path)
     return GraphFile(graph.file, file_sha256(path))
 
 
-def _weight_dtypes(checkpoint: Checkpoint, graph: _GraphToWrite) -> dict[str, str]:
-    """Dtype of each weight input: as stored in the native graph, float32 in the float32 one."""
+def _weight_forms(checkpoint: Checkpoint, graph: _GraphToWrite) -> tuple[dict[str, str], int]:
+    """Return the dtype of each weight, and how many of `int4` share a scale.
+
+    As they are stored in the native graph; all is float32 in the float32 one.
+
+    Raises:
+        BundleError: INT4 matrices have groups of several sizes.
+    """
     if graph.tower is None:
-        return {}
+        return {}, 0
     weights = graph_weights(checkpoint.config, graph.tower, base=checkpoint.base)
     if "native" not in graph.precisions:
-        return dict.fromkeys(weights, "F32")
+        return dict.fromkeys(weights, "F32"), 0
     inputs = [_weight_input(name, one, checkpoint.tensors) for name, one in weights.items()]
-    computed = checkpoint.config.tensor_dtype
-    return {
-        one.name: input_forms(one.name, one.input_dtype, one.shape, computed)[one.name][0]
-        for one in inputs
-    }
+    groups = {one.group for one in inputs if one.group}
+    if len(groups) > 1:
+        raise BundleError(
+            f"{checkpoint.path}: a scale is shared by {' or '.join(map(str, sorted(groups)))} "
+            "weights, depending on the matrix; one size is supported: quantize the model anew"
+        )
+    return {one.name: one.input_dtype for one in inputs}, max(groups, default=0)

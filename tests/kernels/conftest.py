@@ -21,6 +21,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 from twotower_engines.kernels import (
     experts,  # noqa: F401
     jit,
+    linear,  # noqa: F401
     mamba,  # noqa: F401
     refine,  # noqa: F401
 )

@@ -35,9 +35,11 @@ import json
 from dataclasses import replace
 from twotower_engines.kernels.compile import all_specs, compile_kernel
 from twotower_engines.kernels.expert_products import product_specs
+from twotower_engines.kernels.linear import linear_specs
 from twotower_engines.kernels.targets import target
 made = []
 codes = [product_specs(replace(sizes, experts_format=form))[0] for form in {forms!r}]
+codes += linear_specs(64, 64, "nvfp4", 4)[:1]
 for name in {targets!r}:
     for spec in [*all_specs(sizes), *(codes if name in ("8.0", "9.0") else [])]:
         compiled = compile_kernel(spec, target(name))
@@ -80,7 +82,7 @@ def test_every_kernel_compiles_for_every_gpu(compiled: Callable[..., Any], half:
     forms = ("fp8", "int4", "nvfp4")  # one kernel each, the slow test has them all
     found = compiled(SMALL + COMPILE.format(targets=names, forms=forms))
     old_and_hopper = len({"8.0", "9.0"} & set(names))
-    assert len(found) == len(names) * len(all_specs(Sizes())) + len(forms) * old_and_hopper
+    assert len(found) == len(names) * len(all_specs(Sizes())) + (len(forms) + 1) * old_and_hopper
     assert {made["tokens"] for made in found} >= {16, 64}
     assert {made["kernel"] for made in found} >= {"mamba_scan", "mamba_scan_states"}
     for made in found:

@@ -23,10 +23,10 @@ from tests.support.kernel_inputs import (
     row_tensors,
 )
 from tests.support.plugin_launches import DTYPES, made_tensors, node_call
-from tests.support.quantized_banks import draw_bank
+from tests.support.quantized_banks import as_given, draw_bank
 from tests.support.released_nodes import released_call
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels import expert_products, experts, mamba, nodes, refine
+from twotower_engines.kernels import expert_products, experts, linear, mamba, nodes, refine
 from twotower_engines.kernels.compile import all_specs
 from twotower_engines.kernels.jit import launch
 from twotower_engines.kernels.node import POINTERS, Call, Launching, Node
@@ -50,21 +50,18 @@ def run_node(
     assert next(outputs, None) is None, "an output without a parameter"
     for name, value in zip(spec.types, arguments, strict=True):
         if isinstance(value, torch.Tensor):
-            assert spec.types[name] == POINTERS[DTYPES[value.dtype]], name
+            assert spec.types[name] in ("*u8", POINTERS[DTYPES[value.dtype]]), name
         else:
             assert spec.types[name] == "i32", name
-    arguments = [as_bytes(value) for value in arguments]
+    arguments = [
+        value.view(torch.uint8) if spec.types[name] == "*u8" else value
+        for name, value in zip(spec.types, arguments, strict=True)
+    ]
     constants = dict(spec.constants)
     if "UPCAST" in constants:
         constants["UPCAST"] = True
     launch(spec.function, launching.grid, tuple(arguments), constants, spec.launch)
     return made
-
-
-def as_bytes(value: Any) -> Any:
-    """As a kernel sees FP8."""
-    is_fp8 = isinstance(value, torch.Tensor) and value.dtype == torch.float8_e4m3fn
-    return value.view(torch.uint8) if is_fp8 else value
 
 
 def run_chain(
@@ -110,14 +107,24 @@ def test_experts_chain_of_codes(form: str) -> None:
     for shape in ((4, 64, 128), (4, 128, 64)):
         bank, _ = draw_bank(generator, form, shape, 16 if form == "nvfp4" else 64)
         banks.append(bank)
-    given = [x, indices, weights]
-    for bank in banks:
-        codes = bank.codes.view(torch.float8_e4m3fn) if form == "fp8" else bank.codes
-        scale = bank.scale.view(torch.float8_e4m3fn) if form == "nvfp4" else bank.scale
-        given += [codes, scale, *([bank.scale_2] if form == "nvfp4" else [])]
+    given = [x, indices, weights, *(tensor for bank in banks for tensor in as_given(bank))]
     made = run_chain(f"SparseExperts{form.upper()}", given, {"num_experts": 4})
     want = experts.sparse_experts(x, indices, weights, *banks)
     torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tactic", range(1, linear.TACTICS + 1))
+@pytest.mark.parametrize(("form", "group", "depth"), [("int4", 128, 384), ("nvfp4", 16, 272)])
+def test_linear_chain(form: str, group: int, depth: int, tactic: int) -> None:
+    """A dense product of codes, against its exact weights; no size is a multiple of a tile."""
+    generator = np.random.default_rng(depth)
+    bank, exact = draw_bank(generator, form, (1, 76, depth), group)
+    codes, scale, *second = as_given(bank)
+    x = torch.from_numpy(generator.normal(0, 1, (21, depth))).bfloat16()
+    given = [x, codes[0], scale[0], *(one[0] for one in second)]
+    made = run_chain(f"Linear{form.upper()}", given, {}, tactic)["y"].double().numpy()
+    want = x.double().numpy() @ exact[0].T
+    assert np.linalg.norm(made - want) < 3e-3 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("states", [False, True])

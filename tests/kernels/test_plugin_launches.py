@@ -9,7 +9,7 @@ import pytest
 
 from twotower_engines.kernels.nodes import OPS
 
-CHAINS = ("RefineBlock", "SparseExperts", "SparseExpertsNVFP4", "MambaBlockStep")
+CHAINS = ("RefineBlock", "SparseExperts", "SparseExpertsNVFP4", "LinearNVFP4", "MambaBlockStep")
 """Ops with every kind of argument: no scales, and two."""
 
 LAUNCHED = """

@@ -34,7 +34,7 @@ from twotower_contract.layout import graph_weights
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.node import NAMESPACE
 from twotower_engines.kernels.nodes import OPS
-from twotower_engines.kernels.plugin_graph import OPSET, take_codes, with_plugins
+from twotower_engines.kernels.plugin_graph import DECODERS, OPSET, take_codes, with_plugins
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
@@ -165,49 +165,74 @@ def test_a_whole_tower_with_plugins_means_the_same(tower: Literal["denoiser", "c
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_banks_of_fp8_are_taken_as_codes() -> None:
-    """Their kernels read 8 bits; the op's function would get weights written out in T."""
-    config = tiny_config("E*E", hidden=16)
-    stored = weight_dtypes(config, "denoiser", "fp8").items()
+CODES = {"fp8": onnx.TensorProto.FLOAT8E4M3FN, "int4": onnx.TensorProto.INT32}
+CODES["nvfp4"] = CODES["int4"]
+
+
+@pytest.mark.parametrize("form", CODES)
+def test_quantized_weights_are_taken_as_codes(form: str) -> None:
+    """Our kernels read the codes; the ops' functions would get weights written out in T."""
+    config = tiny_config("EM*E", hidden=64)
+    stored = weight_dtypes(config, "denoiser", form).items()
     dtypes = {name: "F32" if dtype == "BF16" else dtype for name, dtype in stored}
-    model = ir.to_proto(build_denoiser_graph(config, "float32", dtypes, {}))
+    model = ir.to_proto(build_denoiser_graph(config, "float32", dtypes, {}, 16))
     changed = with_plugins(model)
     onnx.checker.check_model(changed)
-    nodes = [node for node in changed.graph.node if node.domain == NAMESPACE]
-    called = [node for node in nodes if node.op_type.startswith("Experts")]
-    assert [n.op_type for n in called] == [n.name for n in OPS["SparseExpertsFP8"].chain] * 2
-    up = next(node for node in called if node.op_type == "ExpertsUpFP8")
+    suffix = form.upper()
+    called = [node.op_type for node in changed.graph.node if node.domain == NAMESPACE]
+    assert [one for one in called if one.startswith("Experts")] == [
+        node.name for node in OPS[f"SparseExperts{suffix}"].chain
+    ] * 2
+    # both of each shared expert; the Mamba layer before attention stays as it is
+    assert called.count(f"Product{suffix}") == (0 if form == "fp8" else 4)
+    up = next(node for node in changed.graph.node if node.op_type == f"ExpertsUp{suffix}")
     inputs = {value.name: value.type.tensor_type for value in model.graph.input}
-    assert inputs[up.input[1]].elem_type == onnx.TensorProto.FLOAT8E4M3FN
-    experts = [i for i in inputs if ".experts." in i and not i.endswith("_scale")]
+    assert inputs[up.input[1]].elem_type == CODES[form]
+    experts = [i for i in inputs if ".experts." in i and "_scale" not in i]
     made = {name for node in changed.graph.node if node.domain == "" for name in node.input}
     assert len(experts) == 4
-    assert not made & set(experts), "still dequantized outside of a kernel"
+    assert not made & set(experts), "still decoded outside of a kernel"
 
     generator = np.random.default_rng(2)
     given = {}
-    for value, plain in zip(
-        model.graph.input, random_inputs(model, {"batch": 2, "block": 4, "context": 8}), strict=True
-    ):
-        array = plain.numpy()
-        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT8E4M3FN:
-            codes = generator.integers(0, 0x60, array.shape).astype(np.uint8)
-            kind = onnx.TensorProto.FLOAT8E4M3FN
-            given[value.name] = OrtValue.ortvalue_from_numpy_with_onnx_type(codes, kind)
+    sizes = {"batch": 2, "block": 4, "context": 8}
+    for value, plain in zip(model.graph.input, random_inputs(model, sizes), strict=True):
+        array, kind = plain.numpy(), value.type.tensor_type.elem_type
+        is_codes = value.name in dict(stored) and kind == CODES[form]
+        if is_codes or (form == "nvfp4" and value.name.endswith("_scale")):
+            size = (*array.shape, 1 if form == "fp8" else 4)
+            codes = generator.integers(0, 0x60, size).astype(np.uint8)
+            array = codes[..., 0] if form == "fp8" else codes.view(np.int32)[..., 0]
+            given[value.name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
         else:
+            is_scale = "_scale" in value.name and value.name.startswith("denoiser_tower")
+            array = np.asarray(np.abs(array) / 50 if is_scale else array, array.dtype)
             given[value.name] = OrtValue.ortvalue_from_numpy(array)
     # ONNX Runtime takes no FP8 in a function that ignores it, as the first plugins' functions do.
-    ops = [(NAMESPACE, op) for op in OPS]
+    ops = [(NAMESPACE, op) for op in (*OPS, *DECODERS.values())]
     taken = onnx.inliner.inline_selected_functions(model, ops, exclude=True)
     take_codes(taken)
-    assert "SparseExpertsFP8" in {node.op_type for node in taken.graph.node}
+    assert f"SparseExperts{suffix}" in {node.op_type for node in taken.graph.node}
     answers = []
-    for one in (taken, model):
+    for one in (taken, model) if form == "fp8" else (changed, model):
         session = onnxruntime.InferenceSession(one.SerializeToString())
         answers.append([v.numpy() for v in session.run_with_ort_values(None, given)])
     for mine, theirs in zip(*answers, strict=True):
         assert not np.isnan(theirs).any()
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_codes_that_no_kernel_takes_are_refused() -> None:
+    config = tiny_config("E", hidden=64)
+    dtypes = {
+        name: "I32" if name.endswith("up_proj.weight") else "F32"
+        for name in graph_weights(config, "context")
+    }
+    model = ir.to_proto(build_context_graph(config, "float32", dtypes, {}, 16))
+    (decoding,) = [node for node in model.graph.node if node.op_type == "FromINT4"]
+    model.graph.node.append(onnx.helper.make_node("Identity", decoding.output, ["elsewhere"]))
+    with pytest.raises(BuildError, match=r"weights of 4 bits \(context_tower.*go where no kernel"):
+        with_plugins(model)
 
 
 def random_inputs(model: onnx.ModelProto, sizes: dict[str, int]) -> list[torch.Tensor]:
@@ -301,7 +326,7 @@ def test_a_plugin_keeps_one_kernel_for_all_profiles(check: Callable[..., Any]) -
     So a tactic's kernel must be the same in every profile, and its grid that of its own tiles.
     """
     made = check("profiles")
-    for op in (*EXPORTED, "SparseExpertsNVFP4"):
+    for op in (*EXPORTED, "SparseExpertsNVFP4", "LinearNVFP4"):
         for node in OPS[op].chain:
             found = made[node.name]
             assert all(found["same"]), node.name

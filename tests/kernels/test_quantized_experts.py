@@ -29,6 +29,7 @@ from twotower_engines.kernels import expert_products, experts, quantized
         ("nvfp4", 144, 80, 16),  # 144 = 128 + 16: one group in the last step
         ("int4", 192, 64, 64),
         ("int4", 160, 96, 32),
+        ("int4", 128, 256, 128),
     ],
 )
 def test_banks(form: str, hidden: int, inner: int, group: int, tactic: int) -> None:
@@ -37,7 +38,7 @@ def test_banks(form: str, hidden: int, inner: int, group: int, tactic: int) -> N
     indices[3, 1] = -1
     up, exact_up = draw_bank(generator, form, (4, inner, hidden), group)
     down, exact_down = draw_bank(generator, form, (4, hidden, inner), group)
-    tiles = expert_products.matmul_tactics("bf16", form)[tactic - 1]
+    tiles = expert_products.matmul_tactics("bf16", form, group)[tactic - 1]
     got = experts.sparse_experts(x, indices, weights, up, down, tiles)
     want = reference.sparse_experts(
         x.double().numpy(), indices.numpy(), weights.numpy(), exact_up, exact_down, "bf16"
@@ -47,8 +48,8 @@ def test_banks(form: str, hidden: int, inner: int, group: int, tactic: int) -> N
 
 
 def test_groups_that_no_kernel_has_are_refused() -> None:
-    with pytest.raises(BuildError, match=r"up projection: 2 scales for 256 weights of int4"):
-        expert_products.bank_constants("up", "int4", 256, 2)
+    with pytest.raises(BuildError, match=r"up projection: 2 scales for 512 weights of int4"):
+        expert_products.bank_constants("up", "int4", 512, 2)
 
 
 def carried_out(asm: str, inputs: list[np.ndarray]) -> list[np.ndarray]:

@@ -35,7 +35,7 @@ def write_graph(folder, tower, pattern=None, format_=None):
     config = config_of(pattern)
     stored = weight_dtypes(config, tower, format_, FLOAT_WEIGHTS)
     path = folder / f"{tower}.onnx"
-    onnx.save(ir.to_proto(TOWERS[tower][0](config, "bfloat16", stored, {})), path)
+    onnx.save(ir.to_proto(TOWERS[tower][0](config, "bfloat16", stored, {}, 64)), path)
     return path
 
 
@@ -61,10 +61,15 @@ def compiled(
         onnx.save(cut, graph)
         sizes["flat"] = rows * tokens
         sizes["pairs"] = rows * tokens * config_of().num_experts_per_tok
+    return compile_graph(graph, sizes, capability)
+
+
+def compile_graph(graph, sizes, capability):
+    """Compile a graph for calls of one size; returns the listing of its kernels."""
     profile = Profile("fixed", {dim: Sizes(size, size, size) for dim, size in sizes.items()})
     recipe = engine_recipe([profile]) | {"compute_capabilities": [capability]}
     recipe["flags"] = {**recipe["flags"], **CAPTURE}
-    job = engine_job(Order(graph, folder / f"{tower}.plan", recipe))
-    build_engine_files(LIBRARY, {tower: job}, 1, lambda name, text: None)
-    _, (listing,) = read_listings(folder / f"{tower}.traffic.json")
+    job = engine_job(Order(graph, graph.with_suffix(".plan"), recipe))
+    build_engine_files(LIBRARY, {graph.stem: job}, 1, lambda name, text: None)
+    _, (listing,) = read_listings(graph.with_suffix(".traffic.json"))
     return listing

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from onnx import TensorProto, helper
 
-from tests.support.released_nodes import attributes_of, dtype_of, tensor_shapes
+from tests.support.released_nodes import attributes_of, dtype_of, form_of, tensor_shapes
 from twotower_contract.traffic import Kernel, Tensor
 from twotower_engines.building.flavours.compiled import layer_of
 from twotower_engines.kernels.node import NAMESPACE, Call
@@ -19,8 +19,14 @@ from twotower_engines.kernels.plugin_graph import with_plugins
 from twotower_engines.kernels.spec import Sizes
 
 NODES = {node.name: node for op in OPS.values() for node in op.chain}
-TYPES = {"bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT, "i32": TensorProto.INT32}
-NAMES = {TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32"}
+TYPES = {
+    **{"bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT, "i32": TensorProto.INT32},
+    "fp8": TensorProto.FLOAT8E4M3FN,
+}
+NAMES = {
+    **{TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT: "FLOAT", TensorProto.INT32: "INT32"},
+    TensorProto.FLOAT8E4M3FN: "FP8",
+}
 ROWS, TOKENS = 7, 11  # primes, so that a shape of numbers says which of its sizes are these
 
 
@@ -42,12 +48,23 @@ def cut_at_plugins(model, tokens):
     plugins = [node for node in graph.node if node.domain == NAMESPACE]
     kept = [node for node in graph.node if node.domain != NAMESPACE]
     states = any(one.name.endswith("ssm_state_new") for one in graph.output)
+    given = {
+        one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim)
+        for one in graph.input
+    }
     made, taken, kernels = {}, {}, []
     for call in plugins:
         node = NODES[call.op_type]
-        shapes = tensor_shapes(Sizes(), ROWS, TOKENS)
+        form = form_of(node)
+        shapes = tensor_shapes(replace(Sizes(), experts_format=form), ROWS, TOKENS)
+        if call.op_type.startswith("Product"):  # of one of several sizes
+            shapes |= {
+                name: given[tensor]
+                for name, tensor in zip(node.takes[1:], call.input[1:], strict=True)
+            }
+            shapes["x"] = (ROWS * TOKENS, 8 * shapes["matrix"][1])
         dims = {name: shapes[name] for name in node.takes}
-        dtypes = {name: dtype_of(name) for name in node.takes}
+        dtypes = {name: dtype_of(name, form) for name in node.takes}
         attributes = dict(attributes_of(node, Sizes()))
         attributes |= {"states": int(states)} if "states" in attributes else {}
         placed = Call(dims, dims, dtypes, attributes)

@@ -30,8 +30,8 @@ from tests.support.kernel_inputs import (
     row_tensors,
 )
 from tests.support.plugin_launches import Launcher
-from tests.support.quantized_banks import draw_bank
-from twotower_engines.kernels import expert_products, experts, mamba, refine
+from tests.support.quantized_banks import as_given, draw_bank
+from twotower_engines.kernels import expert_products, experts, linear, mamba, refine
 from twotower_engines.kernels.nodes import OPS
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.kernels.targets import target
@@ -206,6 +206,16 @@ def check_plugins() -> dict[str, Any]:
                 exact = case.baseline(*wide)
                 exact = exact[case.compared] if isinstance(exact, tuple) else exact
                 errors[name] = relative(got[case.compared], exact)
+    for form, group in (("int4", 64), ("nvfp4", 16)):
+        generator = np.random.default_rng(7)
+        bank, exact = draw_bank(generator, form, (1, 1200, 2688), group)
+        tensors = [one[0] for one in to_gpu(as_given(bank))]
+        x = torch.from_numpy(generator.normal(0, 1, (40, 2688))).bfloat16().cuda()
+        for tactic in range(1, linear.TACTICS + 1):
+            made = launcher.run_chain(f"Linear{form.upper()}", [x, *tensors], {}, tactic)["y"]
+            torch.cuda.synchronize()
+            wanted = x.double().cpu().numpy() @ exact[0].T
+            errors[f"Linear{form.upper()} tactic {tactic}"] = relative(made, wanted)
     return {"errors": errors, "same": equal}
 
 

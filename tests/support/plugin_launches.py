@@ -22,7 +22,7 @@ from twotower_engines.kernels.targets import Target
 
 DTYPES = {
     **{torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"},
-    **{torch.float8_e4m3fn: "fp8", torch.uint8: "u8"},
+    torch.float8_e4m3fn: "fp8",
 }
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -20,6 +20,20 @@ def decoded(codes: np.ndarray, form: str) -> np.ndarray:
     return nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
 
 
+def words(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes as words of 32 bits; the last axis must have a multiple of four."""
+    return tensor.contiguous().view(torch.int32)
+
+
+def as_given(bank: Bank) -> list[torch.Tensor]:
+    """A bank as a graph's inputs have it, and so its plugins."""
+    if bank.form == "fp8":
+        return [bank.codes.view(torch.float8_e4m3fn), bank.scale]
+    if bank.form == "int4":
+        return [words(bank.codes), bank.scale]
+    return [words(bank.codes), words(bank.scale.flatten(1)), bank.scale_2]
+
+
 def draw_bank(
     generator: np.random.Generator, form: str, shape: tuple[int, int, int], group: int
 ) -> tuple[Bank, np.ndarray]:

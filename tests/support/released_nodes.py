@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from twotower_contract.quantized import input_forms
 from twotower_engines.kernels.node import Call, Node
 from twotower_engines.kernels.spec import Sizes
 
@@ -24,7 +25,7 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
     tokens = rows * block
     pairs = (tokens * K,)
     turned = s.experts_format == "fp8"
-    packed = 2 if s.experts_format in ("int4", "nvfp4") else 1
+    packed = 8 if s.experts_format in ("int4", "nvfp4") else 1  # codes in a word
     return {
         "projected": (rows, block, d_inner + conv_dim + s.heads),
         "scanned": (rows, block, d_inner),
@@ -49,18 +50,22 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
         },
         "up": (E, *((s.hidden, s.inner) if turned else (s.inner, s.hidden // packed))),
         "down": (E, *((s.inner, s.hidden) if turned else (s.hidden, s.inner // packed))),
-        **{name: dims for bank in ("up", "down") for name, dims in _scales(s, bank).items()},
+        "matrix": (d_inner + conv_dim + s.heads, s.hidden // packed),
+        **_scales(s, "up", (E, s.inner, s.hidden)),
+        **_scales(s, "down", (E, s.hidden, s.inner)),
+        **_scales(s, "matrix", (d_inner + conv_dim + s.heads, s.hidden)),
         "inner": (*pairs, s.inner),
         "partial": (*pairs, s.hidden),
     }
 
 
-def _scales(s: Sizes, bank: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what stands beside a bank's codes."""
-    features, depth = (s.inner, s.hidden) if bank == "up" else (s.hidden, s.inner)
-    group = {"int4": 64, "nvfp4": 16}.get(s.experts_format)
-    scale = (s.experts,) if group is None else (s.experts, features, depth // group)
-    return {f"{bank}_scale": scale, f"{bank}_scale_2": (s.experts,)}
+def _scales(s: Sizes, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what stands beside codes, as a graph's inputs have them."""
+    dtype = {"fp8": "F8_E4M3", "int4": "I32", "nvfp4": "U8"}.get(s.experts_format)
+    if dtype is None:
+        return {}
+    forms = input_forms(name, dtype, shape, "BF16", 64)
+    return {one: dims for one, (_, dims) in forms.items() if one != name}
 
 
 def form_of(node: Node) -> str:
@@ -72,10 +77,10 @@ def form_of(node: Node) -> str:
 
 def dtype_of(name: str, form: str = "plain") -> str:
     """Return a tensor's type in a bf16 model whose banks have a format."""
-    if name in ("up", "down") and form != "plain":
-        return "fp8" if form == "fp8" else "u8"
+    if name in ("up", "down", "matrix") and form != "plain":
+        return "fp8" if form == "fp8" else "i32"
     if name.endswith("_scale"):
-        return {"fp8": "bf16", "int4": "bf16", "nvfp4": "fp8"}[form]
+        return "i32" if form == "nvfp4" else "bf16"
     if name.endswith("_scale_2"):
         return "fp32"
     return "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"

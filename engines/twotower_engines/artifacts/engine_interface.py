@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.manifest import Manifest
-from twotower_contract.quantized import input_forms
 
 DYNAMIC = -1
 """A size that is not known before a call, as TensorRT writes it."""
 
-STORED = {"BF16": "BF16", "F32": "FLOAT", "F8_E4M3": "FP8"}
+STORED = {"BF16": "BF16", "F32": "FLOAT", "F8_E4M3": "FP8", "I32": "INT32"}
 """TensorRT's names of the dtypes that weights go in."""
 
 COMPUTED = {"bfloat16": "BF16", "float32": "FLOAT"}
@@ -64,9 +63,7 @@ def interface_of(manifest: Manifest, tower: str, capacity: int = DYNAMIC) -> Int
     inputs |= {
         name: TensorSpec(STORED[stored], shape)
         for weight in manifest.weights[tower].values()
-        for name, (stored, shape) in input_forms(
-            weight.name, weight.input_dtype, weight.shape, model.tensor_dtype
-        ).items()
+        for name, (stored, shape) in weight.forms(model.tensor_dtype).items()
     }
     new = {f"{name}_new": spec for name, spec in states.items()}
     if tower == "denoiser":

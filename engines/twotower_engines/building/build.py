@@ -193,8 +193,8 @@ def _chosen_flavour(options: BuildOptions, precision: str | None) -> str:
     """Return the flavour to build with.
 
     `auto` is the SKU's default, but on an RTX card itself TensorRT with our kernels, where both are
-    installed: such engines read the routed experts only. Quantized weights (`precision`) take the
-    first flavour that has kernels for them.
+    installed: such engines read the routed experts only. For quantized weights (`precision`) the
+    default is the SKU's first flavour that takes them.
 
     Raises:
         BuildError: There is no such flavour.
@@ -203,16 +203,15 @@ def _chosen_flavour(options: BuildOptions, precision: str | None) -> str:
         return options.flavour
     if options.flavour != "auto":
         raise BuildError(f"--flavour is {options.flavour!r}, none of auto, {', '.join(FLAVOURS)}")
-    if precision is not None:
-        return flavour_for(options.sku, precision)
     best, sku = FLAVOURS["tensorrt"], options.sku
-    if best.name in sku.flavours and sku.flavour != best.name and best.has_kernels():
+    default = sku.flavour if precision is None else flavour_for(sku, precision)
+    if best.name in sku.flavours and default != best.name and best.has_kernels():
         limits = Limits(options.slots, options.context or CONTEXT, 1, options.block_size_max)
         with contextlib.suppress(BuildError):
             best.versions()
             best.check(Target(sku, limits, options.precision, options.is_shared))
             return best.name
-    return sku.flavour
+    return default
 
 
 def _checked_graphs(bundle: Path, manifest: Manifest, precision: str) -> dict[str, Path]:

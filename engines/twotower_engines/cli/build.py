@@ -76,7 +76,7 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     type=click.Choice(["auto", "float32", "bf16", "fp8", "nvfp4", "int4"]),
     default="auto",
     show_default=True,
-    help="Precision of the weights. Only float32 and bf16 can be built yet.",
+    help="Precision of the weights: that of the bundle, which `twotower quantize` makes narrower.",
 )
 @click.option(
     "--gpus",

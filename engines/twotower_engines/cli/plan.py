@@ -130,7 +130,8 @@ def plan(
             reports.append(plan_report(model, request, threshold))
             others += [
                 plan_report(model, replace(request, flavour=other), threshold)
-                for other in (sku.flavours[1:] if flavour == "auto" else ())
+                for other in (sku.flavours if flavour == "auto" else ())
+                if other != reports[-1].plan.flavour
             ]
         except PlanError as problem:
             if not several:

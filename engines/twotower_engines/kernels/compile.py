@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
 
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels import experts, mamba, refine
-from twotower_engines.kernels.jit import INTERPRETED
+from twotower_engines.kernels import experts, linear, mamba, refine
+from twotower_engines.kernels.jit import INTERPRETED, SHARED_MEMORY_LIMIT
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 from twotower_engines.kernels.targets import Target
 
@@ -91,11 +91,15 @@ class Resources:
 
 def all_specs(sizes: Sizes) -> list[KernelSpec]:
     """Return every kernel of one model."""
-    return [*refine.specs(sizes), *experts.specs(sizes), *mamba.specs(sizes)]
+    specs = (refine.specs, experts.specs, linear.specs, mamba.specs)
+    return [spec for some in specs for spec in some(sizes)]
 
 
 def compile_kernel(spec: KernelSpec, target: Target) -> Compiled:
     """Return the PTX of one kernel for one GPU.
+
+    A GPU may need a few bytes of shared memory beside the tiles: where these leave no room for
+    them, there is one tile less in flight.
 
     Raises:
         BuildError: Kernels were loaded for the interpreter.
@@ -116,6 +120,9 @@ def compile_kernel(spec: KernelSpec, target: Target) -> Compiled:
         # Line information holds the paths of this machine: the same kernel would differ by folder.
         triton.knobs.compilation.disable_line_info = True
         built = _compiled(source, target, options)
+        if built.metadata.shared > SHARED_MEMORY_LIMIT and spec.launch.num_stages > 2:
+            options["num_stages"] -= 1
+            built = _compiled(source, target, options)
     metadata, ptx = built.metadata, built.asm["ptx"]
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise BuildError(

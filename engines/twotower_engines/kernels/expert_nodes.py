@@ -19,9 +19,6 @@ from twotower_engines.kernels.node import (
 )
 from twotower_engines.kernels.spec import Sizes
 
-SUFFIXES = {"plain": "", "fp8": "FP8", "int4": "INT4", "nvfp4": "NVFP4"}
-"""What ends the names of an op and its nodes, by the format of the banks."""
-
 
 def _bound(pairs: Dim, tokens: int, count: int, minimum: Callable[[Dim, Any], Dim]) -> Dim:
     """Return `expert_routing.tile_bound` of a size that may be symbolic."""
@@ -52,6 +49,7 @@ def _product_outputs(which: str, form: str, call: Call) -> tuple[Output, ...]:
 def _product(which: str, form: str, call: Call) -> Launching:
     """Return the launch of one of the products, in the call's tactic."""
     tokens = "x" if which == "up" else "inner"
+    expert_products.require_bf16(form, call.dtypes[tokens])
     count, depth = call.size(which, 0), call.size(tokens, 1)
     features = call.size(which, expert_products.FEATURE_AXIS[form])
     sizes = Sizes(
@@ -88,7 +86,7 @@ def _sum(call: Call) -> Launching:
 
 def sparse_experts(form: str) -> Op:
     """Return the op of one format of banks; each bank's scales follow it."""
-    suffix = SUFFIXES[form]
+    suffix = expert_products.SUFFIXES[form]
     up, down = (
         (which, *(f"{which}_{name}" for name in expert_products.SCALES[form]))
         for which in ("up", "down")
@@ -140,5 +138,8 @@ def sparse_experts(form: str) -> Op:
     return Op(inputs, ("y",), chain)
 
 
-EXPERT_OPS = {f"SparseExperts{suffix}": sparse_experts(form) for form, suffix in SUFFIXES.items()}
+EXPERT_OPS = {
+    f"SparseExperts{suffix}": sparse_experts(form)
+    for form, suffix in expert_products.SUFFIXES.items()
+}
 """The routed experts of a layer, by name."""

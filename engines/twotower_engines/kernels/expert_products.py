@@ -13,6 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from twotower_contract.quantized import INT4_GROUPS
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.expert_routing import TILE_TOKENS, WORK, tile_of
 from twotower_engines.kernels.jit import Launch, kernel
@@ -29,15 +30,19 @@ SCALES = {
 
 fp8: E4M3 [E, depth, features], as TensorRT's own products take it too, scale [E]. int4 and nvfp4:
 two codes in a byte [E, features, depth / 2], the first one low; int4 is value + 8 with scales
-[E, features, depth / group], nvfp4 is E2M1 with E4M3 scales of groups of 16 and scale_2 [E].
+[E, features, depth / group], nvfp4 is E2M1 with E4M3 scales of groups of 16 and scale_2 [E]. To
+TensorRT these bytes are words of 32 bits, whose order in memory is the same.
 """
+
+SUFFIXES = {"plain": "", "fp8": "FP8", "int4": "INT4", "nvfp4": "NVFP4"}
+"""What ends the names of an op and its nodes, by the format of the weights."""
 
 PACKED = ("int4", "nvfp4")
 FEATURE_AXIS = {"plain": 1, "fp8": 2, "int4": 1, "nvfp4": 1}
 """Axis of the output features in a bank."""
 
-LARGEST_GROUP = 64
-"""Codes of a group at most: a tile has at least one whole group."""
+RELEASED_GROUP = 64
+"""Weights of INT4 that share a scale at the released sizes."""
 
 TACTICS = 3
 """Ways to cut the products: two with small tiles of tokens, one with large ones."""
@@ -225,7 +230,16 @@ def experts_down(
     tl.store(out, result, mask=(feature < HIDDEN)[:, None] & used[None, :])
 
 
-def matmul_tactics(dtype: str, form: str = "plain") -> tuple[Launch, ...]:
+def deep_launch(group: int) -> Launch:
+    """Return the tiles for many tokens and weights of codes; a step has at least a whole group."""
+    if group > 64:
+        return Launch({"BLOCK_F": 64, "BLOCK_T": TILE_TOKENS[1], "BLOCK_K": group}, 8, 2)
+    return Launch({"BLOCK_F": 64, "BLOCK_T": TILE_TOKENS[1], "BLOCK_K": 64}, 4, 3)
+
+
+def matmul_tactics(
+    dtype: str, form: str = "plain", group: int = RELEASED_GROUP
+) -> tuple[Launch, ...]:
     """Return the tiles of both products, one set for each tactic.
 
     Few tokens: the time is the weights', so tiles are small in tokens. Plain weights: 40 kB of
@@ -241,7 +255,7 @@ def matmul_tactics(dtype: str, form: str = "plain") -> tuple[Launch, ...]:
         return (
             Launch({"BLOCK_F": 64, "BLOCK_T": few, "BLOCK_K": 128}, 2, 3),
             Launch({"BLOCK_F": 64, "BLOCK_T": few, "BLOCK_K": 128}, 4, 3),
-            Launch({"BLOCK_F": 64, "BLOCK_T": many, "BLOCK_K": 64}, 4, 3),
+            deep_launch(group),
         )
     short = 2 if dtype == "fp32" else 1  # a float32 tile has half the depth
     return (
@@ -252,11 +266,29 @@ def matmul_tactics(dtype: str, form: str = "plain") -> tuple[Launch, ...]:
 
 
 def matmul_launch(
-    tokens: int, experts: int, per_token: int, dtype: str, form: str = "plain"
+    tokens: int,
+    experts: int,
+    per_token: int,
+    dtype: str,
+    form: str = "plain",
+    group: int = RELEASED_GROUP,
 ) -> Launch:
     """Return the tiles of both products, by the mean number of tokens of an expert."""
-    few, *_, many = matmul_tactics(dtype, form)
+    few, *_, many = matmul_tactics(dtype, form, group)
     return few if tokens * per_token <= 16 * experts else many
+
+
+def require_bf16(form: str, dtype: str) -> None:
+    """Refuse weights of 4 bits in a graph that does not compute in bf16.
+
+    Raises:
+        BuildError: It computes in another type.
+    """
+    if form in PACKED and dtype != "bf16":
+        raise BuildError(
+            f"{form} weights are multiplied in bf16, and this graph computes in {dtype}; quantize "
+            "to fp8, or export a bfloat16 model"
+        )
 
 
 def bank_constants(which: str, form: str, depth: int, groups: int) -> dict[str, Any]:
@@ -272,16 +304,16 @@ def bank_constants(which: str, form: str, depth: int, groups: int) -> dict[str, 
         BuildError: There are no kernels for groups of that size.
     """
     group = depth // groups if form in PACKED else 16
-    if form in PACKED and (group * groups != depth or group not in (16, 32, LARGEST_GROUP)):
+    if form in PACKED and (group * groups != depth or group not in INT4_GROUPS):
         raise BuildError(
             f"{which} projection: {groups} scales for {depth} weights of {form}; kernels take "
-            f"groups of 16, 32 or {LARGEST_GROUP} weights"
+            f"groups of {', '.join(map(str, sorted(INT4_GROUPS)))} weights"
         )
     absent = {f"{which}_{name}" for name in ("scale", "scale_2") if name not in SCALES[form]}
     return {"GROUP": group, "FORMAT": form, **dict.fromkeys(absent)}
 
 
-def product_specs(sizes: Sizes, group: int = LARGEST_GROUP) -> list[KernelSpec]:
+def product_specs(sizes: Sizes, group: int = RELEASED_GROUP) -> list[KernelSpec]:
     """Return both products in every tactic; a tactic's number ends their names.
 
     Args:
@@ -303,7 +335,7 @@ def product_specs(sizes: Sizes, group: int = LARGEST_GROUP) -> list[KernelSpec]:
         else:
             types = {"inner": T, "down": bank, **work, "partial": "*fp32", **scales}
         function = experts_up if which == "up" else experts_down
-        for tactic, tiles in enumerate(matmul_tactics(sizes.dtype, form), 1):
+        for tactic, tiles in enumerate(matmul_tactics(sizes.dtype, form, group), 1):
             large = {"MANY": tiles.constants["BLOCK_T"] == TILE_TOKENS[1]}
             name = f"experts_{which}.{tactic}"
             made.append(KernelSpec(name, function, types, {**constants, **large}, tiles))

@@ -132,7 +132,8 @@ def sparse_experts(
     up_codes, up_given = _bank_arguments("up", up, hidden)
     experts, inner_size = up_codes.shape[0], up_codes.shape[FEATURE_AXIS[up_given["FORMAT"]]]
     down_codes, down_given = _bank_arguments("down", down, inner_size)
-    tiles = config or matmul_launch(n, experts, per_token, dtype, up_given["FORMAT"])
+    group = max(up_given["GROUP"], down_given["GROUP"])
+    tiles = config or matmul_launch(n, experts, per_token, dtype, up_given["FORMAT"], group)
     block_f, block_t = tiles.constants["BLOCK_F"], tiles.constants["BLOCK_T"]
     sizes = TILE_TOKENS if block_t in TILE_TOKENS else (block_t, block_t)
     pairs = indices.new_empty((max(count, 1),))

@@ -23,7 +23,7 @@ NAMESPACE = "twotower"
 Dim = Any
 """A dimension: an integer, or a symbolic expression with + - * // whose size is known later."""
 
-POINTERS = {"bf16": "*bf16", "fp32": "*fp32", "i32": "*i32", "fp8": "*u8", "u8": "*u8"}
+POINTERS = {"bf16": "*bf16", "fp32": "*fp32", "i32": "*i32", "fp8": "*u8"}
 """How a kernel sees a tensor; FP8 comes as bytes, for 8.0 has no such type."""
 
 
@@ -40,7 +40,7 @@ class Call:
         dims: Input name to its dimensions.
         largest: Input name to its largest dimensions in the profile, as integers; empty while
             TensorRT only asks for shapes.
-        dtypes: Input name to "bf16", "fp32", "i32", "fp8" or "u8".
+        dtypes: Input name to "bf16", "fp32", "i32" or "fp8".
         attributes: Attribute name to its value.
         cdiv: Division of dimensions, rounded up.
         minimum: The smaller of two dimensions.
@@ -174,7 +174,14 @@ def node_kernel(node: Node, call: Call, gpu: Target) -> NodeKernel:
 
 
 def spec_of(name: str, specs: Sequence[KernelSpec], call: Call) -> KernelSpec:
-    """Return the specification of that name, with the types that the inputs really have."""
+    """Return the specification of that name, with the types that the inputs really have.
+
+    What a kernel reads as bytes stays so: TensorRT hands these to it as words.
+    """
     (spec,) = [spec for spec in specs if spec.name == name]
-    given = {name: POINTERS[call.dtypes[name]] for name in spec.types if name in call.dtypes}
+    given = {
+        name: POINTERS[call.dtypes[name]]
+        for name, kind in spec.types.items()
+        if name in call.dtypes and kind != "*u8"
+    }
     return replace(spec, types={**spec.types, **given})

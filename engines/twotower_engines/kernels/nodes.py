@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from twotower_engines.kernels import mamba, refine, vocabulary
 from twotower_engines.kernels.expert_nodes import EXPERT_OPS
+from twotower_engines.kernels.linear_nodes import LINEAR_OPS
 from twotower_engines.kernels.node import (
     Call,
     Dim,
@@ -150,6 +151,7 @@ OPS = {
         ),
     ),
     **EXPERT_OPS,
+    **LINEAR_OPS,
     "MambaBlockStep": Op(
         MAMBA_INPUTS,
         ("y", "conv_state_new", "ssm_state_new"),

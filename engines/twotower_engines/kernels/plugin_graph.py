@@ -18,6 +18,9 @@ from twotower_engines.kernels.nodes import OPS
 VERSION = "1"
 OPSET = 24
 
+DECODERS = {"INT4": "FromINT4", "NVFP4": "FromNVFP4"}
+"""Functions that decode weights of 4 bits, by what ends the names of the ops on codes."""
+
 
 def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph with each op as its chain of plugin nodes, all in the main graph.
@@ -31,9 +34,8 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         BuildError: The graph calls none of the ops.
     """
-    flat = onnx.inliner.inline_selected_functions(
-        model, [(NAMESPACE, op) for op in OPS], exclude=True
-    )
+    kept = [(NAMESPACE, name) for name in (*OPS, *DECODERS.values())]
+    flat = onnx.inliner.inline_selected_functions(model, kept, exclude=True)
     states = any(output.name.endswith("ssm_state_new") for output in flat.graph.output)
     take_codes(flat)
     nodes: list[onnx.NodeProto] = []
@@ -56,64 +58,116 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def take_codes(model: onnx.ModelProto) -> None:
-    """Give experts their FP8 codes: the op's function would get weights written out in T.
+    """Give our kernels codes: their functions would get weights written out in T.
 
-    A bank of FP8 is codes [E, in, out], dequantized by a scale of each expert and transposed. Where
-    both banks of a call are, its op becomes `SparseExpertsFP8`, on the codes and scales.
+    Where both banks of `SparseExperts` are decoded from codes, its op becomes the one of their
+    format, on the codes and scales. So does a Gemm by weights of 4 bits; one by FP8 weights is left
+    to TensorRT, which dequantizes them inside of its products.
 
     Args:
         model: A graph whose calls of the ops are in its main graph; it is changed.
+
+    Raises:
+        BuildError: Something else takes weights of 4 bits.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
     functions = {function.name: function for function in model.functions}
     for node in model.graph.node:
-        if node.domain != NAMESPACE or node.op_type != "SparseExperts":
+        is_experts = (node.domain, node.op_type) == (NAMESPACE, "SparseExperts")
+        if node.op_type == "Shape" and _is_of_features(node):
+            form, given = _codes(makers, node.input[0])
+            if form in DECODERS:
+                node.input[0] = given[0]
+        if not is_experts and node.op_type != "Gemm":
             continue
-        banks = [_codes(makers, name) for name in node.input[3:]]
-        if not all(banks):
+        weights = node.input[3:] if is_experts else node.input[1:2]
+        found = [_codes(makers, name) for name in weights]
+        form = found[0][0]
+        is_ours = form in DECODERS or (is_experts and form == "FP8")
+        if form is None or not is_ours or any(other != form for other, _ in found):
             continue
-        node.op_type = "SparseExpertsFP8"
-        node.input[3:] = [name for bank in banks for name in bank]
+        stem = "SparseExperts" if is_experts else "Linear"
+        first = list(node.input[: 3 if is_experts else 1])
+        node.op_type, node.domain = f"{stem}{form}", NAMESPACE
+        node.input[:] = [*first, *(name for _, given in found for name in given)]
+        if not is_experts:
+            del node.attribute[:]
         if node.op_type not in functions:
-            functions[node.op_type] = _on_codes(functions["SparseExperts"])
+            body = functions["SparseExperts"] if is_experts else _gemm()
+            functions[node.op_type] = _on_codes(body, node.op_type, form)
             model.functions.append(functions[node.op_type])
     _drop_unused(model)
+    left = [node for node in model.graph.node if node.op_type in DECODERS.values()]
+    if left:
+        raise BuildError(
+            f"weights of 4 bits ({left[0].input[0]}) go where no kernel of ours takes them; both "
+            "projections of a layer's experts must have one format: quantize them alike"
+        )
 
 
-def _codes(makers: dict[str, onnx.NodeProto], bank: str) -> list[str]:
-    """Return the codes and the scale that a bank is made of; nothing where it is made otherwise."""
-    turned = makers.get(bank)
-    if turned is None or turned.op_type != "Transpose":
-        return []
-    wide = makers.get(turned.input[0])
-    return list(wide.input[:2]) if wide is not None and wide.op_type == "DequantizeLinear" else []
+def _is_of_features(shape: onnx.NodeProto) -> bool:
+    """Whether a Shape node asks for a matrix's first size alone, which its codes have as well."""
+    asked = {one.name: one.i for one in shape.attribute}
+    return (asked.get("start", 0), asked.get("end")) == (0, 1)
 
 
-def _on_codes(op: onnx.FunctionProto) -> onnx.FunctionProto:
-    """Return the op's function on FP8 banks: what it is where no plugin is registered."""
+def _codes(makers: dict[str, onnx.NodeProto], weights: str) -> tuple[str | None, list[str]]:
+    """Return the format that weights are decoded from, and the codes and scales."""
+    node = makers.get(weights)
+    if node is not None and node.domain == NAMESPACE:
+        form = next((form for form, name in DECODERS.items() if name == node.op_type), None)
+        return form, list(node.input)
+    if node is not None and node.op_type == "Transpose":
+        wide = makers.get(node.input[0])
+        if wide is not None and wide.op_type == "DequantizeLinear":
+            return "FP8", list(wide.input[:2])
+    return None, []
+
+
+def _gemm() -> onnx.FunctionProto:
+    """Return a product as `Body.linear` writes it."""
+    node = helper.make_node("Gemm", ["x", "matrix"], ["y"], transB=1)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(NAMESPACE, 1)]
+    return helper.make_function(NAMESPACE, "Linear", ["x", "matrix"], ["y"], [node], opsets)
+
+
+def _on_codes(op: onnx.FunctionProto, name: str, form: str) -> onnx.FunctionProto:
+    """Return an op's function on codes: what it is where no plugin is registered."""
     made = onnx.FunctionProto()
     made.CopyFrom(op)
-    made.name = f"{op.name}FP8"
-    first, banks = list(op.input[:3]), list(op.input[3:])
+    made.name = name
+    known, taken = set(op.input), OPS[name].inputs
     del made.input[:], made.node[:]
-    made.input.extend([*first, *(name for bank in banks for name in (bank, f"{bank}_scale"))])
-    for bank in banks:
-        given = [bank, f"{bank}_scale"]
-        made.node.append(helper.make_node("DequantizeLinear", given, [f"{bank}_wide"], axis=0))
-        made.node.append(
-            helper.make_node("Transpose", [f"{bank}_wide"], [f"{bank}_turned"], perm=[0, 2, 1])
-        )
+    made.input.extend(taken)
+    decoded = {}
+    for weight in op.input:
+        given = [one for one in taken if one == weight or one.startswith(f"{weight}_scale")]
+        if len(given) > 1:
+            decoded[weight] = f"{weight}_decoded"
+            made.node.extend(_decoding(form, given, decoded[weight]))
+    assert known <= set(taken), "an op on codes takes what the op takes, and scales"
     for node in op.node:
         made.node.append(node)
-        made.node[-1].input[:] = [f"{x}_turned" if x in banks else x for x in node.input]
+        made.node[-1].input[:] = [decoded.get(x, x) for x in node.input]
     return made
 
 
+def _decoding(form: str, given: list[str], weights: str) -> list[onnx.NodeProto]:
+    """Return the nodes that make a bank of weights from its codes and scales."""
+    if form != "FP8":
+        return [helper.make_node(DECODERS[form], given, [weights], domain=NAMESPACE)]
+    wide = f"{given[0]}_wide"
+    return [
+        helper.make_node("DequantizeLinear", given, [wide], axis=0),
+        helper.make_node("Transpose", [wide], [weights], perm=[0, 2, 1]),
+    ]
+
+
 def _drop_unused(model: onnx.ModelProto) -> None:
-    """Remove the nodes that dequantized what is taken as codes now."""
+    """Remove the nodes that decoded what is taken as codes now."""
     used = {name for node in model.graph.node for name in node.input}
     used |= {output.name for output in model.graph.output}
-    for kind in ("Transpose", "DequantizeLinear"):
+    for kind in ("Transpose", "DequantizeLinear", *DECODERS.values()):
         kept = [n for n in model.graph.node if n.op_type != kind or used & set(n.output)]
         del model.graph.node[:]
         model.graph.node.extend(kept)

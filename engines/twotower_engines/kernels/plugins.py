@@ -28,10 +28,9 @@ from twotower_engines.kernels.node import NAMESPACE, Call, Node, node_kernel
 from twotower_engines.kernels.nodes import OPS
 from twotower_engines.kernels.targets import Target, target
 
-DTYPES = {
-    **{"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32},
-    **{"fp8": trt.fp8, "u8": trt.uint8},
-}
+DTYPES = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32, "fp8": trt.fp8}
+"""Types of tensors by our names; TensorRT gives a plugin no bytes."""
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _registered: list[str] = []

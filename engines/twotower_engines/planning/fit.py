@@ -22,7 +22,7 @@ from twotower_engines.planning.plan import (
     plan_memory,
     resolve_precision,
 )
-from twotower_engines.planning.precisions import BUILT, flavour_for
+from twotower_engines.planning.precisions import BUILT, flavour_for, is_built
 from twotower_engines.planning.skus import Sku, known_skus
 
 
@@ -56,11 +56,16 @@ def require_fit(plan: MemoryPlan) -> MemoryPlan:
 
 
 def refusal(plan: MemoryPlan) -> str:
-    """Say why a plan does not fit, or cannot be built yet, and name the nearest plans that can."""
+    """Say why a plan does not fit, or cannot be built, and name the nearest plans that can."""
+    if plan.fits and plan.precision in BUILT[plan.flavour]:
+        return (
+            f"weights in {plan.precision} need our kernels on a GPU, which are not installed: "
+            "pip install 'twotower[kernels]'"
+        )
     if plan.fits:
         return (
-            f"--precision {plan.precision} is not built yet for {plan.flavour}, only "
-            f"{' and '.join(sorted(BUILT[plan.flavour]))}; --precision auto names what can be built"
+            f"{plan.flavour} has no kernels for weights in {plan.precision}, only for "
+            f"{', '.join(BUILT[plan.flavour])}: leave --flavour out, or choose --precision auto"
         )
     index, gpu = min(enumerate(plan.gpus), key=lambda pair: pair[1].free)
     where = f"GPU {index} of {plan.sku.name}" if len(plan.gpus) > 1 else plan.sku.name
@@ -146,20 +151,17 @@ def _narrower(plan: MemoryPlan) -> Iterator[Suggestion]:
         (f"--precision {name} --gpus {gpus}", replace(plan.asked, precision=name, gpus=gpus))
         for name in plan.sku.precisions
         if name in FORMATS and name != plan.precision and plan.model.precision is None
+        if is_built(plan.asked.flavour or flavour_for(plan.sku, name), name, plan.asked.kernels)
         for gpus in gpu_counts(plan.model, plan.sku)
     ]
+    remark = "quantize first"
     for options, request in choices:
-        yield from _fitting(plan, request, options, _narrower_remark(request))
+        yield from _fitting(plan, request, options, remark)
     for options, request in choices:
         slots = largest_slots(plan.model, request)
         if slots:
             options += f" --slots {slots}"
-            yield from _fitting(plan, request, options, _narrower_remark(request), slots=slots)
-
-
-def _narrower_remark(request: PlanRequest) -> str:
-    flavour = request.flavour or flavour_for(request.sku, request.precision)
-    return "quantize first" if request.precision in BUILT[flavour] else "not built yet"
+            yield from _fitting(plan, request, options, remark, slots=slots)
 
 
 def _other_skus(plan: MemoryPlan) -> Iterator[Suggestion]:
@@ -192,7 +194,7 @@ def _is_built(plan: MemoryPlan, sku: Sku) -> bool:
     try:
         precision = resolve_precision(plan.model, sku, plan.asked.precision)
         flavour = plan.asked.flavour if plan.asked.flavour in sku.flavours else None
-        return precision in BUILT[flavour or flavour_for(sku, precision)]
+        return is_built(flavour or flavour_for(sku, precision), precision, plan.asked.kernels)
     except PlanError:
         return False
 

@@ -21,7 +21,7 @@ from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.compiled import Way, compiled_tower, table_source
 from twotower_engines.planning.model_size import ModelSize
-from twotower_engines.planning.precisions import BUILT, PRECISIONS, flavour_for, weight_sizes
+from twotower_engines.planning.precisions import PRECISIONS, flavour_for, is_built, weight_sizes
 from twotower_engines.planning.skus import GIB, Sku
 
 CHUNKS: Mapping[Way, tuple[int, ...]] = {
@@ -113,8 +113,8 @@ class PlanRequest:
         gpus: 1: both towers on one; 2: one tower on each. None: the fewest that fit.
         slots: Requests in flight.
         context: Tokens of a request, prompt and answer together.
-        precision: A name of `PRECISIONS`; `auto`: the widest that fits and that the SKU computes
-            in, the weights as released where none fits.
+        precision: A name of `PRECISIONS`; `auto`: the widest that fits and can be built for the
+            SKU, the weights as released where none fits.
         flavour: Flavour of the engines; None for the SKU's default.
         max_tokens_per_call: Tokens of one row in one context call; None: the largest of `CHUNKS`
             with which the plan fits.
@@ -187,7 +187,7 @@ class MemoryPlan:
     @property
     def is_built(self) -> bool:
         """Whether `twotower build` can make this precision for this flavour."""
-        return self.precision in BUILT[self.flavour]
+        return is_built(self.flavour, self.precision, self.asked.kernels)
 
     @property
     def needs_quantizing(self) -> bool:
@@ -234,29 +234,32 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     sku = request.sku
     wide = resolve_precision(model, sku, request.precision)
     several = request.precision == "auto" and len(sku.precisions) > 1 and wide == sku.precisions[0]
-    chunks: Sequence[int] = CHUNKS[way_of(request)]
-    if request.max_tokens_per_call:
-        chunks = (request.max_tokens_per_call,)
     counts = (request.gpus,) if request.gpus else gpu_counts(model, sku)
 
+    def settled(precision: str) -> PlanRequest:
+        flavour = request.flavour or flavour_for(sku, precision)
+        return replace(request, precision=precision, flavour=flavour)
+
+    def chunks(precision: str) -> Sequence[int]:
+        asked = request.max_tokens_per_call
+        return (asked,) if asked else CHUNKS[way_of(settled(precision))]
+
     def planned(gpus: int, precision: str, chunk: int) -> MemoryPlan:
-        settled = replace(
-            request,
-            gpus=gpus,
-            precision=precision,
-            max_tokens_per_call=chunk,
-            flavour=request.flavour or flavour_for(sku, precision),
-        )
-        return MemoryPlan(model, request, precision, chunk, _shares(model, settled))
+        made = replace(settled(precision), gpus=gpus, max_tokens_per_call=chunk)
+        return MemoryPlan(model, request, precision, chunk, _shares(model, made))
+
+    def can_be_built(precision: str) -> bool:
+        flavour = request.flavour or flavour_for(sku, precision)
+        return is_built(flavour, precision, request.kernels)
 
     plans = (
         planned(count, precision, chunk)
-        for precision in (sku.precisions if several else (wide,))
+        for precision in (filter(can_be_built, sku.precisions) if several else (wide,))
         for count in counts
-        for chunk in chunks
+        for chunk in chunks(precision)
     )
     fitting = next((plan for plan in plans if plan.fits), None)
-    return fitting or planned(counts[-1], wide, chunks[-1])
+    return fitting or planned(counts[-1], wide, chunks(wide)[-1])
 
 
 def way_of(request: PlanRequest) -> Way:
@@ -307,7 +310,10 @@ def _check_request(model: ModelSize, request: PlanRequest) -> None:
     if gpus == 2 and len(model.towers) < 2:
         raise PlanError(f"--gpus is 2, but {model.source} has only the context tower; use --gpus 1")
     if gpus == 2 and sku.max_gpus < 2:
-        raise PlanError(f"--gpus is 2, but a machine with {sku.title} has one; use --gpus 1")
+        raise PlanError(
+            f"--gpus is 2, but a machine with {sku.title} has one, and a tower on each of two "
+            "machines is not supported; use --gpus 1"
+        )
     if not 1 <= request.slots <= MAX_SLOTS:
         raise PlanError(f"--slots is {request.slots}; 1 to {MAX_SLOTS} can be planned")
     if not 1 <= request.block_size_max <= MAX_BLOCK:

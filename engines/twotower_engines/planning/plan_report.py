@@ -17,8 +17,8 @@ from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance, load_acceptance
 from twotower_engines.planning.fit import largest_context, largest_slots, nearest_fits, refusal
 from twotower_engines.planning.model_size import ModelSize
-from twotower_engines.planning.plan import MemoryPlan, PlanRequest, plan_memory, resolve_precision
-from twotower_engines.planning.precisions import BUILT, PRECISIONS, weight_sizes
+from twotower_engines.planning.plan import MemoryPlan, PlanRequest, plan_memory
+from twotower_engines.planning.precisions import PRECISIONS, flavour_for, is_built, weight_sizes
 from twotower_engines.planning.roofline import (
     ROWS,
     CallCost,
@@ -38,13 +38,11 @@ class PlanReport:
 
     Attributes:
         plan: The memory plan of the request; with `auto`, in the widest precision that fits.
-        wide: The plan in the widest precision of the SKU, where `plan` is in a narrower one.
         refused: None where it can be built; else the reason, and what would fit.
         threshold: Confidence threshold for the estimate of tokens per second.
     """
 
     plan: MemoryPlan
-    wide: MemoryPlan
     refused: str | None
     threshold: float
     acceptance: Acceptance
@@ -67,7 +65,7 @@ class PlanReport:
     @cached_property
     def nearest(self) -> tuple[str, ...]:
         """Requests that would fit instead; none where the plan can be built."""
-        return () if self.refused is None else tuple(map(str, nearest_fits(self.wide)))
+        return () if self.refused is None else tuple(map(str, nearest_fits(self.plan)))
 
     @property
     def _settled(self) -> PlanRequest:
@@ -142,7 +140,9 @@ class PlanReport:
                     "summary": PRECISIONS[name].summary,
                     "weight_bytes": sum(sizes),
                     "computed_by_sku": runs,
-                    "built": name in BUILT[plan.flavour],
+                    "built": is_built(
+                        plan.asked.flavour or flavour_for(plan.sku, name), name, plan.asked.kernels
+                    ),
                     "gpus": next(fitting, None) if runs else None,
                 }
             )
@@ -207,11 +207,8 @@ def plan_report(model: ModelSize, request: PlanRequest, threshold: float) -> Pla
     """
     acceptance = load_acceptance()
     acceptance.burst_rate(acceptance.tasks[0], threshold)  # refuses a threshold without data
-    plan = wide = plan_memory(model, request)
-    if plan.fits and request.precision == "auto" and not plan.buildable:
-        widest = resolve_precision(model, request.sku, "auto")
-        wide = plan_memory(model, replace(request, precision=widest))
-    return PlanReport(plan, wide, None if wide.buildable else refusal(wide), threshold, acceptance)
+    plan = plan_memory(model, request)
+    return PlanReport(plan, None if plan.buildable else refusal(plan), threshold, acceptance)
 
 
 def with_faster_flavours(
@@ -225,5 +222,14 @@ def with_faster_flavours(
     return [
         shown
         for report in reports
-        for shown in (report, *(one for one in others if one.sku == report.sku and one.is_faster))
+        for shown in (
+            report,
+            *(
+                one
+                for one in others
+                if one.sku == report.sku
+                and one.is_faster
+                and one.plan.flavour != report.plan.flavour
+            ),
+        )
     ]

@@ -47,8 +47,7 @@ def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str
         f"{first.slots}, at threshold {reports[0].threshold:g}, {ends}.",
         "verdict: `yes` can be built now, once the weights are in that precision (twotower "
         "quantize);",
-        "  `later` fits in a precision that needs kernels which are not there yet; `no` does not "
-        "fit.",
+        "  `no` does not fit, or the flavour has no kernels for that precision.",
         "Times are a floor where bytes bind, and an estimate where FLOPs do; `--sku NAME` shows "
         "which, and what is assumed.",
     ]
@@ -124,7 +123,7 @@ def _verdict(report: PlanReport) -> str:
     if not plan.fits:
         return f"DOES NOT FIT: {what}"
     if not plan.is_built:
-        return f"FITS, but {plan.precision} is not built yet: {what}"
+        return f"FITS, but {plan.flavour} has no kernels for {plan.precision}: {what}"
     return f"FITS: {what}{_first_step(plan)}"
 
 
@@ -153,8 +152,7 @@ def _line(report: PlanReport) -> tuple[str, ...]:
     """Return the row of one SKU."""
     plan, sku = report.plan, report.sku
     fullest = min(plan.gpus, key=lambda gpu: gpu.free)
-    later = not plan.is_built
-    verdict = "no" if not plan.fits else "later" if later else "yes"
+    verdict = "yes" if plan.buildable else "no"
     sizes = (fullest.weight_bytes, fullest.total, fullest.free)
     memory = (verdict, f"{len(plan.gpus)}", plan.precision, *(f"{n / GIB:.1f}" for n in sizes))
     name = (sku.name, f"{sku.memory / GIB:.1f}", plan.flavour)
@@ -228,13 +226,13 @@ def _precision_text(report: PlanReport) -> str:
         on = "does not fit" if row["gpus"] is None else f"{row['gpus']} x {report.sku.name}"
         if not row["computed_by_sku"]:
             on = f"not on {report.sku.name}"
-        later = "" if row["built"] else " (not built yet)"
+        missing = "" if row["built"] else " (no kernels)"
         rows.append(
             (
                 row["precision"],
                 gib(row["weight_bytes"]),
                 on,
-                row["summary"] + later,
+                row["summary"] + missing,
             )
         )
     return _columns(rows, left={0, 2, 3})

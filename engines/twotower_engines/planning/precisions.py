@@ -68,18 +68,33 @@ PRECISIONS: dict[str, Precision] = {
 
 BUILT: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": tuple(PRECISIONS),
-    "tensorrt": ("float32", "bf16"),
+    "tensorrt": tuple(PRECISIONS),
     "tensorrt-rtx": ("float32", "bf16", "fp8"),
 }
 """Precisions that `twotower build` can make, by flavour.
 
-TensorRT-RTX reads FP8 inputs inside of its products. Other narrow banks need kernels of ours.
+The compiler reads FP8 inputs inside of its products. Of inputs of 4 bits, which have a scale per
+block, it writes a copy in bf16 at every call: these need our kernels, which TensorRT-RTX does not
+take.
 """
+
+KERNELS_NEEDED = ("nvfp4", "int4")
+"""Precisions that a GPU runs by our kernels alone."""
+
+
+def is_built(flavour: str, precision: str, kernels: bool = True) -> bool:
+    """Whether `twotower build` can make a precision for a flavour.
+
+    Args:
+        kernels: Whether our kernels are there, for `tensorrt`.
+    """
+    lacks_kernels = flavour == "tensorrt" and not kernels and precision in KERNELS_NEEDED
+    return precision in BUILT[flavour] and not lacks_kernels
 
 
 def flavour_for(sku: Sku, precision: str) -> str:
     """Return the first of a SKU's flavours that can be built in a precision; else its default."""
-    return next((one for one in sku.flavours if precision in BUILT[one]), sku.flavour)
+    return next((one for one in sku.flavours if is_built(one, precision)), sku.flavour)
 
 
 def weight_sizes(model: ModelSize, tower: Tower, precision: str) -> dict[str, int]:

@@ -78,7 +78,7 @@ class Sku:
         achieved: Share of the bandwidth that kernels reach.
         flops: Dense bf16 operations per second; for the CPU, fp32.
         peer: Bytes per second to a second GPU of the machine; None where there can be no second.
-        precisions: Precisions that the hardware computes in, widest first.
+        precisions: Precisions that weights may have on it, widest first.
         flavours: Flavours that can serve it; the first is the default.
         device_names: Names that the driver gives it, without "NVIDIA".
         note: Differences of sibling products, for people; may be empty.
@@ -145,15 +145,13 @@ def known_skus() -> dict[str, Sku]:
 
 
 def precisions_of(capability: str) -> tuple[str, ...]:
-    """Return the precisions of a compute capability, by TensorRT's support matrix."""
+    """Return the precisions of a compute capability, by what TensorRT and our kernels serve."""
     number = tuple(int(part) for part in capability.split("."))
     found = ["bf16"]
     if number >= (8, 9):
         found.append("fp8")
-    if number >= (10, 0):
-        found.append("nvfp4")
     if number >= (8, 0):
-        found.append("int4")
+        found += ["nvfp4", "int4"]
     return tuple(found)
 
 

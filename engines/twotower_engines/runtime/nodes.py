@@ -28,11 +28,18 @@ class Nodes:
         """Add a constant and return its name."""
         return self.add("Constant", value=numpy_helper.from_array(np.asarray(values, dtype)))
 
-    def split(self, x: str, count: int) -> list[str]:
-        """Return the elements of a tensor's first axis, each with that axis of size one."""
+    def split(self, x: str, count: int, sizes: str) -> list[str]:
+        """Return parts of a tensor along its first axis, of the sizes in `sizes`, int64 [count]."""
         names = [f"{x}.{index}" for index in range(count)]
-        node = helper.make_node("Split", [x], names, f"{x}.split", num_outputs=count)
-        self.written.append(node)
+        self.written.append(helper.make_node("Split", [x, sizes], names, f"{x}.split"))
+        return names
+
+    def sorted(self, values: str, count: str) -> tuple[str, str]:
+        """Return the values of a vector in order, of equal ones the first first; and whence."""
+        names = f"{values}.sorted", f"{values}.order"
+        self.written.append(
+            helper.make_node("TopK", [values, count], names, names[0], axis=0, largest=0)
+        )
         return names
 
     def branch(self, name: str, output: str) -> onnx.GraphProto:

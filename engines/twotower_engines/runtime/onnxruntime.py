@@ -29,7 +29,7 @@ from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, Ext
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
 from twotower_engines.runtime.routed_experts import replace_experts
-from twotower_engines.runtime.vocabulary_passes import only_masked_rows, spare_passes
+from twotower_engines.runtime.vocabulary_passes import refine_masked_rows
 
 Array = npt.NDArray[Any]
 DENOISER_OUTPUTS = ("new_ids", "still_masked", "confidence", "logits")
@@ -212,8 +212,10 @@ class OnnxRuntime:
             prune(model.graph, [*read, *caches])
             parts = replace_experts(model.graph)
             if tower == "denoiser":
-                only_masked_rows(model.graph, LOGITS_WANTED)
-                spare_passes(model.graph, self.vocab_size, self.mask_token_id)
+                model = refine_masked_rows(
+                    model, LOGITS_WANTED, self.vocab_size, self.mask_token_id
+                )
+            del model.functions[:]  # of what is written anew
             make_optional(model.graph, "logits", LOGITS_WANTED)
             weights = (
                 part

@@ -15,17 +15,21 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from twotower_engines.runtime.nodes import read_by
-from twotower_engines.runtime.routed_experts import OP
+
+WRITTEN_ANEW = [("twotower", "SparseExperts"), ("twotower", "RefineBlock")]
+"""Functions that a CPU has a form of its own for: `routed_experts`, `vocabulary_passes`."""
 
 
 def flat_graph(path: Path) -> onnx.ModelProto:
     """Read a graph and write its functions out, so that their parts can be left out as well.
 
-    All but the experts: see `routed_experts`.
+    All but those that are written anew.
     """
     model = onnx.load(str(path), load_external_data=False)
-    flat = onnx.inliner.inline_selected_functions(model, [OP], exclude=True)
+    flat = onnx.inliner.inline_selected_functions(model, WRITTEN_ANEW, exclude=True)
+    kept = [one for one in flat.functions if (one.domain, one.name) in WRITTEN_ANEW]
     del flat.functions[:]
+    flat.functions.extend(kept)
     return flat
 
 
@@ -48,8 +52,8 @@ def prune(graph: onnx.GraphProto, outputs: Collection[str]) -> None:
 def make_optional(graph: onnx.GraphProto, output: str, flag: str) -> None:
     """Compute an output, and what it alone needs, only where an input of the graph says so.
 
-    What comes after the last branch becomes one; before that, the branches ask the input as well.
-    (ONNX Runtime packs the weights of a branch, but not those of a branch inside a branch.)
+    It becomes a branch. ONNX Runtime packs the weights of a branch, but not those of a branch in
+    another: what the output alone needs must hold none.
 
     Args:
         graph: A graph without functions.
@@ -60,13 +64,6 @@ def make_optional(graph: onnx.GraphProto, output: str, flag: str) -> None:
     shared, _ = _needed(graph, others)
     names = {name for node in shared for name in node.output}
     own = [node for node in _needed(graph, [output])[0] if names.isdisjoint(node.output)]
-    while any(node.op_type == "If" for node in own):
-        node = own.pop(0)
-        if node.op_type == "If":
-            asked = f"{node.name}.asked"
-            shared.append(helper.make_node("And", [node.input[0], flag], [asked], asked))
-            node.input[0] = asked
-        shared.append(node)
     rank = next(
         len(value.type.tensor_type.shape.dim) for value in graph.output if value.name == output
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from twotower_contract.layout import WeightSource
 from twotower_contract.policies import POLICIES
+from twotower_contract.quantized import Format
 
 BLOCK_IDS: Final = "Token ids; the mask id where nothing is decided yet."
 
@@ -46,14 +48,21 @@ _HOW: Final = {
     "widen": "in float32",
 }
 
+FORMS: Final[Mapping[Format, tuple[str, ...]]] = {
+    "fp8": ("transposed", "a scale of each matrix"),
+    "int4": ("eight codes in a word", "a scale of each group"),
+    "nvfp4": ("eight codes in a word", "four E4M3 scales in a word", "a scale of each matrix"),
+}
+"""What the inputs of a quantized weight hold, in their order."""
+
 
 def describe(name: str) -> str:
     """Return the meaning of a tensor that is no weight; `name` as in the graph."""
     return TENSORS.get(name) or STATES[name.rpartition(".")[2]]
 
 
-def describe_weight(source: WeightSource) -> str:
-    """Where a weight comes from."""
+def describe_weight(source: WeightSource, part: str | None = None) -> str:
+    """Where a weight comes from; `part` says which of its inputs this is."""
     count = len(source.sources)
     tensors = source.sources[0] if count == 1 else f"{source.sources[0]} and {count - 1} more"
-    return f"Weight: {tensors}, {_HOW[source.how]}."
+    return f"Weight: {', '.join(filter(None, (tensors, _HOW[source.how], part)))}."

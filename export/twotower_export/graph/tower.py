@@ -14,18 +14,20 @@ import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import WeightSource, graph_weights
-from twotower_contract.quantized import input_forms
+from twotower_contract.quantized import FORMAT_OF_DTYPE, Format, input_forms
 from twotower_export.graph.attention import last_valid
 from twotower_export.graph.body import DOMAIN, FLOAT, INT32, OPSET, Body, prefixed
 from twotower_export.graph.conditioning import WEIGHTS as TIME_WEIGHTS
 from twotower_export.graph.conditioning import time_embedding
-from twotower_export.graph.descriptions import BLOCK_IDS, describe, describe_weight
+from twotower_export.graph.descriptions import BLOCK_IDS, FORMS, describe, describe_weight
 from twotower_export.graph.layers import FLOAT_WEIGHTS, KINDS, layer_functions, weight_suffixes
+from twotower_export.graph.quantized_weights import decoder, from_fp8
 from twotower_export.graph.refine import ROW_INPUTS, refine_block
 
 IR_VERSION = 10
 DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float32": ir.DataType.FLOAT}
 STORED = {"BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
+CODED = {"F8_E4M3": ir.DataType.FLOAT8E4M3FN, "I32": INT32}
 ROW_FLOATS = ("threshold", "temperature")
 
 Dtype = Literal["bfloat16", "float32"]
@@ -37,10 +39,16 @@ class _Graph:
 
     Args:
         length: Name of the dimension that counts the tokens of a call.
+        group: Weights of a row that share a scale in `int4`.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: Dtype, weight_dtypes: Mapping[str, str], length: str
+        self,
+        config: ModelConfig,
+        dtype: Dtype,
+        weight_dtypes: Mapping[str, str],
+        length: str,
+        group: int = 0,
     ) -> None:
         self.config = config
         self.dtype = DTYPES[dtype]
@@ -57,7 +65,8 @@ class _Graph:
             "v_cache": (cache, self.dtype),
             "queries": (["batch", c.num_attention_heads, length, c.head_dim], self.dtype),
         }
-        self._weight_dtypes = weight_dtypes
+        self.decoders: dict[Format, ir.Function] = {}
+        self._weight_dtypes, self._group = weight_dtypes, group
         self._weights: dict[str, ir.Value] = {}
 
     def input(
@@ -86,8 +95,9 @@ class _Graph:
         """Add inputs for all weights of a tower, each cast to T where it is stored otherwise."""
         for name, source in graph_weights(self.config, tower).items():
             self.body.begin(name)
-            if self._weight_dtypes[name] == "F8_E4M3":
-                self._weights[name] = self._fp8(name, source)
+            format_ = FORMAT_OF_DTYPE.get(self._weight_dtypes[name])
+            if format_ is not None:
+                self._weights[name] = self._decoded(name, source, format_)
                 continue
             stored = FLOAT if source.how == "widen" else STORED[self._weight_dtypes[name]]
             value = self.input(name, source.shape, stored, describe_weight(source))
@@ -95,22 +105,23 @@ class _Graph:
                 value = self.body.cast(value, self.dtype)
             self._weights[name] = value
 
-    def _fp8(self, name: str, source: WeightSource) -> ir.Value:
-        """Add the inputs of a matrix or a bank of them in FP8; return its weights in T.
-
-        The codes lie as [in, out] and the scale is in T: TensorRT dequantizes inside of the product
-        then. It copies codes that lie as they are stored, and writes all weights out in T where the
-        scale is cast.
-        """
-        text = describe_weight(source)
-        forms = input_forms(name, "F8_E4M3", source.shape, self.config.tensor_dtype)
-        (codes, (_, laid)), (scales, (_, bank)) = forms.items()
-        wide = self.body.op.DequantizeLinear(
-            self.input(codes, laid, ir.DataType.FLOAT8E4M3FN, f"{text}, transposed"),
-            self.input(scales, bank, self.dtype, f"{text}: a scale of each matrix"),
-            axis=0,
-        )
-        return self.body.transpose(wide, *range(len(bank)), len(bank) + 1, len(bank))
+    def _decoded(self, name: str, source: WeightSource, format_: Format) -> ir.Value:
+        """Add the inputs of a quantized matrix or of a bank of them; return its weights in T."""
+        dtype = self._weight_dtypes[name]
+        computed = "F32" if self.dtype == FLOAT else "BF16"
+        given = [
+            self.input(one, shape, CODED.get(kind) or STORED[kind], describe_weight(source, part))
+            for part, (one, (kind, shape)) in zip(
+                FORMS[format_],
+                input_forms(name, dtype, source.shape, computed, self._group).items(),
+                strict=True,
+            )
+        ]
+        if format_ == "fp8":
+            return from_fp8(self.body, *given)
+        if format_ not in self.decoders:
+            self.decoders[format_] = decoder(format_, self.dtype)
+        return self.body.call(self.decoders[format_], given)[0]
 
     def weight(self, name: str) -> ir.Value:
         return self._weights[name]
@@ -167,6 +178,7 @@ def build_context_graph(
     dtype: Dtype,
     weight_dtypes: Mapping[str, str],
     metadata: Mapping[str, str],
+    group: int = 0,
 ) -> ir.Model:
     """One graph for prefill, block extension and the autoregressive step.
 
@@ -184,10 +196,11 @@ def build_context_graph(
 
     Args:
         dtype: Dtype that the graph computes in.
-        weight_dtypes: The dtype of each weight input, as safetensors spells it.
+        weight_dtypes: The stored dtype of each weight, as safetensors spells it.
         metadata: Written into the file.
+        group: Weights of a row that share a scale in `int4`.
     """
-    g = _Graph(config, dtype, weight_dtypes, "tokens")
+    g = _Graph(config, dtype, weight_dtypes, "tokens", group)
     b = g.body
     ids = g.input("ids", ["batch", "tokens"], INT32)
     rows = {name: g.input(name, ["batch"], INT32) for name in ("lengths", "context_lengths")}
@@ -218,7 +231,7 @@ def build_context_graph(
     g.output(logits, "logits", ["batch", config.vocab_size], FLOAT, meaning)
     g.outputs.insert(0, g.outputs.pop())
     doc = "Context tower: tokens and states in, new states and the last token's logits out."
-    return g.model("context", layers.all, doc, metadata)
+    return g.model("context", [*g.decoders.values(), *layers.all], doc, metadata)
 
 
 def build_denoiser_graph(
@@ -226,6 +239,7 @@ def build_denoiser_graph(
     dtype: Dtype,
     weight_dtypes: Mapping[str, str],
     metadata: Mapping[str, str],
+    group: int = 0,
 ) -> ir.Model:
     """One denoise step over a block, from block ids to block ids.
 
@@ -241,7 +255,7 @@ def build_denoiser_graph(
     which mock-AR reads: wider they would be written a second time, 8 MB for each row.
     Arguments as of `build_context_graph`.
     """
-    g = _Graph(config, dtype, weight_dtypes, "block")
+    g = _Graph(config, dtype, weight_dtypes, "block", group)
     b = g.body
     ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)
     rows = {
@@ -284,7 +298,8 @@ def build_denoiser_graph(
     for index, values in enumerate(written):
         g.add_new_states(index, values)
     doc = "Denoiser tower: one refinement step of a block against the context's states."
-    return g.model("denoiser", [*layers.all, time, refine], doc, metadata)
+    functions = [*g.decoders.values(), *layers.all, time, refine]
+    return g.model("denoiser", functions, doc, metadata)
 
 
 def build_refine_graph(

@@ -42,8 +42,11 @@ NVFP4_STEPS: Final = (-1, 1, 4, 5)
 Four codes up are 1.5 times the scale: the largest weight becomes a 4 in place of a 6.
 """
 
-INT4_STEPS: Final = (0.95, 0.9, 0.85)
-"""Scales that are tried for a group, relative to the one of `amax`."""
+INT4_STEPS: Final = (1.07, 1.035, 0.965, 0.93, 0.895, 0.86, 0.825)
+"""Scales that are tried for a group, relative to the one of `amax`.
+
+That one makes the largest weight a 7.5, which is clipped if it is positive; 1.07 times it a 7.
+"""
 
 _BIASED: Final = np.float32(1.5 * 2**22)  # adding and subtracting it rounds to multiples of 0.5
 _EXPONENT: Final = 0x7F800000
@@ -64,7 +67,13 @@ class Encoded:
     energy: float
 
 
-def encode(stored: Array, format_: Format, group: int, scales: Scales = "search") -> Encoded:
+def encode(
+    stored: Array,
+    format_: Format,
+    group: int,
+    scales: Scales = "search",
+    largest: float | None = None,
+) -> Encoded:
     """Quantize a matrix.
 
     Args:
@@ -72,13 +81,15 @@ def encode(stored: Array, format_: Format, group: int, scales: Scales = "search"
         format_: The format.
         group: Weights that share a scale in `int4`, whose scales have the dtype of `stored`.
         scales: How to choose them.
+        largest: Magnitude that the scale of the scales of `nvfp4` is made for, where several
+            matrices share it; by default the matrix's own.
 
     Raises:
         ValueError: A weight is infinite or not a number.
     """
     encoders: dict[Format, Callable[[Array, int, Scales], Encoded]] = {
         "fp8": _fp8,
-        "nvfp4": _nvfp4,
+        "nvfp4": functools.partial(_nvfp4, largest=largest),
         "int4": _int4,
     }
     return encoders[format_](stored, group, scales)
@@ -132,8 +143,8 @@ def _histogram(stored: Array) -> tuple[Floats, Array, Array]:
     return as_float32(np.arange(2**16, dtype=np.uint16)), counts, stored
 
 
-def _nvfp4(stored: Array, _: int, scales: Scales) -> Encoded:
-    amax = np.float32(_finite(_largest(stored)))
+def _nvfp4(stored: Array, _: int, scales: Scales, largest: float | None = None) -> Encoded:
+    amax = np.float32(_finite(largest_magnitude(stored) if largest is None else largest))
     scale_2 = amax / np.float32(E2M1_MAX * E4M3_MAX) if amax else np.float32(1)
     values = _e4m3()[:127].astype(np.float32)
     chosen = np.empty(stored.size // NVFP4_BLOCK, np.uint8)
@@ -167,7 +178,7 @@ def _nvfp4(stored: Array, _: int, scales: Scales) -> Encoded:
 
 
 def _int4(stored: Array, group: int, scales: Scales) -> Encoded:
-    _finite(_largest(stored))
+    _finite(largest_magnitude(stored))
     chosen = np.empty(stored.size // group, np.float32)
     packed = np.empty((chosen.size, group // 2), np.uint8)
     store = _bfloat16 if stored.dtype == np.uint16 else np.asarray
@@ -278,7 +289,7 @@ def _bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def _largest(stored: Array) -> float:
+def largest_magnitude(stored: Array) -> float:
     """Return the largest magnitude; NaN or infinity where there is one."""
     if stored.dtype == np.float32:
         return float(np.abs(stored).max(initial=0.0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
@@ -37,7 +38,7 @@ from twotower_contract.machine import cores
 from twotower_contract.quantized import HF_QUANT_FILE, Shape, stored_tensors
 from twotower_contract.shards import ITEM_SIZES, TensorEntry
 from twotower_export.checkpoint import SMALL_FILES, Checkpoint, Progress
-from twotower_export.quantization.encoding import Encoded, encode
+from twotower_export.quantization.encoding import Encoded, encode, largest_magnitude
 from twotower_export.quantization.recipe import Recipe
 from twotower_export.quantization.report import Matrix, parts_of_report
 from twotower_export.quantization.settings import hf_quant_config, quantization_config
@@ -252,16 +253,35 @@ def _encoded(checkpoint: Checkpoint, recipe: Recipe, steps: list[_Step]) -> Gene
 
 
 def _encode(checkpoint: Checkpoint, recipe: Recipe, step: _Step) -> Encoded:
-    content = b"".join(tensor_pieces(checkpoint, step.tensor))
-    dtype = np.uint16 if step.tensor.dtype == "BF16" else np.float32
-    stored = np.frombuffer(content, dtype).reshape(step.tensor.shape)
+    fused = [name for name in fused_with(step.name) if recipe.formats.get(name) == "nvfp4"]
     try:
-        return encode(stored, recipe.formats[step.name], recipe.group, recipe.scales)
+        largest = None
+        if fused and recipe.formats[step.name] == "nvfp4":
+            largest = max(largest_magnitude(_stored(checkpoint, name)) for name in fused)
+        stored = _stored(checkpoint, step.name)
+        return encode(stored, recipe.formats[step.name], recipe.group, recipe.scales, largest)
     except ValueError as problem:
         raise CheckpointError(
             f"{checkpoint.path}: {step.name}: {problem}; the checkpoint is damaged: download it "
             "again"
         ) from problem
+
+
+def fused_with(name: str) -> list[str]:
+    """Return the matrices that servers join with one, itself included; nothing where none are.
+
+    vLLM joins queries, keys and values and wants one `weight_scale_2` for all; ModelOpt writes one.
+    """
+    found = re.fullmatch(r"(.*\.)[qkv]_proj\.weight", name)
+    return [f"{found[1]}{one}_proj.weight" for one in "qkv"] if found else []
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> Any:
+    """Return a matrix as it is stored: float32, or the bits of bfloat16."""
+    tensor = checkpoint.tensors[name]
+    content = b"".join(tensor_pieces(checkpoint, tensor))
+    dtype = np.uint16 if tensor.dtype == "BF16" else np.float32
+    return np.frombuffer(content, dtype).reshape(tensor.shape)
 
 
 def _matrix(step: _Step, recipe: Recipe, encoded: Encoded) -> Matrix:

@@ -33,7 +33,11 @@ HIDDEN: Final = "hidden"
 
 FLOAT: Final = onnx.TensorProto.FLOAT
 BFLOAT16: Final = onnx.TensorProto.BFLOAT16
-FLOAT8: Final = onnx.TensorProto.FLOAT8E4M3FN
+CODED: Final = {
+    "tensor(float8e4m3fn)": onnx.TensorProto.FLOAT8E4M3FN,
+    "tensor(int32)": onnx.TensorProto.INT32,
+}
+"""Types of the inputs that hold codes, as ONNX Runtime spells and as ONNX numbers them."""
 
 _STORED: Final = {"BF16": "<u2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
 
@@ -170,7 +174,12 @@ class ManifestWeights:
     def __init__(self, manifest: Manifest, checkpoint: Path, tower: Tower) -> None:
         self._manifest, self._checkpoint = manifest, checkpoint
         self.inputs = manifest.weights[tower]
-        self.scales = {f"{n}_scale": one for n, one in self.inputs.items() if one.format == "fp8"}
+        self.parts = {
+            part: (one, place)
+            for one in self.inputs.values()
+            if one.format is not None
+            for place, part in enumerate(one.forms("F32"))
+        }
 
     def float32(self, name: str) -> Array:
         """Return a weight input in float32, in the shape of the graph's input."""
@@ -207,16 +216,22 @@ class ManifestWeights:
                 piece[...] = values
         return made
 
-    def fp8_codes(self, name: str) -> Array:
-        """Return the codes of FP8 matrices as uint8, in the graph input's shape [.., in, out]."""
-        codes = [self._whole(source).T for source in self.inputs[name].sources]
-        return np.stack(codes) if self.inputs[name].how == "stack" else np.asarray(codes[0])
+    def part(self, name: str) -> Array:
+        """Return the codes or scales that are an input of a native graph, in its shape.
 
-    def fp8_scales(self, name: str) -> Array:
-        """Return the scales of FP8 matrices in float32, one for each."""
-        weight = self.scales[name]
-        scales = [self._whole(f"{source}_scale") for source in weight.sources]
-        return np.stack(scales) if weight.how == "stack" else scales[0]
+        Codes of 8 bits come as uint8, words as int32, all else as float32.
+        """
+        weight, place = self.parts[name]
+        dtype, shape = weight.forms("F32")[name]
+        names = ((one, *scale_names(one, weight.dtype))[place] for one in weight.sources)
+        stored = np.stack([self._whole(one) for one in names])
+        if dtype == "F8_E4M3":
+            stored = stored.swapaxes(-1, -2)
+        elif dtype == "I32":
+            stored = stored.reshape(-1).view(np.int32)
+        elif stored.dtype == np.uint16:
+            stored = (stored.astype(np.uint32) << 16).view(np.float32)
+        return np.ascontiguousarray(stored.reshape(shape))
 
     def _sources(self, name: str, made: Array) -> Iterator[tuple[Array, str]]:
         """Each tensor that a weight input is made of, and where it goes."""
@@ -302,24 +317,24 @@ class GraphSide:
             self._session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         of = onnxruntime.OrtValue
         for given in self._session.get_inputs():
-            if given.name in self.weights.scales:
-                array = self.weights.fp8_scales(given.name)
-                if given.type == "tensor(bfloat16)":
-                    array = _bfloat16(array)
-                    value = of.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
-                else:
-                    value = of.ortvalue_from_numpy(array)
-            elif given.name not in self.weights.inputs:
+            if given.name not in self.weights.inputs.keys() | self.weights.parts.keys():
                 continue
-            elif given.type == "tensor(float8e4m3fn)":
-                array = np.ascontiguousarray(self.weights.fp8_codes(given.name))
-                value = of.ortvalue_from_numpy_with_onnx_type(array, FLOAT8)
-            elif given.type == "tensor(bfloat16)":
-                array = self.weights.bfloat16(given.name)
-                value = of.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+            is_part = given.name not in self.weights.inputs or given.type in CODED
+            onnx_type = CODED.get(given.type)
+            if given.type == "tensor(bfloat16)":
+                onnx_type = BFLOAT16
+                array = (
+                    _bfloat16(self.weights.part(given.name))
+                    if is_part
+                    else self.weights.bfloat16(given.name)
+                )
             else:
-                array = self.weights.float32(given.name)
-                value = of.ortvalue_from_numpy(array)
+                array = (self.weights.part if is_part else self.weights.float32)(given.name)
+            value = (
+                of.ortvalue_from_numpy(array)
+                if onnx_type is None
+                else of.ortvalue_from_numpy_with_onnx_type(array, onnx_type)
+            )
             # The value does not keep the array behind it alive.
             self._held[given.name] = (value, array)
 

@@ -101,7 +101,7 @@ def by_part(
         cut = graph_part(model, tower, part, FLOAT if precision == "float32" else BFLOAT16)
         if kind == "native":
             weights = ManifestWeights(target.manifest, checkpoint.path, tower)
-            cut = emulated(cut, weights.inputs.keys() | weights.scales.keys())
+            cut = emulated(cut, weights.inputs.keys() | weights.parts.keys())
         dtype = DTYPES[precision]
         tensors = NamedTensors(checkpoint.path, dtype)
         reference = TowerPartSide("torch", config, tower, tensors, part, dtype)

@@ -16,7 +16,13 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from twotower_contract.quantized import CODES_PER_WORD
+from twotower_export.graph.body import DOMAIN
+
 Array = npt.NDArray[Any]
+
+_SCALES: Final = {"FromINT4": ("_scale",), "FromNVFP4": ("_scale", "_scale_2")}
+"""Functions that decode 4 bits, and the ends of the names of what they take beside the codes."""
 
 _FLOATS: Final = (TensorProto.FLOAT, TensorProto.BFLOAT16)
 
@@ -113,10 +119,11 @@ def differences(native: onnx.ModelProto, float32: onnx.ModelProto) -> list[str]:
 
 
 def undecoded(native: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph whose FP8 matrices are inputs as they were before they were quantized.
+    """Return a graph whose quantized matrices are inputs as they were before.
 
-    Each goes with its scale into a DequantizeLinear and a Transpose to [out, in]; what departs from
-    that stays, and is found as a difference.
+    FP8 codes go with their scale into a DequantizeLinear and a Transpose to [out, in]; codes of 4
+    bits go with their scales into the function that decodes them. What departs from that stays, and
+    is found as a difference. What a decoding function computes is left to running it.
     """
     made = onnx.ModelProto()
     made.CopyFrom(native)
@@ -126,8 +133,12 @@ def undecoded(native: onnx.ModelProto) -> onnx.ModelProto:
     removed = []
     for node, then in pairwise(graph.node):
         name = node.input[0] if node.input else ""
-        rank = len(inputs[name].type.tensor_type.shape.dim) if name in inputs else 0
+        if name not in inputs:
+            continue
+        given = inputs[name].type.tensor_type
+        rank = len(given.shape.dim)
         last = [*range(rank - 2), rank - 1, rank - 2]
+        sizes = [dim.dim_value for dim in given.shape.dim]
         if (
             node.op_type == "DequantizeLinear"
             and list(node.input) == [name, f"{name}_scale"]
@@ -135,19 +146,32 @@ def undecoded(native: onnx.ModelProto) -> onnx.ModelProto:
             and (then.op_type, list(then.input)) == ("Transpose", list(node.output))
             and list(then.attribute[0].ints) == last
         ):
-            given = inputs[name].type.tensor_type
-            given.elem_type = inputs[f"{name}_scale"].type.tensor_type.elem_type
-            sizes = [given.shape.dim[place].dim_value for place in last]
-            for dim, size in zip(given.shape.dim, sizes, strict=True):
-                dim.dim_value = size
-            graph.input.remove(inputs[f"{name}_scale"])
+            sizes = [sizes[place] for place in last]
             renamed[then.output[0]] = name
             removed += [node, then]
+        elif node.domain == DOMAIN and list(node.input) == [
+            name,
+            *(f"{name}{end}" for end in _SCALES.get(node.op_type, ())),
+        ]:
+            sizes[-1] *= CODES_PER_WORD
+            renamed[node.output[0]] = name
+            removed.append(node)
+        else:
+            continue
+        given.elem_type = TensorProto.BFLOAT16
+        for dim, size in zip(given.shape.dim, sizes, strict=True):
+            dim.dim_value = size
+        for scale in node.input[1:]:
+            graph.input.remove(inputs[scale])
     for node in removed:
         graph.node.remove(node)
     for node in graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = renamed.get(name, name)
+    used = {node.op_type for node in graph.node}
+    functions = [one for one in made.functions if one.name in used or one.name not in _SCALES]
+    del made.functions[:]
+    made.functions.extend(functions)
     return made
 
 

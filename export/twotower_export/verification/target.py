@@ -17,7 +17,6 @@ from twotower_contract.engine_set import EngineSet
 from twotower_contract.errors import BundleError
 from twotower_contract.layout import TOWERS, Tower, graph_weights
 from twotower_contract.manifest import Manifest, read_manifest
-from twotower_contract.quantized import input_forms
 from twotower_export.verification.calls import inputs_of, outputs_of
 from twotower_export.verification.structure import differences
 
@@ -93,11 +92,12 @@ def native_problems(
         "BF16": onnx.TensorProto.BFLOAT16,
         "F32": onnx.TensorProto.FLOAT,
         "F8_E4M3": onnx.TensorProto.FLOAT8E4M3FN,
+        "I32": onnx.TensorProto.INT32,
     }
     computed = target.manifest.model.tensor_dtype
     inputs = {given.name: given.type.tensor_type.elem_type for given in native.graph.input}
     for name, weight in target.manifest.weights[tower].items():
-        dtype, _ = input_forms(name, weight.input_dtype, weight.shape, computed)[name]
+        dtype, _ = weight.forms(computed)[name]
         if name in inputs and stored[dtype] != inputs[name]:
             problems.append(f"it takes {name} as other than {dtype}")
     return problems

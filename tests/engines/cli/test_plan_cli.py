@@ -27,12 +27,12 @@ def run(*arguments):
 def test_all_skus_in_one_table():
     result = run(FULL_SIZE, "--sku", "all")
     assert result.exit_code == 0, result.output
-    rows = {line.split()[0]: line.split() for line in result.output.splitlines()[3:24]}
+    rows = {line.split()[0]: line.split() for line in result.output.splitlines()[3:22]}
     assert len(rows) == 18
     assert rows["h200"][3:6] == ["yes", "1", "bf16"]
     assert rows["h100-sxm"][3:6] == ["yes", "2", "bf16"]
     assert rows["l40s"][3:6] == ["yes", "2", "fp8"]
-    assert rows["a10"][3:6] == ["later", "2", "int4"]
+    assert rows["a10"][3:6] == ["yes", "2", "int4"]
     assert rows["cpu"][3] == "no"
     assert "What would fit instead" in result.output
     assert "--sku h200 --gpus 1" in result.output
@@ -69,8 +69,7 @@ def test_one_sku_shows_everything():
         "routed experts       54.71",
         "A slot takes 94.8 MiB: 46.8 MiB of Mamba states and 6,144 B per token",
         "fp8         60.9 GiB  1 x h200",
-        "nvfp4       36.0 GiB  not on h200",
-        "not built yet",
+        "nvfp4       36.0 GiB  1 x h200",
         "Prefill of one request",
         "By threshold, from task `open` to `arithmetic`",
         "Compiled:",
@@ -116,18 +115,15 @@ def test_a_sku_that_does_not_fit_is_refused_after_its_table():
     assert "Not even one slot of 4096 tokens fits." in result.output
 
 
-def test_what_only_fits_narrower_is_refused_until_it_can_be_built():
-    result = run(FULL_SIZE, "--sku", "rtx-5090")
-    assert isinstance(result.exception, PlanError)
-    assert "--precision nvfp4 --gpus 2 (not built yet)" in str(result.exception)
-    assert "FITS, but nvfp4 is not built yet" in result.output
-    chosen = ("--sku", "rtx-5090", "--precision", "nvfp4")
+def test_what_has_no_kernels_is_refused():
+    chosen = ("--sku", "rtx-5090", "--precision", "nvfp4", "--flavour", "tensorrt-rtx")
     asked = run(FULL_SIZE, *chosen)
-    assert "FITS, but nvfp4 is not built yet" in asked.output
-    with pytest.raises(PlanError, match="--precision nvfp4 is not built yet for tensorrt"):
+    assert "FITS, but tensorrt-rtx has no kernels for nvfp4" in asked.output
+    with pytest.raises(PlanError, match="tensorrt-rtx has no kernels for weights in nvfp4, only"):
         raise asked.exception
     (planned,) = json.loads(run(FULL_SIZE, *chosen, "--json").stdout)["plans"]
     assert (planned["fits"], planned["buildable"]) == (True, False)
+    assert run(FULL_SIZE, *chosen[:-2]).exit_code == 0  # TensorRT takes our kernels
 
 
 def test_options_reach_the_plan():
@@ -240,7 +236,7 @@ def test_a_context_tower_alone(tmp_path):
         (["--sku", "h200", "--slots", "0"], "--slots is 0"),
         (["--sku", "h200", "--context", "999999"], "takes 1 to 262144"),
         (["--sku", "h200", "--threshold", "0.2"], "measured from 0.5 to 0.95"),
-        (["--sku", "h200", "--precision", "nvfp4"], "does not compute in nvfp4"),
+        (["--sku", "a10", "--precision", "fp8"], "does not compute in fp8"),
     ],
 )
 def test_refusals(arguments, message):
@@ -251,7 +247,7 @@ def test_refusals(arguments, message):
 
 
 def test_the_command_line_exits_with_2_and_no_traceback():
-    command = [*TWOTOWER, "plan", str(FULL_SIZE), "--sku", "a10"]
+    command = [*TWOTOWER, "plan", str(FULL_SIZE), "--sku", "a10", "--precision", "bf16"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: 16 slots x 8192 tokens in bf16 do not fit on 2 x a10")

@@ -48,10 +48,10 @@ def test_precisions_follow_from_the_compute_capability(name):
 @pytest.mark.parametrize(
     ("capability", "precisions"),
     [
-        ("8.0", ("bf16", "int4")),
-        ("8.6", ("bf16", "int4")),
-        ("8.9", ("bf16", "fp8", "int4")),
-        ("9.0", ("bf16", "fp8", "int4")),
+        ("8.0", ("bf16", "nvfp4", "int4")),
+        ("8.6", ("bf16", "nvfp4", "int4")),
+        ("8.9", ("bf16", "fp8", "nvfp4", "int4")),
+        ("9.0", ("bf16", "fp8", "nvfp4", "int4")),
         ("10.3", ("bf16", "fp8", "nvfp4", "int4")),
         ("12.1", ("bf16", "fp8", "nvfp4", "int4")),
     ],
@@ -203,7 +203,7 @@ def test_a_toml_file_adds_a_sku(tmp_path):
     sku = find_sku(str(path))
     assert (sku.name, sku.memory, sku.bandwidth) == ("rtx-6000-ada", int(47.4 * GIB), 960e9)
     assert (sku.achieved, sku.max_gpus, sku.flavour) == (0.9, 2, "tensorrt-rtx")
-    assert sku.precisions == ("bf16", "fp8", "int4")
+    assert sku.precisions == ("bf16", "fp8", "nvfp4", "int4")
     assert (sku.arch, sku.device_names) == ("x86_64", ())
     assert sku.sources["memory_gib"] == str(path)
     assert resolve_skus(f"all,{path}")[-1] == sku

@@ -12,6 +12,8 @@ import pytest
 from tests.support import host_device as host
 from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from twotower_contract.layout import expected_tensors
+from twotower_contract.quantized import scale_names
+from twotower_engines.artifacts.engine_interface import interface_of
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.runtime.resident.upload import input_sizes, upload_weights
 from twotower_export.bundle import write_bundle
@@ -50,3 +52,36 @@ def test_upload_lays_fp8_matrices_out_for_the_compiler(tmp_path, window, dtype):
         given = host.view(addresses[scales], count).view(item).astype(np.float32)
         np.testing.assert_array_equal(given, wanted)  # a scale that was searched is exact in both
         assert sizes[scales] == ([len(wanted)] if weight.how == "stack" else [])
+
+
+@pytest.mark.parametrize(
+    ("format_", "dtype"), [("int4", "bfloat16"), ("nvfp4", "bfloat16"), ("int4", "float32")]
+)
+def test_upload_brings_codes_of_4_bits_as_they_are_stored(tmp_path, format_, dtype):
+    """In the types and shapes of the graph, and of what an engine's interface must be."""
+    config = tiny_config("ME", hidden=64, dtype=dtype)
+    every = tuple(expected_tensors(config)) if dtype == "float32" else ()
+    tensors = random_tensors(config, float32=every)
+    source = open_checkpoint(write_checkpoint(tmp_path / "source", config, tensors))
+    quantize_checkpoint(source, tmp_path / "out", default_recipe(source, format_))
+    manifest = write_bundle(open_checkpoint(tmp_path / "out"), tmp_path / "bundle")
+    graph = onnx.load(tmp_path / "bundle" / manifest.graph("native", "context").file).graph
+    types = {one.name: one.type.tensor_type for one in graph.input}
+    interface = interface_of(manifest, "context").inputs
+    assert set(interface) == set(types)
+    store, device = WeightStore(manifest), host.HostDevice()
+    addresses = upload_weights(store, "context", device, window=4096)
+    narrow = [one for one in manifest.weights["context"].values() if one.format == format_]
+    assert len(narrow) == 2 + 4
+    for weight in narrow:
+        stored = [(one, *scale_names(one, weight.dtype)) for one in weight.sources]
+        sizes = input_sizes(manifest, weight)
+        for (name, size), parts in zip(sizes.items(), zip(*stored, strict=True), strict=True):
+            shape = tuple(dim.dim_value for dim in types[name].shape.dim)
+            kind = onnx.TensorProto.DataType.Name(types[name].elem_type)
+            assert interface[name].shape == shape
+            assert interface[name].dtype == {"BFLOAT16": "BF16"}.get(kind, kind)
+            item = 2 if kind == "BFLOAT16" else 4
+            assert size == item * math.prod(shape)
+            wanted = b"".join(store.raw(one).tobytes() for one in parts)
+            assert host.view(addresses[name], size).tobytes() == wanted

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx.inliner
 import pytest
 
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_contract.policies import POLICIES
 from twotower_engines.artifacts.weights import WeightStore
+from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
 from twotower_engines.runtime.routed_experts import replace_experts
-from twotower_engines.runtime.vocabulary_passes import only_masked_rows, spare_passes
+from twotower_engines.runtime.vocabulary_passes import refine_masked_rows
 
 MASK, BLOCK = 3, 8
 REFINED = ["new_ids", "confidence", "still_masked"]
@@ -28,12 +30,13 @@ def sessions(random_engines):
         prune(model.graph, [*REFINED, "logits"])
         parts = replace_experts(model.graph)
         if spare:
-            only_masked_rows(model.graph, "asked")
-            spare_passes(model.graph, 300, MASK)
+            model = refine_masked_rows(model, "asked", 300, MASK)
             kinds = [node.op_type for node in model.graph.node]
-            assert "ScatterElements" in kinds
-            assert kinds.count("ArgMax") == 0
+            assert {"Softmax", "ScatterElements"} <= set(kinds)
+            assert not {"RefineBlock", "ArgMax"} & set(kinds)
             make_optional(model.graph, "logits", "asked")
+        else:
+            model = onnx.inliner.inline_local_functions(model)
         weights = WeightStore(made.engines.manifest).all_float32("denoiser")
         pairs = [
             pair
@@ -106,3 +109,20 @@ def test_what_is_no_number_fails_its_row_alone(sessions):
         left = run(session, ["still_masked"], inputs)[0]
         assert left[1] == -1
         assert left[0] >= 0
+
+
+def test_a_step_is_known_by_its_form_and_not_by_names(random_engines):
+    path = random_engines("ME", seed=4).folder / "denoiser.onnx"
+    model = flat_graph(path)
+    (step,) = (function for function in model.functions if function.name == "RefineBlock")
+    for nodes in (model.graph.node, step.node):
+        for number, node in enumerate(nodes):
+            node.name = f"node {number}"
+    refined = refine_masked_rows(model, "asked", 300, MASK)
+    assert any(node.op_type == "Softmax" for node in refined.graph.node)
+
+    other = flat_graph(path)
+    (step,) = (function for function in other.functions if function.name == "RefineBlock")
+    next(node for node in step.node if node.op_type == "And").op_type = "Xor"
+    with pytest.raises(RuntimeLoadError, match=r"another form .*: .* Xor, .* export and build"):
+        refine_masked_rows(other, "asked", 300, MASK)

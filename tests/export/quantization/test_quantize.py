@@ -292,6 +292,25 @@ def test_a_recipe_mixes_formats(source, tmp_path):
     assert layers["context_lm_head"] == {"quant_algo": "FP8"}
 
 
+def test_queries_keys_and_values_share_the_scale_of_their_scales(source, tmp_path):
+    """Servers join the three; vLLM wants one `weight_scale_2` then. `o_proj` has its own."""
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"rules": [{"match": "*.mixer.[qkvo]_proj.weight", "format": "nvfp4"}]}')
+    quantize_checkpoint(source, tmp_path / "out", read_recipe(source, recipe))
+    stored = WeightStore(write_bundle(open_checkpoint(tmp_path / "out"), tmp_path / "bundle")).raw
+    mixer, exact = "context_tower.layers.2.mixer", NamedTensors(source.path)
+    largest = {
+        one: float(exact.read(f"{mixer}.{one}_proj.weight").abs().max()) / (6 * 448)
+        for one in "qkvo"
+    }
+    scales = {one: float(stored(f"{mixer}.{one}_proj.weight_scale_2")) for one in "qkvo"}
+    shared = max(largest[one] for one in "qkv")
+    assert len({largest[one] for one in "qkv"}) > 1
+    for one in "qkv":
+        assert scales[one] == pytest.approx(shared, rel=1e-6)
+    assert scales["o"] == pytest.approx(largest["o"], rel=1e-6)
+
+
 def test_smaller_groups_are_more_exact(source, tmp_path):
     errors = []
     for group in (32, 16):

@@ -2,9 +2,9 @@
 
 A weight input of a native graph holds the bytes of its tensors one after the other: as they are
 stored, or expert after expert. Nothing is converted but what is quantized: FP8 codes are
-transposed, and their scales narrowed, see `input_forms`. A tower's weights are one allocation,
-which is filled window by window: two threads read the windows' bytes from the shards, which may be
-those of many small tensors, while windows that were read travel.
+transposed, and scales are brought to the model's dtype, see `input_forms`. A tower's weights are
+one allocation, which is filled window by window: two threads read the windows' bytes from the
+shards, which may be those of many small tensors, while windows that were read travel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from twotower_contract.errors import CheckpointError
 from twotower_contract.manifest import Manifest, WeightInput
-from twotower_contract.quantized import input_forms
+from twotower_contract.quantized import scale_names
 from twotower_contract.shards import ITEM_SIZES, TensorEntry
 from twotower_engines.artifacts.weights import Progress, WeightStore, widen
 from twotower_engines.runtime.resident.device import Device, Fence, aligned
@@ -42,7 +42,7 @@ BUFFERS = READERS + 2
 
 def input_sizes(manifest: Manifest, weight: WeightInput) -> dict[str, int]:
     """Return the bytes on the device of each input that a weight has, by name."""
-    forms = input_forms(weight.name, weight.input_dtype, weight.shape, manifest.model.tensor_dtype)
+    forms = weight.forms(manifest.model.tensor_dtype)
     return {name: math.prod(shape) * ITEM_SIZES[dtype] for name, (dtype, shape) in forms.items()}
 
 
@@ -135,15 +135,15 @@ def _pieces(store: WeightStore, weights: Iterable[WeightInput]) -> Iterator[_Pie
     """Yield the tensors of a tower in the order of their places."""
     manifest, start = store.manifest, 0
     for weight in weights:
-        ends = ("", *(["_scale"] if weight.format == "fp8" else []))
+        parts = [(source, *scale_names(source, weight.dtype)) for source in weight.sources]
         sizes = input_sizes(manifest, weight).values()
-        for end, size in zip(ends, sizes, strict=True):
-            for number, source in enumerate(weight.sources):
-                tensor = manifest.tensors[f"{source}{end}"]
+        for size, names in zip(sizes, zip(*parts, strict=True), strict=True):
+            for number, name in enumerate(names):
+                tensor = manifest.tensors[name]
                 shard = manifest.shards[tensor.shard]
-                each = size // len(weight.sources)
-                is_codes = weight.format == "fp8" and not end
-                is_as_stored = not is_codes and each == tensor.end - tensor.begin
+                each = size // len(names)
+                is_turned = weight.format == "fp8" and name in weight.sources
+                is_as_stored = not is_turned and each == tensor.end - tensor.begin
                 yield _Piece(
                     start + number * each,
                     store.folder / shard.file,
@@ -271,7 +271,7 @@ def _converted(stored: npt.NDArray[np.uint8], tensor: TensorEntry) -> npt.NDArra
         widened = np.empty(stored.size // 2, np.float32)
         widen(stored.view(np.uint16), widened)
         return widened.view(np.uint8)
-    if tensor.shape:
+    if tensor.dtype == "F8_E4M3":
         return np.ascontiguousarray(stored.reshape(tensor.shape).T).reshape(-1)
     bits = stored.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
