@@ -13,12 +13,14 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from tests.serving.test_soak import bytes_of
 from twotower_client.http_door import MOST_BODY
 from twotower_client.request import Message
 from twotower_contract.options import INPUTS
 
 pytestmark = pytest.mark.server
 SEED = 11
+SIZE = 100_000_000  # bytes
 counts = pytest.mark.parametrize(
     "count", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=["some", "many"]
 )
@@ -154,3 +156,21 @@ def test_malformed_http_is_refused_and_changes_no_answer(http, client, count) ->
                 number, content[:300], answer[:300]
             )  # fmt: skip
     assert silent < count / 20  # of those whose connection was reset before they read
+
+
+@pytest.mark.slow  # 1.2 GB of prompts
+def test_prompts_of_100_mb_are_refused_and_leave_nothing(server) -> None:
+    """What a refused message took is free again, where its caller hears the refusal out.
+
+    One who breaks off at that moment leaves the message in the server (2.51) now and then.
+    """
+    message, sizes = Message(), []
+    message.add("text_input", b"x" * SIZE)
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(server.grpc_address, options) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for _ in range(12):
+            [part] = stub.ModelStreamInfer(iter([message.message]), timeout=60)
+            assert "the prompt has 100000000 bytes" in part.error_message
+            sizes.append(bytes_of(server))
+    assert max(sizes[4:]) < min(sizes[:4]) + 2 * SIZE, sizes
