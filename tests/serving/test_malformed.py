@@ -117,8 +117,8 @@ def malformed_http(draw: random.Random) -> bytes:
     elif change == 4:
         body = body[: draw.randrange(len(body))] + draw.choice([b"", b"\xff", b"{", b"[" * 99_999])
     elif change == 5:
-        name = draw.choice([*INPUTS, "colour", "parameters"])
-        wrong = [{}, {"a": []}, [[]], [{}], float("nan"), -(2**63), 2**64, 1e300, "\ud800"]
+        name = draw.choice([*INPUTS, "colour"])
+        wrong = [{}, {"a": []}, [[]], [{}], float("nan"), -(2**63), 10**60, "\ud800"]
         body = json.dumps({"input_ids": [5], name: draw.choice(wrong)}).encode()
     else:
         body = json.dumps(draw.choice([[], 5, "a", None, [good], {"": 1}, {}])).encode()
