@@ -1,6 +1,6 @@
 """The scheduler's choices on a simulated H200: shared calls, budget, chunks, slots and prefixes.
 
-    python -m benchmarks.scheduling        # two minutes, no GPU
+    python -m benchmarks.scheduling        # half a minute, no GPU
 
 The simulator's times are the planner's, so these are comparisons, not measurements. Prompts have
 300 tokens, answers 256, both by half up or down; steps per block as measured on arithmetic at
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import today, write_results
-from tests.support import ROOT
 from twotower_engines.generation.scheduler import Scheduler
-from twotower_engines.planning.model_size import ModelSize, read_model_size
+from twotower_engines.planning.model_size import RELEASED, ModelSize, read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.simulation.engines import runtime_of_plan
@@ -69,7 +68,7 @@ def cases(model: ModelSize) -> Iterator[tuple[str, str, Outcome]]:
     for budget in (0.0, 0.015, 0.03, 0.06, 0.12):
         found = run(model, at_rate(long, 100, 3.0), prefill_seconds=budget)
         yield "budget", f"{1e3 * budget:g} ms", found
-    for chunk in (64, 128, 256):
+    for chunk in (64, 128, 256, 512, 1024):
         yield "chunk", f"{chunk} tokens", run(model, at_rate(long, 100, 2.0), chunk=chunk)
     for slots in (8, 16, 32, 64):
         yield "slots", f"{slots} slots", run(model, at_concurrency(KIND, 300, 64), slots)
@@ -80,15 +79,16 @@ def cases(model: ModelSize) -> Iterator[tuple[str, str, Outcome]]:
     ):
         yield "first block of 60 others", name, run(model, mixed(priority, tenant))
     beginning = replace(KIND, shared=2000)
-    for memory in (0, 1, 4):
-        found = run(model, at_rate(beginning, 100, 3.0), prefix_bytes=memory * GIB)
-        yield "prefixes", f"{memory} GiB", found
+    for memory, size in ((0, 1024), (4, 1024), (0, 256), (1, 256), (4, 256)):
+        found = run(model, at_rate(beginning, 100, 3.0), chunk=size, prefix_bytes=memory * GIB)
+        yield "prefixes", f"{memory} GiB, chunks of {size}", found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    sizes = ROOT / "tests" / "data" / "full_size"
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=sizes, help="[released sizes]")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", default=RELEASED, help="[released sizes]"
+    )
     model = read_model_size(parser.parse_args().checkpoint)
     results, lines = [], [
         "# The scheduler's choices, simulated",

@@ -1,33 +1,47 @@
-"""What serving adds to the engines on this machine, as ratios in one run.
+"""What serving adds to the engines on this machine, in one run, and where the time goes.
 
-    python -m benchmarks.serving
+    python -m benchmarks.serving           # two to three minutes
 
 The trained tiny checkpoint, held-out prompts, greedy, threshold 0.9, on the CPU in float32. The
-same requests go to the engine loop alone (no server, no text, one process) and to a real Triton
-server through our asynchronous client, by so many streams at once; each stream sends one request
-after the other. Both use one thread for the engines; the server, its Python model and the client
-share what is left of the machine, so the ratio holds for a machine of this size and is less on a
-larger one.
+same requests go to the scheduler alone (no server, no text, one process), which is the loop of
+`twotower run`, and to a real Triton server through our asynchronous client, by so many streams at
+once; each stream sends one request after the other. Both use one thread for the engines; the
+server, its Python model and the client share what is left of the machine, so the ratio holds for a
+machine of this size and is less on a larger one.
 
-A turn of this checkpoint takes a few milliseconds. A turn of the released model takes ten times as
-long on a GPU, for as many blocks, so what serving adds weighs less there.
+All cases take turns, and the shortest of some repeats counts, so that a noisy minute hits all
+alike. Beside each time stands the CPU time of the engine's thread, which other processes change
+less.
+
+Last comes the loop that such a server spares: the client decides what comes next, and asks a Triton
+model over gRPC for each call of a tower.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.record import machine, today, write_results
-from tests.support import TWOTOWER
+from benchmarks.serving_spans import SPANS
+from benchmarks.step_model import BEGIN, CONFIG, DENOISE, ENGINES, EXTEND
+from tests.support import ROOT, TWOTOWER
 from twotower_client import AsyncTwoTowerClient
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.artifacts.tokenizer import Tokenizer
+from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import Request
+from twotower_engines.generation.sampling import row_seed
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.runtime.opening import open_runtime
@@ -37,10 +51,35 @@ from twotower_engines.serving.settings import Settings
 from twotower_export.tiny.corpus import documents
 
 NEW_TOKENS = 256
-STREAMS = (1, 16, 32, 128)
-REQUESTS = 256  # in all; for one stream a quarter
+REQUESTS = {1: 64, 16: 256, 32: 256, 128: 512}  # in all, by streams
+LOOPED = {1: 32, 32: 96}  # of the loop in the client
 REPEATS = 3
+OPTIONS = ServerOptions("127.0.0.1", 0, None, None)
+Prompts = Sequence[tuple[int, ...]]
 Answers = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A run of the scheduler alone; times in seconds."""
+
+    answers: Answers
+    wall: float
+    cpu: float
+    turns: int
+
+
+@dataclass(frozen=True)
+class Served:
+    """A run through the server.
+
+    Attributes:
+        wall: Seconds.
+        spans: Where the time of the processes went, in seconds.
+    """
+
+    wall: float
+    spans: Mapping[str, float]
 
 
 def main() -> None:
@@ -49,21 +88,22 @@ def main() -> None:
         engines = build(folder)
         tokenizer = Tokenizer(engines.folder)
         held_out = documents("held_out", seed=0)
-        prompts = [tokenizer.encode(next(held_out).prompt) for _ in range(REQUESTS)]
-        settings = Settings(engines.folder, threads=1)
-        package(engines, folder / "repository", settings)
+        count = max(REQUESTS.values())
+        prompts = [tokenizer.encode(next(held_out).prompt) for _ in range(count)]
         runtime = open_runtime(engines, threads=1)
-        rows = []
-        with TritonServer(
-            folder / "repository", ServerOptions("127.0.0.1", 0, None, None)
-        ) as server:
+        repeats: dict[int, list[tuple[Bare, Served]]] = {streams: [] for streams in REQUESTS}
+        with spans_server(engines, folder) as server:
             server.wait_until_ready()
-            for streams in STREAMS:
-                share = prompts if streams > 1 else prompts[: REQUESTS // 4]
-                rows.append(compare(runtime, server, share, streams))
-                print(rows[-1], flush=True)
+            for _ in range(REPEATS):
+                for streams, requests in REQUESTS.items():
+                    bare = run_bare(engines, runtime, prompts[:requests], streams)
+                    served = run_served(server, folder, prompts[:requests], streams, bare.answers)
+                    repeats[streams].append((bare, served))
+                    print(f"{streams} streams: {bare.wall:.2f}, {served.wall:.2f} s", flush=True)
+        rows = [row_of(streams, some) for streams, some in repeats.items()]
+        looped = run_loops(engines, folder, prompts, repeats[1][0][0].answers)
         runtime.close()
-    write(rows)
+    write(rows, looped)
 
 
 def build(folder: Path) -> EngineSet:
@@ -78,46 +118,53 @@ def build(folder: Path) -> EngineSet:
     return open_engine_set(Path(engines))
 
 
-def compare(
-    runtime: Runtime, server: TritonServer, prompts: Sequence[tuple[int, ...]], streams: int
-) -> dict[str, float]:
-    """The shortest of some repeats of both ways, taken in turns: noise hits both alike."""
-    bare, served = [], []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        expected = engine_answers(runtime, prompts, streams)
-        bare.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        answers = asyncio.run(served_answers(server.grpc_address, prompts, streams))
-        served.append(time.perf_counter() - start)
-        assert answers == expected, "the server answers as the engines do"
-    tokens = sum(map(len, expected))
-    return {
-        "streams": streams,
-        "tokens": tokens,
-        "engine_seconds": round(min(bare), 3),
-        "served_seconds": round(min(served), 3),
-        "ratio": round(min(served) / min(bare), 3),
-        "tokens_per_second": round(tokens / min(served)),
-    }
-
-
-def engine_answers(runtime: Runtime, prompts: Sequence[tuple[int, ...]], streams: int) -> Answers:
-    """The engine loop alone, with a new request for each that ends."""
-    scheduler, waiting = Scheduler(runtime, streams), list(enumerate(prompts))
-    answers: dict[str, list[int]] = {}
+def run_bare(engines: EngineSet, runtime: Runtime, prompts: Prompts, streams: int) -> Bare:
+    """Answer by the scheduler alone, with a new request for each that ends."""
+    scheduler = Scheduler(runtime, streams, costs=costs_of_engines(engines))
+    waiting, turns = list(enumerate(prompts)), 0
+    answers: dict[str, list[int]] = {str(number): [] for number, _ in waiting}
+    wall, cpu = time.perf_counter(), time.thread_time()
     while waiting or not scheduler.idle:
-        while waiting and scheduler.active + len(scheduler.waiting_ids) < streams:
+        while waiting and scheduler.active + scheduler.waiting < streams:
             number, prompt = waiting.pop(0)
-            answers[str(number)] = []
             scheduler.submit(Request(str(number), prompt, max_new_tokens=NEW_TOKENS))
         for event in scheduler.turn():
             answers[event.request_id] += event.ids
-    return [tuple(ids) for ids in answers.values()]
+        turns += 1
+    wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+    return Bare([tuple(ids) for ids in answers.values()], wall, cpu, turns)
 
 
-async def served_answers(address: str, prompts: Sequence[tuple[int, ...]], streams: int) -> Answers:
-    """The server, asked by so many streams at once."""
+def spans_server(engines: EngineSet, folder: Path) -> TritonServer:
+    """Start a server whose model notes where its time goes."""
+    package(engines, folder / "repository", Settings(engines.folder, threads=1))
+    write_model(folder / "repository" / "twotower", "serving_spans")
+    os.environ[SPANS] = str(folder / "spans.json")
+    return TritonServer(folder / "repository", OPTIONS)
+
+
+def write_model(folder: Path, module: str) -> None:
+    """Let a model be that of a module of the benchmarks."""
+    (folder / "1").mkdir(parents=True, exist_ok=True)
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    (folder / "1/model.py").write_text(f"{code}from benchmarks.{module} import TritonPythonModel\n")
+
+
+def run_served(
+    server: TritonServer, folder: Path, prompts: Prompts, streams: int, expected: Answers
+) -> Served:
+    """Answer through the server, asked by so many streams at once."""
+    before, client = spans(server, folder), time.process_time()
+    wall = time.perf_counter()
+    answers = asyncio.run(served_answers(server.grpc_address, prompts, streams))
+    wall, client = time.perf_counter() - wall, time.process_time() - client
+    assert answers == expected, "the server answers as the engines do"
+    after = spans(server, folder)
+    gone = {name: after[name] - before.get(name, 0.0) for name in after}
+    return Served(wall, {**gone, "client cpu": client})
+
+
+async def served_answers(address: str, prompts: Prompts, streams: int) -> Answers:
     answers: dict[int, tuple[int, ...]] = {}
     waiting = list(enumerate(prompts))
 
@@ -132,27 +179,192 @@ async def served_answers(address: str, prompts: Sequence[tuple[int, ...]], strea
     return [answers[number] for number in range(len(prompts))]
 
 
-def write(rows: list[dict[str, float]]) -> None:
-    """Print the results as a table, and write both forms."""
-    where = machine()
-    alone = rows[0]["tokens_per_second"]
+def spans(server: TritonServer, folder: Path) -> dict[str, float]:
+    """Ask the model's process for its sums, and the kernel for the server's CPU time."""
+    path = folder / "spans.json"
+    path.unlink(missing_ok=True)
+    path.with_suffix(".ask").touch()
+    while not path.exists():
+        time.sleep(0.01)
+    times = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    ticks = os.sysconf("SC_CLK_TCK")
+    return {**json.loads(path.read_text()), "triton cpu": sum(map(int, times)) / ticks}
+
+
+def row_of(streams: int, repeats: Sequence[tuple[Bare, Served]]) -> dict[str, float]:
+    """Return what came of the repeats at so many streams: times in seconds, parts per turn in ms.
+
+    A wait for a core or for Python's lock is the engine's thread's: it has work, and stands.
+    """
+    bare = min((bare for bare, _ in repeats), key=lambda one: one.wall)
+    served = min((served for _, served in repeats), key=lambda one: one.wall)
+    took, tokens = served.spans, sum(map(len, bare.answers))
+    calls = took["extend cpu"] + took["denoise cpu"]
+    engine, waited = took["engine thread cpu"], took["engine thread waited"]
+    others = sum(value for name, value in took.items() if name.endswith(" thread cpu")) - engine
+    parts = {
+        "engine calls": calls,
+        "scheduling": took["turn cpu"] - calls,
+        "taking in, giving out": engine - took["turn cpu"],
+        "waiting for a core": waited,
+        "waiting for Python's lock": max(0.0, took["turn wall"] - took["turn cpu"] - waited),
+        "no request there": max(0.0, served.wall - took["turn wall"] - (engine - took["turn cpu"])),
+        "beside it: sending": took["sending thread cpu"],
+        "beside it: other threads": others - took["sending thread cpu"],
+        "beside it: Triton": took["triton cpu"],
+        "beside it: the client": took["client cpu"],
+    }
+    turns = took["turn count"]
+    return {
+        "streams": streams,
+        "tokens": tokens,
+        "bare wall": bare.wall,
+        "bare cpu": min(one.cpu for one, _ in repeats),
+        "bare turns": bare.turns,
+        "served wall": served.wall,
+        "served cpu": min(one.spans["engine thread cpu"] for _, one in repeats),
+        "turns": turns,
+        "rows per step": took["rows"] / took["denoise count"],
+        "ratio": served.wall / bare.wall,
+        "bare tokens per second": tokens / bare.wall,
+        "tokens per second": tokens / served.wall,
+        **{name: 1e3 * seconds / turns for name, seconds in parts.items()},
+    }
+
+
+def run_loops(
+    engines: EngineSet, folder: Path, prompts: Prompts, expected: Answers
+) -> list[dict[str, float]]:
+    """Answer by loops in the client, each call of a tower a request to a model of Triton's."""
+    write_model(folder / "steps" / "steps", "step_model")
+    (folder / "steps" / "steps" / "config.pbtxt").write_text(CONFIG)
+    os.environ[ENGINES] = str(engines.folder)
+    rows = []
+    with TritonServer(folder / "steps", OPTIONS, ("steps",)) as server:
+        server.wait_until_ready()
+        for streams, requests in LOOPED.items():
+            for _ in range(REPEATS):
+                start = time.perf_counter()
+                loops = looped_answers(server.grpc_address, engines, prompts[:requests], streams)
+                answers = asyncio.run(loops)
+                wall = time.perf_counter() - start
+                same = min(len(expected), requests)
+                assert answers[:same] == expected[:same], "the client's loop answers alike"
+                tokens = sum(map(len, answers))
+                rows.append({"streams": streams, "wall": wall, "tokens per second": tokens / wall})
+    return [max(same, key=lambda row: row["tokens per second"]) for _, same in grouped(rows)]
+
+
+def grouped(rows: list[dict[str, float]]) -> itertools.groupby[float, dict[str, float]]:
+    """Return the rows of each number of streams."""
+    return itertools.groupby(rows, key=lambda row: row["streams"])
+
+
+async def looped_answers(
+    address: str, engines: EngineSet, prompts: Prompts, streams: int
+) -> Answers:
+    from tritonclient.grpc import InferInput
+    from tritonclient.grpc.aio import InferenceServerClient
+
+    model = engines.manifest.model
+    answers: dict[int, tuple[int, ...]] = {}
+    waiting = list(enumerate(prompts))
+
+    async def call(client: InferenceServerClient, *numbers: int) -> list[int]:
+        tensor = InferInput("call", [len(numbers)], "INT32")
+        tensor.set_data_from_numpy(np.array(numbers, np.int32))
+        result = await client.infer("steps", [tensor])
+        return [int(token) for token in result.as_numpy("ids")]
+
+    async def answer(
+        client: InferenceServerClient, slot: int, prompt: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        request = Request("", prompt, max_new_tokens=NEW_TOKENS)
+        ids: list[int] = []
+        await call(client, BEGIN, slot, 0, 0, *prompt)
+        while True:
+            block = [model.mask_token_id] * request.block_size
+            for step in range(request.steps):
+                seed = row_seed(request.seed, len(prompt) + len(ids), step)
+                block = await call(client, DENOISE, slot, request.steps - step, seed, *block)
+                if model.mask_token_id not in block:
+                    break
+            for token in block:
+                ids.append(token)
+                if token in model.eos_token_ids or len(ids) == NEW_TOKENS:
+                    return tuple(ids)
+            await call(client, EXTEND, slot, 0, 0, *block)
+
+    async def stream(client: InferenceServerClient, slot: int) -> None:
+        while waiting:
+            number, prompt = waiting.pop(0)
+            answers[number] = await answer(client, slot, prompt)
+
+    async with InferenceServerClient(address) as client:
+        await asyncio.gather(*(stream(client, slot) for slot in range(streams)))
+    return [answers[number] for number in range(len(prompts))]
+
+
+def write(rows: list[dict[str, float]], looped: list[dict[str, float]]) -> None:
+    """Print the results as tables, and write both forms."""
+    where, alone = machine(), rows[0]
     lines = [
         "# Serving on the CPU",
         "",
-        f"`python -m benchmarks.serving`, {today()}, {where}; trained tiny checkpoint, "
-        f"{NEW_TOKENS} tokens per answer, engines on one thread, best of {REPEATS}.",
+        f"`python -m benchmarks.serving`, {today()}, {where}; trained tiny checkpoint, at most",
+        f"{NEW_TOKENS} tokens per answer, engines on one thread, best of {REPEATS}. CPU is that of "
+        "the engine's",
+        "thread.",
         "",
-        "| streams | engines alone, s | served, s | served / alone | served, tokens/s | to one |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| streams | alone, s (CPU) | served, s (CPU) | served / alone | turns, alone and served | "
+        "tokens/s, alone | served | to one stream, alone | served |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        times = row["tokens_per_second"] / alone
+        gains = [
+            row[rate] / alone[rate] for rate in ("bare tokens per second", "tokens per second")
+        ]
         lines.append(
-            f"| {row['streams']} | {row['engine_seconds']:.2f} | {row['served_seconds']:.2f} | "
-            f"{row['ratio']:.2f} | {row['tokens_per_second']} | {times:.2f}x |"
+            f"| {row['streams']} | {row['bare wall']:.2f} ({row['bare cpu']:.2f}) | "
+            f"{row['served wall']:.2f} ({row['served cpu']:.2f}) | {row['ratio']:.2f} | "
+            f"{row['bare turns']:.0f}, {row['turns']:.0f} | {row['bare tokens per second']:.0f} | "
+            f"{row['tokens per second']:.0f} | {gains[0]:.2f}x | {gains[1]:.2f}x |"
         )
+    names = list(alone)[list(alone).index("engine calls") :]
+    lines += [
+        "",
+        "Where the time of a turn goes, in ms, and as a share of the engine's calls:",
+        "",
+        "| | " + " | ".join(f"{row['streams']} streams" for row in rows) + " |",
+        "|---|" + "---:|" * len(rows),
+    ]
+    for name in names:
+        cells = (f"{row[name]:.2f} ({row[name] / row['engine calls']:.0%})" for row in rows)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sixteen = next(row for row in rows if row["streams"] == 16)
+    own = sixteen["scheduling"] + sixteen["taking in, giving out"]
+    lines += [
+        "",
+        f"At 16 streams the engine's thread spends {own / sixteen['engine calls']:.0%} of the time "
+        "of its calls on",
+        "all that serving needs of it. What stands beside it runs on the machine's other cores; on",
+        "two cores it takes some of the engine's, which waits for one.",
+    ]
+    served = {row["streams"]: row["tokens per second"] for row in rows}
+    lines += [
+        "",
+        "The loop in the client, a gRPC call for each call of a tower:",
+        "",
+        "| streams | tokens/s | served at once |",
+        "|---:|---:|---:|",
+        *(
+            f"| {one['streams']} | {one['tokens per second']:.0f} | "
+            f"{served[int(one['streams'])] / one['tokens per second']:.1f}x |"
+            for one in looped
+        ),
+    ]
     print("\n".join(lines))
-    write_results("serving-cpu", lines, {"machine": where, "rows": rows})
+    write_results("serving-cpu", lines, {"machine": where, "rows": rows, "looped": looped})
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ from twotower_engines.planning.skus import known_skus
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "plan.md"
-MODEL = ROOT / "tests" / "data" / "full_size"
 BLOCK = re.compile(r"(?<=```\n)63\.19 B parameters.*?(?=\n\nWhat would fit|\n```)", re.DOTALL)
 THRESHOLD = 0.9
 
 
 def table() -> str:
     """Return the table and its legend, as `twotower plan --sku all` prints them."""
-    model = read_model_size(MODEL)
+    model = read_model_size()
     skus = [sku for name, sku in known_skus().items() if name != "cpu"]
     requests = [PlanRequest(sku, flavour=one) for sku in skus for one in sku.flavours]
     reports = [plan_report(model, request, THRESHOLD) for request in requests]

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from twotower_engines.planning.model_size import RELEASED
+
 ROOT = Path(__file__).parents[2]
-FULL_SIZE = ROOT / "tests" / "data" / "full_size"  # the released model's config.json
+FULL_SIZE = RELEASED  # the released model's config.json
 TWOTOWER = [sys.executable, "-m", "twotower_client.cli"]  # the command, as a process

@@ -72,6 +72,8 @@ class BuildOptions:
         gpus: 1, or 2 for one tower on each; None for the fewest that fit.
         block_size_max: Tokens of the largest block that the denoiser takes.
         is_shared: Whether one engine must serve every GPU of the SKU's compute capability.
+        max_tokens_per_call: Tokens of a prompt in one call; None for as many as the plan has room
+            for.
     """
 
     sku: Sku = field(default_factory=lambda: known_skus()["cpu"])
@@ -82,6 +84,7 @@ class BuildOptions:
     gpus: int | None = None
     block_size_max: int = BLOCK_SIZE_MAX
     is_shared: bool = False
+    max_tokens_per_call: int | None = None
 
 
 def build_engines(
@@ -168,6 +171,7 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
         options.slots,
         options.context or min(CONTEXT, manifest.model.max_position_embeddings),
         flavour=flavour,
+        max_tokens_per_call=options.max_tokens_per_call,
         block_size_max=options.block_size_max,
         kernels=FLAVOURS[flavour].has_kernels(),
     )

@@ -91,6 +91,12 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     help="Tokens of the largest block.",
 )
 @click.option(
+    "--chunk",
+    type=click.IntRange(min=16),
+    help="Tokens of a prompt that one call reads; 256 where prompts share their beginnings.  "
+    "[default: as the plan has room for]",
+)
+@click.option(
     "--same-capability",
     is_flag=True,
     help="Let one engine serve every GPU of the SKU's compute capability, and be built on any of "
@@ -109,6 +115,7 @@ def build(
     precision: str,
     gpus: int | None,
     block_size_max: int,
+    chunk: int | None,
     same_capability: bool,
     force: bool,
     dry_run: bool,
@@ -123,7 +130,7 @@ def build(
     results = []
     for sku in chosen:
         options = BuildOptions(
-            sku, slots, context, flavour, precision, gpus, block_size_max, same_capability
+            sku, slots, context, flavour, precision, gpus, block_size_max, same_capability, chunk
         )
         try:
             results.append(_build_one(bundle, engines, options, Writing(force, dry_run)))

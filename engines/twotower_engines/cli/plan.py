@@ -12,7 +12,7 @@ import click
 
 from twotower_contract.engine_set import MAX_BLOCK
 from twotower_engines.errors import PlanError
-from twotower_engines.planning.model_size import read_model_size
+from twotower_engines.planning.model_size import RELEASED, read_model_size
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX, PlanRequest
 from twotower_engines.planning.plan_report import plan_report, with_faster_flavours
 from twotower_engines.planning.plan_text import text_of_many, text_of_one
@@ -31,13 +31,13 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
 @click.command(
     epilog="""\b
 Examples:
-  twotower plan CHECKPOINT --sku all
+  twotower plan --sku all
   twotower plan CHECKPOINT --sku h200 --slots 32 --context 32768
   twotower plan BUNDLE --sku h100-sxm --gpus 2 --json
   twotower plan CHECKPOINT --sku all,my-gpu.toml
 """
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path), default=RELEASED)
 @click.option(
     "--sku",
     "skus",
@@ -80,6 +80,18 @@ Examples:
     help="Tokens of the largest block.",
 )
 @click.option(
+    "--chunk",
+    type=click.IntRange(min=16),
+    help="Tokens of a prompt that one call reads.  [default: the most that fits]",
+)
+@click.option(
+    "--prefix-mib",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="MiB for the states of prompts' beginnings, as for `serve`.",
+)
+@click.option(
     "--threshold",
     default=0.9,
     show_default=True,
@@ -95,14 +107,16 @@ def plan(
     precision: str,
     flavour: str,
     block_size_max: int,
+    chunk: int | None,
+    prefix_mib: int,
     threshold: float,
     as_json: bool,
 ) -> None:
     """Show whether a model fits on a GPU, and how fast it can be.
 
     CHECKPOINT is a checkpoint folder, its config.json, a bundle or engines: only sizes are read, no
-    weights. The plan counts weights, states, buffers and workspace per GPU, bounds the time of each
-    call, and lists its assumptions.
+    weights. Without one it is the released model. The plan counts weights, states, buffers and
+    workspace per GPU, bounds the time of each call, and lists its assumptions.
 
     A plan that does not fit, or only in a precision that cannot be built yet, is refused with the
     nearest plans that can be built, and exit code 2. With several SKUs each has a line, and the
@@ -125,7 +139,9 @@ def plan(
                 context,
                 precision,
                 flavour=None if flavour == "auto" else flavour,
+                max_tokens_per_call=chunk,
                 block_size_max=block_size_max,
+                prefix_bytes=prefix_mib << 20,
             )
             reports.append(plan_report(model, request, threshold))
             others += [

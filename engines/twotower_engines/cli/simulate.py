@@ -13,7 +13,7 @@ from twotower_engines.cli.plan import DEFAULT_CONTEXT, complete
 from twotower_engines.errors import PlanError
 from twotower_engines.generation.scheduler import PREFILL_SECONDS, Scheduler
 from twotower_engines.planning.acceptance import load_acceptance
-from twotower_engines.planning.model_size import read_model_size
+from twotower_engines.planning.model_size import RELEASED, read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
 from twotower_engines.planning.precisions import PRECISIONS
 from twotower_engines.planning.sku_lookup import resolve_skus
@@ -33,7 +33,7 @@ from twotower_engines.simulation.workload import (
 @click.command(
     epilog="""\b
 Examples:
-  twotower simulate CHECKPOINT --sku h200 --rate 4
+  twotower simulate --sku h200 --precision fp8 --rate 4
   twotower simulate BUNDLE --sku h200 --slots 64 --concurrency 1,16,64
   twotower simulate CHECKPOINT --sku rtx-pro-6000 --trace requests.jsonl --json
   twotower simulate CHECKPOINT --sku h200 --rate 8 --shared-prompt 2000 --prefix-cache 4
@@ -41,7 +41,7 @@ Examples:
 A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_tokens": 64}.
 """
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path), default=RELEASED)
 @click.option("--sku", required=True, shell_complete=complete, help="The GPU, as for `plan`.")
 @click.option(
     "--rate", metavar="N[,N...]", help="Requests a second, at random; several with commas."
@@ -76,6 +76,11 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     show_default=True,
     type=click.Choice(["auto", *PRECISIONS]),
     help="Precision of the weights.",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(min=16),
+    help="Tokens of a prompt that one call reads.  [default: the most that fits]",
 )
 @click.option(
     "--prefix-cache",
@@ -114,6 +119,7 @@ def simulate(
     slots: int,
     context: int | None,
     precision: str,
+    chunk: int | None,
     prefix_cache: float,
     prefill_ms: float,
     calls: str,
@@ -122,7 +128,8 @@ def simulate(
 ) -> None:
     """Simulate a server: the real scheduler on engines that only take time.
 
-    CHECKPOINT is a checkpoint folder, its config.json, a bundle or engines. The times are the
+    CHECKPOINT is a checkpoint folder, its config.json, a bundle or engines; without one it is the
+    released model. The times are the
     planner's, the steps of a block are drawn as they were measured. Give one of --rate,
     --concurrency and --trace.
     """
@@ -133,9 +140,20 @@ def simulate(
     if others:
         raise PlanError(f"--sku is {sku!r}; simulate one GPU at a time")
     room = min(context or DEFAULT_CONTEXT, model.config.max_position_embeddings)
-    plan = plan_memory(model, PlanRequest(chosen, slots=slots, context=room, precision=precision))
+    kept = int(prefix_cache * 2**30)
+    request = PlanRequest(
+        chosen,
+        slots=slots,
+        context=room,
+        precision=precision,
+        max_tokens_per_call=chunk,
+        prefix_bytes=kept,
+    )
+    plan = plan_memory(model, request)
     if not plan.fits:
-        raise PlanError(f"this does not fit; `twotower plan {checkpoint} --sku {sku}` says why")
+        named = "" if checkpoint == RELEASED else f"{checkpoint} "
+        beside = f"--slots {slots} --context {room} --prefix-mib {kept >> 20}"
+        raise PlanError(f"this does not fit; `twotower plan {named}--sku {sku} {beside}` says why")
     outcomes = []
     for name, arrivals in loads:
         runtime = runtime_of_plan(plan, task)
@@ -144,7 +162,7 @@ def simulate(
             costs=runtime.costs,
             prefill_seconds=prefill_ms / 1e3,
             groups_calls=calls == "grouped",
-            prefix_bytes=int(prefix_cache * 2**30),
+            prefix_bytes=kept,
             clock=runtime.clock,
         )
         outcomes.append((name, _with_progress(name, runtime, scheduler, arrivals)))

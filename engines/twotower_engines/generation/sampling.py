@@ -7,6 +7,8 @@ answer does not depend on the other requests of the batch.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -120,7 +122,12 @@ def filtered_probabilities(
 
 def _keyed(seed: int, first: int, second: int) -> int:
     """Return 64 mixed bits of three integers."""
-    return _mix(_mix(_mix(seed) + first) + second)
+    return _mix(_keyed_pair(seed, first) + second)
+
+
+@functools.lru_cache(maxsize=1024)  # a block asks for its own at each step
+def _keyed_pair(seed: int, first: int) -> int:
+    return _mix(_mix(seed) + first)
 
 
 def _mix(value: int) -> int:

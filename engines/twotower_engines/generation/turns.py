@@ -14,11 +14,15 @@ from twotower_contract.engine_set import Limits
 from twotower_engines.generation.costs import Costs, between
 from twotower_engines.generation.row import Row, Stage
 from twotower_engines.runtime.interface import ExtendRow
+from twotower_engines.runtime.resident.calls import SMALLEST_BLOCK, bucket
 
 LEAST_CHUNK = 32
 CHUNK_SLACK = 1.25
 """A chunk may cost so much more per token than the cheapest size: small ones start others sooner,
 and more of a prompt's beginning can be kept for the next."""
+
+SHARED_COST = 0.8
+"""Another prompt's chunk in a call saves something where it adds at most so much of one alone."""
 
 USUAL_CALLS = 5.0
 """Denoiser calls of a block, until some were counted."""
@@ -50,8 +54,9 @@ class Turns:
     Attributes:
         costs: Seconds of the calls.
         limits: Limits of the engines.
-        prefill_seconds: Time that prompts may take from running rows in a turn; at least one chunk
-            of one prompt is prefilled.
+        prefill_seconds: Time that prompts may take from running rows in a turn, where they share
+            its call at a gain; else as long as the rows' own step takes. At least one chunk of one
+            prompt is prefilled.
         groups_calls: Whether rows that need a context call wait for each other.
         chunk: Tokens of a prompt in one call.
         calls_per_block: Denoiser calls that blocks took lately, on average.
@@ -75,34 +80,29 @@ class Turns:
         self.chunk = self.chunk or chunk_tokens(self.costs, self.limits)
 
     def extensions(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """Return the rows of each context call of this turn, one call for each kind of size.
+        """Return the rows of each context call of this turn.
 
         Args:
             rows: All rows, in the order of their slots.
         """
-        kinds = {row: self._kind(row) for row in rows if row.pending.size}
-        self._count_prompts(kinds)
-        allowed = set(self._prompts(rows, kinds))
-        ready: dict[int, list[Row]] = {}
-        for row, kind in kinds.items():
-            if row.stage is Stage.COMMITTING or row in allowed:
-                ready.setdefault(kind, []).append(row)
+        waiting = [row for row in rows if row.pending.size]
+        self._count_prompts(waiting)
+        prompts = set(self._prompts(rows, waiting))
+        ready = [row for row in waiting if row.stage is Stage.COMMITTING or row in prompts]
         # a single token is a step of its own, which nobody waits for
-        return [some for kind, some in ready.items() if kind == 1 or self._pays(rows, some, kind)]
+        return [
+            some for size, some in self._calls(ready) if size == 1 or self._pays(rows, some, size)
+        ]
 
     def part(self, row: Row) -> ExtendRow:
         """Return the next tokens of a row that go into one call."""
-        size = min(row.pending.size, self.chunk)
-        is_mock = row.request.mode == "mock_ar"
-        if is_mock and row.pending.size > 1:
-            # the last token goes alone, so that the states before it can be kept
-            size = min(size, row.pending.size - 1)
+        size, mode = self._tokens(row), row.request.mode
         is_last = size == row.pending.size
         return ExtendRow(
             row.slot,
             row.pending[:size],
-            logits=is_last and row.request.mode == "ar",
-            keep_previous=is_last and is_mock,
+            logits=is_last and mode == "ar",
+            keep_previous=is_last and mode == "mock_ar",
         )
 
     def stepped(self, rows: Sequence[Row], stepping: Sequence[Row]) -> None:
@@ -118,8 +118,8 @@ class Turns:
         self.calls_per_block += (calls - self.calls_per_block) / MEMORY
 
     def prefilled(self, rows: int, tokens: int, seconds: float) -> None:
-        """Compare a call for prompts with its cost; the last few count."""
-        if tokens > self.limits.block_size_max:
+        """Compare a call for chunks of prompts with its cost; the last few count."""
+        if tokens == self.chunk:
             self.measured = self.measured * PACE_KEPT + seconds
             self.modelled = self.modelled * PACE_KEPT + self.costs.extend(rows, tokens)
 
@@ -128,34 +128,62 @@ class Turns:
         """Measured time of calls for prompts over the time that `costs` gives for them."""
         return self.measured / self.modelled if self.modelled else 1.0
 
-    def _kind(self, row: Row) -> int:
-        """Return the size that a row's part is padded to: a token, a block or a chunk."""
-        size, block = self.part(row).ids.size, self.limits.block_size_max
-        return 1 if size == 1 else block if size <= block else block + 1
+    def _tokens(self, row: Row) -> int:
+        """Return how many of a row's tokens go into one call."""
+        size = min(row.pending.size, self.chunk)
+        if row.request.mode == "mock_ar" and row.pending.size > 1:
+            # the last token goes alone, so that the states before it can be kept
+            size = min(size, row.pending.size - 1)
+        return size
 
-    def _prompts(self, rows: Sequence[Row], kinds: dict[Row, int]) -> list[Row]:
+    def _calls(self, rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
+        """Return the size and the rows of each call, single tokens apart.
+
+        Rows are padded to the longest of their call; those of different sizes share one where that
+        costs less than a call of their own.
+        """
+        by_size: dict[int, list[Row]] = {}
+        for row in rows:
+            size = self._tokens(row)
+            size = size if size == 1 else bucket(size, self.chunk, SMALLEST_BLOCK)
+            by_size.setdefault(size, []).append(row)
+        cost = self.costs.extend
+        calls: list[tuple[int, list[Row]]] = []
+        for size, some in sorted(by_size.items(), reverse=True):
+            if calls and size > 1:
+                large, others = calls[-1]
+                apart = cost(len(others), large) + cost(len(some), size)
+                if cost(len(others) + len(some), large) <= apart:
+                    calls[-1] = large, sorted(others + some, key=lambda row: row.slot)
+                    continue
+            calls.append((size, some))
+        return calls
+
+    def _prompts(self, rows: Sequence[Row], waiting: Sequence[Row]) -> list[Row]:
         """Return the rows whose prompts go on: the oldest, as many as the turn has time for."""
-        prompts = [row for row in kinds if row.stage is Stage.PREFILLING]
+        prompts = [row for row in waiting if row.stage is Stage.PREFILLING]
         prompts.sort(key=lambda row: row.number)
-        if len(prompts) == len(rows):  # nobody waits for them
+        running = len(rows) - len(prompts)
+        if not running:  # nobody waits for them
             return prompts
-        count, seconds = 0, 0.0
-        sizes: list[int] = []
+        step = self.costs.denoise(running, SMALLEST_BLOCK)
+        count, size, alone, before = 0, 0, 0.0, 0.0
         for row in prompts:
-            sizes.append(self.part(row).ids.size)
-            seconds = self.pace * self.costs.extend(len(sizes), max(sizes))
-            if count and seconds > self.prefill_seconds:
+            size = max(size, self._tokens(row))
+            seconds = self.pace * self.costs.extend(count + 1, size)
+            alone = alone or seconds
+            is_shared = seconds - before <= SHARED_COST * alone
+            if count and seconds > (self.prefill_seconds if is_shared else step):
                 break
-            count += 1
+            count, before = count + 1, seconds
         return prompts[:count]
 
-    def _count_prompts(self, kinds: dict[Row, int]) -> None:
-        """Average how many rows come with another chunk of a prompt in a turn."""
-        chunks = (row for row, kind in kinds.items() if kind > self.limits.block_size_max)
-        new = sum(not row.waited for row in chunks)
+    def _count_prompts(self, waiting: Sequence[Row]) -> None:
+        """Average how many rows come with another part of a prompt in a turn."""
+        new = sum(row.stage is Stage.PREFILLING and not row.waited for row in waiting)
         self.prompts_per_turn += (new - self.prompts_per_turn) / MEMORY
 
-    def _pays(self, rows: Sequence[Row], ready: Sequence[Row], kind: int) -> bool:
+    def _pays(self, rows: Sequence[Row], ready: Sequence[Row], size: int) -> bool:
         """Whether a context call is made now, rather than a step later for more rows.
 
         The choice of least time lost per row of the call: rows that wait for it lose the time of
@@ -168,13 +196,17 @@ class Turns:
         ]
         if not denoising or not self.groups_calls:
             return True
-        count, size = len(ready), max(self.part(row).ids.size for row in ready)
+        count = len(ready)
         step = self.costs.denoise(len(denoising), max(row.block.size for row in denoising))
         lost = sum(row.waited for row in ready)
         if max(row.waited for row in ready) >= self.calls_per_block * step / 2:
             return True  # a block must not take half as long again
-        is_chunk = kind > self.limits.block_size_max
-        coming = self.prompts_per_turn if is_chunk else len(denoising) / self.calls_per_block
+        stages = {row.stage for row in ready}
+        coming = 0.0
+        if Stage.PREFILLING in stages:
+            coming += self.prompts_per_turn
+        if Stage.COMMITTING in stages:
+            coming += len(denoising) / self.calls_per_block
         now = lost + len(rows) * between(self.costs.extend, count, size)
         later = lost + count * step + len(rows) * between(self.costs.extend, count + coming, size)
         return now / count <= later / (count + coming)

@@ -24,6 +24,9 @@ from twotower_contract.shards import ITEM_SIZES, read_header
 from twotower_contract.sizes import PARTS, part_of, parts_of_tower
 from twotower_engines.errors import PlanError
 
+RELEASED = Path(__file__).with_name("data") / "released"
+"""The released model's config.json."""
+
 _Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Stored dtype and shape by name."""
 
@@ -86,8 +89,8 @@ class ModelSize:
         }
 
 
-def read_model_size(path: Path) -> ModelSize:
-    """Read the sizes of a model.
+def read_model_size(path: Path = RELEASED) -> ModelSize:
+    """Read the sizes of a model; of the released one where none is named.
 
     Args:
         path: A checkpoint folder, a bundle, an engine set or the folder of several, a

@@ -68,7 +68,7 @@ class GpuMemory:
     Attributes:
         towers: Towers that run on it.
         weights: Tower, then part, to bytes.
-        states: Context states of all slots, by kind.
+        states: Context states of all slots, and of kept prefixes, by kind.
         buffers: Inputs and outputs of the calls, by kind.
         workspace: Intermediates of each tower's engine.
         overhead: CUDA context and libraries.
@@ -121,6 +121,7 @@ class PlanRequest:
         block_size_max: Largest block of the denoiser.
         kernels: Whether `tensorrt` has our kernels (the extra [kernels]) or runs function bodies,
             which other flavours always do.
+        prefix_bytes: Memory for the states of prompts' beginnings.
     """
 
     sku: Sku
@@ -132,6 +133,7 @@ class PlanRequest:
     max_tokens_per_call: int | None = None
     block_size_max: int = BLOCK_SIZE_MAX
     kernels: bool = True
+    prefix_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +384,8 @@ class _Sizes:
         }
         if "denoiser" in towers:
             states["mock_ar copy"] = self.request.slots * mamba
+        if "context" in towers and self.request.prefix_bytes:
+            states["prefixes"] = self.request.prefix_bytes
         return states
 
     def buffers(self, tower: str) -> Iterator[tuple[str, int]]:

@@ -34,7 +34,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 FLOAT32 = 4
 TABLE = table_source()
 MATRIX_EFFICIENCY = 0.6
-KERNEL_SECONDS = {"tensorrt": 2e-6, "tensorrt-rtx": 2e-6, "onnxruntime": 5e-6}
+KERNEL_SECONDS = {"tensorrt": 2e-6, "tensorrt-rtx": 2e-6, "onnxruntime": 1.5e-6}
 """Seconds from the end of a kernel to the start of the next."""
 CALL_SECONDS = 300e-6
 CPU_KERNELS: Mapping[str, int] = {"M": 90, "*": 50, "E": 40, "ends": 100}

@@ -70,7 +70,8 @@ def test_an_engine_set_for_the_cpu(bundle, tmp_path):
 
 
 def test_the_context_is_what_the_model_takes_if_that_is_less(bundle, tmp_path):
-    made, _ = build_engines(bundle, tmp_path, BuildOptions())
+    made, _ = build_engines(bundle, tmp_path, BuildOptions(max_tokens_per_call=24))
+    assert made.build.limits.max_tokens_per_call == 24
     assert made.build.limits.context == min(8192, made.manifest.model.max_position_embeddings)
 
 

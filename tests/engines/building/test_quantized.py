@@ -36,11 +36,15 @@ def test_fp8_weights_are_read_as_8_bits_and_never_copied(tmp_path, tower, capabi
     assert up == 128 * 1856 * 2688
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("format_", "capability"), [("fp8", "8.9"), ("int4", "8.9"), ("nvfp4", "12.0")]
+    ("format_", "capability"),
+    [
+        ("nvfp4", "12.0"),
+        pytest.param("int4", "8.9", marks=pytest.mark.slow),
+        pytest.param("fp8", "8.9", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("tower", ["context", "denoiser"])
+@pytest.mark.parametrize("tower", ["context", pytest.param("denoiser", marks=pytest.mark.slow)])
 def test_between_our_kernels_no_weight_is_written_out(tmp_path, tower, format_, capability):
     """Codes of 4 bits reach a kernel of ours only; FP8 ones its products, or an experts' kernel."""
     listing = compiled(tmp_path, tower, 1, 16, 8192, "MEM*EE", capability, format_, is_cut=True)

@@ -38,6 +38,14 @@ def test_all_skus_in_one_table():
     assert "--sku h200 --gpus 1" in result.output
 
 
+def test_chunks_and_kept_prefixes_are_planned():
+    words = ["--sku", "h200", "--chunk", "256", "--prefix-mib", "1024", "--json"]
+    (planned,) = json.loads(run(*words).output)["plans"]  # of the released model
+    memory = planned["memory"]
+    assert memory["max_tokens_per_call"] == 256
+    assert memory["gpus"][0]["states"]["prefixes"] == 1024 << 20
+
+
 def test_an_rtx_card_shows_both_flavours():
     """Built on the card with our kernels, a step reads the routed experts alone."""
     table = run(FULL_SIZE, "--sku", "rtx-pro-6000,h200").output.splitlines()[3:6]

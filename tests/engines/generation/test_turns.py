@@ -89,11 +89,14 @@ def test_a_single_request_never_waits(runtime):
     assert turns == kinds.count("denoise")
 
 
-def chunks_per_turn(budget, slower=1.0):
+SHARED = LinearCosts(call=0.024, token=2.5e-4)  # chunks of one, two, three rows: 32, 40, 48 ms
+APART = LinearCosts(call=1e-9, token=1e-3)  # each 32 ms
+
+
+def chunks_per_turn(budget, slower=1.0, costs=SHARED):
     """Rows that read a chunk of 32 tokens in each turn, while another request denoises."""
-    limits = Limits(slots=4, context=8192, max_tokens_per_call=128, block_size_max=16)
-    costs = LinearCosts(call=1e-9, token=1e-3)
-    real = LinearCosts(call=1e-9, token=slower * 1e-3)
+    limits = Limits(slots=4, context=8192, max_tokens_per_call=32, block_size_max=16)
+    real = LinearCosts(slower * costs.call, slower * costs.token)
     runtime = SimulatedRuntime(limits, real, lambda row, masked: 1, records=True)
     scheduler = Scheduler(runtime, costs=costs, prefill_seconds=budget, clock=runtime.clock)
     scheduler.submit(Request("r", (5, 6), max_new_tokens=6000))
@@ -108,15 +111,30 @@ def chunks_per_turn(budget, slower=1.0):
 
 def test_prompts_have_a_budget_in_each_turn():
     assert chunks_per_turn(0.0) == [1] * 15
-    assert chunks_per_turn(0.07) == [2] * 15
+    assert chunks_per_turn(0.045) == [2] * 15
     assert chunks_per_turn(1.0) == [3] * 15
 
 
+def test_prompts_that_gain_nothing_by_a_shared_call_take_no_longer_than_a_step():
+    assert chunks_per_turn(1.0, costs=APART) == [1] * 15
+
+
 def test_the_budget_is_of_measured_time():
-    counts = chunks_per_turn(0.07, slower=2.0)
+    counts = chunks_per_turn(0.045, slower=2.0)
     assert counts[0] == 2
     assert counts[-5:] == [1] * 5
-    assert chunks_per_turn(0.07, slower=0.5)[-5:] == [3] * 5
+    assert chunks_per_turn(0.045, slower=0.5)[-5:] == [3] * 5
+
+
+@pytest.mark.parametrize(("costs", "expected"), [(SHARED, [[0, 1]]), (APART, [[1], [0]])])
+def test_rows_of_different_sizes_share_a_call_where_padding_costs_less(costs, expected):
+    runtime = SimulatedRuntime(LIMITS, costs, lambda row, masked: masked)
+    scheduler = Scheduler(runtime, costs=costs, groups_calls=False)
+    for name, tokens in (("commits", 5), ("comes", 24)):
+        scheduler.submit(Request(name, tuple(range(10, 10 + tokens)), max_new_tokens=64))
+        counted = scheduler._runtime = CountedRuntime(runtime)
+        scheduler.turn()
+    assert [slots for kind, slots in counted.calls if kind == "extend"] == expected
 
 
 def test_prompts_do_not_wait_where_nobody_runs(runtime):

@@ -272,6 +272,18 @@ def test_the_cpu_and_fp32_checkpoints_are_fp32(model):
 # --- plans ---
 
 
+def test_kept_prefixes_take_memory_beside_the_context_tower(model):
+    for gpus in (1, 2):
+        request = PlanRequest(find_sku("h200"), gpus)
+        plan, without = (plan_memory(model, replace(request, prefix_bytes=n)) for n in (GIB, 0))
+        taken = [
+            one.total - other.total for one, other in zip(plan.gpus, without.gpus, strict=True)
+        ]
+        assert taken == [GIB, 0][:gpus]
+    full = plan_memory(model, PlanRequest(find_sku("h200"), 1, prefix_bytes=100 * GIB))
+    assert not full.fits
+
+
 def test_one_h200_holds_both_towers(model):
     request = PlanRequest(find_sku("h200"), 1, slots=16, context=8192, max_tokens_per_call=256)
     plan = plan_memory(model, request)

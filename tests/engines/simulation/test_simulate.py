@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from tests.support import ROOT
 from twotower_contract.engine_set import Limits
 from twotower_contract.errors import TwoTowerError
 from twotower_engines.cli.simulate import simulate as simulate_verb
@@ -22,7 +21,6 @@ from twotower_engines.simulation.engines import SimulatedRuntime, burst_commits,
 from twotower_engines.simulation.simulate import simulate
 from twotower_engines.simulation.workload import Arrival, Kind, at_concurrency, at_rate, read_trace
 
-FULL_SIZE = ROOT / "tests" / "data" / "full_size"
 COSTS = LinearCosts(call=5e-3, token=1e-3)  # chunks of 32 tokens
 
 
@@ -272,7 +270,7 @@ def test_a_trace_that_is_wrong_is_refused(tmp_path, line, said):
 
 
 def run(*words):
-    return CliRunner().invoke(simulate_verb, [str(FULL_SIZE), "--sku", "h200", *words])
+    return CliRunner().invoke(simulate_verb, ["--sku", "h200", *words])
 
 
 def test_the_verb_prints_tables_and_json():
