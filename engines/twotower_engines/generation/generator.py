@@ -59,6 +59,7 @@ class Generator:
         threads: CPU threads; None for one per core.
         progress: Receives the weights that are bound and the calls that are prepared.
         tokenizer: For stop strings; requests that have some are refused without it.
+        int8: Whether the CPU computes products in 8 bits.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class Generator:
         threads: int | None = None,
         progress: LoadProgress | None = None,
         tokenizer: Tokenizer | None = None,
+        int8: bool = False,
     ) -> None:
-        self._runtime = open_runtime(engines, checkpoint, threads, progress)
+        self._runtime = open_runtime(engines, checkpoint, threads, progress, int8)
         costs = costs_of_engines(engines)
         self._scheduler = Scheduler(self._runtime, slots=1, tokenizer=tokenizer, costs=costs)
 

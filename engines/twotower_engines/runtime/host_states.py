@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,91 @@ class Slot:
         mamba: Input name to (1, ...) float32: convolution and SSM states after `length` tokens.
         previous: The same after `length - 1` tokens, where they were kept.
         attention: Input name to (1, kv_heads, capacity, head_dim) float32: keys and values.
+        key: Tells this request from those that had the slot before.
     """
 
     length: int
     mamba: dict[str, Array]
     previous: dict[str, Array] | None
     attention: dict[str, Array]
+    key: object = field(default_factory=object)
+
+
+class _Held(NamedTuple):
+    """A place of a batch: whose it is, tokens of its context, and end of all that is written."""
+
+    key: object
+    length: int
+    end: int
+
+
+class Batch:
+    """States of several slots as a call takes them, in arrays that are kept from call to call.
+
+    A slot that was extended since has only its new tokens copied, and its Mamba states.
+
+    Args:
+        places: Most slots of a call.
+        mamba: Shape per slot of each Mamba state, by input name.
+        attention: (kv_heads, head_dim) of keys and values, by input name.
+    """
+
+    def __init__(
+        self,
+        places: int,
+        mamba: Mapping[str, tuple[int, ...]],
+        attention: Mapping[str, tuple[int, int]],
+    ) -> None:
+        self._attention = attention
+        self._mamba = {n: np.zeros((places, *shape), np.float32) for n, shape in mamba.items()}
+        self._caches: dict[str, Array] = {}
+        self._places = places
+        self._capacity = 0
+        self._held: list[_Held | None] = [None] * places
+
+    def take(self, slots: Sequence[Slot], tokens: int) -> tuple[list[int], dict[str, Array]]:
+        """Return the place of each slot, and the states with a row for each place.
+
+        Args:
+            slots: Different slots.
+            tokens: Tokens of a row in the call, which may be written behind each context.
+        """
+        needed = max(slot.length for slot in slots) + tokens
+        # attention computes over the whole capacity, so that little of it may be left over
+        if not needed <= self._capacity <= needed * 5 // 4 + 2 * CAPACITY_STEP:
+            self._capacity = -(-(needed * 17 // 16) // CAPACITY_STEP) * CAPACITY_STEP
+            self._caches = {
+                name: np.zeros((self._places, heads, self._capacity, size), np.float32)
+                for name, (heads, size) in self._attention.items()
+            }
+            self._held = [None] * self._places
+        places = self._find_places(slots)
+        for place, slot in zip(places, slots, strict=True):
+            self._copy(place, slot, tokens)
+        arrays = self._mamba | self._caches
+        return places, {name: array[: len(slots)] for name, array in arrays.items()}
+
+    def _find_places(self, slots: Sequence[Slot]) -> list[int]:
+        """Return a place of each slot below their number: where it was, if it can."""
+        held = [None if held is None else held.key for held in self._held[: len(slots)]]
+        where = {slot.key: held.index(slot.key) for slot in slots if slot.key in held}
+        free = iter(sorted(set(range(len(slots))) - set(where.values())))
+        return [where[slot.key] if slot.key in where else next(free) for slot in slots]
+
+    def _copy(self, place: int, slot: Slot, tokens: int) -> None:
+        """Bring a place up to date with its slot."""
+        held = self._held[place]
+        start = held.length if held is not None and held.key is slot.key else 0
+        if start != slot.length or start == 0:
+            for name, array in self._mamba.items():
+                array[place] = slot.mamba[name][0]
+        for name, cache in self._caches.items():
+            row = cache[place]
+            row[:, start : slot.length] = slot.attention[name][0, :, start : slot.length]
+            if held is not None and held.end > slot.length + tokens:
+                # masked, but it must be finite, and what another call wrote may be no number
+                row[:, slot.length : held.end] = 0
+        self._held[place] = _Held(slot.key, slot.length, slot.length + tokens)
 
 
 class HostStates:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from twotower_engines.runtime.nodes import all_nodes
 
 Array = npt.NDArray[Any]
 
-MATRIX_INPUT = {"Gemm": 1, "MatMul": 1, "Gather": 0}
+MATRIX_INPUT = {"Gemm": 1, "MatMul": 1, "MatMulIntegerToFloat": 1, "Gather": 0}
 """Operators that read matrices, and as which of their inputs."""
 
 # ONNX Runtime wants a file to be where values are said to lie, and never reads it: what it would
@@ -81,7 +81,7 @@ def _put_inside(
         Value of each matrix, which the graph has no more than the name of, and its memory.
     """
     inputs = {value.name: value for value in graph.input}
-    _write_shapes(graph, inputs)
+    write_shapes(graph)
     matrices = _matrices(graph)
     values: dict[str, Any] = {}
     lent: dict[str, weakref.ref[_Lent]] = {}
@@ -93,26 +93,27 @@ def _put_inside(
             owner = _Lent(array)
             lent[name] = weakref.ref(owner)
             values[name] = ort.OrtValue.from_dlpack(np.asarray(owner))
-            graph.initializer.append(_elsewhere(name, array.shape))
+            graph.initializer.append(_elsewhere(name, array))
         else:  # a vector: what is computed from it alone is computed once
             graph.initializer.append(numpy_helper.from_array(array, name))
     return values, lent
 
 
-def _elsewhere(name: str, shape: Sequence[int]) -> onnx.TensorProto:
+def _elsewhere(name: str, array: Array) -> onnx.TensorProto:
     """Return an initializer without values."""
     tensor = TensorProto(
         name=name,
-        dims=shape,
-        data_type=TensorProto.FLOAT,
+        dims=array.shape,
+        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
         data_location=TensorProto.EXTERNAL,
     )
     tensor.external_data.add(key="location", value=NO_FILE.name)
     return tensor
 
 
-def _write_shapes(graph: onnx.GraphProto, inputs: Mapping[str, onnx.ValueInfoProto]) -> None:
+def write_shapes(graph: onnx.GraphProto) -> None:
     """Make constants of the shapes of weights: a node that asks for one keeps the weight alive."""
+    inputs = {value.name: value for value in graph.input}
     for node in all_nodes(graph):
         if node.op_type == "Shape" and node.input[0] in inputs:
             sizes = inputs[node.input[0]].type.tensor_type.shape.dim

@@ -11,7 +11,7 @@ A token's result is summed in the order of its choices, and is the same alone an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,11 @@ def replace_experts(graph: onnx.GraphProto) -> dict[str, Parts]:
     graph.node.extend(nodes)
     graph.input.extend([*kept, *made])
     return parts
+
+
+def parts_of(parts: Mapping[str, Parts], name: str, array: Array) -> Iterable[tuple[str, Array]]:
+    """Return (name, array) of what takes a weight's place; itself where nothing does."""
+    return parts[name](array).items() if name in parts else [(name, array)]
 
 
 def _one(bank: str, expert: int) -> str:
