@@ -19,6 +19,7 @@ import socket
 import ssl
 import sys
 import threading
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ from twotower_contract.options import INPUTS, OPTIONS, Options, unknown_name
 
 MODELS = ("twotower", "ensemble")  # the same behind this door
 MOST_BODY = 16 * 2**20  # bytes; a prompt of a million tokens fits
+MOST_DIGITS = 20  # of a length; Python itself refuses thousands
 MOST_REQUESTS = 512  # at once, a thread for each
 READ_SECONDS = 30.0  # for a request to arrive
 NOT_HERE = ("cancel_request_id", "probe", "queue_notice_seconds")
@@ -95,7 +97,7 @@ class _RefusedError(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = default_request_version = "HTTP/1.1"  # even a broken first line has a status
     timeout = READ_SECONDS
 
     @property
@@ -104,6 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Leave the log to the model, which has a line for each request."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what is not HTTP as all else is refused, and hear no more of it."""
+        self.close_connection = True
+        self._fail(code, message or HTTPStatus(code).phrase)
 
     def do_GET(self) -> None:
         """Tell whether the server lives and is ready."""
@@ -123,6 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer a request."""
         if not self.door.room.acquire(blocking=False):
+            self.close_connection = True  # the body was not read
             self._fail(503, f"{MOST_REQUESTS} requests are open already; try again later")
             return
         try:
@@ -161,10 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not length.isdecimal() or "Transfer-Encoding" in self.headers:
             self.close_connection = True
             raise _RefusedError(411, "give the length of the body in Content-Length")
-        if int(length) > MOST_BODY:
+        if len(length) > MOST_DIGITS or int(length) > MOST_BODY:
             self.close_connection = True
             raise _RefusedError(
-                413, f"the body has {length} bytes; at most {MOST_BODY} are taken: shorten it"
+                413, f"the body is longer than the {MOST_BODY} bytes that are taken: shorten it"
             )
         content = self.rfile.read(int(length))
         key, sent = self.door.key, self.headers.get("Authorization", "")

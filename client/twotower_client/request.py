@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -170,7 +170,7 @@ def _checked(prompt: str) -> str:
 
 def _listed(ids: object) -> object:
     """Return ids of any iterable, such as an array, as a list; anything else as it is."""
-    if isinstance(ids, Iterable) and not isinstance(ids, str | bytes):
+    if isinstance(ids, Iterable) and not isinstance(ids, str | bytes | Mapping):
         with suppress(TypeError):  # an array without dimensions
             return list(ids)
     return ids

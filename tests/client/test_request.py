@@ -79,6 +79,7 @@ def client():
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"eos_ids": [-1]}, "eos_ids: -1 at place 0"),
         ({"eos_ids": 5}, "eos_ids is 5; it must be a list of token ids"),
+        ({"canvas": {}}, "canvas is {}; it must be a list of token ids"),
         ({"timeout": 0}, "timeout is 0"),
         ({"timeout": "5"}, "timeout is '5'; it must be a number of seconds"),
         (

@@ -235,3 +235,53 @@ def test_a_server_that_is_killed_under_load_loses_nothing_silently(packaged, tmp
             thread.join(120)
         assert killed.is_set()
         assert answers == [expected] * 48
+
+
+def serve(repository: Path, port: int) -> subprocess.Popen:
+    """Start `twotower serve`, and return it when it is ready."""
+    command = [*TWOTOWER, "serve", str(repository), "--grpc-port", str(port), "--no-metrics"]
+    running = subprocess.Popen([*command, "--grace", "120"], stdout=subprocess.PIPE, text=True)
+    assert running.stdout.readline().startswith("ready")
+    return running
+
+
+@needs_nginx
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_rolling_restart_under_load_loses_nothing(packaged, tmp_path) -> None:
+    """Each server in turn drains, ends and comes back; callers who try again all get answers."""
+    ports = [free_port(), free_port()]
+    servers = [serve(packaged.repository, port) for port in ports]
+    restarted, answers = threading.Event(), []
+
+    def prompts() -> Iterator[list[int]]:
+        while not restarted.is_set():
+            yield [5]
+
+    def ask(client: tt.TwoTowerClient) -> None:
+        # nginx does not ask who is ready: half of what is sent again comes to the same server.
+        retry = tt.Retry(attempts=40, most_seconds=1)
+        options = {"max_new_tokens": 200, "retry": retry, "concurrency": 8}
+        answers.extend(client.generate_many(prompts(), **options))
+
+    try:
+        with (
+            balancer(tmp_path, *(f"127.0.0.1:{port}" for port in ports)) as (address, trusted),
+            connect(address, trusted) as client,
+        ):
+            expected = client.generate(prompt_ids=[5], max_new_tokens=200).ids
+            asking = threading.Thread(target=ask, args=[client])
+            asking.start()
+            for place, port in enumerate(ports):
+                servers[place].terminate()
+                assert servers[place].wait(120) == 0
+                servers[place] = serve(packaged.repository, port)
+            restarted.set()
+            asking.join(120)
+    finally:
+        restarted.set()
+        for server in servers:
+            server.kill()
+            server.communicate()
+    assert len(answers) > 20
+    assert {getattr(answer, "ids", answer) for answer in answers} == {expected}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +23,27 @@ from twotower_engines.serving.stubs import model_processes
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]  # servers of their own
 LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
+# The model, but for a prompt at which the engine's thread never comes to an end, and another at
+# which it takes all the memory that there is.
+ENDLESS, GREEDY = (7, 7, 7), (8, 8, 8)
+MODEL = f"""
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.serving.twotower import TritonPythonModel
+
+submit = Scheduler.submit
+
+
+def break_or_submit(self, request):
+    taken = []
+    while request.prompt_ids == {ENDLESS}:
+        pass
+    while request.prompt_ids == {GREEDY}:
+        taken.append(bytearray(2**24))
+    submit(self, request)
+
+
+Scheduler.submit = break_or_submit
+"""
 
 
 @dataclass
@@ -50,12 +75,18 @@ def start(repository, *options: str) -> Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(packaged):
-    running = start(packaged.repository, "--stall-timeout", "3")
+def serving(packaged, tmp_path_factory):
+    repository = tmp_path_factory.mktemp("healing") / "repository"
+    shutil.copytree(packaged.repository, repository)
+    (repository / "twotower/1/model.py").write_text(MODEL)
+    running = start(repository, "--stall-timeout", "3")
     yield running
     running.process.send_signal(signal.SIGINT)
     _, said = running.process.communicate(timeout=60)
     assert running.process.returncode == 0, said
+
+
+RETRYABLE = (tt.RequestFailedError, tt.ServerUnavailableError)
 
 
 def until(holds: Callable[[], bool], seconds: float = 30) -> None:
@@ -76,19 +107,52 @@ def ensemble_answers(client: tt.TwoTowerClient) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_engines_process_comes_back(serving, number) -> None:
+def kill(serving: Serving, client: tt.TwoTowerClient) -> None:
+    os.kill(serving.model("twotower"), signal.SIGKILL)
+
+
+def stop(serving: Serving, client: tt.TwoTowerClient) -> None:
+    os.kill(serving.model("twotower"), signal.SIGSTOP)
+
+
+def loop(serving: Serving, client: tt.TwoTowerClient) -> None:
+    with pytest.raises(RETRYABLE):
+        client.generate(prompt_ids=ENDLESS)
+
+
+def use_up_memory(serving: Serving, client: tt.TwoTowerClient) -> None:
+    engine = serving.model("twotower")
+    pages = int(Path(f"/proc/{engine}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2**28
+    resource.prlimit(engine, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    with pytest.raises(RETRYABLE):
+        client.generate(prompt_ids=GREEDY)
+
+
+@pytest.mark.parametrize("fault", [kill, stop, loop, use_up_memory])
+def test_the_engines_process_comes_back(serving, fault) -> None:
     """Open requests end at once with an error after which one may try again."""
     with serving.client(inactivity_timeout=30) as client:
         before = serving.ready["pid"]
         with client.stream(prompt_ids=[5], **LONG) as stream:
             next(stream)
-            os.kill(serving.model("twotower"), number)
-            with pytest.raises((tt.RequestFailedError, tt.ServerUnavailableError)):
+            began = time.monotonic()
+            fault(serving, client)
+            with pytest.raises(RETRYABLE):
                 stream.answer()
+        answer = answer_in_the_end(client)
+        print(f"{fault.__name__}: served again after {time.monotonic() - began:.2f} s")
+        assert len(answer.ids) == 4
         serving.ready_again()
         assert serving.ready["pid"] != before
-        assert len(client.generate(prompt_ids=[5], max_new_tokens=4).ids) == 4
+
+
+def answer_in_the_end(client: tt.TwoTowerClient) -> tt.Answer:
+    """Ask again until there is an answer, as callers do."""
+    retry = tt.Retry(attempts=400, first_seconds=0.1, most_seconds=0.1)
+    [answer] = client.generate_many([[5]], max_new_tokens=4, retry=retry)
+    assert isinstance(answer, tt.Answer), answer
+    return answer
 
 
 def test_a_part_of_the_ensemble_comes_back_alone(serving) -> None:
@@ -136,15 +200,16 @@ def test_sigterm_refuses_what_is_new_and_finishes_what_is_open(packaged, alive) 
     serving = start(packaged.repository, "--grace", "60", "--http-port", "0")
     url = serving.ready["grpc"]
     with serving.client() as client:
-        stream = client.stream(prompt_ids=[5], max_new_tokens=2000, threshold=1.0)
+        stream = client.stream(prompt_ids=[5], **LONG)
         next(stream)
         serving.process.send_signal(signal.SIGTERM)
         until(lambda: client.probe()["draining"])
         with pytest.raises(tt.ServerBusyError, match="send the request again"):
             client.generate(prompt_ids=[5], max_new_tokens=4)
-        assert probe("live", "--url", url).returncode == 0
-        assert probe("ready", "--url", url).returncode == 1
-        assert len(stream.answer().ids) == 2000
+        with futures.ThreadPoolExecutor() as pool:
+            live, ready = pool.map(lambda kind: probe(kind, "--url", url), ("live", "ready"))
+        assert (live.returncode, ready.returncode) == (0, 1)
+        assert len(stream.answer().ids) == LONG["max_new_tokens"]
     serving.process.communicate(timeout=30)
     assert serving.process.returncode == 0
     assert alive(serving.ready["pid"]) == []

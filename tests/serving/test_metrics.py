@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -198,3 +201,34 @@ def ask(port: int, path: str, key: str = "result") -> list:
             return json.load(response)["data"][key]
     except OSError:  # it does not listen yet
         return []
+
+
+@pytest.mark.slow  # a server of its own
+@pytest.mark.server
+def test_a_request_is_a_trace_at_a_collector(packaged) -> None:
+    """The collector stands in for OpenTelemetry's: it keeps what Triton sends."""
+    from twotower_engines.serving.server import ServerOptions, TritonServer
+
+    sent: queue.SimpleQueue[dict] = queue.SimpleQueue()
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+    collector = HTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    with TritonServer(packaged.repository, ServerOptions(grpc_port=0, traces=url)) as server:
+        server.wait_until_ready(120)
+        with tt.TwoTowerClient(server.grpc_address) as client:
+            client.generate(prompt_ids=[5], max_new_tokens=4)
+        [resource] = sent.get(timeout=60)["resourceSpans"]
+    collector.shutdown()
+    assert {"key": "service.name", "value": {"stringValue": "twotower"}} in (
+        resource["resource"]["attributes"]
+    )
+    spans = {span["name"]: span for scope in resource["scopeSpans"] for span in scope["spans"]}
+    assert spans["compute"]["parentSpanId"] == spans["twotower"]["spanId"]
+    assert "QUEUE_START" in [event["name"] for event in spans["twotower"]["events"]]

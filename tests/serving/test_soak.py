@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import time
 from pathlib import Path
 
-import grpc
 import pytest
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 import twotower_client as tt
-from twotower_client.request import Message
-from twotower_contract.options import INPUTS
 
 pytestmark = pytest.mark.server
 PROMPTS = tuple(tuple(range(5, 5 + size)) for size in range(1, 9))
 SEED = 11
+MOST_FILES = 16  # more than before, when all callers have left
 
 
 async def references(client: tt.AsyncTwoTowerClient) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -83,23 +81,28 @@ def processes(server) -> list[int]:
 
 
 def soak(server, streams: int, seconds: float) -> tuple[dict[str, int], int, int]:
-    """Load a server; return what was done, and the bytes and files it grew in the second half."""
+    """Load a server; return what was done, the bytes it grew in the second half, and the files."""
 
     async def load() -> tuple[dict[str, int], int, int]:
         counts: dict[str, int] = {}
         loop = asyncio.get_running_loop()
         async with tt.AsyncTwoTowerClient(server.grpc_address, timeout=120) as client:
             expected = await references(client)
-            until = loop.time() + seconds
+            files, until = files_of(server), loop.time() + seconds
             callers = [
                 asyncio.create_task(one_caller(server.grpc_address, one, expected, until, counts))
                 for one in range(streams)
             ]
             await asyncio.sleep(seconds / 2)
-            half, files = bytes_of(server), files_of(server)
+            half = bytes_of(server)
             await asyncio.gather(*callers)
             grown = bytes_of(server) - half
             assert await references(client) == expected
+            gc.collect()  # until then, calls of closed clients may hold their connections
+            for _ in range(600):
+                if files_of(server) - files < MOST_FILES:
+                    break
+                await asyncio.sleep(0.1)
         return counts, grown, files_of(server) - files
 
     return asyncio.run(load())
@@ -115,7 +118,8 @@ def check_no_slot_is_left(client) -> None:
 
 
 def test_a_short_soak(server, client) -> None:
-    counts, _, _ = soak(server, 12, 5.0)
+    counts, _, files = soak(server, 12, 5.0)
+    assert files < MOST_FILES, files
     assert {"whole", "cancel", "leave", "late", "bad"} <= set(counts)
     check_no_slot_is_left(client)
 
@@ -125,66 +129,5 @@ def test_five_minutes_of_64_streams(server, client) -> None:
     counts, grown, files = soak(server, 64, 300.0)
     assert sum(counts.values()) > 1000
     assert grown < 32 * 2**20, grown
-    assert files < 16, files
+    assert files < MOST_FILES, files
     check_no_slot_is_left(client)
-
-
-def malformed(draw: random.Random) -> service_pb2.ModelInferRequest:
-    """A request that is wrong in some way, at every level of the protocol."""
-    message = Message()
-    names = draw.sample(list(INPUTS), draw.randint(0, 4))
-    for name in names:
-        wire, _ = INPUTS[name]
-        wire = draw.choice([wire, wire, "INT32", "FP32", "BYTES"])
-        count = draw.choice([0, 1, 1, 2, 2**31 - 1, -1])
-        size = draw.choice([0, 1, 3, 4, 8, 400])
-        message.add_tensor(name, wire, count, draw.randbytes(size))
-    request = message.message
-    change = draw.randrange(6)
-    if change == 0:
-        request.inputs.add(name=draw.choice(["", "colour", "text_input"]), datatype="BYTES")
-    elif change == 1:
-        request.model_name = draw.choice(["", "other", "ensemble", "preprocessing"])
-    elif change == 2:
-        request.model_version = draw.choice(["0", "7", "x"])
-    elif change == 3:
-        request.outputs.add(name=draw.choice(["", "colour", "text_output"]))
-    elif change == 4:
-        request.parameters[draw.choice(["colour", "max_tokens"])].int64_param = draw.getrandbits(62)
-    else:
-        del request.raw_input_contents[len(request.raw_input_contents) // 2 :]
-    return request
-
-
-@pytest.mark.parametrize(
-    "count", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=["some", "many"]
-)
-def test_malformed_requests_are_refused_and_change_no_answer(server, client, count) -> None:
-    expected = client.generate(prompt_ids=[5], max_new_tokens=200).ids
-    draw = random.Random(SEED)
-    with (
-        grpc.insecure_channel(server.grpc_address) as channel,
-        client.stream(prompt_ids=[5], max_new_tokens=200) as stream,
-    ):
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        for number in range(count):
-            request, ended = malformed(draw), False
-            try:
-                for part in stub.ModelStreamInfer(iter([request]), timeout=20):
-                    ended = ended or bool(part.error_message) or _has_failed(part)
-            except grpc.RpcError as problem:
-                ended = problem.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
-            assert ended, (number, request)
-        assert stream.answer().ids == expected
-    assert client.generate(prompt_ids=[5], max_new_tokens=200).ids == expected
-
-
-def _has_failed(part) -> bool:
-    return (
-        b"refused" in part.SerializeToString()
-        or b"cancelled" in part.SerializeToString()
-        or (
-            b"draining"
-            in part.SerializeToString()  # it was a probe, which is no request for an answer
-        )
-    )

@@ -144,6 +144,12 @@ def package(
 @click.option("--log", type=click.Path(path_type=Path), help="Keep the server's log here.")
 @click.option("--log-json", is_flag=True, help="Log each request as a JSON object on a line.")
 @click.option(
+    "--traces",
+    metavar="URL",
+    help="Send a trace of each request to this collector of OpenTelemetry (OTLP over HTTP), for "
+    "example http://localhost:4318/v1/traces.",
+)
+@click.option(
     "--ready-timeout",
     type=click.FloatRange(min=0),
     default=600,
@@ -180,6 +186,7 @@ def serve(
     key_file: Path | None,
     log: Path | None,
     log_json: bool,
+    traces: str | None,
     ready_timeout: float,
     stall_timeout: float,
     grace: float,
@@ -204,6 +211,7 @@ def serve(
         log_json=log_json,
         tls=tls_of(tls_certificate, tls_key, tls_clients),
         access_key=read_key(key_file) if key_file is not None else None,
+        traces=traces,
     )
     show = _Status()
     supervisor = Supervisor(repo, options, Policy(ready_timeout, stall_timeout, grace), _tell)

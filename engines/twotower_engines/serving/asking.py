@@ -18,6 +18,8 @@ KEY_HEADER = "triton-grpc-protocol-"
 CONTROL = "twotower-control"  # models, shared memory, logging, tracing: for `serve` alone
 ACCESS = "twotower-access"  # requests: for callers who have the key
 LOAD_SECONDS = 600.0
+# A server that starts is tried again soon; by default after 1 s, then ever more rarely.
+RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 100)]
 
 
 class NoAnswerError(ServingError):
@@ -51,7 +53,7 @@ class Asker:
             (f"{KEY_HEADER}{key}", value) for key, value in (keys or {}).items()
         )
         # A server on this machine is not reached through a proxy.
-        options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
+        options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0), *RECONNECT]
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:

@@ -53,6 +53,7 @@ class ServerOptions:
         restarts: Servers that ran here before this one.
         tls: Encryption; None for none.
         access_key: Key that callers must send; None where everyone may ask.
+        traces: URL to which Triton sends a trace of each request (OTLP over HTTP); None for none.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +66,7 @@ class ServerOptions:
     restarts: int = 0
     tls: Tls | None = None
     access_key: str | None = None
+    traces: str | None = None
 
     def wanted_ports(self) -> dict[str, int]:
         """Return the ports by the name of their option."""
@@ -108,6 +110,8 @@ def arguments(
     words = [
         "--model-control-mode=explicit",
         *(f"--load-model={name}" for name in models),
+        # Our configurations are complete; to ask a Python model would start its process twice.
+        "--disable-auto-complete-config",
         "--backend-config=python,shm-default-byte-size=4194304",
         # A body of 200,000 brackets ends Triton's HTTP, and anyone could register shared memory.
         "--allow-http=false",
@@ -131,6 +135,14 @@ def arguments(
         ]
         if options.tls.clients is not None:
             words += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={options.tls.clients}"]
+    if options.traces is not None:
+        words += [
+            "--trace-config=mode=opentelemetry",
+            f"--trace-config=opentelemetry,url={options.traces}",
+            "--trace-config=opentelemetry,resource=service.name=twotower",
+            "--trace-config=level=TIMESTAMPS",
+            "--trace-config=rate=1",
+        ]
     if "--metrics-port" in ports:
         words.append(f"--metrics-port={ports['--metrics-port']}")
         words.append(f"--metrics-address={host}")

@@ -51,7 +51,12 @@ from twotower_engines.serving.lifeline import (
 from twotower_engines.serving.place import link_models, make_folder, refusal
 from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
-from twotower_engines.serving.stubs import dead_stubs, library_path, model_processes
+from twotower_engines.serving.stubs import (
+    dead_stubs,
+    group_lives,
+    library_path,
+    model_processes,
+)
 
 GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine
 HEED_SECONDS = 2  # in which the server heeds a process of a model that ended, where it does at all
@@ -275,11 +280,7 @@ class TritonServer:
     def _wait_for_models(self) -> None:
         """Wait, seconds at most, until the kernel has let go of the group's killed processes."""
         end = time.monotonic() + GONE_SECONDS
-        while time.monotonic() < end:
-            try:
-                os.killpg(self._process.pid, 0)
-            except ProcessLookupError:
-                return
+        while group_lives(self._process.pid) and time.monotonic() < end:
             time.sleep(0.01)
 
     def log_tail(self, lines: int = 30) -> str:

@@ -89,6 +89,12 @@ def model_processes(server: int) -> dict[str, int]:
     return processes
 
 
+def group_lives(group: int) -> bool:
+    """Return whether a process of a group is not gone; a zombie is, which nobody may ever reap."""
+    stats = (_stat(process) for process in _processes())
+    return any(one and one[2] == str(group) and one[0] != "Z" for one in stats)
+
+
 def state_of(process: int) -> str | None:
     """Return the kernel's letter for a process: R, S, D, T (stopped), Z (ended); None for gone."""
     after_name = _stat(process)
@@ -96,8 +102,11 @@ def state_of(process: int) -> str | None:
 
 
 def _children(parent: int) -> list[int]:
-    processes = sorted(int(path.name) for path in Path("/proc").glob("[0-9]*"))
-    return [one for one in processes if (_stat(one) or ["", "-1"])[1] == str(parent)]
+    return [one for one in _processes() if (_stat(one) or ["", "-1"])[1] == str(parent)]
+
+
+def _processes() -> list[int]:
+    return sorted(int(path.name) for path in Path("/proc").glob("[0-9]*"))
 
 
 def _stat(process: int) -> list[str]:
