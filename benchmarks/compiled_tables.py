@@ -2,8 +2,9 @@
 
     python -m benchmarks.compiled_tables    # a few minutes on two cores, no GPU
 
-TensorRT-RTX compiles towers of the released width with a few layers of each kind: as they are, and
-cut at our plugins. What a listing says of any call is taken apart into terms of the call's sizes.
+TensorRT-RTX compiles towers of the released width with a few layers of each kind: as they are, with
+FP8 weights, and cut at our plugins. What a listing says of any call is taken apart into terms of
+the sizes of the call.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from twotower_contract.json_file import write_json
 from twotower_contract.traffic import Kernel, Listing, read_listings, traffic_of
 from twotower_engines.building.flavours.branches import without_branches
 from twotower_engines.building.flavours.compiled import signature_of
+from twotower_engines.building.flavours.flat_banks import with_flat_banks
 from twotower_engines.building.flavours.flavour import Order
 from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
 from twotower_engines.building.flavours.process import build_engine_files
@@ -40,7 +42,7 @@ from twotower_engines.planning.compiled import (
 
 PATTERN = "MEM*EM"
 CAPABILITY = "12.0"
-WAYS: tuple[Way, ...] = ("bodies", "kernels")
+WAYS: tuple[Way, ...] = ("bodies", "codes", "kernels")
 MOST = {"context": 256, "denoiser": 64}
 """Most tokens of a row that a tower is compiled for."""
 SLOTS, CONTEXT, LONG = 16, 8192, 32768
@@ -56,15 +58,16 @@ CALLS = [
 def compiled(folder: Path, tower: str, way: Way, rows: int, tokens: int, context: int) -> Listing:
     """Compile a tower for calls up to some size; plugins are kernels of the listing."""
     name = TOWERS[tower][1]
-    path = write_graph(folder, tower, PATTERN)
-    signature = signature_of(onnx.load(path))
+    path = write_graph(folder, tower, PATTERN, "fp8" if way == "codes" else None)
+    graph = onnx.load(path)
+    signature = signature_of(graph if way == "kernels" else with_flat_banks(graph))
     plugins: list[Kernel] = []
     flat: dict[str, Sizes] = {}
     if way == "kernels":
         # here, for the tests of the kernels choose how these are run before they are imported
         from tests.support.cut import cut_at_plugins
 
-        model, plugins = cut_at_plugins(without_branches(onnx.load(path)), name)
+        model, plugins = cut_at_plugins(without_branches(graph), name)
         onnx.save(model, path)
         pairs = config_of().num_experts_per_tok
         usual, most = min(64, rows * tokens), rows * tokens

@@ -24,6 +24,13 @@ HEADS: Final[Mapping[Tower, str]] = {
     "denoiser": "lm_head.weight",  # the bare name is the denoiser's
 }
 
+BANKS: Final = ("experts.up_proj", "experts.down_proj")
+"""Ends of the names of the inputs that hold a matrix of each expert of a layer."""
+
+FLAT: Final = ".flat"
+"""After the name of a bank of down-projections [experts, hidden, width] where an engine takes it as
+one matrix [hidden, experts x width]: the matrices side by side."""
+
 BASE_PREFIX: Final = "backbone"
 """Prefix of the single-tower base checkpoint, which has `lm_head.weight` as its only head."""
 
@@ -133,9 +140,10 @@ def _experts(config: ModelConfig, mixer: str) -> Iterator[tuple[str, WeightSourc
     # the router works in float32: widened once, not at every call
     yield f"{mixer}.gate.weight", WeightSource("widen", (count, h), (f"{mixer}.gate.weight",))
     yield _as_is(f"{mixer}.gate.e_score_correction_bias", count)
-    for name, shape in (("up_proj", (routed, h)), ("down_proj", (h, routed))):
-        sources = tuple(f"{mixer}.experts.{e}.{name}.weight" for e in range(count))
-        yield f"{mixer}.experts.{name}", WeightSource("stack", (count, *shape), sources)
+    for bank, shape in zip(BANKS, ((routed, h), (h, routed)), strict=True):
+        folder, _, name = bank.partition(".")
+        sources = tuple(f"{mixer}.{folder}.{e}.{name}.weight" for e in range(count))
+        yield f"{mixer}.{bank}", WeightSource("stack", (count, *shape), sources)
     yield _as_is(f"{mixer}.shared_experts.up_proj.weight", shared, h)
     yield _as_is(f"{mixer}.shared_experts.down_proj.weight", h, shared)
 

@@ -9,9 +9,13 @@ import math
 
 import pytest
 
+from benchmarks import compiled_tables
 from tests.support.compiled import compiled as compile_tower
+from tests.support.compiled import config_of
 from tests.support.sparse_checkpoint import FULL_CONFIG
 from twotower_contract.traffic import traffic_of
+from twotower_engines.planning.compiled import compiled_tower
+from twotower_engines.planning.plan import WORKSPACE_SLACK
 
 PATTERN = "ME*"
 CONTEXT = 8192
@@ -20,9 +24,14 @@ LARGE = 100_000  # bytes; what is smaller than this may be moved about
 pytest.importorskip("tensorrt_rtx", reason="needs `pip install tensorrt-rtx-cu13`")
 
 
-@pytest.fixture(scope="module", params=[("context", 1), ("denoiser", 1), ("denoiser", 16)], ids=str)
+CALLS = [("context", 16), ("denoiser", 1), ("denoiser", 4), ("denoiser", 16)]
+RATIOS = {1: 1.03, 4: 1.06, 16: 1.25}
+"""Rows to the most that a whole tower may move over the least."""
+
+
+@pytest.fixture(scope="module", params=CALLS, ids=str)
 def compiled(request, tmp_path_factory):
-    """The kernels of a tower at 1 or 16 rows of 16 tokens."""
+    """The kernels of a tower at 1 to 16 rows of 16 tokens."""
     tower, rows = request.param
     return compile_tower(tmp_path_factory.mktemp("compiled"), tower, rows, 16, CAPACITY, PATTERN)
 
@@ -86,14 +95,53 @@ def test_refinement_writes_no_integers_for_each_token(compiled):
     ]
 
 
-def test_scratch_memory_is_bounded(compiled):
-    """Seen: 43 MB at one row, 340 MB at 16, most of it the experts' results before their sum."""
-    assert compiled.scratch < (100e6 if rows(compiled) == 1 else 360e6)
+def test_a_whole_tower_moves_hardly_a_byte_twice(compiled):
+    """Its layers move what these do: 1.16 of the least at 16 rows, 1.04 at 4, 1.01 at one."""
+    kinds = traffic_of(compiled).by_kind(PATTERN)
+    counts = {kind: FULL_CONFIG["hybrid_override_pattern"].count(kind) or 1 for kind in kinds}
+    moved = sum(counts[kind] * one.total for kind, one in kinds.items())
+    least = sum(counts[kind] * one.least for kind, one in kinds.items())
+    assert moved < RATIOS[rows(compiled)] * least
+
+
+def test_experts_write_their_activations_and_no_other_result_of_theirs(compiled):
+    names = ("n_routed_experts", "moe_intermediate_size", "hidden_size")
+    experts, inner, hidden = (FULL_CONFIG[name] for name in names)
+    tokens = 16 * rows(compiled)
+    results = [
+        shape
+        for _, shape, _ in written(compiled)
+        if math.prod(shape) >= experts * min(inner, hidden) * tokens and experts in shape
+    ]
+    assert results == [(experts, inner, tokens)]
+
+
+def test_scratch_memory_is_bounded_and_planned(compiled):
+    """Seen: 212 MB at 16 rows, of which the sampled logits are 134 and the logits 67."""
+    tower = "denoiser" if any(one.name == "new_ids" for one in compiled.outputs) else "context"
+    planned = compiled_tower(config_of(PATTERN), tower, "bodies", 2)
+    assert compiled.scratch < (50e6 if rows(compiled) == 1 else 250e6)
+    if rows(compiled) == 16:  # for fewer, the step alone is made otherwise than for a range of rows
+        assert compiled.scratch <= WORKSPACE_SLACK * planned.scratch_bytes(16, 16, CAPACITY)
+
+
+def test_experts_write_as_little_where_a_call_decides_how_many_tokens_there_are(
+    tmp_path, monkeypatch
+):
+    """TensorRT would copy activations of a number of tokens that it cannot divide by eight."""
+    monkeypatch.setattr(compiled_tables, "PATTERN", "E")
+    listing = compiled_tables.compiled(tmp_path, "context", "bodies", 16, 256, CONTEXT)
+    assert not listing.unsized
+    call = compiled_tables.call_of("context", 16, 16, CONTEXT)
+    experts, inner = FULL_CONFIG["n_routed_experts"], FULL_CONFIG["moe_intermediate_size"]
+    activations = 2 * experts * inner * 256
+    sizes = [one.bytes(call) for kernel in listing.kernels for one in kernel.writes]
+    assert [size for size in sizes if size >= activations] == [activations]
 
 
 @pytest.mark.parametrize("tower", ["context", "denoiser"])
 def test_what_tensorrt_compiles_between_our_plugins_moves_little_twice(tower, tmp_path):
-    """Plugins read and write across the edge of what is compiled: 1.06 of the least was seen."""
+    """Plugins read and write across the edge of what is compiled: 1.07 of the least was seen."""
     listing = compile_tower(tmp_path, tower, 16, 16, CAPACITY, PATTERN, is_cut=True)
     traffic = traffic_of(listing)
     assert not traffic.copies

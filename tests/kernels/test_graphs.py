@@ -116,14 +116,16 @@ def test_refine_fails_alike() -> None:
         compare_refine(logits, np.full((6, 4), MASK), rows)
 
 
-def test_experts_agree() -> None:
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_experts_agree(is_flat: bool) -> None:
     n, K, E, hidden, inner = 20, 2, 5, 40, 24
     args = draw_experts(np.random.default_rng(5), n, K, E, hidden, inner)
     args[1][2], args[1][7, 1] = -1, -1
     config = tiny_config(
         "E", hidden=hidden, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=inner
     )
-    want = run_model(one_op(sparse_experts(config, ir.DataType.FLOAT), args), args)
+    body = sparse_experts(config, ir.DataType.FLOAT, is_flat=is_flat)
+    want = run_model(one_op(body, args), args)
     got = experts.sparse_experts(*args).numpy()
     np.testing.assert_allclose(got, want[0], rtol=1e-5, atol=1e-6)
 

@@ -86,7 +86,8 @@ def op_model(op: str) -> tuple[onnx.ModelProto, list[torch.Tensor]]:
     elif op == "SparseExperts":
         given = list(draw_experts(generator, 12, 2, 5, 40, 24))
         sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-        function = sparse_experts(tiny_config("E", hidden=40, **sizes), FLOAT)
+        config = tiny_config("E", hidden=40, **sizes)
+        function = sparse_experts(config, FLOAT, is_flat=True)
     else:
         given = draw_mamba(generator, 16, [16, 16])
         sizes = {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16}

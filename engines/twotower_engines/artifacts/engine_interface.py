@@ -6,11 +6,12 @@ nothing, or the wrong thing, to an address.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from twotower_contract.config import ModelConfig
-from twotower_contract.manifest import Manifest
+from twotower_contract.layout import FLAT
+from twotower_contract.manifest import Manifest, WeightInput
 
 DYNAMIC = -1
 """A size that is not known before a call, as TensorRT writes it."""
@@ -40,7 +41,14 @@ class Interface:
     outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
 
 
-def interface_of(manifest: Manifest, tower: str, capacity: int = DYNAMIC) -> Interface:
+def is_flat(weight: WeightInput, inputs: Container[str]) -> bool:
+    """Whether an engine with these inputs takes a bank of experts as one matrix; see `FLAT`."""
+    return weight.name + FLAT in inputs
+
+
+def interface_of(
+    manifest: Manifest, tower: str, capacity: int = DYNAMIC, inputs: Container[str] = ()
+) -> Interface:
     """Return the interface of a tower's engine in the checkpoint's dtype.
 
     A cache comes out as it went in, with the call's keys or values in its room: its input and its
@@ -48,6 +56,8 @@ def interface_of(manifest: Manifest, tower: str, capacity: int = DYNAMIC) -> Int
 
     Args:
         capacity: Tokens that a cache has room for; engines know it, graphs do not.
+        inputs: The engine's own, which say how it takes banks of experts; a graph's where not
+            given.
     """
     model, dtype = manifest.model, COMPUTED[manifest.model.dtype]
     states = dict(_states(model, dtype, capacity))
@@ -56,21 +66,24 @@ def interface_of(manifest: Manifest, tower: str, capacity: int = DYNAMIC) -> Int
     rows = {"ids": 2, "lengths": 1, "context_lengths": 1}
     if tower == "denoiser":
         rows |= dict.fromkeys(("conditioned", "steps_left", "policy", "seed"), 1)
-    inputs = {name: TensorSpec("INT32", (DYNAMIC,) * rank) for name, rank in rows.items()}
+    taken = {name: TensorSpec("INT32", (DYNAMIC,) * rank) for name, rank in rows.items()}
     if tower == "denoiser":
-        inputs |= dict.fromkeys(("threshold", "temperature"), TensorSpec("FLOAT", (DYNAMIC,)))
-    inputs |= states
-    inputs |= {
-        name: TensorSpec(STORED[stored], shape)
-        for weight in manifest.weights[tower].values()
-        for name, (stored, shape) in weight.forms(model.tensor_dtype).items()
-    }
+        taken |= dict.fromkeys(("threshold", "temperature"), TensorSpec("FLOAT", (DYNAMIC,)))
+    taken |= states
+    for weight in manifest.weights[tower].values():
+        if is_flat(weight, inputs):
+            count, rows_, columns = weight.shape
+            spec = TensorSpec(STORED[weight.input_dtype], (rows_, count * columns))
+            taken[weight.name + FLAT] = spec
+            continue
+        forms = weight.forms(model.tensor_dtype)
+        taken |= {name: TensorSpec(STORED[kind], shape) for name, (kind, shape) in forms.items()}
     new = {f"{name}_new": spec for name, spec in states.items()}
     if tower == "denoiser":
         caches = {name: spec for name, spec in new.items() if name.endswith("cache_new")}
-        return Interface(inputs, {**_refined(model), **caches, **attention})
+        return Interface(taken, {**_refined(model), **caches, **attention})
     logits = TensorSpec("FLOAT", (DYNAMIC, model.vocab_size))
-    return Interface(inputs, {"logits": logits, **new, **attention})
+    return Interface(taken, {"logits": logits, **new, **attention})
 
 
 def differences(found: Interface, expected: Interface) -> list[str]:

@@ -1,8 +1,9 @@
 """Figures of compiled engines: kernels, bytes beside weights and states, and scratch memory.
 
 `data/compiled.json` is made by `benchmarks/compiled_tables.py` of what TensorRT-RTX's compiler says
-of towers of the released width, as they are (`bodies`) and cut at our plugins (`kernels`). A model
-of another width is scaled by what its layers hold, and another dtype by its size.
+of towers of the released width: as they are (`bodies`), with FP8 weights (`codes`), and cut at our
+plugins (`kernels`). A model of another width is scaled by what its layers hold, and another dtype
+by its size.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Final, Literal
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.json_file import read_json
+from twotower_contract.quantized import FORMATS
 from twotower_contract.traffic import ENDS
 from twotower_engines.errors import PlanError
 
@@ -25,8 +27,8 @@ FORMAT_VERSION: Final = 1
 ITEM: Final = 2
 """Bytes of an activation in the compiled towers."""
 
-Way = Literal["bodies", "kernels"]
-"""Function bodies alone, or our kernels as plugins in place of three of them."""
+Way = Literal["bodies", "codes", "kernels"]
+"""Function bodies alone, the same on quantized weights, or our kernels in place of three bodies."""
 
 TERMS: Final = (
     "1",
@@ -77,6 +79,18 @@ class CompiledTower:
         return math.ceil(self.scales["scratch"] * terms)
 
 
+def way_of(has_kernels: bool, precision: str) -> Way:
+    """Return what engines run.
+
+    Args:
+        has_kernels: Whether our kernels take the place of the ops' function bodies.
+        precision: Precision of the weights.
+    """
+    if has_kernels:
+        return "kernels"
+    return "codes" if precision in FORMATS else "bodies"
+
+
 def compiled_tower(config: ModelConfig, tower: str, way: Way, item: int) -> CompiledTower:
     """Return the figures of a tower of a model.
 
@@ -109,7 +123,7 @@ def table_source() -> str:
 def units_of(config: ModelConfig, tower: str, way: Way) -> dict[str, float]:
     """Return what figures grow with, from one width of model to another: elements of a token."""
     c = config
-    each = c.num_experts if way == "bodies" else c.num_experts_per_tok
+    each = c.num_experts_per_tok if way == "kernels" else c.num_experts
     experts = each * (c.moe_intermediate_size + c.hidden_size)
     vocabulary = c.vocab_size if tower == "denoiser" else 0
     return {

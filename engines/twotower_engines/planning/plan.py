@@ -19,18 +19,16 @@ from twotower_contract.layout import Tower
 from twotower_contract.quantized import FORMATS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.errors import PlanError
-from twotower_engines.planning.compiled import Way, compiled_tower, table_source
+from twotower_engines.planning.compiled import compiled_tower, table_source, way_of
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import PRECISIONS, flavour_for, is_built, weight_sizes
 from twotower_engines.planning.skus import GIB, Sku
 
-CHUNKS: Mapping[Way, tuple[int, ...]] = {
-    "kernels": (1024, 256, 128, 64, 32),
-    "bodies": (256, 128, 64, 32),
-}
+CHUNKS = (1024, 256, 128, 64, 32)
 """Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks.
 
-A long chunk reads each routed expert once for more tokens; bodies compute all experts for each.
+A long chunk reads each routed expert once for more tokens. Function bodies compute all experts for
+each, and so begin with the second.
 """
 BLOCK = 16
 BLOCK_SIZE_MAX = 64
@@ -244,7 +242,8 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
 
     def chunks(precision: str) -> Sequence[int]:
         asked = request.max_tokens_per_call
-        return (asked,) if asked else CHUNKS[way_of(settled(precision))]
+        first = 0 if _has_kernels(settled(precision)) else 1
+        return (asked,) if asked else CHUNKS[first:]
 
     def planned(gpus: int, precision: str, chunk: int) -> MemoryPlan:
         made = replace(settled(precision), gpus=gpus, max_tokens_per_call=chunk)
@@ -264,10 +263,9 @@ def plan_memory(model: ModelSize, request: PlanRequest) -> MemoryPlan:
     return fitting or planned(counts[-1], wide, chunks(wide)[-1])
 
 
-def way_of(request: PlanRequest) -> Way:
-    """Return whether our kernels run in place of the ops' function bodies."""
-    flavour = request.flavour or request.sku.flavour
-    return "kernels" if flavour == "tensorrt" and request.kernels else "bodies"
+def _has_kernels(request: PlanRequest) -> bool:
+    """Whether our kernels run in place of the ops' function bodies."""
+    return (request.flavour or request.sku.flavour) == "tensorrt" and request.kernels
 
 
 def resolve_precision(model: ModelSize, sku: Sku, precision: str) -> str:
@@ -391,20 +389,21 @@ class _Sizes:
     def buffers(self, tower: str) -> Iterator[tuple[str, int]]:
         """Yield the buffers for the calls of a tower: one set, for the largest call."""
         slots = self.request.slots
-        logits = self.model.config.vocab_size * FLOAT32
+        vocabulary = slots * self.model.config.vocab_size
         queries = slots * self.model.config.num_attention_heads * self.model.config.head_dim
         if tower == "denoiser":
-            yield "denoiser logits", slots * self.request.block_size_max * logits
+            yield "denoiser logits", self.request.block_size_max * vocabulary * self.item
             yield "denoiser queries", self.request.block_size_max * queries * self.item
             return
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
         yield "new states", slots * mamba
         yield "context queries", self.chunk * queries * self.item
-        yield "context logits", slots * logits
+        yield "context logits", vocabulary * FLOAT32
 
     def workspace(self, tower: str) -> int:
         """Return the scratch memory of a tower's engine, as compiled for its largest call."""
         length = self.chunk if tower == "context" else self.request.block_size_max
-        compiled = compiled_tower(self.model.config, tower, way_of(self.request), self.item)
+        way = way_of(_has_kernels(self.request), self.request.precision)
+        compiled = compiled_tower(self.model.config, tower, way, self.item)
         size = compiled.scratch_bytes(self.request.slots, length, self.request.context)
         return int(WORKSPACE_SLACK * size)

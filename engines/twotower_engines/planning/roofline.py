@@ -23,7 +23,7 @@ from twotower_contract.layout import Tower
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
 from twotower_contract.traffic import ENDS
 from twotower_engines.planning.acceptance import Calls
-from twotower_engines.planning.compiled import Way, compiled_tower, table_source
+from twotower_engines.planning.compiled import Way, compiled_tower, table_source, way_of
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import BLOCK, MemoryPlan
 from twotower_engines.planning.precisions import weight_sizes
@@ -90,12 +90,12 @@ class Machine:
     @property
     def way(self) -> Way:
         """Whether our kernels run, which read the routed experts only, or function bodies."""
-        return "kernels" if self.flavour == "tensorrt" else "bodies"
+        return way_of(self.flavour == "tensorrt", self.precision)
 
     @property
     def reads_all_experts(self) -> bool:
         """Whether the experts run as the dense function body."""
-        return self.way == "bodies"
+        return self.way != "kernels"
 
 
 @dataclass(frozen=True, slots=True)

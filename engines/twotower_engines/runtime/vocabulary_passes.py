@@ -79,7 +79,9 @@ def _on_masked_rows(
     is_mask = _only((n for n in step if n.op_type == "Equal" and ids in n.input), "ids == mask")
     masked = _only((n for n in step if is_mask.output[0] in n.input), "use of ids == mask")
     readers = [node for node in step if logits in read_by(node)]
-    cast = _only((n for n in readers if n.op_type != "Shape"), "node that reads the logits")
+    taken = _only((n for n in readers if n.op_type == "GatherElements"), "logit of a token")
+    others = (n for n in readers if n != taken and n.op_type != "Shape")
+    cast = _only(others, "node that reads the logits")
     excluded = _only((n for n in step if cast.output[0] in read_by(n)), "use of the logits")
     heavy = _dependents(step, excluded.output[0])
     branches = [node for node in heavy if node.op_type == "If"]
@@ -121,7 +123,8 @@ def _on_masked_rows(
         _replace_argmax(branch, vocabulary)
     for node in readers:
         node.input[:] = [x if name == logits else name for name in node.input]
-    light = [node for node in step if node not in (*heavy, cast, excluded)]
+    written_anew = (*heavy, cast, excluded, taken, *_dependents(step, taken.output[0]))
+    light = [node for node in step if node not in written_anew]
     results = [node.output[0] for node in (predicting, entropy, log_p)]
     places = {name: _in_place(b, name, rows, shape) for name in results}
     for node in light:

@@ -140,7 +140,8 @@ def _verify_interface(
     found: Verification, engines: EngineSet, tower: str, bundle: Path | None
 ) -> None:
     """Compare what TensorRT parsed, now or when it built, with what the manifest implies."""
-    expected = interface_of(engines.manifest, tower, engines.build.limits.cache_tokens)
+    room = engines.build.limits.cache_tokens
+    expected = interface_of(engines.manifest, tower, room)
     counts = f"{len(expected.inputs)} inputs and {len(expected.outputs)} outputs of the {tower}"
     if bundle is not None:
         try:
@@ -158,6 +159,7 @@ def _verify_interface(
             "TensorRT parse the graph again"
         )
         return
+    expected = interface_of(engines.manifest, tower, room, reported.inputs)
     found.take(f"{counts} engine, as its builder parsed them", differences(reported, expected))
 
 

@@ -217,10 +217,10 @@ def _on_device(engines: EngineSet, name: str, checkpoint: Path | None) -> Iterat
 
     device = CudaDevice(0)
     try:
-        weights = upload_weights(WeightStore(engines.manifest, checkpoint), name, device)
         engine = TensorRtEngine(engines.engine_path(name), engines.build.flavour, device)
         try:
-            yield Tower(engine, device, weights)
+            store = WeightStore(engines.manifest, checkpoint)
+            yield Tower(engine, device, upload_weights(store, name, device, inputs=engine.inputs))
         finally:
             engine.close()
     finally:

@@ -9,20 +9,20 @@ import numpy as np
 import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
-from twotower_export.graph.body import FLOAT, INT32, Body, inputs
+from twotower_contract.layout import BANKS
+from twotower_export.graph.body import FLOAT, INT32, Body, in_section, inputs
 
 MIXER_WEIGHTS = (
     "gate.weight",
     "gate.e_score_correction_bias",
-    "experts.up_proj",
-    "experts.down_proj",
+    *BANKS,
     "shared_experts.up_proj.weight",
     "shared_experts.down_proj.weight",
 )
 """Weights of one MoE mixer, in the order in which its function takes them."""
 
 
-def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
+def sparse_experts(config: ModelConfig, dtype: ir.DataType, *, is_flat: bool) -> ir.Function:
     """`twotower::SparseExperts`: the routed experts' weighted sum, down(relu(up(x))^2).
 
     `NemotronHMLP` without gate projection (`mlp_hidden_act` relu2); the sum is taken in the router
@@ -32,6 +32,11 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
 
     Inputs: x [n, hidden] T; indices [n, k] int32 (-1: none); weights [n, k] float32; up
     [E, inner, hidden]; down [E, hidden, inner]. Output: y [n, hidden] T, summed in float32.
+
+    Args:
+        is_flat: Take the second product over all experts at once, which keeps [E, n, hidden] out of
+            memory. It needs `down` as one matrix: builders of engines that run this body lay the
+            bank out so. Quantized banks cannot be: TensorRT would write them out in T.
     """
     b = Body(dtype)
     args = inputs("x", "indices", "weights", "up", "down")
@@ -43,12 +48,8 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
         b.op.Mul(routed, b.unsqueeze(weights, 2)), b.i64([1]), keepdims=0
     )  # [n, E]
     b.begin("up")
-    inner = b.op.Relu(b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1)))  # [E, n, inner]
-    b.begin("down")
-    each = b.up(b.op.MatMul(b.op.Mul(inner, inner), b.transpose(down, 0, 2, 1)))  # [E, n, hidden]
-    b.begin("sum")
-    share = b.unsqueeze(b.transpose(share, 1, 0), 2)
-    y = b.down(b.op.ReduceSum(b.op.Mul(each, share), b.i64([0]), keepdims=0))
+    made = _flat if is_flat else _each
+    y = made(b, config, x, share, up, down)
     return b.function(
         "SparseExperts",
         args,
@@ -56,6 +57,62 @@ def sparse_experts(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
         "Ungated relu-squared experts, weighted; this body computes all of them.",
         {"num_experts": config.num_experts},
     )
+
+
+def _each(
+    b: Body,
+    config: ModelConfig,
+    x: ir.Value,
+    share: ir.Value,
+    up: ir.Value,
+    down: ir.Value,
+) -> ir.Value:
+    """Return the weighted sum of each expert's result; share [n, E]."""
+    inner = b.op.Relu(b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1)))  # [E, n, inner]
+    b.begin("down")
+    each = b.up(b.op.MatMul(b.op.Mul(inner, inner), b.transpose(down, 0, 2, 1)))  # [E, n, hidden]
+    b.begin("sum")
+    share = b.unsqueeze(b.transpose(share, 1, 0), 2)
+    return b.down(b.op.ReduceSum(b.op.Mul(each, share), b.i64([0]), keepdims=0))
+
+
+def _flat(
+    b: Body,
+    config: ModelConfig,
+    x: ir.Value,
+    share: ir.Value,
+    up: ir.Value,
+    down: ir.Value,
+) -> ir.Value:
+    """Return the same sum as one product over all experts' activations, which hold their shares.
+
+    The first product is transposed before anything else is made of it: TensorRT then computes it
+    that way round, with its square and the shares, and writes nothing but the activations. Their
+    rows are tokens, which it would copy to a multiple of eight; so the few tokens are filled up.
+    """
+    width = config.num_experts * config.moe_intermediate_size
+    count = b.size(x, 0)
+    x, share = _filled_up(b, x, config.hidden_size), _filled_up(b, share, config.num_experts)
+    inner = b.op.MatMul(b.unsqueeze(x, 0), b.transpose(up, 0, 2, 1))
+    inner = b.up(b.op.Relu(b.transpose(inner, 0, 2, 1)))  # [E, inner, n]
+    b.begin("weighted")
+    each = b.unsqueeze(b.transpose(share, 1, 0), 1)
+    inner = b.down(b.op.Mul(b.op.Mul(inner, inner), each))
+    b.begin("down")
+    bank = b.reshape(b.transpose(down, 1, 0, 2), config.hidden_size, width)
+    y = b.transpose(b.op.MatMul(bank, b.reshape(inner, width, -1)), 1, 0)
+    made: ir.Value = b.op.Slice(y, b.i64([0]), count, b.i64([0]))
+    return made
+
+
+@in_section("filled_up")
+def _filled_up(b: Body, x: ir.Value, width: int) -> ir.Value:
+    """Return rows and, up to a multiple of eight, rows of zeros; [n, width]."""
+    eight = b.i64([8])
+    count = b.op.Mul(b.op.Div(b.op.Add(b.size(x, 0), b.i64([7])), eight), eight)
+    zeros = b.op.Expand(b.op.CastLike(b.f32(0.0), x), b.i64([7, width]))
+    filled = b.op.Slice(b.op.Concat(x, zeros, axis=0), b.i64([0]), count, b.i64([0]))
+    return b.reshape(b.reshape(filled, -1, 8, width), -1, width)  # so that TensorRT knows
 
 
 def experts_mixer(config: ModelConfig, dtype: ir.DataType, routed: ir.Function) -> ir.Function:

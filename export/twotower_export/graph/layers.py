@@ -86,11 +86,17 @@ class LayerFunctions:
     norm: ir.Function
 
 
-def layer_functions(config: ModelConfig, dtype: ir.DataType, *, denoiser: bool) -> LayerFunctions:
-    """Return the functions for one tower."""
+def layer_functions(
+    config: ModelConfig, dtype: ir.DataType, *, denoiser: bool, has_codes: bool
+) -> LayerFunctions:
+    """Return the functions for one tower.
+
+    Args:
+        has_codes: Whether banks of experts are quantized.
+    """
     norm = rms_norm(config, dtype)
     step = mamba.mamba_block_step(config, dtype)
-    routed = experts.sparse_experts(config, dtype)
+    routed = experts.sparse_experts(config, dtype, is_flat=not has_codes)
     mixers = {
         "M": mamba.mamba_mixer(config, dtype, step),
         "*": attention.attention_mixer(config, dtype, causal=not denoiser),

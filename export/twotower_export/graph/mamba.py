@@ -13,6 +13,8 @@ scans inputs in T, which is less exact.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
@@ -56,8 +58,12 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     b.begin("inputs")
     x, B, C = b.op.Split(convolved, b.i64([d_inner, G * N, G * N]), axis=2, _outputs=3)
     x = b.transpose(b.reshape(x, 0, -1, G, J, P), 0, 2, 3, 1, 4)  # [B, G, J, L, P]
-    B = b.transpose(b.reshape(B, 0, -1, G, N), 0, 2, 1, 3)  # [B, G, L, N]
-    C = b.transpose(b.reshape(C, 0, -1, G, N), 0, 2, 1, 3)
+    length = b.size(projected, 1)
+    per_group = b.op.Concat(b.i64([-1]), length, b.i64([N]), axis=0)
+    B, C = (
+        b.op.Reshape(b.transpose(b.reshape(part, 0, -1, G, N), 0, 2, 1, 3), per_group)
+        for part in (B, C)
+    )  # [B * G, L, N]
 
     b.begin("dt")
     valid = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))  # [B, L]
@@ -71,17 +77,15 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     # Of the whole block: the last sum, which is the least. A sum of its own, added in another
     # order, would not cancel in exp(end - total).
     end = b.op.ReduceMin(total, b.i64([3]), keepdims=1)
-    b.begin("gain")
-    dt = b.transpose(b.reshape(dt, 0, -1, G, J), 0, 2, 3, 1)
-    dx = b.op.Mul(x, b.unsqueeze(dt, 4))  # [B, G, J, L, P]
+    dt = b.transpose(b.reshape(dt, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
 
     b.begin("scan")
-    seed = b.reshape(ssm_state, 0, G, J * P, N)
-    y = b.op.Add(_within_block(b, B, C, total, steps, dx), _from_seed(b, C, seed, total, (G, J, P)))
-    y = b.op.Add(y, b.op.Mul(b.reshape(b.cast(d_skip, FLOAT), G, J, 1, 1), x))
-    y = b.down(b.reshape(b.transpose(y, 0, 3, 1, 2, 4), 0, -1, d_inner))
-    ssm_state_new = _end_state(b, B, seed, total, end, dx, (G, J, P))
-    ssm_state_new = b.reshape(ssm_state_new, 0, H, P, N)
+    scan = _Scan(b, (G, J, P, N), x, B, C, dt, total, end)
+    seed = b.reshape(ssm_state, -1, J * P, N)
+    skip = b.reshape(b.cast(d_skip, FLOAT), G, J, 1, 1)
+    y = b.op.Add(_within_block(b, scan, steps, skip), _from_seed(b, scan, seed))
+    y = b.down(b.reshape(y, 0, -1, d_inner))
+    ssm_state_new = b.reshape(_end_state(b, scan, seed), -1, H, P, N)
 
     b.begin("")
     return b.function(
@@ -96,6 +100,39 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
         "selective scan seeded by ssm_state, gated group norm.",
         {"n_groups": G, "epsilon": config.norm_eps},
     )
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """The scan of a block: what its parts take.
+
+    Their products have three dimensions, groups of all rows and a matrix: TensorRT turns such a
+    product round where it would write a larger one's operand anew.
+
+    Attributes:
+        sizes: G, J, P, N.
+        x: [B, G, J, L, P].
+        B, C: [B * G, L, N].
+        dt: Step sizes, 0 past a row's length; [B, G, J, L].
+        total: Logarithm of the decay since the block began, each token's included; like dt.
+        end: That of the last token; [B, G, J, 1].
+    """
+
+    b: Body
+    sizes: tuple[int, int, int, int]
+    x: ir.Value
+    B: ir.Value
+    C: ir.Value
+    dt: ir.Value
+    total: ir.Value
+    end: ir.Value
+
+    def shape(self, *dims: int | None) -> ir.Value:
+        """Return a shape, in which None is the number of tokens."""
+        length = self.b.size(self.total, 3)
+        parts = [length if dim is None else self.b.i64([dim]) for dim in dims]
+        made: ir.Value = self.b.op.Concat(*parts, axis=0)
+        return made
 
 
 @in_section("convolution")
@@ -117,48 +154,47 @@ def _convolve(
 
 
 @in_section("within_block")
-def _within_block(
-    b: Body, B: ir.Value, C: ir.Value, total: ir.Value, steps: ir.Value, dx: ir.Value
-) -> ir.Value:
-    """Return the part of each token's output from the block itself; [B, G, J, L, P]."""
-    causal = b.op.GreaterOrEqual(b.unsqueeze(steps, 1), b.unsqueeze(steps, 0))  # [L, L]
-    since = b.op.Sub(b.unsqueeze(total, 4), b.unsqueeze(total, 3))
+def _within_block(b: Body, scan: _Scan, steps: ir.Value, skip: ir.Value) -> ir.Value:
+    """Return the part of each token's output from the block itself; [B, L, G, J, P].
+
+    The token's own input, which skips the state, is one more term on the diagonal.
+    """
+    G, J, P, _ = scan.sizes
+    order = b.op.Sub(b.unsqueeze(steps, 1), b.unsqueeze(steps, 0))  # [L, L]
+    since = b.op.Sub(b.unsqueeze(scan.total, 4), b.unsqueeze(scan.total, 3))
+    causal = b.op.GreaterOrEqual(order, b.i32(0))
     decay = b.op.Exp(b.op.Where(causal, since, b.f32(NEVER)))  # [B, G, J, L, L]
-    similarity = b.op.MatMul(C, b.transpose(B, 0, 1, 3, 2))  # [B, G, L, L]
-    made: ir.Value = b.op.MatMul(b.op.Mul(b.unsqueeze(similarity, 2), decay), dx)
-    return made
+    similarity = b.op.MatMul(scan.C, b.transpose(scan.B, 0, 2, 1))  # [B * G, L, L]
+    similarity = b.op.Reshape(similarity, scan.shape(-1, G, 1, None, None))
+    taken = b.op.Mul(b.op.Mul(similarity, decay), b.unsqueeze(scan.dt, 3))
+    skipped = b.op.Where(b.op.Equal(order, b.i32(0)), skip, b.f32(0.0))
+    taken = b.op.Reshape(b.op.Add(taken, skipped), scan.shape(-1, None, None))
+    x = b.op.Reshape(scan.x, scan.shape(-1, None, P))
+    y = b.op.Reshape(b.op.MatMul(taken, x), scan.shape(-1, G, J, None, P))
+    return b.transpose(y, 0, 3, 1, 2, 4)
 
 
 @in_section("from_seed")
-def _from_seed(
-    b: Body, C: ir.Value, seed: ir.Value, total: ir.Value, sizes: tuple[int, int, int]
-) -> ir.Value:
-    """Return the part of each token's output from the state before it; [B, G, J, L, P]."""
-    G, J, P = sizes
-    # The state is read as it lies; what is transposed is small.
-    read = b.op.MatMul(seed, b.transpose(C, 0, 1, 3, 2))  # [B, G, J * P, L]
-    read = b.transpose(b.reshape(read, 0, G, J, P, -1), 0, 1, 2, 4, 3)
-    made: ir.Value = b.op.Mul(read, b.unsqueeze(b.op.Exp(total), 4))
+def _from_seed(b: Body, scan: _Scan, seed: ir.Value) -> ir.Value:
+    """Return the part of each token's output from the state before it; [B, L, G, J, P]."""
+    G, J, P, _ = scan.sizes
+    # Written as a transposed product, so that the state is read as it lies.
+    read = b.transpose(b.op.MatMul(seed, b.transpose(scan.C, 0, 2, 1)), 0, 2, 1)
+    read = b.op.Reshape(read, scan.shape(-1, G, None, J, P))
+    decay = b.unsqueeze(b.transpose(b.op.Exp(scan.total), 0, 3, 1, 2), 4)  # [B, L, G, J, 1]
+    made: ir.Value = b.op.Mul(b.transpose(read, 0, 2, 1, 3, 4), decay)
     return made
 
 
 @in_section("end_state")
-def _end_state(
-    b: Body,
-    B: ir.Value,
-    seed: ir.Value,
-    total: ir.Value,
-    end: ir.Value,
-    dx: ir.Value,
-    sizes: tuple[int, int, int],
-) -> ir.Value:
-    """Return the state after the block, [B, G, J * P, N]; padding decays nothing (dt is 0)."""
-    G, J, P = sizes
-    until_end = b.op.Exp(b.op.Sub(end, total))
-    weighted = b.transpose(b.op.Mul(dx, b.unsqueeze(until_end, 4)), 0, 1, 2, 4, 3)
-    gained = b.op.MatMul(b.reshape(weighted, 0, G, J * P, -1), B)  # [B, G, J * P, N]
-    kept = b.op.Mul(b.reshape(seed, 0, G, J, P, -1), b.unsqueeze(b.op.Exp(end), 4))
-    made: ir.Value = b.op.Add(b.reshape(kept, 0, G, J * P, -1), gained)
+def _end_state(b: Body, scan: _Scan, seed: ir.Value) -> ir.Value:
+    """Return the state after the block, [B * G, J * P, N]; padding decays nothing (dt is 0)."""
+    G, J, P, N = scan.sizes
+    until_end = b.op.Mul(b.op.Exp(b.op.Sub(scan.end, scan.total)), scan.dt)
+    weighted = b.transpose(b.op.Mul(scan.x, b.unsqueeze(until_end, 4)), 0, 1, 2, 4, 3)
+    gained = b.op.MatMul(b.op.Reshape(weighted, scan.shape(-1, J * P, None)), scan.B)
+    kept = b.op.Mul(b.reshape(seed, -1, G, J, P, N), b.unsqueeze(b.op.Exp(scan.end), 4))
+    made: ir.Value = b.op.Add(b.reshape(kept, -1, J * P, N), gained)
     return made
 
 

@@ -66,10 +66,10 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
     b.begin("logits")
     vocabulary = b.unsqueeze(b.arange(b.size(logits, 2)), 0, 1)  # [1, 1, V]
     is_mask = b.op.Equal(vocabulary, b.i32(mask_id))
-    logits = b.op.Where(is_mask, b.f32(EXCLUDED), b.cast(logits, FLOAT))
+    given, logits = logits, b.op.Where(is_mask, b.f32(EXCLUDED), b.cast(logits, FLOAT))
     b.begin("")
     prediction = _predict(b, logits, vocabulary, temperature, seed, steps)
-    log_p, entropy = _statistics(b, logits, prediction, policy)
+    log_p, entropy = _statistics(b, given, logits, prediction, policy, mask_id)
 
     b.begin("failed")
     bad = b.op.And(masked, b.op.IsNaN(log_p))
@@ -198,9 +198,17 @@ def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> i
 
 @in_section("statistics")
 def _statistics(
-    b: Body, logits: ir.Value, prediction: ir.Value, policy: ir.Value
+    b: Body,
+    given: ir.Value,
+    logits: ir.Value,
+    prediction: ir.Value,
+    policy: ir.Value,
+    mask_id: int,
 ) -> tuple[ir.Value, ir.Value]:
     """log p(prediction) and entropy in nats at temperature 1, each [B, S] float32.
+
+    The prediction's logit is read from the logits as they were given: TensorRT would write all of
+    them in float32 in order to read one of what they became.
 
     `confidence` of `generate_mask_diffusion` is taken from the unscaled distribution, after
     `_mdlm_forward` has removed the mask token. Entropy is 0 where no row's policy asks for it.
@@ -211,8 +219,10 @@ def _statistics(
     weight = b.op.Exp(shifted)
     total = b.op.ReduceSum(weight, b.i64([2]), keepdims=1)
     log_total = b.op.Log(total)
-    chosen = b.op.GatherElements(shifted, b.unsqueeze(b.cast(prediction, INT64), 2), axis=2)
-    log_p = b.op.Squeeze(b.op.Sub(chosen, log_total), b.i64([2]))
+    place = b.unsqueeze(prediction, 2)
+    chosen = b.cast(b.op.GatherElements(given, b.cast(place, INT64), axis=2), FLOAT)
+    chosen = b.op.Where(b.op.Equal(place, b.i32(mask_id)), b.f32(EXCLUDED), chosen)
+    log_p = b.op.Squeeze(b.op.Sub(b.op.Sub(chosen, top), log_total), b.i64([2]))
     b.begin("entropy")
 
     def entropy() -> ir.Value:

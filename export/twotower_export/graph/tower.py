@@ -13,14 +13,20 @@ from typing import Literal
 import onnx_ir as ir
 
 from twotower_contract.config import ModelConfig
-from twotower_contract.layout import WeightSource, graph_weights
+from twotower_contract.layout import BANKS, WeightSource, graph_weights
 from twotower_contract.quantized import FORMAT_OF_DTYPE, Format, input_forms
 from twotower_export.graph.attention import last_valid
 from twotower_export.graph.body import DOMAIN, FLOAT, INT32, OPSET, Body, prefixed
 from twotower_export.graph.conditioning import WEIGHTS as TIME_WEIGHTS
 from twotower_export.graph.conditioning import time_embedding
 from twotower_export.graph.descriptions import BLOCK_IDS, FORMS, describe, describe_weight
-from twotower_export.graph.layers import FLOAT_WEIGHTS, KINDS, layer_functions, weight_suffixes
+from twotower_export.graph.layers import (
+    FLOAT_WEIGHTS,
+    KINDS,
+    LayerFunctions,
+    layer_functions,
+    weight_suffixes,
+)
 from twotower_export.graph.quantized_weights import decoder, from_fp8
 from twotower_export.graph.refine import ROW_INPUTS, refine_block
 
@@ -126,6 +132,11 @@ class _Graph:
     def weight(self, name: str) -> ir.Value:
         return self._weights[name]
 
+    def layer_functions(self, *, denoiser: bool) -> LayerFunctions:
+        dtypes = (self._weight_dtypes[one] for one in self._weights if one.endswith(BANKS))
+        has_codes = any(dtype in FORMAT_OF_DTYPE for dtype in dtypes)
+        return layer_functions(self.config, self.dtype, denoiser=denoiser, has_codes=has_codes)
+
     def layer_weights(self, tower: str, index: int) -> list[ir.Value]:
         kind = self.config.pattern[index]
         return [self.weight(f"{tower}.layers.{index}.{name}") for name in weight_suffixes(kind)]
@@ -206,7 +217,7 @@ def build_context_graph(
     rows = {name: g.input(name, ["batch"], INT32) for name in ("lengths", "context_lengths")}
     states = g.add_states()
     g.add_weights("context")
-    layers = layer_functions(config, g.dtype, denoiser=False)
+    layers = g.layer_functions(denoiser=False)
 
     b.begin("embeddings")
     hidden: ir.Value = b.op.Gather(g.weight("context_tower.embeddings.weight"), ids)
@@ -264,7 +275,7 @@ def build_denoiser_graph(
     }
     states = g.add_states()
     g.add_weights("denoiser")
-    layers = layer_functions(config, g.dtype, denoiser=True)
+    layers = g.layer_functions(denoiser=True)
     mask_id = config.mask_token_id
     time = time_embedding(config, g.dtype, DTYPES[config.dtype], mask_id)
     refine = refine_block(mask_id, g.dtype)

@@ -90,6 +90,10 @@ def test_a_listing_survives_its_file(open_sizes, tmp_path):
     ("(* 2 (+ context block) batch)", (2, "context + block", "batch")),
     ("(+ tokens 3)", ("tokens + 3",)),
     ("(/ tokens 2)", ()),
+    ("(MUL_ADD batch tokens 7)", ()),
+    ("(CEIL_DIV tokens 8)", ()),
+    ("(* 4 (CEIL_DIV tokens 8))", ()),
+    ("(* 8 (CEIL_DIV (+ (MUL_ADD batch tokens 7) -7) 8))", ("batch", "tokens")),
 ])  # fmt: skip
 def test_expressions_of_sizes(expression, factors):
     assert sizes_of(expression) == factors

@@ -28,7 +28,7 @@ def test_the_table_is_what_the_compiler_makes_today(tower, way, tmp_path):
     assert table.call_kernels(PATTERN) == pytest.approx(len(listing.kernels), rel=0.1)
     moved = table.moved_bytes(PATTERN, ROWS, 16, CONTEXT)
     assert moved == pytest.approx(call.moved.total - call.least, rel=0.1)
-    if way == "bodies":
+    if way != "kernels":
         scratch = table.scratch_bytes(ROWS, TOKENS, CONTEXT)
         assert listing.scratch == pytest.approx(scratch, rel=0.15)
         assert listing.scratch <= 1.1 * scratch, "a plan of memory leaves a tenth"

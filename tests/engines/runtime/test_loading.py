@@ -201,7 +201,9 @@ def test_plans_are_deserialized_before_the_first_weight_travels(cuda, monkeypatc
     trt, order, told = trts.install(monkeypatch), [], Told()
     real, deserialize = upload_weights, trt._deserialize
     monkeypatch.setattr(
-        loading, "upload_weights", lambda *a: order.append("upload") or real(*a, window=1 << 16)
+        loading,
+        "upload_weights",
+        lambda *a, **given: order.append("upload") or real(*a, window=1 << 16, **given),
     )
     monkeypatch.setattr(trt, "_deserialize", lambda p: order.append(p) or deserialize(p))
     runtime = open_runtime(with_inputs(trt, placed), progress=told)

@@ -179,7 +179,7 @@ class _Sizer:
         Where none looks like it, the open sizes of the largest fill in for its own, in order.
         """
         best = max(choices, key=lambda shape: self._likeness(said, shape), default=None)
-        if best is None or any(self._likeness(said, best)[:3]):
+        if best is None or any(self._likeness(said, best)[:-1]):
             return best
         # a list of the tiles of a mask, as attention takes it: at most one for each row and token
         open_sizes = [size for size in best if _size(size) == -1]
@@ -188,7 +188,7 @@ class _Sizer:
         given = iter(open_sizes)
         return tuple(next(given) if size == -1 else (size,) for size in said)
 
-    def _likeness(self, said: Sequence[int], shape: Shape) -> tuple[bool, bool, bool, int]:
+    def _likeness(self, said: Sequence[int], shape: Shape) -> tuple[bool, bool, bool, bool, int]:
         wanted = [size for size in said if size != 1]
         given = [size for size in map(_size, shape) if size != 1]
         factor = math.prod(size for size in said if size > 0)
@@ -196,6 +196,7 @@ class _Sizer:
         return (
             given == wanted,
             _merged(given) == _merged(wanted),
+            sorted(given) == sorted(wanted),  # a transposed result has no layer of its own
             elements % factor == 0,
             elements,
         )
@@ -285,15 +286,25 @@ def _parsed(tokens: list[str]) -> Any:
 
 
 def _factors(term: Any) -> Iterable[Size | None]:
+    """Yield the factors of a size; one rounded up to a multiple counts as it was."""
     if not isinstance(term, list):
         yield term
+    elif term[0] == "*" and len(term) == 3 and _is_part(term[2], term[1]):
+        yield from _factors(term[2][1])
     elif term[0] == "*":
         for one in term[1:]:
             yield from _factors(one)
+    elif term[0] == "+" and term[1][:1] == ["MUL_ADD"] and term[1][3:] == [-term[2]]:
+        yield from term[1][1:3]
     elif term[0] == "+" and not any(isinstance(one, list) for one in term):
         yield " + ".join(map(str, term[1:]))
     else:
         yield None
+
+
+def _is_part(term: Any, count: Size) -> bool:
+    """Whether a term is a size divided by a number, rounded up."""
+    return isinstance(term, list) and term[0] == "CEIL_DIV" and term[2] == count
 
 
 def _compact(sizes: Iterable[Size]) -> tuple[Size, ...]:

@@ -19,7 +19,7 @@ class Target:
     Attributes:
         sku: The GPU, or `cpu`.
         limits: The limits that the engines must accept.
-        precision: Precision of the weights: `float32` or `bf16`.
+        precision: Precision of the weights: a name of `PRECISIONS`.
         is_shared: Whether one engine must serve every GPU of the compute capability.
     """
 

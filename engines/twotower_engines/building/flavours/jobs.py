@@ -79,7 +79,6 @@ def engine_job(order: Order) -> Job:
         "graph": str(order.graph),
         "plan": str(order.engine),
         "traffic": str(traffic_file(order.engine)),
-        "inputs": inputs,
         "sizes": fixed,
         "profiles": shapes,
         "usual": [

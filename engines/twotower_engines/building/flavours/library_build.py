@@ -20,6 +20,7 @@ from twotower_engines.building.flavours.compiled import (
     inspected_listing,
     signature_of,
 )
+from twotower_engines.building.flavours.flat_banks import with_flat_banks
 
 if TYPE_CHECKING:
     import onnx
@@ -44,7 +45,7 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     Args:
         trt: The API's module.
         job: `graph`, `plan` and `traffic` (where to write the engine and the listing of its
-            kernels), `inputs` (name to dims), `sizes` (of named dimensions that become numbers),
+            kernels), `sizes` (of named dimensions that become numbers),
             `profiles` (list of name to three shapes), `usual` (list of a profile's name and usual
             sizes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
             profiling), and optionally `kernels` (the compute capability to compile our kernels
@@ -66,12 +67,14 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
     model = without_branches(onnx.load(job["graph"], load_external_data=False))
+    if not job.get("kernels"):
+        model = with_flat_banks(model)
     set_sizes(model, job["sizes"])
     signature = signature_of(model)
     _parse(trt, network, log, model, job.get("kernels"))
     del model
     _let_attention_decompose(trt, network)
-    _check_inputs(network, job["inputs"])
+    _check_inputs(network, signature)
     config = builder.create_builder_config()
     for shapes in job["profiles"]:
         _add_profile(builder, config, shapes)
@@ -269,8 +272,9 @@ def _let_attention_decompose(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _check_inputs(network: Any, wanted: Mapping[str, Sequence[int | str]]) -> None:
+def _check_inputs(network: Any, signature: Signature) -> None:
     """Compare what the parser made of the inputs with the graph."""
+    wanted = {tensor.name: list(tensor.sizes) for tensor in signature[0]}
     found = [network.get_input(index) for index in range(network.num_inputs)]
     shapes = {one.name: [int(size) for size in one.shape] for one in found}
     if sorted(shapes) != sorted(wanted):

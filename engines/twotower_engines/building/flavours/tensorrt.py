@@ -30,6 +30,7 @@ from twotower_engines.building.flavours.profiles import narrow_profiles
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.targets import target as kernel_target
 from twotower_engines.planning.local_gpu import local_gpu
+from twotower_engines.planning.precisions import is_built
 from twotower_engines.planning.skus import Sku, known_skus
 
 TITLE = "TensorRT"
@@ -78,7 +79,7 @@ class TensorRtFlavour:
             f"{_builders(sku) if target.is_shared else sku.title} and run "
             f"`twotower build BUNDLE --sku {sku.name} ENGINES{option}` there"
         )
-        if "tensorrt-rtx" in sku.flavours:
+        if "tensorrt-rtx" in sku.flavours and is_built("tensorrt-rtx", target.precision):
             where += ", or build here with --flavour tensorrt-rtx"
         check_arch(sku, where)
         gpu = local_gpu()

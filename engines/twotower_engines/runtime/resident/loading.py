@@ -113,7 +113,9 @@ def _upload(
             progress(offset + done, total)
 
     for tower, engine in engines.items():
-        addresses = upload_weights(store, tower, devices[tower], partial(told, before))
+        addresses = upload_weights(
+            store, tower, devices[tower], partial(told, before), inputs=engine.inputs
+        )
         made[tower] = Tower(engine, devices[tower], addresses)
         before += sizes[tower]
     return made

@@ -1,10 +1,11 @@
 """Weights from the checkpoint's shards to a device, once, through pinned windows.
 
 A weight input of a native graph holds the bytes of its tensors one after the other: as they are
-stored, or expert after expert. Nothing is converted but what is quantized: FP8 codes are
-transposed, and scales are brought to the model's dtype, see `input_forms`. A tower's weights are
-one allocation, which is filled window by window: two threads read the windows' bytes from the
-shards, which may be those of many small tensors, while windows that were read travel.
+stored, or expert after expert. An engine may take a bank of experts row after row instead, see
+`FLAT`. Nothing is converted but what is quantized: FP8 codes are transposed, and scales are brought
+to the model's dtype, see `input_forms`. A tower's weights are one allocation, which is filled
+window by window: two threads read the windows' bytes from the shards, which may be those of many
+small tensors, while windows that were read travel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower_contract.errors import CheckpointError
+from twotower_contract.layout import FLAT
 from twotower_contract.manifest import Manifest, WeightInput
 from twotower_contract.quantized import scale_names
 from twotower_contract.shards import ITEM_SIZES, TensorEntry
+from twotower_engines.artifacts.engine_interface import is_flat
 from twotower_engines.artifacts.weights import Progress, WeightStore, widen
 from twotower_engines.runtime.resident.device import Device, Fence, aligned
 
@@ -70,12 +73,15 @@ def upload_weights(
     device: Device,
     progress: Progress | None = None,
     window: int = WINDOW,
+    inputs: Collection[str] = (),
 ) -> dict[str, int]:
     """Copy all weights of a tower to a device.
 
     Args:
         progress: Called with the bytes that are on their way, and their sum.
         window: Bytes of each staging buffer.
+        inputs: Names of the engine's inputs, which say how it takes banks of experts; as a graph
+            takes them where not given.
 
     Returns:
         Address of each weight input.
@@ -90,9 +96,9 @@ def upload_weights(
     addresses = {}
     for weight in weights.values():
         for name, count in input_sizes(store.manifest, weight).items():
-            addresses[name] = end
+            addresses[name + FLAT if is_flat(weight, inputs) else name] = end
             end += aligned(count)
-    windows = _windows(_pieces(store, weights.values()), window)
+    windows = _windows(_pieces(store, weights.values(), inputs), window)
     with ExitStack() as stack:
         buffers = [device.staging(min(window, size)) for _ in range(BUFFERS)]
         for buffer in buffers:
@@ -109,16 +115,18 @@ class _Piece:
 
     Attributes:
         place, size: Place and number of bytes on the device.
-        offset: Place of the first byte in the shard; of the whole tensor where it is converted.
+        sources: Shard, and place of the first byte in it, of each tensor that takes part.
         tensor: The tensor where it is converted: the piece is a part of what becomes of it.
-        begin: First byte of that part.
+        row: Bytes of a row, where rows of the sources lie in turn on the device.
+        begin: First byte of the piece: of a tensor as it is stored, of what becomes of it, or of
+            all rows.
     """
 
     place: int
-    path: Path
-    offset: int
     size: int
+    sources: tuple[tuple[Path, int], ...]
     tensor: TensorEntry | None = None
+    row: int = 0
     begin: int = 0
 
 
@@ -131,24 +139,36 @@ class _Window:
     pieces: tuple[_Piece, ...]
 
 
-def _pieces(store: WeightStore, weights: Iterable[WeightInput]) -> Iterator[_Piece]:
+def _pieces(
+    store: WeightStore, weights: Iterable[WeightInput], inputs: Collection[str]
+) -> Iterator[_Piece]:
     """Yield the tensors of a tower in the order of their places."""
     manifest, start = store.manifest, 0
+
+    def source(tensor: TensorEntry) -> tuple[Path, int]:
+        shard = manifest.shards[tensor.shard]
+        return store.folder / shard.file, shard.data_start + tensor.begin
+
     for weight in weights:
-        parts = [(source, *scale_names(source, weight.dtype)) for source in weight.sources]
+        if is_flat(weight, inputs):
+            (size,) = input_sizes(manifest, weight).values()
+            tensors = [manifest.tensors[name] for name in weight.sources]
+            row = size // math.prod(weight.shape[:2])
+            yield _Piece(start, size, tuple(map(source, tensors)), row=row)
+            start += aligned(size)
+            continue
+        parts = [(one, *scale_names(one, weight.dtype)) for one in weight.sources]
         sizes = input_sizes(manifest, weight).values()
         for size, names in zip(sizes, zip(*parts, strict=True), strict=True):
             for number, name in enumerate(names):
                 tensor = manifest.tensors[name]
-                shard = manifest.shards[tensor.shard]
                 each = size // len(names)
                 is_turned = weight.format == "fp8" and name in weight.sources
                 is_as_stored = not is_turned and each == tensor.end - tensor.begin
                 yield _Piece(
                     start + number * each,
-                    store.folder / shard.file,
-                    shard.data_start + tensor.begin,
                     each,
+                    (source(tensor),),
                     None if is_as_stored else tensor,
                 )
             start += aligned(size)
@@ -163,10 +183,7 @@ def _windows(pieces: Iterable[_Piece], window: int) -> Iterator[_Window]:
             while done < piece.size:
                 place = piece.place + done
                 size = min(piece.size - done, window - place % window)
-                if piece.tensor is None:
-                    yield _Piece(place, piece.path, piece.offset + done, size)
-                else:
-                    yield replace(piece, place=place, size=size, begin=done)
+                yield replace(piece, place=place, size=size, begin=done)
                 done += size
 
     for _, group in groupby(cut(), key=lambda piece: piece.place // window):
@@ -219,7 +236,10 @@ class _Journey:
                 fence = self._fences[turn]
                 if fence is not None:
                     fence.wait()  # the buffer's last upload is done
-                parts = [(files.open(piece.path), piece) for piece in window.pieces]
+                parts = [
+                    ([files.open(path) for path, _ in piece.sources], piece)
+                    for piece in window.pieces
+                ]
                 read = readers.submit(_read, self._buffers[turn], window.place, parts)
                 self._reading.append((read, window, turn))
             while self._reading:
@@ -235,27 +255,44 @@ class _Journey:
             self._progress(self._done, self._total)
 
 
-def _read(buffer: npt.NDArray[Any], begin: int, parts: Sequence[tuple[int, _Piece]]) -> None:
+def _read(
+    buffer: npt.NDArray[Any], begin: int, parts: Sequence[tuple[Sequence[int], _Piece]]
+) -> None:
     """Read pieces to their places in a window. Runs in a thread; reading lets others run."""
-    for descriptor, piece in parts:
-        place = piece.place - begin
-        if piece.tensor is None:
-            _fill(buffer.data[place : place + piece.size], descriptor, piece)
-            continue
-        stored = np.empty(piece.tensor.end - piece.tensor.begin, np.uint8)
-        _fill(stored.data, descriptor, piece)
-        made = _converted(stored, piece.tensor)
-        buffer[place : place + piece.size] = made[piece.begin : piece.begin + piece.size]
+    for descriptors, piece in parts:
+        target = buffer[piece.place - begin :][: piece.size]
+        if piece.row:
+            _fill_in_turn(target, descriptors, piece)
+        elif piece.tensor is None:
+            _fill(target.data, descriptors[0], piece, piece.begin)
+        else:
+            stored = np.empty(piece.tensor.end - piece.tensor.begin, np.uint8)
+            _fill(stored.data, descriptors[0], piece, 0)
+            target[:] = _converted(stored, piece.tensor)[piece.begin :][: piece.size]
 
 
-def _fill(target: memoryview, descriptor: int, piece: _Piece) -> None:
-    """Read bytes of a piece's shard from its offset on."""
-    offset = piece.offset
+def _fill_in_turn(target: npt.NDArray[np.uint8], descriptors: Sequence[int], piece: _Piece) -> None:
+    """Read the rows of all sources that a piece has bytes of, a row of each in turn."""
+    width = piece.row * len(descriptors)
+    first, begin = divmod(piece.begin, width)
+    count = -(-(begin + piece.size) // width)
+    rows = np.empty((count, len(descriptors), piece.row), np.uint8)
+    stored = np.empty((count, piece.row), np.uint8)
+    for number, descriptor in enumerate(descriptors):
+        _fill(stored.reshape(-1).data, descriptor, piece, first * piece.row, number)
+        rows[:, number] = stored
+    target[:] = rows.reshape(-1)[begin:][: piece.size]
+
+
+def _fill(target: memoryview, descriptor: int, piece: _Piece, begin: int, number: int = 0) -> None:
+    """Read bytes of one of a piece's sources, from its byte `begin` on."""
+    path, offset = piece.sources[number]
+    offset += begin
     while target:
         got = os.preadv(descriptor, [target], offset)
         if not got:
             raise CheckpointError(
-                f"{piece.path}: ends {len(target)} bytes before a tensor does: was changed "
+                f"{path}: ends {len(target)} bytes before a tensor does: was changed "
                 "while it was read; restore the file"
             )
         target, offset = target[got:], offset + got
