@@ -88,7 +88,7 @@ def _put_inside(
     for name, array in weights:
         if name not in inputs:
             continue
-        graph.input.remove(inputs[name])
+        del inputs[name]
         if name in matrices:
             owner = _Lent(array)
             lent[name] = weakref.ref(owner)
@@ -96,6 +96,9 @@ def _put_inside(
             graph.initializer.append(_elsewhere(name, array))
         else:  # a vector: what is computed from it alone is computed once
             graph.initializer.append(numpy_helper.from_array(array, name))
+    kept = list(inputs.values())
+    del graph.input[:]
+    graph.input.extend(kept)
     return values, lent
 
 
