@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from copy import copy
 from typing import Any, Self, Unpack
 
 from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
@@ -229,7 +230,7 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
 
     def _end(self, problem: ClientError) -> None:
         """Remember how it ended, and tell the server that nobody listens any more."""
-        self._ended = problem
+        self._ended = copy(problem)  # the frames of the one that is raised refer to this stream
         self._arrived.put_nowait(None)  # wakes a task that waits in __anext__
         if self._call is None:
             return
@@ -247,7 +248,9 @@ async def _read(connection: Connection, call: Any, arrived: asyncio.Queue[Any]) 
             async for message in call:
                 arrived.put_nowait(message)
     except grpc.RpcError as problem:
-        arrived.put_nowait(problem)
+        # Its frames refer to the call, and so to the connection: a cycle that would keep a socket.
+        problem.__context__ = None
+        arrived.put_nowait(problem.with_traceback(None))
     finally:
         arrived.put_nowait(None)
 

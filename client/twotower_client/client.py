@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, Self, Unpack
 
 from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
@@ -316,7 +317,7 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
 
     def _end(self, problem: ClientError) -> None:
         """Remember how it ended, and tell the server that nobody listens any more."""
-        self._ended = problem
+        self._ended = copy(problem)  # the frames of the one that is raised refer to this stream
         if is_unreachable(problem):
             self._client._give_up(self._connection)
         self._call.cancel()

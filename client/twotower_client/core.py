@@ -11,6 +11,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, Generic, NoReturn, TypeVar
 
 from twotower_client.connection import (
@@ -183,7 +184,7 @@ class StreamCore(Generic[Client]):
     def _goes_on(self) -> bool:
         """Return whether more is to come; raise the reason where the answer ended early."""
         if self._ended is not None:
-            raise self._ended
+            raise copy(self._ended)
         return not self.is_done
 
     def _patience(self) -> float:
@@ -214,7 +215,7 @@ class StreamCore(Generic[Client]):
         import grpc
 
         if self._ended is not None:  # cancelled while we waited
-            raise self._ended
+            raise copy(self._ended)
         if item is None:
             raise RequestFailedError(
                 "the server ended the answer without saying why; its log may tell"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -370,3 +371,43 @@ def test_metadata_that_grpc_cannot_send_is_refused_and_its_value_not_shown(name,
     with pytest.raises(tt.RequestRefusedError, match="cannot be sent") as refusal:
         tt.TwoTowerClient(metadata={name: value})
     assert "é" not in str(refusal.value)
+
+
+def sockets_to(url: str) -> int:
+    """How many sockets are connected to the port of an address and belong to a process."""
+    port = f":{int(url.rpartition(':')[2]):04X}"
+    tables = [Path("/proc/self/net") / name for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    return sum(row[2].endswith(port) and row[9] != "0" for row in rows)
+
+
+@pytest.mark.parametrize("way", ["leave", "cancel", "late"])
+def test_an_async_client_leaves_no_socket_behind_without_the_garbage_collector(way) -> None:
+    async def call(url: str) -> None:
+        client = tt.AsyncTwoTowerClient(url)
+        stream = client.stream("a", timeout=0.3 if way == "late" else None)
+        await anext(stream)
+        assert sockets_to(url)
+        if way == "cancel":
+            await stream.cancel()
+        elif way == "late":
+            with pytest.raises(tt.DeadlineError):
+                await stream.answer()
+        await client.close()
+
+    async def calls(url: str) -> int:
+        for _ in range(3):
+            await call(url)
+        for _ in range(100):
+            if not sockets_to(url):
+                break
+            await asyncio.sleep(0.05)
+        return sockets_to(url)
+
+    with fake_server(Endless()) as url:
+        gc.collect()
+        gc.disable()
+        try:
+            assert asyncio.run(calls(url)) == 0
+        finally:
+            gc.enable()
