@@ -96,13 +96,18 @@ def until(holds: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.1)
 
 
-def ensemble_answers(client: tt.TwoTowerClient) -> bool:
+def ensemble_stream(client: tt.TwoTowerClient, **options) -> tt.AnswerStream:
     message = Message()
     message.message.model_name = "ensemble"
     message.add("input_ids", [5])
-    message.add("max_new_tokens", 4)
+    for name, value in options.items():
+        message.add(name, value)
+    return tt.AnswerStream(client, message.message, 60)
+
+
+def ensemble_answers(client: tt.TwoTowerClient) -> bool:
     try:
-        return len(tt.AnswerStream(client, message.message, 20).answer().ids) == 4
+        return len(ensemble_stream(client, max_new_tokens=4).answer().ids) == 4
     except tt.ModelNotReadyError:  # its part is loaded, and it is not yet
         return False
 
@@ -167,6 +172,25 @@ def test_a_part_of_the_ensemble_comes_back_alone(serving) -> None:
         next(stream)
         until(lambda: ensemble_answers(client))
     assert (serving.ready["pid"], serving.model("twotower")) == (server, engine)
+
+
+def test_the_engine_dies_while_a_part_waits_to_be_loaded(serving) -> None:
+    """A part is unloaded when its open requests end, and they end with the engine."""
+    before, engine = serving.ready["pid"], serving.model("twotower")
+    with serving.client(inactivity_timeout=60) as client:
+        with ensemble_stream(client, **LONG) as stream:
+            next(stream)
+            os.kill(serving.model("preprocessing"), signal.SIGKILL)
+            time.sleep(1.5)
+            assert serving.model("twotower") == engine, "not loaded a second time"
+            kill(serving, client)
+            began = time.monotonic()
+            with pytest.raises(RETRYABLE):
+                stream.answer()
+        assert len(answer_in_the_end(client).ids) == 4
+    print(f"served again after {time.monotonic() - began:.2f} s")
+    serving.ready_again()
+    assert serving.ready["pid"] != before
 
 
 def test_the_server_itself_comes_back(serving) -> None:

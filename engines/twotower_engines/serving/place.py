@@ -2,8 +2,8 @@
 
 The shell by which Triton starts a model's process quotes nothing, and its backend reads paths as
 ASCII: a space, a quote, `$`, `&` or a letter beyond ASCII in the path of the repository or of the
-temporary folder, and the model never starts. So the server gets links with plain names, to its own
-models alone: what else lies in a repository (`lost+found`) is not looked at.
+temporary folder, and the model never starts. So the server gets copies under plain names, of its
+own models alone: what else lies in a repository (`lost+found`) is not looked at.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from twotower_engines.serving.repository import CONFIG_FILE, config_text, read_c
 PLAIN = re.compile(r"[\w./@%+=:,-]+", re.ASCII)
 # Where the temporary folder will not do.
 PLACES = ("/tmp", "/var/tmp")
+BYTECODE = "__pycache__"
 ENGINES, CHECKPOINT = "engine_set", "checkpoint"  # parameters of a model that are paths
 SHARED_MEMORY = "/dev/shm"
 SHARED_MEMORY_NEEDED = 64 * 2**20  # for the four models of a repository, with room
@@ -58,20 +59,30 @@ def make_folder() -> Path:
     )
 
 
-def link_models(repository: Path, models: Iterable[str], folder: Path) -> Path:
-    """Make a folder with a repository's models under plain names, and return it."""
+def copy_models(repository: Path, models: Iterable[str], folder: Path) -> Path:
+    """Make a folder with a repository's models under plain names, and return it.
+
+    They are copies, a few kB: with a part of the ensemble Triton loads every model again whose
+    folder has changed since, and would hold the engines twice.
+
+    Raises:
+        ServingError: A file cannot be read, or not be written.
+    """
     made = folder / "models"
-    made.mkdir()
     for name in models:
+        try:
+            shutil.copytree(repository / name, made / name, ignore=shutil.ignore_patterns(BYTECODE))
+        except OSError as problem:
+            raise ServingError(
+                f"{repository / name}: cannot be copied to {made / name} ({problem})"
+            ) from problem
+        for version in {file.parent for file in (made / name).rglob("*.py")}:
+            (
+                version / BYTECODE
+            ).touch()  # a file where Python would make a folder, and change this one
         config = read_config(repository / name / CONFIG_FILE)
-        if not _give_plain_paths(config, folder):
-            (made / name).symlink_to(repository / name)
-            continue
-        (made / name).mkdir()
-        (made / name / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
-        for one in (repository / name).iterdir():
-            if one.name != CONFIG_FILE:
-                (made / name / one.name).symlink_to(one)
+        if _give_plain_paths(config, folder):
+            (made / name / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
     return made
 
 

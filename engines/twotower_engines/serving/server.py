@@ -48,7 +48,7 @@ from twotower_engines.serving.lifeline import (
     remove_left,
     start_keeper,
 )
-from twotower_engines.serving.place import link_models, make_folder, refusal
+from twotower_engines.serving.place import copy_models, make_folder, refusal
 from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
 from twotower_engines.serving.stubs import (
@@ -106,7 +106,7 @@ class TritonServer:
             reading[pipe], self._writing[pipe] = os.pipe()
         try:
             self._held = hold_ports(self._options.host, self._ports)
-            self._links = link_models(self._repository, models, self._folder)
+            self._copies = copy_models(self._repository, models, self._folder)
             self._log = self._options.log or self._folder / "server.log"
             self._process, self._keeper = self._start(reading)
         except BaseException:
@@ -289,7 +289,7 @@ class TritonServer:
             text = self._log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
-        text = text.replace(str(self._links), str(self._repository))
+        text = text.replace(str(self._copies), str(self._repository))
         kept = [line for line in text.splitlines() if line and not NOISE.search(line)]
         # A model's own error is worth more than the table and the messages of unloading after it.
         first = next((number for number, line in enumerate(kept) if ERROR.match(line)), None)
@@ -325,9 +325,9 @@ class TritonServer:
 
     def _arguments(self) -> list[str]:
         words = arguments(self._options, self._ports, self._models, self._control_key)
-        words.append(f"--model-repository={self._links}")
+        words.append(f"--model-repository={self._copies}")
         words.append(f"--backend-config=python,shm-region-prefix-name={self._prefix}")
-        backends = make_backends(self._installation, self._links.parent)
+        backends = make_backends(self._installation, self._copies.parent)
         return words if backends is None else [*words, f"--backend-directory={backends}"]
 
     def _open_log(self) -> BinaryIO:

@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +159,9 @@ class Supervisor:
         """Look after a server; return why it must be started anew, or None to end it."""
         steps = dict.fromkeys(("twotower", "ensemble"), 0)
         stopped = dict.fromkeys(server.model_processes, 0)
-        limit = self._policy.stall_seconds / STEP_SECONDS
+        # Beside us: a load waits for open requests, for ever where the engine dies meanwhile.
+        healer, healing = ThreadPoolExecutor(1), Future[str | None]()
+        healing.set_result(None)
         with _Asking(server, steps, self._policy.stall_seconds):
             while self._ending is None:
                 time.sleep(STEP_SECONDS)
@@ -166,34 +169,52 @@ class Supervisor:
                     return f"the Triton server ended with exit code {code}"
                 for event in filter(None, [one.look_after() for one in self.fronts.values()]):
                     self._tell(f"{event}; it was started again")
-                sick = []
-                for model, process in server.model_processes.items():
-                    state = state_of(process)
-                    stopped[model] = stopped[model] + 1 if state == "T" else 0
-                    if state in (None, "Z"):
-                        sick.append((model, f"the process of {model} has ended"))
-                    elif stopped[model] * STEP_SECONDS > STOPPED_SECONDS:
-                        sick.append((model, f"the process of {model} is stopped"))
                 for door in steps:
                     steps[door] += 1
-                if not sick and max(steps.values()) > limit:
-                    silent = f"has given no answer for {self._policy.stall_seconds:g} s"
-                    if steps["twotower"] > limit:
-                        sick = [("twotower", f"twotower {silent}")]
-                    else:
-                        steps_of = ("preprocessing", "postprocessing")
-                        sick = [(part, f"the ensemble {silent}") for part in steps_of]
-                if sick and (problem := self._heal(server, dict(sick))) is not None:
+                sick = self._sick(server, stopped, steps)
+                engine = next(
+                    (why for model, why in sick.items() if model not in server.parts), None
+                )
+                if engine is not None:
+                    return engine
+                if not healing.done():
+                    continue
+                if (problem := healing.result()) is not None:
                     return problem
                 if sick:
-                    steps.update(dict.fromkeys(steps, 0))
+                    healing = healer.submit(self._heal, server, sick, steps)
         return None
 
-    def _heal(self, server: TritonServer, sick: dict[str, str]) -> str | None:
+    def _sick(
+        self, server: TritonServer, stopped: dict[str, int], steps: dict[str, int]
+    ) -> dict[str, str]:
+        """Return the models that ended or hang, and what is wrong with each.
+
+        Args:
+            stopped: For how many steps the process of each model was stopped; brought up to date.
+            steps: For how many steps each door owes an answer.
+        """
+        sick = {}
+        for model, process in dict(server.model_processes).items():
+            state = state_of(process)
+            stopped[model] = stopped[model] + 1 if state == "T" else 0
+            if state in (None, "Z"):
+                sick[model] = f"the process of {model} has ended"
+            elif stopped[model] * STEP_SECONDS > STOPPED_SECONDS:
+                sick[model] = f"the process of {model} is stopped"
+        limit = self._policy.stall_seconds / STEP_SECONDS
+        silent = f"has given no answer for {self._policy.stall_seconds:g} s"
+        if steps["twotower"] > limit:
+            sick.setdefault("twotower", f"twotower {silent}")
+        elif not sick and steps["ensemble"] > limit:
+            sick = dict.fromkeys(("preprocessing", "postprocessing"), f"the ensemble {silent}")
+        return sick
+
+    def _heal(
+        self, server: TritonServer, sick: dict[str, str], steps: dict[str, int]
+    ) -> str | None:
         """Load parts of the ensemble again; return why that will not do, or None."""
         for model, problem in sick.items():
-            if model not in server.parts:
-                return problem
             with contextlib.suppress(ProcessLookupError):
                 os.kill(server.model_processes[model], signal.SIGKILL)
             try:
@@ -201,6 +222,7 @@ class Supervisor:
             except NoAnswerError as error:
                 return f"{problem}, and {error}"
             self._tell(f"{problem}; it was loaded again")
+        steps["ensemble"] = 0
         return None
 
     def _drain(self, server: TritonServer) -> None:
