@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from twotower_contract.atomic import WITH_CARE, Writing, check_replaceable, new_folder
 from twotower_contract.digests import file_sha256
 from twotower_contract.errors import BundleError
 from twotower_contract.json_file import format_of
-from twotower_contract.layout import Tower, WeightSource, graph_weights
+from twotower_contract.layout import BANKS, Tower, WeightSource, graph_weights
 from twotower_contract.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -168,8 +168,7 @@ def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> 
         "twotower_version": importlib.metadata.version("twotower"),
         "fingerprint": checkpoint.fingerprint,
     }
-    dtypes, group = _weight_forms(checkpoint, graph)
-    given = {"group": group} if group else {}
+    dtypes, given = _weight_forms(checkpoint, graph)
     model = builders[graph.name](checkpoint.config, graph.dtype, dtypes, metadata, **given)
     path = folder / graph.file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +176,10 @@ def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> 
     return GraphFile(graph.file, file_sha256(path))
 
 
-def _weight_forms(checkpoint: Checkpoint, graph: _GraphToWrite) -> tuple[dict[str, str], int]:
-    """Return the dtype of each weight, and how many of `int4` share a scale.
+def _weight_forms(
+    checkpoint: Checkpoint, graph: _GraphToWrite
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the dtype of each weight, and what else a tower's graph has to know of them.
 
     As they are stored in the native graph; all is float32 in the float32 one.
 
@@ -186,10 +187,8 @@ def _weight_forms(checkpoint: Checkpoint, graph: _GraphToWrite) -> tuple[dict[st
         BundleError: INT4 matrices have groups of several sizes.
     """
     if graph.tower is None:
-        return {}, 0
+        return {}, {}
     weights = graph_weights(checkpoint.config, graph.tower, base=checkpoint.base)
-    if "native" not in graph.precisions:
-        return dict.fromkeys(weights, "F32"), 0
     inputs = [_weight_input(name, one, checkpoint.tensors) for name, one in weights.items()]
     groups = {one.group for one in inputs if one.group}
     if len(groups) > 1:
@@ -197,4 +196,7 @@ def _weight_forms(checkpoint: Checkpoint, graph: _GraphToWrite) -> tuple[dict[st
             f"{checkpoint.path}: a scale is shared by {' or '.join(map(str, sorted(groups)))} "
             "weights, depending on the matrix; one size is supported: quantize the model anew"
         )
-    return {one.name: one.input_dtype for one in inputs}, max(groups, default=0)
+    flat = {"flat_banks": not any(one.format for one in inputs if one.name.endswith(BANKS))}
+    if "native" not in graph.precisions:
+        return dict.fromkeys(weights, "F32"), flat
+    return {one.name: one.input_dtype for one in inputs}, flat | {"group": max(groups, default=0)}

@@ -87,16 +87,16 @@ class LayerFunctions:
 
 
 def layer_functions(
-    config: ModelConfig, dtype: ir.DataType, *, denoiser: bool, has_codes: bool
+    config: ModelConfig, dtype: ir.DataType, *, denoiser: bool, flat_banks: bool
 ) -> LayerFunctions:
     """Return the functions for one tower.
 
     Args:
-        has_codes: Whether banks of experts are quantized.
+        flat_banks: Whether experts multiply with a whole bank at once; see `sparse_experts`.
     """
     norm = rms_norm(config, dtype)
     step = mamba.mamba_block_step(config, dtype)
-    routed = experts.sparse_experts(config, dtype, is_flat=not has_codes)
+    routed = experts.sparse_experts(config, dtype, is_flat=flat_banks)
     mixers = {
         "M": mamba.mamba_mixer(config, dtype, step),
         "*": attention.attention_mixer(config, dtype, causal=not denoiser),

@@ -46,6 +46,7 @@ class _Graph:
     Args:
         length: Name of the dimension that counts the tokens of a call.
         group: Weights of a row that share a scale in `int4`.
+        flat_banks: See `build_context_graph`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class _Graph:
         weight_dtypes: Mapping[str, str],
         length: str,
         group: int = 0,
+        flat_banks: bool = True,
     ) -> None:
         self.config = config
         self.dtype = DTYPES[dtype]
@@ -72,7 +74,7 @@ class _Graph:
             "queries": (["batch", c.num_attention_heads, length, c.head_dim], self.dtype),
         }
         self.decoders: dict[Format, ir.Function] = {}
-        self._weight_dtypes, self._group = weight_dtypes, group
+        self._weight_dtypes, self._group, self._flat_banks = weight_dtypes, group, flat_banks
         self._weights: dict[str, ir.Value] = {}
 
     def input(
@@ -134,8 +136,8 @@ class _Graph:
 
     def layer_functions(self, *, denoiser: bool) -> LayerFunctions:
         dtypes = (self._weight_dtypes[one] for one in self._weights if one.endswith(BANKS))
-        has_codes = any(dtype in FORMAT_OF_DTYPE for dtype in dtypes)
-        return layer_functions(self.config, self.dtype, denoiser=denoiser, has_codes=has_codes)
+        is_flat = self._flat_banks and not any(dtype in FORMAT_OF_DTYPE for dtype in dtypes)
+        return layer_functions(self.config, self.dtype, denoiser=denoiser, flat_banks=is_flat)
 
     def layer_weights(self, tower: str, index: int) -> list[ir.Value]:
         kind = self.config.pattern[index]
@@ -190,6 +192,8 @@ def build_context_graph(
     weight_dtypes: Mapping[str, str],
     metadata: Mapping[str, str],
     group: int = 0,
+    *,
+    flat_banks: bool = True,
 ) -> ir.Model:
     """One graph for prefill, block extension and the autoregressive step.
 
@@ -210,8 +214,11 @@ def build_context_graph(
         weight_dtypes: The stored dtype of each weight, as safetensors spells it.
         metadata: Written into the file.
         group: Weights of a row that share a scale in `int4`.
+        flat_banks: Whether the body of the experts may multiply with a whole bank at once. With
+            quantized banks it never does, nor in the float32 graph beside them, so that the two
+            can be compared.
     """
-    g = _Graph(config, dtype, weight_dtypes, "tokens", group)
+    g = _Graph(config, dtype, weight_dtypes, "tokens", group, flat_banks)
     b = g.body
     ids = g.input("ids", ["batch", "tokens"], INT32)
     rows = {name: g.input(name, ["batch"], INT32) for name in ("lengths", "context_lengths")}
@@ -251,6 +258,8 @@ def build_denoiser_graph(
     weight_dtypes: Mapping[str, str],
     metadata: Mapping[str, str],
     group: int = 0,
+    *,
+    flat_banks: bool = True,
 ) -> ir.Model:
     """One denoise step over a block, from block ids to block ids.
 
@@ -266,7 +275,7 @@ def build_denoiser_graph(
     which mock-AR reads: wider they would be written a second time, 8 MB for each row.
     Arguments as of `build_context_graph`.
     """
-    g = _Graph(config, dtype, weight_dtypes, "block", group)
+    g = _Graph(config, dtype, weight_dtypes, "block", group, flat_banks)
     b = g.body
     ids = g.input("ids", ["batch", "block"], INT32, BLOCK_IDS)
     rows = {
