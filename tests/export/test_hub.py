@@ -75,6 +75,7 @@ def test_unpinned_checkpoint_is_warned_about_and_recorded(tmp_path, twotower):
     assert read_manifest(tmp_path / "bundle").checkpoint.revision == COMMIT
 
 
+@pytest.mark.slow
 def test_interrupted_download_goes_on_with_what_is_missing(tmp_path, server, twotower):
     shard = "model-00002-of-00003.safetensors"
     server.broken.add(shard)

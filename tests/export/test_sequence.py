@@ -64,6 +64,7 @@ def test_streamed_logits_are_those_of_towers_in_memory(tmp_path, dtype, toleranc
     assert streamed.length == loaded.length == 10
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_layer_and_only_routed_experts_are_read(tmp_path):
     """Weights of 11 GB, made of holes; all scores are equal, so every token has the same experts.
 

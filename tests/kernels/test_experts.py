@@ -127,6 +127,7 @@ def test_the_order_of_the_sum_is_that_of_k() -> None:
     assert (y != (term[0] + term[2]) + term[1]).any()
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_tiles_of_tokens() -> None:
     """On whole numbers, whose sums are exact in every order.
 

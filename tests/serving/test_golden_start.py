@@ -32,7 +32,7 @@ def forget_the_answer(manifest) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rotate_experts, "golden self-test: "),
+        pytest.param(rotate_experts, "golden self-test: ", marks=pytest.mark.slow),
         (forget_the_answer, "golden self-test: .*word salad"),
     ],
 )

@@ -66,7 +66,9 @@ def open_stream(address: str) -> subprocess.Popen:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_an_open_stream_is_told_and_does_not_hold_the_server(packaged, alive, how) -> None:
     running, ready = start(packaged.repository)
     asking = open_stream(ready["grpc"])

@@ -14,15 +14,9 @@ from twotower_contract.engine_set import open_engine_set
 PROMPT = "Mia the fox lived by the river. Mia had a red kite and loved it more than anything."
 
 
+@pytest.mark.slow
 @pytest.mark.server
-@pytest.mark.parametrize(
-    "format_",
-    [
-        "fp8",
-        pytest.param("nvfp4", marks=pytest.mark.slow),
-        pytest.param("int4", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("format_", ["fp8", "nvfp4", "int4"])
 def test_the_server_answers_as_twotower_run_does(tmp_path, format_):
     """The demo with a precision: quantize, export, build, package, serve, generate."""
     folder = tmp_path / "demo"

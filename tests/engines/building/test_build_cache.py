@@ -293,6 +293,7 @@ def partial_leftovers(folder):
     return [path.name for path in folder.glob("**/*partial*")]
 
 
+@pytest.mark.slow
 def test_a_second_real_build_takes_less_than_two_seconds(bundle, tmp_path):
     first = json_of(run_build(*arguments(bundle, tmp_path / "engines")))
     start = time.monotonic()
@@ -318,7 +319,12 @@ def test_two_real_builds_at_once(bundle, tmp_path, cache):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_build_leaves_nothing_that_looks_finished(bundle, tmp_path, cache, number, code):
     process = start_build(*arguments(bundle, tmp_path / "engines"))

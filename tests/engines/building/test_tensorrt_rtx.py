@@ -372,6 +372,7 @@ def test_the_old_name_of_the_extra_still_installs_it():
     assert project["optional-dependencies"]["rtx-aot"] == ["twotower[rtx]"]
 
 
+@pytest.mark.slow
 def test_workers_that_hold_much_memory_take_turns(library, bundle, tmp_path, monkeypatch):
     """With no memory to share the second tower waits for the first, and both are built."""
     paused = []
