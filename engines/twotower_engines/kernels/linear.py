@@ -11,7 +11,10 @@ from dataclasses import replace
 
 import triton.language as tl
 
+from twotower_contract.quantized import NVFP4_BLOCK
 from twotower_engines.kernels.expert_products import (
+    PACKED,
+    RELEASED_GROUP,
     SCALES,
     bank_constants,
     deep_launch,
@@ -98,9 +101,10 @@ def linear_specs(features: int, depth: int, form: str, groups: int) -> list[Kern
 def specs(sizes: Sizes) -> list[KernelSpec]:
     """Return the products of a model's Mamba projections, where they have 4 bits."""
     form = sizes.experts_format
-    if form not in ("int4", "nvfp4"):
+    if form not in PACKED:
         return []
-    d_inner, group = sizes.heads * sizes.head_dim, 64 if form == "int4" else 16
+    d_inner = sizes.heads * sizes.head_dim
+    group = RELEASED_GROUP if form == "int4" else NVFP4_BLOCK
     width = 2 * d_inner + 2 * sizes.groups * sizes.state + sizes.heads
     shapes = {"in": (width, sizes.hidden), "out": (sizes.hidden, d_inner)}
     return [

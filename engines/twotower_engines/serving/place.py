@@ -77,9 +77,8 @@ def copy_models(repository: Path, models: Iterable[str], folder: Path) -> Path:
                 f"{repository / name}: cannot be copied to {made / name} ({problem})"
             ) from problem
         for version in {file.parent for file in (made / name).rglob("*.py")}:
-            (
-                version / BYTECODE
-            ).touch()  # a file where Python would make a folder, and change this one
+            # A file where Python would make a folder, and so change this one.
+            (version / BYTECODE).touch()
         config = read_config(repository / name / CONFIG_FILE)
         if _give_plain_paths(config, folder):
             (made / name / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
