@@ -223,6 +223,9 @@ class BlockEvent:
             step's prediction where it is still masked; 1 where the request fixed it.
         reused_tokens: Tokens of the prompt whose states were kept from an earlier one.
         retry_after: Seconds after which to try again, where `error` says that there was no room.
+        admitted_at: Time of the scheduler's clock at which the request got its slot; 0 where it has
+            had none.
+        prefilled_at: The same for the end of its prompt's prefill.
     """
 
     request_id: str
@@ -238,6 +241,8 @@ class BlockEvent:
     canvas_confidence: tuple[float, ...] = ()
     reused_tokens: int = 0
     retry_after: float | None = None
+    admitted_at: float = 0.0
+    prefilled_at: float = 0.0
 
     @property
     def is_last(self) -> bool:
