@@ -104,7 +104,7 @@ def http(server):
     from twotower_client.http_door import Door
 
     with TwoTowerClient(server.grpc_address) as asking, Door(("127.0.0.1", 0), asking) as door:
-        threading.Thread(target=door.serve_forever, daemon=True).start()
+        threading.Thread(target=door.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{door.server_address[1]}"
         door.shutdown()
 

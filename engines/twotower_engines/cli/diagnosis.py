@@ -29,7 +29,6 @@ DISTRIBUTIONS = (
     "torch",
     "safetensors",
     "onnxruntime",
-    "polygraphy",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "cuda-python",
@@ -117,7 +116,7 @@ def _abilities(
         Ability("export from the hub", needs("export", "huggingface_hub")),
         Ability(
             "compare with PyTorch (verify)",
-            needs("reference", "torch") + needs("build", "onnxruntime", "polygraphy"),
+            needs("reference", "torch") + needs("build", "onnxruntime"),
         ),
         Ability("build and run engines for the CPU (build --sku cpu, run)", cpu_engines),
         Ability("build TensorRT-RTX engines, without a GPU too", rtx),
