@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from twotower_contract.engine_set import EngineSet
@@ -241,8 +241,8 @@ class BlockEvent:
     canvas_confidence: tuple[float, ...] = ()
     reused_tokens: int = 0
     retry_after: float | None = None
-    admitted_at: float = 0.0
-    prefilled_at: float = 0.0
+    admitted_at: float = field(default=0.0, compare=False)
+    prefilled_at: float = field(default=0.0, compare=False)
 
     @property
     def is_last(self) -> bool:
