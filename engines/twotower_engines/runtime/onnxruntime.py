@@ -255,11 +255,11 @@ class OnnxRuntime:
         """Run a session: read `inputs`, and write `outputs` in place."""
         binding = self._bindings[call]
         inputs[LOGITS_WANTED] = np.array(["logits" in outputs])
-        of = self._ort.OrtValue.ortvalue_from_numpy
         for name in binding.inputs & inputs.keys():
-            binding.io.bind_ortvalue_input(name, of(inputs[name]))
+            binding.io.bind_cpu_input(name, inputs[name])
         for name, array in outputs.items():
-            binding.io.bind_ortvalue_output(name, of(array))
+            value = self._ort.OrtValue.ortvalue_from_numpy(array)
+            binding.io.bind_ortvalue_output(name, value)
         if not outputs:  # a tower of experts alone has no states to extend
             return
         binding.held = {**inputs, **outputs}
