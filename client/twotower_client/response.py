@@ -57,6 +57,7 @@ BALANCER: dict[str, tuple[type[ClientError], str]] = {
 
 FORMATS = {"INT32": "i", "FP32": "f"}  # of `struct`, by Triton's name
 
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """One response of a stream, read.
