@@ -164,8 +164,8 @@ def _replace_argmax(graph: onnx.GraphProto, vocabulary: int) -> None:
 
     The pieces are about as many as a piece has tokens, so that both are few to look through.
     """
-    pieces = (size for size in range(2, vocabulary) if vocabulary % size == 0)
-    piece = min(pieces, key=lambda size: size + vocabulary // size, default=None)
+    sizes = (size for size in range(2, vocabulary) if vocabulary % size == 0)
+    piece = min(sizes, key=lambda size: size + vocabulary // size, default=None)
     if piece is None:
         return
     nodes: list[onnx.NodeProto] = []
