@@ -11,7 +11,7 @@ import click
 
 from twotower_contract.atomic import Writing
 from twotower_contract.errors import DryRunEndsError, TwoTowerError
-from twotower_engines.planning.skus import FLAVOURS
+from twotower_engines.cli.options import complete, engine_options, limit_options
 
 if TYPE_CHECKING:
     from twotower_engines.building.build import BuildOptions
@@ -37,13 +37,6 @@ class PartlyBuiltError(TwoTowerError):
     exit_code = 1
 
 
-def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Complete `--sku` in the shell."""
-    from twotower_engines.planning.sku_lookup import complete_skus
-
-    return complete_skus(incomplete)
-
-
 @click.command(epilog=EPILOG)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("engines", type=click.Path(path_type=Path))
@@ -55,47 +48,8 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     help="SKUs to build for: names from `twotower plan --sku all`, `local`, or SKU files.  "
     "[default: this machine's GPU]",
 )
-@click.option(
-    "--flavour",
-    type=click.Choice(["auto", *FLAVOURS]),
-    default="auto",
-    show_default=True,
-    help="Library that builds and runs them. `auto`: the SKU's default; on an RTX card itself "
-    "tensorrt, where it and the extra [kernels] are installed.",
-)
-@click.option(
-    "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests in flight."
-)
-@click.option(
-    "--context",
-    type=click.IntRange(min=1),
-    help="Most tokens of a request, prompt and answer together.  [default: 8192, or the model's]",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bf16", "fp8", "nvfp4", "int4"]),
-    default="auto",
-    show_default=True,
-    help="Precision of the weights: that of the bundle, which `twotower quantize` makes narrower.",
-)
-@click.option(
-    "--gpus",
-    type=click.IntRange(1, 2),
-    help="GPUs to use: 1 holds both towers, 2 hold one each.  [default: the fewest that fit]",
-)
-@click.option(
-    "--block-size-max",
-    type=click.IntRange(1, 256),
-    default=64,
-    show_default=True,
-    help="Tokens of the largest block.",
-)
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=16),
-    help="Tokens of a prompt that one call reads; 256 where prompts share their beginnings.  "
-    "[default: as the plan has room for]",
-)
+@limit_options
+@engine_options
 @click.option(
     "--same-capability",
     is_flag=True,

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.command_line import OPENAI_PORT
 from twotower_contract.processes import ENDING
 from twotower_contract.progress import StatusLine
+from twotower_engines.cli.options import opening_options
 
 if TYPE_CHECKING:
     from twotower_engines.serving.server import TritonServer
     from twotower_engines.serving.supervisor import Supervisor
 
-OPENAI_PORT = 9000  # as `twotower openai` has it
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 PACKAGE_EPILOG = """\b
@@ -45,12 +46,7 @@ within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second
 @click.command(epilog=PACKAGE_EPILOG)
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.argument("repo", type=click.Path(path_type=Path))
-@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Where the checkpoint is now, if it was moved after the export.",
-)
+@opening_options
 @click.option("--slots", type=int, help="Requests generated at once.  [all that the engines have]")
 @click.option(
     "--max-waiting",
@@ -59,7 +55,6 @@ within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second
     show_default=True,
     help="Requests that may wait for a slot before others are refused.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
 @click.option(
     "--prefix-mib",
     type=click.IntRange(min=0),
