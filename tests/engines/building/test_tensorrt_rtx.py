@@ -54,6 +54,8 @@ from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.planning.skus import known_skus
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 LIMITS = Limits(slots=4, context=64, max_tokens_per_call=256, block_size_max=64)
 
 

@@ -27,6 +27,8 @@ from twotower_export.quantization.writing import quantize_checkpoint
 from twotower_export.reference.mapped import NamedTensors
 from twotower_export.tiny.checkpoints import copy_pretrained, tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 CONFIG = tiny_config("MM*E", hidden=32)
 UP = "denoiser_tower.layers.3.mixer.experts.1.up_proj.weight"
 FORMATS = ("fp8", "nvfp4", "int4")
