@@ -30,8 +30,6 @@ from twotower_export.cli.export import export, inspect, next_build
 from twotower_export.inventory import take_inventory
 from twotower_export.tiny.checkpoints import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
-
 CONFIG = tiny_config("ME*", hidden=16)
 FLOAT32 = ("A_log", "gate.weight")
 

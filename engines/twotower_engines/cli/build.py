@@ -52,6 +52,7 @@ class PartlyBuiltError(TwoTowerError):
 @engine_options
 @click.option(
     "--same-capability",
+    "is_shared",
     is_flag=True,
     help="Let one engine serve every GPU of the SKU's compute capability, and be built on any of "
     "them (flavour tensorrt). It may be slower than one that is tuned for its GPU alone.",
@@ -63,17 +64,11 @@ def build(
     bundle: Path,
     engines: Path,
     skus: str | None,
-    flavour: str,
-    slots: int,
-    context: int | None,
-    precision: str,
-    gpus: int | None,
-    block_size_max: int,
     chunk: int | None,
-    same_capability: bool,
     force: bool,
     dry_run: bool,
     as_json: bool,
+    **limits: Any,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
     from twotower_engines.building.build import BuildOptions
@@ -83,9 +78,7 @@ def build(
     chosen = resolve_skus(default_skus() if skus is None else skus)
     results = []
     for sku in chosen:
-        options = BuildOptions(
-            sku, slots, context, flavour, precision, gpus, block_size_max, same_capability, chunk
-        )
+        options = BuildOptions(sku, max_tokens_per_call=chunk, **limits)
         try:
             results.append(_build_one(bundle, engines, options, Writing(force, dry_run)))
         except DryRunEndsError as told:

@@ -168,10 +168,7 @@ def package(
 @click.option("--json", "as_json", is_flag=True, help="Print the ready line as a JSON object.")
 def serve(
     repo: Path,
-    host: str,
-    grpc_port: int,
     metrics_port: int,
-    http_port: int | None,
     openai: bool,
     openai_port: int | None,
     no_metrics: bool,
@@ -179,13 +176,11 @@ def serve(
     tls_key: Path | None,
     tls_clients: Path | None,
     key_file: Path | None,
-    log: Path | None,
-    log_json: bool,
-    traces: str | None,
     ready_timeout: float,
     stall_timeout: float,
     grace: float,
     as_json: bool,
+    **rest: Any,
 ) -> None:
     """Run a Triton server on a model repository until it is told to end.
 
@@ -197,16 +192,11 @@ def serve(
     if openai and openai_port is None:
         openai_port = OPENAI_PORT
     options = ServerOptions(
-        host=host,
-        grpc_port=grpc_port,
         metrics_port=None if no_metrics else metrics_port,
-        http_port=http_port,
         openai_port=openai_port,
-        log=log,
-        log_json=log_json,
         tls=tls_of(tls_certificate, tls_key, tls_clients),
         access_key=read_key(key_file) if key_file is not None else None,
-        traces=traces,
+        **rest,
     )
     show = _Status()
     supervisor = Supervisor(repo, options, Policy(ready_timeout, stall_timeout, grace), _tell)

@@ -148,7 +148,7 @@ def test_plan_takes_what_build_takes(random_engines):
 
     mine = {option.name: option for option in plan.params}
     writing = {"bundle", "engines", "force", "dry_run", "log", "verbose", "quiet"}
-    writing |= {"same_capability"}  # which changes no number of a plan
+    writing |= {"is_shared"}  # which changes no number of a plan
     names = {option.name for option in build.params} - writing
     assert names <= mine.keys()
     result = run(FULL_SIZE, "--sku", "rtx-pro-6000", "--flavour", "tensorrt",
