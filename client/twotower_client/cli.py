@@ -111,6 +111,7 @@ EXTRAS_OF_MODULE: dict[str, tuple[str, ...]] = {
     "onnx": ("export", "build"),
     "onnx_ir": ("export",),
     "onnxruntime": ("build",),
+    "polygraphy": ("build",),
     "pytriton": ("serve",),
     "safetensors": ("reference",),
     "starlette": ("openai",),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.support import ROOT
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,30 @@ def server(packaged):
         assert running.exit_code is None, running.log_tail(200)
     assert processes_of(group) == []
     assert not list(Path("/dev/shm").glob(f"{running._prefix}*"))
+
+
+@pytest.fixture(scope="session")
+def soaking(packaged, tmp_path_factory):
+    """A soak of two minutes in processes of their own, which yield to others: `tests.support.soak`.
+
+    Gives the function that waits for its outcome.
+    """
+    from tests.support.soak import Soaked
+
+    arguments = ["tests.support.soak", str(packaged.repository), "64", "120"]
+    log = tmp_path_factory.mktemp("soak") / "log"
+    with log.open("w") as errors:
+        command = ["nice", sys.executable, "-m", *arguments]
+        running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
+
+    def outcome() -> Soaked:
+        printed, _ = running.communicate(timeout=600)
+        assert running.returncode == 0, log.read_text()
+        return Soaked(**json.loads(printed))
+
+    yield outcome
+    running.kill()  # its server notices
+    running.wait()
 
 
 @pytest.fixture

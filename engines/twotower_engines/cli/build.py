@@ -65,6 +65,7 @@ def build(
     engines: Path,
     skus: str | None,
     chunk: int | None,
+    prefix_mib: int,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -78,7 +79,9 @@ def build(
     chosen = resolve_skus(default_skus() if skus is None else skus)
     results = []
     for sku in chosen:
-        options = BuildOptions(sku, max_tokens_per_call=chunk, **limits)
+        options = BuildOptions(
+            sku, max_tokens_per_call=chunk, prefix_bytes=prefix_mib << 20, **limits
+        )
         try:
             results.append(_build_one(bundle, engines, options, Writing(force, dry_run)))
         except DryRunEndsError as told:

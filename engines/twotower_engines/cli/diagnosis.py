@@ -29,6 +29,7 @@ DISTRIBUTIONS = (
     "torch",
     "safetensors",
     "onnxruntime",
+    "polygraphy",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "cuda-python",
@@ -116,7 +117,7 @@ def _abilities(
         Ability("export from the hub", needs("export", "huggingface_hub")),
         Ability(
             "compare with PyTorch (verify)",
-            needs("reference", "torch") + needs("build", "onnxruntime"),
+            needs("reference", "torch") + needs("build", "onnxruntime", "polygraphy"),
         ),
         Ability("build and run engines for the CPU (build --sku cpu, run)", cpu_engines),
         Ability("build TensorRT-RTX engines, without a GPU too", rtx),

@@ -77,5 +77,12 @@ engine_options = together(
         show_default=True,
         help="Tokens of the largest block.",
     ),
+    click.option(
+        "--prefix-mib",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="MiB to leave for the states of prompts' beginnings, as `package --prefix-mib` takes.",
+    ),
 )
 """Adds the rest of what engines are built for."""

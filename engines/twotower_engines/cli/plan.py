@@ -43,13 +43,6 @@ Examples:
 @limit_options
 @engine_options
 @click.option(
-    "--prefix-mib",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="MiB for the states of prompts' beginnings, as for `serve`.",
-)
-@click.option(
     "--threshold",
     default=0.9,
     show_default=True,

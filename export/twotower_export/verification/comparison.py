@@ -1,14 +1,22 @@
-"""Two sides that should compute the same, run on the same calls and compared, output by output."""
+"""Two sides that should compute the same, run and compared by Polygraphy.
+
+Polygraphy passes when one side lacks an output (its comparison looks up what the first side has and
+matches names loosely), so the sets of names are compared first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator, SimpleCompareFunc
 
+from twotower_contract.polygraphy import quiet_polygraphy
 from twotower_export.verification.calls import Feed, cleared
 
 Array = npt.NDArray[Any]
@@ -19,7 +27,8 @@ class Tolerance:
     """How far a tensor may be from the reference. Whole numbers must be equal.
 
     Attributes:
-        element: Most that an element may be off by, as a share of the tensor's largest magnitude.
+        element: Share of an element that it may be off by, and as much of the tensor's largest
+            magnitude beside it.
         rms: Root mean square of what all elements are off by, as a share of the tensor's own.
     """
 
@@ -146,7 +155,9 @@ def compare(
         precision: The precision of both sides, a key of `TOLERANCES`.
     """
     calls = list(feeds.values())
-    ours, theirs = _outputs(graph, calls), _outputs(reference, calls)
+    with quiet_polygraphy():
+        results = Comparator.run([_Runner(graph, calls), _Runner(reference, calls)], calls)
+    (_, ours), (_, theirs) = results
     comparison = Comparison()
     for call, feed, our, their in zip(feeds, calls, ours, theirs, strict=True):
         expected = dict(their)
@@ -158,25 +169,15 @@ def compare(
         if not problems:
             our_cleared, expected = cleared(feed, our), cleared(feed, expected)
             tolerance = TOLERANCES[precision]
+            verdicts = _verdicts(our_cleared, expected, tolerance.element)
             for name, value in expected.items():
                 max_abs, rms = _distance(our_cleared[name], value)
-                largest = _largest(value)
-                max_rel = max_abs / max(largest, 1e-12)
-                most = 0.0 if value.dtype.kind in "iub" else tolerance.element * largest
-                passed = max_abs <= most and rms <= tolerance.rms  # no number is not
+                max_rel = max_abs / max(_largest(value), 1e-12)
+                passed = verdicts[name] and rms <= tolerance.rms
                 comparison.tensors.append(
                     TensorDifference(part, precision, call, name, max_abs, max_rel, rms, passed)
                 )
     return comparison
-
-
-def _outputs(side: Side, calls: Sequence[Feed]) -> list[dict[str, Array]]:
-    """Return a side's outputs of each call; it is loaded for that alone."""
-    side.open()
-    try:
-        return [side.run(call) for call in calls]
-    finally:
-        side.close()
 
 
 def _shape_problems(
@@ -204,6 +205,30 @@ def _zero_problems(where: str, expected: Mapping[str, Array]) -> list[str]:
     ]
 
 
+def _verdicts(
+    ours: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float
+) -> dict[str, bool]:
+    """Polygraphy's verdict on each output."""
+    from polygraphy.comparator import IterationResult, RunResults
+
+    results = RunResults()
+    for name, outputs in (("graph", ours), ("reference", expected)):
+        results.append(
+            (name, [IterationResult(outputs=dict(outputs), runtime=0, runner_name=name)])
+        )
+    whole = [name for name, value in expected.items() if value.dtype.kind in "iub"]
+    relative = {"": tolerance, **dict.fromkeys(whole, 0.0)}
+    absolute = {name: relative.get(name, tolerance) * _largest(expected[name]) for name in expected}
+    function = SimpleCompareFunc(atol=absolute, rtol=relative, infinities_compare_equal=True)
+    with (
+        quiet_polygraphy(),
+        np.errstate(all="ignore"),
+    ):  # infinities are subtracted, zeros divided by
+        (accuracy,) = Comparator.compare_accuracy(results, compare_func=function)
+    ((_, (iteration,)),) = accuracy.items()
+    return {name: bool(iteration[name]) for name in expected}
+
+
 def _distance(ours: Array, expected: Array) -> tuple[float, float]:
     """Largest difference, and the root of the sum of their squares over that of the reference."""
     a, b = ours.astype(np.float64), expected.astype(np.float64)
@@ -217,3 +242,27 @@ def _largest(values: Array) -> float:
     """Largest magnitude of a tensor, infinities aside."""
     numbers = np.abs(values[np.isfinite(values)].astype(np.float64))
     return float(numbers.max(initial=0.0))
+
+
+class _Runner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types
+    """A side as Polygraphy runs it: loaded for its own turn only."""
+
+    def __init__(self, side: Side, calls: list[Feed]) -> None:
+        super().__init__(name=side.name)
+        self._side, self._calls = side, calls
+
+    def activate_impl(self) -> None:
+        self._side.open()
+
+    def deactivate_impl(self) -> None:
+        self._side.close()
+
+    def get_input_metadata_impl(self) -> Any:
+        metadata = TensorMetadata()
+        for name, value in self._calls[0].items():
+            metadata.add(name, value.dtype, [None] * value.ndim)
+        return metadata
+
+    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        self.inference_time = 0.0
+        return self._side.run(feed_dict)
