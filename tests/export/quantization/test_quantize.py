@@ -215,14 +215,8 @@ def test_a_damaged_weight_is_named(tmp_path):
 
 def test_the_command(tmp_path):
     copy_pretrained(tmp_path / "c")
-    arguments = [
-        str(tmp_path / "c"),
-        str(tmp_path / "out"),
-        "--format",
-        "fp8",
-        "--tower",
-        "context",
-    ]
+    folders = [str(tmp_path / "c"), str(tmp_path / "out")]
+    arguments = [*folders, "--format", "fp8", "--tower", "context"]
     dry = CliRunner().invoke(quantize, [*arguments, "--dry-run"])
     assert "would write a quantized checkpoint of 0.00 GB" in str(dry.exception)
     assert not (tmp_path / "out").exists()
@@ -235,7 +229,8 @@ def test_the_command(tmp_path):
     assert report["seconds"] > 0
     done = CliRunner().invoke(quantize, [*arguments[:4]])
     assert done.exit_code == 0, done.output
-    assert "context: routed experts      fp8" in done.stdout
+    rows = [line.split()[:4] for line in done.stdout.splitlines()]
+    assert ["context:", "routed", "experts", "fp8"] in rows
     assert "next: twotower export" in done.stdout
     for given in (["--recipe", "r.json", "--keep", "mamba"], []):
         assert CliRunner().invoke(quantize, [*arguments[:2], *given]).exit_code == 1
