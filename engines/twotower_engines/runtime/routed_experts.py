@@ -98,14 +98,13 @@ def _columns_of(bank: str) -> Parts:
 
 
 def _shares(b: Nodes, indices: str, weights: str, count: int) -> str:
-    """Return each expert's weight in each token, 0 where it was not chosen; [tokens, experts]."""
-    last = b.constant([2])
-    every = b.constant(np.arange(count).reshape(1, 1, -1), np.int32)
-    routed = b.add("Equal", b.add("Unsqueeze", indices, last), every)
-    weighted = b.add(
-        "Mul", b.add("Cast", routed, to=TensorProto.FLOAT), b.add("Unsqueeze", weights, last)
-    )
-    return b.add("ReduceSum", weighted, b.constant([1]), keepdims=0)
+    """Return each expert's weight in each token, 0 where it was not chosen; [tokens, experts].
+
+    What goes to no expert, -1, goes to a last column, which is cut off.
+    """
+    shape = b.add("Concat", b.add("Shape", indices, end=1), b.constant([count + 1]), axis=0)
+    shares = b.add("ScatterElements", b.add("ConstantOfShape", shape), indices, weights, axis=1)
+    return b.add("Slice", shares, b.constant([0]), b.constant([count]), b.constant([1]))
 
 
 def _squared(b: Nodes, x: str, up: str) -> str:
