@@ -332,13 +332,6 @@ def aims(rows: Mapping[int, dict[str, float]], looped: Sequence[dict[str, Any]])
             f"- To a loop in the client: the engines alone, without any server, give {limit:.1f}x "
             "with 32 rows at once."
         ),
-        "",
-        *wrapped(
-            "Tried without a gain above the noise of 5%: a lower priority for all threads but the "
-            "engine's, a core of its own for the engine's thread, one hand-over of responses per "
-            "turn, and a hand-over as the next call begins. Three tensors in a response in place "
-            "of five would save 4% with 16 streams."
-        ),
     ]
 
 
