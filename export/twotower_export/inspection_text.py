@@ -155,7 +155,10 @@ def _costs(sizes: Mapping[str, Any]) -> Iterable[str]:
     yield f"  logits of a block of 16: {_binary(sizes['logits_bytes_per_block'])}B"
 
 
-def _gpus(skus: Mapping[str, Any]) -> Iterable[str]:
+def _gpus(skus: Mapping[str, Any] | None) -> Iterable[str]:
+    if skus is None:
+        yield "  GPUs: install twotower's engines to see which could hold it"
+        return
     yield f"  one GPU could hold it: {', '.join(skus['one']) or 'none'}"
     if skus["one_per_tower"]:
         yield f"  one GPU per tower: {', '.join(skus['one_per_tower'])}"

@@ -1,15 +1,18 @@
 """The size of a model: parameters and bytes per part, and the bytes of a context.
 
 Computed from the configuration and the stored dtypes, for a checkpoint and for a bundle alike.
+Knows nothing about GPUs but their names and memory, which it reads from the engines' table where
+that package is installed.
 """
 
 from __future__ import annotations
 
-import importlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any, Final
 
 from twotower_contract.config import ModelConfig
@@ -28,6 +31,7 @@ from twotower_contract.sizes import (
 )
 
 BLOCK: Final = 16
+GIB: Final = 2**30
 WORKSPACE_SHARE: Final = 0.05
 CONTEXTS: Final = (4096, 32768, 131072, 262144)
 EXPERTS_SEEN: Final = (60, 90)
@@ -240,24 +244,55 @@ class Fit:
     one_per_tower: tuple[str, ...]
 
 
-def fitting_skus(inventory: Inventory) -> Fit:
+def fitting_skus(inventory: Inventory) -> Fit | None:
     """GPUs whose memory holds the weights as stored and 4,096 tokens, with 5% left for workspace.
 
     A first look: `twotower plan` counts the workspace and the slots.
+
+    Returns:
+        None where the table is not installed.
     """
-    # This package knows nothing of GPUs; the table is the planner's.
-    table = importlib.import_module("twotower_engines.planning.skus").known_skus()
+    table = _skus()
+    if table is None:
+        return None
     c, item = inventory.config, inventory.config.item_bytes
     context = ssm_bytes(c) + conv_bytes(c, item) + CONTEXTS[0] * kv_bytes_per_token(c, item)
     towers = dict.fromkeys(part.tower for part in inventory.parts)
     largest = max(inventory.bytes_of_tower(tower) for tower in towers)
-    one, two = [], []
-    for name, sku in table.items():
-        room = round((sku.memory - sku.reserved) * (1 - WORKSPACE_SHARE)) - context
-        if sku.compute_capability is None:
-            continue
-        if inventory.bytes <= room:
-            one.append(name)
-        elif sku.max_gpus > 1 and len(towers) > 1 and largest <= room:
-            two.append(name)
-    return Fit(tuple(one), tuple(two))
+
+    def holds(sku: _Sku, weights: int) -> bool:
+        return weights + context <= round(sku.memory * (1 - WORKSPACE_SHARE))
+
+    one = tuple(name for name, sku in table.items() if holds(sku, inventory.bytes))
+    two = tuple(
+        name
+        for name, sku in table.items()
+        if name not in one and sku.has_peer and holds(sku, largest)
+    )
+    return Fit(one, two if len(towers) > 1 else ())
+
+
+@dataclass(frozen=True)
+class _Sku:
+    """Bytes of a GPU that are free for a model, and whether a machine can have two of it."""
+
+    memory: int
+    has_peer: bool
+
+
+def _skus() -> dict[str, _Sku] | None:
+    """GPUs by name, from the data file of the engines' package; it is data, no code is loaded."""
+    try:
+        table = resources.files("twotower_engines") / "planning" / "skus.json"
+        skus = json.loads(table.read_text(encoding="utf-8"))["skus"]
+    except (ModuleNotFoundError, FileNotFoundError):
+        return None
+    # each value is [number, source]; the CPU, whose memory is whatever it is, has no number
+    return {
+        name: _Sku(
+            round((sku["memory_gib"][0] - sku.get("reserved_gib", [0])[0]) * GIB),
+            sku["peer_gb_s"][0] is not None,
+        )
+        for name, sku in skus.items()
+        if sku["memory_gib"][0] is not None
+    }
