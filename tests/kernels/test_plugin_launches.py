@@ -9,7 +9,14 @@ import pytest
 
 from twotower_engines.kernels.nodes import OPS
 
-CHAINS = ("RefineBlock", "SparseExperts", "SparseExpertsNVFP4", "LinearNVFP4", "MambaBlockStep")
+CHAINS = (
+    "RefineBlock",
+    "SparseExperts",
+    "SparseExpertsNVFP4",
+    "LinearNVFP4",
+    "MambaBlockStep",
+    "MambaBlockStepStates",
+)
 """Ops with every kind of argument: no scales, and two."""
 
 LAUNCHED = """
