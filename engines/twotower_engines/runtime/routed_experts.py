@@ -3,8 +3,7 @@
 The exported graph has one node `twotower::SparseExperts` per layer, whose function body computes
 every expert on every token: a GPU's plugin takes its place. Here nodes of ordinary operators do. An
 expert is two products with its own two matrices, which ONNX Runtime packs when it loads them (it
-packs no bank of three dimensions), on the tokens that chose it. A small expert costs less than the
-sorting of its tokens: those are all computed, as two products.
+packs no bank of three dimensions), on the tokens that chose it.
 
 A token's result is summed in the order of its choices, and is the same alone and in a batch.
 """
@@ -27,11 +26,6 @@ Parts = Callable[[Array], Mapping[str, Array]]
 """From a bank of experts to the matrices that take its place, by name."""
 
 OP = ("twotower", "SparseExperts")
-
-ROUTED_FROM = 2**13
-"""Least inner size x hidden size of an expert with products of its own. Both forms take the same
-time where 16 tokens choose 2 of 8 or 6 of 128 experts of 5,000 to 10,000 (one core of a Xeon with
-AVX-512)."""
 
 
 def replace_experts(graph: onnx.GraphProto) -> dict[str, Parts]:
@@ -56,15 +50,10 @@ def replace_experts(graph: onnx.GraphProto) -> dict[str, Parts]:
             continue
         up, down = node.input[3:]
         count, inner, hidden = shapes[up]
-        if inner * hidden < ROUTED_FROM:
-            inputs |= {up: (count * inner, hidden), down: (hidden, count * inner)}
-            parts |= {up: _rows_of(up), down: _columns_of(down)}
-            nodes += _all_experts(node, count, inner)
-        else:
-            for expert in range(count):
-                inputs |= {_one(up, expert): (inner, hidden), _one(down, expert): (hidden, inner)}
-            parts |= {bank: _each_of(bank) for bank in (up, down)}
-            nodes += _chosen_experts(node, count)
+        for expert in range(count):
+            inputs |= {_one(up, expert): (inner, hidden), _one(down, expert): (hidden, inner)}
+        parts |= {bank: _each_of(bank) for bank in (up, down)}
+        nodes += _chosen_experts(node, count)
     kept = [value for value in graph.input if value.name not in parts]
     made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()]
     del graph.node[:], graph.input[:]
@@ -87,43 +76,6 @@ def _each_of(bank: str) -> Parts:
     return lambda array: {_one(bank, expert): array[expert] for expert in range(len(array))}
 
 
-def _rows_of(bank: str) -> Parts:
-    return lambda array: {bank: array.reshape(-1, array.shape[2])}
-
-
-def _columns_of(bank: str) -> Parts:
-    return lambda array: {
-        bank: np.ascontiguousarray(array.transpose(1, 0, 2)).reshape(array.shape[1], -1)
-    }
-
-
-def _shares(b: Nodes, indices: str, weights: str, count: int) -> str:
-    """Return each expert's weight in each token, 0 where it was not chosen; [tokens, experts].
-
-    What goes to no expert, -1, goes to a last column, which is cut off.
-    """
-    shape = b.add("Concat", b.add("Shape", indices, end=1), b.constant([count + 1]), axis=0)
-    shares = b.add("ScatterElements", b.add("ConstantOfShape", shape), indices, weights, axis=1)
-    return b.add("Slice", shares, b.constant([0]), b.constant([count]), b.constant([1]))
-
-
-def _squared(b: Nodes, x: str, up: str) -> str:
-    """Return relu(x up^T)^2."""
-    inner = b.add("Relu", b.add("Gemm", x, up, transB=1))
-    return b.add("Mul", inner, inner)
-
-
-def _all_experts(node: onnx.NodeProto, count: int, inner: int) -> list[onnx.NodeProto]:
-    """Compute all experts; a share is multiplied into what the second product takes."""
-    x, indices, weights, up, down = node.input
-    b = Nodes(node.name)
-    share = b.add("Unsqueeze", _shares(b, indices, weights, count), b.constant([2]))
-    apart = b.add("Reshape", _squared(b, x, up), b.constant([0, count, inner]))
-    flat = b.add("Reshape", b.add("Mul", apart, share), b.constant([0, count * inner]))
-    b.add("Gemm", flat, down, output=node.output[0], transB=1)
-    return b.written
-
-
 def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
     """Sort the chosen (token, expert) pairs by expert, and give each expert its own tokens.
 
@@ -142,7 +94,8 @@ def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
     apart = b.split(b.add("Gather", x, token), count + 1, counts)
     results = [b.add("ConstantOfShape", b.add("Shape", apart[0]))]
     for expert, own in enumerate(apart[1:]):
-        squared = _squared(b, own, _one(up, expert))
+        inner = b.add("Relu", b.add("Gemm", own, _one(up, expert), transB=1))
+        squared = b.add("Mul", inner, inner)
         results.append(b.add("Gemm", squared, _one(down, expert), transB=1))
     _, back = b.sorted(order, pairs)
     by_token = b.add("Reshape", back, b.add("Shape", indices))

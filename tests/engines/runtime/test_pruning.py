@@ -44,12 +44,8 @@ def test_an_extension_without_logits_has_no_head(made):
     assert {"context_lm_head.weight", "context_tower.norm_f.weight"} <= left_out
 
 
-@pytest.mark.parametrize("routed", [False, True])
-def test_an_optional_head_is_a_branch_with_its_weights(made, monkeypatch, routed):
+def test_an_optional_head_is_a_branch_with_its_weights(made):
     """The last experts of the pattern serve the head alone."""
-    monkeypatch.setattr(
-        "twotower_engines.runtime.routed_experts.ROUTED_FROM", 0 if routed else 2**60
-    )
     graph = flat_graph(made.folder / "context.onnx").graph
     replace_experts(graph)
     make_optional(graph, "logits", "asked")
@@ -57,7 +53,7 @@ def test_an_optional_head_is_a_branch_with_its_weights(made, monkeypatch, routed
     inside = [node for attribute in branch.attribute for node in attribute.g.node]
     assert "If" not in {node.op_type for node in inside}
     weights = {name for node in inside for name in node.input}
-    last = "context_tower.layers.7.mixer.experts.up_proj" + ".0" * routed
+    last = "context_tower.layers.7.mixer.experts.up_proj.0"
     assert {"context_lm_head.weight", last} <= weights
 
 
