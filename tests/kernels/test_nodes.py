@@ -7,6 +7,7 @@ compared with the op's own launcher.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.compiled import config_of
 from tests.support.kernel_inputs import (
     MASK,
     block,
@@ -24,13 +26,14 @@ from tests.support.kernel_inputs import (
 )
 from tests.support.plugin_launches import DTYPES, made_tensors, node_call
 from tests.support.quantized_banks import as_given, draw_bank
-from tests.support.released_nodes import released_call
+from tests.support.released_nodes import dtype_of, released_call, tensor_shapes
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import expert_products, experts, linear, mamba, nodes, refine
 from twotower_engines.kernels.compile import all_specs
 from twotower_engines.kernels.jit import launch
 from twotower_engines.kernels.node import POINTERS, Call, Launching, Node
 from twotower_engines.kernels.spec import Sizes
+from twotower_engines.planning.compiled import compiled_tower
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
 
@@ -193,6 +196,27 @@ def test_only_the_first_dimension_of_a_grid_grows_with_tokens() -> None:
     grid = released("ExpertsSum", 256, 256).grid
     assert grid[0] == 65536
     assert max(grid[1:]) <= 65535
+
+
+@pytest.mark.parametrize(
+    ("tower", "rows", "tokens"),
+    [*(("context", rows, tokens) for rows, tokens in ((1, 1), (1, 1024), (4, 256), (16, 1024))),
+     ("denoiser", 1, 16), ("denoiser", 16, 64)],
+)  # fmt: skip
+def test_the_plan_of_memory_has_room_for_what_nodes_hand_on(
+    tower: str, rows: int, tokens: int
+) -> None:
+    """TensorRT gives a node no workspace: all that a chain needs are its tensors between nodes."""
+    planned = compiled_tower(config_of(), tower, "kernels", 2).scratch_bytes(rows, tokens, 8192)
+    shapes = tensor_shapes(Sizes(), rows, tokens)
+    width = {"bf16": 2, "fp32": 4, "i32": 4}
+    is_denoiser = tower == "denoiser"
+    mamba_op = "MambaBlockStep" if is_denoiser else f"MambaBlockStep{nodes.STATES}"
+    for name in ("SparseExperts", mamba_op, *(["RefineBlock"] if is_denoiser else [])):
+        op = nodes.OPS[name]
+        between = {one for node in op.chain for one in node.makes} - set(op.outputs)
+        held = sum(math.prod(shapes[one]) * width[dtype_of(one)] for one in between)
+        assert 0 < held <= planned, name
 
 
 def test_the_grid_of_a_prefill_call_fits() -> None:
