@@ -22,12 +22,13 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
     s, E, K = sizes, sizes.experts, sizes.experts_per_token
     d_inner = s.heads * s.head_dim
     conv_dim = d_inner + 2 * s.groups * s.state
+    projected = d_inner + conv_dim + s.heads
     tokens = rows * block
     pairs = (tokens * K,)
     turned = s.experts_format == "fp8"
     packed = 8 if s.experts_format in ("int4", "nvfp4") else 1  # codes in a word
     return {
-        "projected": (rows, block, d_inner + conv_dim + s.heads),
+        "projected": (rows, block, projected),
         "scanned": (rows, block, d_inner),
         "conv_state": (rows, 3, conv_dim),
         "ssm_state": (rows, s.heads, s.head_dim, s.state),
@@ -41,7 +42,9 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
         "ids": (rows, block),
         "partials": (rows, block, 5, 16),
         "partial_ids": (rows, block, 16),
-        "x": (tokens, s.hidden),
+        "x": (rows, block, s.hidden),
+        **dict.fromkeys(("shared", "hidden"), (tokens, s.hidden)),
+        "gate": (rows, 1, s.hidden),
         **dict.fromkeys(("indices", "weights"), (tokens, K)),
         "pairs": pairs,
         **{
@@ -50,10 +53,11 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
         },
         "up": (E, *((s.hidden, s.inner) if turned else (s.inner, s.hidden // packed))),
         "down": (E, *((s.inner, s.hidden) if turned else (s.hidden, s.inner // packed))),
-        "matrix": (d_inner + conv_dim + s.heads, s.hidden // packed),
+        "matrix": (s.experts if packed == 1 else projected, s.hidden // packed),
+        "correction": (s.experts,),
         **_scales(s, "up", (E, s.inner, s.hidden)),
         **_scales(s, "down", (E, s.hidden, s.inner)),
-        **_scales(s, "matrix", (d_inner + conv_dim + s.heads, s.hidden)),
+        **_scales(s, "matrix", (projected, s.hidden)),
         "inner": (*pairs, s.inner),
         "partial": (*pairs, s.hidden),
     }
@@ -83,16 +87,20 @@ def dtype_of(name: str, form: str = "plain") -> str:
         return "i32" if form == "nvfp4" else "bf16"
     if name.endswith("_scale_2"):
         return "fp32"
-    return "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"
+    return "i32" if name in INTEGERS else "fp32" if name in (*FLOATS, "matrix") else "bf16"
 
 
 def attributes_of(node: Node, sizes: Sizes) -> Mapping[str, Any]:
-    """Return a node's attributes, in a tower that wants no new states."""
+    """Return a node's attributes, in the denoiser: it wants no new states, and has a gate."""
     known = {
         "mask_id": sizes.mask_id,
         "num_experts": sizes.experts,
         "n_groups": sizes.groups,
         "states": 0,
+        "gated": 1,
+        "per_token": sizes.experts_per_token,
+        "normalized": 1,
+        "scaling": sizes.scaling,
         "epsilon": sizes.epsilon,
     }
     return {name: known[name] for name in node.attributes}

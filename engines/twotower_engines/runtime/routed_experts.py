@@ -54,17 +54,19 @@ def replace_experts(graph: onnx.GraphProto) -> dict[str, Parts]:
         if (node.domain, node.op_type) != OP:
             nodes.append(node)
             continue
-        up, down = node.input[3:]
+        up, down = node.input[-2:]
+        b = Nodes(node.name)
         count, inner, hidden = shapes[up]
         if inner * hidden < ROUTED_FROM:
             inputs |= {up: (count * inner, hidden), down: (hidden, count * inner)}
             parts |= {up: _rows_of(up), down: _columns_of(down)}
-            nodes += _all_experts(node, count, inner)
+            _add_rest(b, node, _all_experts(b, node, count, inner))
         else:
             for expert in range(count):
                 inputs |= {_one(up, expert): (inner, hidden), _one(down, expert): (hidden, inner)}
             parts |= {bank: _each_of(bank) for bank in (up, down)}
-            nodes += _chosen_experts(node, count)
+            _add_rest(b, node, _chosen_experts(b, node, count))
+        nodes += b.written
     kept = [value for value in graph.input if value.name not in parts]
     made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()]
     del graph.node[:], graph.input[:]
@@ -114,24 +116,30 @@ def _squared(b: Nodes, x: str, up: str) -> str:
     return b.add("Mul", inner, inner)
 
 
-def _all_experts(node: onnx.NodeProto, count: int, inner: int) -> list[onnx.NodeProto]:
+def _add_rest(b: Nodes, node: onnx.NodeProto, routed: str) -> None:
+    """Add the shared expert's result and the residual to the routed experts' sum."""
+    shared, hidden, gate = node.input[3:6]
+    y = b.add("Reshape", b.add("Add", routed, shared), b.add("Shape", hidden))
+    if any(one.name == "gated" and one.i for one in node.attribute):
+        y = b.add("Mul", gate, y)
+    b.add("Add", hidden, y, output=node.output[0])
+
+
+def _all_experts(b: Nodes, node: onnx.NodeProto, count: int, inner: int) -> str:
     """Compute all experts; a share is multiplied into what the second product takes."""
-    x, indices, weights, up, down = node.input
-    b = Nodes(node.name)
+    x, indices, weights, *_, up, down = node.input
     share = b.add("Unsqueeze", _shares(b, indices, weights, count), b.constant([2]))
     apart = b.add("Reshape", _squared(b, x, up), b.constant([0, count, inner]))
     flat = b.add("Reshape", b.add("Mul", apart, share), b.constant([0, count * inner]))
-    b.add("Gemm", flat, down, output=node.output[0], transB=1)
-    return b.written
+    return b.add("Gemm", flat, down, transB=1)
 
 
-def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
+def _chosen_experts(b: Nodes, node: onnx.NodeProto, count: int) -> str:
     """Sort the chosen (token, expert) pairs by expert, and give each expert its own tokens.
 
     An expert that no token chose has products of no rows, which read no weight.
     """
-    x, indices, weights, up, down = node.input
-    b = Nodes(node.name)
+    x, indices, weights, *_, up, down = node.input
     chosen = b.add("Reshape", indices, b.constant([-1]))
     pairs = b.add("Shape", chosen)
     _, order = b.sorted(chosen, pairs)  # of one expert, by token; padding, -1, comes first
@@ -150,5 +158,4 @@ def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
     y = b.add("Gather", b.add("Concat", *results, axis=0), by_token)  # [tokens, chosen, hidden]
     one = b.constant([1])
     total = b.add("MatMul", b.add("Unsqueeze", weights, one), y)
-    b.add("Squeeze", total, one, output=node.output[0])
-    return b.written
+    return b.add("Squeeze", total, one)
