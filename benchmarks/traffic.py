@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import today, write_results
-from tests.support.compiled import TOWERS, compiled
+from tests.support.compiled import TOWERS, compiled, copies
 from twotower_contract.traffic import traffic_of
 
 CAPACITY = 8192 + 256
@@ -82,7 +82,7 @@ def measure(
         "least_bytes": traffic.least,
         "ratio": round(traffic.ratio, 3),
         "scratch_bytes": listing.scratch,
-        "copied_inputs": len(traffic.copies),
+        "copied_inputs": len(copies(listing)),
         "kernels": traffic.moved.kernels,
         "seconds": round(time.perf_counter() - start, 1),
         # of the largest process until now

@@ -9,7 +9,14 @@ import pytest
 
 from twotower_engines.kernels.nodes import OPS
 
-CHAINS = ("RefineBlock", "SparseExperts", "SparseExpertsNVFP4", "LinearNVFP4", "MambaBlockStep")
+CHAINS = (
+    "RefineBlock",
+    "Router",
+    "SparseExperts",
+    "SparseExpertsNVFP4",
+    "LinearNVFP4",
+    "MambaBlockStep",
+)
 """Ops with every kind of argument: no scales, and two."""
 
 LAUNCHED = """
@@ -64,4 +71,4 @@ def test_integers_are_the_sizes_of_the_call(launched: Any) -> None:
     assert integers["ExpertsUp"] == [2 * 64 * 2]  # pairs
     assert integers["MambaScan"] == [64]
     assert integers["RefineVocabulary"] == [64, 4]  # positions, tiles of a split
-    assert integers["ExpertsSum"] == []
+    assert integers["ExpertsSum"] == [64]  # tokens that a gate is for

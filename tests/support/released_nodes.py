@@ -13,7 +13,10 @@ INTEGERS = (
     *("indices", "pairs", "few", "many", "lengths", "ids", "policy", "seed", "steps_left"),
     "partial_ids",
 )
-FLOATS = ("weights", "partial", "ssm_state", "threshold", "temperature", "partials")
+FLOATS = (
+    *("weights", "partial", "ssm_state", "threshold", "temperature", "partials"),
+    *("matrix", "router_logits"),
+)
 LARGEST_BLOCK = 64
 
 
@@ -55,6 +58,7 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
         "down": (E, *((s.inner, s.hidden) if turned else (s.hidden, s.inner // packed))),
         "matrix": (s.experts if packed == 1 else projected, s.hidden // packed),
         "correction": (s.experts,),
+        "router_logits": (tokens, s.experts),
         **_scales(s, "up", (E, s.inner, s.hidden)),
         **_scales(s, "down", (E, s.hidden, s.inner)),
         **_scales(s, "matrix", (projected, s.hidden)),
@@ -87,7 +91,7 @@ def dtype_of(name: str, form: str = "plain") -> str:
         return "i32" if form == "nvfp4" else "bf16"
     if name.endswith("_scale_2"):
         return "fp32"
-    return "i32" if name in INTEGERS else "fp32" if name in (*FLOATS, "matrix") else "bf16"
+    return "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"
 
 
 def attributes_of(node: Node, sizes: Sizes) -> Mapping[str, Any]:

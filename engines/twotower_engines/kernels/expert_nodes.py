@@ -19,7 +19,6 @@ from twotower_engines.kernels.node import (
 )
 from twotower_engines.kernels.spec import Sizes
 
-
 TOKENS = ("x", "indices", "weights", "shared", "hidden", "gate")
 """Inputs of the op before its banks."""
 

@@ -50,9 +50,9 @@ def experts_sum(
     weights: tl.tensor,
     shared: tl.tensor,
     hidden: tl.tensor,
+    y: tl.tensor,
     gate: tl.tensor,
     L: tl.tensor,
-    y: tl.tensor,
     HIDDEN: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -100,11 +100,9 @@ def sum_specs(sizes: Sizes) -> list[KernelSpec]:
         **{"partial": "*fp32", "indices": "*i32", "weights": "*fp32", "shared": T, "hidden": T},
         "y": T,
     }
-    gated = {**types, "gate": T, "L": "i32"}
-    gated["y"] = gated.pop("y")
-    ungated = {**dims, "gate": None, "L": None}
+    gated, absent = {**types, "gate": T, "L": "i32"}, {"gate": None, "L": None}
     return [
-        KernelSpec("experts_sum", experts_sum, types, ungated, sum_launch()),
+        KernelSpec("experts_sum", experts_sum, types, {**dims, **absent}, sum_launch()),
         KernelSpec("experts_sum_gated", experts_sum, gated, dims, sum_launch()),
     ]
 
@@ -205,7 +203,7 @@ def sparse_experts(
     constants = {"HIDDEN": width, "E": experts, "K": per_token}
     shared, hidden = (torch.zeros_like(x) if one is None else one for one in (shared, hidden))
     tokens = n if gate is None else n // gate.shape[0]
-    given = (partial, indices, weights, shared, hidden, gate, tokens, y)
+    given = (partial, indices, weights, shared, hidden, y, gate, tokens)
     launch(experts_sum, grid, given, constants, config)
     return y
 

@@ -1,7 +1,7 @@
 """`Router` in two kernels: which experts a token goes to, and with which weights.
 
-    x, matrix            --> router_product --> logits [n, E] float32
-    logits, correction   --> router_choice  --> indices, weights [n, K]
+    x, matrix                   --> router_product --> router_logits [n, E] float32
+    router_logits, correction   --> router_choice  --> indices, weights [n, K]
 
 The product is in float32, of tokens that are widened in registers: a compiler would write them to
 memory in float32 first. No tensor core multiplies float32; the product is 2% of a layer's.
@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 
 from twotower_engines.kernels.expert_products import bank_constants
-from twotower_engines.kernels.jit import INTERPRETED, Launch, kernel, launch
+from twotower_engines.kernels.jit import Launch, kernel, launch
 from twotower_engines.kernels.linear import linear_product
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 TACTICS = (
     Launch({"BLOCK_F": 16, "BLOCK_T": 16, "BLOCK_K": 32}, num_warps=4, num_stages=3),
-    Launch({"BLOCK_F": 64, "BLOCK_T": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+    Launch({"BLOCK_F": 64, "BLOCK_T": 64, "BLOCK_K": 16}, num_warps=8, num_stages=3),
 )
 """Tiles of the product: small ones, which are more programs, and large ones for many tokens."""
 
@@ -31,7 +31,7 @@ CHOICE = Launch({}, num_warps=1)
 
 @kernel
 def router_choice(
-    logits: tl.tensor,
+    router_logits: tl.tensor,
     correction: tl.tensor,
     lengths: tl.tensor,
     L: tl.tensor,
@@ -52,7 +52,7 @@ def router_choice(
     token = tl.program_id(0)
     lane, place = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     real = lane < E
-    score = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * E + lane, mask=real, other=0.0)))
+    score = 1.0 / (1.0 + tl.exp(-tl.load(router_logits + token * E + lane, mask=real, other=0.0)))
     corrected = score + tl.load(correction + lane, mask=real, other=0.0).to(tl.float32)
     corrected = tl.where(real, corrected, float("-inf"))
     chosen = tl.zeros((BLOCK_K,), dtype=tl.int32)
@@ -85,7 +85,12 @@ def choice_spec(
 ) -> KernelSpec:
     """Return the choice of a model."""
     types = {
-        **{"logits": "*fp32", "correction": f"*{small_dtype}", "lengths": "*i32", "L": "i32"},
+        **{
+            "router_logits": "*fp32",
+            "correction": f"*{small_dtype}",
+            "lengths": "*i32",
+            "L": "i32",
+        },
         **{"indices": "*i32", "weights": "*fp32"},
     }
     constants = {
@@ -120,16 +125,16 @@ def router(
 
     (B, L, hidden), experts = x.shape, matrix.shape[0]
     n = B * L
-    logits = matrix.new_empty((n, experts))
+    router_logits = matrix.new_empty((n, experts))
     indices = lengths.new_empty((n, per_token))
     weights = matrix.new_empty((n, per_token))
     dtype = "fp32" if x.dtype == torch.float32 else "bf16"
     spec = product_specs(experts, hidden, dtype)[0 if n <= 64 else 1]
     tiles = spec.launch.constants
     grid = (triton.cdiv(experts, tiles["BLOCK_F"]), triton.cdiv(n, tiles["BLOCK_T"]))
-    launch(spec.function, grid, (x, matrix, n, logits), spec.constants, spec.launch)
+    launch(spec.function, grid, (x, matrix, n, router_logits), spec.constants, spec.launch)
     spec = choice_spec(experts, per_token, normalized, scaling, dtype)
-    given = (logits, correction, lengths, L, indices, weights)
+    given = (router_logits, correction, lengths, L, indices, weights)
     launch(spec.function, (n,), given, spec.constants, spec.launch)
     return indices, weights
 

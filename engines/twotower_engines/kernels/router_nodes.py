@@ -60,7 +60,7 @@ ROUTER = Op(
         Node(
             "RouterProduct",
             ("x", "matrix"),
-            ("logits",),
+            ("router_logits",),
             {},
             _product_outputs,
             _product,
@@ -69,7 +69,7 @@ ROUTER = Op(
         ),
         Node(
             "RouterChoice",
-            (*INPUTS, "logits"),
+            (*INPUTS, "router_logits"),
             OUTPUTS,
             {"per_token": int, "normalized": int, "scaling": float},
             _choice_outputs,

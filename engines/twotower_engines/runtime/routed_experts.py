@@ -118,16 +118,24 @@ def _squared(b: Nodes, x: str, up: str) -> str:
 
 def _add_rest(b: Nodes, node: onnx.NodeProto, routed: str) -> None:
     """Add the shared expert's result and the residual to the routed experts' sum."""
-    shared, hidden, gate = node.input[3:6]
-    y = b.add("Reshape", b.add("Add", routed, shared), b.add("Shape", hidden))
+    x, _, _, shared, hidden, gate = node.input[:6]
+    y = b.add("Add", routed, shared)
     if any(one.name == "gated" and one.i for one in node.attribute):
-        y = b.add("Mul", gate, y)
+        by_row = b.add("Reshape", y, b.add("Shape", x))
+        y = b.add("Reshape", b.add("Mul", gate, by_row), b.add("Shape", hidden))
     b.add("Add", hidden, y, output=node.output[0])
+
+
+def _tokens(b: Nodes, node: onnx.NodeProto) -> tuple[str, str, str]:
+    """Return the tokens of all rows, [tokens, hidden], their experts and the weights of these."""
+    x, indices, weights = node.input[:3]
+    return b.add("Flatten", x, axis=-1), indices, weights
 
 
 def _all_experts(b: Nodes, node: onnx.NodeProto, count: int, inner: int) -> str:
     """Compute all experts; a share is multiplied into what the second product takes."""
-    x, indices, weights, *_, up, down = node.input
+    x, indices, weights = _tokens(b, node)
+    up, down = node.input[-2:]
     share = b.add("Unsqueeze", _shares(b, indices, weights, count), b.constant([2]))
     apart = b.add("Reshape", _squared(b, x, up), b.constant([0, count, inner]))
     flat = b.add("Reshape", b.add("Mul", apart, share), b.constant([0, count * inner]))
@@ -139,7 +147,8 @@ def _chosen_experts(b: Nodes, node: onnx.NodeProto, count: int) -> str:
 
     An expert that no token chose has products of no rows, which read no weight.
     """
-    x, indices, weights, *_, up, down = node.input
+    x, indices, weights = _tokens(b, node)
+    up, down = node.input[-2:]
     chosen = b.add("Reshape", indices, b.constant([-1]))
     pairs = b.add("Shape", chosen)
     _, order = b.sorted(chosen, pairs)  # of one expert, by token; padding, -1, comes first

@@ -76,7 +76,7 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
         in_block = b.op.And(b.op.GreaterOrEqual(step, b.i32(0)), b.op.Less(step, known))
         seen = b.op.Or(b.op.Less(place, context), in_block)
         queries = b.op.Concat(b.i64([1, 1]), tokens, b.i64([1]), axis=0)
-        mask = b.unsqueeze(seen, 1, 2)  # [B, 1, L, C]
+        mask = b.op.Expand(b.unsqueeze(seen, 1, 2), queries)  # [B, 1, L, C]
 
     b.begin("cache")
     keys, values = (

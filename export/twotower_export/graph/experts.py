@@ -25,13 +25,13 @@ MIXER_WEIGHTS = (
 def sparse_experts(
     config: ModelConfig, dtype: ir.DataType, *, is_flat: bool, is_gated: bool
 ) -> ir.Function:
-    """`twotower::SparseExperts`: the routed experts' weighted sum, down(relu(up(x))^2), and a
-    layer's end: the shared expert's result and the residual.
+    """`twotower::SparseExperts`: the routed experts' weighted sum, and the residual.
 
-    `NemotronHMLP` without gate projection (`mlp_hidden_act` relu2); the sum is taken in the router
-    weights' dtype and then rounded, as by `NemotronHMOE.moe`. The body is dense: every expert sees
-    every token and the weight of one not routed is 0. A kernel of this name reads only the routed
-    experts.
+    An expert is down(relu(up(x))^2), `NemotronHMLP` without gate projection (`mlp_hidden_act`
+    relu2); the sum is taken in the router weights' dtype and then rounded, as by
+    `NemotronHMOE.moe`. The body is dense: every expert sees every token and the weight of one not
+    routed is 0. A kernel of this name reads only the routed experts, and adds the layer's end where
+    it sums.
 
     Inputs: x [B, L, hidden] T; indices [n, k] int32 (-1: none; n is B * L); weights [n, k] float32;
     shared [n, hidden] T; hidden [n, hidden] T; gate [B, 1, hidden] T; up [E, inner, hidden]; down
@@ -48,7 +48,6 @@ def sparse_experts(
     args = inputs("x", "indices", "weights", "shared", "hidden", "gate", "up", "down")
     x, indices, weights, shared, hidden, gate, up, down = args
     b.begin("share")
-    x = b.op.Flatten(x, axis=-1)
     every = np.arange(config.num_experts, dtype=np.int32).reshape(1, 1, -1)
     routed = b.cast(b.op.Equal(b.unsqueeze(indices, 2), b.i32(every)), FLOAT)  # [n, k, E]
     share = b.op.ReduceSum(
@@ -56,12 +55,12 @@ def sparse_experts(
     )  # [n, E]
     b.begin("up")
     made = _flat if is_flat else _each
-    y = made(b, config, x, share, up, down)
+    y = made(b, config, b.op.Flatten(x, axis=-1), share, up, down)
     b.begin("residual")
     y = b.op.Add(y, shared)
     if is_gated:
-        of_row = b.op.Concat(b.size(gate, 0), b.i64([-1, config.hidden_size]), axis=0)
-        y = b.reshape(b.op.Mul(gate, b.op.Reshape(y, of_row)), -1, config.hidden_size)
+        by_row = b.op.Reshape(y, b.op.Shape(x))
+        y = b.op.Flatten(b.op.Mul(gate, by_row), axis=-1)
     return b.function(
         "SparseExperts",
         args,

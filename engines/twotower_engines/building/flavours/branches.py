@@ -1,8 +1,11 @@
-"""Graphs without conditions, for engines whose calls are captured as CUDA graphs.
+"""Graphs as compilers for GPUs take them best: without conditions, and with narrow masks.
 
-A condition on a GPU waits for the host to read it and to jump, which no capture can hold. The
+A condition on a GPU waits for the host to read it and to jump, which no CUDA graph can capture. The
 exported graphs use conditions to leave out work that a call does not need, and what they compute
 where the condition holds is right in either case (`Body.when` of the exporter).
+
+A mask that is the same for all queries of a row is repeated for each of them, because ONNX Runtime
+asks for that. A compiler for a GPU would write the repeated mask and read it in each layer.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ if TYPE_CHECKING:
     import onnx
 
 
-def without_branches(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph in which each `If` is its branch `then_branch`.
+def gpu_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph in which each `If` is its `then_branch` and no mask is repeated.
 
     Args:
         model: A bundle's graph; it is not changed.
@@ -29,6 +32,7 @@ def without_branches(model: onnx.ModelProto) -> onnx.ModelProto:
         del body.node[:]
         for node in nodes:
             body.node.extend(_then(node) if node.op_type == "If" else [node])
+        _narrow_masks(body)
     return flat
 
 
@@ -38,6 +42,16 @@ def set_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
                 dim.dim_value = sizes[dim.dim_param]
+
+
+def _narrow_masks(body: onnx.GraphProto | onnx.FunctionProto) -> None:
+    """Give each attention its mask as it was before an Expand."""
+    repeated = {node.output[0]: node for node in body.node if node.op_type == "Expand"}
+    for node in body.node:
+        if node.op_type == "Attention" and node.input[3] in repeated:
+            repeat = repeated[node.input[3]]
+            node.input[3] = repeat.input[0]
+            body.node.remove(repeat)
 
 
 def _then(node: onnx.NodeProto) -> list[onnx.NodeProto]:
