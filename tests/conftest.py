@@ -30,13 +30,24 @@ def _has_gpu() -> bool:
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
 
+@pytest.hookimpl(trylast=True)  # of the tests that run
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _soak_beside(items)
     if _has_gpu():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU and its driver")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _soak_beside(items: list[pytest.Item]) -> None:
+    """Let the two minutes' soak begin with the first test that has servers, and be asked last."""
+    asked = [item for item in items if "soaking" in getattr(item, "fixturenames", ())]
+    if asked:
+        first = next(item for item in items if item.nodeid.startswith(WITH_SERVERS))
+        first.fixturenames.insert(0, "soaking")  # type: ignore[attr-defined]
+        items[:] = [item for item in items if item not in asked] + asked
 
 
 @pytest.hookimpl(optionalhook=True)

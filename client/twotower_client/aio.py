@@ -14,15 +14,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from copy import copy
 from typing import Any, Self, Unpack
 
-from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
+from twotower_client.connection import END_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
 from twotower_client.core import (
     ClientCore,
     Connection,
     StreamCore,
-    is_unreachable,
 )
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
 from twotower_client.request import cancel_request, ready_request
@@ -93,13 +91,11 @@ class AsyncTwoTowerClient(ClientCore):
                 cancel_request(request_id), timeout=STOP_SECONDS, metadata=self._metadata
             )
             async with _errors_of(call):
-                async for response in call:
-                    if response.error_message:
-                        return False
+                responses = [response async for response in call]
         except (grpc.RpcError, ClientError):  # the latter where this client was closed
             self._give_up(connection)
             return False
-        return True
+        return not any(response.error_message for response in responses)
 
     async def check_ready(self) -> None:
         """Return if the model is ready."""
@@ -133,6 +129,8 @@ class AsyncTwoTowerClient(ClientCore):
         self._is_closed = True
         for connection in list(self._opened):  # those of other loops close by themselves
             if connection.loop is loop:
+                if connection.ending:
+                    await asyncio.wait(connection.ending, timeout=END_SECONDS)
                 await connection.channel.close()
         self._connections.clear()
 
@@ -157,9 +155,6 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
     def __init__(self, client: AsyncTwoTowerClient, request: Any, timeout: float) -> None:
         super().__init__(client, request, timeout)
         self._request = request
-        self._connection: Connection | None = None
-        self._call: Any = None
-        self._reader: asyncio.Task[None] | None = None
         self._arrived: asyncio.Queue[Any] = asyncio.Queue()
 
     async def __anext__(self) -> Block:
@@ -171,10 +166,10 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
             while block is None:  # a notice, or the empty response with which newer servers end
                 block = self._take(await self._wait())
         except ClientError as problem:
-            self._end(problem)
+            self._stop(problem)
             raise
         except BaseException:  # the task was cancelled, for one
-            self._end(cancelled())
+            self._stop(cancelled())
             raise
         return block
 
@@ -187,7 +182,7 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
     async def cancel(self) -> None:
         """Stop the request, on the server too. Does nothing when the answer is complete."""
         if not self.is_done and self._ended is None:
-            self._end(cancelled())
+            self._stop(cancelled())
 
     async def aclose(self) -> None:
         """Do what `cancel` does; for `contextlib.aclosing`."""
@@ -202,7 +197,7 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
     def __del__(self) -> None:
         # An iterator that was dropped half way, in any thread: the loop that it ran in stops it.
         reader = getattr(self, "_reader", None)  # None where it never began
-        if reader is None or self._ended is not None or self.is_done:
+        if reader is None or self._ended is not None or self._is_ending:
             return
         with contextlib.suppress(RuntimeError):  # that loop is closed, and its calls have ended
             reader.get_loop().call_soon_threadsafe(self._call.cancel)
@@ -210,13 +205,8 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
     async def _wait(self) -> Any:
         """Wait for the next item, but not too long."""
         if self._reader is None:  # here, as a stream may be made before there is a loop
-            self._connection = self._begin(asyncio.get_running_loop())
-            self._call = self._connection.infer(
-                self._request,
-                timeout=self._timeout + GRACE_SECONDS,
-                metadata=self._client._metadata,
-            )
-            arguments = (self._connection, self._call, self._arrived)
+            connection = self._begin(self._request, asyncio.get_running_loop())
+            arguments = (connection, self._call, self._arrived)
             self._reader = asyncio.create_task(_read(*arguments))
         try:
             # not wait_for, which in Python 3.11 loses a cancellation that comes with the message
@@ -228,15 +218,9 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
             await self._client.check_ready()
         return item
 
-    def _end(self, problem: ClientError) -> None:
-        """Remember how it ended, and tell the server that nobody listens any more."""
-        self._ended = copy(problem)  # the frames of the one that is raised refer to this stream
+    def _stop(self, problem: ClientError) -> None:
+        super()._stop(problem)
         self._arrived.put_nowait(None)  # wakes a task that waits in __anext__
-        if self._call is None:
-            return
-        if is_unreachable(problem):
-            self._client._give_up(self._connection)
-        self._call.cancel()
 
 
 async def _read(connection: Connection, call: Any, arrived: asyncio.Queue[Any]) -> None:

@@ -12,15 +12,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
 from typing import Any, Self, Unpack
 
-from twotower_client.connection import GRACE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
+from twotower_client.connection import END_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
 from twotower_client.core import (
     ClientCore,
     Connection,
     StreamCore,
-    is_unreachable,
     state_of,
 )
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
@@ -141,13 +139,11 @@ class TwoTowerClient(ClientCore):
             call = connection.infer(
                 cancel_request(request_id), timeout=STOP_SECONDS, metadata=self._metadata
             )
-            for response in call:
-                if response.error_message:
-                    return False
+            responses = list(call)  # to its end
         except (grpc.RpcError, ClientError):  # the latter where this client was closed
             self._give_up(connection)
             return False
-        return True
+        return not any(response.error_message for response in responses)
 
     def check_ready(self) -> None:
         """Return if the model is ready.
@@ -188,7 +184,7 @@ class TwoTowerClient(ClientCore):
         connection = self._connect()
         try:
             call = connection.infer(probe_request(), timeout=timeout, metadata=self._metadata)
-            return state_of(next(call, None), self.url)
+            return state_of(list(call), self.url)
         except grpc.RpcError as problem:
             self._give_up(connection)
             raise error_of_readiness(problem, self.url) from None
@@ -217,6 +213,7 @@ class TwoTowerClient(ClientCore):
         """Close the connection. Open streams end with an error, as do later calls."""
         self._is_closed = True
         for connection in list(self._opened):
+            _wait_for_ends(connection)
             connection.channel.close()
 
     def __enter__(self) -> Self:
@@ -242,15 +239,13 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
     def __init__(self, client: TwoTowerClient, request: Any, timeout: float) -> None:
         super().__init__(client, request, timeout)
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._connection = self._begin()
-        self._call = self._connection.infer(
-            request, timeout=timeout + GRACE_SECONDS, metadata=client._metadata
-        )
+        connection = self._begin(request)
         # A thread waits for the server, so that we can wait for the thread with a limit.
-        arguments = (self._connection, self._call, self._arrived)
+        arguments = (connection, self._call, self._arrived)
         self._reader = threading.Thread(target=_read, args=arguments, daemon=True)
         self._reader.start()
         _UNDER_WAY.add(self)
+        _CONNECTIONS.add(connection)
 
     def __next__(self) -> Block:
         """Wait for the next block.
@@ -265,7 +260,7 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
             while block is None:  # a notice, or the empty response with which newer servers end
                 block = self._take(self._wait())
         except ClientError as problem:
-            self._end(problem)
+            self._stop(problem)
             raise
         except BaseException:  # Ctrl-C, for one
             self.cancel()
@@ -288,7 +283,7 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         May be called from another thread. Does nothing when the answer is complete.
         """
         if not self.is_done and self._ended is None:
-            self._end(cancelled())
+            self._stop(cancelled())
             self._arrived.put(None)  # wakes a thread that waits in __next__
 
     def close(self) -> None:
@@ -302,7 +297,8 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         self.cancel()
 
     def __del__(self) -> None:
-        if hasattr(self, "_call"):  # else it never began
+        # It may never have begun.
+        if getattr(self, "_call", None) is not None and not self._is_ending:
             self._call.cancel()  # does nothing where it has ended
 
     def _wait(self) -> Any:
@@ -314,13 +310,6 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         if self._is_unexplained(item):
             self._client.check_ready()
         return item
-
-    def _end(self, problem: ClientError) -> None:
-        """Remember how it ended, and tell the server that nobody listens any more."""
-        self._ended = copy(problem)  # the frames of the one that is raised refer to this stream
-        if is_unreachable(problem):
-            self._client._give_up(self._connection)
-        self._call.cancel()
 
 
 def _read(connection: Connection, call: Any, arrived: queue.SimpleQueue[Any]) -> None:
@@ -335,7 +324,15 @@ def _read(connection: Connection, call: Any, arrived: queue.SimpleQueue[Any]) ->
     arrived.put(None)
 
 
+def _wait_for_ends(connection: Connection) -> None:
+    """Wait for calls that the server ends, but not long."""
+    end = time.monotonic() + END_SECONDS
+    for reader in list(connection.ending):
+        reader.join(max(0.0, end - time.monotonic()))
+
+
 _UNDER_WAY: weakref.WeakSet[AnswerStream] = weakref.WeakSet()
+_CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 @atexit.register
@@ -343,3 +340,5 @@ def _close_all() -> None:
     """Stop what a script leaves half read, while threads still run."""
     for stream in list(_UNDER_WAY):
         stream.cancel()
+    for connection in list(_CONNECTIONS):
+        _wait_for_ends(connection)

@@ -16,6 +16,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from twotower_client.connection import (
     ACCESS_HEADER,
+    GRACE_SECONDS,
     KEEP_ALIVE,
     channel_options,
     check_address,
@@ -51,6 +52,11 @@ class Connection:
     Args:
         channel: A channel of `grpc` or `grpc.aio`.
         loop: The event loop that it belongs to, if any.
+
+    Attributes:
+        ending: Threads or tasks that read what is left of calls that the server ends. A call that
+            is cancelled between its last response and its end stays in the server for ever, with
+            its connection (server 2.51), so it is waited for before the connection closes.
     """
 
     def __init__(self, channel: Any, loop: Any) -> None:
@@ -58,6 +64,7 @@ class Connection:
 
         self.channel = channel
         self.loop = loop
+        self.ending: weakref.WeakSet[Any] = weakref.WeakSet()
         self.ready = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelReady
         # Triton's call takes many requests, for which gRPC would start a thread; we send one.
         self.infer = channel.unary_stream(
@@ -166,20 +173,42 @@ class StreamCore(Generic[Client]):
         self.queue_place = 0
         self.on_canvas: Callable[[Canvas], None] | None = None
         self._client = client
+        self._connection: Connection | None = None
+        self._call: Any = None
+        self._reader: Any = None
         self._timeout = timeout
         self._left = timeout
         self._began = 0.0
         self._ended: ClientError | None = None
+        self._is_ending = False  # by the server: what is left of the call is its end
 
     @property
     def is_done(self) -> bool:
         """Whether the answer is complete."""
         return bool(self.blocks) and self.blocks[-1].finish_reason is not None
 
-    def _begin(self, loop: Any = None) -> Connection:
-        """Start the clock, and return the connection to send the request on."""
+    def _begin(self, request: Any, loop: Any = None) -> Connection:
+        """Start the clock, and send the request; return the connection that it went on."""
         self._began = time.monotonic()
-        return self._client._connect(loop)
+        connection = self._connection = self._client._connect(loop)
+        self._call = connection.infer(
+            request, timeout=self._timeout + GRACE_SECONDS, metadata=self._client._metadata
+        )
+        return connection
+
+    def _let_end(self) -> None:
+        """Leave the rest of the call to the server, whoever lets go of this stream."""
+        self._is_ending = True
+        if self._connection is not None:
+            self._connection.ending.add(self._reader)
+
+    def _stop(self, problem: ClientError) -> None:
+        """Remember how it ended, and tell the server that nobody listens any more."""
+        self._ended = copy(problem)  # the frames of the one that is raised refer to this stream
+        if is_unreachable(problem):
+            self._client._give_up(self._connection)
+        if self._call is not None and not self._is_ending:
+            self._call.cancel()
 
     def _goes_on(self) -> bool:
         """Return whether more is to come; raise the reason where the answer ended early."""
@@ -195,6 +224,8 @@ class StreamCore(Generic[Client]):
     def _too_late(self) -> ClientError:
         """Return the exception for a wait in which nothing came."""
         limit = self._client.inactivity_timeout
+        if self._left <= limit:  # the server gives the request up at the same time
+            self._let_end()
         return too_late(self._timeout, self._left, limit, len(self.blocks), self.queue_place)
 
     def _is_unexplained(self, item: Any) -> bool:
@@ -225,6 +256,7 @@ class StreamCore(Generic[Client]):
         if isinstance(item, grpc.RpcError):
             raise error_of_rpc(item, self._client.url, started=bool(self.blocks))
         if item.error_message:
+            self._let_end()
             message = item.error_message
             raise error_of(message) or unexplained(message, self._client.url)
         if not item.infer_response.outputs:
@@ -240,6 +272,8 @@ class StreamCore(Generic[Client]):
                 self.on_canvas(response.canvas)
             return None
         self.blocks.append(response.block)
+        if self.is_done:
+            self._let_end()
         return response.block
 
     def _answer(self) -> Answer:
@@ -261,12 +295,13 @@ class StreamCore(Generic[Client]):
         raise TypeError(f"{type(self).__name__} is under way and cannot be pickled or copied")
 
 
-def state_of(part: Any, url: str) -> dict[str, Any]:
+def state_of(parts: Sequence[Any], url: str) -> dict[str, Any]:
     """Return the state of the engine that the answer to a probe tells.
 
     Raises:
         ClientError: The answer is an error, or there is none.
     """
+    part = parts[0] if parts else None
     if part is None or part.error_message:
         message = part.error_message if part else "no answer"
         raise error_of(message) or unexplained(message, url)

@@ -110,19 +110,6 @@ def test_errors_are_those_of_the_other_client(server, client, call, options, kin
     assert_slots_are_free(client)
 
 
-def test_a_server_that_has_just_been_started_is_waited_for(packaged) -> None:
-    from twotower_engines.serving.server import ServerOptions, TritonServer
-
-    async def work(client):
-        with pytest.raises((tt.ServerUnavailableError, tt.ModelNotReadyError)):
-            await client.check_ready()
-        await client.wait_until_ready(50)
-        return await client.generate(prompt_ids=[7], max_new_tokens=4)
-
-    with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, None, None)) as starting:
-        assert len(with_client(starting, work).ids) == 4
-
-
 def test_nobody_listens() -> None:
     async def work():
         async with tt.AsyncTwoTowerClient("127.0.0.1:9") as client:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import grpc
 import pytest
 
 import twotower_client as tt
-from tests.support import TWOTOWER
+from tests.support.command import twotower
 from tests.support.fake_server import balancer, fake_server, part
 from tests.support.silent_proxy import SilentProxy
 from twotower_client import core
@@ -108,7 +109,7 @@ def test_keep_alive_ends_a_call_on_a_dropped_connection(asynchronous, monkeypatc
     limits = dict(core.KEEP_ALIVE)
     seconds = (limits["grpc.keepalive_time_ms"] + limits["grpc.http2.ping_timeout_ms"]) / 1000
     assert seconds < tt.TwoTowerClient().inactivity_timeout
-    quick = [(name, milliseconds // 10) for name, milliseconds in core.KEEP_ALIVE]
+    quick = [(name, milliseconds // 50) for name, milliseconds in core.KEEP_ALIVE]
     monkeypatch.setattr(core, "KEEP_ALIVE", quick)
     with fake_server(Endless()) as url, SilentProxy(url) as proxy:
         if asynchronous:
@@ -309,17 +310,58 @@ def test_a_model_that_is_unknown_during_a_shutdown_is_worth_another_try() -> Non
     assert "try again" in str(raised.value)
 
 
+@BOTH
+def test_a_server_that_is_only_being_started_is_waited_for(asynchronous) -> None:
+    looks = []
+
+    def starting(request, context):
+        looks.append(request)
+        if len(looks) < 3:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "starting")
+        yield part()
+
+    async def asynchronously(url: str, started: threading.Event) -> None:
+        async with tt.AsyncTwoTowerClient(url) as client:
+            with pytest.raises(tt.ServerUnavailableError):
+                await client.check_ready()
+            started.set()
+            await client.wait_until_ready(SECONDS)
+
+    def serve(port: int) -> None:
+        assert refused.wait(SECONDS)
+        with fake_server(short, ready=starting, port=port):
+            assert done.wait(SECONDS)
+
+    refused, done = threading.Event(), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = threading.Thread(target=serve, args=(port,))
+    server.start()
+    url = f"127.0.0.1:{port}"
+    if asynchronous:
+        asyncio.run(asynchronously(url, refused))
+    else:
+        with tt.TwoTowerClient(url) as client:
+            with pytest.raises(tt.ServerUnavailableError):
+                client.check_ready()
+            refused.set()
+            client.wait_until_ready(SECONDS)
+    done.set()
+    server.join(SECONDS)
+    assert len(looks) == 3
+
+
 def waits(request, context):
     for place in (2, 1, 1, 1, 1):
         yield part(place=place)
-        time.sleep(0.5)
+        time.sleep(0.3)
     yield part("length", "hello", (5, 6))
 
 
 @BOTH
 def test_waiting_in_the_queue_is_not_inactivity(asynchronous) -> None:
     with fake_server(waits) as url:
-        answer = ask(url, asynchronous, inactivity_timeout=1.5)("a")
+        answer = ask(url, asynchronous, inactivity_timeout=1)("a")
     assert (answer.text, len(answer.blocks), answer.prompt_ids) == ("hello", 1, (5,))
 
 
@@ -358,8 +400,8 @@ def test_metadata_goes_with_every_call(asynchronous) -> None:
         else:
             tt.TwoTowerClient(url, **access).check_ready()
         ask(url, asynchronous, **access)("hi")
-        words = ["generate", "hi", "--url", url, "--metadata", "x-api-key=a b"]
-        subprocess.run([*TWOTOWER, *words], check=True, capture_output=True, timeout=60)
+        ran = twotower("generate", "hi", "--url", url, "--metadata", "x-api-key=a b")
+        assert ran.returncode == 0, ran.stderr
     assert [one["x-api-key"] for one in sent] == ["a b"] * 3
     assert sent[1]["triton-grpc-protocol-twotower-access"] == "k"
 

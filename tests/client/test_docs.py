@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
-import subprocess
-import sys
 import urllib.request
+from contextlib import redirect_stdout
 
 import grpc
 import pytest
 
-from tests.support import ROOT, TWOTOWER
+from tests.support import ROOT
+from tests.support.command import twotower
 
 pytestmark = pytest.mark.server
 TEXT = (ROOT / "docs" / "call.md").read_text()
@@ -23,12 +24,9 @@ def blocks(language: str) -> list[str]:
 
 
 def run(code: str, server) -> str:
-    ran = subprocess.run(
-        [sys.executable, "-c", code.replace("localhost:8001", server.grpc_address)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    with redirect_stdout(io.StringIO()) as out:
+        exec(code.replace("localhost:8001", server.grpc_address), {})
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
@@ -84,10 +82,7 @@ def test_shell(server) -> None:
         words = shlex.split(line.replace("localhost:8001", server.grpc_address))[1:]
         if "--url" not in words:
             words += ["--url", server.grpc_address]
-        ran = subprocess.run(
-            [*TWOTOWER, *words],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+        ran = twotower(*words)
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.strip()
 

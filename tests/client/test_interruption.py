@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "twotower_client.cli"]
+from tests.support.command import twotower
+
 INTERRUPTED = 130
 # Keeps a verb at its longest step, where only a signal ends it.
 HELD = """
@@ -49,26 +50,16 @@ STEPS = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, str]:
-    """A checkpoint, its bundle and its engines."""
-    folder = tmp_path_factory.mktemp("made")
-    names = {name: str(folder / name) for name in ("checkpoint", "bundle", "engines")}
-    steps = [
-        ["tiny", names["checkpoint"], "--pretrained"],
-        ["export", names["checkpoint"], names["bundle"]],
-        ["build", names["bundle"], names["engines"], "--sku", "cpu", "--context", "256"],
-    ]
-    for step in steps:
-        subprocess.run([*COMMAND, *step], check=True, capture_output=True)
-    return names
+def arguments_of(step: str, path_folders: Path, out: Path) -> list[str]:
+    places = {name: path_folders / name for name in ("checkpoint", "bundle", "engines")}
+    return [word.format(**places, out=out) for word in STEPS[step][2]]
 
 
-def start_held(step: str, made: dict[str, str], out: Path) -> subprocess.Popen:
+def start_held(step: str, path_folders: Path, out: Path) -> subprocess.Popen:
     """Start a verb and return it once it stands in the middle of its work."""
-    module, name, words = STEPS[step]
+    module, name, _ = STEPS[step]
     code = HELD.format(module=module, name=name)
-    arguments = [word.format(**made, out=out) for word in words]
+    arguments = arguments_of(step, path_folders, out)
     environment = {**os.environ, "XDG_CACHE_HOME": str(out / "cache")}
     running = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
@@ -84,10 +75,16 @@ def left(out: Path) -> list[Path]:
     return [path for path in files if "Microsoft" not in path.parts]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("step", STEPS)
-def test_an_interrupted_verb_leaves_nothing(made, tmp_path, step, number) -> None:
-    running = start_held(step, made, tmp_path)
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [
+        *((step, signal.SIGTERM) for step in STEPS),  # one handler has all three signals
+        ("export", signal.SIGINT),
+        ("build", signal.SIGHUP),
+    ],
+)
+def test_an_interrupted_verb_leaves_nothing(path_folders, tmp_path, step, number) -> None:
+    running = start_held(step, path_folders, tmp_path)
     running.send_signal(number)
     _, said = running.communicate(timeout=30)
     assert running.returncode == INTERRUPTED, said
@@ -98,14 +95,13 @@ def test_an_interrupted_verb_leaves_nothing(made, tmp_path, step, number) -> Non
 
 
 @pytest.mark.parametrize("step", ["export", "tensorrt-llm", "build", "tiny", "package"])
-def test_what_a_killed_verb_left_goes_with_the_next_run(made, tmp_path, step) -> None:
-    running = start_held(step, made, tmp_path)
+def test_what_a_killed_verb_left_goes_with_the_next_run(path_folders, tmp_path, step) -> None:
+    running = start_held(step, path_folders, tmp_path)
     running.kill()
     running.communicate(timeout=30)
     assert [path for path in tmp_path.rglob(".partial-*") if "cache" not in path.parts]
-    words = [word.format(**made, out=tmp_path) for word in STEPS[step][2]]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    subprocess.run([*COMMAND, *words], check=True, capture_output=True, env=environment)
+    words = arguments_of(step, path_folders, tmp_path)
+    assert twotower(*words, XDG_CACHE_HOME=str(tmp_path / "cache")).returncode == 0
     assert not list(tmp_path.rglob(".partial-*"))
 
 
@@ -118,7 +114,7 @@ def test_children_are_ended_and_clean_up_first(tmp_path) -> None:
         "interruptible()\n"
         "try:\n"
         f"    pathlib.Path({str(ready)!r}).touch(); time.sleep(60)\n"
-        f"finally:\n    time.sleep(1); pathlib.Path({str(mark)!r}).unlink()\n"
+        f"finally:\n    time.sleep(0.5); pathlib.Path({str(mark)!r}).unlink()\n"
     )
     parent = (
         "import sys; from twotower_contract.processes import *\n"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support import TWOTOWER
+from tests.support.command import twotower
 from tests.support.fake_server import failure, fake_server, part
 from twotower_client import (
     Answer,
@@ -216,11 +217,6 @@ def test_a_real_server_answers_many_as_it_answers_one(client) -> None:
     assert [answer.ids for answer in many] == alone
 
 
-def generate(*arguments) -> subprocess.CompletedProcess[str]:
-    command = [*TWOTOWER, "generate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
 def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -240,7 +236,7 @@ def prompts(tmp_path):
 def test_a_file_is_answered_line_by_line(server, client, prompts, tmp_path) -> None:
     target = tmp_path / "answers.jsonl"
     common = ("--url", server.grpc_address, "--max-new-tokens", 20, "--output", target)
-    ran = generate("--input", prompts, *common)
+    ran = twotower("generate", "--input", prompts, *common)
     assert ran.returncode == 1
     assert "2 answered" in ran.stderr
     assert "1 of 3 prompts have no answer" in ran.stderr
@@ -255,7 +251,7 @@ def test_a_file_is_answered_line_by_line(server, client, prompts, tmp_path) -> N
 
     # what is answered is not asked for again; a prompt that was mended is
     prompts.write_text(prompts.read_text().replace("9999999", "8"))
-    ran = generate("--input", prompts, *common)
+    ran = twotower("generate", "--input", prompts, *common)
     assert ran.returncode == 0, ran.stderr
     assert "3 answered, 2 of them before" in ran.stderr
     again = lines_of(target)
@@ -314,7 +310,7 @@ def test_a_wrong_line_is_named_before_anything_is_sent(tmp_path, content, said) 
     path = tmp_path / "p.jsonl"
     path.write_text(content)
     target = tmp_path / "answers.jsonl"
-    ran = generate("--input", path, "--output", target, "--url", "localhost:1")
+    ran = twotower("generate", "--input", path, "--output", target, "--url", "localhost:1")
     assert ran.returncode == 2
     assert f"error: {path}" in ran.stderr
     assert said in ran.stderr
@@ -329,12 +325,12 @@ def test_what_does_not_go_together_is_refused(tmp_path) -> None:
         ["--output", path],
         ["a", "--input", path, "--output", path],
     ):
-        ran = generate(*arguments)
+        ran = twotower("generate", *arguments)
         assert ran.returncode == 2
         assert "give --input and --output together, and no other prompt" in ran.stderr
     thesis = tmp_path / "thesis.txt"
     thesis.write_text("It was a dark night.\n")
-    ran = generate("--input", path, "--output", thesis, "--url", "localhost:1")
+    ran = twotower("generate", "--input", path, "--output", thesis, "--url", "localhost:1")
     assert ran.returncode == 2
     assert f"{thesis}, line 1: was not written by `twotower generate --output`" in ran.stderr
     assert thesis.read_text() == "It was a dark night.\n"

@@ -26,7 +26,7 @@ def proxy(monkeypatch):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         for name in PROXY_VARIABLES:
             monkeypatch.setenv(name, f"http://user:secret@127.0.0.1:{server.server_port}")
         for name in ("no_proxy", "no_grpc_proxy"):

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "twotower_client.cli"]
+from tests.support.command import twotower
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture
+def run(path_folders):
     """A function that runs a verb among folders named checkpoint, bundle and engines."""
-    folder = tmp_path_factory.mktemp("made")
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
-
-    def run_verb(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*COMMAND, *words], capture_output=True, text=True, cwd=folder, env=environment
-        )
-
-    for words in (
-        "tiny checkpoint --pretrained",
-        "export checkpoint bundle",
-        "build bundle engines --sku cpu --context 256",
-    ):
-        ran = run_verb(*words.split())
-        assert ran.returncode == 0, ran.stderr
-    run_verb.folder = folder
-    return run_verb
+    return partial(twotower, cwd=path_folders, XDG_CACHE_HOME=str(path_folders / "cache"))
 
 
 def tree(folder: Path) -> dict[str, int]:
@@ -49,8 +31,8 @@ def tree(folder: Path) -> dict[str, int]:
         "package engines out",
     ],
 )
-def test_dry_run_then_force(run, words: str) -> None:
-    folder = run.folder
+def test_dry_run_then_force(run, path_folders, words: str) -> None:
+    folder = path_folders
     out = folder / "out"
     before = tree(folder)
     dry = run(*words.split(), "--dry-run")

@@ -51,7 +51,7 @@ def twotower(tmp_path, server):
     return call
 
 
-def test_pinned_checkpoint_is_fetched_once(tmp_path, server, twotower):
+def test_a_pinned_checkpoint_is_fetched_once_and_then_needs_no_hub(tmp_path, server, twotower):
     done = twotower("export", f"{ID}@{COMMIT}", "bundle", "--json")
     assert done.returncode == 0, done.stderr
     (warning,) = json.loads(done.stdout)["warnings"]
@@ -65,6 +65,9 @@ def test_pinned_checkpoint_is_fetched_once(tmp_path, server, twotower):
     again = twotower("export", ID, "again", "--revision", COMMIT)
     assert again.returncode == 0, again.stderr
     assert fetched == sum(n for (method, _), n in server.requests.items() if method == "GET")
+    offline = twotower("inspect", f"{ID}@{COMMIT}", "--json", offline=True)
+    assert offline.returncode == 0, offline.stderr
+    assert json.loads(offline.stdout)["revision"] == COMMIT
 
 
 def test_unpinned_checkpoint_is_warned_about_and_recorded(tmp_path, twotower):
@@ -92,13 +95,6 @@ def test_interrupted_download_goes_on_with_what_is_missing(tmp_path, server, two
     again = {name for name in kept if server.requests["GET", name] > before["GET", name]}
     assert "model-00001-of-00003.safetensors" in kept
     assert not again, f"{again} were fetched twice"
-
-
-def test_cache_serves_without_the_hub(twotower):
-    assert twotower("export", f"{ID}@{COMMIT}", "bundle").returncode == 0
-    offline = twotower("inspect", f"{ID}@{COMMIT}", "--json", offline=True)
-    assert offline.returncode == 0, offline.stderr
-    assert json.loads(offline.stdout)["revision"] == COMMIT
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The recipes of docs/deploy, read by the tools that they are for; and nginx before real servers.
 
 A tool that is not installed skips its test: nginx and promtool are Debian's, `kubernetes-validate`
-is PyPI's and wants an environment of its own.
+and `check-jsonschema` are PyPI's and want an environment of their own.
 """
 
 from __future__ import annotations
@@ -31,11 +31,18 @@ def documents(file: str) -> list[dict]:
     return list(yaml.safe_load_all((DEPLOY / file).read_text()))
 
 
-@pytest.mark.skipif(
-    shutil.which("kubernetes-validate") is None, reason="kubernetes-validate is not installed"
+@pytest.mark.parametrize(
+    ("file", "tool"),
+    [
+        ("kubernetes.yaml", "kubernetes-validate --strict"),
+        ("compose.yaml", "check-jsonschema --builtin-schema vendor.compose-spec"),
+    ],
 )
-def test_kubernetes_takes_the_manifests() -> None:
-    command = ["kubernetes-validate", "--strict", str(DEPLOY / "kubernetes.yaml")]
+def test_a_recipe_keeps_to_its_schema(file, tool) -> None:
+    program, *options = tool.split()
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    command = [program, *options, str(DEPLOY / file)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

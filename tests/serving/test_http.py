@@ -158,7 +158,7 @@ def test_a_key_and_encryption(server, tmp_path) -> None:
         TwoTowerClient(server.grpc_address) as asking,
         Door(("127.0.0.1", 0), asking, "secret", tls) as door,
     ):
-        threading.Thread(target=door.serve_forever, daemon=True).start()
+        threading.Thread(target=door.serve_forever, args=(0.02,), daemon=True).start()
         url = f"https://localhost:{door.server_address[1]}/v2/models/twotower/generate"
         body = json.dumps({"input_ids": [5], "max_new_tokens": 4}).encode()
         for sent in ({}, {"Authorization": "Bearer other"}):

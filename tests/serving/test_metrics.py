@@ -220,15 +220,27 @@ def test_a_request_is_a_trace_at_a_collector(packaged) -> None:
     collector = HTTPServer(("127.0.0.1", 0), Collector)
     threading.Thread(target=collector.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    spans: dict[str, list[dict]] = {}
     with TritonServer(packaged.repository, ServerOptions(grpc_port=0, traces=url)) as server:
         server.wait_until_ready(120)
-        with tt.TwoTowerClient(server.grpc_address) as client:
-            client.generate(prompt_ids=[5], max_new_tokens=4)
-        [resource] = sent.get(timeout=60)["resourceSpans"]
+        ours = {"traceparent": f"00-{'c' * 32}-{'d' * 16}-01"}
+        with tt.TwoTowerClient(server.grpc_address, metadata=ours) as client:
+            answer = client.generate(prompt_ids=[5], max_new_tokens=20, block_size=16)
+        while not {"compute", "answer"} <= spans.keys():
+            [resource] = sent.get(timeout=60)["resourceSpans"]
+            assert {"key": "service.name", "value": {"stringValue": "twotower"}} in (
+                resource["resource"]["attributes"]
+            )
+            for span in (one for scope in resource["scopeSpans"] for one in scope["spans"]):
+                spans.setdefault(span["name"], []).append(span)
     collector.shutdown()
-    assert {"key": "service.name", "value": {"stringValue": "twotower"}} in (
-        resource["resource"]["attributes"]
-    )
-    spans = {span["name"]: span for scope in resource["scopeSpans"] for span in scope["spans"]}
-    assert spans["compute"]["parentSpanId"] == spans["twotower"]["spanId"]
-    assert "QUEUE_START" in [event["name"] for event in spans["twotower"]["events"]]
+    [model], [compute], [whole] = (spans[name] for name in ("twotower", "compute", "answer"))
+    assert compute["parentSpanId"] == model["spanId"]
+    assert "QUEUE_START" in [event["name"] for event in model["events"]]
+    assert {span["traceId"] for span in (model, compute, whole)} == {"c" * 32}
+    assert whole["parentSpanId"] == model["spanId"]
+    parts = [one for name in ("queue", "prefill", "block") for one in spans[name]]
+    assert {one["parentSpanId"] for one in parts} == {whole["spanId"]}
+    times = [int(one[key]) for one in parts for key in ("startTimeUnixNano", "endTimeUnixNano")]
+    assert times == sorted(times), "one after the other"
+    assert len(spans["block"]) == len(answer.blocks) == 2

@@ -53,13 +53,14 @@ def _add(response: Any, name: str, kind: str, count: int, content: bytes) -> Non
 
 
 @contextmanager
-def fake_server(answer: Answer, ready: Answer | None = None) -> Iterator[str]:
+def fake_server(answer: Answer, ready: Answer | None = None, port: int = 0) -> Iterator[str]:
     """Serve, and give `host:port`.
 
     Args:
         answer: The request and gRPC's context to the responses of a stream. A request that cancels
             another is answered without asking it.
         ready: The same for a look at the readiness; ready where it is None.
+        port: Port; 0 takes a free one.
     """
 
     class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -77,7 +78,7 @@ def fake_server(answer: Answer, ready: Answer | None = None) -> Iterator[str]:
 
     server = grpc.server(ThreadPoolExecutor(16))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.support import ROOT
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,30 @@ def server(packaged):
     assert not list(Path("/dev/shm").glob(f"{running._prefix}*"))
 
 
+@pytest.fixture(scope="session")
+def soaking(packaged, tmp_path_factory):
+    """A soak of two minutes in processes of their own, which yield to others: `tests.support.soak`.
+
+    Gives the function that waits for its outcome.
+    """
+    from tests.support.soak import Soaked
+
+    arguments = ["tests.support.soak", str(packaged.repository), "64", "120"]
+    log = tmp_path_factory.mktemp("soak") / "log"
+    with log.open("w") as errors:
+        command = ["nice", sys.executable, "-m", *arguments]
+        running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
+
+    def outcome() -> Soaked:
+        printed, _ = running.communicate(timeout=600)
+        assert running.returncode == 0, log.read_text()
+        return Soaked(**json.loads(printed))
+
+    yield outcome
+    running.kill()  # its server notices
+    running.wait()
+
+
 @pytest.fixture
 def client(server):
     from twotower_client import TwoTowerClient
@@ -75,7 +104,7 @@ def http(server):
     from twotower_client.http_door import Door
 
     with TwoTowerClient(server.grpc_address) as asking, Door(("127.0.0.1", 0), asking) as door:
-        threading.Thread(target=door.serve_forever, daemon=True).start()
+        threading.Thread(target=door.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{door.server_address[1]}"
         door.shutdown()
 

@@ -74,6 +74,7 @@ class BuildOptions:
         is_shared: Whether one engine must serve every GPU of the SKU's compute capability.
         max_tokens_per_call: Tokens of a prompt in one call; None for as many as the plan has room
             for.
+        prefix_bytes: Memory that must be left for the states of prompts' beginnings.
     """
 
     sku: Sku = field(default_factory=lambda: known_skus()["cpu"])
@@ -85,6 +86,7 @@ class BuildOptions:
     block_size_max: int = BLOCK_SIZE_MAX
     is_shared: bool = False
     max_tokens_per_call: int | None = None
+    prefix_bytes: int = 0
 
 
 def build_engines(
@@ -173,6 +175,7 @@ def _plan(bundle: Path, manifest: Manifest, options: BuildOptions) -> MemoryPlan
         flavour=flavour,
         max_tokens_per_call=options.max_tokens_per_call,
         block_size_max=options.block_size_max,
+        prefix_bytes=options.prefix_bytes,
         kernels=FLAVOURS[flavour].has_kernels(),
     )
 

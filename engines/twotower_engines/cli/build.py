@@ -97,6 +97,13 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     "[default: as the plan has room for]",
 )
 @click.option(
+    "--prefix-mib",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="MiB to leave for the states of prompts' beginnings, as `package --prefix-mib` takes.",
+)
+@click.option(
     "--same-capability",
     is_flag=True,
     help="Let one engine serve every GPU of the SKU's compute capability, and be built on any of "
@@ -116,6 +123,7 @@ def build(
     gpus: int | None,
     block_size_max: int,
     chunk: int | None,
+    prefix_mib: int,
     same_capability: bool,
     force: bool,
     dry_run: bool,
@@ -130,7 +138,16 @@ def build(
     results = []
     for sku in chosen:
         options = BuildOptions(
-            sku, slots, context, flavour, precision, gpus, block_size_max, same_capability, chunk
+            sku,
+            slots,
+            context,
+            flavour,
+            precision,
+            gpus,
+            block_size_max,
+            same_capability,
+            chunk,
+            prefix_mib << 20,
         )
         try:
             results.append(_build_one(bundle, engines, options, Writing(force, dry_run)))

@@ -89,7 +89,7 @@ Examples:
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="MiB for the states of prompts' beginnings, as for `serve`.",
+    help="MiB for the states of prompts' beginnings, as `package --prefix-mib` takes.",
 )
 @click.option(
     "--threshold",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from twotower_contract.engine_set import EngineSet
@@ -223,6 +223,9 @@ class BlockEvent:
             step's prediction where it is still masked; 1 where the request fixed it.
         reused_tokens: Tokens of the prompt whose states were kept from an earlier one.
         retry_after: Seconds after which to try again, where `error` says that there was no room.
+        admitted_at: Time of the scheduler's clock at which the request got its slot; 0 where it has
+            had none.
+        prefilled_at: The same for the end of its prompt's prefill.
     """
 
     request_id: str
@@ -238,6 +241,8 @@ class BlockEvent:
     canvas_confidence: tuple[float, ...] = ()
     reused_tokens: int = 0
     retry_after: float | None = None
+    admitted_at: float = field(default=0.0, compare=False)
+    prefilled_at: float = field(default=0.0, compare=False)
 
     @property
     def is_last(self) -> bool:

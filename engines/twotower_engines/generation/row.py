@@ -57,6 +57,8 @@ class Row:
         waited: Seconds for which the row has waited for a context call, by the cost model.
         prefix: Kept entries of the prompt's first chunks, where the request takes part.
         reused: Tokens of the prompt whose states were kept from an earlier one.
+        admitted_at: When it got the slot.
+        prefilled_at: When its prompt was read; 0 until then.
     """
 
     request: Request
@@ -81,6 +83,8 @@ class Row:
     waited: float = 0.0
     prefix: list[int] = field(default_factory=list)
     reused: int = 0
+    admitted_at: float = 0.0
+    prefilled_at: float = 0.0
     cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -198,6 +202,8 @@ class Row:
             text,
             tuple(details),
             reused_tokens=self.reused,
+            admitted_at=self.admitted_at,
+            prefilled_at=self.prefilled_at,
         )
 
     @property

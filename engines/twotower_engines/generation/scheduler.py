@@ -235,6 +235,7 @@ class Scheduler:
                 row.prefix = self._prefixes.restore(slot, prompt)
                 row.reused = len(row.prefix) * self._turns.chunk
                 row.pending = prompt[row.reused :]
+            row.admitted_at = self._clock()
             self._rows[slot] = row
             self._admitted += 1
             self.counters.admitted(row)
@@ -257,6 +258,7 @@ class Scheduler:
                     self._keep(row, part)
                 if not row.pending.size:
                     row.stage = Stage.STEPPING
+                    row.prefilled_at = row.prefilled_at or self._clock()
 
     def _keep(self, row: Row, part: ExtendRow) -> None:
         """Keep a prompt's states after a full chunk, for prompts that begin alike."""

@@ -24,6 +24,7 @@ from twotower_contract.errors import TwoTowerError
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
+from twotower_engines.runtime import denormals
 from twotower_engines.runtime.host_states import CAPACITY_STEP, Batch, HostStates, Slot, grown
 from twotower_engines.runtime.int8_products import use_int8
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
@@ -217,6 +218,7 @@ class OnnxRuntime:
         options.enable_mem_pattern = False
         # waiting threads sleep: a server's other processes need the cores between calls
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(denormals.OPTION, "1")
         options.log_severity_level = 3
         path = engines.engine_path(tower)
         try:
@@ -238,7 +240,8 @@ class OnnxRuntime:
                 for matrix in parts_of(experts, *bank)
                 for part in parts_of(narrow, *matrix)
             )
-            session, kept = packed_session(self._ort, model, weights, options)
+            with denormals.denormals_as_zero():  # which the first session would change for good
+                session, kept = packed_session(self._ort, model, weights, options)
         except TwoTowerError:
             raise
         except Exception as problem:  # ONNX's and its Runtime's own exceptions share no useful base
@@ -252,15 +255,16 @@ class OnnxRuntime:
         """Run a session: read `inputs`, and write `outputs` in place."""
         binding = self._bindings[call]
         inputs[LOGITS_WANTED] = np.array(["logits" in outputs])
-        of = self._ort.OrtValue.ortvalue_from_numpy
         for name in binding.inputs & inputs.keys():
-            binding.io.bind_ortvalue_input(name, of(inputs[name]))
+            binding.io.bind_cpu_input(name, inputs[name])
         for name, array in outputs.items():
-            binding.io.bind_ortvalue_output(name, of(array))
+            value = self._ort.OrtValue.ortvalue_from_numpy(array)
+            binding.io.bind_ortvalue_output(name, value)
         if not outputs:  # a tower of experts alone has no states to extend
             return
         binding.held = {**inputs, **outputs}
-        binding.session.run_with_iobinding(binding.io)
+        with denormals.denormals_as_zero():
+            binding.session.run_with_iobinding(binding.io)
 
     def _empty_slot(self) -> Slot:
         mamba = {

@@ -30,9 +30,6 @@ ROWS = "masked_rows"
 LAST = ("If", "Squeeze")
 """Operators that leave [rows, block] of [rows, block, vocabulary]."""
 
-PIECE = 512
-"""Most tokens in which a maximum is looked for a second time."""
-
 
 def refine_masked_rows(
     model: onnx.ModelProto, flag: str, vocabulary: int, mask_id: int
@@ -163,9 +160,13 @@ def _holds(node: onnx.NodeProto, op: str) -> bool:
 
 
 def _replace_argmax(graph: onnx.GraphProto, vocabulary: int) -> None:
-    """Find the piece that has the maximum, then the maximum in it; of equal ones the first."""
-    piece = max(size for size in range(1, PIECE + 1) if vocabulary % size == 0)
-    if not 1 < piece < vocabulary:
+    """Find the piece that has the maximum, then the maximum in it; of equal ones the first.
+
+    The pieces are about as many as a piece has tokens, so that both are few to look through.
+    """
+    sizes = (size for size in range(2, vocabulary) if vocabulary % size == 0)
+    piece = min(sizes, key=lambda size: size + vocabulary // size, default=None)
+    if piece is None:
         return
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:

@@ -76,17 +76,18 @@ class Asker:
         request = service_pb2.ModelInferRequest(model_name=model)
         request.inputs.add(name="probe", datatype="INT32", shape=[1])
         request.raw_input_contents.append((1).to_bytes(4, "little"))
+        ask = self._stub.ModelStreamInfer
         try:
-            for part in self._stub.ModelStreamInfer(
-                iter([request]), timeout=timeout, metadata=self._metadata
-            ):
-                if part.error_message:
-                    raise NoAnswerError(f"{model} answers with an error: {part.error_message}")
-                text = InferResult(part.infer_response).as_numpy("text_output")[0].decode()
-                return dict(json.loads(text or "{}"))
+            # To its end: a call that is dropped after its last response stays in the server (2.51).
+            parts = list(ask(iter([request]), timeout=timeout, metadata=self._metadata))
         except grpc.RpcError as problem:
             raise NoAnswerError(self._words(model, problem)) from None
-        raise NoAnswerError(f"{model} gave no answer")
+        if not parts:
+            raise NoAnswerError(f"{model} gave no answer")
+        if parts[0].error_message:
+            raise NoAnswerError(f"{model} answers with an error: {parts[0].error_message}")
+        text = InferResult(parts[0].infer_response).as_numpy("text_output")[0].decode()
+        return dict(json.loads(text or "{}"))
 
     def is_ready(self, model: str) -> bool:
         """Return whether the server says that a model is loaded."""

@@ -14,6 +14,7 @@ from twotower_engines.serving.asking import ACCESS, CONTROL
 # Variables by which the model `twotower` learns of them.
 LOG_JSON = "TWOTOWER_LOG_JSON"
 RESTARTS = "TWOTOWER_RESTARTS"
+TRACES = "TWOTOWER_TRACES"
 
 # What nobody but `serve` may use: with them a caller could register the memory of the models'
 # processes, unload a model, or switch the log off.
@@ -53,7 +54,7 @@ class ServerOptions:
         restarts: Servers that ran here before this one.
         tls: Encryption; None for none.
         access_key: Key that callers must send; None where everyone may ask.
-        traces: URL to which Triton sends a trace of each request (OTLP over HTTP); None for none.
+        traces: URL to which a trace of each request goes (OTLP over HTTP); None for none.
     """
 
     host: str = "127.0.0.1"

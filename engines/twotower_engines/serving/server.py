@@ -36,6 +36,7 @@ from twotower_engines.serving.installation import find_server, make_backends, pr
 from twotower_engines.serving.launch import (
     LOG_JSON,
     RESTARTS,
+    TRACES,
     ServerOptions,
     Tls,
     arguments,
@@ -346,6 +347,7 @@ class TritonServer:
         environment |= library_path(self._folder)
         environment[RESTARTS] = str(self._options.restarts)
         environment[LOG_JSON] = "1" if self._options.log_json else ""
+        environment[TRACES] = self._options.traces or ""
         # The stub embeds Python and finds packages through the first interpreter on PATH.
         scripts = str(Path(sys.executable).parent)
         environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"

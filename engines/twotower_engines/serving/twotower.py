@@ -42,11 +42,12 @@ from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.progress import ByteMeter
 from twotower_engines.serving.journal import Ended, Journal, TritonSink
-from twotower_engines.serving.launch import LOG_JSON, RESTARTS
+from twotower_engines.serving.launch import LOG_JSON, RESTARTS, TRACES
 from twotower_engines.serving.lifeline import DRAIN, LIFELINE, on_cut
 from twotower_engines.serving.loop import EngineLoop, Part
 from twotower_engines.serving.preprocessing import Preprocessor, content_of
 from twotower_engines.serving.settings import Settings
+from twotower_engines.serving.spans import SpanSender, Trace
 from twotower_engines.serving.wire import decode
 from twotower_engines.serving.workers import Worker
 from twotower_engines.verify.self_test import run_self_test
@@ -81,6 +82,7 @@ class TritonReply:
         wanted: Outputs that the caller asks for; all where it is empty.
         in_ensemble: Whether the caller is a step of the ensemble.
         mask_id: The mask token.
+        trace: Takes note of what is sent; None for nobody.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class TritonReply:
         wanted: frozenset[str] = frozenset(),
         in_ensemble: bool = False,
         mask_id: int = FREE,
+        trace: Trace | None = None,
     ) -> None:
+        self._trace = trace
         self._triton = triton
         self._sender = sender
         self._sending = sending
@@ -107,10 +111,14 @@ class TritonReply:
 
     def send(self, part: Part) -> None:
         """Send a part."""
+        if self._trace is not None and part.state is None:
+            self._trace.saw(part.event)
         self._sending.put(partial(self._deliver, part))
 
     def fail(self, message: str, failure: Failure) -> None:
         """Send what went wrong, which ends the answer."""
+        if self._trace is not None:
+            self._trace.failed(failure, message)
         self._sending.put(partial(self._deliver, NOTHING, message, failure))
 
     def is_cancelled(self) -> bool:
@@ -278,6 +286,8 @@ class TritonPythonModel:
         self._sink.set("self_test_passed", float(tested.status == "passed"))
         as_json = bool(os.environ.get(LOG_JSON))
         self._journal = Journal(self._sink, as_json, lambda: self._gauges(slots))
+        collector = os.environ.get(TRACES)
+        self._spans = SpanSender(collector) if collector else None
         scheduler = Scheduler(
             self._runtime,
             slots,
@@ -316,6 +326,7 @@ class TritonPythonModel:
                 frozenset(request.requested_output_names()),
                 in_ensemble="request" in tensors,
                 mask_id=self._runtime.mask_token_id,
+                trace=self._trace_of(request),
             )
             size = sum(len(one) for one in tensors.get("text_input", ()))
             reading = self._reading[size > LONG_TEXT]
@@ -325,6 +336,12 @@ class TritonPythonModel:
                 message = f"{reading.waiting} requests wait to be read; try again later"
                 reply.fail(message, "busy")
                 self._journal.ended(Ended("", name, "busy", message))
+
+    def _trace_of(self, request: Any) -> Trace | None:
+        if self._spans is None:
+            return None
+        context = request.trace().get_context()
+        return Trace(self._spans, context) if context else None
 
     def _read(
         self,
@@ -352,6 +369,8 @@ class TritonPythonModel:
         for worker in (*self._reading.values(), self._sending):
             worker.close()
         self._journal.close()
+        if self._spans is not None:
+            self._spans.close()
         self._sink.close()
         self._runtime.close()
 

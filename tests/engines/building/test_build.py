@@ -218,6 +218,15 @@ def test_the_command_says_what_it_built(bundle, tmp_path):
     assert "up to date" in invoke(*arguments).stdout
 
 
+def test_memory_for_kept_prefixes_is_planned(bundle, tmp_path):
+    done = invoke(bundle, tmp_path, "--sku", "cpu", "--context", 64, "--prefix-mib", 3)
+    assert done.exit_code == 0, done.output
+    [memory] = open_engine_set(tmp_path / "cpu").build.memory["per_gpu"]
+    assert memory["states"]["prefixes"] == 3 << 20
+    refused = invoke(bundle, tmp_path, "--sku", "cpu", "--context", 64, "--prefix-mib", 10**9)
+    assert isinstance(refused.exception, PlanError)
+
+
 def test_without_a_sku_the_gpu_of_this_machine_is_built_for(bundle, tmp_path, monkeypatch):
     """The CPU is no default: it is never right for a model of the released size."""
     monkeypatch.setattr(sku_lookup, "local_gpu", lambda: None)

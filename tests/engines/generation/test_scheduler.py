@@ -125,8 +125,8 @@ def test_a_full_queue_tells_when_to_try_again(runtime):
     for number in (5, 6, 7):
         scheduler.submit(Request(str(number), (5, 6), steps=1, max_new_tokens=16))
     (turned_away, _) = scheduler.turn()
-    # an end each 3 s, an eighth of which counts; four wait
-    assert (turned_away.request_id, turned_away.retry_after) == ("7", round(3 / 8 * 4 / 2, 1))
+    # an end each 5 s, an eighth of which counts; four wait
+    assert (turned_away.request_id, turned_away.retry_after) == ("7", round(5 / 8 * 4 / 2, 1))
 
 
 def test_a_free_slot_is_taken_in_the_next_turn(runtime):
