@@ -48,7 +48,7 @@ def _narrow_masks(body: onnx.GraphProto | onnx.FunctionProto) -> None:
     """Give each attention its mask as it was before an Expand."""
     repeated = {node.output[0]: node for node in body.node if node.op_type == "Expand"}
     for node in body.node:
-        if node.op_type == "Attention" and node.input[3] in repeated:
+        if node.op_type == "Attention" and set(node.input[3:4]) & repeated.keys():
             repeat = repeated[node.input[3]]
             node.input[3] = repeat.input[0]
             body.node.remove(repeat)
