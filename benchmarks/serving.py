@@ -13,14 +13,12 @@ All cases take turns, and the shortest of some repeats counts, so that a noisy m
 alike. Beside each time stands the CPU time of the engine's thread, which other processes change
 less.
 
-Last comes the loop that such a server spares: the client decides what comes next, and asks a Triton
-model over gRPC for each call of a tower.
+Last come the loops in the client that such a server spares (`client_loop`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import subprocess
@@ -29,19 +27,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from benchmarks.client_loop import NEW_TOKENS, Answers, Prompts, run_loops
 from benchmarks.record import machine, today, write_results
 from benchmarks.serving_spans import SPANS
-from benchmarks.step_model import BEGIN, CONFIG, DENOISE, ENGINES, EXTEND
 from tests.support import ROOT, TWOTOWER
 from twotower_client import AsyncTwoTowerClient
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import Request
-from twotower_engines.generation.sampling import row_seed
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.runtime.opening import open_runtime
@@ -50,13 +46,9 @@ from twotower_engines.serving.server import ServerOptions, TritonServer
 from twotower_engines.serving.settings import Settings
 from twotower_export.tiny.corpus import documents
 
-NEW_TOKENS = 256
 REQUESTS = {1: 64, 16: 256, 32: 256, 128: 512}  # in all, by streams
-LOOPED = {1: 32, 32: 96}  # of the loop in the client
 REPEATS = 3
 OPTIONS = ServerOptions("127.0.0.1", 0, None, None)
-Prompts = Sequence[tuple[int, ...]]
-Answers = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,9 @@ def main() -> None:
                     repeats[streams].append((bare, served))
                     print(f"{streams} streams: {bare.wall:.2f}, {served.wall:.2f} s", flush=True)
         rows = [row_of(streams, some) for streams, some in repeats.items()]
-        looped = run_loops(engines, folder, prompts, repeats[1][0][0].answers)
+        write_model(folder / "steps" / "steps", "step_model")
+        expected = repeats[1][0][0].answers
+        looped = run_loops(engines, folder / "steps", prompts, expected, REPEATS)
         runtime.close()
     write(rows, looped)
 
@@ -232,80 +226,7 @@ def row_of(streams: int, repeats: Sequence[tuple[Bare, Served]]) -> dict[str, fl
     }
 
 
-def run_loops(
-    engines: EngineSet, folder: Path, prompts: Prompts, expected: Answers
-) -> list[dict[str, float]]:
-    """Answer by loops in the client, each call of a tower a request to a model of Triton's."""
-    write_model(folder / "steps" / "steps", "step_model")
-    (folder / "steps" / "steps" / "config.pbtxt").write_text(CONFIG)
-    os.environ[ENGINES] = str(engines.folder)
-    rows = []
-    with TritonServer(folder / "steps", OPTIONS, ("steps",)) as server:
-        server.wait_until_ready()
-        for streams, requests in LOOPED.items():
-            for _ in range(REPEATS):
-                start = time.perf_counter()
-                loops = looped_answers(server.grpc_address, engines, prompts[:requests], streams)
-                answers = asyncio.run(loops)
-                wall = time.perf_counter() - start
-                same = min(len(expected), requests)
-                assert answers[:same] == expected[:same], "the client's loop answers alike"
-                tokens = sum(map(len, answers))
-                rows.append({"streams": streams, "wall": wall, "tokens per second": tokens / wall})
-    return [max(same, key=lambda row: row["tokens per second"]) for _, same in grouped(rows)]
-
-
-def grouped(rows: list[dict[str, float]]) -> itertools.groupby[float, dict[str, float]]:
-    """Return the rows of each number of streams."""
-    return itertools.groupby(rows, key=lambda row: row["streams"])
-
-
-async def looped_answers(
-    address: str, engines: EngineSet, prompts: Prompts, streams: int
-) -> Answers:
-    from tritonclient.grpc import InferInput
-    from tritonclient.grpc.aio import InferenceServerClient
-
-    model = engines.manifest.model
-    answers: dict[int, tuple[int, ...]] = {}
-    waiting = list(enumerate(prompts))
-
-    async def call(client: InferenceServerClient, *numbers: int) -> list[int]:
-        tensor = InferInput("call", [len(numbers)], "INT32")
-        tensor.set_data_from_numpy(np.array(numbers, np.int32))
-        result = await client.infer("steps", [tensor])
-        return [int(token) for token in result.as_numpy("ids")]
-
-    async def answer(
-        client: InferenceServerClient, slot: int, prompt: tuple[int, ...]
-    ) -> tuple[int, ...]:
-        request = Request("", prompt, max_new_tokens=NEW_TOKENS)
-        ids: list[int] = []
-        await call(client, BEGIN, slot, 0, 0, *prompt)
-        while True:
-            block = [model.mask_token_id] * request.block_size
-            for step in range(request.steps):
-                seed = row_seed(request.seed, len(prompt) + len(ids), step)
-                block = await call(client, DENOISE, slot, request.steps - step, seed, *block)
-                if model.mask_token_id not in block:
-                    break
-            for token in block:
-                ids.append(token)
-                if token in model.eos_token_ids or len(ids) == NEW_TOKENS:
-                    return tuple(ids)
-            await call(client, EXTEND, slot, 0, 0, *block)
-
-    async def stream(client: InferenceServerClient, slot: int) -> None:
-        while waiting:
-            number, prompt = waiting.pop(0)
-            answers[number] = await answer(client, slot, prompt)
-
-    async with InferenceServerClient(address) as client:
-        await asyncio.gather(*(stream(client, slot) for slot in range(streams)))
-    return [answers[number] for number in range(len(prompts))]
-
-
-def write(rows: list[dict[str, float]], looped: list[dict[str, float]]) -> None:
+def write(rows: list[dict[str, float]], looped: list[dict[str, Any]]) -> None:
     """Print the results as tables, and write both forms."""
     where, alone = machine(), rows[0]
     lines = [
@@ -350,16 +271,21 @@ def write(rows: list[dict[str, float]], looped: list[dict[str, float]]) -> None:
         "all that serving needs of it. What stands beside it runs on the machine's other cores; on",
         "two cores it takes some of the engine's, which waits for one.",
     ]
-    served = {row["streams"]: row["tokens per second"] for row in rows}
+    best = next(row["tokens per second"] for row in rows if row["streams"] == 32)
     lines += [
         "",
-        "The loop in the client, a gRPC call for each call of a tower:",
+        "Loops in the client, which ask a model of Triton's over gRPC for each call of a tower and",
+        "wait for it. The denoiser's call refines, so that ids come back and not logits. Either",
+        "the model keeps the states, which is written for it, or each call brings the context's",
+        "states, as the exported graphs would need it in a stock backend: Triton's implicit states",
+        "belong to one model, and here the denoiser reads what the context tower makes. Calls are",
+        "not batched.",
         "",
-        "| streams | tokens/s | served at once |",
-        "|---:|---:|---:|",
+        "| states | loops at once | tokens/s | 32 streams of the server to this |",
+        "|---|---:|---:|---:|",
         *(
-            f"| {one['streams']} | {one['tokens per second']:.0f} | "
-            f"{served[int(one['streams'])] / one['tokens per second']:.1f}x |"
+            f"| {'travel' if one['travels'] else 'in the model'} | {one['loops']} | "
+            f"{one['tokens per second']:.0f} | {best / one['tokens per second']:.1f}x |"
             for one in looped
         ),
     ]

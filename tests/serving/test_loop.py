@@ -15,6 +15,7 @@ from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.serving.loop import WATCH_SECONDS, EngineLoop
+from twotower_engines.serving.twotower import TritonPythonModel
 from twotower_engines.serving.wire import Cancel, Job, Probe
 
 SECONDS = 20
@@ -155,7 +156,11 @@ def test_draining_finishes_what_is_open_and_takes_nothing_new(loop) -> None:
     running, new, probe = Answer(), Answer(), Answer()
     loop.put(job(max_new_tokens=200), running)
     assert running.begun.wait(SECONDS)
+    model = TritonPythonModel()
+    model._loop = loop
+    assert model.is_ready()
     loop.drain()
+    assert not model.is_ready()
     loop.put(job(), new)
     loop.put(Probe(), probe)
     [(failure, message)] = new.wait().failures

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tests.serving.test_soak import bytes_of
+from tests.support.soak import bytes_of
 from twotower_client.http_door import MOST_BODY
 from twotower_client.request import Message
 from twotower_contract.options import INPUTS

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,15 +79,17 @@ def soaking(packaged, tmp_path_factory):
     with log.open("w") as errors:
         command = ["nice", sys.executable, "-m", *arguments]
         running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
+    waiting = ThreadPoolExecutor(1)  # other tests find no zombie
+    printed = waiting.submit(running.communicate)
 
     def outcome() -> Soaked:
-        printed, _ = running.communicate(timeout=600)
+        text, _ = printed.result(timeout=600)
         assert running.returncode == 0, log.read_text()
-        return Soaked(**json.loads(printed))
+        return Soaked(**json.loads(text))
 
     yield outcome
     running.kill()  # its server notices
-    running.wait()
+    waiting.shutdown()
 
 
 @pytest.fixture

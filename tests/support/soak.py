@@ -60,9 +60,9 @@ async def _soak(server: TritonServer, streams: int, seconds: float) -> Soaked:
             for number in range(streams)
         ]
         await asyncio.sleep(seconds / 2)
-        half = _bytes_of(server)
+        half = bytes_of(server)
         await asyncio.gather(*callers)
-        grown = _bytes_of(server) - half
+        grown = bytes_of(server) - half
         assert await _references(client) == expected
         left = await _until_free(server)
         for _ in range(600):
@@ -137,7 +137,7 @@ def _files_of(server: TritonServer) -> int:
     return sum(len(list(Path(f"/proc/{one}/fd").iterdir())) for one in _processes(server))
 
 
-def _bytes_of(server: TritonServer) -> int:
+def bytes_of(server: TritonServer) -> int:
     """Memory of the server and its models, resident, without what they share."""
     pages = 0
     for one in _processes(server):

@@ -29,7 +29,7 @@ from twotower_engines.runtime.host_states import CAPACITY_STEP, Batch, HostState
 from twotower_engines.runtime.int8_products import use_int8
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.packed_session import packed_session
-from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
+from twotower_engines.runtime.pruning import flat_graph, make_optional, prune, replace_norms
 from twotower_engines.runtime.routed_experts import parts_of, replace_experts
 from twotower_engines.runtime.vocabulary_passes import refine_masked_rows
 
@@ -226,6 +226,7 @@ class OnnxRuntime:
             caches = [f"{name}_new" for name in self._attention_shapes]
             read = [*self._new_states(1), "logits"] if tower == "context" else DENOISER_OUTPUTS
             prune(model.graph, [*read, *caches])
+            replace_norms(model.graph, engines.manifest.model.norm_eps)
             experts = replace_experts(model.graph)
             if tower == "denoiser":
                 model = refine_masked_rows(

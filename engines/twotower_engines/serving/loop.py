@@ -160,6 +160,11 @@ class EngineLoop:
         """The state as it was seen last; for any thread."""
         return self._state
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
     def drain(self) -> None:
         """Refuse requests that come from now on; those that are open go on."""
         self._draining = True

@@ -363,6 +363,10 @@ class TritonPythonModel:
         else:
             self._loop.put(message, reply)
 
+    def is_ready(self) -> bool:
+        """Say no while draining; servers from release 26.03 on ask."""
+        return not self._loop.is_draining
+
     def finalize(self) -> None:
         """Answer what is open, end the threads and free the engines."""
         self._loop.close()

@@ -16,11 +16,9 @@ def made(random_engines):
     return random_engines("ME*E", seed=5)
 
 
-@pytest.fixture(scope="module", params=["products of their own", "all experts"])
-def narrow(request, made):
+@pytest.fixture(scope="module")
+def narrow(made):
     with pytest.MonkeyPatch.context() as patch:
-        routed = 0 if request.param == "products of their own" else 2**60
-        patch.setattr("twotower_engines.runtime.routed_experts.ROUTED_FROM", routed)
         patch.setattr(int8_products, "REDUCED_FROM", 0)
         runtime = OnnxRuntime(made.engines, threads=1, int8=True)
     yield runtime

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from onnx.reference import ReferenceEvaluator
 
-from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
+from twotower_engines.runtime.pruning import flat_graph, make_optional, prune, replace_norms
 from twotower_engines.runtime.routed_experts import replace_experts
 
 
@@ -42,12 +44,8 @@ def test_an_extension_without_logits_has_no_head(made):
     assert {"context_lm_head.weight", "context_tower.norm_f.weight"} <= left_out
 
 
-@pytest.mark.parametrize("routed", [False, True])
-def test_an_optional_head_is_a_branch_with_its_weights(made, monkeypatch, routed):
+def test_an_optional_head_is_a_branch_with_its_weights(made):
     """The last experts of the pattern serve the head alone."""
-    monkeypatch.setattr(
-        "twotower_engines.runtime.routed_experts.ROUTED_FROM", 0 if routed else 2**60
-    )
     graph = flat_graph(made.folder / "context.onnx").graph
     replace_experts(graph)
     make_optional(graph, "logits", "asked")
@@ -55,5 +53,20 @@ def test_an_optional_head_is_a_branch_with_its_weights(made, monkeypatch, routed
     inside = [node for attribute in branch.attribute for node in attribute.g.node]
     assert "If" not in {node.op_type for node in inside}
     weights = {name for node in inside for name in node.input}
-    last = "context_tower.layers.7.mixer.experts.up_proj" + ".0" * routed
+    last = "context_tower.layers.7.mixer.experts.up_proj.0"
     assert {"context_lm_head.weight", last} <= weights
+
+
+def test_a_norm_as_one_operator_is_the_graphs_norm(made):
+    """The numbers are so small that the epsilon counts."""
+    model = flat_graph(made.folder / "context.onnx")
+    (function,) = (one for one in model.functions if one.name == "RMSNorm")
+    x, weight = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32) / 300
+    given = dict(zip(function.input, (x, weight[0]), strict=True))
+    (expected,) = ReferenceEvaluator(function).run(None, given, attributes={})
+    replace_norms(model.graph, made.engines.manifest.model.norm_eps)
+    norm = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
+    given = dict(zip(norm.input, (x, weight[0]), strict=True))
+    (found,) = ReferenceEvaluator(norm).run(None, given)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert "RMSNorm" not in {node.op_type for node in model.graph.node}
