@@ -1,6 +1,7 @@
 """Bytes that compiled towers of the released size move in a call, against the least that they must.
 
     python -m benchmarks.traffic              # about half an hour on two cores, no GPU
+    python -m benchmarks.traffic plugins      # cut at our plugins alone: five minutes
     python -m benchmarks.traffic quantized    # ten minutes
 
 TensorRT-RTX compiles both towers for SM120 with a context of 8,192 tokens and room for a call, and
@@ -124,10 +125,12 @@ def main() -> None:
                 print(results[-1], flush=True)
         write("traffic-rtx-quantized", command, results)
         return
+    is_part = sys.argv[1:] == ["plugins"]
     for case in cases():
-        results.append(measure(*case))
-        print(results[-1], flush=True)
-    write("traffic-rtx", command, results)
+        if FORMS[case[0]] or not is_part:
+            results.append(measure(*case))
+            print(results[-1], flush=True)
+    write("traffic-rtx-plugins" if is_part else "traffic-rtx", command, results)
 
 
 if __name__ == "__main__":
