@@ -153,3 +153,19 @@ def test_what_tensorrt_compiles_between_our_plugins_moves_little_twice(tower, tm
     assert listing.scratch < 100e6
     wide = [one for _, one, size in written(listing) if size == 4 * 16 * 16 * 2688]
     assert not wide, "tokens in float32"
+
+
+@pytest.mark.parametrize("tower", ["context", "denoiser"])
+def test_where_caches_are_copied_they_are_copied_once(tower, tmp_path):
+    """For 8.6, TensorRT-RTX copied each cache 16 times, once for every query head."""
+    listing = compile_tower(tmp_path, tower, 4, 16, CAPACITY, "*", capability="8.6")
+    cache = 2 * math.prod((4, 2, CAPACITY, 128))
+    outputs = {one.name for one in listing.outputs}
+    copied = [
+        one.bytes(listing.usual)
+        for kernel in listing.kernels
+        for one in kernel.writes
+        if CAPACITY in one.sizes and one.name not in outputs
+    ]
+    assert max(copied) == cache
+    assert len(copied) <= 3, "keys, values, and the context tower's mask"
