@@ -225,7 +225,7 @@ def routed(tokens: int, used: float, sizes: Sizes, seed: int = 0) -> Tensor:
 
 
 def mamba_cases(device: str) -> list[Case]:
-    """Denoise steps, and context calls of 256 tokens that return new states."""
+    """Denoise steps, and context calls, which return new states."""
     H, P, N, G = SIZES.heads, SIZES.head_dim, SIZES.state, SIZES.groups
     d_inner, conv_dim = H * P, H * P + 2 * G * N
 
@@ -252,7 +252,9 @@ def mamba_cases(device: str) -> list[Case]:
         return inputs
 
     cases = []
-    for B, (L, states) in itertools.product(BATCHES, ((16, False), (256, True))):
+    for B, (L, states) in itertools.product(
+        BATCHES, ((16, False), (16, True), (256, True), (1024, True))
+    ):
         if B * L > 4096:
             continue
         tokens = B * L * (d_inner + conv_dim + H + d_inner) * 2

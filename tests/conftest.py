@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT
+from tests.support.exports import without_golden
 
 pytest_plugins = ["tests.support.served"]
 WITH_SERVERS = ("tests/client/", "tests/serving/")
@@ -86,6 +87,13 @@ def tensorrt_environment(tmp_path_factory) -> dict[str, str]:
     library = folder / "libnvinfer_plugin.so.11"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     return {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def quick_exports():
+    """For modules whose bundles need no golden answer: exports compute none."""
+    with without_golden():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from docs import code_map
 from tests.support import ROOT
+from tests.support.command import twotower
 from twotower_client.cli import VERBS
 from twotower_engines.cli.plan import plan
 
@@ -109,19 +110,16 @@ def test_the_core_loop_runs_as_its_page_says(tmp_path):
     )
     for line in "".join(commands).splitlines():
         arguments = line.removeprefix("twotower ").split()
-        run_python(["-m", "twotower_client.cli", *arguments], tmp_path)
+        ran = twotower(*arguments, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
     assert sum(len(block.splitlines()) for block in code) <= 100
-    printed = run_python(["-c", "\n".join(code)], tmp_path)
-    assert "Mia" in printed.partition("mia ->")[2]
-    assert printed.rstrip().endswith("denoiser calls for 48 tokens")
-
-
-def run_python(arguments: list[str], folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    printed = done.stdout
+    assert "Mia" in printed.partition("mia ->")[2]
+    assert printed.rstrip().endswith("denoiser calls for 48 tokens")
 
 
 def strings_of_code() -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from twotower_client.errors import RequestRefusedError
+from twotower_contract.command_line import together
 
 if TYPE_CHECKING:
     from twotower_client.client import TwoTowerClient
@@ -18,37 +19,32 @@ ACCESS = ("url", *SECRETS)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a verb, which hands their values to `connect`."""
-    return click.option(
+secret_options = together(
+    click.option(
+        "--tls-authority", type=FILE, help="Encrypt; this authority signed the server (PEM)."
+    ),
+    click.option("--tls-certificate", type=FILE, help="Our certificate, if it asks for one (PEM)."),
+    click.option("--tls-key", type=FILE, help="Key of our certificate (PEM)."),
+    click.option("--key-file", type=FILE, help="File that holds the server's access key."),
+    click.option(
+        "--metadata",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Send this header, as a balancer may ask for; may be given several times.",
+    ),
+)
+"""Adds the options of TLS and the key to a verb, which hands their values to `secrets_of`."""
+
+access_options = together(
+    click.option(
         "--url",
         default="localhost:8001",
         show_default=True,
         help="host:port of the server's gRPC endpoint; several with commas for --input.",
-    )(secret_options(command))
-
-
-def secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of TLS and the key to a verb, which hands their values to `secrets_of`."""
-    options = (
-        click.option(
-            "--tls-authority", type=FILE, help="Encrypt; this authority signed the server (PEM)."
-        ),
-        click.option(
-            "--tls-certificate", type=FILE, help="Our certificate, if it asks for one (PEM)."
-        ),
-        click.option("--tls-key", type=FILE, help="Key of our certificate (PEM)."),
-        click.option("--key-file", type=FILE, help="File that holds the server's access key."),
-        click.option(
-            "--metadata",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Send this header, as a balancer may ask for; may be given several times.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    ),
+    secret_options,
+)
+"""Adds these and the address to a verb, which hands their values to `connect`."""
 
 
 def connect(access: Mapping[str, Any], **settings: Any) -> TwoTowerClient:

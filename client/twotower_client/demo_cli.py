@@ -20,6 +20,7 @@ import click
 
 from twotower_client.errors import ClientError
 from twotower_client.generate_cli import replay_blocks
+from twotower_contract.command_line import html_option
 from twotower_contract.processes import run_child
 from twotower_contract.replay import Replay
 
@@ -80,12 +81,7 @@ class StepFailedError(ClientError):
     show_default=True,
     help="Length of the answer in tokens.",
 )
-@click.option(
-    "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write a page to FILE that replays the denoising.",
-)
+@html_option
 def demo(folder: Path, precision: str, prompt: str, max_new_tokens: int, html: Path | None) -> None:
     """Export, build, package and serve the small checkpoint, and stream an answer from it."""
     _check_prompt(prompt)

@@ -10,6 +10,7 @@ import click
 
 from twotower_client.access_cli import access_options, secrets_of
 from twotower_client.errors import RequestRefusedError
+from twotower_contract.command_line import OPENAI_PORT
 
 KEYS_VARIABLE = "TWOTOWER_API_KEYS"
 EPILOG = """\b
@@ -27,7 +28,11 @@ A page at http://localhost:9000/ shows answers as they are denoised.
 @access_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=int, default=9000, show_default=True, help="Port of HTTP; 0 takes a free one."
+    "--port",
+    type=int,
+    default=OPENAI_PORT,
+    show_default=True,
+    help="Port of HTTP; 0 takes a free one.",
 )
 @click.option(
     "--model", default="twotower", show_default=True, help="Name of the model for callers."

@@ -21,15 +21,30 @@ blocks (for each block, the positions still masked before each denoiser call), s
 finish_reason."""
 
 
+OPENAI_PORT = 9000
+"""Port of `twotower openai`, and of `twotower serve --openai`."""
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def together(*options: Decorator) -> Decorator:
+    """Return what adds several options to a command, in their order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a request to a command, and `--json`."""
     import click
 
     types = {"INT32": int, "UINT64": int, "FP32": float, "BYTES": str, "BOOL": bool}
-    added = [
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
-    ]
-    for name, option in reversed(OPTIONS.items()):
+    added: list[Decorator] = []
+    for name, option in OPTIONS.items():
         flag = name.replace("_", "-")
         if option.wire == "BOOL":
             added.append(click.option(f"--{flag}/--no-{flag}", default=None, help=_help(option)))
@@ -45,9 +60,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help=_help(option),
             )
         )
-    for add in added:
-        command = add(command)
-    return command
+    text = "Print one JSON object at the end."
+    return together(*added, click.option("--json", "as_json", is_flag=True, help=text))(command)
 
 
 def prompt_ids_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,18 +72,24 @@ def prompt_ids_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--prompt-ids", metavar="5,6,7", help=text)(command)
 
 
-def showing_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that show how an answer comes about."""
+def html_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option of a page that replays an answer to a command."""
     import click
 
-    command = click.option(
+    return click.option(
         "--html",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE",
         help="Write a page to FILE that replays the denoising.",
     )(command)
+
+
+def showing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that show how an answer comes about."""
+    import click
+
     text = "Show the block on the terminal as it resolves, coloured by confidence."
-    return click.option("--live", is_flag=True, help=text)(command)
+    return together(click.option("--live", is_flag=True, help=text), html_option)(command)
 
 
 def check_showing(live: bool, as_json: bool, error: type[Exception]) -> None:

@@ -10,11 +10,13 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from twotower_contract.errors import ConfigError
 from twotower_contract.json_file import read_json
+from twotower_contract.options import INT32_MAX
 from twotower_contract.settings import (
     IMPLEMENTED,
     LAYER_KINDS,
@@ -27,9 +29,6 @@ CONFIG_FILE: Final = "config.json"
 
 DEFAULT_MASK_TOKEN_ID: Final = 3
 """The mask of NVIDIA's `inference.py`; their `config.json` does not name it."""
-
-INT32_MAX: Final = 2**31 - 1
-"""Largest size: ids and positions are int32 in the graphs."""
 
 MAX_LAYERS: Final = 1024
 MAX_EXPERTS: Final = 4096
@@ -219,7 +218,7 @@ class ModelConfig:
         """Rows of `k_proj` and of `v_proj`."""
         return self.num_key_value_heads * self.head_dim
 
-    @property
+    @cached_property
     def layers_of_kind(self) -> dict[str, tuple[int, ...]]:
         """Layer indices by letter; every letter is a key."""
         return {kind: tuple(i for i, k in enumerate(self.pattern) if k == kind) for kind in "M*E"}
@@ -247,7 +246,7 @@ class ModelConfig:
             if letter in self.pattern:
                 sizes += names
         for name in sizes:
-            most = MAX_EXPERTS if name == "num_experts" else INT32_MAX
+            most = MAX_EXPERTS if name == "num_experts" else INT32_MAX  # of ids and positions
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(
                     f"{self.source}: {_KEYS.get(name, name)} is {getattr(self, name)}, not >= 1 "

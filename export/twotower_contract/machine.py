@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -15,10 +14,9 @@ def cores() -> int:
 
 def memory_bytes() -> int:
     """Return the memory of this machine, or of the container around us; 0 if nobody says."""
-    if hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        total = _windows_memory()
+    if not hasattr(os, "sysconf"):
+        return 0
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
@@ -45,22 +43,3 @@ def read_at(descriptor: int, length: int, offset: int) -> bytes:
         return os.pread(descriptor, length, offset)
     os.lseek(descriptor, offset, os.SEEK_SET)
     return os.read(descriptor, length)
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of Windows."""
-
-    _fields_ = (
-        ("length", ctypes.c_uint32),
-        ("load", ctypes.c_uint32),
-        ("total", ctypes.c_uint64),
-        ("rest", ctypes.c_uint64 * 6),
-    )
-
-
-def _windows_memory() -> int:
-    library = getattr(ctypes, "windll", None)
-    if library is None:
-        return 0
-    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    return int(status.total) if library.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else 0

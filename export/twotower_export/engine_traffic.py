@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from twotower_contract.digests import file_state
 from twotower_contract.engine_set import EngineSet, find_engine_sets, open_engine_set
 from twotower_contract.errors import EngineSetError, printable
+from twotower_contract.tables import aligned
 from twotower_contract.traffic import Listing, Moved, Traffic, read_listings, traffic_of
 
 ROWS: Final = (1, 4, 16, 64, 256)
@@ -131,7 +132,7 @@ def _text_of_profile(
     yield f"{tower}, profile {found['profile']}, from {source}{memory}"
     calls = found["calls"]
     names = list(calls[0]["sizes"])
-    head = ("rows" if name == "batch" else name for name in names)
+    head = ["rows" if name == "batch" else name for name in names]
     rows = [
         [
             *(f"{call['sizes'][name]:,}" for name in names),
@@ -144,7 +145,9 @@ def _text_of_profile(
         ]
         for call in calls
     ]
-    yield from _table([[*head, "GB", "least", "ratio", "kernels", "copies", "GB copied"], *rows], 0)
+    yield from _table(
+        [[*head, "GB", "least", "ratio", "kernels", "copies", "GB copied"], *rows], ()
+    )
     call = calls[0]
     yield f"  at {calls[0]['sizes']['batch']} rows, by kind of layer:"
     kinds = [
@@ -156,7 +159,7 @@ def _text_of_profile(
         ]
         for kind, one in call["kinds"].items()
     ]
-    yield from _table([["", "kernels", "a layer", "GB read", "written", "least"], *kinds], 1)
+    yield from _table([["", "kernels", "a layer", "GB read", "written", "least"], *kinds])
     largest = sorted(call["each"], key=lambda one: -one["read_bytes"] - one["written_bytes"])
     yield "  the largest kernels:"
     kernels = [
@@ -167,7 +170,7 @@ def _text_of_profile(
         ]
         for one in largest[:LARGEST]
     ]
-    yield from _table([["", "", "MB read", "written"], *kernels], 1)
+    yield from _table([["", "", "MB read", "written"], *kernels])
     if call["copies"]:
         yield "  inputs that are copied or transposed:"
         for name, count, size in _grouped(call["copies"]):
@@ -185,12 +188,5 @@ def _grouped(copies: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
     return [(name, len(sizes), sum(sizes)) for name, sizes in groups.items()]
 
 
-def _table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
-    """Align cells: the first `left` columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield f"    {'  '.join(cells)}".rstrip()
+def _table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[str]:
+    return [f"    {line}" for line in aligned(rows, left)]

@@ -11,11 +11,17 @@ import pytest
 
 from benchmarks import compiled_tables
 from tests.support.compiled import compiled as compile_tower
-from tests.support.compiled import config_of, copies
+from tests.support.compiled import config_of, copies, write_graph
 from tests.support.sparse_checkpoint import FULL_CONFIG
-from twotower_contract.traffic import traffic_of
+from twotower_contract.engine_set import Limits
+from twotower_contract.traffic import read_listings, traffic_of
+from twotower_engines.building.flavours.flavour import Order, Target
+from twotower_engines.building.flavours.jobs import engine_job
+from twotower_engines.building.flavours.process import build_engine_files
+from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY, TensorRtRtxFlavour
 from twotower_engines.planning.compiled import compiled_tower
 from twotower_engines.planning.plan import WORKSPACE_SLACK
+from twotower_engines.planning.skus import known_skus
 
 PATTERN = "ME*"
 CONTEXT = 8192
@@ -127,6 +133,28 @@ def test_scratch_memory_is_bounded_and_planned(compiled):
     assert compiled.scratch < (50e6 if rows(compiled) == 1 else 250e6)
     if rows(compiled) == 16:  # for fewer, the step alone is made otherwise than for a range of rows
         assert compiled.scratch <= WORKSPACE_SLACK * planned.scratch_bytes(16, 16, CAPACITY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 16])
+@pytest.mark.parametrize("tower", compiled_tables.TOWERS)
+def test_an_engine_of_the_flavour_asks_for_no_more_memory_than_is_planned(tower, slots, tmp_path):
+    """And says that it allocates nothing by itself: contexts get their memory from the runtime."""
+    limits = Limits(slots=slots, context=CONTEXT, max_tokens_per_call=256, block_size_max=64)
+    target = Target(known_skus()["rtx-pro-6000"], limits, "bf16")
+    recipe = TensorRtRtxFlavour().recipe(tower, target)
+    path = write_graph(tmp_path, tower, compiled_tables.PATTERN)
+    job = engine_job(Order(path, tmp_path / "engine.plan", recipe))
+    built = build_engine_files(LIBRARY, {tower: job}, 1, lambda tower, text: None)
+    assert "REQUIRE_USER_ALLOCATION" in built[tower]["flags"]
+    _, (listing,) = read_listings(tmp_path / "engine.traffic.json")
+    tokens = 256 if tower == "context" else 64
+    planned = compiled_tower(config_of(compiled_tables.PATTERN), tower, "bodies", 2)
+    assert listing.scratch <= WORKSPACE_SLACK * planned.scratch_bytes(slots, tokens, CONTEXT)
+    # an output of a size that no input has would be allocated when a run tells it
+    known = {size for one in listing.inputs for size in one.sizes}
+    sizes = {size for one in listing.outputs for size in one.sizes if isinstance(size, str)}
+    assert sizes <= known
 
 
 def test_experts_write_as_little_where_a_call_decides_how_many_tokens_there_are(

@@ -6,6 +6,7 @@ fp32, random models of odd shapes, ragged rows, an inactive row, an empty and a 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -201,7 +202,7 @@ def test_states_are_exact_however_fast_they_decay():
 @pytest.mark.parametrize("rounding", ["float32", "bfloat16"])
 def test_denoiser_graph_equals_the_pytorch_tower(model, rounding):
     config, tensors = model
-    config = type(config)(**{**vars(config), "dtype": rounding})
+    config = replace(config, dtype=rounding)
     generator = np.random.default_rng(3)
     ids = generator.integers(4, config.vocab_size, (4, 9)).astype(np.int32)
     ids[generator.random(ids.shape) < 0.6] = config.mask_token_id

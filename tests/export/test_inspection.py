@@ -28,6 +28,8 @@ from twotower_export.inventory import fitting_skus, take_inventory
 from twotower_export.tiny.checkpoints import tiny_config
 from twotower_export.verification.target import open_target
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 CONFIG = tiny_config("ME*", hidden=16)
 
 

@@ -28,6 +28,8 @@ from twotower_export.nemotron_h import write_nemotron_h
 from twotower_export.reference.towers import empty_states
 from twotower_export.tiny.checkpoints import tiny_config, write_random_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 CONFIG = tiny_config("ME*", hidden=16)
 
 

@@ -20,6 +20,8 @@ from twotower_export.tiny.checkpoints import write_random_checkpoint
 from twotower_export.verification.emulation import emulated
 from twotower_export.verification.graphs import GraphPart
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 
 def body_of(model, name):
     (found,) = [one for one in model.functions if one.name == name]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 import tests.support.kernel_reference as reference
 from tests.support.kernel_inputs import draw_mamba
-from twotower_engines.kernels import mamba
+from twotower_engines.kernels import mamba, mamba_chunk, mamba_spans
 
 G = 2
 EPSILON = 1e-5
 
 
 def check(
-    args: list[torch.Tensor], groups: int = G, *, states: bool = True
+    args: list[torch.Tensor], groups: int = G, *, states: bool = True, tactic: int = 1
 ) -> tuple[torch.Tensor, ...]:
     """y and both new states are the reference's, as precisely as T allows."""
-    got = mamba.mamba_block_step(*args, groups, EPSILON, states=states)
+    got = mamba.mamba_block_step(*args, groups, EPSILON, states=states, tactic=tactic)
     dtype = "bf16" if args[0].dtype == torch.bfloat16 else "fp32"
     exact = [arg.double().numpy() for arg in args]
     want = reference.mamba_block_step(*exact, groups, EPSILON, dtype)
@@ -49,8 +51,47 @@ def test_lengths(L: int, lengths: list[int], dtype: torch.dtype) -> None:
     check(draw_mamba(np.random.default_rng(L), L, lengths, dtype))
 
 
-def test_the_longest_call() -> None:
-    check(draw_mamba(np.random.default_rng(0), 256, [250], sizes=(1, 8, 16, 1)), 1)
+TACTICS = range(1, mamba_spans.TACTICS + 1)
+
+
+@pytest.mark.parametrize("tactic", TACTICS)
+def test_rows_of_several_spans(tactic: int) -> None:
+    """Rows that end inside a span, with one, and before the first."""
+    lengths = [140, 64, 0]
+    assert mamba_spans.span_sizes(len(lengths), 140) == (3, 64)
+    generator = np.random.default_rng(0)
+    args = draw_mamba(generator, 140, lengths, torch.bfloat16, sizes=(1, 8, 16, 1), rate=0.01)
+    check(args, 1, tactic=tactic)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "tactic"),
+    [(torch.float32, 1), *((torch.bfloat16, tactic) for tactic in TACTICS)],
+)
+@pytest.mark.parametrize(
+    ("L", "lengths", "rate"),
+    [(1024, [1024], 1e-3), (1000, [937, 1], 1.0), (256, [256, 200], 1e-3)],
+)
+def test_chunks_of_a_prompt(
+    L: int, lengths: list[int], rate: float, dtype: torch.dtype, tactic: int
+) -> None:
+    """Decays that reach from the first span to the last, and those that end in their own."""
+    generator = np.random.default_rng(L)
+    sizes = (3, 20, 24, 1)
+    args = draw_mamba(generator, L, lengths, dtype, sizes=sizes, seed_scale=30.0, rate=rate)
+    check(args, 1, tactic=tactic)
+
+
+def test_spans_cover_the_tokens_and_have_few_states() -> None:
+    for rows, tokens in itertools.product((1, 2, 3, 4, 7, 8, 16, 64), range(1, 2100)):
+        count, span = mamba_spans.span_sizes(rows, tokens)
+        assert (count - 1) * span < tokens <= count * span
+        assert span % mamba_spans.TILE == 0
+        assert 1 <= mamba_spans.span_slots(rows, count) <= mamba_spans.MOST_SPANS + 1
+    assert [mamba_spans.span_sizes(1, tokens) for tokens in (16, 64, 256, 1024)] == [
+        *((1, 64), (1, 64), (4, 64), (8, 128))
+    ]
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 8, 1), (6, 24, 20, 3), (2, 64, 128, 1)])
@@ -97,7 +138,7 @@ def test_states_only_where_wanted(L: int) -> None:
     y, conv_state, ssm_state = mamba.mamba_block_step(*args, G, EPSILON, states=False)
     assert conv_state is None
     assert ssm_state is None
-    if L <= mamba.CHUNK:
+    if L <= mamba_chunk.CHUNK:
         torch.testing.assert_close(y, mamba.mamba_block_step(*args, G, EPSILON)[0], rtol=0, atol=0)
     for arg, kept in zip(args, before, strict=True):
         torch.testing.assert_close(arg, kept, rtol=0, atol=0)

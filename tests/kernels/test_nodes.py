@@ -7,6 +7,7 @@ compared with the op's own launcher.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.compiled import config_of
 from tests.support.kernel_inputs import (
     MASK,
     block,
@@ -26,13 +28,14 @@ from tests.support.kernel_inputs import (
 )
 from tests.support.plugin_launches import DTYPES, made_tensors, node_call
 from tests.support.quantized_banks import as_given, draw_bank
-from tests.support.released_nodes import released_call
+from tests.support.released_nodes import dtype_of, released_call, tensor_shapes
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import expert_products, experts, linear, mamba, nodes, refine
 from twotower_engines.kernels.compile import all_specs
 from twotower_engines.kernels.jit import launch
 from twotower_engines.kernels.node import POINTERS, Call, Launching, Node
 from twotower_engines.kernels.spec import Sizes
+from twotower_engines.planning.compiled import compiled_tower
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
 
@@ -152,32 +155,34 @@ def test_linear_chain(form: str, group: int, depth: int, tactic: int) -> None:
     assert np.linalg.norm(made - want) < 3e-3 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("states", [False, True])
-@pytest.mark.parametrize("L", [16, 20])
+@pytest.mark.parametrize(("L", "states"), [(20, False), (16, True), (70, True)])
 def test_mamba_chain(L: int, states: bool) -> None:
-    args = draw_mamba(np.random.default_rng(L), L, [L, 9], torch.bfloat16)
-    attributes = {"n_groups": 2, "epsilon": 1e-5, "states": int(states)}
-    made = run_chain("MambaBlockStep", args, attributes)
-    want = mamba.mamba_block_step(*args, 2, 1e-5, states=states)
+    sizes = (2, 8, 16, 2)
+    args = draw_mamba(np.random.default_rng(L), L, [L, 9], torch.bfloat16, sizes=sizes)
+    op = f"MambaBlockStep{nodes.STATES if states else ''}"
+    tactics = max(node.tactics for node in nodes.OPS[op].chain)
+    made = run_chain(op, args, {"n_groups": 2, "epsilon": 1e-5}, tactics)
+    want = mamba.mamba_block_step(*args, 2, 1e-5, states=states, tactic=tactics)
     torch.testing.assert_close(made["y"], want[0], rtol=0, atol=0)
     if states:
         torch.testing.assert_close(made["conv_state_new"], want[1], rtol=0, atol=0)
         torch.testing.assert_close(made["ssm_state_new"], want[2], rtol=0, atol=0)
-    else:
-        assert made["ssm_state_new"].shape == (1,)
 
 
-NODES = {node.name: node for op in nodes.OPS.values() for node in op.chain}
+NODES = nodes.NODES
 
 
 def test_every_node_takes_what_was_made_before_it() -> None:
-    assert len(NODES) == sum(len(op.chain) for op in nodes.OPS.values()), "two nodes of one name"
-    for op in nodes.OPS.values():
+    chained = {id(node): node.name for op in nodes.OPS.values() for node in op.chain}
+    assert len(NODES) == len(chained), "two nodes of one name"
+    for name, op in nodes.OPS.items():
         known = set(op.inputs)
         for node in op.chain:
             assert set(node.takes) <= known
             known |= set(node.makes)
-        assert set(op.outputs) <= known
+        # a denoiser's chain leaves the new states out
+        wanted = op.outputs[:1] if f"{name}{nodes.STATES}" in nodes.OPS else op.outputs
+        assert set(wanted) <= known
 
 
 def test_an_unbounded_dimension_is_refused() -> None:
@@ -201,7 +206,8 @@ def test_an_engine_runs_what_is_compiled_and_timed(rows: int) -> None:
     launchings = []
     for form, suffix in (("plain", ""), ("fp8", "FP8"), ("int4", "INT4"), ("nvfp4", "NVFP4")):
         listed = {spec.name: spec for spec in all_specs(Sizes(experts_format=form))}
-        for op in ("Router", f"SparseExperts{suffix}", "MambaBlockStep"):
+        mamba_ops = ("MambaBlockStep", f"MambaBlockStep{nodes.STATES}")
+        for op in ("Router", f"SparseExperts{suffix}", *mamba_ops):
             for node in nodes.OPS[op].chain:
                 for tactic in range(1, node.tactics + 1):
                     launchings.append(released(node.name, rows, 16, tactic))
@@ -215,6 +221,27 @@ def test_only_the_first_dimension_of_a_grid_grows_with_tokens() -> None:
     grid = released("ExpertsSum", 256, 256).grid
     assert grid[0] == 65536
     assert max(grid[1:]) <= 65535
+
+
+@pytest.mark.parametrize(
+    ("tower", "rows", "tokens"),
+    [*(("context", rows, tokens) for rows, tokens in ((1, 1), (1, 1024), (4, 256), (16, 1024))),
+     ("denoiser", 1, 16), ("denoiser", 16, 64)],
+)  # fmt: skip
+def test_the_plan_of_memory_has_room_for_what_nodes_hand_on(
+    tower: str, rows: int, tokens: int
+) -> None:
+    """TensorRT gives a node no workspace: all that a chain needs are its tensors between nodes."""
+    planned = compiled_tower(config_of(), tower, "kernels", 2).scratch_bytes(rows, tokens, 8192)
+    shapes = tensor_shapes(Sizes(), rows, tokens)
+    width = {"bf16": 2, "fp32": 4, "i32": 4}
+    is_denoiser = tower == "denoiser"
+    mamba_op = "MambaBlockStep" if is_denoiser else f"MambaBlockStep{nodes.STATES}"
+    for name in ("SparseExperts", mamba_op, *(["RefineBlock"] if is_denoiser else [])):
+        op = nodes.OPS[name]
+        between = {one for node in op.chain for one in node.makes} - set(op.outputs)
+        held = sum(math.prod(shapes[one]) * width[dtype_of(one)] for one in between)
+        assert 0 < held <= planned, name
 
 
 def test_the_grid_of_a_prefill_call_fits() -> None:

@@ -16,6 +16,7 @@ CHAINS = (
     "SparseExpertsNVFP4",
     "LinearNVFP4",
     "MambaBlockStep",
+    "MambaBlockStepStates",
 )
 """Ops with every kind of argument: no scales, and two."""
 

@@ -34,8 +34,8 @@ from tests.support.kernel_inputs import (
 from tests.support.quantized_graphs import weight_dtypes
 from twotower_contract.layout import graph_weights
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels.node import NAMESPACE
-from twotower_engines.kernels.nodes import OPS
+from twotower_engines.kernels.node import NAMESPACE, Node
+from twotower_engines.kernels.nodes import NODES, OPS, STATES
 from twotower_engines.kernels.plugin_graph import DECODERS, OPSET, take_codes, with_plugins
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.experts import router, sparse_experts
@@ -136,6 +136,11 @@ def run(model: onnx.ModelProto, given: list[torch.Tensor]) -> list[np.ndarray]:
     return session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))
 
 
+def chain_of(op: str) -> tuple[Node, ...]:
+    """An op's chain in a graph that wants all of its outputs."""
+    return OPS.get(f"{op}{STATES}", OPS[op]).chain
+
+
 @pytest.mark.parametrize("op", EXPORTED)
 def test_the_graph_with_plugins_means_the_same(op: str) -> None:
     model, given = op_model(op)
@@ -144,7 +149,7 @@ def test_the_graph_with_plugins_means_the_same(op: str) -> None:
     assert model.SerializeToString() == before, "the bundle's graph was changed"
     onnx.checker.check_model(changed)
     called = [node.op_type for node in changed.graph.node if node.domain == NAMESPACE]
-    assert called == [node.name for node in OPS[op].chain]
+    assert called == [node.name for node in chain_of(op)]
     for mine, theirs in zip(run(changed, given), run(model, given), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -159,14 +164,11 @@ def test_a_whole_tower_with_plugins_means_the_same(tower: Literal["denoiser", "c
     dtypes = dict.fromkeys(graph_weights(config, tower), "F32")
     model = ir.to_proto(TOWERS[tower](config, "float32", dtypes, {}))
     changed = with_plugins(model)
-    chains = {
-        **dict.fromkeys(("MambaBlockStep", "Router", "SparseExperts"), 2),
-        "RefineBlock": int(tower == "denoiser"),
-    }
+    is_denoiser = tower == "denoiser"
+    mamba = "MambaBlockStep" if is_denoiser else f"MambaBlockStep{STATES}"
+    chains = {mamba: 2, "Router": 2, "SparseExperts": 2, "RefineBlock": int(is_denoiser)}
     counts = Counter(node.op_type for node in changed.graph.node if node.domain == "twotower")
     assert counts == {node.name: n for op, n in chains.items() for node in OPS[op].chain if n}
-    states = {a.i for node in changed.graph.node for a in node.attribute if a.name == "states"}
-    assert states == {int(tower == "context")}
 
     given = random_inputs(model, {"batch": 2, "block": 4, "tokens": 4, "context": 3 + 4})
     for mine, theirs in zip(run(changed, given), run(model, given), strict=True):
@@ -261,10 +263,9 @@ def random_inputs(model: onnx.ModelProto, sizes: dict[str, int]) -> list[torch.T
 
 def test_new_states_are_asked_for_where_the_graph_returns_them() -> None:
     model, _ = op_model("MambaBlockStep")
-    for wanted in (1, 0):
-        called = with_plugins(model).graph.node
-        states = [a.i for node in called for a in node.attribute if a.name == "states"]
-        assert states == [wanted]
+    for op in (f"MambaBlockStep{STATES}", "MambaBlockStep"):
+        called = [node.op_type for node in with_plugins(model).graph.node]
+        assert called == [node.name for node in OPS[op].chain]
         del model.graph.output[1:]
 
 
@@ -278,9 +279,8 @@ def test_a_graph_without_ops_is_refused() -> None:
 def test_tensorrt_registers_and_validates_every_definition(check: Callable[..., Any]) -> None:
     found = check("registered")
     assert found["before"] == {}
-    nodes = [node for op in OPS.values() for node in op.chain]
-    assert sorted(found["after"]) == sorted(node.name for node in nodes)
-    for node in nodes:
+    assert sorted(found["after"]) == sorted(NODES)
+    for node in NODES.values():
         assert sorted(found["after"][node.name]) == sorted(node.attributes)
     assert "registered its plugins for 9.0" in found["refusal"]
 
@@ -289,7 +289,7 @@ def test_tensorrt_instantiates_ahead_of_time_plugins(check: Callable[..., Any]) 
     assert check("shapes_unknown") == {
         "RefineVocabulary": ["FLOAT", "INT32"],
         "ExpertsUp": ["BF16"],
-        "MambaScan": ["BF16", "BF16", "FLOAT"],
+        "MambaSpans": ["BF16", "FLOAT", "FLOAT"],
     }
 
 
@@ -309,13 +309,14 @@ def test_what_tensorrt_is_given(check: Callable[..., Any]) -> None:
     assert kinds(up) == "ppppppip"  # the sixth input, `indices`, is passed and ignored
     assert "experts_up_ignored_5" in up["ptx"]
 
-    scan = made["MambaScan"]
-    assert scan["outputs"] == [
-        *[["BF16", [3, 16, 32]], ["BF16", [3, 3, 96]]],
-        ["FLOAT", [3, 4, 8, 16]],
+    spans = made["MambaSpans"]  # 200 tokens of 3 rows: two spans of 128, and a slot too many
+    assert spans["outputs"] == [
+        ["BF16", [3, 200, 96]],
+        *[["FLOAT", [4, 4, 8, 16]], ["FLOAT", [4, 4]]],
     ]
-    assert scan["launch"][:4] == [4, 3, 1, 128]
-    assert kinds(scan) == "p" * 10 + "i" + "ppp"
+    assert spans["launch"][:4] == [4, 3, 2, 128]
+    assert spans["integers"] == [200, 128]
+    assert kinds(spans) == "p" * 10 + "ii" + "ppp"
     for node in made.values():
         assert node["launch"][4] <= 48 * 1024
         assert f".visible .entry {node['entry']}(" in node["ptx"]
@@ -335,7 +336,7 @@ def test_a_plugin_keeps_one_kernel_for_all_profiles(check: Callable[..., Any]) -
     So a tactic's kernel must be the same in every profile, and its grid that of its own tiles.
     """
     made = check("profiles")
-    for op in (*EXPORTED, "SparseExpertsNVFP4", "LinearNVFP4"):
+    for op in (*EXPORTED, f"MambaBlockStep{STATES}", "SparseExpertsNVFP4", "LinearNVFP4"):
         for node in OPS[op].chain:
             found = made[node.name]
             assert all(found["same"]), node.name
@@ -382,7 +383,7 @@ def test_the_parser_asks_a_plugin_of_that_name(
     """
     done = tensorrt("other_plugins", graphs[op])
     asked = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"plugin"')]
-    first = OPS[op].chain[0]
+    first = chain_of(op)[0]
     assert [one["plugin"] for one in asked] == [first.name], done.stderr[-2000:]
-    expected = {"mask_id": [MASK], "num_experts": [5], "n_groups": [2], "states": [1]}
+    expected = {"mask_id": [MASK], "num_experts": [5], "n_groups": [2]}
     assert asked[0]["attributes"] == {name: expected[name] for name in first.attributes}

@@ -15,6 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 import twotower_client as tt
 from tests.support import TWOTOWER
+from tests.support.command import twotower
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.front import Front
 from twotower_engines.serving.launch import ServerOptions, Tls, name_of, read_key, tls_of
@@ -69,24 +70,20 @@ def options(files: Path, server) -> list[str]:
     ]  # fmt: skip
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*TWOTOWER, *words], capture_output=True, text=True, timeout=60)
-
-
 @pytest.mark.slow  # a server of its own
 @pytest.mark.server
 def test_callers_need_a_certificate_and_the_key(closed, files) -> None:
     known, key = options(files, closed), ["--key-file", str(files / "access")]
     ask = ("generate", "--prompt-ids", "5", "--max-new-tokens", "4")
-    ran = run(*ask, *known, *key)
+    ran = twotower(*ask, *known, *key)
     assert ran.returncode == 0, ran.stderr
-    assert run("probe", "ready", *known, *key).returncode == 0
+    assert twotower("probe", "ready", *known, *key).returncode == 0
     for code, words in (
         (2, known),
         (1, [*known[:4], *key]),
         (1, ["--url", closed.grpc_address, *key]),
     ):
-        refused = run(*ask, *words)
+        refused = twotower(*ask, *words)
         assert refused.returncode == code, refused.stderr
         assert "Traceback" not in refused.stderr
 
@@ -94,7 +91,7 @@ def test_callers_need_a_certificate_and_the_key(closed, files) -> None:
 @pytest.mark.slow  # a server of its own
 @pytest.mark.server
 def test_the_key_is_named_where_it_is_missing(closed, files) -> None:
-    ran = run("generate", "--prompt-ids", "5", *options(files, closed))
+    ran = twotower("generate", "--prompt-ids", "5", *options(files, closed))
     assert "access key" in ran.stderr
     assert "--key-file" in ran.stderr
 
@@ -166,11 +163,11 @@ def test_options_that_do_not_fit_are_refused(files) -> None:
     for key in ("", "two words", "é", "a\nb"):
         with pytest.raises(ServingError, match="access key"):
             ServerOptions(access_key=key).check()
-    ran = run("generate", "hi", "--tls-key", str(files / "client.key"))
+    ran = twotower("generate", "hi", "--tls-key", str(files / "client.key"))
     assert (ran.returncode, "belong together" in ran.stderr) == (2, True)
-    ran = run("probe", "live", "--metadata", "x-api-key")
+    ran = twotower("probe", "live", "--metadata", "x-api-key")
     assert (ran.returncode, "give NAME=VALUE" in ran.stderr) == (2, True)
-    ran = run("probe", "live", "--key-file", str(files / "none"))
+    ran = twotower("probe", "live", "--key-file", str(files / "none"))
     assert (ran.returncode, "cannot be read" in ran.stderr) == (2, True)
 
 
@@ -190,35 +187,16 @@ def test_a_client_takes_the_same_settings(closed, files) -> None:
 
 @pytest.mark.slow  # a server of its own
 def test_a_load_test_gets_in_the_same_way(closed, files) -> None:
-    command = [
-        *TWOTOWER,
-        "bench",
-        *options(files, closed),
-        "--key-file",
-        str(files / "access"),
-        "--num-prompts",
-        "2",
-        "--warmup",
-        "0",
-    ]
-    ran = subprocess.run(
-        [*command, "--max-new-tokens", "4"], capture_output=True, text=True, timeout=120
-    )
+    words = ["bench", *options(files, closed), "--key-file", files / "access"]
+    ran = twotower(*words, "--num-prompts", 2, "--warmup", 0, "--max-new-tokens", 4)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[1].split()[:5] == ["1", "at", "a", "time", "2"]
 
 
 @pytest.mark.slow  # a server of its own
 def test_the_openai_front_end_gets_in_the_same_way(closed, files) -> None:
-    command = [
-        *TWOTOWER,
-        "openai",
-        *options(files, closed),
-        "--key-file",
-        str(files / "access"),
-        "--port",
-        "0",
-    ]
+    command = [*TWOTOWER, "openai", *options(files, closed), "--port", "0"]
+    command += ["--key-file", str(files / "access")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip().removeprefix("ready http=")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
 import urllib.request
 
 import pytest
 
-from tests.support import TWOTOWER
+from tests.support.command import twotower
 
 pytestmark = pytest.mark.server
 
@@ -79,8 +78,7 @@ def test_the_command_line_prints_what_run_prints(server, packaged) -> None:
 
 
 def run_cli(*arguments: str) -> dict:
-    command = [*TWOTOWER, *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = twotower(*arguments)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 

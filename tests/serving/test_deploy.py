@@ -21,6 +21,7 @@ import yaml
 
 import twotower_client as tt
 from tests.support import ROOT, TWOTOWER
+from tests.support.command import twotower
 
 DEPLOY = ROOT / "docs" / "deploy"
 LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
@@ -83,9 +84,7 @@ def test_probes_are_commands_that_there_are(file) -> None:
     for probe in probes:
         program, *words = probe["exec"]["command"]
         assert program == "twotower"
-        ran = subprocess.run(
-            [*TWOTOWER, *words, "--url", "127.0.0.1:9"], capture_output=True, text=True
-        )
+        ran = twotower(*words, "--url", "127.0.0.1:9")
         assert ran.returncode == 1, ran.stderr  # no server is there; 2 would be a wrong option
         assert float(words[words.index("--timeout") + 1]) < probe["timeoutSeconds"]
 
@@ -122,7 +121,7 @@ def test_the_entry_point_of_the_image_gives_options_that_there_are(tmp_path) -> 
     ]
     for line in said:
         verb, *given = line.split()
-        help_ = subprocess.run([*TWOTOWER, verb, "--help"], capture_output=True, text=True).stdout
+        help_ = twotower(verb, "--help").stdout
         assert all(word in help_ for word in given if word.startswith("--"))
 
 

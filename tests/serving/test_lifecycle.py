@@ -18,6 +18,7 @@ import pytest
 
 import twotower_client as tt
 from tests.support import TWOTOWER
+from tests.support.command import twotower
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.ports import choose_ports
 
@@ -120,10 +121,7 @@ def test_a_model_that_cannot_load_says_why(tmp_path, packaged) -> None:
     shutil.copytree(packaged.repository, broken)
     config = broken / "twotower" / "config.pbtxt"
     config.write_text(config.read_text().replace(str(packaged.engines), "/no/engines"))
-    ran = subprocess.run(
-        [*COMMAND, str(broken), "--grpc-port", "0", "--no-metrics"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    ran = twotower("serve", broken, "--grpc-port", 0, "--no-metrics")
     assert ran.returncode == 2
     assert "/no/engines" in ran.stderr
     assert "Traceback (most recent call last)" not in ran.stderr.partition("log says")[0]
@@ -163,8 +161,7 @@ def test_a_taken_port_is_named(packaged) -> None:
             ports = dict.fromkeys(("--grpc-port", "--http-port", "--metrics-port"), 0)
             with pytest.raises(ServingError, match=f"port {port} is taken.*{option}"):
                 choose_ports("127.0.0.1", {**ports, option: port})
-        command = [*COMMAND, str(packaged.repository), "--grpc-port", str(port)]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        ran = twotower("serve", packaged.repository, "--grpc-port", port)
     assert ran.returncode == 2
     assert f"error: port {port} is taken" in ran.stderr
 
@@ -218,14 +215,13 @@ def test_a_numpy_that_empties_answers_is_refused(packaged, monkeypatch) -> None:
 def test_a_log_that_cannot_be_written_is_named(tmp_path, packaged) -> None:
     (tmp_path / "file").touch()
     for log in ("/proc/x.log", str(tmp_path / "file" / "x.log")):
-        command = [*COMMAND, str(packaged.repository), "--grpc-port", "0", "--http-port", "0"]
-        command += ["--metrics-port", "0", "--log", log]
-        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        _, said = running.communicate(timeout=30)
-        assert running.returncode == 2
-        assert said.startswith(f"error: {log}: the log cannot be written (")
-        assert said.count("\n") == 1
-        assert remains(running.pid) == ([], [])
+        ports = [word for kind in ("grpc", "http", "metrics") for word in (f"--{kind}-port", 0)]
+        before = remains(os.getpid())
+        ran = twotower("serve", packaged.repository, *ports, "--log", log)
+        assert ran.returncode == 2
+        assert ran.stderr.startswith(f"error: {log}: the log cannot be written (")
+        assert ran.stderr.count("\n") == 1
+        assert remains(os.getpid()) == before
 
 
 def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import queue
 import re
 import shutil
 import socket
 import subprocess
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 import twotower_client as tt
 from tests.support import ROOT
+from tests.support.collector import collector
 from twotower_engines.serving.journal import METRICS, OUTCOMES, Ended, Journal, line_of
 
 DEPLOY = ROOT / "docs" / "deploy"
@@ -206,22 +204,13 @@ def ask(port: int, path: str, key: str = "result") -> list:
 @pytest.mark.slow  # a server of its own
 @pytest.mark.server
 def test_a_request_is_a_trace_at_a_collector(packaged) -> None:
-    """The collector stands in for OpenTelemetry's: it keeps what Triton sends."""
     from twotower_engines.serving.server import ServerOptions, TritonServer
 
-    sent: queue.SimpleQueue[dict] = queue.SimpleQueue()
-
-    class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            sent.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-    collector = HTTPServer(("127.0.0.1", 0), Collector)
-    threading.Thread(target=collector.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
     spans: dict[str, list[dict]] = {}
-    with TritonServer(packaged.repository, ServerOptions(grpc_port=0, traces=url)) as server:
+    with (
+        collector() as (url, sent),
+        TritonServer(packaged.repository, ServerOptions(grpc_port=0, traces=url)) as server,
+    ):
         server.wait_until_ready(120)
         ours = {"traceparent": f"00-{'c' * 32}-{'d' * 16}-01"}
         with tt.TwoTowerClient(server.grpc_address, metadata=ours) as client:
@@ -233,7 +222,6 @@ def test_a_request_is_a_trace_at_a_collector(packaged) -> None:
             )
             for span in (one for scope in resource["scopeSpans"] for one in scope["spans"]):
                 spans.setdefault(span["name"], []).append(span)
-    collector.shutdown()
     [model], [compute], [whole] = (spans[name] for name in ("twotower", "compute", "answer"))
     assert compute["parentSpanId"] == model["spanId"]
     assert "QUEUE_START" in [event["name"] for event in model["events"]]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, TWOTOWER
+from tests.support import ROOT
+from tests.support.command import twotower
 from twotower_client import cli as root
 from twotower_contract.atomic import partial_folder, put_in_place
 from twotower_contract.engine_set import open_engine_set
@@ -101,8 +101,7 @@ def test_a_new_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path) ->
 def test_a_place_that_cannot_be_written_is_named(packaged, tmp_path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "x" / "y", Path("/proc/zz")):
-        command = [*TWOTOWER, "package", str(packaged.engines)]
-        ran = subprocess.run([*command, str(place)], capture_output=True, text=True, timeout=60)
+        ran = twotower("package", packaged.engines, place)
         assert ran.returncode == 2
         assert ran.stderr.startswith(f"error: {place}: cannot be written (")
         assert ran.stderr.count("\n") == 1

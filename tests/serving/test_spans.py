@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import queue
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
+from tests.support.collector import collector
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.serving.spans import SpanSender, Trace
 
@@ -51,25 +49,18 @@ def test_a_request_that_failed_between_blocks_says_so() -> None:
 
 
 def test_a_collector_gets_batches_and_one_that_is_gone_is_named_once(capsys) -> None:
-    arrived: queue.SimpleQueue[dict] = queue.SimpleQueue()
+    names = [str(number) for number in range(600)]
 
-    class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            arrived.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
+    def send() -> None:
+        sender = SpanSender(url)
+        sender.put([{"name": name} for name in names])
+        sender.close()
 
-    collector = HTTPServer(("127.0.0.1", 0), Collector)
-    url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-    threading.Thread(target=collector.serve_forever, daemon=True).start()
-    first = SpanSender(url)
-    first.put([{"name": str(number)} for number in range(600)])
-    first.close()
-    spans = [arrived.get(timeout=20)["resourceSpans"][0]["scopeSpans"][0]["spans"] for _ in "ab"]
-    assert [one["name"] for batch in spans for one in batch] == [str(n) for n in range(600)]
-    collector.shutdown()
-    collector.server_close()
-    gone = SpanSender(url)
-    gone.put([{"name": str(number)} for number in range(600)])
-    gone.close()
+    with collector() as (url, arrived):
+        send()
+        spans = [
+            arrived.get(timeout=20)["resourceSpans"][0]["scopeSpans"][0]["spans"] for _ in "ab"
+        ]
+    assert [one["name"] for batch in spans for one in batch] == names
+    send()
     assert capsys.readouterr().err.count("spans are not taken by") == 1

@@ -14,11 +14,10 @@ from tests.support.released_nodes import attributes_of, dtype_of, form_of, tenso
 from twotower_contract.traffic import Kernel, Tensor
 from twotower_engines.building.flavours.compiled import layer_of
 from twotower_engines.kernels.node import NAMESPACE, Call
-from twotower_engines.kernels.nodes import OPS
+from twotower_engines.kernels.nodes import NODES
 from twotower_engines.kernels.plugin_graph import with_plugins
 from twotower_engines.kernels.spec import Sizes
 
-NODES = {node.name: node for op in OPS.values() for node in op.chain}
 TYPES = {
     **{"bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT, "i32": TensorProto.INT32},
     "fp8": TensorProto.FLOAT8E4M3FN,
@@ -47,7 +46,6 @@ def cut_at_plugins(model, tokens):
     graph = cut.graph
     plugins = [node for node in graph.node if node.domain == NAMESPACE]
     kept = [node for node in graph.node if node.domain != NAMESPACE]
-    states = any(one.name.endswith("ssm_state_new") for one in graph.output)
     given = {
         one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim)
         for one in graph.input
@@ -64,7 +62,6 @@ def cut_at_plugins(model, tokens):
             }
             shapes["x"] = (ROWS * TOKENS, 8 * shapes["matrix"][1])
         attributes = dict(attributes_of(node, Sizes()))
-        attributes |= {"states": int(states)} if "states" in attributes else {}
         attributes |= {one.name: one.i for one in call.attribute if one.name == "gated"}
         if not attributes.get("gated", True):
             shapes["gate"] = shapes["hidden"]  # stands in its place

@@ -33,8 +33,16 @@ from tests.support.kernel_inputs import (
 )
 from tests.support.plugin_launches import Launcher
 from tests.support.quantized_banks import as_given, draw_bank
-from twotower_engines.kernels import expert_products, experts, linear, mamba, refine, router
-from twotower_engines.kernels.nodes import OPS
+from twotower_engines.kernels import (
+    expert_products,
+    experts,
+    linear,
+    mamba,
+    mamba_spans,
+    refine,
+    router,
+)
+from twotower_engines.kernels.nodes import OPS, STATES
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.kernels.targets import target
 
@@ -154,7 +162,7 @@ def check_mamba() -> dict[str, Any]:
     errors, equal = {}, True
     for dtype in (torch.float32, torch.bfloat16):
         name = "fp32" if dtype == torch.float32 else "bf16"
-        for L, lengths in ((16, [16, 9, 0]), (100, [100, 33])):
+        for L, lengths in ((16, [16, 9, 0]), (300, [300, 133])):
             args = draw_mamba(generator, L, lengths, dtype, sizes=sizes, seed_scale=30.0)
             exact = [x.double().numpy() for x in args]
             want = reference.mamba_block_step(*exact, SIZES.groups, 1e-5, name)
@@ -165,8 +173,11 @@ def check_mamba() -> dict[str, Any]:
             errors[f"{name} {L} y without states"] = relative(without[0], want[0])
             again = mamba.mamba_block_step(*given, SIZES.groups, 1e-5, states=False)
             equal = equal and torch.equal(without[0], again[0])
-            for part, mine, theirs in zip(("y", "conv", "state"), got, want, strict=True):
-                errors[f"{name} {L} {part}"] = relative(mine, theirs)
+            tactics = range(1, mamba_spans.TACTICS + 1)
+            for tactic in tactics:
+                got = mamba.mamba_block_step(*given, SIZES.groups, 1e-5, tactic=tactic)
+                for part, mine, theirs in zip(("y", "conv", "state"), got, want, strict=True):
+                    errors[f"{name} {L} tactic {tactic} {part}"] = relative(mine, theirs)
     return {"errors": errors, "same": equal}
 
 
@@ -190,15 +201,18 @@ def check_plugins() -> dict[str, Any]:
             continue
         inputs = case.inputs()
         states = "new states" in case.shape
-        given, attributes = op_call(case.op, inputs, states)
-        for tactic in range(1, max(node.tactics for node in OPS[case.op].chain) + 1):
+        given, attributes = op_call(case.op, inputs)
+        op = f"{case.op}{STATES}" if states else case.op
+        for tactic in range(1, max(node.tactics for node in OPS[op].chain) + 1):
             name = f"{case.op} {case.shape}" + (f" tactic {tactic}" if tactic > 1 else "")
-            made = launcher.run_chain(case.op, given, attributes, tactic)
+            made = launcher.run_chain(op, given, attributes, tactic)
             torch.cuda.synchronize()
             got = [made[output] for output in OPS[case.op].outputs]
             if case.op == "SparseExperts":
                 tiles = expert_products.matmul_tactics("bf16")[tactic - 1]
                 want: Any = (experts.sparse_experts(*inputs, config=tiles),)
+            elif states:
+                want = mamba.mamba_block_step(*inputs, tactic=tactic)
             else:
                 want = case.kernel(*inputs)
             wanted = 3 if states else 4 if case.op == "RefineBlock" else 1
@@ -237,7 +251,7 @@ def is_bf16(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
 
 
-def op_call(op: str, inputs: tuple[Any, ...], states: bool) -> tuple[list[Any], dict[str, Any]]:
+def op_call(op: str, inputs: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
     """Tensors and attributes of an op, from its launcher's arguments."""
     count = len(OPS[op].inputs)
     tensors, rest = list(inputs[:count]), inputs[count:]
@@ -246,7 +260,7 @@ def op_call(op: str, inputs: tuple[Any, ...], states: bool) -> tuple[list[Any], 
     if op == "SparseExperts":
         given = layer_of_experts(inputs, 1)
         return given, {"num_experts": SIZES.experts, "gated": 1}
-    return tensors, {"n_groups": rest[0], "epsilon": rest[1], "states": int(states)}
+    return tensors, {"n_groups": rest[0], "epsilon": rest[1]}
 
 
 if __name__ == "__main__":

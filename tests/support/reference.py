@@ -313,20 +313,6 @@ def refine(logits, ids, threshold, steps_left, temperature=0.0, policy="threshol
     return np.where(committed, predicted, ids), confidence, committed, n - k
 
 
-def truncated_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The distribution that autoregressive sampling draws from."""
-    chances = softmax(np.asarray(logits, np.float64) / temperature)
-    if 0 < top_k < len(chances):
-        chances = np.where(chances >= np.sort(chances)[-top_k], chances, 0)  # ties are kept
-        chances = chances / chances.sum()
-    if top_p < 1:
-        order = np.argsort(-chances, kind="stable")
-        before = np.cumsum(chances[order]) - chances[order]
-        chances[order[before > top_p]] = 0
-        chances = chances / chances.sum()
-    return chances
-
-
 # --- generation ---------------------------------------------------------------------------------
 
 

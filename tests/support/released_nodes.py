@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower_contract.quantized import input_forms
+from twotower_engines.kernels.mamba_spans import span_sizes, span_slots
 from twotower_engines.kernels.node import Call, Node
 from twotower_engines.kernels.spec import Sizes
 
@@ -14,8 +15,16 @@ INTEGERS = (
     "partial_ids",
 )
 FLOATS = (
-    *("weights", "partial", "ssm_state", "threshold", "temperature", "partials"),
-    *("matrix", "router_logits"),
+    "span_states",
+    "span_decays",
+    "weights",
+    "partial",
+    "ssm_state",
+    "threshold",
+    "temperature",
+    "partials",
+    "matrix",
+    "router_logits",
 )
 LARGEST_BLOCK = 64
 
@@ -29,10 +38,14 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
     tokens = rows * block
     pairs = (tokens * K,)
     turned = s.experts_format == "fp8"
+    slots = span_slots(rows, span_sizes(rows, block)[0])
     packed = 8 if s.experts_format in ("int4", "nvfp4") else 1  # codes in a word
     return {
         "projected": (rows, block, projected),
         "scanned": (rows, block, d_inner),
+        "convolution": (rows, block, conv_dim),
+        "span_states": (slots, s.heads, s.head_dim, s.state),
+        "span_decays": (slots, s.heads),
         "conv_state": (rows, 3, conv_dim),
         "ssm_state": (rows, s.heads, s.head_dim, s.state),
         "weight": (conv_dim, 4),
@@ -95,12 +108,11 @@ def dtype_of(name: str, form: str = "plain") -> str:
 
 
 def attributes_of(node: Node, sizes: Sizes) -> Mapping[str, Any]:
-    """Return a node's attributes, in the denoiser: it wants no new states, and has a gate."""
+    """Return a node's attributes, in the denoiser, which has a gate."""
     known = {
         "mask_id": sizes.mask_id,
         "num_experts": sizes.experts,
         "n_groups": sizes.groups,
-        "states": 0,
         "gated": 1,
         "per_token": sizes.experts_per_token,
         "normalized": 1,

@@ -67,10 +67,11 @@ def server(packaged):
 
 
 @pytest.fixture(scope="session")
-def soaking(packaged, tmp_path_factory):
+def soaking(server, packaged, tmp_path_factory):
     """A soak of two minutes in processes of their own, which yield to others: `tests.support.soak`.
 
-    Gives the function that waits for its outcome.
+    Gives the function that waits for its outcome. It begins after the server that others share is
+    ready, whose start is timed.
     """
     from tests.support.soak import Soaked
 

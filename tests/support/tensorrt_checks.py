@@ -30,7 +30,7 @@ from tests.support.released_nodes import attributes_of, dtype_of, form_of, tenso
 from twotower_engines.errors import BuildError  # noqa: E402
 from twotower_engines.kernels import plugins  # noqa: E402
 from twotower_engines.kernels.node import NAMESPACE  # noqa: E402
-from twotower_engines.kernels.nodes import OPS  # noqa: E402
+from twotower_engines.kernels.nodes import NODES, OPS  # noqa: E402
 from twotower_engines.kernels.spec import Sizes  # noqa: E402
 
 
@@ -116,8 +116,8 @@ INPUTS = {
         ("i32", (9, 4)),
         ("i32", (40, 2)),
     ],
-    "MambaScan": [
-        ("bf16", (3, 16, 2 * 32 + 2 * 2 * 16 + 4)),
+    "MambaSpans": [
+        ("bf16", (3, 200, 2 * 32 + 2 * 2 * 16 + 4)),
         ("bf16", (3, 3, 96)),
         ("fp32", (3, 4, 8, 16)),
         ("i32", (3,)),
@@ -130,7 +130,7 @@ INPUTS = {
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "RefineVocabulary": {"mask_id": 3},
     "ExpertsUp": {},
-    "MambaScan": {"n_groups": 2, "states": 1},
+    "MambaSpans": {"n_groups": 2},
 }
 
 
@@ -217,7 +217,7 @@ def profiles() -> Any:
     sizes = replace(sizes, groups=1)
     made: dict[str, Any] = {}
     chosen = [op for op in OPS if not op.endswith(("FP8", "INT4"))]  # the same nodes, other banks
-    for node in (node for op in chosen for node in OPS[op].chain):
+    for node in {node.name: node for op in chosen for node in OPS[op].chain}.values():
         plugin = created(node.name, attributes_of(node, sizes))
         form = form_of(node)
         sizes = replace(sizes, experts_format=form)
@@ -297,8 +297,7 @@ def other_plugins(path: str) -> None:
             given = {field.name: field.data.tolist() for field in fields}
             print(json.dumps({"plugin": self.name, "attributes": given}), flush=True)
 
-    nodes = (node for op in OPS.values() for node in op.chain)
-    made = [Creator(node.name, dict(node.attributes)) for node in nodes]
+    made = [Creator(node.name, dict(node.attributes)) for node in NODES.values()]
     for creator in made:
         trt.get_plugin_registry().register_creator(creator, NAMESPACE)
     parse(path)

@@ -10,20 +10,22 @@ import sys
 from types import SimpleNamespace
 
 API = {
-    "": {"Runtime", "Logger", "TensorIOMode", "ExecutionContextAllocationStrategy"},
+    "": {"Runtime", "Logger", "TensorIOMode", "TensorLocation",
+         "ExecutionContextAllocationStrategy"},
     "Runtime": {"deserialize_cuda_engine"},
     "ICudaEngine": {
         "num_io_tensors", "get_tensor_name", "get_tensor_mode", "device_memory_size_v2",
         "num_optimization_profiles", "get_tensor_profile_shape", "create_execution_context",
-        "create_runtime_config",
+        "create_runtime_config", "get_tensor_location",
     },
     "IExecutionContext": {
         "set_device_memory", "set_optimization_profile_async", "set_input_shape",
-        "set_tensor_address", "execute_async_v3",
+        "set_tensor_address", "execute_async_v3", "get_tensor_shape",
     },
     "IRuntimeConfig": {"set_execution_context_allocation_strategy"},
     "ExecutionContextAllocationStrategy": {"USER_MANAGED"},
     "TensorIOMode": {"INPUT", "OUTPUT"},
+    "TensorLocation": {"DEVICE"},
     "Logger": {"WARNING"},
 }  # fmt: skip
 RTX = {
@@ -75,6 +77,9 @@ class Config(Recorded):
 class Context(Recorded):
     kind = "IExecutionContext"
 
+    def get_tensor_shape(self, name):
+        return self._module.answers.get("get_tensor_shape", [4, 16])
+
 
 class Engine(Recorded):
     kind = "ICudaEngine"
@@ -90,6 +95,9 @@ class Engine(Recorded):
 
     def get_tensor_mode(self, name):
         return self._module.tensors[name]
+
+    def get_tensor_location(self, name):
+        return self._module.answers.get("get_tensor_location", "device")
 
     def get_tensor_profile_shape(self, name, profile):
         assert name == "ids"
@@ -110,6 +118,7 @@ class FakeTensorRt:
         self.is_rtx, self.__version__ = is_rtx, version
         self.calls, self.answers = [], {}
         self.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+        self.TensorLocation = SimpleNamespace(DEVICE="device")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
         if is_rtx:
             self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")

@@ -11,6 +11,7 @@ from typing import Any
 from twotower_client.bench.summary import LATENCIES, RATES
 from twotower_client.errors import RequestRefusedError
 from twotower_contract.charts import STYLE, Series, chart
+from twotower_contract.tables import aligned
 
 KIND = "twotower bench"
 COLUMNS = {
@@ -50,7 +51,7 @@ def read_result(path: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Return a table with one row for each load, and the errors by kind below."""
     rows = [[_shown(level[name]) for name in COLUMNS] for level in result["levels"]]
-    lines = _aligned([list(COLUMNS.values()), *rows])
+    lines = aligned([list(COLUMNS.values()), *rows])
     for level in result["levels"]:
         for kind, error in level["errors"].items():
             lines.append(f"{level['level']}: {error['count']} x {kind}: {error['first']}")
@@ -75,7 +76,7 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
             values = before[name], after[name]
             change = f"{values[1] / values[0] - 1:+.1%}" if all(values) else ""
             rows.append([after["level"], name, *map(_shown, values), change])
-    return "\n".join(_aligned(rows))
+    return "\n".join(aligned(rows))
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
@@ -132,18 +133,6 @@ def _pairs(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[dict[str, Any
             f"{', '.join(before)}, and {', '.join(level['level'] for level in new['levels'])}"
         )
     return pairs
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows with their columns aligned, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _shown(value: Any) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from twotower_contract.atomic import write_text
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_contract.progress import StatusLine
+from twotower_contract.tables import aligned
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow
 
 if TYPE_CHECKING:
@@ -170,13 +171,15 @@ def _about(engines: EngineSet) -> dict[str, object]:
 
 
 def _table(times: list[CallTime]) -> str:
-    lines = ["call     rows  tokens   median ms      p99 ms    floor ms  of floor    tokens/s"]
+    rows = [["call", "rows", "tokens", "median ms", "p99 ms", "floor ms", "of floor", "tokens/s"]]
     for one in times:
-        floor = f"{one.floor_ms:>12.3f}" if one.floor_ms else f"{'-':>12}"
-        ratio = f"{one.median_ms / one.floor_ms:>9.2f}x" if one.floor_ms else f"{'-':>10}"
-        rate = 1e3 * one.rows * one.tokens / one.median_ms
-        lines.append(
-            f"{one.call:<8} {one.rows:>4} {one.tokens:>7} {one.median_ms:>11.3f} "
-            f"{one.p99_ms:>11.3f}{floor}{ratio}{rate:>12.0f}"
+        floor = one.floor_ms
+        rows.append(
+            [
+                *(one.call, str(one.rows), str(one.tokens)),
+                *(f"{one.median_ms:.3f}", f"{one.p99_ms:.3f}"),
+                *((f"{floor:.3f}", f"{one.median_ms / floor:.2f}x") if floor else ("-", "-")),
+                f"{1e3 * one.rows * one.tokens / one.median_ms:.0f}",
+            ]
         )
-    return "\n".join(lines)
+    return "\n".join(aligned(rows))

@@ -11,7 +11,7 @@ import click
 
 from twotower_contract.atomic import Writing
 from twotower_contract.errors import DryRunEndsError, TwoTowerError
-from twotower_engines.planning.skus import FLAVOURS
+from twotower_engines.cli.options import complete, engine_options, limit_options
 
 if TYPE_CHECKING:
     from twotower_engines.building.build import BuildOptions
@@ -37,13 +37,6 @@ class PartlyBuiltError(TwoTowerError):
     exit_code = 1
 
 
-def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Complete `--sku` in the shell."""
-    from twotower_engines.planning.sku_lookup import complete_skus
-
-    return complete_skus(incomplete)
-
-
 @click.command(epilog=EPILOG)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("engines", type=click.Path(path_type=Path))
@@ -55,56 +48,11 @@ def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     help="SKUs to build for: names from `twotower plan --sku all`, `local`, or SKU files.  "
     "[default: this machine's GPU]",
 )
-@click.option(
-    "--flavour",
-    type=click.Choice(["auto", *FLAVOURS]),
-    default="auto",
-    show_default=True,
-    help="Library that builds and runs them. `auto`: the SKU's default; on an RTX card itself "
-    "tensorrt, where it and the extra [kernels] are installed.",
-)
-@click.option(
-    "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests in flight."
-)
-@click.option(
-    "--context",
-    type=click.IntRange(min=1),
-    help="Most tokens of a request, prompt and answer together.  [default: 8192, or the model's]",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bf16", "fp8", "nvfp4", "int4"]),
-    default="auto",
-    show_default=True,
-    help="Precision of the weights: that of the bundle, which `twotower quantize` makes narrower.",
-)
-@click.option(
-    "--gpus",
-    type=click.IntRange(1, 2),
-    help="GPUs to use: 1 holds both towers, 2 hold one each.  [default: the fewest that fit]",
-)
-@click.option(
-    "--block-size-max",
-    type=click.IntRange(1, 256),
-    default=64,
-    show_default=True,
-    help="Tokens of the largest block.",
-)
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=16),
-    help="Tokens of a prompt that one call reads; 256 where prompts share their beginnings.  "
-    "[default: as the plan has room for]",
-)
-@click.option(
-    "--prefix-mib",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="MiB to leave for the states of prompts' beginnings, as `package --prefix-mib` takes.",
-)
+@limit_options
+@engine_options
 @click.option(
     "--same-capability",
+    "is_shared",
     is_flag=True,
     help="Let one engine serve every GPU of the SKU's compute capability, and be built on any of "
     "them (flavour tensorrt). It may be slower than one that is tuned for its GPU alone.",
@@ -116,18 +64,12 @@ def build(
     bundle: Path,
     engines: Path,
     skus: str | None,
-    flavour: str,
-    slots: int,
-    context: int | None,
-    precision: str,
-    gpus: int | None,
-    block_size_max: int,
     chunk: int | None,
     prefix_mib: int,
-    same_capability: bool,
     force: bool,
     dry_run: bool,
     as_json: bool,
+    **limits: Any,
 ) -> None:
     """Build a bundle's engines for one or more SKUs, into ENGINES/<sku>."""
     from twotower_engines.building.build import BuildOptions
@@ -138,16 +80,7 @@ def build(
     results = []
     for sku in chosen:
         options = BuildOptions(
-            sku,
-            slots,
-            context,
-            flavour,
-            precision,
-            gpus,
-            block_size_max,
-            same_capability,
-            chunk,
-            prefix_mib << 20,
+            sku, max_tokens_per_call=chunk, prefix_bytes=prefix_mib << 20, **limits
         )
         try:
             results.append(_build_one(bundle, engines, options, Writing(force, dry_run)))

@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.machine import cores, memory_bytes
+from twotower_engines.planning.local_gpu import driver_reports
 
 # Distributions that somebody may ask about, in the order of the path from checkpoint to answer.
 DISTRIBUTIONS = (
@@ -80,7 +79,7 @@ class Examination:
 def examine() -> Examination:
     """Look at this machine."""
     packages = {name: version for name in DISTRIBUTIONS if (version := _version(name)) is not None}
-    gpus = _gpus()
+    gpus = tuple(driver_reports(*GPU_FIELDS))
     server, server_problems = _server(packages)
     return Examination(
         python=platform.python_version(),
@@ -167,16 +166,3 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _gpus() -> tuple[dict[str, str], ...]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    command = [tool, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line]
-    return tuple(dict(zip(GPU_FIELDS, row, strict=False)) for row in rows)

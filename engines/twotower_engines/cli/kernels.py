@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower_contract.atomic import write_text
+from twotower_contract.engine_set import MAX_BLOCK
 from twotower_contract.progress import StatusLine
+from twotower_contract.tables import aligned
 
 if TYPE_CHECKING:
     from twotower_engines.kernels.compile import Compiled
@@ -17,26 +19,16 @@ if TYPE_CHECKING:
 
 LOG_SECONDS = 10.0  # between two lines where standard error is no terminal
 
-COLUMNS = (
-    ("kernel", "<20"),
-    ("target", ">6"),
-    ("registers", ">9"),
-    ("spilled B", ">9"),
-    ("shared B", ">8"),
-    ("threads", ">7"),
-    ("PTX", ">4"),
-    ("driver", ">6"),
-)
-KEYS = (
-    "kernel",
-    "target",
-    "registers",
-    "spill_bytes",
-    "shared_memory",
-    "threads",
-    "ptx_version",
-    "driver_cuda",
-)
+COLUMNS = {
+    "kernel": "kernel",
+    "target": "target",
+    "registers": "registers",
+    "spill_bytes": "spilled B",
+    "shared_memory": "shared B",
+    "threads": "threads",
+    "ptx_version": "PTX",
+    "driver_cuda": "driver",
+}
 
 
 @click.command(
@@ -64,7 +56,7 @@ Examples:
 )
 @click.option(
     "--block",
-    type=click.IntRange(1, 256),
+    type=click.IntRange(1, MAX_BLOCK),
     default=16,
     show_default=True,
     help="Tokens of a block.",
@@ -117,11 +109,8 @@ def kernels(
     if as_json:
         click.echo(json.dumps(lines, indent=2))
         return
-    click.echo("  ".join(f"{name:{align}}" for name, align in COLUMNS))
-    for line in lines:
-        cells = ("-" if line[key] is None else line[key] for key in KEYS)
-        text = (f"{cell!s:{align}}" for cell, (_, align) in zip(cells, COLUMNS, strict=True))
-        click.echo("  ".join(text))
+    cells = [["-" if line[key] is None else str(line[key]) for key in COLUMNS] for line in lines]
+    click.echo("\n".join(aligned([list(COLUMNS.values()), *cells])))
 
 
 def _line(spec: KernelSpec, gpu: Any, output: Path | None) -> dict[str, Any]:

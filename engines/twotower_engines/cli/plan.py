@@ -10,22 +10,15 @@ from pathlib import Path
 
 import click
 
-from twotower_contract.engine_set import MAX_BLOCK
+from twotower_engines.cli.options import complete, engine_options, limit_options
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import RELEASED, read_model_size
-from twotower_engines.planning.plan import BLOCK_SIZE_MAX, PlanRequest
+from twotower_engines.planning.plan import PlanRequest
 from twotower_engines.planning.plan_report import plan_report, with_faster_flavours
 from twotower_engines.planning.plan_text import text_of_many, text_of_one
-from twotower_engines.planning.precisions import PRECISIONS
-from twotower_engines.planning.sku_lookup import complete_skus, resolve_skus
-from twotower_engines.planning.skus import FLAVOURS
+from twotower_engines.planning.sku_lookup import resolve_skus
 
 DEFAULT_CONTEXT = 8192
-
-
-def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Complete `--sku` in the shell."""
-    return complete_skus(incomplete)
 
 
 @click.command(
@@ -47,50 +40,8 @@ Examples:
     help="SKUs to plan for: names from the table, `all`, `local` (this machine's GPU), or the path "
     "of a SKU file (.toml, .json).",
 )
-@click.option(
-    "--gpus",
-    type=click.IntRange(1, 2),
-    help="GPUs to use: 1 holds both towers, 2 hold one each.  [default: the fewest that fit]",
-)
-@click.option("--slots", default=16, show_default=True, help="Requests in flight.")
-@click.option(
-    "--context",
-    type=int,
-    help="Most tokens of a request, prompt and answer together.  [default: 8192, or the model's]",
-)
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", *PRECISIONS]),
-    help="Precision of the weights. `auto`: the widest that fits.",
-)
-@click.option(
-    "--flavour",
-    type=click.Choice(["auto", *FLAVOURS]),
-    default="auto",
-    show_default=True,
-    help="Library that runs the engines. `auto`: the SKU's default, and the others beside it.",
-)
-@click.option(
-    "--block-size-max",
-    type=click.IntRange(1, MAX_BLOCK),
-    default=BLOCK_SIZE_MAX,
-    show_default=True,
-    help="Tokens of the largest block.",
-)
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=16),
-    help="Tokens of a prompt that one call reads.  [default: the most that fits]",
-)
-@click.option(
-    "--prefix-mib",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="MiB for the states of prompts' beginnings, as `package --prefix-mib` takes.",
-)
+@limit_options
+@engine_options
 @click.option(
     "--threshold",
     default=0.9,

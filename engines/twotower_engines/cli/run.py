@@ -25,6 +25,7 @@ from twotower_contract.errors import EngineSetError
 from twotower_contract.live import LiveView
 from twotower_contract.options import DIFFUSION
 from twotower_contract.replay import Replay, Token, tokens_of
+from twotower_engines.cli.options import opening_options
 from twotower_engines.errors import RequestError, TokenizerError
 
 if TYPE_CHECKING:
@@ -49,13 +50,7 @@ The answer goes to standard output as it is made, figures to standard error. {JS
 @prompt_ids_option
 @request_options
 @showing_options
-@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Folder of the checkpoint, if it was moved after the export.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
+@opening_options
 @click.option("--int8", is_flag=True, help="Multiply in 8 bits on the CPU: faster, less exact.")
 def run(
     source: str,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower_contract.errors import TwoTowerError
+from twotower_engines.cli.options import opening_options
 
 if TYPE_CHECKING:
     from twotower_contract.engine_set import EngineSet
@@ -38,13 +39,7 @@ class SelfTestError(TwoTowerError):
 
 @click.command(epilog=EPILOG)
 @click.argument("engines", metavar="ENGINES", type=click.Path(path_type=Path))
-@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Where the checkpoint is now, if it was moved after the export.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
+@opening_options
 @click.option(
     "--record",
     metavar="FILE",

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.command_line import OPENAI_PORT
 from twotower_contract.processes import ENDING
 from twotower_contract.progress import StatusLine
+from twotower_engines.cli.options import opening_options
 
 if TYPE_CHECKING:
     from twotower_engines.serving.server import TritonServer
     from twotower_engines.serving.supervisor import Supervisor
 
-OPENAI_PORT = 9000  # as `twotower openai` has it
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 PACKAGE_EPILOG = """\b
@@ -45,12 +46,7 @@ within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second
 @click.command(epilog=PACKAGE_EPILOG)
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.argument("repo", type=click.Path(path_type=Path))
-@click.option("--sku", help="SKU of the engines, where ENGINES holds several.")
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Where the checkpoint is now, if it was moved after the export.",
-)
+@opening_options
 @click.option("--slots", type=int, help="Requests generated at once.  [all that the engines have]")
 @click.option(
     "--max-waiting",
@@ -59,7 +55,6 @@ within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second
     show_default=True,
     help="Requests that may wait for a slot before others are refused.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]")
 @click.option(
     "--prefix-mib",
     type=click.IntRange(min=0),
@@ -173,10 +168,7 @@ def package(
 @click.option("--json", "as_json", is_flag=True, help="Print the ready line as a JSON object.")
 def serve(
     repo: Path,
-    host: str,
-    grpc_port: int,
     metrics_port: int,
-    http_port: int | None,
     openai: bool,
     openai_port: int | None,
     no_metrics: bool,
@@ -184,13 +176,11 @@ def serve(
     tls_key: Path | None,
     tls_clients: Path | None,
     key_file: Path | None,
-    log: Path | None,
-    log_json: bool,
-    traces: str | None,
     ready_timeout: float,
     stall_timeout: float,
     grace: float,
     as_json: bool,
+    **rest: Any,
 ) -> None:
     """Run a Triton server on a model repository until it is told to end.
 
@@ -202,16 +192,11 @@ def serve(
     if openai and openai_port is None:
         openai_port = OPENAI_PORT
     options = ServerOptions(
-        host=host,
-        grpc_port=grpc_port,
         metrics_port=None if no_metrics else metrics_port,
-        http_port=http_port,
         openai_port=openai_port,
-        log=log,
-        log_json=log_json,
         tls=tls_of(tls_certificate, tls_key, tls_clients),
         access_key=read_key(key_file) if key_file is not None else None,
-        traces=traces,
+        **rest,
     )
     show = _Status()
     supervisor = Supervisor(repo, options, Policy(ready_timeout, stall_timeout, grace), _tell)

@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 
 from twotower_contract.progress import StatusLine
-from twotower_engines.cli.plan import DEFAULT_CONTEXT, complete
+from twotower_engines.cli.options import complete, limit_options
+from twotower_engines.cli.plan import DEFAULT_CONTEXT
 from twotower_engines.errors import PlanError
 from twotower_engines.generation.scheduler import PREFILL_SECONDS, Scheduler
 from twotower_engines.planning.acceptance import load_acceptance
 from twotower_engines.planning.model_size import RELEASED, read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
-from twotower_engines.planning.precisions import PRECISIONS
 from twotower_engines.planning.sku_lookup import resolve_skus
 from twotower_engines.simulation.engines import SimulatedRuntime, runtime_of_plan
 from twotower_engines.simulation.report import chart, passes, table
@@ -68,20 +68,7 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     show_default=True,
     help="Task whose measured steps per block are taken.",
 )
-@click.option("--slots", default=16, show_default=True, help="Requests in flight.")
-@click.option("--context", type=int, help="Most tokens of a request.  [default: 8192]")
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", *PRECISIONS]),
-    help="Precision of the weights.",
-)
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=16),
-    help="Tokens of a prompt that one call reads.  [default: the most that fits]",
-)
+@limit_options
 @click.option(
     "--prefix-cache",
     type=click.FloatRange(min=0),

@@ -1,9 +1,11 @@
-"""`MambaBlockStep` in two kernels: convolution and scan per head, gated norm per group.
+"""`MambaBlockStep` of a denoise step in two kernels: the scan per head, the gated norm per group.
 
-    projected (xBC, dt), states --> mamba_scan --> scanned [B, L, d_inner] T, new states
+    projected (xBC, dt), states --> mamba_scan --> scanned [B, L, d_inner] T
                                     one program per (head, chunk of tokens, row)
     projected (z), scanned      --> mamba_norm --> y [B, L, d_inner] T
                                     one program per (group, token, row)
+
+Where new states are wanted, the first is two others: see `mamba_spans`.
 
 The work is the state, 2 MB a row in the released model: a program reads its part of one head's
 state once and keeps it in registers. Eight heads share B and C and each convolves them anew: 16
@@ -12,16 +14,14 @@ group of heads, so it cannot be in the scan's launch without a barrier across pr
 convolution and the scan give is rounded to T by the op's definition.
 
 Within a chunk of 16 tokens the recurrence is a masked matrix product (Dao and Gu, "Transformers
-are SSMs", section 6). Where new states are asked for (`mamba_scan_states`), a program has all of a
-row's chunks, with the state in between. Where not (`mamba_scan`), it has one chunk, and sees the
-row's earlier ones through the same masked product: right for any length, meant for a denoiser's
-block, which is one chunk, and without the registers that an update of the state takes. Exponents
-are sums of decays between two tokens, which never overflow.
+are SSMs", section 6). A program has one chunk, and sees the row's earlier ones through the same
+masked product: right for any length, meant for a denoiser's block, which is one chunk, and without
+the registers that an update of the state takes. Exponents are sums of decays between two tokens,
+which never overflow.
 
-Where T is bf16, x, B and C come rounded to 8 bits. The products with the state and with dt * x run
-on the tensor cores with that factor as the sum of two bf16 numbers, 16 bits, and accumulate in
-float32: 2^-17 of a factor is lost where its partner lost 2^-9 before. The state itself stays
-float32.
+Where T is bf16, x, B and C come rounded to 8 bits. The products with the state run on the tensor
+cores with the state as the sum of two bf16 numbers, 16 bits, and accumulate in float32: 2^-17 of a
+factor is lost where its partner lost 2^-9 before. The state itself stays float32.
 """
 
 from __future__ import annotations
@@ -32,12 +32,17 @@ import triton
 import triton.language as tl
 
 from twotower_engines.kernels.jit import INTERPRETED, Launch, kernel, launch
-from twotower_engines.kernels.mamba_chunk import attended, decays, product, similar, within
-from twotower_engines.kernels.mamba_convolution import TAPS, convolved, keep_columns
+from twotower_engines.kernels.mamba_chunk import CHUNK, attended, decays, product, similar, within
+from twotower_engines.kernels.mamba_convolution import TAPS, convolved
+from twotower_engines.kernels.mamba_spans import (
+    mamba_scan_states,
+    mamba_spans,
+    span_sizes,
+    span_slots,
+    spans_launch,
+    states_tactics,
+)
 from twotower_engines.kernels.spec import KernelSpec, Sizes
-
-CHUNK = 16
-"""Tokens of a chunk of the scan; a denoiser's block is one chunk."""
 
 
 @kernel
@@ -53,8 +58,6 @@ def mamba_scan(
     D: tl.tensor,
     L: tl.tensor,
     scanned: tl.tensor,
-    conv_state_new: tl.tensor,
-    ssm_state_new: tl.tensor,
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -66,7 +69,7 @@ def mamba_scan(
 ) -> None:
     """Scan one chunk of a row, for one head or part of it; grid (H * cdiv(P, BLOCK_P), B, chunks).
 
-    Tokens past a row's length get 0. No new states are written: their pointers are not used.
+    Tokens past a row's length get 0.
     """
     WIDE: tl.constexpr = projected.dtype.element_ty == tl.float32
     D_INNER: tl.constexpr = H * P
@@ -126,90 +129,6 @@ def mamba_scan(
 
 
 @kernel
-def mamba_scan_states(
-    projected: tl.tensor,
-    conv_state: tl.tensor,
-    ssm_state: tl.tensor,
-    lengths: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    dt_bias: tl.tensor,
-    A_log: tl.tensor,
-    D: tl.tensor,
-    L: tl.tensor,
-    scanned: tl.tensor,
-    conv_state_new: tl.tensor,
-    ssm_state_new: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """Scan all tokens of a row, for one head or part of it; grid (H * cdiv(P, BLOCK_P), B).
-
-    Tokens past a row's length get 0 and leave the new states alone. The new columns need memory of
-    their own: a group's heads all read the old ones, and one of them writes.
-    """
-    LEFT: tl.constexpr = "none" if projected.dtype.element_ty == tl.float32 else "left"
-    WIDE: tl.constexpr = projected.dtype.element_ty == tl.float32
-    D_INNER: tl.constexpr = H * P
-    CONV_DIM: tl.constexpr = D_INNER + 2 * G * N
-    STRIDE: tl.constexpr = D_INNER + CONV_DIM + H
-    PARTS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    head = tl.program_id(0) // PARTS
-    first = (tl.program_id(0) % PARTS) * BLOCK_P
-    row = tl.program_id(1).to(tl.int64)
-    group = head // (H // G)
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    width = BLOCK_P if P % BLOCK_P == 0 else P - first  # a constant where nothing is masked
-    real_p, real_n = p < width, n < N
-    x0, b0 = head * P + first, D_INNER + group * N
-    c0 = b0 + G * N
-    xbc = projected + row * L * STRIDE + D_INNER
-    history = conv_state + row * (TAPS - 1) * CONV_DIM
-    length = tl.maximum(tl.minimum(tl.load(lengths + row), L), 0)
-    state_place = (row * D_INNER + x0 + p)[:, None] * N + n[None, :]
-    real_state = real_p[:, None] & real_n[None, :]
-    state = tl.load(ssm_state + state_place, mask=real_state, other=0.0)
-    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
-    step_bias = tl.load(dt_bias + head).to(tl.float32)
-    skip = tl.load(D + head).to(tl.float32)
-    dt = xbc + CONV_DIM + head
-    lane = tl.arange(0, BLOCK_L)
-    for start in range(0, L, BLOCK_L):
-        time = start + lane
-        y = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.float32)
-        if start < length:
-            c = convolved(
-                xbc, history, time, length, weight, bias, c0, N, BLOCK_N, STRIDE, CONV_DIM, WIDE
-            )
-            b = convolved(
-                xbc, history, time, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM, WIDE
-            )
-            x = convolved(
-                xbc, history, time, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM, WIDE
-            ).to(tl.float32)
-            step, total, end = decays(dt, time, length, step_bias, rate, STRIDE)
-            y = attended(c, b, x, step, within(total, lane), state, total, UPCAST) + skip * x
-            moved = x * (step * tl.exp(end - total))[:, None]
-            state = product(tl.trans(moved), b, state * tl.exp(end), LEFT, UPCAST)
-        out = scanned + (row * L + time)[:, None] * D_INNER + (x0 + p)[None, :]
-        tl.store(out, y.to(scanned.dtype.element_ty), mask=(time < L)[:, None] & real_p[None, :])
-
-    tl.store(ssm_state_new + state_place, state, mask=real_state)
-    kept = conv_state_new + row * (TAPS - 1) * CONV_DIM
-    keep_columns(xbc, history, length, kept, x0 + p, real_p, STRIDE, CONV_DIM)
-    # B and C belong to a group: its first head's first program writes them.
-    leads = n < tl.where(head * P + first == group * (H // G) * P, N, 0)
-    keep_columns(xbc, history, length, kept, b0 + n, leads, STRIDE, CONV_DIM)
-    keep_columns(xbc, history, length, kept, c0 + n, leads, STRIDE, CONV_DIM)
-
-
-@kernel
 def mamba_norm(
     projected: tl.tensor,
     scanned: tl.tensor,
@@ -247,23 +166,21 @@ def mamba_norm(
     tl.store(out, normed.to(y.dtype.element_ty), mask=lane < WIDTH)
 
 
-def scan_launch(head_dim: int, state: int, dtype: str, *, states: bool) -> Launch:
-    """Return the tiles of the scan.
+def scan_launch(head_dim: int, state: int, dtype: str) -> Launch:
+    """Return the tiles of the scan without new states.
+
+    A program has a whole head, 64 of them at one row of the released model, and 128 registers a
+    thread: a multiprocessor holds two.
 
     Args:
         head_dim: Channels of a head.
         state: Numbers of a channel's state.
         dtype: "bf16" or "fp32"; float32 products are made of scalar ones and need more registers.
-        states: Whether new states are written, which takes registers for a second product with the
-            state. Without, a program has a whole head, 64 of them at one row of the released model,
-            and 128 registers a thread: a multiprocessor holds two.
     """
     channels = max(16, triton.next_power_of_2(head_dim))
     constants = {"BLOCK_L": CHUNK, "BLOCK_N": max(16, triton.next_power_of_2(state))}
     if dtype == "fp32":
         return Launch({**constants, "BLOCK_P": 16}, num_warps=8)
-    if states:
-        return Launch({**constants, "BLOCK_P": min(32, channels)}, num_warps=4)
     return Launch({**constants, "BLOCK_P": min(64, channels)}, num_warps=8, max_registers=128)
 
 
@@ -287,6 +204,7 @@ def mamba_block_step(
     epsilon: float,
     *,
     states: bool = True,
+    tactic: int = 1,
 ) -> tuple[Any, Any, Any]:
     """Run one block through convolution, scan and gated norm, on torch tensors.
 
@@ -304,6 +222,7 @@ def mamba_block_step(
         n_groups: Groups of heads; the heads of a group share B and C, and a norm.
         epsilon: Epsilon of the norm.
         states: Whether the new states are wanted.
+        tactic: Which of `states_tactics` scans where they are, from 1.
 
     Returns:
         y [B, L, d_inner] T; conv_state and ssm_state after each row's last token, or None twice.
@@ -312,23 +231,34 @@ def mamba_block_step(
 
     B, L, _ = projected.shape
     _, H, P, N = ssm_state.shape
-    dims = {"H": H, "P": P, "N": N, "G": n_groups}
+    dims = {"H": H, "P": P, "N": N, "G": n_groups, "UPCAST": INTERPRETED}
     scanned = projected.new_empty((B, L, H * P))
     y = torch.empty_like(scanned)
-    conv_new = torch.empty_like(conv_state) if states else conv_state
-    ssm_new = torch.empty_like(ssm_state) if states else ssm_state
-
     dtype = "fp32" if projected.dtype == torch.float32 else "bf16"
-    tiles = scan_launch(P, N, dtype, states=states)
-    inputs = (projected, conv_state, ssm_state, lengths, conv_weight, conv_bias, dt_bias, A_log, D)
-    programs = H * triton.cdiv(P, tiles.constants["BLOCK_P"])
-    launch(
-        mamba_scan_states if states else mamba_scan,
-        (programs, B, 1 if states else triton.cdiv(L, CHUNK)),
-        (*inputs, L, scanned, conv_new, ssm_new),
-        {**dims, "UPCAST": INTERPRETED},
-        tiles,
-    )
+    conv_new = ssm_new = None
+    given: tuple[Any, ...]
+    if states:
+        conv_new, ssm_new = torch.empty_like(conv_state), torch.empty_like(ssm_state)
+        spans, span = span_sizes(B, L)
+        convolution = projected.new_empty((B, L, conv_state.shape[2]))
+        span_states = ssm_state.new_empty((span_slots(B, spans), H, P, N))
+        span_decays = ssm_state.new_empty(span_states.shape[:2])
+        tiles = spans_launch(H, P, N, n_groups, dtype)
+        given = (projected, conv_state, lengths, conv_weight, conv_bias, dt_bias, A_log)
+        made = (convolution, span_states, span_decays)
+        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, spans)
+        launch(mamba_spans, grid, (*given, L, span, *made), dims, tiles)
+        tiles = states_tactics(P, N, dtype)[tactic - 1]
+        given = (projected, conv_state, ssm_state, lengths, dt_bias, A_log, D, *made)
+        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, spans)
+        arguments = (*given, L, span, scanned, conv_new, ssm_new)
+        launch(mamba_scan_states, grid, arguments, dims, tiles)
+    else:
+        tiles = scan_launch(P, N, dtype)
+        given = (projected, conv_state, ssm_state, lengths, conv_weight, conv_bias)
+        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, triton.cdiv(L, CHUNK))
+        launch(mamba_scan, grid, (*given, dt_bias, A_log, D, L, scanned), dims, tiles)
+    del dims["UPCAST"]
     launch(
         mamba_norm,
         (n_groups, L, B),
@@ -336,7 +266,7 @@ def mamba_block_step(
         {**dims, "EPSILON": epsilon},
         norm_launch(H * P // n_groups),
     )
-    return (y, conv_new, ssm_new) if states else (y, None, None)
+    return y, conv_new, ssm_new
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:
@@ -348,25 +278,47 @@ def specs(sizes: Sizes) -> list[KernelSpec]:
         "N": sizes.state,
         "G": sizes.groups,
     }
-    scan_types = {
-        **{"projected": T, "conv_state": T, "ssm_state": "*fp32", "lengths": "*i32"},
-        **dict.fromkeys(("weight", "bias", "dt_bias", "A_log", "D"), small),
-        **{"L": "i32", "scanned": T, "conv_state_new": T, "ssm_state_new": "*fp32"},
+    states = {"projected": T, "conv_state": T, "ssm_state": "*fp32", "lengths": "*i32"}
+    convolution = dict.fromkeys(("weight", "bias"), small)
+    steps = dict.fromkeys(("dt_bias", "A_log"), small)
+    spans = {"convolution": T, **dict.fromkeys(("span_states", "span_decays"), "*fp32")}
+    ends = {"scanned": T, "conv_state_new": T, "ssm_state_new": "*fp32"}
+    tail = {"L": "i32", "span": "i32"}
+    types = {
+        "mamba_scan": {**states, **convolution, **steps, "D": small, "L": "i32", "scanned": T},
+        "mamba_spans": {
+            **{name: kind for name, kind in states.items() if name != "ssm_state"},
+            **{**convolution, **steps, **tail, **spans},
+        },
+        "mamba_scan_states": {**states, **steps, "D": small, **spans, **tail, **ends},
+        "mamba_norm": {
+            **{"projected": T, "scanned": T, "lengths": "*i32"},
+            **{"norm_weight": small, "L": "i32", "y": T},
+        },
     }
-    norm_types = {
-        **{"projected": T, "scanned": T, "lengths": "*i32"},
-        **{"norm_weight": small, "L": "i32", "y": T},
-    }
-    scans = [
-        KernelSpec(
-            function.__name__,
-            function,
-            scan_types,
-            {**dims, "UPCAST": False},
-            scan_launch(sizes.head_dim, sizes.state, sizes.dtype, states=states),
-        )
-        for function, states in ((mamba_scan, False), (mamba_scan_states, True))
+    scan_sizes = (sizes.head_dim, sizes.state)
+    share = (sizes.heads, *scan_sizes, sizes.groups, sizes.dtype)
+    launches = [
+        (mamba_scan, "", scan_launch(*scan_sizes, sizes.dtype)),
+        (mamba_spans, "", spans_launch(*share)),
+        *(
+            (mamba_scan_states, f".{tactic}", tiles)
+            for tactic, tiles in enumerate(states_tactics(*scan_sizes, sizes.dtype), 1)
+        ),
     ]
     norm = norm_launch(sizes.heads * sizes.head_dim // sizes.groups)
-    constants = {**dims, "EPSILON": sizes.epsilon}
-    return [*scans, KernelSpec("mamba_norm", mamba_norm, norm_types, constants, norm)]
+    return [
+        *(
+            KernelSpec(
+                function.__name__ + suffix,
+                function,
+                types[function.__name__],
+                {**dims, "UPCAST": False},
+                tiles,
+            )
+            for function, suffix, tiles in launches
+        ),
+        KernelSpec(
+            "mamba_norm", mamba_norm, types["mamba_norm"], {**dims, "EPSILON": sizes.epsilon}, norm
+        ),
+    ]

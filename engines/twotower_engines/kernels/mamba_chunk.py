@@ -9,6 +9,9 @@ import triton.language as tl
 
 from twotower_engines.kernels.jit import kernel
 
+CHUNK = 16
+"""Tokens of a chunk of the scan; a denoiser's block is one chunk."""
+
 
 @kernel
 def softplus(x: tl.tensor) -> tl.tensor:
@@ -98,7 +101,8 @@ def attended(
 ) -> tl.tensor:
     """Return what a chunk's tokens see of the chunk and of a state, [tokens, channels].
 
-    decay: within the chunk; since: its logarithm from the state to each token.
+    decay: within the chunk; since: its logarithm from the state to each token. Where x is bf16, a
+    chunk of more than 16 tokens is multiplied with on the tensor cores.
     The products are one chain on purpose: with two accumulators the compiler
     lays the second product out anew, and spills kilobytes.
     """
@@ -106,4 +110,8 @@ def attended(
     similarity = similar(c, b, decay, UPCAST)
     y = tl.zeros((c.shape[0], state.shape[0]), dtype=tl.float32)
     y = product(c, tl.trans(state), y, SPLIT, UPCAST) * tl.exp(since)[:, None]
-    return product(similarity, x * step[:, None], y, "none", UPCAST)
+    if c.dtype == tl.float32 or c.shape[0] <= 16:
+        y = product(similarity, x * step[:, None], y, "none", UPCAST)
+    else:
+        y = product(similarity * step[None, :], x.to(c.dtype), y, "left", UPCAST)
+    return y

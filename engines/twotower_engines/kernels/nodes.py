@@ -8,7 +8,9 @@ are. `plugin_graph` puts the chains into a graph.
 
 from __future__ import annotations
 
-from twotower_engines.kernels import mamba, refine, vocabulary
+import functools
+
+from twotower_engines.kernels import mamba, mamba_chunk, mamba_spans, refine, vocabulary
 from twotower_engines.kernels.expert_nodes import EXPERT_OPS
 from twotower_engines.kernels.linear_nodes import LINEAR_OPS
 from twotower_engines.kernels.node import (
@@ -22,7 +24,7 @@ from twotower_engines.kernels.node import (
     spec_of,
 )
 from twotower_engines.kernels.router_nodes import ROUTER
-from twotower_engines.kernels.spec import Sizes
+from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 # RefineBlock
 
@@ -78,6 +80,8 @@ def _decision(call: Call) -> Launching:
 MAMBA_INPUTS = tuple(
     "projected conv_state ssm_state lengths weight bias dt_bias A_log D norm_weight".split()  # noqa: SIM905
 )
+MAMBA_OUTPUTS = ("y", "conv_state_new", "ssm_state_new")
+SPANS = ("convolution", "span_states", "span_decays")
 
 
 def _mamba_sizes(call: Call) -> Sizes:
@@ -93,27 +97,52 @@ def _mamba_sizes(call: Call) -> Sizes:
     )
 
 
-def _where_wanted(call: Call, name: str) -> Output:
-    """Return the shape of a new state, or of one number that nobody reads."""
-    dims = tuple(call.dims[name]) if call.attributes["states"] else (1,)
-    return Output(call.dtypes[name], dims)
-
-
-def _scan_outputs(call: Call) -> tuple[Output, ...]:
+def _scanned(call: Call) -> Output:
     B, L, _ = call.dims["projected"]
     width = call.dims["ssm_state"][1] * call.dims["ssm_state"][2]
-    scanned = Output(call.dtypes["projected"], (B, L, width))
-    return scanned, _where_wanted(call, "conv_state"), _where_wanted(call, "ssm_state")
+    return Output(call.dtypes["projected"], (B, L, width))
 
 
 def _scan(call: Call) -> Launching:
     B, L, _ = call.dims["projected"]
     sizes = _mamba_sizes(call)
-    name = "mamba_scan_states" if call.attributes["states"] else "mamba_scan"
+    spec = spec_of("mamba_scan", mamba.specs(sizes), call)
+    return Launching(spec, (_programs(spec, sizes), B, call.cdiv(L, mamba_chunk.CHUNK)), {"L": L})
+
+
+def _programs(spec: KernelSpec, sizes: Sizes) -> int:
+    """Return the programs that share the heads of a row."""
+    return sizes.heads * integer_cdiv(sizes.head_dim, spec.launch.constants["BLOCK_P"])
+
+
+def _span_sizes(call: Call) -> tuple[Dim, Dim]:
+    B, L, _ = call.dims["projected"]
+    return mamba_spans.span_sizes(B, L, call.cdiv, call.minimum)
+
+
+def _spans_outputs(call: Call) -> tuple[Output, ...]:
+    B, L, _ = call.dims["projected"]
+    slots = mamba_spans.span_slots(B, _span_sizes(call)[0])
+    _, H, P, N = call.dims["ssm_state"]
+    return (
+        Output(call.dtypes["projected"], (B, L, call.dims["conv_state"][2])),
+        Output("fp32", (slots, H, P, N)),
+        Output("fp32", (slots, H)),
+    )
+
+
+def _over_spans(name: str, call: Call) -> Launching:
+    """Return a launch with a program for each head, or part of one, of each span."""
+    B, L, _ = call.dims["projected"]
+    sizes = _mamba_sizes(call)
     spec = spec_of(name, mamba.specs(sizes), call)
-    parts = integer_cdiv(sizes.head_dim, spec.launch.constants["BLOCK_P"])
-    chunks = 1 if call.attributes["states"] else call.cdiv(L, mamba.CHUNK)
-    return Launching(spec, (sizes.heads * parts, B, chunks), {"L": L})
+    spans, span = _span_sizes(call)
+    return Launching(spec, (_programs(spec, sizes), B, spans), {"L": L, "span": span})
+
+
+def _states_outputs(call: Call) -> tuple[Output, ...]:
+    states = ("conv_state", "ssm_state")
+    return _scanned(call), *(Output(call.dtypes[s], tuple(call.dims[s])) for s in states)
 
 
 def _norm_outputs(call: Call) -> tuple[Output, ...]:
@@ -125,6 +154,19 @@ def _norm(call: Call) -> Launching:
     spec = spec_of("mamba_norm", mamba.specs(_mamba_sizes(call)), call)
     return Launching(spec, (call.attributes["n_groups"], L, B), {"L": L})
 
+
+NORM = Node(
+    "MambaNorm",
+    ("projected", "scanned", "lengths", "norm_weight", "ssm_state"),
+    ("y",),
+    {"n_groups": int, "epsilon": float},
+    _norm_outputs,
+    _norm,
+    "same",
+)
+
+STATES = "States"
+"""End of the name of an op's chain for graphs that want the new states."""
 
 OPS = {
     "RefineBlock": Op(
@@ -156,27 +198,49 @@ OPS = {
     **LINEAR_OPS,
     "MambaBlockStep": Op(
         MAMBA_INPUTS,
-        ("y", "conv_state_new", "ssm_state_new"),
+        MAMBA_OUTPUTS,
         (
             Node(
                 "MambaScan",
                 MAMBA_INPUTS,
-                ("scanned", "conv_state_new", "ssm_state_new"),
-                {"n_groups": int, "states": int},
-                _scan_outputs,
+                ("scanned",),
+                {"n_groups": int},
+                lambda call: (_scanned(call),),
                 _scan,
                 "op",
             ),
+            NORM,
+        ),
+    ),
+    f"MambaBlockStep{STATES}": Op(
+        MAMBA_INPUTS,
+        MAMBA_OUTPUTS,
+        (
             Node(
-                "MambaNorm",
-                ("projected", "scanned", "lengths", "norm_weight", "ssm_state"),
-                ("y",),
-                {"n_groups": int, "epsilon": float},
-                _norm_outputs,
-                _norm,
-                "same",
+                "MambaSpans",
+                MAMBA_INPUTS,
+                SPANS,
+                {"n_groups": int},
+                _spans_outputs,
+                functools.partial(_over_spans, "mamba_spans"),
+                "nothing",
             ),
+            Node(
+                "MambaScanStates",
+                (*MAMBA_INPUTS, *SPANS),
+                ("scanned", *MAMBA_OUTPUTS[1:]),
+                {"n_groups": int},
+                _states_outputs,
+                lambda call: _over_spans(f"mamba_scan_states.{call.tactic}", call),
+                "op",
+                mamba_spans.TACTICS,
+            ),
+            NORM,
         ),
     ),
 }
-"""The ops by name, each with its chain in the order in which a step meets it."""
+"""The ops by name, each with its chain in the order in which a step meets it. A name with
+`STATES` at its end is no op of the graphs."""
+
+NODES = {node.name: node for op in OPS.values() for node in op.chain}
+"""The nodes of all chains by name; chains share some."""

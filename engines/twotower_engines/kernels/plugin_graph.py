@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.expert_nodes import TOKENS as EXPERT_TOKENS
-from twotower_engines.kernels.node import NAMESPACE, Node
-from twotower_engines.kernels.nodes import OPS
+from twotower_engines.kernels.node import NAMESPACE, Node, Op
+from twotower_engines.kernels.nodes import OPS, STATES
 
 VERSION = "1"
 OPSET = 24
@@ -26,8 +26,8 @@ DECODERS = {"INT4": "FromINT4", "NVFP4": "FromNVFP4"}
 def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph with each op as its chain of plugin nodes, all in the main graph.
 
-    Mamba layers return new states where the graph has them as outputs: a denoiser has none, and
-    its kernels then write none.
+    Mamba layers have kernels that return new states where the graph has them as outputs: a
+    denoiser has none.
 
     Args:
         model: A bundle's graph; it is not changed.
@@ -43,8 +43,10 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     calls: dict[str, onnx.NodeProto] = {}
     for number, node in enumerate(flat.graph.node):
         if node.domain == NAMESPACE and node.op_type in OPS:
-            nodes += _chain(node, f"{node.name or node.op_type}.{number}", states)
-            calls.setdefault(node.op_type, node)
+            op = f"{node.op_type}{STATES}"
+            op = op if states and op in OPS else node.op_type
+            nodes += _chain(node, f"{node.name or node.op_type}.{number}", OPS[op])
+            calls.setdefault(op, node)
         else:
             nodes.append(node)
     if not calls:
@@ -52,7 +54,7 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     del flat.graph.node[:]
     flat.graph.node.extend(nodes)
     for op, call in calls.items():
-        flat.functions.extend(_function(call, node) for node in OPS[op].chain)
+        flat.functions.extend(_function(call, OPS[op], node) for node in OPS[op].chain)
     if not any(entry.domain == NAMESPACE for entry in flat.opset_import):
         flat.opset_import.append(helper.make_opsetid(NAMESPACE, 1))
     return flat
@@ -177,11 +179,9 @@ def _drop_unused(model: onnx.ModelProto) -> None:
         used |= {output.name for output in model.graph.output}
 
 
-def _chain(call: onnx.NodeProto, stem: str, states: bool) -> list[onnx.NodeProto]:
+def _chain(call: onnx.NodeProto, stem: str, op: Op) -> list[onnx.NodeProto]:
     """Return the plugin nodes of one call of an op."""
-    op = OPS[call.op_type]
     given = {one.name: helper.get_attribute_value(one) for one in call.attribute}
-    given["states"] = int(states)
     tensors = dict(zip(op.inputs, call.input, strict=True))
     wanted = dict(zip(op.outputs, call.output, strict=False))
     chain = []
@@ -203,9 +203,8 @@ def _chain(call: onnx.NodeProto, stem: str, states: bool) -> list[onnx.NodeProto
     return chain
 
 
-def _function(call: onnx.NodeProto, node: Node) -> onnx.FunctionProto:
+def _function(call: onnx.NodeProto, op: Op, node: Node) -> onnx.FunctionProto:
     """Return what a plugin node computes where its plugin is not registered: `Node.function`."""
-    op = OPS[call.op_type]
     takes, makes = [f"in_{name}" for name in node.takes], [f"out_{name}" for name in node.makes]
     if node.function == "nothing":
         zero = helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])

@@ -25,7 +25,7 @@ import tensorrt.plugin as trtp
 
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels.node import NAMESPACE, Call, Node, node_kernel
-from twotower_engines.kernels.nodes import OPS
+from twotower_engines.kernels.nodes import NODES
 from twotower_engines.kernels.targets import Target, target
 
 DTYPES = {"bf16": trt.bfloat16, "fp32": trt.float32, "i32": trt.int32, "fp8": trt.fp8}
@@ -58,9 +58,8 @@ def register_plugins(compute_capability: str) -> None:
         )
     if _registered:
         return
-    for op in OPS.values():
-        for node in op.chain:
-            _register(node, wanted)
+    for node in NODES.values():
+        _register(node, wanted)
     _registered.append(compute_capability)
 
 

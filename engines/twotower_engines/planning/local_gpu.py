@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass, replace
 
@@ -49,18 +48,29 @@ class LocalGpu:
         return f"NVIDIA {self.name} (compute capability {self.compute_capability}{size})"
 
 
-def local_gpu() -> LocalGpu | None:
-    """Return this machine's first GPU; None where there is none, or no working driver."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    fields = "name,memory.total,compute_cap"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+def driver_reports(*fields: str) -> list[dict[str, str]]:
+    """Return fields of each GPU as nvidia-smi names them; none without GPU, tool or driver.
+
+    Args:
+        fields: The first is `name`, which alone may hold a comma.
+    """
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        product, memory, capability = answer.stdout.splitlines()[0].rsplit(", ", 2)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        rows = [line.rsplit(", ", len(fields) - 1) for line in answer.stdout.splitlines()]
+        return [dict(zip(fields, row, strict=True)) for row in rows]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
+def local_gpu() -> LocalGpu | None:
+    """Return this machine's first GPU; None where there is none, or no working driver."""
+    gpus = driver_reports("name", "memory.total", "compute_cap")
+    if not gpus:
         return None
-    size = int(memory) << 20 if memory.strip().isdigit() else None  # "[N/A]" on a DGX Spark
+    product, memory, capability = gpus[0].values()
+    mebibytes = memory.removesuffix(" MiB")  # "[N/A]" on a DGX Spark
+    size = int(mebibytes) << 20 if mebibytes.isdigit() else None
     return LocalGpu(product.removeprefix("NVIDIA").strip(), size, capability.strip())
 
 

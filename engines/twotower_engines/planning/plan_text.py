@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from twotower_contract.engine_set import MAX_SLOTS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
+from twotower_contract.tables import aligned
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance
@@ -390,14 +391,5 @@ def _folded(rows: Sequence[Sequence[str]], left: set[int], width: int | None) ->
     )
 
 
-def _columns(rows: Sequence[Sequence[str]], left: frozenset[int] | set[int] = frozenset()) -> str:
-    """Align cells: to the right, or to the left in the columns of `left`."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+def _columns(rows: Sequence[Sequence[str]], left: Container[int] = ()) -> str:
+    return "\n".join(aligned(rows, left))

@@ -7,9 +7,9 @@ already has its own sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from twotower_contract.config import ModelConfig
@@ -20,8 +20,7 @@ from twotower_engines.planning.model_size import ModelSize
 if TYPE_CHECKING:
     from twotower_engines.planning.skus import Sku  # which imports this module
 
-WIDE = Fraction(32)
-NATIVE = Fraction(16)
+WIDE, NATIVE = 32.0, 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +35,8 @@ class Precision:
     """
 
     name: str
-    narrow: Fraction
-    wide: Fraction
+    narrow: float
+    wide: float
     summary: str
 
     def sizes(self, config: ModelConfig, tower: Tower) -> dict[str, int]:
@@ -46,7 +45,7 @@ class Precision:
         sizes = {}
         for part, count in parts_of_tower(config, tower).items():
             bits = narrow[part] * self.narrow + (count - narrow[part]) * self.wide
-            sizes[part] = -(-bits.numerator // (8 * bits.denominator))
+            sizes[part] = math.ceil(bits / 8)  # exact: all are multiples of 1/4
         return sizes
 
 
@@ -55,13 +54,9 @@ PRECISIONS: dict[str, Precision] = {
     for one in (
         Precision("float32", WIDE, WIDE, "all in fp32: the CPU, or an fp32 checkpoint"),
         Precision("bf16", NATIVE, NATIVE, "the weights as released"),
-        Precision("fp8", Fraction(8), NATIVE, "E4M3 experts and Mamba, one scale per matrix"),
-        Precision(
-            "nvfp4", 4 + Fraction(8, 16), NATIVE, "E2M1 experts and Mamba, an E4M3 scale per 16"
-        ),
-        Precision(
-            "int4", 4 + Fraction(16, 64), NATIVE, "INT4 experts and Mamba, a bf16 scale per 64"
-        ),
+        Precision("fp8", 8.0, NATIVE, "E4M3 experts and Mamba, one scale per matrix"),
+        Precision("nvfp4", 4 + 8 / 16, NATIVE, "E2M1 experts and Mamba, an E4M3 scale per 16"),
+        Precision("int4", 4 + 16 / 64, NATIVE, "INT4 experts and Mamba, a bf16 scale per 64"),
     )
 }
 """The precisions by name, from widest to narrowest."""

@@ -30,6 +30,7 @@ def load_routing() -> dict[str, dict[int, float]]:
     }
 
 
+@functools.cache
 def measured_shape() -> tuple[int, int]:
     """Return experts and experts per token of the model that was measured."""
     document = read_json(DATA_FILE, PlanError)

@@ -19,6 +19,7 @@ from typing import Any
 FLUSH = 0x8040  # in the control word of vector arithmetic: denormal results and operands are zero
 
 OPTION = "session.set_denormal_as_zero"
+"""ONNX Runtime's, to be set only where `can_flush`, and inside `denormals_as_zero`."""
 
 
 class _Environment(ctypes.Structure):
@@ -32,7 +33,13 @@ def _library() -> Any:
     """Return the library that knows the state of a thread's arithmetic; None elsewhere."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return None
-    return ctypes.CDLL(None)
+    library = ctypes.CDLL(None)  # the process itself, which has C's mathematics in it
+    return library if hasattr(library, "fesetenv") else None
+
+
+def can_flush() -> bool:
+    """Return whether a thread can be told to take denormal numbers for zero, and back."""
+    return _library() is not None
 
 
 @contextlib.contextmanager

@@ -218,7 +218,8 @@ class OnnxRuntime:
         options.enable_mem_pattern = False
         # waiting threads sleep: a server's other processes need the cores between calls
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry(denormals.OPTION, "1")
+        if denormals.can_flush():
+            options.add_session_config_entry(denormals.OPTION, "1")
         options.log_severity_level = 3
         path = engines.engine_path(tower)
         try:

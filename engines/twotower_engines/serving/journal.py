@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import queue
 import sys
-import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+
+from twotower_engines.serving.workers import Periodic
 
 PREFIX = "twotower_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -178,9 +178,7 @@ class Journal:
     ) -> None:
         self._sink, self._as_json, self._gauges = sink, as_json, gauges
         self._notes: queue.SimpleQueue[Ended | tuple[str, float]] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._thread.start()
+        self._writing = Periodic("journal", FLUSH_SECONDS, self._flush)
 
     def ended(self, request: Ended) -> None:
         """Note the end of a request."""
@@ -192,17 +190,7 @@ class Journal:
 
     def close(self) -> None:
         """Write what was noted, and end the thread."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        is_last = False
-        while not is_last:
-            is_last = self._stop.wait(FLUSH_SECONDS)
-            try:
-                self._flush()
-            except Exception:  # an operator who sees less must not cost the callers anything
-                traceback.print_exc(file=sys.stderr)
+        self._writing.close()
 
     def _flush(self) -> None:
         sums: Counter[tuple[str, str]] = Counter()

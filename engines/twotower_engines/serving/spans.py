@@ -14,7 +14,6 @@ import json
 import queue
 import secrets
 import sys
-import threading
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from functools import partial
 from typing import Any
 
 from twotower_engines.generation.request import BlockEvent
+from twotower_engines.serving.workers import Periodic
 
 FLUSH_SECONDS = 1.0
 SEND_SECONDS = 5.0
@@ -131,9 +131,7 @@ class SpanSender:
         self._url = url
         self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(MOST_SPANS)
         self._is_heard = True
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="spans", daemon=True)
-        self._thread.start()
+        self._sending = Periodic("spans", FLUSH_SECONDS, self._flush)
 
     def put(self, spans: list[dict[str, Any]]) -> None:
         """Queue spans; those for which there is no room are dropped."""
@@ -144,16 +142,12 @@ class SpanSender:
             pass
 
     def close(self) -> None:
-        """Send what waits, once, and end the thread."""
-        self._stop.set()
-        self._thread.join()
+        """Send what waits, and end the thread."""
+        self._sending.close()
 
-    def _run(self) -> None:
-        is_last = False
-        while not is_last:
-            is_last = self._stop.wait(FLUSH_SECONDS)
-            while (batch := self._batch()) and self._send(batch):
-                pass
+    def _flush(self) -> None:
+        while (batch := self._batch()) and self._send(batch):
+            pass
 
     def _batch(self) -> list[dict[str, Any]]:
         count = min(self._waiting.qsize(), BATCH_SPANS)

@@ -1,4 +1,4 @@
-"""A thread that does one thing after the other, for work that must not hold up another thread."""
+"""Threads for work that must not hold up another: what is queued, or one thing again and again."""
 
 from __future__ import annotations
 
@@ -46,3 +46,35 @@ class Worker:
         except BaseException:
             traceback.print_exc(file=sys.stderr)
             self._on_death()
+
+
+class Periodic:
+    """Calls a function again and again, and once more at its end, from a thread of its own.
+
+    What it raises is printed and costs nobody anything.
+
+    Args:
+        name: Name of the thread.
+        seconds: Time from the end of one call to the next.
+        work: The function.
+    """
+
+    def __init__(self, name: str, seconds: float, work: Work) -> None:
+        self._seconds, self._work = seconds, work
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Call it once more, and end the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._stop.wait(self._seconds)
+            try:
+                self._work()
+            except Exception:
+                traceback.print_exc(file=sys.stderr)

@@ -1,7 +1,7 @@
 """A runtime that computes nothing: its calls take the planner's time, on a clock that it moves.
 
-What a denoise step commits comes from a rule or from a recorded trace. Everything else that decides
-which calls are made is the real scheduler.
+A rule says what a denoise step commits. Everything else that decides which calls are made is the
+real scheduler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy.typing as npt
 from twotower_contract.engine_set import Limits
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
 from twotower_engines.generation.costs import Costs, RooflineCosts
-from twotower_engines.generation.sampling import row_seed
 from twotower_engines.planning.acceptance import load_acceptance
 from twotower_engines.planning.plan import MemoryPlan
 from twotower_engines.planning.roofline import machine_of
@@ -45,22 +44,6 @@ def burst_commits(task: str) -> Commits:
         return masked if row.steps_left <= 1 else max(count, -(-masked // row.steps_left))
 
     return commits
-
-
-def recorded_commits(blocks: Sequence[tuple[int, int, Sequence[Sequence[int]]]]) -> Commits:
-    """Return the rule that repeats recorded answers.
-
-    Args:
-        blocks: For each request its seed, the tokens of its prompt, and the masked positions before
-            each denoiser call of each of its blocks of 16. No two may have seed and prompt length
-            in common.
-    """
-    known: dict[int, int] = {}
-    for seed, start, counts in blocks:
-        for number, block in enumerate(counts):
-            for step, (masked, left) in enumerate(zip(block, (*block[1:], 0), strict=True)):
-                known[row_seed(seed, start + number * block[0], step)] = masked - left
-    return lambda row, masked: known[row.seed]
 
 
 @dataclass(slots=True)

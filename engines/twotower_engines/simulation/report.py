@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower_contract.tables import aligned
 from twotower_engines.simulation.simulate import PERCENTILES, Outcome
 
 COLUMNS = ("load", "tokens/s", "first block s", "gap ms", "whole s", "rows/call", "tokens/row")
@@ -27,11 +28,7 @@ def table(outcomes: Sequence[tuple[str, Outcome]]) -> str:
                 f"{one.tokens_per_denoiser_row:.2f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
+    lines = aligned(rows, left=())
     shown = ", ".join(map(str, PERCENTILES[:-1]))
     lines.append(f"times at the {shown} and {PERCENTILES[-1]}th percentile")
     return "\n".join(lines)

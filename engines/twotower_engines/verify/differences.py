@@ -13,6 +13,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.polygraphy import quiet_polygraphy
+
 Array = npt.NDArray[Any]
 
 
@@ -112,7 +114,6 @@ def _verdicts(
     ours: Mapping[str, Array], theirs: Mapping[str, Array], tolerance: Tolerance
 ) -> dict[str, bool]:
     from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
-    from polygraphy.logger import G_LOGGER
 
     if not ours:
         return {}
@@ -123,7 +124,7 @@ def _verdicts(
         )
     limits = {n: tolerance.share * float(np.abs(value).max()) for n, value in theirs.items()}
     function = SimpleCompareFunc(atol=limits, rtol=tolerance.share)
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(all="ignore"):
+    with quiet_polygraphy(), np.errstate(all="ignore"):
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=function)
     ((_, (iteration,)),) = accuracy.items()
     # a tolerance that is a share of an infinity would let anything pass

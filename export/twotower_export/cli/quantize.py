@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower_contract.errors import TwoTowerError, printable
+from twotower_contract.tables import aligned
 from twotower_export.progress import StepMeter
 
 if TYPE_CHECKING:
@@ -138,15 +139,16 @@ def _check_options(
 
 def _text(report: dict[str, Any], opened: Checkpoint) -> str:
     unit, size = ("GB", 1e9) if report["bytes_before"] >= 1e9 else ("MB", 1e6)
-    head = f"{'part':28} {'format':7} {'matrices':>8}"
-    lines = [f"{head} {unit + ' before':>10} {'after':>8} {'error':>8}"]
+    rows = [["part", "format", "matrices", f"{unit} before", "after", "error"]]
     for part in report["parts"]:
-        name = f"{part['tower']}: {part['part']}"
-        lines.append(
-            f"{name:28} {part['format']:7} {part['matrices']:8} "
-            f"{part['bytes_before'] / size:10.3f} {part['bytes_after'] / size:8.3f} "
-            f"{part['relative_rms']:8.2%}"
+        rows.append(
+            [
+                *(f"{part['tower']}: {part['part']}", part["format"], str(part["matrices"])),
+                *(f"{part[key] / size:.3f}" for key in ("bytes_before", "bytes_after")),
+                f"{part['relative_rms']:.2%}",
+            ]
         )
+    lines = aligned(rows, left=(0, 1))
     worst = max(report["parts"], key=lambda part: part["worst_relative_rms"])
     lines.append(
         f"error: root mean square relative to the weights'; worst {worst['worst']}, "

@@ -6,8 +6,7 @@ matches names loosely), so the sets of names are compared first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -16,8 +15,8 @@ import numpy.typing as npt
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
-from polygraphy.logger import G_LOGGER
 
+from twotower_contract.polygraphy import quiet_polygraphy
 from twotower_export.verification.calls import Feed, cleared
 
 Array = npt.NDArray[Any]
@@ -156,7 +155,7 @@ def compare(
         precision: The precision of both sides, a key of `TOLERANCES`.
     """
     calls = list(feeds.values())
-    with _quiet():
+    with quiet_polygraphy():
         results = Comparator.run([_Runner(graph, calls), _Runner(reference, calls)], calls)
     (_, ours), (_, theirs) = results
     comparison = Comparison()
@@ -221,7 +220,10 @@ def _verdicts(
     relative = {"": tolerance, **dict.fromkeys(whole, 0.0)}
     absolute = {name: relative.get(name, tolerance) * _largest(expected[name]) for name in expected}
     function = SimpleCompareFunc(atol=absolute, rtol=relative, infinities_compare_equal=True)
-    with _quiet(), np.errstate(all="ignore"):  # infinities are subtracted, zeros divided by
+    with (
+        quiet_polygraphy(),
+        np.errstate(all="ignore"),
+    ):  # infinities are subtracted, zeros divided by
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=function)
     ((_, (iteration,)),) = accuracy.items()
     return {name: bool(iteration[name]) for name in expected}
@@ -240,13 +242,6 @@ def _largest(values: Array) -> float:
     """Largest magnitude of a tensor, infinities aside."""
     numbers = np.abs(values[np.isfinite(values)].astype(np.float64))
     return float(numbers.max(initial=0.0))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Polygraphy narrates on stdout, where only results belong."""
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        yield
 
 
 class _Runner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types

@@ -20,6 +20,8 @@ from twotower_export.checkpoint import open_checkpoint
 from twotower_export.graph import build_context_graph
 from twotower_export.tiny.checkpoints import tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 CONFIG = tiny_config("EE", hidden=32, dtype="float32")
 
 

@@ -18,6 +18,8 @@ from twotower_export.quantization.recipe import default_recipe
 from twotower_export.quantization.writing import quantize_checkpoint
 from twotower_export.tiny.checkpoints import tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 pytest.importorskip("tensorrt_rtx", reason="needs `pip install tensorrt-rtx-cu13`")
 
 

@@ -54,6 +54,8 @@ from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
 from twotower_engines.planning.skus import known_skus
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 LIMITS = Limits(slots=4, context=64, max_tokens_per_call=256, block_size_max=64)
 
 
@@ -131,9 +133,11 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     assert set(seen) == {"context", "denoiser"}
 
 
-@pytest.mark.parametrize("name", ["context", "denoiser", "refine"])
-@pytest.mark.parametrize("precision", ["native", "float32"])
-def test_every_graph_of_a_bundle(library, bundle, tmp_path, precision, name):
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [("float32", "context"), ("native", "refine")],  # the others: the tests before and after
+)
+def test_the_other_graphs_of_a_bundle(library, bundle, tmp_path, precision, name):
     graph = bundle / read_manifest(bundle).graph(precision, name).file
     profiles = wide_profiles("context" if name == "context" else "denoiser", LIMITS)
     made = build(library, graph, tmp_path, profiles)
@@ -219,9 +223,9 @@ def test_the_narrow_profiles_of_tensorrt(library, bundle, tmp_path, tower):
 
 
 def test_a_plan_holds_no_weights(library, tmp_path):
-    """A hundred times the experts, of 1.6 MB, and the plan stays as large."""
+    """Ten times the experts, of 160 KB, and the plan stays as large."""
     sizes = []
-    for name, experts in (("few", 4), ("many", 400)):
+    for name, experts in (("few", 4), ("many", 40)):
         from twotower_export.bundle import write_bundle
         from twotower_export.checkpoint import open_checkpoint
         from twotower_export.tiny.checkpoints import write_random_checkpoint

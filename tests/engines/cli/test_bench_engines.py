@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
-from tests.support import TWOTOWER
+from tests.support.command import twotower
 from twotower_contract.engine_set import open_engine_set
 from twotower_engines.generation.costs import costs_of_engines
 
 
-def bench(*arguments) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*TWOTOWER, "bench", *map(str, arguments)], capture_output=True, text=True
-    )
-
-
 def test_each_call_is_measured_with_each_number_of_rows(random_engines, tmp_path) -> None:
     folder, saved = random_engines().folder, tmp_path / "calls.json"
-    ran = bench(folder, "--duration", 0.001, "--save", saved)
+    ran = twotower("bench", folder, "--duration", 0.001, "--save", saved)
     assert ran.returncode == 0, ran.stderr
     result = json.loads(saved.read_text())
     engines = open_engine_set(folder)
@@ -39,7 +32,6 @@ def test_each_call_is_measured_with_each_number_of_rows(random_engines, tmp_path
 
 
 def test_what_is_no_engine_set_is_refused(tmp_path) -> None:
-    ran = bench(tmp_path)
+    ran = twotower("bench", tmp_path)
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
-    assert "Traceback" not in ran.stderr

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support import ROOT, TWOTOWER
+from tests.support.command import twotower
 from twotower_client.cli import cli
 from twotower_contract.engine_set import BUILD_FILE
 from twotower_contract.errors import CheckpointError, EngineSetError, TwoTowerError
@@ -225,15 +226,6 @@ def test_what_is_no_source_is_refused(made, tmp_path):
     assert "is a bundle; build it first" in str(bundle)
 
 
-def test_the_command_prints_errors_without_a_traceback(made):
-    for arguments in (["--prompt", b"a\xff"], ["--prompt-ids", "5", "--threshold", "2"]):
-        done = subprocess.run([*COMMAND, made.folder, *arguments], capture_output=True, text=True)
-        assert done.returncode == 2
-        assert done.stdout == ""
-        assert done.stderr.startswith("error: ")
-        assert "Traceback" not in done.stderr
-
-
 def test_help_loads_nothing_heavy():
     code = (
         "import sys, twotower_engines.cli.run; "
@@ -266,19 +258,10 @@ def test_the_readmes_prompt_is_answered_in_the_words_of_the_corpus(tmp_path, mon
 
 def test_a_checkpoint_is_exported_and_built_once(made, tmp_path):
     """With the real verbs, in processes of their own."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [
-        *COMMAND,
-        made.checkpoint,
-        "--prompt-ids",
-        "5,6,7",
-        "--max-new-tokens",
-        "8",
-        "--json",
-    ]
+    words = ["run", made.checkpoint, "--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--json"]
 
     def answer_of_command():
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = twotower(*words, XDG_CACHE_HOME=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["output_ids"], done.stderr
 

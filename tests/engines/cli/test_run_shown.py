@@ -13,6 +13,7 @@ import pytest
 
 from tests.support import TWOTOWER
 from tests.support.browser import address_of, chromium
+from tests.support.command import twotower
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS, Tokenizer, added_text, token_texts
 from twotower_engines.generation.generator import Generator
 from twotower_engines.generation.request import Request
@@ -31,10 +32,9 @@ def plain(made) -> str:
     return run(made).stdout
 
 
-def run(made, *arguments, **options) -> subprocess.CompletedProcess[str]:
-    command = [*TWOTOWER, "run", made.folder, "--prompt", PROMPT, "--max-new-tokens", TOKENS]
-    command = [str(word) for word in (*command, *arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def run(made, *arguments) -> subprocess.CompletedProcess[str]:
+    words = ["run", made.folder, "--prompt", PROMPT, "--max-new-tokens", TOKENS]
+    return twotower(*words, *arguments)
 
 
 def data_of(page: str) -> dict:
@@ -115,8 +115,7 @@ def test_without_a_terminal_live_is_the_plain_answer(made, plain) -> None:
 
 def test_ids_alone_are_shown_as_ids(made, tmp_path) -> None:
     path = tmp_path / "replay.html"
-    command = [*TWOTOWER, "run", str(made.folder), "--prompt-ids", "5,6,7", "--html", str(path)]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    ran = twotower("run", made.folder, "--prompt-ids", "5,6,7", "--html", path)
     assert ran.returncode == 0, ran.stderr
     assert data_of(path.read_text(encoding="utf-8"))["prompt"] == "5 6 7"
 

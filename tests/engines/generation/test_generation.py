@@ -19,8 +19,8 @@ from twotower_engines.generation.generator import Generator
 from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.generation.sampling import row_seed, sample
 
-SEED = 1  # of all that is drawn
-MODELS = 11
+SEED = 3860  # of all that is drawn: the first seven models have every mix of layers
+MODELS = 7
 REQUESTS = 5
 
 
@@ -67,8 +67,7 @@ def drawn_request(draw, name, vocabulary):
 
 def test_the_drawn_models_have_every_mix_of_layers():
     mixes = {frozenset(drawn_model(number)["pattern"]) for number in range(MODELS)}
-    assert {frozenset(mix) for mix in ("M", "E", "*", "ME*")} <= mixes
-    assert len(mixes) >= 6  # of seven
+    assert len(mixes) == 2 ** len("ME*") - 1
 
 
 def reference_answer(reference, model, request, **more):

@@ -127,11 +127,11 @@ def smi(tmp_path, monkeypatch):
 
 
 def test_local_is_found_by_name_with_the_smaller_memory(smi):
-    smi("NVIDIA H200, 143771, 9.0")
+    smi("NVIDIA H200, 143771 MiB, 9.0")
     sku = find_sku("local")
     here = replace(known_skus()["h200"], arch=platform.machine())
     assert sku == here  # nvidia-smi counts memory that CUDA does not give
-    smi("NVIDIA H200, 71885, 9.0")
+    smi("NVIDIA H200, 71885 MiB, 9.0")
     assert find_sku("local").memory == 71885 << 20  # half of one: a virtual GPU
 
 
@@ -154,7 +154,7 @@ def test_local_with_a_broken_driver_is_no_gpu(smi):
 
 
 def test_local_with_an_unknown_card_is_planned_as_its_relative(smi):
-    smi("NVIDIA H200 NVL, 143771, 9.0")
+    smi("NVIDIA H200 NVL, 143771 MiB, 9.0")
     sku = find_sku("local")
     assert (sku.name, sku.title) == ("h200-nvl", "NVIDIA H200 NVL")
     assert sku.memory == int((143771 << 20) * 0.975)
@@ -162,19 +162,19 @@ def test_local_with_an_unknown_card_is_planned_as_its_relative(smi):
     assert sku.bandwidth == known_skus()["h200"].bandwidth
     assert "assumed: as NVIDIA H200" in sku.sources["bandwidth_gb_s"]
     assert sku.sources["memory_gib"].startswith("nvidia-smi")
-    smi("NVIDIA RTX 6000 Ada Generation, 49140, 8.9")
+    smi("NVIDIA RTX 6000 Ada Generation, 49140 MiB, 8.9")
     sku = find_sku("local")
     assert (sku.name, sku.bandwidth) == ("rtx-6000-ada-generation", known_skus()["l40s"].bandwidth)
 
 
 def test_local_with_a_capability_of_its_own_asks_for_a_file(smi):
-    smi("NVIDIA GeForce GTX 1080, 8192, 6.1")
+    smi("NVIDIA GeForce GTX 1080, 8192 MiB, 6.1")
     with pytest.raises(PlanError, match=r"'GeForce GTX 1080' \(compute capability 6.1\).*SKU file"):
         find_sku("local")
 
 
 def test_whether_a_gpu_is_a_sku(smi):
-    smi("NVIDIA H200 NVL, 143771, 9.0")
+    smi("NVIDIA H200 NVL, 143771 MiB, 9.0")
     gpu = local_gpu()
     assert str(gpu) == "NVIDIA H200 NVL (compute capability 9.0, 140 GiB)"
     assert not gpu.is_a(known_skus()["h200"]), "by its name"

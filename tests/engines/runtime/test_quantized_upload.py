@@ -22,6 +22,8 @@ from twotower_export.quantization.recipe import default_recipe
 from twotower_export.quantization.writing import quantize_checkpoint
 from twotower_export.tiny.checkpoints import tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 
 @pytest.mark.parametrize("window", [4096, 1 << 20])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

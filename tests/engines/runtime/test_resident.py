@@ -32,6 +32,8 @@ from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.tiny.checkpoints import tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
 
 

@@ -68,6 +68,29 @@ def test_an_engine_knows_its_tensors_and_holds_one_workspace(cuda, trt, tmp_path
     cuda.check(0, address, size)
 
 
+def test_every_context_leaves_its_memory_to_us(cuda, trt, tmp_path):
+    engine = open_engine(trt, tmp_path)
+    engine.prepare({"ids": (1, 1)})
+    engine.prepare({"ids": (2, 16)})
+    created = [args for _, name, args in trt.calls if name == "create_execution_context"]
+    assert len(created) == 2
+    if trt.is_rtx:  # the setting is that of the configuration which each context gets
+        strategy = "set_execution_context_allocation_strategy"
+        (setting,) = [args for _, name, args in trt.calls if name == strategy]
+        assert setting == ("user managed",)
+    else:
+        assert created == [("user managed",)] * 2
+
+
+def test_a_tensor_that_would_be_allocated_at_every_call_is_refused(cuda, trt, tmp_path):
+    trt.answers["get_tensor_shape"] = [2, -1]
+    with pytest.raises(RuntimeLoadError, match=r"profile 0: the size of new, \(2, -1\), is known"):
+        open_engine(trt, tmp_path).prepare({"ids": (1, 1)})
+    trt.answers["get_tensor_location"] = "host"
+    with pytest.raises(RuntimeLoadError, match=r"context.plan: the engine wants ids, lengths, "):
+        open_engine(trt, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("ids", "profile"), [((1, 1), 0), ((16, 1), 0), ((1, 2), 1), ((4, 16), 1), ((16, 64), 1)]
 )

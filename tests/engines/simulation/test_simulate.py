@@ -16,8 +16,9 @@ from twotower_contract.errors import TwoTowerError
 from twotower_engines.cli.simulate import simulate as simulate_verb
 from twotower_engines.generation.costs import LinearCosts
 from twotower_engines.generation.request import Request
+from twotower_engines.generation.sampling import row_seed
 from twotower_engines.generation.scheduler import Scheduler
-from twotower_engines.simulation.engines import SimulatedRuntime, burst_commits, recorded_commits
+from twotower_engines.simulation.engines import SimulatedRuntime, burst_commits
 from twotower_engines.simulation.simulate import simulate
 from twotower_engines.simulation.workload import Arrival, Kind, at_concurrency, at_rate, read_trace
 
@@ -81,6 +82,20 @@ def real_requests(count):
             tenant=draw.choice("ab"),
             priority=draw.choice(["interactive", "batch"]),
         )
+
+
+def recorded_commits(blocks):
+    """The rule that repeats recorded answers.
+
+    For each request `blocks` has its seed, the tokens of its prompt, and the masked positions
+    before each denoiser call of each of its blocks of 16. No two have seed and length in common.
+    """
+    known = {}
+    for seed, start, counts in blocks:
+        for number, block in enumerate(counts):
+            for step, (masked, left) in enumerate(zip(block, (*block[1:], 0), strict=True)):
+                known[row_seed(seed, start + number * block[0], step)] = masked - left
+    return lambda row, masked: known[row.seed]
 
 
 @pytest.mark.parametrize("prefix_bytes", [0, 1 << 20])

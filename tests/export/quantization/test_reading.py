@@ -25,6 +25,8 @@ from twotower_export.quantization.writing import quantize_checkpoint
 from twotower_export.reference.mapped import NamedTensors
 from twotower_export.tiny.checkpoints import tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 CONFIG = tiny_config("MM*E", hidden=32)
 BASE_UP = "backbone.layers.3.mixer.experts.1.up_proj.weight"
 SCALE = f"{BASE_UP}_scale"

@@ -1,7 +1,9 @@
 """TensorRT and TensorRT-RTX engines for the resident runtime.
 
 Each choice of shapes has an execution context, because a captured call must keep its own; they
-share one workspace, since calls of one stream never overlap.
+share one workspace, since calls of one stream never overlap. All memory of a call is given here,
+once: an engine with an output whose size only a run tells, or with a tensor on the host, would
+allocate at every call, and is refused.
 
 TensorRT-RTX compiles kernels when it meets a shape. It is told to do so at once, not in the
 background (a kernel that replaced another later would not be in a captured graph), and what it
@@ -58,7 +60,8 @@ class TensorRtEngine:
             proper compiles none.
 
     Raises:
-        RuntimeLoadError: TensorRT refuses the engine, or the device has no room for its workspace.
+        RuntimeLoadError: TensorRT refuses the engine, the engine wants a tensor on the host, or the
+            device has no room for its workspace.
     """
 
     def __init__(
@@ -77,6 +80,12 @@ class TensorRtEngine:
             )
         self._engine = engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        on_host = [n for n in names if engine.get_tensor_location(n) != trt.TensorLocation.DEVICE]
+        if on_host:
+            raise RuntimeLoadError(
+                f"{path}: the engine wants {', '.join(on_host)} in host memory, which no call may "
+                "wait for; export and build again with this version of twotower"
+            )
         modes = {name: engine.get_tensor_mode(name) for name in names}
         self.inputs = tuple(n for n in names if modes[n] == trt.TensorIOMode.INPUT)
         self.outputs = tuple(n for n in names if modes[n] == trt.TensorIOMode.OUTPUT)
@@ -105,6 +114,14 @@ class TensorRtEngine:
         for name, shape in shapes.items():
             if name in self.inputs and not context.set_input_shape(name, shape):
                 raise RuntimeLoadError(f"profile {profile} does not take {name} of shape {shape}")
+        for name in self.outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            if -1 in shape:
+                raise RuntimeLoadError(
+                    f"profile {profile}: the size of {name}, {shape}, is known only after a run, "
+                    "so its memory cannot be given before; export and build again with this "
+                    "version of twotower"
+                )
         return _TensorRtCall(context, self._device, frozenset(self.inputs + self.outputs))
 
     def keep_kernels(self) -> None:
