@@ -22,7 +22,7 @@ import onnx
 from tests.support.compiled import TOWERS, config_of, write_graph
 from twotower_contract.json_file import write_json
 from twotower_contract.traffic import Kernel, Listing, read_listings, traffic_of
-from twotower_engines.building.flavours.branches import without_branches
+from twotower_engines.building.flavours.branches import gpu_graph
 from twotower_engines.building.flavours.compiled import signature_of
 from twotower_engines.building.flavours.flat_banks import with_flat_banks
 from twotower_engines.building.flavours.flavour import Order
@@ -67,7 +67,7 @@ def compiled(folder: Path, tower: str, way: Way, rows: int, tokens: int, context
         # here, for the tests of the kernels choose how these are run before they are imported
         from tests.support.cut import cut_at_plugins
 
-        model, plugins = cut_at_plugins(without_branches(graph), name)
+        model, plugins = cut_at_plugins(gpu_graph(graph), name)
         onnx.save(model, path)
         pairs = config_of().num_experts_per_tok
         usual, most = min(64, rows * tokens), rows * tokens

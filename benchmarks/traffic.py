@@ -1,6 +1,7 @@
 """Bytes that compiled towers of the released size move in a call, against the least that they must.
 
     python -m benchmarks.traffic              # about half an hour on two cores, no GPU
+    python -m benchmarks.traffic plugins      # cut at our plugins alone: five minutes
     python -m benchmarks.traffic quantized    # ten minutes
 
 TensorRT-RTX compiles both towers for SM120 with a context of 8,192 tokens and room for a call, and
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import today, write_results
-from tests.support.compiled import TOWERS, compiled
+from tests.support.compiled import TOWERS, compiled, copies
 from twotower_contract.traffic import traffic_of
 
 CAPACITY = 8192 + 256
@@ -82,7 +83,7 @@ def measure(
         "least_bytes": traffic.least,
         "ratio": round(traffic.ratio, 3),
         "scratch_bytes": listing.scratch,
-        "copied_inputs": len(traffic.copies),
+        "copied_inputs": len(copies(listing)),
         "kernels": traffic.moved.kernels,
         "seconds": round(time.perf_counter() - start, 1),
         # of the largest process until now
@@ -124,10 +125,12 @@ def main() -> None:
                 print(results[-1], flush=True)
         write("traffic-rtx-quantized", command, results)
         return
+    is_part = sys.argv[1:] == ["plugins"]
     for case in cases():
-        results.append(measure(*case))
-        print(results[-1], flush=True)
-    write("traffic-rtx", command, results)
+        if FORMS[case[0]] or not is_part:
+            results.append(measure(*case))
+            print(results[-1], flush=True)
+    write("traffic-rtx-plugins" if is_part else "traffic-rtx", command, results)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def cast_of_indices(model):
     """The router's indices are cast to float32 and not to int32."""
     (node, *_) = [
         one
-        for one in body_of(model, "ExpertsMixer").node
+        for one in body_of(model, "Router").node
         if one.op_type == "Cast" and one.attribute[0].i == TensorProto.INT32
     ]
     node.attribute[0].i = TensorProto.INT64
@@ -114,7 +114,7 @@ CASES = {
     shift_for_gate: "DenoiserAttentionLayer: DenoiserAttentionLayer/modulated.add: another value",
     operator: "SparseExperts: SparseExperts/up.relu: Abs instead of Relu",
     cast_to_double: "RMSNorm: RMSNorm/cast: ",
-    cast_of_indices: "ExpertsMixer/padding.cast",
+    cast_of_indices: "Router/padding.cast",
     unrounded_time: "TimeEmbedding: ",
     another_output: "MambaMixer has another output",
     another_node: "RMSNorm: more: no such node",

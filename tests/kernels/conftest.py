@@ -24,6 +24,7 @@ from twotower_engines.kernels import (
     linear,  # noqa: F401
     mamba,  # noqa: F401
     refine,  # noqa: F401
+    router,  # noqa: F401
 )
 
 del os.environ["TRITON_INTERPRET"]

@@ -65,7 +65,7 @@ def test_plugins_through_the_driver(check: Callable[[str], Any]) -> None:
     pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
     found = check("plugins")
     assert {name.split()[0] for name in found["errors"]} == {
-        *("RefineBlock", "SparseExperts", "MambaBlockStep"),
+        *("RefineBlock", "Router", "SparseExperts", "MambaBlockStep"),
         *("LinearINT4", "LinearNVFP4"),
     }
     for name, error in found["errors"].items():

@@ -18,15 +18,18 @@ from tests.support.kernel_inputs import (
     block,
     draw_experts,
     draw_mamba,
+    draw_router,
+    layer_of_experts,
     mixed_rows,
     row_tensors,
 )
 from tests.support.kernel_reference import Row
 from twotower_engines.kernels import experts, mamba, refine
+from twotower_engines.kernels import router as router_kernels
 from twotower_engines.kernels.nodes import OPS
 from twotower_export.graph import build_refine_graph
+from twotower_export.graph import experts as graph_of_experts
 from twotower_export.graph.body import OPSET, Body
-from twotower_export.graph.experts import sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
 from twotower_export.tiny.checkpoints import tiny_config
 
@@ -116,18 +119,43 @@ def test_refine_fails_alike() -> None:
         compare_refine(logits, np.full((6, 4), MASK), rows)
 
 
+@pytest.mark.parametrize("is_gated", [True, False])
 @pytest.mark.parametrize("is_flat", [True, False])
-def test_experts_agree(is_flat: bool) -> None:
+def test_experts_agree(is_flat: bool, is_gated: bool) -> None:
     n, K, E, hidden, inner = 20, 2, 5, 40, 24
-    args = draw_experts(np.random.default_rng(5), n, K, E, hidden, inner)
+    generator = np.random.default_rng(5)
+    args = draw_experts(generator, n, K, E, hidden, inner)
     args[1][2], args[1][7, 1] = -1, -1
     config = tiny_config(
         "E", hidden=hidden, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=inner
     )
-    body = sparse_experts(config, ir.DataType.FLOAT, is_flat=is_flat)
-    want = run_model(one_op(body, args), args)
-    got = experts.sparse_experts(*args).numpy()
+    body = graph_of_experts.sparse_experts(
+        config, ir.DataType.FLOAT, is_flat=is_flat, is_gated=is_gated
+    )
+    given = layer_of_experts(args, 2, generator)
+    want = run_model(one_op(body, given), given)
+    rest = dict(zip(("shared", "hidden", "gate"), given[3:6], strict=True))
+    got = experts.sparse_experts(*args, **rest | ({} if is_gated else {"gate": None})).numpy()
     np.testing.assert_allclose(got, want[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("lengths", "L", "E", "hidden", "k", "normalized"), [
+    ([16, 5, 0], 16, 8, 40, 2, True),
+    ([1], 1, 5, 17, 5, False),
+    ([21, 13], 21, 37, 70, 6, True),
+])  # fmt: skip
+def test_routers_agree(
+    lengths: list[int], L: int, E: int, hidden: int, k: int, normalized: bool
+) -> None:
+    given = draw_router(np.random.default_rng(L), lengths, L, E, hidden)
+    given[1][3] = given[1][0]
+    given[2][3] = given[2][0]  # a tie of every token
+    sizes = {"hidden": hidden, "num_experts": E, "num_experts_per_tok": k}
+    config = tiny_config("E", **sizes, norm_topk_prob=normalized, routed_scaling_factor=2.5)
+    want = run_model(one_op(graph_of_experts.router(config, ir.DataType.FLOAT), given), given)
+    got = router_kernels.router(*given, k, normalized, 2.5)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("lengths", [[16, 5], [23, 0]])

@@ -21,6 +21,8 @@ from tests.support.kernel_inputs import (
     block,
     draw_experts,
     draw_mamba,
+    draw_router,
+    layer_of_experts,
     mixed_rows,
     row_tensors,
 )
@@ -96,10 +98,14 @@ def test_refine_chain(V: int) -> None:
 def test_experts_chain(tokens: int, tactic: int) -> None:
     args = draw_experts(np.random.default_rng(tokens), tokens, 2, 5, 40, 24)
     args[1][1] = -1
-    made = run_chain("SparseExperts", list(args), {"num_experts": 5}, tactic)
     tiles = expert_products.matmul_tactics("fp32")[tactic - 1]
-    want = experts.sparse_experts(*args, config=tiles)
-    torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
+    given = layer_of_experts(args, 1, np.random.default_rng(tokens))
+    rest = dict(zip(("shared", "hidden", "gate"), given[3:6], strict=True))
+    for gated in (1, 0):
+        made = run_chain("SparseExperts", given, {"num_experts": 5, "gated": gated}, tactic)
+        want = experts.sparse_experts(*args, config=tiles, **rest)
+        torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
+        rest["gate"], given[5] = None, given[4]  # which stands in the gate's place
 
 
 @pytest.mark.parametrize("form", ["fp8", "int4", "nvfp4"])
@@ -110,10 +116,29 @@ def test_experts_chain_of_codes(form: str) -> None:
     for shape in ((4, 64, 128), (4, 128, 64)):
         bank, _ = draw_bank(generator, form, shape, 16 if form == "nvfp4" else 64)
         banks.append(bank)
-    given = [x, indices, weights, *(tensor for bank in banks for tensor in as_given(bank))]
-    made = run_chain(f"SparseExperts{form.upper()}", given, {"num_experts": 4})
+    tensors = [tensor for bank in banks for tensor in as_given(bank)]
+    given = layer_of_experts([x, indices, weights, *tensors], 3)
+    made = run_chain(f"SparseExperts{form.upper()}", given, {"num_experts": 4, "gated": 1})
     want = experts.sparse_experts(x, indices, weights, *banks)
     torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tactic", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_chain(dtype: torch.dtype, tactic: int) -> None:
+    """Weights are those of float64 scores; a token's experts are distinct."""
+    given = draw_router(np.random.default_rng(3), [20, 7, 0], 20, 19, 130, dtype)
+    attributes = {"per_token": 3, "normalized": 1, "scaling": 2.5}
+    made = run_chain("Router", given, attributes, tactic)
+    x, matrix, correction = (one.double() for one in given[:3])
+    scores = torch.sigmoid(x.flatten(0, 1) @ matrix.T)
+    chosen = (scores + correction).topk(3).indices
+    weights = scores.gather(1, chosen)
+    weights = 2.5 * weights / weights.sum(dim=1, keepdim=True)
+    real = (torch.arange(20) < given[3][:, None]).flatten()
+    assert (made["indices"][~real] == -1).all()
+    torch.testing.assert_close(made["indices"][real].long(), chosen[real])
+    torch.testing.assert_close(made["weights"].double(), weights, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tactic", range(1, linear.TACTICS + 1))
@@ -182,7 +207,7 @@ def test_an_engine_runs_what_is_compiled_and_timed(rows: int) -> None:
     for form, suffix in (("plain", ""), ("fp8", "FP8"), ("int4", "INT4"), ("nvfp4", "NVFP4")):
         listed = {spec.name: spec for spec in all_specs(Sizes(experts_format=form))}
         mamba_ops = ("MambaBlockStep", f"MambaBlockStep{nodes.STATES}")
-        for op in (f"SparseExperts{suffix}", *mamba_ops):
+        for op in ("Router", f"SparseExperts{suffix}", *mamba_ops):
             for node in nodes.OPS[op].chain:
                 for tactic in range(1, node.tactics + 1):
                     launchings.append(released(node.name, rows, 16, tactic))

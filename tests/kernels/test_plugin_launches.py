@@ -11,6 +11,7 @@ from twotower_engines.kernels.nodes import OPS
 
 CHAINS = (
     "RefineBlock",
+    "Router",
     "SparseExperts",
     "SparseExpertsNVFP4",
     "LinearNVFP4",
@@ -71,4 +72,4 @@ def test_integers_are_the_sizes_of_the_call(launched: Any) -> None:
     assert integers["ExpertsUp"] == [2 * 64 * 2]  # pairs
     assert integers["MambaScan"] == [64]
     assert integers["RefineVocabulary"] == [64, 4]  # positions, tiles of a split
-    assert integers["ExpertsSum"] == []
+    assert integers["ExpertsSum"] == [64]  # tokens that a gate is for

@@ -26,6 +26,8 @@ from tests.support.kernel_inputs import (
     block,
     draw_experts,
     draw_mamba,
+    draw_router,
+    layer_of_experts,
     mixed_rows,
     row_tensors,
 )
@@ -36,14 +38,14 @@ from twotower_engines.kernels.node import NAMESPACE, Node
 from twotower_engines.kernels.nodes import NODES, OPS, STATES
 from twotower_engines.kernels.plugin_graph import DECODERS, OPSET, take_codes, with_plugins
 from twotower_export.graph import build_context_graph, build_denoiser_graph
-from twotower_export.graph.experts import sparse_experts
+from twotower_export.graph.experts import router, sparse_experts
 from twotower_export.graph.mamba import mamba_block_step
 from twotower_export.graph.refine import refine_block
 from twotower_export.tiny.checkpoints import tiny_config
 
 CHECKS = "tests.support.tensorrt_checks"
 FLOAT = ir.DataType.FLOAT
-EXPORTED = ("RefineBlock", "SparseExperts", "MambaBlockStep")
+EXPORTED = ("RefineBlock", "Router", "SparseExperts", "MambaBlockStep")
 """Ops that a model here has. The experts' other forms are the same nodes with other banks."""
 
 
@@ -84,10 +86,13 @@ def op_model(op: str) -> tuple[onnx.ModelProto, list[torch.Tensor]]:
         given = [logits, ids, *row_tensors(mixed_rows(generator, 5, 8))]
         function = refine_block(MASK, FLOAT)
     elif op == "SparseExperts":
-        given = list(draw_experts(generator, 12, 2, 5, 40, 24))
+        given = layer_of_experts(draw_experts(generator, 12, 2, 5, 40, 24), 3, generator)
         sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
         config = tiny_config("E", hidden=40, **sizes)
-        function = sparse_experts(config, FLOAT, is_flat=True)
+        function = sparse_experts(config, FLOAT, is_flat=True, is_gated=True)
+    elif op == "Router":
+        given = draw_router(generator, [4, 2], 4, 5, 40)
+        function = router(tiny_config("E", hidden=40, num_experts=5, num_experts_per_tok=2), FLOAT)
     else:
         given = draw_mamba(generator, 16, [16, 16])
         sizes = {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16}
@@ -111,7 +116,7 @@ def wrapped(function: ir.Function, given: list[torch.Tensor]) -> onnx.ModelProto
         helper.make_tensor_value_info(name, types[tensor.dtype], tensor.shape)
         for name, tensor in zip(names, given, strict=True)
     ]
-    integers = ("new_ids", "committed", "still_masked")
+    integers = ("new_ids", "committed", "still_masked", "indices")
     outputs = [
         helper.make_tensor_value_info(
             name, onnx.TensorProto.INT32 if name in integers else onnx.TensorProto.FLOAT, []
@@ -161,7 +166,7 @@ def test_a_whole_tower_with_plugins_means_the_same(tower: Literal["denoiser", "c
     changed = with_plugins(model)
     is_denoiser = tower == "denoiser"
     mamba = "MambaBlockStep" if is_denoiser else f"MambaBlockStep{STATES}"
-    chains = {mamba: 2, "SparseExperts": 2, "RefineBlock": int(is_denoiser)}
+    chains = {mamba: 2, "Router": 2, "SparseExperts": 2, "RefineBlock": int(is_denoiser)}
     counts = Counter(node.op_type for node in changed.graph.node if node.domain == "twotower")
     assert counts == {node.name: n for op, n in chains.items() for node in OPS[op].chain if n}
 

@@ -1,4 +1,4 @@
-"""The trained checkpoint with all three ops as kernels: the golden answer, token for token.
+"""The trained checkpoint with all four ops as kernels: the golden answer, token for token.
 
 The towers are the PyTorch ones with the kernels, interpreted, in place of what they compute for the
 ops; everything between the ops stays.
@@ -18,6 +18,7 @@ from tests.support.torch_generation import load_towers
 from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
 from twotower_engines.kernels.refine import refine_block
+from twotower_engines.kernels.router import router
 from twotower_export.reference.mixers import MambaMixer, SparseExperts, project
 from twotower_export.reference.towers import Towers, advance_states, empty_states
 
@@ -54,13 +55,22 @@ def mamba_kernel(
 def experts_kernel(self: SparseExperts, x: Tensor) -> Tensor:
     CALLS["experts"] += 1
     tokens = x.flatten(0, 1).contiguous()
-    indices, weights = self.gate(tokens)
+    gate = self.gate
+    indices, weights = router(
+        x.contiguous(),
+        gate.weight,
+        gate.e_score_correction_bias,
+        torch.full((x.shape[0],), x.shape[1], dtype=torch.int32),
+        gate.chosen,
+        gate.normalised,
+        gate.scale,
+    )
     up, down = (
         torch.stack([getattr(expert, name).weight for expert in self.experts])
         for name in ("up_proj", "down_proj")
     )
-    routed = sparse_experts(tokens, indices.int().contiguous(), weights, up, down)
-    return routed.view_as(x) + self.shared_experts(x)
+    shared = self.shared_experts(tokens)
+    return sparse_experts(tokens, indices, weights, up, down, shared=shared).view_as(x)
 
 
 @torch.no_grad()

@@ -5,14 +5,16 @@ The builder needs no GPU, and says the final kernels to a verbose logger.
 
 from __future__ import annotations
 
+import re
+
 import onnx
 import onnx_ir as ir
 
 from tests.support.quantized_graphs import weight_dtypes
 from tests.support.sparse_checkpoint import FULL_CONFIG
 from twotower_contract.config import ModelConfig
-from twotower_contract.traffic import read_listings
-from twotower_engines.building.flavours.branches import without_branches
+from twotower_contract.traffic import read_listings, traffic_of
+from twotower_engines.building.flavours.branches import gpu_graph
 from twotower_engines.building.flavours.flavour import Order
 from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
 from twotower_engines.building.flavours.process import build_engine_files
@@ -20,6 +22,9 @@ from twotower_engines.building.flavours.profiles import Profile, Sizes
 from twotower_engines.building.flavours.tensorrt_rtx import CAPTURE, LIBRARY
 from twotower_export.graph import build_context_graph, build_denoiser_graph
 from twotower_export.graph.layers import FLOAT_WEIGHTS
+
+KEPT = re.compile("weight|bias|table|_state|_cache")
+"""In the names of a graph's weights and states."""
 
 TOWERS = {"context": (build_context_graph, "tokens"), "denoiser": (build_denoiser_graph, "block")}
 
@@ -57,11 +62,16 @@ def compiled(
         # here, for the tests of the kernels choose how these are run before they are imported
         from tests.support.cut import cut_at_plugins
 
-        cut, _ = cut_at_plugins(without_branches(onnx.load(graph)), TOWERS[tower][1])
+        cut, _ = cut_at_plugins(gpu_graph(onnx.load(graph)), TOWERS[tower][1])
         onnx.save(cut, graph)
         sizes["flat"] = rows * tokens
         sizes["pairs"] = rows * tokens * config_of().num_experts_per_tok
     return compile_graph(graph, sizes, capability)
+
+
+def copies(listing):
+    """Kernels that copy a weight or a state. A cut graph has other inputs, which plugins make."""
+    return [one for one in traffic_of(listing).copies if KEPT.search(one[1])]
 
 
 def compile_graph(graph, sizes, capability):

@@ -61,9 +61,13 @@ def cut_at_plugins(model, tokens):
                 for name, tensor in zip(node.takes[1:], call.input[1:], strict=True)
             }
             shapes["x"] = (ROWS * TOKENS, 8 * shapes["matrix"][1])
+        attributes = dict(attributes_of(node, Sizes()))
+        attributes |= {one.name: one.i for one in call.attribute if one.name == "gated"}
+        if not attributes.get("gated", True):
+            shapes["gate"] = shapes["hidden"]  # stands in its place
         dims = {name: shapes[name] for name in node.takes}
         dtypes = {name: dtype_of(name, form) for name in node.takes}
-        placed = Call(dims, dims, dtypes, attributes_of(node, Sizes()))
+        placed = Call(dims, dims, dtypes, attributes)
         outputs, read = node.outputs(placed), node.launching(placed).spec.types
         for name, tensor in zip(call.input, node.takes, strict=True):
             taken[name] = (TYPES[dtypes[tensor]], symbolic(dims[tensor], tokens))

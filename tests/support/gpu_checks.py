@@ -26,12 +26,22 @@ from tests.support.kernel_inputs import (
     block,
     draw_experts,
     draw_mamba,
+    draw_router,
+    layer_of_experts,
     mixed_rows,
     row_tensors,
 )
 from tests.support.plugin_launches import Launcher
 from tests.support.quantized_banks import as_given, draw_bank
-from twotower_engines.kernels import expert_products, experts, linear, mamba, mamba_spans, refine
+from twotower_engines.kernels import (
+    expert_products,
+    experts,
+    linear,
+    mamba,
+    mamba_spans,
+    refine,
+    router,
+)
 from twotower_engines.kernels.nodes import OPS, STATES
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.kernels.targets import target
@@ -212,6 +222,18 @@ def check_plugins() -> dict[str, Any]:
                 exact = case.baseline(*wide)
                 exact = exact[case.compared] if isinstance(exact, tuple) else exact
                 errors[name] = relative(got[case.compared], exact)
+    drawn = draw_router(np.random.default_rng(8), [16] * 5, 16, 128, 2688, torch.bfloat16)
+    chosen = {"per_token": 6, "normalized": 1, "scaling": 2.5}
+    for tactic in range(1, len(router.TACTICS) + 1):
+        made = launcher.run_chain("Router", to_gpu(drawn), chosen, tactic)
+        torch.cuda.synchronize()
+        scores = torch.sigmoid(drawn[0].double().flatten(0, 1) @ drawn[1].double().T)
+        best = (scores + drawn[2].double()).topk(6).indices
+        weights = scores.gather(1, best)
+        wanted = 2.5 * weights / weights.sum(dim=1, keepdim=True)
+        name = f"Router tactic {tactic}"
+        equal[name] = torch.equal(made["indices"].long().cpu(), best)
+        errors[name] = relative(made["weights"], wanted)
     for form, group in (("int4", 64), ("nvfp4", 16)):
         generator = np.random.default_rng(7)
         bank, exact = draw_bank(generator, form, (1, 1200, 2688), group)
@@ -236,7 +258,8 @@ def op_call(op: str, inputs: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]
     if op == "RefineBlock":
         return tensors, {"mask_id": rest[0]}
     if op == "SparseExperts":
-        return tensors, {"num_experts": SIZES.experts}
+        given = layer_of_experts(inputs, 1)
+        return given, {"num_experts": SIZES.experts, "gated": 1}
     return tensors, {"n_groups": rest[0], "epsilon": rest[1]}
 
 

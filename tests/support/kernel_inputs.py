@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -63,6 +65,37 @@ def draw_experts(
     up = torch.from_numpy(generator.normal(0, hidden**-0.5, (E, inner, hidden))).to(dtype)
     down = torch.from_numpy(generator.normal(0, inner**-0.5, (E, hidden, inner))).to(dtype)
     return x, torch.from_numpy(indices), weights, up, down
+
+
+def layer_of_experts(
+    args: Sequence[torch.Tensor], rows: int, generator: np.random.Generator | None = None
+) -> list[torch.Tensor]:
+    """The op's inputs, from what `draw_experts` returns; without a generator they add nothing."""
+    x, indices, weights, *banks = args
+    hidden = x.shape[1]
+
+    def drawn(shape: tuple[int, ...], neutral: float) -> torch.Tensor:
+        if generator is None:
+            return torch.full(shape, neutral, dtype=x.dtype, device=x.device)
+        return torch.from_numpy(generator.normal(0, 1, shape)).to(x.dtype)
+
+    rest = drawn(x.shape, 0.0), drawn(x.shape, 0.0), drawn((rows, 1, hidden), 1.0)
+    return [x.view(rows, -1, hidden), indices, weights, *rest, *banks]
+
+
+def draw_router(
+    generator: np.random.Generator,
+    lengths: list[int],
+    L: int,
+    E: int,
+    hidden: int,
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """x, matrix, correction, lengths."""
+    x = torch.from_numpy(generator.normal(0, 1, (len(lengths), L, hidden))).to(dtype)
+    matrix = torch.from_numpy(generator.normal(0, hidden**-0.5, (E, hidden))).float()
+    correction = torch.from_numpy(generator.normal(0, 0.3, E)).to(dtype)
+    return [x, matrix, correction, torch.tensor(lengths, dtype=torch.int32)]
 
 
 def draw_mamba(

@@ -23,6 +23,8 @@ FLOATS = (
     "threshold",
     "temperature",
     "partials",
+    "matrix",
+    "router_logits",
 )
 LARGEST_BLOCK = 64
 
@@ -32,13 +34,14 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
     s, E, K = sizes, sizes.experts, sizes.experts_per_token
     d_inner = s.heads * s.head_dim
     conv_dim = d_inner + 2 * s.groups * s.state
+    projected = d_inner + conv_dim + s.heads
     tokens = rows * block
     pairs = (tokens * K,)
     turned = s.experts_format == "fp8"
     slots = span_slots(rows, span_sizes(rows, block)[0])
     packed = 8 if s.experts_format in ("int4", "nvfp4") else 1  # codes in a word
     return {
-        "projected": (rows, block, d_inner + conv_dim + s.heads),
+        "projected": (rows, block, projected),
         "scanned": (rows, block, d_inner),
         "convolution": (rows, block, conv_dim),
         "span_states": (slots, s.heads, s.head_dim, s.state),
@@ -55,7 +58,9 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
         "ids": (rows, block),
         "partials": (rows, block, 5, 16),
         "partial_ids": (rows, block, 16),
-        "x": (tokens, s.hidden),
+        "x": (rows, block, s.hidden),
+        **dict.fromkeys(("shared", "hidden"), (tokens, s.hidden)),
+        "gate": (rows, 1, s.hidden),
         **dict.fromkeys(("indices", "weights"), (tokens, K)),
         "pairs": pairs,
         **{
@@ -64,10 +69,12 @@ def tensor_shapes(sizes: Sizes, rows: int, block: int) -> dict[str, tuple[int, .
         },
         "up": (E, *((s.hidden, s.inner) if turned else (s.inner, s.hidden // packed))),
         "down": (E, *((s.inner, s.hidden) if turned else (s.hidden, s.inner // packed))),
-        "matrix": (d_inner + conv_dim + s.heads, s.hidden // packed),
+        "matrix": (s.experts if packed == 1 else projected, s.hidden // packed),
+        "correction": (s.experts,),
+        "router_logits": (tokens, s.experts),
         **_scales(s, "up", (E, s.inner, s.hidden)),
         **_scales(s, "down", (E, s.hidden, s.inner)),
-        **_scales(s, "matrix", (d_inner + conv_dim + s.heads, s.hidden)),
+        **_scales(s, "matrix", (projected, s.hidden)),
         "inner": (*pairs, s.inner),
         "partial": (*pairs, s.hidden),
     }
@@ -101,11 +108,15 @@ def dtype_of(name: str, form: str = "plain") -> str:
 
 
 def attributes_of(node: Node, sizes: Sizes) -> Mapping[str, Any]:
-    """Return a node's attributes."""
+    """Return a node's attributes, in the denoiser, which has a gate."""
     known = {
         "mask_id": sizes.mask_id,
         "num_experts": sizes.experts,
         "n_groups": sizes.groups,
+        "gated": 1,
+        "per_token": sizes.experts_per_token,
+        "normalized": 1,
+        "scaling": sizes.scaling,
         "epsilon": sizes.epsilon,
     }
     return {name: known[name] for name in node.attributes}

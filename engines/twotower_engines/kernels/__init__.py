@@ -1,7 +1,8 @@
-"""Kernels of the three ops, in the Triton language, one op per file.
+"""Kernels of the four ops, in the Triton language, one op per file.
 
 - `refine`: `RefineBlock`, from a block's logits to its next ids;
-- `experts`: `SparseExperts`, the routed experts and no others;
+- `router`: `Router`, from a layer's tokens to their experts;
+- `experts`: `SparseExperts`, the routed experts and no others, and the layer's residual;
 - `mamba`: `MambaBlockStep`, convolution, scan and gated norm of one block.
 
 Each file has its kernels, a table of their launch configurations, the specifications that

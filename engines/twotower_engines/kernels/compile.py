@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
 
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels import experts, linear, mamba, refine
+from twotower_engines.kernels import experts, linear, mamba, refine, router
 from twotower_engines.kernels.jit import INTERPRETED, SHARED_MEMORY_LIMIT
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 from twotower_engines.kernels.targets import Target
@@ -91,7 +91,7 @@ class Resources:
 
 def all_specs(sizes: Sizes) -> list[KernelSpec]:
     """Return every kernel of one model."""
-    specs = (refine.specs, experts.specs, linear.specs, mamba.specs)
+    specs = (refine.specs, router.specs, experts.specs, linear.specs, mamba.specs)
     return [spec for some in specs for spec in some(sizes)]
 
 

@@ -19,6 +19,9 @@ from twotower_engines.kernels.node import (
 )
 from twotower_engines.kernels.spec import Sizes
 
+TOKENS = ("x", "indices", "weights", "shared", "hidden", "gate")
+"""Inputs of the op before its banks."""
+
 
 def _bound(pairs: Dim, tokens: int, count: int, minimum: Callable[[Dim, Any], Dim]) -> Dim:
     """Return `expert_routing.tile_bound` of a size that may be symbolic."""
@@ -50,7 +53,7 @@ def _product(which: str, form: str, call: Call) -> Launching:
     """Return the launch of one of the products, in the call's tactic."""
     tokens = "x" if which == "up" else "inner"
     expert_products.require_bf16(form, call.dtypes[tokens])
-    count, depth = call.size(which, 0), call.size(tokens, 1)
+    count, depth = call.size(which, 0), call.size(tokens, -1)
     features = call.size(which, expert_products.FEATURE_AXIS[form])
     sizes = Sizes(
         hidden=depth if which == "up" else features,
@@ -69,19 +72,23 @@ def _product(which: str, form: str, call: Call) -> Launching:
 
 
 def _sum_outputs(call: Call) -> tuple[Output, ...]:
-    return (Output(call.dtypes["x"], tuple(call.dims["x"])),)
+    return (Output(call.dtypes["x"], tuple(call.dims["hidden"])),)
 
 
 def _sum(call: Call) -> Launching:
     sizes = Sizes(
-        hidden=call.size("x", 1),
+        hidden=call.size("hidden", 1),
         experts=call.size("up", 0),
         experts_per_token=call.size("indices", 1),
         dtype=call.dtypes["x"],
     )
-    spec = spec_of("experts_sum", [experts.sum_spec(sizes)], call)
+    is_gated = bool(call.attributes["gated"])
+    (spec,) = (one for one in experts.sum_specs(sizes) if ("gate" in one.types) == is_gated)
+    spec = spec_of(spec.name, [spec], call)
     tiles = integer_cdiv(sizes.hidden, spec.launch.constants["BLOCK_F"])
-    return Launching(spec, (call.dims["x"][0], tiles), {})
+    rows = call.dims["gate"][0]
+    integers = {"L": call.dims["hidden"][0] // rows} if is_gated else {}
+    return Launching(spec, (call.dims["hidden"][0], tiles), integers)
 
 
 def sparse_experts(form: str) -> Op:
@@ -91,7 +98,7 @@ def sparse_experts(form: str) -> Op:
         (which, *(f"{which}_{name}" for name in expert_products.SCALES[form]))
         for which in ("up", "down")
     )
-    inputs = ("x", "indices", "weights", *up, *down)
+    inputs = (*TOKENS, *up, *down)
     work = ("pairs", "few", "many", "indices")
     counted: dict[str, type] = {"num_experts": int}
     tactics = expert_products.TACTICS
@@ -129,7 +136,7 @@ def sparse_experts(form: str) -> Op:
             f"ExpertsSum{suffix}",
             (*inputs, "partial"),
             ("y",),
-            {},
+            {"gated": int},
             _sum_outputs,
             _sum,
             "op",

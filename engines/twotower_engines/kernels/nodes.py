@@ -23,6 +23,7 @@ from twotower_engines.kernels.node import (
     integer_cdiv,
     spec_of,
 )
+from twotower_engines.kernels.router_nodes import ROUTER
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 # RefineBlock
@@ -192,6 +193,7 @@ OPS = {
             ),
         ),
     ),
+    "Router": ROUTER,
     **EXPERT_OPS,
     **LINEAR_OPS,
     "MambaBlockStep": Op(

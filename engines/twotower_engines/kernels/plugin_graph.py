@@ -12,6 +12,7 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from twotower_engines.errors import BuildError
+from twotower_engines.kernels.expert_nodes import TOKENS as EXPERT_TOKENS
 from twotower_engines.kernels.node import NAMESPACE, Node, Op
 from twotower_engines.kernels.nodes import OPS, STATES
 
@@ -82,14 +83,15 @@ def take_codes(model: onnx.ModelProto) -> None:
                 node.input[0] = given[0]
         if not is_experts and node.op_type != "Gemm":
             continue
-        weights = node.input[3:] if is_experts else node.input[1:2]
+        before = len(EXPERT_TOKENS) if is_experts else 1
+        weights = node.input[before:] if is_experts else node.input[1:2]
         found = [_codes(makers, name) for name in weights]
         form = found[0][0]
         is_ours = form in DECODERS or (is_experts and form == "FP8")
         if form is None or not is_ours or any(other != form for other, _ in found):
             continue
         stem = "SparseExperts" if is_experts else "Linear"
-        first = list(node.input[: 3 if is_experts else 1])
+        first = list(node.input[:before])
         node.op_type, node.domain = f"{stem}{form}", NAMESPACE
         node.input[:] = [*first, *(name for _, given in found for name in given)]
         if not is_experts:

@@ -21,6 +21,7 @@ class Sizes:
         dtype: Type of logits, activations and large weights: "bf16" or "fp32".
         small_dtype: Type of the weights that stay as they were trained (biases, A_log, D, norms).
         experts_format: Format of the experts' banks: "plain" (T), "fp8", "int4" or "nvfp4".
+        scaling: Factor of the routed experts' weights.
         block: Positions of a block.
     """
 
@@ -30,6 +31,7 @@ class Sizes:
     experts: int = 128
     experts_per_token: int = 6
     inner: int = 1856
+    scaling: float = 2.5
     heads: int = 64
     head_dim: int = 64
     state: int = 128

@@ -48,7 +48,7 @@ def replace_experts(graph: onnx.GraphProto) -> dict[str, Parts]:
         if (node.domain, node.op_type) != OP:
             nodes.append(node)
             continue
-        up, down = node.input[3:]
+        up, down = node.input[-2:]
         count, inner, hidden = shapes[up]
         for expert in range(count):
             inputs |= {_one(up, expert): (inner, hidden), _one(down, expert): (hidden, inner)}
@@ -81,8 +81,9 @@ def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
 
     An expert that no token chose has products of no rows, which read no weight.
     """
-    x, indices, weights, up, down = node.input
+    x, indices, weights, shared, hidden, gate, up, down = node.input
     b = Nodes(node.name)
+    tokens = b.add("Flatten", x, axis=-1)
     chosen = b.add("Reshape", indices, b.constant([-1]))
     pairs = b.add("Shape", chosen)
     _, order = b.sorted(chosen, pairs)  # of one expert, by token; padding, -1, comes first
@@ -91,7 +92,7 @@ def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
     none = b.constant(np.zeros(count + 1))
     counts = b.add("ScatterElements", none, place, each, reduction="add")
     token = b.add("Div", order, b.add("Shape", indices, start=1))
-    apart = b.split(b.add("Gather", x, token), count + 1, counts)
+    apart = b.split(b.add("Gather", tokens, token), count + 1, counts)
     results = [b.add("ConstantOfShape", b.add("Shape", apart[0]))]
     for expert, own in enumerate(apart[1:]):
         inner = b.add("Relu", b.add("Gemm", own, _one(up, expert), transB=1))
@@ -102,5 +103,9 @@ def _chosen_experts(node: onnx.NodeProto, count: int) -> list[onnx.NodeProto]:
     y = b.add("Gather", b.add("Concat", *results, axis=0), by_token)  # [tokens, chosen, hidden]
     one = b.constant([1])
     total = b.add("MatMul", b.add("Unsqueeze", weights, one), y)
-    b.add("Squeeze", total, one, output=node.output[0])
+    y = b.add("Add", b.add("Squeeze", total, one), shared)
+    if any(given.name == "gated" and given.i for given in node.attribute):
+        by_row = b.add("Reshape", y, b.add("Shape", x))
+        y = b.add("Flatten", b.add("Mul", gate, by_row), axis=-1)
+    b.add("Add", hidden, y, output=node.output[0])
     return b.written

@@ -96,22 +96,23 @@ def layer_functions(
     """
     norm = rms_norm(config, dtype)
     step = mamba.mamba_block_step(config, dtype)
-    routed = experts.sparse_experts(config, dtype, is_flat=flat_banks)
+    choice = experts.router(config, dtype)
+    routed = experts.sparse_experts(config, dtype, is_flat=flat_banks, is_gated=denoiser)
     mixers = {
         "M": mamba.mamba_mixer(config, dtype, step),
         "*": attention.attention_mixer(config, dtype, causal=not denoiser),
-        "E": experts.experts_mixer(config, dtype, routed),
+        "E": experts.experts_mixer(config, dtype, choice, routed, is_gated=denoiser),
     }
     kinds = [kind for kind in KINDS if kind in config.pattern]
-    everything = [norm, step, routed, *(mixers[kind] for kind in kinds)]
+    everything = [norm, step, choice, routed, *(mixers[kind] for kind in kinds)]
     if denoiser:
         modulate = modulation(config, dtype)
         everything.append(modulate)
         layers = {k: _denoiser_layer(k, dtype, norm, mixers[k], modulate) for k in kinds}
     else:
         layers = {k: _context_layer(k, dtype, norm, mixers[k]) for k in kinds}
-    unused = {id(step): "M" not in kinds, id(routed): "E" not in kinds}
-    called = [function for function in everything if not unused.get(id(function))]
+    unused = [step] * ("M" not in kinds) + [choice, routed] * ("E" not in kinds)
+    called = [function for function in everything if function not in unused]
     return LayerFunctions(layers, [*called, *layers.values()], norm)
 
 
@@ -126,9 +127,11 @@ def _context_layer(
     b.begin("norm")
     (x,) = b.call(norm, [hidden, norm_weight])
     b.begin("mixer")
-    y, *new = b.call(mixer, [x, *states_and_rows, *weights])
+    added = [hidden] if kind == "E" else []
+    y, *new = b.call(mixer, [x, *states_and_rows, *added, *weights])
     b.begin("residual")
-    outputs = {"hidden_out": b.op.Add(hidden, y), **dict(zip(letter.outputs, new, strict=True))}
+    hidden_out = y if kind == "E" else b.op.Add(hidden, y)
+    outputs = {"hidden_out": hidden_out, **dict(zip(letter.outputs, new, strict=True))}
     doc = f"Context tower, {letter.name} layer: hidden + mixer(norm(hidden))."
     return b.function(f"Context{letter.name}Layer", args, outputs, doc)
 
@@ -163,9 +166,10 @@ def _denoiser_layer(
 
     x = modulated(normed(hidden)) if kind == "E" else normed(modulated(hidden))
     b.begin("mixer")
-    y, *new = b.call(mixer, [x, *states_and_rows, *weights])
+    added = [hidden, gate] if kind == "E" else []
+    y, *new = b.call(mixer, [x, *states_and_rows, *added, *weights])
     b.begin("residual")
-    outputs = {"hidden_out": b.op.Add(hidden, b.op.Mul(gate, y))}
+    outputs = {"hidden_out": y if kind == "E" else b.op.Add(hidden, b.op.Mul(gate, y))}
     outputs |= {name: new[letter.outputs.index(name)] for name in letter.in_place}
     order = "modulate(norm(hidden))" if kind == "E" else "norm(modulate(hidden))"
     doc = f"Denoiser tower, {letter.name} layer: hidden + gate * mixer({order})."

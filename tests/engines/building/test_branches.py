@@ -7,9 +7,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx.reference import ReferenceEvaluator
 
-from twotower_engines.building.flavours.branches import without_branches
-from twotower_export.graph import build_refine_graph
+from twotower_contract.layout import graph_weights
+from twotower_engines.building.flavours.branches import gpu_graph
+from twotower_export.graph import build_context_graph, build_denoiser_graph, build_refine_graph
 from twotower_export.tiny.checkpoints import tiny_config
 
 V = 264
@@ -27,7 +29,7 @@ def conditions(model):
 @pytest.mark.parametrize("temperature", [[0.0, 0.0], [0.0, 0.9]])
 @pytest.mark.parametrize("policy", [0, 3])
 def test_a_graph_without_conditions_means_the_same(graph, temperature, policy):
-    flat = without_branches(graph)
+    flat = gpu_graph(graph)
     assert len(conditions(graph)) == 2
     assert not conditions(flat)
     onnx.checker.check_model(flat)
@@ -48,3 +50,55 @@ def test_a_graph_without_conditions_means_the_same(graph, temperature, policy):
     ]
     for ours, theirs in zip(*made, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture(params=["BlockAttention", "CausalAttention"])
+def attention(request):
+    """A tower with a layer of grouped-query attention, the name of its function, and its inputs."""
+    config = tiny_config("*", hidden=16)
+    assert config.num_attention_heads > config.num_key_value_heads > 1
+    tower, build = {
+        "BlockAttention": ("denoiser", build_denoiser_graph),
+        "CausalAttention": ("context", build_context_graph),
+    }[request.param]
+    stored = dict.fromkeys(graph_weights(config, tower), "F32")
+    model = ir.to_proto(build(config, "float32", stored, {}))
+    draw = np.random.default_rng(2)
+    cache = (2, config.num_key_value_heads, 9, config.head_dim)
+    widths = (config.query_width, config.kv_width, config.kv_width)
+    shapes = [(2, 4, 16), cache, cache, *((width, 16) for width in widths)]
+    floats = [draw.standard_normal(shape, np.float32) for shape in (*shapes, (16, widths[0]))]
+    rows = [np.array(values, np.int32) for values in ([4, 2], [5, 1])]
+    return model, request.param, [*floats[:3], *rows, *floats[3:]]
+
+
+def answer(model, name, given):
+    """The attention node of a function, what made its mask, and what the function computes.
+
+    By the specification's reference: ONNX Runtime asks for masks of all queries.
+    """
+    (body,) = (one for one in model.functions if one.name == name)
+    makers = {node.output[0]: node.op_type for node in body.node}
+    (node,) = (node for node in body.node if node.op_type == "Attention")
+    feed = dict(zip(body.input, given, strict=True))
+    return node, makers[node.input[3]], ReferenceEvaluator(body).run(None, feed, {})
+
+
+def test_a_mask_that_is_the_same_for_all_queries_stays_one_row(attention):
+    model, name, given = attention
+    _, before, wanted = answer(model, name, given)
+    _, after, made = answer(gpu_graph(model), name, given)
+    assert after == ("Unsqueeze" if name == "BlockAttention" else before)
+    assert (before == "Expand") == (name == "BlockAttention")
+    for ours, theirs in zip(made, wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "12.0"])
+def test_heads_are_folded_where_caches_are_copied_for_each(attention, capability):
+    model, name, given = attention
+    plain, _, wanted = answer(model, name, given)
+    node, _, made = answer(gpu_graph(model, [capability]), name, given)
+    assert (node.input[0] != plain.input[0]) == (capability in ("8.0", "8.6"))
+    for ours, theirs in zip(made, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

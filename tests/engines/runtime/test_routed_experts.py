@@ -25,15 +25,20 @@ def banks():
 def experts():
     """A function that opens a graph of one `SparseExperts` node with some banks."""
 
-    def open_with(banks):
+    def open_with(banks, gated=False):
         args = {
-            "x": (TensorProto.FLOAT, ["n", HIDDEN]),
+            "x": (TensorProto.FLOAT, ["rows", "tokens", HIDDEN]),
             "indices": (TensorProto.INT32, ["n", CHOSEN]),
             "weights": (TensorProto.FLOAT, ["n", CHOSEN]),
+            "shared": (TensorProto.FLOAT, ["n", HIDDEN]),
+            "hidden": (TensorProto.FLOAT, ["n", HIDDEN]),
+            "gate": (TensorProto.FLOAT, ["rows", 1, HIDDEN]),
             "up": (TensorProto.FLOAT, [EXPERTS, INNER, HIDDEN]),
             "down": (TensorProto.FLOAT, [EXPERTS, HIDDEN, INNER]),
         }
-        node = helper.make_node("SparseExperts", list(args), ["y"], "experts", domain="twotower")
+        node = helper.make_node(
+            "SparseExperts", list(args), ["y"], "experts", domain="twotower", gated=int(gated)
+        )
         values = [helper.make_tensor_value_info(name, *kind) for name, kind in args.items()]
         y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", HIDDEN])
         graph = helper.make_graph([node], "one", values, [y])
@@ -44,7 +49,7 @@ def experts():
         weights = [pair for n, bank in banks.items() for pair in parts[n](bank).items()]
         session, kept = packed_session(ort, model, weights, ort.SessionOptions())
         assert not kept
-        return lambda *inputs: session.run(["y"], dict(zip(args, inputs, strict=False)))[0]
+        return lambda *inputs: session.run(["y"], dict(zip(args, layer(*inputs), strict=False)))[0]
 
     return open_with
 
@@ -54,6 +59,13 @@ def drawn(seed, tokens):
     x = draw.standard_normal((tokens, HIDDEN), np.float32)
     indices = np.stack([draw.permutation(EXPERTS)[:CHOSEN] for _ in range(tokens)])
     return x, indices.astype(np.int32), draw.random((tokens, CHOSEN), np.float32)
+
+
+def layer(x, indices, weights, shared=0.0, hidden=0.0, gate=1.0, rows=1):
+    """What the op takes: the rest of the layer adds nothing unless it is given."""
+    whole = (np.broadcast_to(np.float32(one), x.shape) for one in (shared, hidden))
+    gate = np.broadcast_to(np.float32(gate), (rows, 1, HIDDEN))
+    return x.reshape(rows, -1, HIDDEN), indices, weights, *whole, gate
 
 
 def plainly(banks, x, indices, weights):
@@ -73,6 +85,18 @@ def test_experts_are_summed_by_their_weights(experts, banks, tokens):
     y = experts(banks)(x, indices, weights)
     expected = plainly(banks, x, indices, weights)
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max(initial=1.0))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_rest_of_a_layer_is_added(experts, banks, gated):
+    inputs = drawn(6, 12)
+    draw = np.random.default_rng(6)
+    shared, hidden = (draw.standard_normal((12, HIDDEN), np.float32) for _ in range(2))
+    gate = draw.standard_normal((3, 1, HIDDEN), np.float32)
+    run = experts(banks, gated)
+    y = run(*inputs, shared, hidden, gate, 3)
+    factor = np.repeat(gate[:, 0], 4, axis=0) if gated else 1
+    np.testing.assert_array_equal(y, hidden + factor * (experts(banks)(*inputs) + shared))
 
 
 def test_a_token_is_the_same_alone_and_in_a_batch(experts, banks):

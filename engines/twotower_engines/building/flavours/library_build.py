@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower_contract.traffic import Listing, write_listings
-from twotower_engines.building.flavours.branches import set_sizes, without_branches
+from twotower_engines.building.flavours.branches import gpu_graph, set_sizes
 from twotower_engines.building.flavours.compiled import (
     BuilderLog,
     Signature,
@@ -66,7 +66,8 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    model = without_branches(onnx.load(job["graph"], load_external_data=False))
+    capabilities = job.get("compute_capabilities") or [job["kernels"]] * bool(job.get("kernels"))
+    model = gpu_graph(onnx.load(job["graph"], load_external_data=False), capabilities)
     if not job.get("kernels"):
         model = with_flat_banks(model)
     set_sizes(model, job["sizes"])
