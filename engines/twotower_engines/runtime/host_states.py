@@ -72,19 +72,44 @@ class Batch:
             tokens: Tokens of a row in the call, which may be written behind each context.
         """
         needed = max(slot.length for slot in slots) + tokens
-        # attention computes over the whole capacity, so that little of it may be left over
-        if not needed <= self._capacity <= needed * 5 // 4 + 2 * CAPACITY_STEP:
+        if not self._fits(needed):
             self._capacity = -(-(needed * 17 // 16) // CAPACITY_STEP) * CAPACITY_STEP
             self._caches = {
                 name: np.zeros((self._places, heads, self._capacity, size), np.float32)
                 for name, (heads, size) in self._attention.items()
             }
             self._held = [None] * self._places
-        places = self._find_places(slots)
+        return self._taken(self._find_places(slots), slots, tokens)
+
+    def take_held(
+        self, slots: Sequence[Slot], tokens: int
+    ) -> tuple[list[int], dict[str, Array]] | None:
+        """Return what `take` does where the slots lie side by side already, and None elsewhere.
+
+        No other slot gives up its place, and a place is counted from the first of these.
+        """
+        keys = [None if held is None else held.key for held in self._held]
+        if any(slot.key not in keys for slot in slots):
+            return None
+        places = [keys.index(slot.key) for slot in slots]
+        needed = max(slot.length for slot in slots) + tokens
+        is_apart = max(places) - min(places) >= len(slots)
+        return None if is_apart or not self._fits(needed) else self._taken(places, slots, tokens)
+
+    def _fits(self, needed: int) -> bool:
+        # attention computes over the whole capacity, so that little of it may be left over
+        return needed <= self._capacity <= needed * 5 // 4 + 2 * CAPACITY_STEP
+
+    def _taken(
+        self, places: Sequence[int], slots: Sequence[Slot], tokens: int
+    ) -> tuple[list[int], dict[str, Array]]:
+        """Bring places up to date; returns them, counted from the first, and their arrays."""
         for place, slot in zip(places, slots, strict=True):
             self._copy(place, slot, tokens)
+        first = min(places)
+        part = slice(first, first + len(slots))
         arrays = self._mamba | self._caches
-        return places, {name: array[: len(slots)] for name, array in arrays.items()}
+        return [place - first for place in places], {name: a[part] for name, a in arrays.items()}
 
     def _find_places(self, slots: Sequence[Slot]) -> list[int]:
         """Return a place of each slot below their number: where it was, if it can."""

@@ -4,7 +4,8 @@ Weights lie in the sessions, packed (`packed_session`): a call only binds ids, l
 slot's Mamba states are arrays that no call writes in place: an extension returns new ones and the
 slot takes them over, so that keeping the previous ones is keeping a reference. Keys and values are
 written in place, into buffers that grow by half: an extension writes behind the context's, a
-denoise step at the end. Several slots are denoised in arrays of their own (`host_states.Batch`).
+denoise step at the end. Several slots are denoised in arrays of their own (`host_states.Batch`),
+and extended there where they lie side by side.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from twotower_engines.runtime.routed_experts import parts_of, replace_experts
 from twotower_engines.runtime.vocabulary_passes import refine_masked_rows
 
 Array = npt.NDArray[Any]
+Row = TypeVar("Row", ExtendRow, DenoiseRow)
 DENOISER_OUTPUTS = ("new_ids", "still_masked", "confidence", "logits")
 LOGITS_WANTED = "logits_wanted"
 """Input of a session: whether the logits are read."""
@@ -110,11 +112,15 @@ class OnnxRuntime:
         self._check_open()
         slots = [self._slots[row.slot] for row in rows]
         tokens = max(row.ids.size for row in rows)
+        held = self._batch.take_held(slots, tokens) if len(rows) > 1 else None
+        places, states = held or (list(range(len(rows))), self._gather(slots, tokens))
+        asked = list(rows)
+        rows, slots = _by_place(places, rows, slots)
         inputs: dict[str, Array] = {
             "ids": _padded([row.ids for row in rows], tokens),
             "lengths": np.array([row.ids.size for row in rows], np.int32),
             "context_lengths": np.array([slot.length for slot in slots], np.int32),
-            **self._gather(slots, tokens),
+            **states,
         }
         outputs = {**self._new_states(len(rows)), **self._in_place(inputs)}
         wanted = any(row.logits for row in rows)
@@ -123,7 +129,10 @@ class OnnxRuntime:
         self._run("extend with logits" if wanted else "extend", inputs, outputs)
         for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
             self._advance(slot, row, index, outputs)
-        return [outputs["logits"][index] if row.logits else None for index, row in enumerate(rows)]
+        return [
+            outputs["logits"][place] if row.logits else None
+            for place, row in zip(places, asked, strict=True)
+        ]
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
@@ -134,8 +143,7 @@ class OnnxRuntime:
             places, states = [0], self._gather(slots, block)
         else:
             places, states = self._batch.take(slots, block)
-        by_place = sorted(zip(places, rows, slots, strict=True), key=lambda one: one[0])
-        rows, slots = [row for _, row, _ in by_place], [slot for *_, slot in by_place]
+        rows, slots = _by_place(places, rows, slots)
         inputs = {
             "ids": _padded([row.ids for row in rows], block),
             "lengths": np.array([row.ids.size for row in rows], np.int32),
@@ -371,6 +379,14 @@ def _state_shapes(
 def _previous(slot: Slot) -> dict[str, Array]:
     assert slot.previous is not None, "predict needs an extend with keep_previous before it"
     return slot.previous
+
+
+def _by_place(
+    places: Sequence[int], rows: Sequence[Row], slots: Sequence[Slot]
+) -> tuple[list[Row], list[Slot]]:
+    """Return rows and their slots in the order of their places in a batch."""
+    by_place = sorted(zip(places, rows, slots, strict=True), key=lambda one: one[0])
+    return [row for _, row, _ in by_place], [slot for *_, slot in by_place]
 
 
 def _padded(rows: Sequence[npt.NDArray[np.int32]], width: int) -> npt.NDArray[np.int32]:

@@ -36,7 +36,8 @@ def test_every_row_is_its_slots_whatever_came_before(seed):
                 extend(slots[index], draw, int(draw.integers(1, 30)))
         chosen = [slots[i] for i in draw.permutation(SLOTS)[: draw.integers(1, SLOTS + 1)]]
         tokens = int(draw.integers(1, 17))
-        places, states = batch.take(chosen, tokens)
+        held = batch.take_held(chosen, tokens) if draw.random() < 0.5 else None
+        places, states = held or batch.take(chosen, tokens)
         assert sorted(places) == list(range(len(chosen)))
         assert states["k"].flags.c_contiguous
         needed = max(slot.length for slot in chosen) + tokens
@@ -48,6 +49,27 @@ def test_every_row_is_its_slots_whatever_came_before(seed):
             np.testing.assert_array_equal(row[:, : slot.length], expected)
             assert np.isfinite(row[:, end:]).all()
             row[:, slot.length : end] = np.nan  # the call
+
+
+def test_slots_that_lie_side_by_side_are_taken_as_they_lie():
+    draw = np.random.default_rng(0)
+    batch = Batch(SLOTS, {"ssm": (3,)}, {"k": (HEADS, SIZE)})
+    slots = [empty_slot() for _ in range(4)]
+    for slot in slots:
+        extend(slot, draw, 200)
+    assert batch.take_held(slots, 16) is None
+    _, states = batch.take(slots, 16)
+    extend(slots[1], draw, 16)
+    states["k"][:, :, :200] = 7  # a place that is copied again loses the mark
+    places, part = batch.take_held([slots[2], slots[1]], 16)
+    assert places == [1, 0]
+    assert np.shares_memory(part["k"], states["k"][1:3])
+    assert (part["k"][:, :, :200] == 7).all()
+    np.testing.assert_array_equal(part["k"][0, :, 200:216], slots[1].attention["k"][0, :, 200:216])
+    np.testing.assert_array_equal(part["ssm"][0], slots[1].mamba["ssm"][0])
+    assert batch.take_held([slots[0], slots[2]], 16) is None, "another lies between"
+    assert batch.take_held([slots[0], empty_slot()], 16) is None
+    assert batch.take_held(slots[:1], 200) is None, "there is no room behind it"
 
 
 def test_only_what_is_new_is_copied():

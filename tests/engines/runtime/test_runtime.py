@@ -81,6 +81,29 @@ def test_ragged_rows_of_one_call_are_each_right(made, runtime):
     assert lengths == [1, CAPACITY_STEP + 10, 12, 35]
 
 
+def test_rows_that_are_extended_where_a_step_left_them_give_the_same_bits(runtime):
+    prompts = {slot: drawn_ids(20 + slot, 90 + slot) for slot in (2, 0, 1)}
+    answers = []
+    for is_seated in (False, True):
+        for slot in prompts:
+            runtime.reset(slot)
+        runtime.extend([ExtendRow(slot, ids) for slot, ids in prompts.items()])
+        logits = []
+        for size in (16, 1, 7):
+            masks = np.full(16, 3, np.int32)
+            rows = [DenoiseRow(slot, masks, threshold=0.9, steps_left=9) for slot in prompts]
+            if is_seated:
+                runtime.denoise(rows)
+                seated = [runtime._slots[slot] for slot in prompts]
+                assert runtime._batch.take_held(seated, size) is not None
+            more = [ExtendRow(slot, drawn_ids(size + slot, size), logits=True) for slot in prompts]
+            logits += runtime.extend(more)
+        logits += [denoised.confidence for denoised in runtime.denoise(rows)]
+        answers.append(logits)
+    for first, second in zip(*answers, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
 def test_denoising_changes_no_state(made, runtime):
     ids = drawn_ids(9, 20)
     runtime.extend([ExtendRow(1, ids[:19])])
