@@ -66,13 +66,14 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    capabilities = job.get("compute_capabilities") or [job["kernels"]] * bool(job.get("kernels"))
+    kernels = job.get("kernels")
+    capabilities = job.get("compute_capabilities") or ([kernels] if kernels else [])
     model = gpu_graph(onnx.load(job["graph"], load_external_data=False), capabilities)
-    if not job.get("kernels"):
+    if not kernels:
         model = with_flat_banks(model)
     set_sizes(model, job["sizes"])
     signature = signature_of(model)
-    _parse(trt, network, log, model, job.get("kernels"))
+    _parse(trt, network, log, model, kernels)
     del model
     _let_attention_decompose(trt, network)
     _check_inputs(network, signature)
