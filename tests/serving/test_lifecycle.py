@@ -234,3 +234,19 @@ def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:
     found = find_server()
     assert found.binary == binary
     assert make_backends(found, tmp_path) is None
+
+
+def test_a_server_that_aborts_as_it_starts_is_started_once_more(
+    tmp_path, packaged, monkeypatch
+) -> None:
+    """As server 2.51 does now and then; a server that says no is not asked again."""
+    starts, binary = tmp_path / "starts", tmp_path / "tritonserver"
+    binary.write_text(f"#!/bin/sh\n[ -e {starts} ] && exit 3\ntouch {starts}\nkill -ABRT $$\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    ran = twotower("serve", packaged.repository, "--grpc-port", 0, "--no-metrics")
+    assert ran.returncode == 2
+    aborted, _, refused = ran.stderr.partition("is started again")
+    assert "did not start" in aborted
+    assert "ended by signal SIGABRT" in refused
+    assert refused.count("ended with exit code 3 before it was ready") == 1

@@ -128,12 +128,14 @@ class Supervisor:
                 if self._ending is not None:
                     return
                 failures += 1
-                if not has_run or failures >= FAILURES_IN_A_ROW:
+                # Server 2.51 aborts now and then while it starts (boost's lock_exception).
+                aborted = self._server is not None and self._server.exit_code == -signal.SIGABRT
+                if failures >= (FAILURES_IN_A_ROW if has_run else 1 + aborted):
                     raise
-                self._tell(f"the server did not start again: {error}")
+                self._tell(f"the server did not start, and is started again: {error}")
             finally:
                 self._server = None
-            if time.monotonic() - began > WELL_SECONDS:
+            if has_run and time.monotonic() - began > WELL_SECONDS:
                 failures = 0
             self._pause(min(2.0**failures - 1, LONGEST_PAUSE_SECONDS))
 
