@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower_contract.traffic import Listing, write_listings
-from twotower_engines.building.flavours.branches import gpu_graph, set_sizes
+from twotower_engines.building.flavours.gpu_graph import gpu_graph, set_sizes
 from twotower_engines.building.flavours.compiled import (
     BuilderLog,
     Signature,

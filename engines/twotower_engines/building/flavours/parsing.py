@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_engines.artifacts.engine_interface import Interface, TensorSpec
-from twotower_engines.building.flavours.branches import set_sizes
+from twotower_engines.building.flavours.gpu_graph import set_sizes
 from twotower_engines.building.flavours.process import Library
 from twotower_engines.errors import BuildError
 

@@ -66,46 +66,40 @@ def _narrow_masks(body: onnx.GraphProto | onnx.FunctionProto) -> None:
 
 def _fold_heads(body: onnx.GraphProto | onnx.FunctionProto, graph: onnx.GraphProto) -> None:
     """Make the query heads that share a head of keys its queries, one head's after another's."""
-    from onnx import helper
-
-    heads = _sizes(graph.output, ".queries")[1:2]
     nodes = list(body.node)
     del body.node[:]
     for node in nodes:
-        if node.op_type != "Attention":
-            body.node.append(node)
-            continue
-        _, shared, _, width = _sizes(graph.input, ".k_cache")
-        stem, queries, y = node.name, node.input[0], node.output[0]
+        is_attention = node.op_type == "Attention"
+        body.node.extend(_folded(node, body.name, graph) if is_attention else [node])
 
-        def constant(name: str, values: list[int], stem: str = stem) -> str:
-            made = f"{stem}.{name}"
-            body.node.append(helper.make_node("Constant", [], [made], made, value_ints=values))
-            return made
 
-        def add(op: str, x: str, by: str, output: str, stem: str = stem) -> str:
-            body.node.append(
-                helper.make_node(op, [x, by], [output], f"{stem}.{op.lower()}.{output}")
-            )
-            return output
+def _folded(node: onnx.NodeProto, function: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return an attention with folded heads, and what comes before and after it."""
+    from onnx import helper
 
-        node.input[0] = add(
-            "Reshape", queries, constant("folded", [0, shared, -1, width]), f"{stem}.queries"
-        )
-        if body.name == "CausalAttention":  # each token has a mask of its own
-            times = constant("times", [1, 1, heads[0] // shared, 1])
-            node.input[3] = add("Tile", node.input[3], times, f"{stem}.mask")
-        node.output[0] = f"{stem}.of_heads"
-        body.node.append(node)
-        add("Reshape", node.output[0], constant("apart", [0, heads[0], -1, width]), y)
+    _, heads, *_ = _sizes(graph.output, ".queries")
+    _, shared, _, width = _sizes(graph.input, ".k_cache")
+
+    def resized(op: str, x: str, sizes: list[int], made: str) -> list[onnx.NodeProto]:
+        constant = helper.make_node("Constant", [], [f"{made}.sizes"], value_ints=sizes)
+        constant.name = constant.output[0]
+        name = f"{made}.{op.lower()}"
+        return [constant, helper.make_node(op, [x, constant.name], [made], name)]
+
+    queries, mask, y = f"{node.name}.queries", f"{node.name}.mask", node.output[0]
+    before = resized("Reshape", node.input[0], [0, shared, -1, width], queries)
+    node.input[0] = queries
+    if function == "CausalAttention":  # each token has a mask of its own
+        before += resized("Tile", node.input[3], [1, 1, heads // shared, 1], mask)
+        node.input[3] = mask
+    node.output[0] = f"{node.name}.of_heads"
+    return [*before, node, *resized("Reshape", node.output[0], [0, heads, -1, width], y)]
 
 
 def _sizes(values: Iterable[onnx.ValueInfoProto], ending: str) -> list[int]:
-    """Return the sizes of the first value whose name has an ending; none where there is none."""
-    for value in values:
-        if value.name.endswith(ending):
-            return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-    return []
+    """Return the sizes of the first value whose name has an ending."""
+    value = next(one for one in values if one.name.endswith(ending))
+    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
 def _then(node: onnx.NodeProto) -> list[onnx.NodeProto]:

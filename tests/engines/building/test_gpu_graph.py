@@ -10,7 +10,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from twotower_contract.layout import graph_weights
-from twotower_engines.building.flavours.branches import gpu_graph
+from twotower_engines.building.flavours.gpu_graph import gpu_graph
 from twotower_export.graph import build_context_graph, build_denoiser_graph, build_refine_graph
 from twotower_export.tiny.checkpoints import tiny_config
 
