@@ -22,10 +22,10 @@ import onnx
 from tests.support.compiled import TOWERS, config_of, write_graph
 from twotower_contract.json_file import write_json
 from twotower_contract.traffic import Kernel, Listing, read_listings, traffic_of
-from twotower_engines.building.flavours.gpu_graph import gpu_graph
 from twotower_engines.building.flavours.compiled import signature_of
 from twotower_engines.building.flavours.flat_banks import with_flat_banks
 from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.gpu_graph import gpu_graph
 from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
 from twotower_engines.building.flavours.process import build_engine_files
 from twotower_engines.building.flavours.profiles import Profile, Sizes

@@ -14,8 +14,8 @@ from tests.support.quantized_graphs import weight_dtypes
 from tests.support.sparse_checkpoint import FULL_CONFIG
 from twotower_contract.config import ModelConfig
 from twotower_contract.traffic import read_listings, traffic_of
-from twotower_engines.building.flavours.gpu_graph import gpu_graph
 from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.gpu_graph import gpu_graph
 from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
 from twotower_engines.building.flavours.process import build_engine_files
 from twotower_engines.building.flavours.profiles import Profile, Sizes

@@ -85,13 +85,12 @@ def choice_spec(
 ) -> KernelSpec:
     """Return the choice of a model."""
     types = {
-        **{
-            "router_logits": "*fp32",
-            "correction": f"*{small_dtype}",
-            "lengths": "*i32",
-            "L": "i32",
-        },
-        **{"indices": "*i32", "weights": "*fp32"},
+        "router_logits": "*fp32",
+        "correction": f"*{small_dtype}",
+        "lengths": "*i32",
+        "L": "i32",
+        "indices": "*i32",
+        "weights": "*fp32",
     }
     constants = {
         **{"E": experts, "K": per_token, "NORMALIZED": normalized, "SCALING": scaling},

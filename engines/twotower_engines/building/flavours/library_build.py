@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower_contract.traffic import Listing, write_listings
-from twotower_engines.building.flavours.gpu_graph import gpu_graph, set_sizes
 from twotower_engines.building.flavours.compiled import (
     BuilderLog,
     Signature,
@@ -21,6 +20,7 @@ from twotower_engines.building.flavours.compiled import (
     signature_of,
 )
 from twotower_engines.building.flavours.flat_banks import with_flat_banks
+from twotower_engines.building.flavours.gpu_graph import gpu_graph, set_sizes
 
 if TYPE_CHECKING:
     import onnx
