@@ -36,7 +36,12 @@ from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
 from twotower_engines.building.flavours import tensorrt_rtx
 from twotower_engines.building.flavours.flavour import Order, Target
-from twotower_engines.building.flavours.jobs import engine_job, engine_recipe, graph_inputs
+from twotower_engines.building.flavours.jobs import (
+    engine_job,
+    engine_recipe,
+    graph_inputs,
+    read_graph,
+)
 from twotower_engines.building.flavours.library_build import RefusedError, _check_inputs
 from twotower_engines.building.flavours.process import Library, build_engine_files, check_library
 from twotower_engines.building.flavours.profiles import (
@@ -114,7 +119,8 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     ], "a cache has room for the context and one call"
     for tower in ("context", "denoiser"):
         report = record.extra["reports"][tower]
-        graph = graph_inputs(bundle / made.manifest.graph("native", tower).file)
+        path = bundle / made.manifest.graph("native", tower).file
+        graph = graph_inputs(read_graph(path), path)
         banks = {name for name in graph if name.endswith("experts.down_proj")}
         laid = {f"{name}.flat" for name in banks}
         assert report["parsed"]["inputs"].keys() == graph.keys() - banks | laid > {"ids"}
@@ -278,13 +284,13 @@ def test_a_dimension_without_a_name(tmp_path):
     model.graph.input[0].type.tensor_type.shape.dim[0].ClearField("dim_param")
     onnx.save(model, path)
     with pytest.raises(BuildError, match="x has neither a size nor a name"):
-        graph_inputs(path)
+        graph_inputs(read_graph(path), path)
 
 
 def test_what_is_no_graph(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(BuildError, match="is no ONNX file"):
-        graph_inputs(tmp_path / "a.onnx")
+        read_graph(tmp_path / "a.onnx")
 
 
 def test_inputs_that_the_parser_sees_otherwise():

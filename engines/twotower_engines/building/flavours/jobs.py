@@ -2,6 +2,8 @@
 
 Weights are inputs of fixed shape, so an engine holds none; only ids, lengths, states have dynamic
 dimensions, and the profiles give these their sizes.
+
+The graph is made ready here, so that no worker holds the ONNX library while its compiler works.
 """
 
 from __future__ import annotations
@@ -9,14 +11,21 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from twotower_engines.building.flavours.compiled import signature_of
+from twotower_engines.building.flavours.flat_banks import with_flat_banks
 from twotower_engines.building.flavours.flavour import Order, traffic_file
+from twotower_engines.building.flavours.gpu_graph import gpu_graph, set_sizes
 from twotower_engines.building.flavours.process import Job
 from twotower_engines.building.flavours.profiles import FIXED, Profile, Sizes
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.skus import Sku
+
+if TYPE_CHECKING:
+    import onnx
 
 FLAGS = {"TF32": False, "STRICT_NANS": True}
 """Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
@@ -52,10 +61,10 @@ def installed(packages: Sequence[str]) -> str | None:
 
 
 def engine_job(order: Order) -> Job:
-    """Return the job that builds an order's plan.
+    """Return the job that builds an order's plan, and write its graph beside the plan.
 
     Args:
-        order: Its recipe is that of `engine_recipe`, and may have `hardware` and
+        order: Its recipe is that of `engine_recipe`, and may have `kernels`, `hardware` and
             `compute_capabilities`; see `library_build.build_engine_file`.
 
     Raises:
@@ -63,9 +72,10 @@ def engine_job(order: Order) -> Job:
     """
     profiles = [_profile(values) for values in order.recipe["profiles"]]
     fixed = _fixed_sizes(profiles)
+    model = read_graph(order.graph)
     inputs = {
         name: [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims]
-        for name, dims in graph_inputs(order.graph).items()
+        for name, dims in graph_inputs(model, order.graph).items()
     }
     dynamic = {
         name: dims for name, dims in inputs.items() if any(isinstance(dim, str) for dim in dims)
@@ -74,12 +84,21 @@ def engine_job(order: Order) -> Job:
         {name: profile.shapes(dims, f"{order.graph}: {name}") for name, dims in dynamic.items()}
         for profile in profiles
     ]
+    kernels = order.recipe.get("kernels")
+    model = gpu_graph(
+        model, order.recipe.get("compute_capabilities") or ([kernels] if kernels else [])
+    )
+    if not kernels:
+        model = with_flat_banks(model)
+    set_sizes(model, fixed)
+    graph = order.engine.with_suffix(".gpu.onnx")
+    graph.write_bytes(model.SerializeToString())
     return {
         **order.recipe,
-        "graph": str(order.graph),
+        "graph": str(graph),
+        "signature": [list(map(astuple, tensors)) for tensors in signature_of(model)],
         "plan": str(order.engine),
         "traffic": str(traffic_file(order.engine)),
-        "sizes": fixed,
         "profiles": shapes,
         "usual": [
             [profile.name, {dim: one.usual for dim, one in profile.sizes.items()}]
@@ -94,18 +113,29 @@ def _fixed_sizes(profiles: Sequence[Profile]) -> dict[str, int]:
     return {dim: sizes[dim].most for dim in FIXED if dim in sizes}
 
 
-def graph_inputs(path: Path) -> dict[str, list[int | str]]:
-    """Return name and dimensions of each input of an ONNX file; dynamic dimensions by their name.
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Return the model of an ONNX file.
 
     Raises:
-        BuildError: It is no ONNX file, or a dimension has neither size nor name.
+        BuildError: It is none.
     """
     import onnx
 
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        return onnx.load(str(path), load_external_data=False)
     except Exception as problem:  # protobuf's own error, of a class that moves between versions
         raise BuildError(f"{path}: is no ONNX file ({problem}); export again") from problem
+
+
+def graph_inputs(model: onnx.ModelProto, path: Path) -> dict[str, list[int | str]]:
+    """Return name and dimensions of each input of a graph; dynamic dimensions by their name.
+
+    Args:
+        path: The file that it was read from, for messages.
+
+    Raises:
+        BuildError: A dimension has neither size nor name.
+    """
     found: dict[str, list[int | str]] = {}
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim

@@ -10,24 +10,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from twotower_contract.traffic import Listing, write_listings
-from twotower_engines.building.flavours.compiled import (
-    BuilderLog,
-    Signature,
-    inspected_listing,
-    signature_of,
-)
-from twotower_engines.building.flavours.flat_banks import with_flat_banks
-from twotower_engines.building.flavours.gpu_graph import gpu_graph, set_sizes
-
-if TYPE_CHECKING:
-    import onnx
+from typing import Any
 
 from twotower_contract.atomic import partial_file
 from twotower_contract.logfile import is_verbose
 from twotower_contract.logfile import log as write_log
+from twotower_contract.traffic import Listing, Tensor, write_listings
+from twotower_engines.building.flavours.compiled import (
+    BuilderLog,
+    Signature,
+    inspected_listing,
+)
 
 Report = Callable[[str, int, int], bool]
 """Called with a phase, its steps done and its steps in all; returns False to end the build."""
@@ -45,7 +38,7 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     Args:
         trt: The API's module.
         job: `graph`, `plan` and `traffic` (where to write the engine and the listing of its
-            kernels), `sizes` (of named dimensions that become numbers),
+            kernels), `signature` (the graph's inputs and outputs: name, sizes and type of each),
             `profiles` (list of name to three shapes), `usual` (list of a profile's name and usual
             sizes), `flags` (name of a builder flag to whether it is set), `verbosity` (of
             profiling), and optionally `kernels` (the compute capability to compile our kernels
@@ -61,20 +54,15 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     Raises:
         RefusedError: The library said no.
     """
-    import onnx
-
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    kernels = job.get("kernels")
-    capabilities = job.get("compute_capabilities") or ([kernels] if kernels else [])
-    model = gpu_graph(onnx.load(job["graph"], load_external_data=False), capabilities)
-    if not kernels:
-        model = with_flat_banks(model)
-    set_sizes(model, job["sizes"])
-    signature = signature_of(model)
-    _parse(trt, network, log, model, kernels)
-    del model
+    inputs, outputs = (
+        tuple(Tensor(name, tuple(sizes), kind) for name, sizes, kind in tensors)
+        for tensors in job["signature"]
+    )
+    signature = inputs, outputs
+    _parse(trt, network, log, Path(job["graph"]).read_bytes(), job.get("kernels"))
     _let_attention_decompose(trt, network)
     _check_inputs(network, signature)
     config = builder.create_builder_config()
@@ -245,24 +233,27 @@ def _monitor(trt: Any, report: Report) -> Any:
     return Monitor()
 
 
-def _parse(trt: Any, network: Any, log: Any, model: onnx.ModelProto, kernels: str | None) -> None:
+def _parse(trt: Any, network: Any, log: Any, graph: bytes, kernels: str | None) -> None:
     if kernels is not None:
-        model = _with_plugins(model, kernels)
+        graph = _with_plugins(graph, kernels)
     parser = trt.OnnxParser(network, log)
-    if parser.parse(model.SerializeToString()):
+    if parser.parse(graph):
         return
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     said = [f"{e.node_operator() or 'graph'} {e.node_name()}: {e.desc()}" for e in errors]
     raise RefusedError("; ".join(said[:MESSAGES]) or log.text() or "the parser gave no reason")
 
 
-def _with_plugins(model: onnx.ModelProto, compute_capability: str) -> onnx.ModelProto:
+def _with_plugins(graph: bytes, compute_capability: str) -> bytes:
     """Return a graph whose ops are plugin nodes, and register the plugins with TensorRT."""
+    import onnx
+
     from twotower_engines.kernels.plugin_graph import with_plugins
     from twotower_engines.kernels.plugins import register_plugins
 
     register_plugins(compute_capability)
-    return with_plugins(model)
+    made: bytes = with_plugins(onnx.load_from_string(graph)).SerializeToString()
+    return made
 
 
 def _let_attention_decompose(trt: Any, network: Any) -> None:
