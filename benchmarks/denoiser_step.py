@@ -32,6 +32,7 @@ from torch.nn import functional
 from benchmarks import kernels as bench
 from benchmarks.kernel_cases import routed
 from twotower_contract.config import ModelConfig
+from twotower_contract.skus import Sku
 from twotower_engines.errors import PlanError
 from twotower_engines.kernels.experts import sparse_experts
 from twotower_engines.kernels.mamba import mamba_block_step
@@ -42,7 +43,6 @@ from twotower_engines.planning.local_gpu import local_sku
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.routing import distinct_experts
 from twotower_engines.planning.sku_lookup import find_sku
-from twotower_engines.planning.skus import Sku
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 """Layers of the released model: Mamba, experts, attention."""

@@ -199,5 +199,5 @@ def _sizes(inventory: Inventory) -> dict[str, Any]:
     fit = fitting_skus(inventory)
     return {
         "sizes": inventory.as_json(),
-        "skus": None if fit is None else {"one": fit.one, "one_per_tower": fit.one_per_tower},
+        "skus": {"one": fit.one, "one_per_tower": fit.one_per_tower},
     }

@@ -16,10 +16,10 @@ from tests.support.sparse_checkpoint import full_config
 from twotower_contract.engine_set import BuildRecord, EngineFile, Limits
 from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
 from twotower_contract.layout import expected_tensors
+from twotower_contract.skus import known_skus
 from twotower_contract.traffic import Kernel, Listing, Tensor, write_listings
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
-from twotower_engines.planning.skus import known_skus
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
 from twotower_export.cli.export import export, inspect

@@ -10,8 +10,8 @@ from twotower_contract.command_line import together
 from twotower_contract.engine_set import MAX_BLOCK
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX
 from twotower_engines.planning.precisions import PRECISIONS
+from twotower_engines.planning.sku_file import FLAVOURS
 from twotower_engines.planning.sku_lookup import complete_skus
-from twotower_engines.planning.skus import FLAVOURS
 
 
 def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:

@@ -10,15 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import Tower
 from twotower_contract.sizes import narrow_parameters, parts_of_tower
+from twotower_contract.skus import Sku
 from twotower_engines.planning.model_size import ModelSize
-
-if TYPE_CHECKING:
-    from twotower_engines.planning.skus import Sku  # which imports this module
 
 WIDE, NATIVE = 32.0, 16.0
 

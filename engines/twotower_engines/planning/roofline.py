@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from twotower_contract.layout import Tower
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
+from twotower_contract.skus import Sku
 from twotower_contract.traffic import ENDS
 from twotower_engines.planning.acceptance import Calls
 from twotower_engines.planning.compiled import Way, compiled_tower, table_source, way_of
@@ -28,7 +29,6 @@ from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import BLOCK, MemoryPlan
 from twotower_engines.planning.precisions import weight_sizes
 from twotower_engines.planning.routing import Routing, distinct_experts
-from twotower_engines.planning.skus import Sku
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 FLOAT32 = 4

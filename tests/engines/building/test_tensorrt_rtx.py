@@ -31,6 +31,7 @@ from tests.support.engine_bundles import (
 from twotower_contract.digests import file_state
 from twotower_contract.engine_set import Limits, open_engine_set
 from twotower_contract.manifest import read_manifest
+from twotower_contract.skus import known_skus
 from twotower_contract.traffic import Tensor
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
@@ -52,7 +53,6 @@ from twotower_engines.building.flavours.tensorrt_rtx import (
 )
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
-from twotower_engines.planning.skus import known_skus
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
