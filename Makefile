@@ -86,7 +86,7 @@ locked: $(VENV)/.base ## The development environment exactly as it was locked
 	@touch $(VENV)/.dev $(VENV)/.demo
 
 bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benchmarks/results
-	for name in generation denoiser_call long_prompts scheduling serving export build traffic kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in generation denoiser_call long_prompts scheduling serving export build traffic kernels quality layer_errors; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 gpu: $(VENV)/.dev ## The first hour with a GPU: tests, kernels, one step, in six minutes; results in benchmarks/results
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

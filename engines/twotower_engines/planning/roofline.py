@@ -63,8 +63,8 @@ BASIS: Mapping[str, tuple[str, ...]] = {
         "and a row's tokens to 16, 32, 64 or a chunk, which costs time that is not counted here",
         "new Mamba states are read and written once more to reach their slot; ids and logits that "
         "cross to the host are not counted",
-        "`tensorrt` reads the experts that a batch is routed to, once; `tensorrt-rtx` and "
-        "`onnxruntime` run function bodies, which read and compute all experts",
+        "`tensorrt` and `onnxruntime` read the experts that a batch is routed to, once; "
+        "`tensorrt-rtx` runs function bodies, which read and compute all experts",
         "rows finish their blocks independently, and those that do share one context extension; "
         "prefill is not part of tokens per second",
     ),
@@ -94,8 +94,8 @@ class Machine:
 
     @property
     def reads_all_experts(self) -> bool:
-        """Whether the experts run as the dense function body."""
-        return self.way != "kernels"
+        """Whether the experts run as the dense function body; the CPU has nodes of its own."""
+        return self.way != "kernels" and self.flavour != "onnxruntime"
 
 
 @dataclass(frozen=True, slots=True)

@@ -261,7 +261,7 @@ def test_other_shapes_and_the_cpu(random_engines):
     plan = plan_memory(model, PlanRequest(find_sku("cpu"), context=512, slots=4))
     machine = Machine(plan.sku, plan.flavour, plan.precision)
     step = denoiser_step(model, machine, 2, 512)
-    assert step.distinct == model.config.num_experts
+    assert model.config.num_experts_per_tok < step.distinct < model.config.num_experts
     assert 0 < step.total_seconds < 1
     assert throughput(plan, 2, load_acceptance().calls("open", 0.9)).tokens_per_second > 0
 
