@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.bfloat16 import to_bfloat16
 from twotower_contract.errors import CheckpointError
 from twotower_contract.layout import FLAT
 from twotower_contract.manifest import Manifest, WeightInput
@@ -310,5 +311,5 @@ def _converted(stored: npt.NDArray[np.uint8], tensor: TensorEntry) -> npt.NDArra
         return widened.view(np.uint8)
     if tensor.dtype == "F8_E4M3":
         return np.ascontiguousarray(stored.reshape(tensor.shape).T).reshape(-1)
-    bits = stored.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
+    rounded: npt.NDArray[np.uint8] = to_bfloat16(stored.view(np.float32)).view(np.uint8)
+    return rounded
