@@ -265,19 +265,6 @@ def matmul_tactics(
     )
 
 
-def matmul_launch(
-    tokens: int,
-    experts: int,
-    per_token: int,
-    dtype: str,
-    form: str = "plain",
-    group: int = RELEASED_GROUP,
-) -> Launch:
-    """Return the tiles of both products, by the mean number of tokens of an expert."""
-    few, *_, many = matmul_tactics(dtype, form, group)
-    return few if tokens * per_token <= 16 * experts else many
-
-
 def require_bf16(form: str, dtype: str) -> None:
     """Refuse weights of 4 bits in a graph that does not compute in bf16.
 
