@@ -179,7 +179,10 @@ SOME = "context_tower.layers.0.mixer.A_log"
         (lambda m: m.update(graphs=[]), "the field `graphs` should be an object, found []"),
         (lambda m: m["model"].update(foo=1), "the field `model: foo` is unknown"),
         (lambda m: m["model"].pop("n_groups"), "the field `model: n_groups` is missing"),
-        (lambda m: m["model"].update(vocab_size="x"), "vocab_size is 'x', not of type int"),
+        (
+            lambda m: m["model"].update(vocab_size="x"),
+            "`model: vocab_size` should be an integer, found 'x'",
+        ),
         (lambda m: m["model"].update(pattern="MXX"), "letter 'X' at layer 1"),
         (lambda m: m.update(dtype="float16"), "float16"),
         (lambda m: m["tensors"].clear(), "which is not among the tensors"),
