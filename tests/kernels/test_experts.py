@@ -152,7 +152,7 @@ def route(indices: np.ndarray, E: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The sorted pairs and both tables of tiles, as the kernel writes them."""
     n = indices.size
     pairs = torch.empty(n, dtype=torch.int32)
-    bounds = [expert_routing.tile_bound(n, E, size) for size in expert_routing.TILE_TOKENS]
+    bounds = [kernel_launches.tile_bound(n, E, size) for size in expert_routing.TILE_TOKENS]
     tables = [torch.full((bound, 4), -7, dtype=torch.int32) for bound in bounds]
     constants = dict(zip(("FEW", "MANY"), expert_routing.TILE_TOKENS, strict=True), E=E)
     given = (torch.from_numpy(indices), n, pairs, *tables)
@@ -187,7 +187,7 @@ def test_the_grid_has_a_program_for_every_tile() -> None:
         counts = np.bincount(
             generator.integers(0, E, n) // generator.integers(1, E + 1), minlength=E
         )
-        assert (-(-counts // block)).sum() <= expert_routing.tile_bound(n, E, block)
+        assert (-(-counts // block)).sum() <= kernel_launches.tile_bound(n, E, block)
 
 
 def test_nonsense_tiles_write_nothing_outside() -> None:

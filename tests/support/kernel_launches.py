@@ -26,7 +26,6 @@ from twotower_engines.kernels.expert_routing import (
     TILE_TOKENS,
     route_launch,
     route_tokens,
-    tile_bound,
 )
 from twotower_engines.kernels.experts import experts_sum, sum_launch
 from twotower_engines.kernels.jit import INTERPRETED, Kernel, Launch
@@ -161,6 +160,11 @@ def _bank_arguments(which: str, bank: Any, depth: int) -> tuple[Any, dict[str, A
     groups = bank.scale.shape[2] if bank.scale.ndim == 3 else 0
     scales = {f"{which}_{name}": getattr(bank, name) for name in SCALES[bank.form]}
     return bank.codes, {**bank_constants(which, bank.form, depth, groups), **scales}
+
+
+def tile_bound(pairs: int, experts: int, block_t: int) -> int:
+    """Return the most tiles that any routing of that many pairs can need."""
+    return min(pairs, experts + pairs // block_t)
 
 
 def sparse_experts(
