@@ -177,7 +177,11 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(importlib.metadata.version("twotower"), message="twotower %(version)s")
 def cli() -> None:
     """Export, build and serve NVIDIA Nemotron-Labs-TwoTower.

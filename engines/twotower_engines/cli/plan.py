@@ -45,7 +45,6 @@ Examples:
 @click.option(
     "--threshold",
     default=0.9,
-    show_default=True,
     help="Confidence threshold for the estimate of tokens per second (measured: 0.5 to 0.95).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers for programs.")

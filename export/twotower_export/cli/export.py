@@ -59,7 +59,6 @@ class InspectionError(TwoTowerError):
     "--target",
     type=click.Choice(["bundle", "tensorrt-llm"]),
     default="bundle",
-    show_default=True,
     help="`tensorrt-llm` writes the context tower as a standard Nemotron-H checkpoint.",
 )
 @click.option(

@@ -61,7 +61,6 @@ class VerificationError(TwoTowerError):
     "--reference",
     type=click.Choice(["torch"]),
     default="torch",
-    show_default=True,
     help="Reference to compare with: the towers as PyTorch modules, in each graph's precision.",
 )
 @click.option("--layers", "every_layer", is_flag=True, help="Compare after every layer as well.")
