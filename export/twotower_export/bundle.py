@@ -151,11 +151,7 @@ def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> 
     """Build and save one graph; returns its entry in the manifest."""
     import onnx_ir
 
-    from twotower_export.graph import (
-        build_context_graph,
-        build_denoiser_graph,
-        build_refine_graph,
-    )
+    from twotower_export.graph import build_context_graph, build_denoiser_graph, build_refine_graph
 
     builders: Mapping[str, Callable[..., onnx_ir.Model]] = {
         "context": build_context_graph,

@@ -14,12 +14,7 @@ from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_contract.manifest import Manifest, read_manifest
 from twotower_export.agreement import check_agreement, check_every_byte
 from twotower_export.bundle import is_bundle
-from twotower_export.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-    with_full_digests,
-    zero_warnings,
-)
+from twotower_export.checkpoint import Checkpoint, open_checkpoint, with_full_digests, zero_warnings
 from twotower_export.inventory import Inventory, fitting_skus, inventory_of, take_inventory
 from twotower_export.progress import Progress, silent
 

@@ -34,12 +34,7 @@ from tests.support.kernel_inputs import (
 )
 from tests.support.plugin_launches import Launcher
 from tests.support.quantized_banks import as_given, draw_bank
-from twotower_engines.kernels import (
-    expert_products,
-    linear,
-    mamba_spans,
-    router,
-)
+from twotower_engines.kernels import expert_products, linear, mamba_spans, router
 from twotower_engines.kernels.nodes import OPS, STATES
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.kernels.targets import target

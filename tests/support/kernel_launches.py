@@ -22,11 +22,7 @@ from twotower_engines.kernels.expert_products import (
     experts_up,
     matmul_tactics,
 )
-from twotower_engines.kernels.expert_routing import (
-    TILE_TOKENS,
-    route_launch,
-    route_tokens,
-)
+from twotower_engines.kernels.expert_routing import TILE_TOKENS, route_launch, route_tokens
 from twotower_engines.kernels.experts import experts_sum, sum_launch
 from twotower_engines.kernels.jit import INTERPRETED, Kernel, Launch
 from twotower_engines.kernels.mamba import mamba_norm, mamba_scan, norm_launch, scan_launch

@@ -21,13 +21,7 @@ from twotower_engines.simulation.engines import SimulatedRuntime, runtime_of_pla
 from twotower_engines.simulation.report import chart, passes, table
 from twotower_engines.simulation.simulate import Outcome
 from twotower_engines.simulation.simulate import simulate as run_simulation
-from twotower_engines.simulation.workload import (
-    Arrival,
-    Kind,
-    at_concurrency,
-    at_rate,
-    read_trace,
-)
+from twotower_engines.simulation.workload import Arrival, Kind, at_concurrency, at_rate, read_trace
 
 
 @click.command(

@@ -28,12 +28,7 @@ from twotower_contract.policies import POLICY_NAMES
 from twotower_export.agreement import check_agreement
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.reference.refinement import Rule, refine
-from twotower_export.verification.calls import (
-    Feed,
-    call_shapes,
-    random_feed,
-    random_hidden,
-)
+from twotower_export.verification.calls import Feed, call_shapes, random_feed, random_hidden
 from twotower_export.verification.comparison import Comparison, compare
 from twotower_export.verification.graphs import HIDDEN, Part
 from twotower_export.verification.pairs import Planned, by_part, whole
