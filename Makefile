@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 # Pip's own bar is the progress; PIP_ARGS lets a mirror or a cache be named.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
+# Tests start hundreds of processes; without kept bytecode each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test cov test-slow test-nightly check fix docs bench wheel test-wheel lock locked gpu clean
 

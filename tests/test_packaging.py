@@ -51,6 +51,8 @@ def test_the_client_imports_nothing_else_but_the_contract():
     allowed = sys.stdlib_module_names | ours | {"numpy", "tritonclient", "grpc", "click"}
     for path in (ROOT / "client/twotower_client").rglob("*.py"):
         extra = {"starlette", "uvicorn", "jinja2"} if path.parent.name == "openai" else set()
+        if path.name == "bench_cli.py":  # hands ENGINES over to their own stage, when it is called
+            extra = {"twotower_engines"}
         assert imported(path) <= allowed | extra, path
     code = (
         "import sys, importlib, pkgutil, twotower_contract as c\n"
