@@ -214,7 +214,7 @@ def missing_extra(problem: ModuleNotFoundError, verb: str | None) -> str | None:
 def refused_file(problem: OSError) -> str | None:
     """Return what to tell a user whose file or folder the system refused; None if it is our bug.
 
-    Of two files, the second is the one that was to be written.
+    Where the system names two files, the second is the one that was to be written.
     """
     name = problem.filename2 or problem.filename
     if problem.errno == errno.ENOENT and name is None:  # of `tempfile`

@@ -10,8 +10,8 @@ Where new states are wanted, the first is two others: see `mamba_spans`.
 The work is the state, 2 MB a row in the released model: a program reads its part of one head's
 state once and keeps it in registers. Eight heads share B and C and each convolves them anew: 16
 tokens of 256 channels come from the cache, and a launch of their own costs more. The norm spans a
-group of heads, so it cannot be in the scan's launch without a barrier across programs. What the
-convolution and the scan give is rounded to T by the op's definition.
+group of heads, so it cannot be in the scan's launch without a barrier across programs. Results of
+convolution and scan are rounded to T by the op's definition.
 
 Within a chunk of 16 tokens the recurrence is a masked matrix product (Dao and Gu, "Transformers
 are SSMs", section 6). A program has one chunk, and sees the row's earlier ones through the same

@@ -65,7 +65,7 @@ BUILT: Mapping[str, tuple[str, ...]] = {
 }
 """Precisions that `twotower build` can make, by flavour.
 
-The compiler reads FP8 inputs inside of its products. Of inputs of 4 bits, which have a scale per
+The compiler reads FP8 inputs inside of its products. For inputs of 4 bits, which have a scale per
 block, it writes a copy in bf16 at every call: these need our kernels, which TensorRT-RTX does not
 take.
 """

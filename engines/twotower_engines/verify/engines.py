@@ -1,8 +1,8 @@
 """Verifies an engine set for a GPU: what this machine can check, and what it cannot.
 
 Anywhere: digests, the checkpoint, the profiles, and the inputs and outputs that TensorRT's own
-parser found in the graphs. On the GPU: what the engines compute (`running.py`). What was not
-verified is reported, never passed over.
+parser found in the graphs. On the GPU: what the engines compute (`running.py`). Anything that was
+not verified is reported, never passed over.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def verify(
 def _print(report: Report) -> None:
     """Print one line per part, what failed, the worst tensor, and what was not verified.
 
-    Of a model whose float32 graphs were verified whole, the parts in its own dtype share a line.
+    Where a model's float32 graphs were verified whole, the parts in its own dtype share a line.
     """
     outcome = report.outcome
     click.echo(f"{report.target} against {report.checkpoint} (PyTorch)")

@@ -120,7 +120,7 @@ def verify(
     """Compare a bundle's or engine set's graphs with the PyTorch towers of a checkpoint.
 
     Args:
-        layers: Layers whose hidden states to compare as well. Of a model verified part by part,
+        layers: Layers whose hidden states to compare as well. In a model verified part by part,
             only these layers are then verified.
         parts: The only parts to verify, whatever the size of the model.
 
