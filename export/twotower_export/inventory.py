@@ -25,6 +25,7 @@ from twotower_contract.sizes import (
     kv_bytes_per_token,
     part_of,
     ssm_bytes,
+    uniform_experts,
 )
 from twotower_contract.skus import Sku, known_skus
 
@@ -111,17 +112,6 @@ class Inventory:
         """Multiplications and additions with weights, head included; no attention, no scan."""
         return 2 * tokens * self.active_parameters(tower)
 
-    def expected_experts(self, tokens: int) -> float:
-        """Distinct experts per layer, if routing were uniform and independent; 0 without any.
-
-        Each expert is missed by all tokens with probability (1 - k/E)^tokens. Real routing is more
-        concentrated.
-        """
-        c = self.config
-        if not c.layers_of_kind["E"]:
-            return 0.0
-        return c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens)
-
     def bytes_per_pass(self, tower: Tower, experts: float) -> int:
         """Weights that a pass reads, if every layer uses this many of its experts.
 
@@ -134,7 +124,11 @@ class Inventory:
 
     def bytes_per_step(self, tower: Tower, tokens: int) -> int:
         """Weights that a pass over some tokens reads, if routing were uniform and independent."""
-        return self.bytes_per_pass(tower, self.expected_experts(tokens))
+        return self.bytes_per_pass(tower, self._uniform_experts(tokens))
+
+    def _uniform_experts(self, tokens: int) -> float:
+        experts = self.config.num_experts if self.config.layers_of_kind["E"] else 0
+        return uniform_experts(tokens, experts, self.config.num_experts_per_tok)
 
     def bytes_by_experts(self, tower: Tower) -> dict[int, int]:
         """Weights that a pass over 16 tokens reads, by the distinct experts per layer.
@@ -142,7 +136,7 @@ class Inventory:
         For what real text needs, for uniform routing (rounded), and for all; empty without experts.
         """
         every = self.config.num_experts if self.config.layers_of_kind["E"] else 0
-        counts = {round(self.expected_experts(BLOCK)), every} - {0}
+        counts = {round(self._uniform_experts(BLOCK)), every} - {0}
         counts |= {count for count in EXPERTS_SEEN if count < every}
         return {count: self.bytes_per_pass(tower, count) for count in sorted(counts)}
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support import FULL_SIZE
+from twotower_contract.sizes import uniform_experts
 from twotower_engines.planning import routing
 from twotower_engines.planning.acceptance import Calls, load_acceptance
 from twotower_engines.planning.compiled import compiled_tower
@@ -19,7 +20,7 @@ from twotower_engines.planning.roofline import (
     denoiser_step,
     throughput,
 )
-from twotower_engines.planning.routing import distinct_experts, load_routing, uniform_experts
+from twotower_engines.planning.routing import distinct_experts, load_routing
 from twotower_engines.planning.sku_lookup import find_sku
 
 MODEL = read_model_size(FULL_SIZE)
