@@ -14,6 +14,7 @@ from tests.support.compiled import compiled as compile_tower
 from tests.support.compiled import config_of, copies, write_graph
 from tests.support.sparse_checkpoint import FULL_CONFIG
 from twotower_contract.engine_set import Limits
+from twotower_contract.skus import known_skus
 from twotower_contract.traffic import read_listings, traffic_of
 from twotower_engines.building.flavours.flavour import Order, Target
 from twotower_engines.building.flavours.jobs import engine_job
@@ -21,7 +22,6 @@ from twotower_engines.building.flavours.process import build_engine_files
 from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY, TensorRtRtxFlavour
 from twotower_engines.planning.compiled import compiled_tower
 from twotower_engines.planning.plan import WORKSPACE_SLACK
-from twotower_engines.planning.skus import known_skus
 
 PATTERN = "ME*"
 CONTEXT = 8192

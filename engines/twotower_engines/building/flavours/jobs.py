@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.skus import Sku
 from twotower_engines.building.flavours.flavour import Order, traffic_file
 from twotower_engines.building.flavours.process import Job
 from twotower_engines.building.flavours.profiles import FIXED, Profile, Sizes
 from twotower_engines.errors import BuildError
-from twotower_engines.planning.skus import Sku
 
 FLAGS = {"TF32": False, "STRICT_NANS": True}
 """Builder flags to set or to clear. Unless told not to, TensorRT rounds what float32 products take
