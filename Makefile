@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 # Pip's own bar is the progress; PIP_ARGS lets a mirror or a cache be named.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
+# Tests start hundreds of processes; without kept bytecode each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test cov test-slow test-nightly check fix docs bench wheel test-wheel lock locked gpu clean
 
@@ -86,7 +89,7 @@ locked: $(VENV)/.base ## The development environment exactly as it was locked
 	@touch $(VENV)/.dev $(VENV)/.demo
 
 bench: $(VENV)/.dev ## All benchmarks that this machine can run; results in benchmarks/results
-	for name in generation denoiser_call long_prompts scheduling serving export build traffic kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in generation denoiser_call long_prompts scheduling serving export build traffic kernels quality layer_errors; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 gpu: $(VENV)/.dev ## The first hour with a GPU: tests, kernels, one step, in six minutes; results in benchmarks/results
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -34,7 +34,6 @@ from twotower_engines.planning.compiled import (
     FORMAT,
     FORMAT_VERSION,
     TABLE_FILE,
-    TERMS,
     Way,
     units_of,
     value_of_terms,
@@ -43,6 +42,19 @@ from twotower_engines.planning.compiled import (
 PATTERN = "MEM*EM"
 CAPABILITY = "12.0"
 WAYS: tuple[Way, ...] = ("bodies", "codes", "kernels")
+TERMS = (
+    "1",
+    "rows",
+    "tokens",
+    "context",
+    "rows * tokens",
+    "rows * context",
+    "tokens * tokens",
+    "tokens * context",
+    "rows * tokens * tokens",
+    "rows * tokens * context",
+)
+"""Products of a call's sizes, of which its bytes are a sum."""
 MOST = {"context": 256, "denoiser": 64}
 """Most tokens of a row that a tower is compiled for."""
 SLOTS, CONTEXT, LONG = 16, 8192, 32768

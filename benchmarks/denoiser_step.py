@@ -31,18 +31,16 @@ from torch.nn import functional
 
 from benchmarks import kernels as bench
 from benchmarks.kernel_cases import routed
+from tests.support.kernel_launches import mamba_block_step, refine_block, sparse_experts
 from twotower_contract.config import ModelConfig
+from twotower_contract.skus import Sku
 from twotower_engines.errors import PlanError
-from twotower_engines.kernels.experts import sparse_experts
-from twotower_engines.kernels.mamba import mamba_block_step
-from twotower_engines.kernels.refine import refine_block
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.planning import roofline
 from twotower_engines.planning.local_gpu import local_sku
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.routing import distinct_experts
 from twotower_engines.planning.sku_lookup import find_sku
-from twotower_engines.planning.skus import Sku
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 """Layers of the released model: Mamba, experts, attention."""

@@ -22,7 +22,7 @@ def refine_block(
     steps_left: Tensor,
     mask_id: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step: logits [B, S, V], ids [B, S], the rest [B]; see `kernels.refine.refine_block`."""
+    """One step: logits [B, S, V], ids [B, S], the rest [B]; see `kernel_launches`."""
     position = torch.arange(ids.shape[1], device=ids.device)
     masked = (ids == mask_id) & (position < lengths[:, None])
     x = logits.float().index_fill(2, torch.tensor([mask_id], device=ids.device), -torch.inf)
@@ -46,7 +46,7 @@ def refine_block(
 
 
 def dense_experts(x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Every expert on every token; see `kernels.experts.sparse_experts` for the arguments.
+    """Every expert on every token; see `kernel_launches` for the arguments.
 
     What a graph of stock operators does, and what does not need to know the routing on the host.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import eager
-from twotower_engines.kernels import experts, mamba, refine
+from tests.support import kernel_launches
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.planning.routing import distinct_experts
 
@@ -81,7 +81,7 @@ def refine_cases(device: str) -> list[Case]:
     for B, (dtype, width) in itertools.product(BATCHES, ((torch.bfloat16, 2), (torch.float32, 4))):
         name = f"B={B} S={S} V={V} {'bf16' if width == 2 else 'fp32'}"
         size = B * S * V * width
-        kernel = refine.refine_block
+        kernel = kernel_launches.refine_block
         # Confidences are compared: of equal logits, bf16 has many, PyTorch may predict any.
         cases.append(
             Case(
@@ -145,7 +145,7 @@ def expert_cases(device: str) -> list[Case]:
                 f"{tokens} tokens, {used:.0f} experts",
                 size,
                 make(tokens, used),
-                experts.sparse_experts,
+                kernel_launches.sparse_experts,
                 eager.dense_experts,
                 tolerance=2e-2,
                 most_of_bound=1.4 if rows == 1 else None,
@@ -163,22 +163,22 @@ def code_cases(device: str) -> list[Case]:
     """The same with weights of 8 and 4 bits; `gpu_checks` compares their numbers."""
     K, E, h, inner = SIZES.experts_per_token, SIZES.experts, SIZES.hidden, SIZES.inner
 
-    def bank(form: str, features: int, depth: int) -> experts.Bank:
+    def bank(form: str, features: int, depth: int) -> kernel_launches.Bank:
         def codes(*shape: int) -> Tensor:
             return torch.randint(0, 0x70, shape, dtype=torch.uint8, device=device)
 
         if form == "fp8":
             scale = torch.rand(E, device=device).bfloat16()
-            return experts.Bank(codes(E, depth, features), form, scale)
+            return kernel_launches.Bank(codes(E, depth, features), form, scale)
         both = codes(E, features, depth // 2)
         if form == "int4":
             scale = torch.rand(E, features, depth // 64, device=device).bfloat16()
-            return experts.Bank(both, form, scale)
+            return kernel_launches.Bank(both, form, scale)
         scales = codes(E, features, depth // 16), torch.rand(E, device=device)
-        return experts.Bank(both, form, *scales)
+        return kernel_launches.Bank(both, form, *scales)
 
     def make(form: str, tokens: int, used: float) -> Callable[[], tuple[Any, ...]]:
-        shared: list[experts.Bank] = []
+        shared: list[kernel_launches.Bank] = []
 
         def inputs() -> tuple[Any, ...]:
             if not shared:
@@ -199,7 +199,7 @@ def code_cases(device: str) -> list[Case]:
                 f"{tokens} tokens, {used:.0f} experts",
                 used * 2 * h * inner * bits / 8 + tokens * h * 4,
                 make(form, tokens, used),
-                experts.sparse_experts,
+                kernel_launches.sparse_experts,
                 None,
                 tolerance=0.0,
             )
@@ -261,7 +261,7 @@ def mamba_cases(device: str) -> list[Case]:
         state = B * (H * P * N * 4 + 3 * conv_dim * 2) * (2 if states else 1)
 
         def kernel(*args: Any, states: bool = states) -> Any:
-            return mamba.mamba_block_step(*args, states=states)
+            return kernel_launches.mamba_block_step(*args, states=states)
 
         name = f"B={B} L={L}{' with new states' if states else ''}"
         cases.append(

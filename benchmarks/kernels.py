@@ -36,8 +36,8 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernel_cases import CASES, Case, expert_cases
+from tests.support import kernel_launches
 from twotower_contract.atomic import write_text
-from twotower_engines.kernels import experts
 from twotower_engines.kernels.jit import SHARED_MEMORY_LIMIT, Launch
 
 RESULTS = Path(__file__).with_name("results")
@@ -204,7 +204,7 @@ def tune(device: str, deadline: float) -> list[dict[str, Any]]:
         one: dict[str, Any] = {"shape": case.shape, **config.constants}
         one |= {"warps": config.num_warps, "stages": config.num_stages}
         try:
-            call = functools.partial(experts.sparse_experts, config=config)
+            call = functools.partial(kernel_launches.sparse_experts, config=config)
             one["us"] = microseconds(call, [case.inputs()], graph=True)
         except Exception as error:
             one["error"] = f"{type(error).__name__}: {error}"[:200]

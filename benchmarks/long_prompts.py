@@ -168,7 +168,11 @@ def main() -> None:
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {case} | "
-            + " | ".join(f"{value:.0f}" for kind in one.values() for value in kind.values())
+            + " | ".join(
+                f"{one[kind][figure]:.0f}" if kind in one else "-"
+                for kind in ("block", "turn", "answer")
+                for figure in ("median", "p95", "longest")
+            )
             + " |"
             for case, one in found.items()
         ),

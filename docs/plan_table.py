@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from twotower_contract.skus import known_skus
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest
 from twotower_engines.planning.plan_report import plan_report, with_faster_flavours
 from twotower_engines.planning.plan_text import text_of_many
-from twotower_engines.planning.skus import known_skus
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "plan.md"

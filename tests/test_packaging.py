@@ -33,7 +33,7 @@ def test_the_wheel_holds_all_that_its_verbs_read(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     models = {"preprocessing", "twotower", "postprocessing"}
     assert {f"twotower_engines/triton_repo/{name}/1/model.py" for name in models} <= names
-    assert "twotower_engines/planning/skus.json" in names
+    assert "twotower_contract/skus.json" in names
     assert "twotower_export/data/tiny/config.json" in names
     assert {f"{name}/py.typed" for name in ("twotower_client", "twotower_engines")} <= names
     assert wheel.stat().st_size < 8_000_000
@@ -51,6 +51,8 @@ def test_the_client_imports_nothing_else_but_the_contract():
     allowed = sys.stdlib_module_names | ours | {"numpy", "tritonclient", "grpc", "click"}
     for path in (ROOT / "client/twotower_client").rglob("*.py"):
         extra = {"starlette", "uvicorn", "jinja2"} if path.parent.name == "openai" else set()
+        if path.name == "bench_cli.py":  # hands ENGINES over to their own stage, when it is called
+            extra = {"twotower_engines"}
         assert imported(path) <= allowed | extra, path
     code = (
         "import sys, importlib, pkgutil, twotower_contract as c\n"

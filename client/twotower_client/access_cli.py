@@ -39,7 +39,6 @@ access_options = together(
     click.option(
         "--url",
         default="localhost:8001",
-        show_default=True,
         help="host:port of the server's gRPC endpoint; several with commas for --input.",
     ),
     secret_options,

@@ -17,11 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Self, Unpack
 
 from twotower_client.connection import END_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
-from twotower_client.core import (
-    ClientCore,
-    Connection,
-    StreamCore,
-)
+from twotower_client.core import ClientCore, Connection, StreamCore
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
 from twotower_client.request import cancel_request, ready_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready

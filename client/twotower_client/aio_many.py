@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable
 
 from twotower_client.aio import AsyncTwoTowerClient
 from twotower_client.errors import ClientError
-from twotower_client.many import Job, Progress, Prompt, check_concurrency
+from twotower_client.many import InOrder, Job, Progress, Prompt, check_concurrency
 from twotower_client.result import Answer
 from twotower_client.retry import Retry, Servers, may_pass
 from twotower_contract.options import Options
@@ -47,8 +47,7 @@ async def generate_many(
     check_concurrency(concurrency)
     jobs = enumerate(Job(prompt, options, timeout) for prompt in prompts)
     under_way: dict[asyncio.Task[Answer | ClientError], int] = {}
-    early: dict[int, Answer | ClientError] = {}
-    done = failed = following = 0
+    ordered = InOrder(progress)
     try:
         while True:
             while len(under_way) < concurrency and (item := next(jobs, None)):
@@ -57,13 +56,8 @@ async def generate_many(
                 return
             ended, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
-                outcome = early[under_way.pop(task)] = task.result()
-                done, failed = done + 1, failed + isinstance(outcome, ClientError)
-                if progress is not None:
-                    progress(done, failed)
-            while following in early:
-                yield early.pop(following)
-                following += 1
+                for outcome in ordered.add(under_way.pop(task), task.result()):
+                    yield outcome
     finally:
         for task in under_way:
             task.cancel()

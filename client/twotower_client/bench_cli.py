@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import importlib
 import importlib.metadata
 import itertools
 import json
@@ -144,10 +143,9 @@ def bench(
         _compare(*compare, html, as_json)
         return
     if engines is not None:
-        # This package knows nothing of engines; where they are installed, so is their half.
-        importlib.import_module("twotower_engines.cli.bench").measure_engines(
-            engines, duration, save, as_json
-        )
+        from twotower_engines.cli.bench import measure_engines
+
+        measure_engines(engines, duration, save, as_json)
         return
     assert url is not None
     given = cast("Options", given_options(options))

@@ -177,7 +177,11 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(importlib.metadata.version("twotower"), message="twotower %(version)s")
 def cli() -> None:
     """Export, build and serve NVIDIA Nemotron-Labs-TwoTower.
@@ -210,7 +214,7 @@ def missing_extra(problem: ModuleNotFoundError, verb: str | None) -> str | None:
 def refused_file(problem: OSError) -> str | None:
     """Return what to tell a user whose file or folder the system refused; None if it is our bug.
 
-    Of two files, the second is the one that was to be written.
+    Where the system names two files, the second is the one that was to be written.
     """
     name = problem.filename2 or problem.filename
     if problem.errno == errno.ENOENT and name is None:  # of `tempfile`

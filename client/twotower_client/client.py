@@ -15,12 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, Unpack
 
 from twotower_client.connection import END_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
-from twotower_client.core import (
-    ClientCore,
-    Connection,
-    StreamCore,
-    state_of,
-)
+from twotower_client.core import ClientCore, Connection, StreamCore, state_of
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
 from twotower_client.request import cancel_request, probe_request, ready_request
 from twotower_client.response import cancelled, error_of_readiness, not_ready

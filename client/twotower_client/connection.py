@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from twotower_client.errors import RequestRefusedError
 
-# In gRPC's order. Of the variables in capitals it knows none.
+# In gRPC's order. It knows none of the variables in capitals.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 SPARING_VARIABLES = ("no_grpc_proxy", "no_proxy")
 # A connection that was dropped without a word, as idle ones are by balancers, is noticed during a

@@ -31,13 +31,7 @@ from twotower_client.errors import (
     ServerUnavailableError,
 )
 from twotower_client.request import infer_request
-from twotower_client.response import (
-    error_of,
-    error_of_rpc,
-    read,
-    too_late,
-    unexplained,
-)
+from twotower_client.response import error_of, error_of_rpc, read, too_late, unexplained
 from twotower_client.result import Answer, Block, Canvas
 from twotower_contract.options import Options
 

@@ -61,24 +61,24 @@ class StepFailedError(ClientError):
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo"),
-    show_default=True,
     help="Folder for the artifacts; it is made anew each time.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["bf16", "fp8", "nvfp4", "int4"]),
     default="bf16",
-    show_default=True,
     help="Precision of the weights; all but bf16 add a step that quantizes them.",
 )
 @click.option(
-    "--prompt", default=PROMPT, help="Text to continue.  [default: the opening of a story]"
+    "--prompt",
+    default=PROMPT,
+    show_default=False,
+    help="Text to continue.  [default: the opening of a story]",
 )
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1, MAX_NEW_TOKENS),
     default=128,
-    show_default=True,
     help="Length of the answer in tokens.",
 )
 @html_option

@@ -70,32 +70,23 @@ class AnswersFailedError(ClientError):
     "--concurrency",
     type=click.IntRange(min=1),
     default=16,
-    show_default=True,
     help="Requests of --input under way at a time.",
 )
 @click.option(
     "--attempts",
     type=click.IntRange(min=1),
     default=5,
-    show_default=True,
     help="Most times that a request of --input is sent, where a server is busy or away.",
 )
 @click.option("--stream", "streamed", is_flag=True, help="Print each block when it is committed.")
 @prompt_ids_option
 @request_options
 @showing_options
-@click.option(
-    "--timeout",
-    type=float,
-    default=300,
-    show_default=True,
-    help="Seconds that the whole answer may take.",
-)
+@click.option("--timeout", type=float, default=300, help="Seconds that the whole answer may take.")
 @click.option(
     "--inactivity-timeout",
     type=float,
     default=60,
-    show_default=True,
     help="Seconds without anything new after which the answer is given up.",
 )
 def generate(

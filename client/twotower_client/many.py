@@ -150,20 +150,27 @@ class Batch:
                     self._streams.discard(stream)
 
 
-def in_order(
-    outcomes: Iterable[tuple[int, Answer | ClientError]], progress: Progress | None
-) -> Iterator[Answer | ClientError]:
-    """Yield outcomes by their numbers, each as soon as all before it are there."""
-    early: dict[int, Answer | ClientError] = {}
-    following = failed = 0
-    for done, (number, outcome) in enumerate(outcomes, 1):
-        failed += isinstance(outcome, ClientError)
-        if progress is not None:
-            progress(done, failed)
-        early[number] = outcome
-        while following in early:
-            yield early.pop(following)
-            following += 1
+class InOrder:
+    """Outcomes that come in any order, handed on by their numbers.
+
+    Args:
+        progress: Told of each; None for nobody.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._early: dict[int, Answer | ClientError] = {}
+        self._done = self._failed = self._following = 0
+
+    def add(self, number: int, outcome: Answer | ClientError) -> Iterator[Answer | ClientError]:
+        """Take an outcome, and yield those before which none is missing any more."""
+        self._early[number] = outcome
+        self._done, self._failed = self._done + 1, self._failed + isinstance(outcome, ClientError)
+        if self._progress is not None:
+            self._progress(self._done, self._failed)
+        while self._following in self._early:
+            self._following += 1
+            yield self._early.pop(self._following - 1)
 
 
 def generate_many(
@@ -178,4 +185,5 @@ def generate_many(
     """Yield the answer to each prompt, or its error, in the order of the prompts."""
     batch = Batch(servers, concurrency, retry)
     jobs = (Job(prompt, options, timeout) for prompt in prompts)
-    return in_order(batch.answers(jobs), progress)
+    ordered = InOrder(progress)
+    return (one for ended in batch.answers(jobs) for one in ordered.add(*ended))

@@ -26,17 +26,9 @@ A page at http://localhost:9000/ shows answers as they are denoised.
 
 @click.command(epilog=EPILOG)
 @access_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    type=int,
-    default=OPENAI_PORT,
-    show_default=True,
-    help="Port of HTTP; 0 takes a free one.",
-)
-@click.option(
-    "--model", default="twotower", show_default=True, help="Name of the model for callers."
-)
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", type=int, default=OPENAI_PORT, help="Port of HTTP; 0 takes a free one.")
+@click.option("--model", default="twotower", help="Name of the model for callers.")
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -51,23 +43,12 @@ A page at http://localhost:9000/ shows answers as they are denoised.
     "--max-concurrency",
     type=click.IntRange(min=1),
     default=256,
-    show_default=True,
     help="Most requests under way; others are answered with status 429.",
 )
 @click.option(
-    "--max-body",
-    type=click.IntRange(min=1),
-    default=1 << 20,
-    show_default=True,
-    help="Most bytes of a request.",
+    "--max-body", type=click.IntRange(min=1), default=1 << 20, help="Most bytes of a request."
 )
-@click.option(
-    "--timeout",
-    type=float,
-    default=300,
-    show_default=True,
-    help="Seconds that an answer may take.",
-)
+@click.option("--timeout", type=float, default=300, help="Seconds that an answer may take.")
 def openai(
     url: str,
     host: str,

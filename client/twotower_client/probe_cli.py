@@ -30,7 +30,6 @@ startup probe is `ready` with patience.
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=3,
-    show_default=True,
     help="Seconds that the answer may take.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

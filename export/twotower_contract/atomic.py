@@ -146,7 +146,7 @@ def check_replaceable(
 def partial_folder(parent: Path) -> Iterator[Path]:
     """Give a new folder in `parent` to work in; it is removed at the end, renamed parts are not.
 
-    What killed processes left in `parent` is removed or put back first.
+    Leftovers of killed processes in `parent` are removed or put back first.
     """
     parent.mkdir(parents=True, exist_ok=True)
     with locked(parent):  # between making a folder and locking it, it would look abandoned

@@ -7,7 +7,6 @@ mathematics and that the towers do not implement is refused here, by name, befor
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from twotower_contract.errors import ConfigError
-from twotower_contract.json_file import read_json
+from twotower_contract.json_file import Document, read_json
 from twotower_contract.options import INT32_MAX
 from twotower_contract.settings import (
     IMPLEMENTED,
@@ -164,19 +163,20 @@ class ModelConfig:
         return config
 
     @classmethod
-    def from_block(cls, block: Mapping[str, Any], source: str, **others: Any) -> ModelConfig:
+    def from_block(cls, block: Document, **others: Any) -> ModelConfig:
         """Invert `model_block`; `others` are the fields that a manifest has beside it.
 
         Raises:
-            ConfigError: A field is missing, unknown, of the wrong type or value.
+            ConfigError: A value is impossible.
+            TwoTowerError: The class of the document: a field is missing, unknown, or of another
+                type.
         """
         types = _types_in_block()
-        for name in [*types, *block]:
-            if (name in types) != (name in block):
-                state = "is missing" if name in types else "is unknown"
-                raise ConfigError(f"{source}: the field `model: {name}` {state}")
-        read = {name: _typed(block[name], type_, name, source) for name, type_ in types.items()}
-        return cls(**read, **others, source=source)
+        for name in block.values:
+            if name not in types:
+                raise block.refusal(f"the field `{block.name_of(name)}` is unknown")
+        read = {name: block.typed(name, type_) for name, type_ in types.items()}
+        return cls(**read, **others, source=block.source)
 
     @property
     def item_bytes(self) -> int:
@@ -376,6 +376,7 @@ def _read_fields(values: Mapping[str, Any], pattern: str, source: str) -> dict[s
     required = {"vocab_size", "hidden_size"}
     for letter, names in _SIZES_OF_KIND.items():
         required |= {name for name in names if letter in pattern} - {"conv_kernel", "n_groups"}
+    document = Document(dict(values), source, remedy="take config.json of the released checkpoint")
     read: dict[str, Any] = {}
     missing: list[str] = []
     for one in fields(ModelConfig):
@@ -394,25 +395,10 @@ def _read_fields(values: Mapping[str, Any], pattern: str, source: str) -> dict[s
             elif key in values and "None" in str(one.type):
                 read[one.name] = None
             continue
-        read[one.name] = _typed(value, str(one.type).removesuffix(" | None"), key, source)
+        read[one.name] = document.typed(key, str(one.type).removesuffix(" | None"))
     if missing:
         raise ConfigError(f"{source}: misses {', '.join(sorted(missing))}")
     return read
-
-
-def _typed(value: Any, type_name: str, key: str, source: str) -> Any:
-    kinds: dict[str, Any] = {
-        "int": (int,),
-        "float": (int, float),
-        "bool": (bool,),
-        "str": (str,),
-    }
-    # Python counts a bool as an int; JSON does not
-    if not isinstance(value, kinds[type_name]) or isinstance(value, bool) != (type_name == "bool"):
-        raise ConfigError(f"{source}: {key} is {value!r:.80}, not of type {type_name}")
-    if type_name == "float" and abs(value) > sys.float_info.max:
-        return math.inf  # a whole number that no float holds; what it is of refuses it
-    return float(value) if type_name == "float" else value
 
 
 def _dtype(values: Mapping[str, Any]) -> str:

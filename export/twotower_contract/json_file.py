@@ -92,6 +92,10 @@ class Document:
             return float(self.values[key])
         return self._get(key, float, "a number")
 
+    def flag(self, key: str) -> bool:
+        """Return true or false."""
+        return self._get(key, bool, "true or false")
+
     def integers(self, key: str) -> tuple[int, ...]:
         """Return a list of integers."""
         return tuple(self._list(key, int, "a list of integers"))
@@ -126,8 +130,12 @@ class Document:
         """
         for field in fields(type_):  # type: ignore[arg-type]  # a dataclass
             if field.name not in others:
-                others[field.name] = _READERS[str(field.type)](self, field.name)
+                others[field.name] = self.typed(field.name, str(field.type))
         return type_(**others)
+
+    def typed(self, key: str, annotation: str) -> Any:
+        """Return a field as the annotation of a dataclass's field says."""
+        return _READERS[annotation](self, key)
 
     def sections(self, key: str) -> dict[str, Document]:
         """Return the objects of an object whose values are all objects."""
@@ -164,6 +172,7 @@ _READERS: Mapping[str, Callable[[Document, str], Any]] = {
     "str | None": Document.optional_text,
     "int": Document.integer,
     "float": Document.number,
+    "bool": Document.flag,
     "tuple[int, ...]": Document.integers,
     "tuple[str, ...]": Document.texts,
     "dict[str, str]": Document.text_map,
@@ -245,7 +254,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _is(value: Any, type_: type) -> bool:
     """Whether a value is of a type; a bool, which is an int in Python, is no number in JSON."""
-    return isinstance(value, type_) and not isinstance(value, bool)
+    return isinstance(value, type_) and (type_ is bool or not isinstance(value, bool))
 
 
 def _special_number(value: Any) -> float:

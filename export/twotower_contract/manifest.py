@@ -230,8 +230,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def _model(document: Document) -> ModelConfig:
     try:
         return ModelConfig.from_block(
-            document.section("model").values,
-            source=document.source,
+            document.section("model"),
             mask_token_id=document.integer("mask_token_id"),
             eos_token_ids=document.integers("eos_token_ids"),
             dtype=document.text("dtype"),

@@ -17,6 +17,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final, Literal
 
+from twotower_contract.bfloat16 import from_bfloat16
 from twotower_contract.errors import ConfigError
 
 Format = Literal["fp8", "nvfp4", "int4"]
@@ -228,8 +229,7 @@ def decode(numpy: Any, dtype: str, codes: Any, scales: Sequence[Any]) -> Any:
         values = [*E2M1, *(-one for one in E2M1)]
     else:
         codes = codes.view(numpy.uint8)
-        wide = scales[0].astype(numpy.uint32) << 16 if scales[0].dtype == numpy.uint16 else None
-        block = scales[0] if wide is None else wide.view(numpy.float32)
+        block = from_bfloat16(scales[0]) if scales[0].dtype == numpy.uint16 else scales[0]
         values = [code - INT4_OFFSET for code in range(16)]
     if not (block >= 0).all():
         raise ValueError("a scale of a block is negative or no number")

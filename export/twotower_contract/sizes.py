@@ -89,6 +89,15 @@ def narrow_parameters(config: ModelConfig, tower: Tower) -> Mapping[str, int]:
     return sizes
 
 
+def uniform_experts(tokens: float, experts: int, chosen: int) -> float:
+    """Return the expected number of distinct experts if each token chose at random.
+
+    All tokens miss an expert with probability (1 - chosen / experts)^tokens. Real routing is more
+    concentrated.
+    """
+    return experts * (1.0 - math.pow(1.0 - chosen / experts, tokens)) if experts else 0.0
+
+
 def kv_bytes_per_token(config: ModelConfig, item: int) -> int:
     """Return the bytes of keys and values that one context token leaves, all layers together."""
     return len(config.layers_of_kind["*"]) * 2 * config.kv_width * item

@@ -4,7 +4,7 @@ A builder writes `<tower>.traffic.json` beside an engine: for each profile its k
 tensors that they read and write. Sizes that a call decides are written as expressions over the
 names of the graph's dynamic dimensions, so that the bytes of any call follow.
 
-What a kernel skips (tiles under a mask, experts that no token chose) counts as if it were read,
+Bytes that a kernel skips (tiles under a mask, experts that no token chose) count as if read,
 and what the GPU's cache still holds counts as traffic.
 """
 
@@ -113,7 +113,7 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What some kernels move.
+    """The bytes that some kernels move.
 
     Attributes:
         kernels: Number of kernels.
@@ -135,7 +135,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What one call of an engine moves.
+    """The bytes that one call of an engine moves.
 
     Attributes:
         kernels: Each kernel with what it moves.

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from twotower_contract.errors import BundleError, listed
 from twotower_contract.manifest import Manifest
 from twotower_contract.moved_tensors import form, moved_tensors
-from twotower_export.checkpoint import Checkpoint, Progress, fingerprint, with_full_digests
+from twotower_export.checkpoint import Checkpoint, fingerprint, with_full_digests
+from twotower_export.progress import Progress, silent
 
 
 def check_agreement(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -36,7 +37,7 @@ def check_agreement(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
 
 def check_every_byte(
-    manifest: Manifest, checkpoint: Checkpoint, progress: Progress | None = None
+    manifest: Manifest, checkpoint: Checkpoint, progress: Progress = silent
 ) -> None:
     """Refuse a checkpoint whose shards are not, byte for byte, those that were exported.
 

@@ -30,7 +30,8 @@ from twotower_contract.manifest import (
 )
 from twotower_contract.quantized import codes_name
 from twotower_contract.shards import TensorEntry
-from twotower_export.checkpoint import Checkpoint, Progress
+from twotower_export.checkpoint import Checkpoint
+from twotower_export.progress import Progress, silent
 from twotower_export.reference.golden import golden_for
 from twotower_export.tokens import tokenizer_files
 
@@ -54,7 +55,7 @@ def write_bundle(
     out: Path,
     *,
     towers: Sequence[Tower] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     writing: Writing = WITH_CARE,
 ) -> Manifest:
     """Write the bundle of a checkpoint; a bundle that lies there already is replaced.
@@ -80,13 +81,11 @@ def write_bundle(
         graphs: dict[str, dict[str, GraphFile]] = {}
         todo = list(_graphs(checkpoint, chosen))
         for number, graph in enumerate(todo):
-            if progress is not None:
-                progress(f"writing {graph.file}", number, len(todo))
+            progress(f"writing {graph.file}", number, len(todo))
             record = _write_graph(checkpoint, graph, folder)
             for precision in graph.precisions:
                 graphs.setdefault(precision, {})[graph.name] = record
-        if progress is not None:
-            progress("writing graphs", len(todo), len(todo))
+        progress("writing graphs", len(todo), len(todo))
         for file in tokenizer_files(checkpoint.path):
             shutil.copyfile(file, folder / file.name)
         golden, missing = golden_for(checkpoint, chosen)
@@ -152,11 +151,7 @@ def _write_graph(checkpoint: Checkpoint, graph: _GraphToWrite, folder: Path) -> 
     """Build and save one graph; returns its entry in the manifest."""
     import onnx_ir
 
-    from twotower_export.graph import (
-        build_context_graph,
-        build_denoiser_graph,
-        build_refine_graph,
-    )
+    from twotower_export.graph import build_context_graph, build_denoiser_graph, build_refine_graph
 
     builders: Mapping[str, Callable[..., onnx_ir.Model]] = {
         "context": build_context_graph,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -36,6 +36,7 @@ from twotower_contract.quantized import (
 )
 from twotower_contract.shards import STORED_DTYPES, Shard, TensorEntry, read_shard
 from twotower_export import hub
+from twotower_export.progress import Progress, silent
 from twotower_export.tokens import eos_token_ids
 
 SMALL_FILES: Final = (".json", ".jinja")
@@ -43,9 +44,6 @@ SMALL_FILES: Final = (".json", ".jinja")
 
 MATRICES: Final = ("_proj.weight", "_proj.weight_packed", "embeddings.weight", "lm_head.weight")
 """Ends of the names of matrices, which training leaves nowhere at 0."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def open_checkpoint(
     mask_token_id: int | None = None,
     towers: Sequence[Tower] | None = None,
     local_only: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Checkpoint:
     """Open and check a checkpoint.
 
@@ -165,7 +163,7 @@ def zero_warnings(folder: Path, tensors: Mapping[str, TensorEntry]) -> list[str]
     ]
 
 
-def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkpoint:
+def with_full_digests(checkpoint: Checkpoint, progress: Progress = silent) -> Checkpoint:
     """Return the checkpoint with the sha256 of every shard, read whole.
 
     Raises:
@@ -177,8 +175,7 @@ def with_full_digests(checkpoint: Checkpoint, progress: Progress | None = None) 
     for shard in checkpoint.shards:
 
         def told(done: int, before: int = before) -> None:
-            if progress is not None:
-                progress("hashing megabytes", (before + done) // 10**6, total // 10**6)
+            progress("hashing megabytes", (before + done) // 10**6, total // 10**6)
 
         path = checkpoint.path / shard.file
         try:
@@ -256,7 +253,7 @@ def _hint_of_another_kind(folder: Path) -> str:
 
 
 def _read_shards(
-    folder: Path, progress: Progress | None
+    folder: Path, progress: Progress
 ) -> tuple[tuple[Shard, ...], dict[str, TensorEntry]]:
     """Every shard that the index names, and its tensors, which the headers must name too."""
     index = read_index(folder)
@@ -265,8 +262,7 @@ def _read_shards(
     tensors: dict[str, TensorEntry] = {}
     problems: list[str] = []
     for number, file in enumerate(files):
-        if progress is not None:
-            progress("reading shards", number, len(files))
+        progress("reading shards", number, len(files))
         shard, found = read_shard(folder / file, file, number)
         shards.append(shard)
         if index is not None:
@@ -277,8 +273,7 @@ def _read_shards(
                 for name in sorted(set(found) - named)
             ]
         tensors |= found
-    if progress is not None:
-        progress("reading shards", len(files), len(files))
+    progress("reading shards", len(files), len(files))
     if problems:
         raise CheckpointError(
             f"{folder}: {INDEX_FILE} disagrees with the shards' headers: {listed(problems)}; "

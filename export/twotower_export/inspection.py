@@ -14,20 +14,15 @@ from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_contract.manifest import Manifest, read_manifest
 from twotower_export.agreement import check_agreement, check_every_byte
 from twotower_export.bundle import is_bundle
-from twotower_export.checkpoint import (
-    Checkpoint,
-    Progress,
-    open_checkpoint,
-    with_full_digests,
-    zero_warnings,
-)
+from twotower_export.checkpoint import Checkpoint, open_checkpoint, with_full_digests, zero_warnings
 from twotower_export.inventory import Inventory, fitting_skus, inventory_of, take_inventory
+from twotower_export.progress import Progress, silent
 
 
 def inspect_source(
     source: str,
     checkpoint: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     *,
     full: bool = False,
 ) -> dict[str, Any]:
@@ -84,7 +79,7 @@ def _checkpoint(opened: Checkpoint) -> dict[str, Any]:
 
 
 def _bundle(
-    folder: Path, checkpoint: Path | None, progress: Progress | None, full: bool
+    folder: Path, checkpoint: Path | None, progress: Progress, full: bool
 ) -> dict[str, Any]:
     manifest = read_manifest(folder)
     graphs = {one.file: one for some in manifest.graphs.values() for one in some.values()}
@@ -199,5 +194,5 @@ def _sizes(inventory: Inventory) -> dict[str, Any]:
     fit = fitting_skus(inventory)
     return {
         "sizes": inventory.as_json(),
-        "skus": None if fit is None else {"one": fit.one, "one_per_tower": fit.one_per_tower},
+        "skus": {"one": fit.one, "one_per_tower": fit.one_per_tower},
     }

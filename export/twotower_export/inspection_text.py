@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from twotower_contract.errors import printable
-
-GIB: Final = 2**30
+from twotower_contract.skus import GIB
 
 
 def report(found: Mapping[str, Any]) -> str:
@@ -155,10 +154,7 @@ def _costs(sizes: Mapping[str, Any]) -> Iterable[str]:
     yield f"  logits of a block of 16: {_binary(sizes['logits_bytes_per_block'])}B"
 
 
-def _gpus(skus: Mapping[str, Any] | None) -> Iterable[str]:
-    if skus is None:
-        yield "  GPUs: install twotower's engines to see which could hold it"
-        return
+def _gpus(skus: Mapping[str, Any]) -> Iterable[str]:
     yield f"  one GPU could hold it: {', '.join(skus['one']) or 'none'}"
     if skus["one_per_tower"]:
         yield f"  one GPU per tower: {', '.join(skus['one_per_tower'])}"

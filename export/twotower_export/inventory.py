@@ -1,18 +1,15 @@
 """The size of a model: parameters and bytes per part, and the bytes of a context.
 
 Computed from the configuration and the stored dtypes, for a checkpoint and for a bundle alike.
-Knows nothing about GPUs but their names and memory, which it reads from the engines' table where
-that package is installed.
+Knows nothing about GPUs but which of the table could hold it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Final
 
 from twotower_contract.config import ModelConfig
@@ -28,10 +25,11 @@ from twotower_contract.sizes import (
     kv_bytes_per_token,
     part_of,
     ssm_bytes,
+    uniform_experts,
 )
+from twotower_contract.skus import Sku, known_skus
 
 BLOCK: Final = 16
-GIB: Final = 2**30
 WORKSPACE_SHARE: Final = 0.05
 CONTEXTS: Final = (4096, 32768, 131072, 262144)
 EXPERTS_SEEN: Final = (60, 90)
@@ -114,17 +112,6 @@ class Inventory:
         """Multiplications and additions with weights, head included; no attention, no scan."""
         return 2 * tokens * self.active_parameters(tower)
 
-    def expected_experts(self, tokens: int) -> float:
-        """Distinct experts per layer, if routing were uniform and independent; 0 without any.
-
-        Each expert is missed by all tokens with probability (1 - k/E)^tokens. Real routing is more
-        concentrated.
-        """
-        c = self.config
-        if not c.layers_of_kind["E"]:
-            return 0.0
-        return c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens)
-
     def bytes_per_pass(self, tower: Tower, experts: float) -> int:
         """Weights that a pass reads, if every layer uses this many of its experts.
 
@@ -137,7 +124,11 @@ class Inventory:
 
     def bytes_per_step(self, tower: Tower, tokens: int) -> int:
         """Weights that a pass over some tokens reads, if routing were uniform and independent."""
-        return self.bytes_per_pass(tower, self.expected_experts(tokens))
+        return self.bytes_per_pass(tower, self._uniform_experts(tokens))
+
+    def _uniform_experts(self, tokens: int) -> float:
+        experts = self.config.num_experts if self.config.layers_of_kind["E"] else 0
+        return uniform_experts(tokens, experts, self.config.num_experts_per_tok)
 
     def bytes_by_experts(self, tower: Tower) -> dict[int, int]:
         """Weights that a pass over 16 tokens reads, by the distinct experts per layer.
@@ -145,7 +136,7 @@ class Inventory:
         For what real text needs, for uniform routing (rounded), and for all; empty without experts.
         """
         every = self.config.num_experts if self.config.layers_of_kind["E"] else 0
-        counts = {round(self.expected_experts(BLOCK)), every} - {0}
+        counts = {round(self._uniform_experts(BLOCK)), every} - {0}
         counts |= {count for count in EXPERTS_SEEN if count < every}
         return {count: self.bytes_per_pass(tower, count) for count in sorted(counts)}
 
@@ -233,7 +224,7 @@ def inventory_of(manifest: Manifest) -> Inventory:
 
 @dataclass(frozen=True)
 class Fit:
-    """GPUs that could hold a model, by their names in the engines' table.
+    """GPUs that could hold a model, by their names in the table.
 
     Attributes:
         one: One GPU holds everything that was exported.
@@ -244,55 +235,21 @@ class Fit:
     one_per_tower: tuple[str, ...]
 
 
-def fitting_skus(inventory: Inventory) -> Fit | None:
+def fitting_skus(inventory: Inventory) -> Fit:
     """GPUs whose memory holds the weights as stored and 4,096 tokens, with 5% left for workspace.
 
     A first look: `twotower plan` counts the workspace and the slots.
-
-    Returns:
-        None where the table is not installed.
     """
-    table = _skus()
-    if table is None:
-        return None
     c, item = inventory.config, inventory.config.item_bytes
     context = ssm_bytes(c) + conv_bytes(c, item) + CONTEXTS[0] * kv_bytes_per_token(c, item)
     towers = dict.fromkeys(part.tower for part in inventory.parts)
     largest = max(inventory.bytes_of_tower(tower) for tower in towers)
 
-    def holds(sku: _Sku, weights: int) -> bool:
-        return weights + context <= round(sku.memory * (1 - WORKSPACE_SHARE))
+    def holds(sku: Sku, weights: int) -> bool:
+        return weights + context <= (sku.memory - sku.reserved) * (1 - WORKSPACE_SHARE)
 
-    one = tuple(name for name, sku in table.items() if holds(sku, inventory.bytes))
-    two = tuple(
-        name
-        for name, sku in table.items()
-        if name not in one and sku.has_peer and holds(sku, largest)
-    )
+    gpus = [sku for sku in known_skus().values() if sku.compute_capability is not None]
+    one = tuple(sku.name for sku in gpus if holds(sku, inventory.bytes))
+    pairs = [sku.name for sku in gpus if sku.max_gpus == 2 and holds(sku, largest)]
+    two = tuple(name for name in pairs if name not in one)
     return Fit(one, two if len(towers) > 1 else ())
-
-
-@dataclass(frozen=True)
-class _Sku:
-    """Bytes of a GPU that are free for a model, and whether a machine can have two of it."""
-
-    memory: int
-    has_peer: bool
-
-
-def _skus() -> dict[str, _Sku] | None:
-    """GPUs by name, from the data file of the engines' package; it is data, no code is loaded."""
-    try:
-        table = resources.files("twotower_engines") / "planning" / "skus.json"
-        skus = json.loads(table.read_text(encoding="utf-8"))["skus"]
-    except (ModuleNotFoundError, FileNotFoundError):
-        return None
-    # each value is [number, source]; the CPU, whose memory is whatever it is, has no number
-    return {
-        name: _Sku(
-            round((sku["memory_gib"][0] - sku.get("reserved_gib", [0])[0]) * GIB),
-            sku["peer_gb_s"][0] is not None,
-        )
-        for name, sku in skus.items()
-        if sku["memory_gib"][0] is not None
-    }

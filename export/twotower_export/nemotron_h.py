@@ -22,7 +22,8 @@ from twotower_contract.layout import base_name, expected_tensors
 from twotower_contract.quantized import HF_QUANT_FILE, codes_name, tensors_of
 from twotower_contract.shards import TensorEntry
 from twotower_contract.sizes import part_of
-from twotower_export.checkpoint import Checkpoint, Progress
+from twotower_export.checkpoint import Checkpoint
+from twotower_export.progress import Progress, silent
 from twotower_export.shard_writing import tensor_pieces, write_header
 from twotower_export.tokens import tokenizer_files
 
@@ -51,7 +52,7 @@ def write_nemotron_h(
     out: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     writing: Writing = WITH_CARE,
 ) -> None:
     """Write the context tower as a Nemotron-H checkpoint: configuration, shards, tokenizer.
@@ -141,7 +142,7 @@ def _write_shards(
     members: Sequence[_Member],
     folder: Path,
     shard_bytes: int,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     files = _spread(members, shard_bytes)
     total = sum(member.bytes for member in members)
@@ -153,8 +154,7 @@ def _write_shards(
                 for piece in tensor_pieces(checkpoint, member.tensor):
                     target.write(piece)
                     done += len(piece)
-                    if progress is not None:
-                        progress("copying megabytes", done // 10**6, total // 10**6)
+                    progress("copying megabytes", done // 10**6, total // 10**6)
     if len(files) > 1:
         weight_map = {member.name: file for file, some in files.items() for member in some}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

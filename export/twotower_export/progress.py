@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from twotower_contract.progress import StatusLine
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, steps done, steps in all)."""
+
+
+def silent(*_: object) -> None:
+    """Tell nobody of the progress."""
 
 
 class StepMeter:

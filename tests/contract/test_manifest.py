@@ -103,11 +103,11 @@ BROKEN = {
     "a missing field": (delete("model", "head_dim"), "the field `model: head_dim` is missing"),
     "a wrong kind": (
         set_at("model", "head_dim", "8"),
-        "head_dim is '8', not of type int",
+        "`model: head_dim` should be an integer, found '8'",
     ),
     "a truth for a number": (
         set_at("model", "head_dim", True),
-        "head_dim is True, not of",
+        "`model: head_dim` should be an integer, found True",
     ),
     "no list": (set_at("towers", "context"), "`towers` should be a list of strings"),
     "an odd list": (set_at("eos_token_ids", [2, "3"]), "should be a list of integers"),

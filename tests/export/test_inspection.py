@@ -16,10 +16,10 @@ from tests.support.sparse_checkpoint import full_config
 from twotower_contract.engine_set import BuildRecord, EngineFile, Limits
 from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
 from twotower_contract.layout import expected_tensors
+from twotower_contract.skus import known_skus
 from twotower_contract.traffic import Kernel, Listing, Tensor, write_listings
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
-from twotower_engines.planning.skus import known_skus
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint, with_full_digests
 from twotower_export.cli.export import export, inspect
@@ -179,7 +179,10 @@ SOME = "context_tower.layers.0.mixer.A_log"
         (lambda m: m.update(graphs=[]), "the field `graphs` should be an object, found []"),
         (lambda m: m["model"].update(foo=1), "the field `model: foo` is unknown"),
         (lambda m: m["model"].pop("n_groups"), "the field `model: n_groups` is missing"),
-        (lambda m: m["model"].update(vocab_size="x"), "vocab_size is 'x', not of type int"),
+        (
+            lambda m: m["model"].update(vocab_size="x"),
+            "`model: vocab_size` should be an integer, found 'x'",
+        ),
         (lambda m: m["model"].update(pattern="MXX"), "letter 'X' at layer 1"),
         (lambda m: m.update(dtype="float16"), "float16"),
         (lambda m: m["tensors"].clear(), "which is not among the tensors"),

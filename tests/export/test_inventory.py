@@ -95,7 +95,6 @@ def test_active_parameters_with_embeddings_and_head(released):
 def test_what_a_pass_over_a_block_reads(released, experts, gigabytes):
     assert list(released.bytes_by_experts("context")) == [60, 69, 90, 128]
     assert round(released.bytes_by_experts("context")[experts] / 1e9) == gigabytes
-    assert round(released.expected_experts(16), 1) == 68.6
 
 
 def test_operations_of_a_pass_over_a_block(released):
@@ -115,7 +114,8 @@ def test_memory_of_a_sequence(released):
 def test_text_has_the_same_figures(released):
     """The table as people read it."""
     found = {
-        **{"kind": "checkpoint", "path": "x", "towers": ["context", "denoiser"], "skus": None},
+        **{"kind": "checkpoint", "path": "x", "towers": ["context", "denoiser"]},
+        "skus": {"one": [], "one_per_tower": []},
         **{"fingerprint": "0" * 64, "shards": 24, "model": {"pattern": "M"}, "dtype": "bfloat16"},
         **{"mask_token_id": 3, "eos_token_ids": [2], "sizes": released.as_json()},
     }
@@ -150,17 +150,6 @@ def test_gpus_that_could_hold_the_released_model(released):
     assert not {"a100-80", "h100-sxm", "dgx-spark", "l4"} & set(fit.one)
     assert {"a100-80", "h100-sxm"} <= set(fit.one_per_tower)
     assert not {"l4", "h200"} & set(fit.one_per_tower)
-
-
-def test_no_table_of_gpus(released, monkeypatch):
-    """An installation of the exporter alone has no table: the package is hidden for the test."""
-    from importlib import resources
-
-    def absent(name):
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(resources, "files", absent)
-    assert fitting_skus(released) is None
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "ME*"])

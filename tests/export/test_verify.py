@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tests.support.command import twotower
 from tests.support.sabotage import (
@@ -35,6 +36,7 @@ from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_contract.shards import read_header
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
+from twotower_export.cli.verify import verify as verify_command
 from twotower_export.tiny.checkpoints import write_random_checkpoint
 from twotower_export.verification.calls import call_shapes, random_feed
 from twotower_export.verification.comparison import compare
@@ -292,28 +294,31 @@ def test_the_command_verifies_engines_and_fails_with_a_reason(copied):
     assert "FAILED" in done.stdout
     assert "first after denoiser.layers.1" in done.stderr
 
-    done = twotower(
-        "verify", engines, copied / "checkpoint", "--json", "--part", "head", "--part", "2"
-    )
-    assert done.returncode == 0, done.stderr
+    done = verify_here(engines, copied / "checkpoint", "--json", "--part", "head", "--part", "2")
+    assert done.exit_code == 0, done.stderr
     parts = {tensor["part"] for tensor in json.loads(done.stdout)["tensors"]}
     assert parts == {
         f"{t}.{part}" for t in ("context", "denoiser") for part in ("head", "layers.2")
     }
-    done = twotower("verify", engines, copied / "checkpoint", "--part", "tail")
-    assert done.returncode == 2
+    done = verify_here(engines, copied / "checkpoint", "--part", "tail")
+    assert done.exit_code == 2
     assert "'tail' is neither embeddings, head nor a layer's number" in done.stderr
+
+
+def verify_here(*arguments):
+    """Run the verb in this process, which has loaded PyTorch already."""
+    return CliRunner().invoke(verify_command, [str(one) for one in arguments])
 
 
 def test_plans_have_no_parts_to_choose(copied):
     engines, checkpoint = as_engines(copied) / "cpu", copied / "checkpoint"
     write_build_record(engines, replace(open_engine_set(engines).build, flavour="tensorrt-rtx"))
-    done = twotower("verify", engines, checkpoint, "--part", "head")
-    assert done.returncode == 2
-    assert "plans cannot be read layer by layer; verify the bundle with --layers" in done.stderr
-    done = twotower("verify", engines, checkpoint, "--reference", "torch")
-    assert done.returncode == 2
-    assert "leave out --reference" in done.stderr
+    refused = verify_here(engines, checkpoint, "--part", "head").exception
+    assert isinstance(refused, TwoTowerError)
+    assert "plans cannot be read layer by layer; verify the bundle with --layers" in str(refused)
+    refused = verify_here(engines, checkpoint, "--reference", "torch").exception
+    assert isinstance(refused, TwoTowerError)
+    assert "leave out --reference" in str(refused)
 
 
 def test_ties_of_the_router_are_drawn_again_and_that_is_said(exported, monkeypatch):

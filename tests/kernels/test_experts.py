@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import tests.support.kernel_reference as reference
+from tests.support import kernel_launches
 from tests.support.kernel_inputs import draw_experts
-from twotower_engines.kernels import expert_products, expert_routing, experts
-from twotower_engines.kernels.jit import Launch, launch
+from tests.support.kernel_launches import launch
+from twotower_engines.kernels import expert_products, expert_routing
+from twotower_engines.kernels.jit import Launch
 
 SMALL = Launch({"BLOCK_F": 16, "BLOCK_T": 4, "BLOCK_K": 16}, num_warps=4, num_stages=2)
 """Tiles that small sizes have several of."""
@@ -19,7 +21,7 @@ SMALL = Launch({"BLOCK_F": 16, "BLOCK_T": 4, "BLOCK_K": 16}, num_warps=4, num_st
 
 def check(args: tuple[torch.Tensor, ...], tiles: Launch | None = SMALL) -> torch.Tensor:
     """The kernels' result is the reference's, as precisely as its type allows."""
-    got = experts.sparse_experts(*args, config=tiles)
+    got = kernel_launches.sparse_experts(*args, config=tiles)
     dtype = "bf16" if got.dtype == torch.bfloat16 else "fp32"
     x, indices, weights, up, down = (arg.double().numpy() for arg in args)
     want = reference.sparse_experts(x, indices.astype(int), weights, up, down, dtype)
@@ -50,7 +52,7 @@ def test_the_activation_is_rounded_before_the_square() -> None:
     x, _, weights, up, down = args
     x.fill_(1.0), weights.fill_(1.0), up.zero_(), down.zero_()
     up[:, 0, 0], up[:, 0, 1], down[:, :, 0] = 256.0, 1.0, 1.0
-    got = experts.sparse_experts(*args, config=SMALL)
+    got = kernel_launches.sparse_experts(*args, config=SMALL)
     assert (got == 256.0**2).all()
 
 
@@ -68,14 +70,14 @@ def test_bf16_agrees_with_the_function_to_its_last_roundings() -> None:
         product = reference.rounded(down[expert] @ reference.rounded(inner**2, "bf16"), "bf16")
         want[n] += weights[n, k] * product
         slack[n] += weights[n, k] * np.abs(product) * 2.0**-8
-    got = experts.sparse_experts(*args, config=SMALL).double().numpy()
+    got = kernel_launches.sparse_experts(*args, config=SMALL).double().numpy()
     slack += np.abs(want) * 2.0**-7 + 1e-6
     assert (np.abs(got - reference.rounded(want, "bf16")) <= slack).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_default_tiles(tokens: int) -> None:
-    tiles = expert_products.matmul_launch(tokens, 8, 2, "fp32")
+    tiles = kernel_launches.matmul_launch(tokens, 8, 2, "fp32")
     check(draw_experts(np.random.default_rng(1), 20, 2, 8, 80, 72), tiles)
 
 
@@ -112,9 +114,9 @@ def test_the_order_of_the_sum_is_that_of_k() -> None:
     args = draw_experts(np.random.default_rng(6), 4, 3, 4, 32, 32)
     args[2][:, 0], args[2][:, 1], args[2][:, 2] = 1e8, 1.0, -1e8
     args[1][:] = torch.tensor([0, 1, 0])
-    y = experts.sparse_experts(*args, config=SMALL)
+    y = kernel_launches.sparse_experts(*args, config=SMALL)
     term = [
-        experts.sparse_experts(
+        kernel_launches.sparse_experts(
             args[0],
             args[1][:, k : k + 1].contiguous(),
             args[2][:, k : k + 1].contiguous(),
@@ -139,18 +141,18 @@ def test_results_do_not_depend_on_tiles_of_tokens() -> None:
         args[number].mul_(8).round_().clamp_(-4, 4)
     args[2].mul_(4).round_()
     assert args[0].abs().max() == 4
-    first = experts.sparse_experts(*args, config=SMALL)
+    first = kernel_launches.sparse_experts(*args, config=SMALL)
     assert 0 < first.abs().max() < 2**24
     for tokens in (1, 2, 8, 16):
         other = replace(SMALL, constants={**SMALL.constants, "BLOCK_T": tokens})
-        np.testing.assert_array_equal(first, experts.sparse_experts(*args, config=other))
+        np.testing.assert_array_equal(first, kernel_launches.sparse_experts(*args, config=other))
 
 
 def route(indices: np.ndarray, E: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The sorted pairs and both tables of tiles, as the kernel writes them."""
     n = indices.size
     pairs = torch.empty(n, dtype=torch.int32)
-    bounds = [expert_routing.tile_bound(n, E, size) for size in expert_routing.TILE_TOKENS]
+    bounds = [kernel_launches.tile_bound(n, E, size) for size in expert_routing.TILE_TOKENS]
     tables = [torch.full((bound, 4), -7, dtype=torch.int32) for bound in bounds]
     constants = dict(zip(("FEW", "MANY"), expert_routing.TILE_TOKENS, strict=True), E=E)
     given = (torch.from_numpy(indices), n, pairs, *tables)
@@ -185,7 +187,7 @@ def test_the_grid_has_a_program_for_every_tile() -> None:
         counts = np.bincount(
             generator.integers(0, E, n) // generator.integers(1, E + 1), minlength=E
         )
-        assert (-(-counts // block)).sum() <= expert_routing.tile_bound(n, E, block)
+        assert (-(-counts // block)).sum() <= kernel_launches.tile_bound(n, E, block)
 
 
 def test_nonsense_tiles_write_nothing_outside() -> None:

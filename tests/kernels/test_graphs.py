@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
+from tests.support import kernel_launches
 from tests.support.kernel_inputs import (
     MASK,
     block,
@@ -24,8 +25,6 @@ from tests.support.kernel_inputs import (
     row_tensors,
 )
 from tests.support.kernel_reference import Row
-from twotower_engines.kernels import experts, mamba, refine
-from twotower_engines.kernels import router as router_kernels
 from twotower_engines.kernels.nodes import OPS
 from twotower_export.graph import build_refine_graph
 from twotower_export.graph import experts as graph_of_experts
@@ -70,7 +69,7 @@ def compare_refine(logits: torch.Tensor, ids: np.ndarray, rows: list[Row]) -> No
     given = (logits, torch.from_numpy(ids.astype(np.int32)), *row_tensors(rows))
     config = tiny_config("M", vocab_size=logits.shape[2], mask_token_id=MASK)
     want = run_model(build_refine_graph(config, "float32", {}, {}), given)
-    got = [x.numpy() for x in refine.refine_block(*given, MASK)]
+    got = [x.numpy() for x in kernel_launches.refine_block(*given, MASK)]
     for index in (0, 2, 3):
         np.testing.assert_array_equal(got[index], want[index])
     np.testing.assert_allclose(got[1], want[1], rtol=5e-6)
@@ -135,7 +134,9 @@ def test_experts_agree(is_flat: bool, is_gated: bool) -> None:
     given = layer_of_experts(args, 2, generator)
     want = run_model(one_op(body, given), given)
     rest = dict(zip(("shared", "hidden", "gate"), given[3:6], strict=True))
-    got = experts.sparse_experts(*args, **rest | ({} if is_gated else {"gate": None})).numpy()
+    got = kernel_launches.sparse_experts(
+        *args, **rest | ({} if is_gated else {"gate": None})
+    ).numpy()
     np.testing.assert_allclose(got, want[0], rtol=1e-5, atol=1e-6)
 
 
@@ -153,7 +154,7 @@ def test_routers_agree(
     sizes = {"hidden": hidden, "num_experts": E, "num_experts_per_tok": k}
     config = tiny_config("E", **sizes, norm_topk_prob=normalized, routed_scaling_factor=2.5)
     want = run_model(one_op(graph_of_experts.router(config, ir.DataType.FLOAT), given), given)
-    got = router_kernels.router(*given, k, normalized, 2.5)
+    got = kernel_launches.router(*given, k, normalized, 2.5)
     np.testing.assert_array_equal(got[0], want[0])
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-7)
 
@@ -170,7 +171,7 @@ def test_mamba_agrees(lengths: list[int]) -> None:
         ssm_state_size=state,
     )
     want = run_model(one_op(mamba_block_step(config, ir.DataType.FLOAT), args), args)
-    got = mamba.mamba_block_step(*args, groups, config.norm_eps)
+    got = kernel_launches.mamba_block_step(*args, groups, config.norm_eps)
     for b, length in enumerate(lengths):  # past a row's length the function has what it likes
         np.testing.assert_allclose(got[0][b, :length], want[0][b, :length], rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(got[1], want[1])

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tests.support.kernel_reference as reference
+from tests.support import kernel_launches
 from tests.support.kernel_inputs import draw_mamba
-from twotower_engines.kernels import mamba, mamba_chunk, mamba_spans
+from twotower_engines.kernels import mamba_chunk, mamba_spans
 
 G = 2
 EPSILON = 1e-5
@@ -20,7 +21,7 @@ def check(
     args: list[torch.Tensor], groups: int = G, *, states: bool = True, tactic: int = 1
 ) -> tuple[torch.Tensor, ...]:
     """y and both new states are the reference's, as precisely as T allows."""
-    got = mamba.mamba_block_step(*args, groups, EPSILON, states=states, tactic=tactic)
+    got = kernel_launches.mamba_block_step(*args, groups, EPSILON, states=states, tactic=tactic)
     dtype = "bf16" if args[0].dtype == torch.bfloat16 else "fp32"
     exact = [arg.double().numpy() for arg in args]
     want = reference.mamba_block_step(*exact, groups, EPSILON, dtype)
@@ -135,11 +136,13 @@ def test_without_states_any_length_is_right(
 def test_states_only_where_wanted(L: int) -> None:
     args = draw_mamba(np.random.default_rng(4), L, [L, 7], torch.bfloat16)
     before = [arg.clone() for arg in args]
-    y, conv_state, ssm_state = mamba.mamba_block_step(*args, G, EPSILON, states=False)
+    y, conv_state, ssm_state = kernel_launches.mamba_block_step(*args, G, EPSILON, states=False)
     assert conv_state is None
     assert ssm_state is None
     if L <= mamba_chunk.CHUNK:
-        torch.testing.assert_close(y, mamba.mamba_block_step(*args, G, EPSILON)[0], rtol=0, atol=0)
+        torch.testing.assert_close(
+            y, kernel_launches.mamba_block_step(*args, G, EPSILON)[0], rtol=0, atol=0
+        )
     for arg, kept in zip(args, before, strict=True):
         torch.testing.assert_close(arg, kept, rtol=0, atol=0)
 
@@ -157,12 +160,12 @@ def test_padding_is_not_read_and_gives_zeros() -> None:
 
 def test_a_block_in_two_calls_is_the_block() -> None:
     args = draw_mamba(np.random.default_rng(6), 24, [24, 24])
-    whole = mamba.mamba_block_step(*args, G, EPSILON)
+    whole = kernel_launches.mamba_block_step(*args, G, EPSILON)
     halves, states = [], args[1:3]
     for start in (0, 12):
         part = [args[0][:, start : start + 12].contiguous(), *states]
         lengths = torch.tensor([12, 12], dtype=torch.int32)
-        y, *states = mamba.mamba_block_step(*part, lengths, *args[4:], G, EPSILON)
+        y, *states = kernel_launches.mamba_block_step(*part, lengths, *args[4:], G, EPSILON)
         halves.append(y)
     torch.testing.assert_close(torch.cat(halves, dim=1), whole[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states[0], whole[1], rtol=0, atol=0)
@@ -172,7 +175,7 @@ def test_a_block_in_two_calls_is_the_block() -> None:
 def test_nonsense_lengths_stay_inside() -> None:
     """TensorRT times a plugin's node alone, on lengths that no request has."""
     args = draw_mamba(np.random.default_rng(7), 16, [-(2**31), 2**31 - 1, -1])
-    got = mamba.mamba_block_step(*args, G, EPSILON)
+    got = kernel_launches.mamba_block_step(*args, G, EPSILON)
     args[3] = torch.tensor([0, 16, 0], dtype=torch.int32)
-    for mine, theirs in zip(got, mamba.mamba_block_step(*args, G, EPSILON), strict=True):
+    for mine, theirs in zip(got, kernel_launches.mamba_block_step(*args, G, EPSILON), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import kernel_launches
 from tests.support.compiled import config_of
 from tests.support.kernel_inputs import (
     MASK,
@@ -26,13 +27,13 @@ from tests.support.kernel_inputs import (
     mixed_rows,
     row_tensors,
 )
+from tests.support.kernel_launches import launch
 from tests.support.plugin_launches import DTYPES, made_tensors, node_call
 from tests.support.quantized_banks import as_given, draw_bank
 from tests.support.released_nodes import dtype_of, released_call, tensor_shapes
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels import expert_products, experts, linear, mamba, nodes, refine
+from twotower_engines.kernels import expert_products, linear, nodes
 from twotower_engines.kernels.compile import all_specs
-from twotower_engines.kernels.jit import launch
 from twotower_engines.kernels.node import POINTERS, Call, Launching, Node
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.planning.compiled import compiled_tower
@@ -88,7 +89,7 @@ def test_refine_chain(V: int) -> None:
     ids = torch.from_numpy(block(generator, 2, 5, V, 0.8).astype(np.int32))
     rows = row_tensors(mixed_rows(generator, 2, 5))
     made = run_chain("RefineBlock", [logits, ids, *rows], {"mask_id": MASK})
-    want = refine.refine_block(logits, ids, *rows, MASK)
+    want = kernel_launches.refine_block(logits, ids, *rows, MASK)
     for name, tensor in zip(nodes.OPS["RefineBlock"].outputs, want, strict=True):
         np.testing.assert_array_equal(made[name], tensor)
 
@@ -103,7 +104,7 @@ def test_experts_chain(tokens: int, tactic: int) -> None:
     rest = dict(zip(("shared", "hidden", "gate"), given[3:6], strict=True))
     for gated in (1, 0):
         made = run_chain("SparseExperts", given, {"num_experts": 5, "gated": gated}, tactic)
-        want = experts.sparse_experts(*args, config=tiles, **rest)
+        want = kernel_launches.sparse_experts(*args, config=tiles, **rest)
         torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
         rest["gate"], given[5] = None, given[4]  # which stands in the gate's place
 
@@ -119,7 +120,7 @@ def test_experts_chain_of_codes(form: str) -> None:
     tensors = [tensor for bank in banks for tensor in as_given(bank)]
     given = layer_of_experts([x, indices, weights, *tensors], 3)
     made = run_chain(f"SparseExperts{form.upper()}", given, {"num_experts": 4, "gated": 1})
-    want = experts.sparse_experts(x, indices, weights, *banks)
+    want = kernel_launches.sparse_experts(x, indices, weights, *banks)
     torch.testing.assert_close(made["y"], want, rtol=0, atol=0)
 
 
@@ -162,7 +163,7 @@ def test_mamba_chain(L: int, states: bool) -> None:
     op = f"MambaBlockStep{nodes.STATES if states else ''}"
     tactics = max(node.tactics for node in nodes.OPS[op].chain)
     made = run_chain(op, args, {"n_groups": 2, "epsilon": 1e-5}, tactics)
-    want = mamba.mamba_block_step(*args, 2, 1e-5, states=states, tactic=tactics)
+    want = kernel_launches.mamba_block_step(*args, 2, 1e-5, states=states, tactic=tactics)
     torch.testing.assert_close(made["y"], want[0], rtol=0, atol=0)
     if states:
         torch.testing.assert_close(made["conv_state_new"], want[1], rtol=0, atol=0)

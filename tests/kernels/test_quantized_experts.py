@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import tests.support.kernel_reference as reference
+from tests.support import kernel_launches
 from tests.support.kernel_inputs import draw_experts
 from tests.support.quantized_banks import draw_bank
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels import expert_products, experts, quantized
+from twotower_engines.kernels import expert_products, quantized
 
 
 @pytest.mark.parametrize("tactic", [1, 3])
@@ -39,7 +40,7 @@ def test_banks(form: str, hidden: int, inner: int, group: int, tactic: int) -> N
     up, exact_up = draw_bank(generator, form, (4, inner, hidden), group)
     down, exact_down = draw_bank(generator, form, (4, hidden, inner), group)
     tiles = expert_products.matmul_tactics("bf16", form, group)[tactic - 1]
-    got = experts.sparse_experts(x, indices, weights, up, down, tiles)
+    got = kernel_launches.sparse_experts(x, indices, weights, up, down, tiles)
     want = reference.sparse_experts(
         x.double().numpy(), indices.numpy(), weights.numpy(), exact_up, exact_down, "bf16"
     )

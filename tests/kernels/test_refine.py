@@ -11,11 +11,11 @@ import triton.language as tl
 from scipy.stats import kstest
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from tests.support import ROOT
+from tests.support import ROOT, kernel_launches
 from tests.support.kernel_inputs import BOUNDS, MASK, block, mixed_rows, row_tensors
 from tests.support.kernel_reference import Row, gumbel, refine_row
 from twotower_contract.policies import POLICIES
-from twotower_engines.kernels import jit, noise, refine, vocabulary
+from twotower_engines.kernels import jit, noise, vocabulary
 from twotower_export.graph.policies import POLICY_RULES
 from twotower_export.reference.refinement import POLICIES as EXPORTED
 
@@ -27,7 +27,7 @@ def step(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The kernels on a batch."""
     block_ids = torch.from_numpy(ids.astype(np.int32))
-    made = refine.refine_block(logits, block_ids, *row_tensors(rows), mask_id)
+    made = kernel_launches.refine_block(logits, block_ids, *row_tensors(rows), mask_id)
     return tuple(x.numpy() for x in made)
 
 

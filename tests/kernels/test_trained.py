@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 import twotower_export
+from tests.support.kernel_launches import mamba_block_step, refine_block, router, sparse_experts
 from tests.support.torch_generation import load_towers
-from twotower_engines.kernels.experts import sparse_experts
-from twotower_engines.kernels.mamba import mamba_block_step
-from twotower_engines.kernels.refine import refine_block
-from twotower_engines.kernels.router import router
 from twotower_export.reference.mixers import MambaMixer, SparseExperts, project
 from twotower_export.reference.towers import Towers, advance_states, empty_states
 

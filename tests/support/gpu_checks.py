@@ -21,6 +21,7 @@ import torch
 import tests.support.kernel_reference as reference
 from benchmarks import eager
 from benchmarks.kernel_cases import CASES, routed
+from tests.support import kernel_launches
 from tests.support.kernel_inputs import (
     MASK,
     block,
@@ -33,15 +34,7 @@ from tests.support.kernel_inputs import (
 )
 from tests.support.plugin_launches import Launcher
 from tests.support.quantized_banks import as_given, draw_bank
-from twotower_engines.kernels import (
-    expert_products,
-    experts,
-    linear,
-    mamba,
-    mamba_spans,
-    refine,
-    router,
-)
+from twotower_engines.kernels import expert_products, linear, mamba_spans, router
 from twotower_engines.kernels.nodes import OPS, STATES
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.kernels.targets import target
@@ -73,7 +66,7 @@ def check_refine() -> dict[str, Any]:
         ids = block(generator, 10, 16, 9001, 0.7).astype(np.int32)
         rows = mixed_rows(generator, 10, 16)
         given = to_gpu([logits, torch.from_numpy(ids), *row_tensors(rows)])
-        got = [x.cpu().numpy() for x in refine.refine_block(*given, MASK)]
+        got = [x.cpu().numpy() for x in kernel_launches.refine_block(*given, MASK)]
         for b, row in enumerate(rows):
             want = reference.refine_row(logits[b].double().numpy(), ids[b], row, MASK)
             wrong += int((got[0][b] != want[0]).sum() + (got[2][b] != want[2]).sum())
@@ -87,8 +80,8 @@ def check_refine() -> dict[str, Any]:
     for row in rows:
         row.policy, row.temperature, row.threshold, row.length = 0, 0.0, 0.5, S
     lengths, threshold, steps, *rest = to_gpu(row_tensors(rows))
-    got = refine.refine_block(logits, ids, lengths, threshold, steps, *rest, MASK)
-    again = refine.refine_block(logits, ids, lengths, threshold, steps, *rest, MASK)
+    got = kernel_launches.refine_block(logits, ids, lengths, threshold, steps, *rest, MASK)
+    again = kernel_launches.refine_block(logits, ids, lengths, threshold, steps, *rest, MASK)
     want = eager.refine_block(logits, ids, lengths, threshold, steps, MASK)
     good = torch.tensor([0, 1, 3], device="cuda")
     return {
@@ -103,7 +96,7 @@ def check_refine() -> dict[str, Any]:
 def check_experts() -> dict[str, Any]:
     """Small float32, then full-size banks at 1, 16, 64 and 1024 tokens."""
     small = draw_experts(np.random.default_rng(2), 40, 2, 8, 96, 80)
-    got = experts.sparse_experts(*to_gpu(small))
+    got = kernel_launches.sparse_experts(*to_gpu(small))
     exact = [x.double().numpy() for x in small]
     exact[1] = small[1].numpy()
     errors = {"float32": relative(got, reference.sparse_experts(*exact, "fp32"))}
@@ -117,8 +110,10 @@ def check_experts() -> dict[str, Any]:
         indices = routed(tokens, used, SIZES).cuda()
         indices[tokens // 2, 1] = -1
         weights = torch.rand(tokens, SIZES.experts_per_token, device="cuda")
-        got = experts.sparse_experts(x, indices, weights, up, down)
-        equal = equal and torch.equal(got, experts.sparse_experts(x, indices, weights, up, down))
+        got = kernel_launches.sparse_experts(x, indices, weights, up, down)
+        equal = equal and torch.equal(
+            got, kernel_launches.sparse_experts(x, indices, weights, up, down)
+        )
         some = range(0, tokens, max(1, tokens // 16))
         want = torch.zeros(len(some), SIZES.hidden, device="cuda", dtype=torch.float64)
         for place, n in enumerate(some):
@@ -144,12 +139,12 @@ def check_quantized() -> dict[str, Any]:
         want = reference.sparse_experts(*exact, "bf16")
         banks = [replace(bank, **on_gpu(bank)) for bank in (up, down)]
         for tactic, tiles in enumerate(expert_products.matmul_tactics("bf16", form), 1):
-            got = experts.sparse_experts(*to_gpu([x, indices, weights]), *banks, tiles)
+            got = kernel_launches.sparse_experts(*to_gpu([x, indices, weights]), *banks, tiles)
             errors[f"{form} groups of {group}, tactic {tactic}"] = relative(got, want)
     return {"errors": errors}
 
 
-def on_gpu(bank: experts.Bank) -> dict[str, Any]:
+def on_gpu(bank: kernel_launches.Bank) -> dict[str, Any]:
     """A bank's tensors there."""
     (codes, scale, scale_2) = to_gpu([bank.codes, bank.scale, bank.scale_2])
     return {"codes": codes, "scale": scale, "scale_2": scale_2}
@@ -167,15 +162,17 @@ def check_mamba() -> dict[str, Any]:
             exact = [x.double().numpy() for x in args]
             want = reference.mamba_block_step(*exact, SIZES.groups, 1e-5, name)
             given = to_gpu(args)
-            got = mamba.mamba_block_step(*given, SIZES.groups, 1e-5)
-            equal = equal and same(got, mamba.mamba_block_step(*given, SIZES.groups, 1e-5))
-            without = mamba.mamba_block_step(*given, SIZES.groups, 1e-5, states=False)
+            got = kernel_launches.mamba_block_step(*given, SIZES.groups, 1e-5)
+            equal = equal and same(
+                got, kernel_launches.mamba_block_step(*given, SIZES.groups, 1e-5)
+            )
+            without = kernel_launches.mamba_block_step(*given, SIZES.groups, 1e-5, states=False)
             errors[f"{name} {L} y without states"] = relative(without[0], want[0])
-            again = mamba.mamba_block_step(*given, SIZES.groups, 1e-5, states=False)
+            again = kernel_launches.mamba_block_step(*given, SIZES.groups, 1e-5, states=False)
             equal = equal and torch.equal(without[0], again[0])
             tactics = range(1, mamba_spans.TACTICS + 1)
             for tactic in tactics:
-                got = mamba.mamba_block_step(*given, SIZES.groups, 1e-5, tactic=tactic)
+                got = kernel_launches.mamba_block_step(*given, SIZES.groups, 1e-5, tactic=tactic)
                 for part, mine, theirs in zip(("y", "conv", "state"), got, want, strict=True):
                     errors[f"{name} {L} tactic {tactic} {part}"] = relative(mine, theirs)
     return {"errors": errors, "same": equal}
@@ -210,9 +207,9 @@ def check_plugins() -> dict[str, Any]:
             got = [made[output] for output in OPS[case.op].outputs]
             if case.op == "SparseExperts":
                 tiles = expert_products.matmul_tactics("bf16")[tactic - 1]
-                want: Any = (experts.sparse_experts(*inputs, config=tiles),)
+                want: Any = (kernel_launches.sparse_experts(*inputs, config=tiles),)
             elif states:
-                want = mamba.mamba_block_step(*inputs, tactic=tactic)
+                want = kernel_launches.mamba_block_step(*inputs, tactic=tactic)
             else:
                 want = case.kernel(*inputs)
             wanted = 3 if states else 4 if case.op == "RefineBlock" else 1

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import tests.support.kernel_reference as reference
-from twotower_engines.kernels.experts import Bank
+from tests.support.kernel_launches import Bank
 
 
 def decoded(codes: np.ndarray, form: str) -> np.ndarray:

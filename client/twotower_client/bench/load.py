@@ -105,7 +105,7 @@ Tell = Callable[[Sequence[Record], int], None]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a load gave.
+    """The outcome of a load.
 
     Attributes:
         level: The load.

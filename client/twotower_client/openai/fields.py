@@ -40,7 +40,7 @@ CHAT_FIELDS = ("messages", "max_completion_tokens", "top_logprobs")
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What one request asks for.
+    """One request, translated.
 
     Attributes:
         prompts: Prompts, each of which gets `choices` answers.

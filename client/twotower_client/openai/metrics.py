@@ -33,7 +33,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class Metrics:
-    """What the front end counts.
+    """The counters of the front end.
 
     Attributes:
         requests: Requests that ended, by path and HTTP status; 499 where the caller left.

@@ -1,6 +1,6 @@
 """Text to ids and back, whole or as it comes.
 
-A wrapper of the bundle's tokenizer. What it adds: text that is put together piece by piece, where
+A wrapper of the bundle's tokenizer. It adds text that is put together piece by piece, where
 the border between two pieces may lie inside a character of several bytes.
 """
 

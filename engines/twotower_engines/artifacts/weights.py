@@ -195,7 +195,7 @@ class WeightStore:
         """Look for the manifest's tensors in all shards of the folder, whatever these are called.
 
         Returns:
-            What happened to the tensors; None where more than their places changed.
+            A sentence on what happened to the tensors; None where more than their places changed.
         """
         shards: list[Shard] = []
         tensors: dict[str, TensorEntry] = {}

@@ -32,6 +32,7 @@ from twotower_contract.engine_set import (
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.json_file import read_json
 from twotower_contract.manifest import MANIFEST_FILE, Manifest, read_manifest
+from twotower_contract.skus import Sku, known_skus
 from twotower_contract.tokenizer import TOKENIZER_FILES
 from twotower_engines.building.build_cache import CachedEngine, EngineCache, digest_of
 from twotower_engines.building.code_digest import code_digest
@@ -46,7 +47,6 @@ from twotower_engines.planning.fit import refusal, require_fit
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX, MemoryPlan, PlanRequest, plan_memory
 from twotower_engines.planning.precisions import flavour_for
-from twotower_engines.planning.skus import Sku, known_skus
 
 FLAVOURS: dict[str, Flavour] = {
     flavour.name: flavour

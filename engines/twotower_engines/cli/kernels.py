@@ -50,21 +50,13 @@ Examples:
 @click.option(
     "--experts",
     default="plain",
-    show_default=True,
     type=click.Choice(["plain", "fp8", "int4", "nvfp4"]),
     help="Format of the experts' weights; plain is that of --dtype.",
 )
-@click.option(
-    "--block",
-    type=click.IntRange(1, MAX_BLOCK),
-    default=16,
-    show_default=True,
-    help="Tokens of a block.",
-)
+@click.option("--block", type=click.IntRange(1, MAX_BLOCK), default=16, help="Tokens of a block.")
 @click.option(
     "--dtype",
     default="bf16",
-    show_default=True,
     type=click.Choice(["bf16", "fp32"]),
     help="Type of weights and activations.",
 )

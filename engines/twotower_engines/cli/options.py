@@ -10,8 +10,8 @@ from twotower_contract.command_line import together
 from twotower_contract.engine_set import MAX_BLOCK
 from twotower_engines.planning.plan import BLOCK_SIZE_MAX
 from twotower_engines.planning.precisions import PRECISIONS
+from twotower_engines.planning.sku_file import FLAVOURS
 from twotower_engines.planning.sku_lookup import complete_skus
-from twotower_engines.planning.skus import FLAVOURS
 
 
 def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -31,7 +31,7 @@ opening_options = together(
 """Adds what a verb that opens engines asks for."""
 
 limit_options = together(
-    click.option("--slots", default=16, show_default=True, help="Requests in flight."),
+    click.option("--slots", default=16, help="Requests in flight."),
     click.option(
         "--context",
         type=int,
@@ -41,7 +41,6 @@ limit_options = together(
     click.option(
         "--precision",
         default="auto",
-        show_default=True,
         type=click.Choice(["auto", *PRECISIONS]),
         help="Precision of the weights, which `twotower quantize` makes narrower. `auto`: that of "
         "a bundle, else the widest that fits.",
@@ -60,7 +59,6 @@ engine_options = together(
         "--flavour",
         type=click.Choice(["auto", *FLAVOURS]),
         default="auto",
-        show_default=True,
         help="Library that builds and runs the engines. `auto`: the SKU's default; `plan` shows "
         "the others beside it, and `build` takes tensorrt on an RTX card itself where it and the "
         "extra [kernels] are installed.",
@@ -74,14 +72,12 @@ engine_options = together(
         "--block-size-max",
         type=click.IntRange(1, MAX_BLOCK),
         default=BLOCK_SIZE_MAX,
-        show_default=True,
         help="Tokens of the largest block.",
     ),
     click.option(
         "--prefix-mib",
         type=click.IntRange(min=0),
         default=0,
-        show_default=True,
         help="MiB to leave for the states of prompts' beginnings, as `package --prefix-mib` takes.",
     ),
 )

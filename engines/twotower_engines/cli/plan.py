@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -45,23 +46,19 @@ Examples:
 @click.option(
     "--threshold",
     default=0.9,
-    show_default=True,
     help="Confidence threshold for the estimate of tokens per second (measured: 0.5 to 0.95).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers for programs.")
 def plan(
     checkpoint: Path,
     skus: str,
-    gpus: int | None,
-    slots: int,
     context: int | None,
-    precision: str,
     flavour: str,
-    block_size_max: int,
     chunk: int | None,
     prefix_mib: int,
     threshold: float,
     as_json: bool,
+    **limits: Any,
 ) -> None:
     """Show whether a model fits on a GPU, and how fast it can be.
 
@@ -85,14 +82,11 @@ def plan(
         try:
             request = PlanRequest(
                 sku,
-                gpus,
-                slots,
-                context,
-                precision,
+                context=context,
                 flavour=None if flavour == "auto" else flavour,
                 max_tokens_per_call=chunk,
-                block_size_max=block_size_max,
                 prefix_bytes=prefix_mib << 20,
+                **limits,
             )
             reports.append(plan_report(model, request, threshold))
             others += [
@@ -109,7 +103,7 @@ def plan(
     if as_json:
         values = {
             "model": model.as_json(),
-            "slots": slots,
+            "slots": limits["slots"],
             "context": context,
             "plans": [report.as_json() for report in reports],
             "other_flavours": [report.as_json() for report in others],

@@ -52,14 +52,12 @@ within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second
     "--max-waiting",
     type=click.IntRange(min=0),
     default=256,
-    show_default=True,
     help="Requests that may wait for a slot before others are refused.",
 )
 @click.option(
     "--prefix-mib",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
     help="MiB that the states of prompts' beginnings may take; a prompt that begins as an earlier "
     "one starts sooner.",
 )
@@ -103,21 +101,9 @@ def package(
 
 @click.command(epilog=SERVE_EPILOG)
 @click.argument("repo", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--grpc-port",
-    type=int,
-    default=8001,
-    show_default=True,
-    help="Port of gRPC; 0 takes a free one.",
-)
-@click.option(
-    "--metrics-port",
-    type=int,
-    default=8002,
-    show_default=True,
-    help="Port of metrics; 0 takes a free one.",
-)
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--grpc-port", type=int, default=8001, help="Port of gRPC; 0 takes a free one.")
+@click.option("--metrics-port", type=int, default=8002, help="Port of metrics; 0 takes a free one.")
 @click.option(
     "--http-port", type=int, help="Speak HTTP on this port, too; 0 takes a free one.  [no HTTP]"
 )
@@ -148,21 +134,18 @@ def package(
     "--ready-timeout",
     type=click.FloatRange(min=0),
     default=600,
-    show_default=True,
     help="Seconds that the models may take to load.",
 )
 @click.option(
     "--stall-timeout",
     type=click.FloatRange(min=0.5),
     default=3,
-    show_default=True,
     help="Seconds without an answer after which a model is taken for hung and started again.",
 )
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
     default=30,
-    show_default=True,
     help="Seconds that open requests have to end after SIGTERM.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the ready line as a JSON object.")

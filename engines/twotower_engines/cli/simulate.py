@@ -21,13 +21,7 @@ from twotower_engines.simulation.engines import SimulatedRuntime, runtime_of_pla
 from twotower_engines.simulation.report import chart, passes, table
 from twotower_engines.simulation.simulate import Outcome
 from twotower_engines.simulation.simulate import simulate as run_simulation
-from twotower_engines.simulation.workload import (
-    Arrival,
-    Kind,
-    at_concurrency,
-    at_rate,
-    read_trace,
-)
+from twotower_engines.simulation.workload import Arrival, Kind, at_concurrency, at_rate, read_trace
 
 
 @click.command(
@@ -56,16 +50,15 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     type=click.Path(path_type=Path, dir_okay=False),
     help="File of requests and their times, one JSON object a line.",
 )
-@click.option("--requests", default=300, show_default=True, help="Requests to answer.")
-@click.option("--prompt-tokens", default=300, show_default=True, help="Tokens of a prompt, mean.")
+@click.option("--requests", default=300, help="Requests to answer.")
+@click.option("--prompt-tokens", default=300, help="Tokens of a prompt, mean.")
 @click.option("--shared-prompt", default=0, help="Tokens that all prompts begin with besides.")
-@click.option("--new-tokens", default=256, show_default=True, help="Tokens of an answer, mean.")
-@click.option("--threshold", default=0.8, show_default=True, help="Confidence threshold.")
+@click.option("--new-tokens", default=256, help="Tokens of an answer, mean.")
+@click.option("--threshold", default=0.8, help="Confidence threshold.")
 @click.option(
     "--task",
     type=click.Choice(load_acceptance().tasks),
     default="open",
-    show_default=True,
     help="Task whose measured steps per block are taken.",
 )
 @limit_options
@@ -73,20 +66,19 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     "--prefix-cache",
     type=click.FloatRange(min=0),
     default=0.0,
+    show_default=False,
     help="GiB for prefixes of prompts.  [default: none]",
 )
 @click.option(
     "--prefill-ms",
     type=click.FloatRange(min=0),
     default=1e3 * PREFILL_SECONDS,
-    show_default=True,
     help="Time that prompts may take from running rows in a turn.",
 )
 @click.option(
     "--calls",
     type=click.Choice(["grouped", "at-once"]),
     default="grouped",
-    show_default=True,
     help="Whether rows wait for each other's context calls where that pays.",
 )
 @click.option("--seed", default=0, help="Seed of all that is drawn.")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from twotower_contract.engine_set import EngineSet, Limits
+from twotower_contract.skus import known_skus
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.roofline import Machine, context_call, denoiser_step
-from twotower_engines.planning.skus import known_skus
 from twotower_engines.runtime.resident.calls import token_bucket
 
 

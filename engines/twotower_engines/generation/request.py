@@ -7,14 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from twotower_contract.engine_set import EngineSet
-from twotower_contract.options import (
-    FREE,
-    MODES,
-    OPTIONS,
-    RequestOptions,
-    last_pinned,
-    refusal,
-)
+from twotower_contract.options import FREE, MODES, OPTIONS, RequestOptions, last_pinned, refusal
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
 from twotower_engines.runtime.interface import Runtime

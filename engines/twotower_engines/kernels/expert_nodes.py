@@ -24,7 +24,10 @@ TOKENS = ("x", "indices", "weights", "shared", "hidden", "gate")
 
 
 def _bound(pairs: Dim, tokens: int, count: int, minimum: Callable[[Dim, Any], Dim]) -> Dim:
-    """Return `expert_routing.tile_bound` of a size that may be symbolic."""
+    """Return the most tiles that any routing of so many pairs can need; sizes may be symbolic.
+
+    Every expert has at most one tile that is not full, and no tile is empty.
+    """
     return minimum(pairs, pairs // tokens + count)
 
 

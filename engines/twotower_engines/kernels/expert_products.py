@@ -35,7 +35,7 @@ TensorRT these bytes are words of 32 bits, whose order in memory is the same.
 """
 
 SUFFIXES = {"plain": "", "fp8": "FP8", "int4": "INT4", "nvfp4": "NVFP4"}
-"""What ends the names of an op and its nodes, by the format of the weights."""
+"""Endings of the names of an op and its nodes, by the format of the weights."""
 
 PACKED = ("int4", "nvfp4")
 FEATURE_AXIS = {"plain": 1, "fp8": 2, "int4": 1, "nvfp4": 1}
@@ -101,7 +101,7 @@ def product_tile(
     """Return bank[expert, first : first + BLOCK_F] @ tokens[rows].T, [BLOCK_F, BLOCK_T] float32.
 
     bank [E, FEATURES, DEPTH], in FP8 [E, DEPTH, FEATURES], and tokens [*, DEPTH] are contiguous;
-    `used` marks real rows. What a last, narrower step has is in a product of its own: the loop
+    `used` marks real rows. A last, narrower step has a product of its own: the loop
     masks no depth.
     """
     PACKED: tl.constexpr = 2 if FORMAT == "int4" or FORMAT == "nvfp4" else 1
@@ -263,19 +263,6 @@ def matmul_tactics(
         Launch({"BLOCK_F": 64, "BLOCK_T": few, "BLOCK_K": 128 // short}, 4, 2),
         Launch({"BLOCK_F": 64, "BLOCK_T": many, "BLOCK_K": 64 // short}, 4, 3),
     )
-
-
-def matmul_launch(
-    tokens: int,
-    experts: int,
-    per_token: int,
-    dtype: str,
-    form: str = "plain",
-    group: int = RELEASED_GROUP,
-) -> Launch:
-    """Return the tiles of both products, by the mean number of tokens of an expert."""
-    few, *_, many = matmul_tactics(dtype, form, group)
-    return few if tokens * per_token <= 16 * experts else many
 
 
 def require_bf16(form: str, dtype: str) -> None:

@@ -107,14 +107,6 @@ def tile_of(
     return expert.to(tl.int64), pair, (pair >= 0) & (pair < PAIRS), rows
 
 
-def tile_bound(pairs: int, experts: int, block_t: int) -> int:
-    """Return the most tiles that any routing of that many pairs can need.
-
-    Every expert has at most one tile that is not full, and no tile is empty.
-    """
-    return min(pairs, experts + pairs // block_t)
-
-
 def route_launch(experts: int) -> Launch:
     """Return the tiles of the routing pass: 1024 pairs, as many as a step of 10 rows has."""
     return Launch({"CHUNK": 1024, "BLOCK_E": triton.next_power_of_2(experts + 1)}, num_warps=4)

@@ -74,28 +74,3 @@ class Launch:
             "maxnreg": self.max_registers,
             "enable_fp_fusion": FP_FUSION,
         }
-
-
-def launch(
-    function: Kernel,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    constants: Mapping[str, Any],
-    config: Launch,
-) -> None:
-    """Start a kernel on torch tensors, on the current stream.
-
-    Args:
-        grid: Programs along each dimension; an empty grid launches nothing.
-        args: Tensors and integers in the kernel's order.
-        constants: Compile-time constants beside those of `config`.
-        config: Tile sizes, warps and stages.
-    """
-    if not all(grid):
-        return
-    function[grid](
-        *args,
-        **constants,
-        **config.constants,
-        **config.options,
-    )

@@ -1,7 +1,7 @@
 """Dense products with weights of 4 bits, decoded in registers: y = x @ weight.T.
 
-TensorRT dequantizes FP8 inside of its own products. Of weights with a scale per block that come as
-inputs it makes a copy in bf16 first, at every call, so those products are ours.
+TensorRT dequantizes FP8 inside of its own products. It copies weights with a scale per block that
+come as inputs to bf16 first, at every call, so those products are ours.
 """
 
 # Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.

@@ -7,15 +7,7 @@ from functools import partial
 from twotower_contract.quantized import CODES_PER_WORD, NVFP4_BLOCK
 from twotower_engines.kernels import linear
 from twotower_engines.kernels.expert_products import PACKED, SCALES, SUFFIXES, require_bf16
-from twotower_engines.kernels.node import (
-    Call,
-    Launching,
-    Node,
-    Op,
-    Output,
-    integer_cdiv,
-    spec_of,
-)
+from twotower_engines.kernels.node import Call, Launching, Node, Op, Output, integer_cdiv, spec_of
 
 
 def _outputs(call: Call) -> tuple[Output, ...]:

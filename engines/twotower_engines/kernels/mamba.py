@@ -10,8 +10,8 @@ Where new states are wanted, the first is two others: see `mamba_spans`.
 The work is the state, 2 MB a row in the released model: a program reads its part of one head's
 state once and keeps it in registers. Eight heads share B and C and each convolves them anew: 16
 tokens of 256 channels come from the cache, and a launch of their own costs more. The norm spans a
-group of heads, so it cannot be in the scan's launch without a barrier across programs. What the
-convolution and the scan give is rounded to T by the op's definition.
+group of heads, so it cannot be in the scan's launch without a barrier across programs. Results of
+convolution and scan are rounded to T by the op's definition.
 
 Within a chunk of 16 tokens the recurrence is a masked matrix product (Dao and Gu, "Transformers
 are SSMs", section 6). A program has one chunk, and sees the row's earlier ones through the same
@@ -26,19 +26,15 @@ factor is lost where its partner lost 2^-9 before. The state itself stays float3
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from twotower_engines.kernels.jit import INTERPRETED, Launch, kernel, launch
+from twotower_engines.kernels.jit import Launch, kernel
 from twotower_engines.kernels.mamba_chunk import CHUNK, attended, decays, product, similar, within
 from twotower_engines.kernels.mamba_convolution import TAPS, convolved
 from twotower_engines.kernels.mamba_spans import (
     mamba_scan_states,
     mamba_spans,
-    span_sizes,
-    span_slots,
     spans_launch,
     states_tactics,
 )
@@ -187,86 +183,6 @@ def scan_launch(head_dim: int, state: int, dtype: str) -> Launch:
 def norm_launch(width: int) -> Launch:
     """Return the tiles of the gated norm: one group of one token, by one warp."""
     return Launch({"BLOCK_C": triton.next_power_of_2(width)}, num_warps=1)
-
-
-def mamba_block_step(
-    projected: Any,
-    conv_state: Any,
-    ssm_state: Any,
-    lengths: Any,
-    conv_weight: Any,
-    conv_bias: Any,
-    dt_bias: Any,
-    A_log: Any,
-    D: Any,
-    norm_weight: Any,
-    n_groups: int,
-    epsilon: float,
-    *,
-    states: bool = True,
-    tactic: int = 1,
-) -> tuple[Any, Any, Any]:
-    """Run one block through convolution, scan and gated norm, on torch tensors.
-
-    Args:
-        projected: [B, L, d_inner + conv_dim + H] T: z, xBC, dt; contiguous, as all others.
-        conv_state: [B, 3, conv_dim] T, raw xBC, newest last.
-        ssm_state: [B, H, P, N] float32.
-        lengths: [B] int32.
-        conv_weight: [conv_dim, 4].
-        conv_bias: [conv_dim].
-        dt_bias: [H].
-        A_log: [H], logarithm of the decay rates.
-        D: [H], weight of the direct path.
-        norm_weight: [d_inner].
-        n_groups: Groups of heads; the heads of a group share B and C, and a norm.
-        epsilon: Epsilon of the norm.
-        states: Whether the new states are wanted.
-        tactic: Which of `states_tactics` scans where they are, from 1.
-
-    Returns:
-        y [B, L, d_inner] T; conv_state and ssm_state after each row's last token, or None twice.
-    """
-    import torch
-
-    B, L, _ = projected.shape
-    _, H, P, N = ssm_state.shape
-    dims = {"H": H, "P": P, "N": N, "G": n_groups, "UPCAST": INTERPRETED}
-    scanned = projected.new_empty((B, L, H * P))
-    y = torch.empty_like(scanned)
-    dtype = "fp32" if projected.dtype == torch.float32 else "bf16"
-    conv_new = ssm_new = None
-    given: tuple[Any, ...]
-    if states:
-        conv_new, ssm_new = torch.empty_like(conv_state), torch.empty_like(ssm_state)
-        spans, span = span_sizes(B, L)
-        convolution = projected.new_empty((B, L, conv_state.shape[2]))
-        span_states = ssm_state.new_empty((span_slots(B, spans), H, P, N))
-        span_decays = ssm_state.new_empty(span_states.shape[:2])
-        tiles = spans_launch(H, P, N, n_groups, dtype)
-        given = (projected, conv_state, lengths, conv_weight, conv_bias, dt_bias, A_log)
-        made = (convolution, span_states, span_decays)
-        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, spans)
-        launch(mamba_spans, grid, (*given, L, span, *made), dims, tiles)
-        tiles = states_tactics(P, N, dtype)[tactic - 1]
-        given = (projected, conv_state, ssm_state, lengths, dt_bias, A_log, D, *made)
-        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, spans)
-        arguments = (*given, L, span, scanned, conv_new, ssm_new)
-        launch(mamba_scan_states, grid, arguments, dims, tiles)
-    else:
-        tiles = scan_launch(P, N, dtype)
-        given = (projected, conv_state, ssm_state, lengths, conv_weight, conv_bias)
-        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, triton.cdiv(L, CHUNK))
-        launch(mamba_scan, grid, (*given, dt_bias, A_log, D, L, scanned), dims, tiles)
-    del dims["UPCAST"]
-    launch(
-        mamba_norm,
-        (n_groups, L, B),
-        (projected, scanned, lengths, norm_weight, L, y),
-        {**dims, "EPSILON": epsilon},
-        norm_launch(H * P // n_groups),
-    )
-    return y, conv_new, ssm_new
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:

@@ -176,7 +176,7 @@ def node_kernel(node: Node, call: Call, gpu: Target) -> NodeKernel:
 def spec_of(name: str, specs: Sequence[KernelSpec], call: Call) -> KernelSpec:
     """Return the specification of that name, with the types that the inputs really have.
 
-    What a kernel reads as bytes stays so: TensorRT hands these to it as words.
+    Bytes stay bytes for a kernel: TensorRT hands these to it as words.
     """
     (spec,) = [spec for spec in specs if spec.name == name]
     given = {

@@ -16,16 +16,13 @@ NVIDIA's `generate_mask_diffusion` for policy 0, see `docs/kernels.md` for the o
 # Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from twotower_engines.kernels.jit import Launch, kernel, launch
+from twotower_engines.kernels.jit import Launch, kernel
 from twotower_engines.kernels.policies import policy_rule
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 from twotower_engines.kernels.vocabulary import (
-    FIELDS,
     NO_TOKEN,
     TILE,
     VOCABULARY_TYPES,
@@ -137,63 +134,6 @@ def decision_launch(block: int, split_count: int) -> Launch:
     }
     tile = constants["BLOCK_S"] * constants["BLOCK_P"]
     return Launch(constants, num_warps=4 if tile <= 1024 else 8)
-
-
-def refine_block(
-    logits: Any,
-    ids: Any,
-    lengths: Any,
-    threshold: Any,
-    steps_left: Any,
-    temperature: Any,
-    policy: Any,
-    seed: Any,
-    mask_id: int,
-) -> tuple[Any, Any, Any, Any]:
-    """Run one refinement step on torch tensors, without synchronizing.
-
-    Args:
-        logits: [B, S, V] bf16 or float32, contiguous.
-        ids: [B, S] int32.
-        lengths: [B] int32, valid positions; 0 for an inactive row.
-        threshold: [B] float32; the factor or the bound for policies 2 and 3.
-        steps_left: [B] int32, this one included.
-        temperature: [B] float32: 0, or at least 1e-6.
-        policy: [B] int32.
-        seed: [B] int32, not negative. The noise is a function of seed, position and token; give
-            each step a seed of its own, as `sampling.row_seed` does.
-        mask_id: Token of a position that is not decided.
-
-    Returns:
-        new_ids [B, S] int32, confidence [B, S] float32, committed [B, S] int32, still_masked [B]
-        int32.
-    """
-    import torch
-
-    B, S, V = logits.shape
-    count = tiles(max(B, 1))
-    P = -(-V // (count * TILE))
-    partials = logits.new_empty((B, S, FIELDS, P), dtype=torch.float32)
-    partial_ids = ids.new_empty((B, S, P))
-    launch(
-        refine_vocabulary,
-        (P, S, B),
-        (logits, ids, lengths, temperature, policy, seed, S, count, partials, partial_ids),
-        {"V": V, "MASK_ID": mask_id},
-        vocabulary_launch(),
-    )
-    new_ids, committed = torch.empty_like(ids), torch.empty_like(ids)
-    confidence = logits.new_empty((B, S), dtype=torch.float32)
-    still_masked = ids.new_empty((B,))
-    rows = (ids, lengths, threshold, steps_left, policy)
-    launch(
-        refine_decision,
-        (B,),
-        (*rows, partials, partial_ids, S, P, new_ids, confidence, committed, still_masked),
-        {"MASK_ID": mask_id},
-        decision_launch(S, P),
-    )
-    return new_ids, confidence, committed, still_masked
 
 
 DECISION_TYPES = {

@@ -10,13 +10,11 @@ memory in float32 first. No tensor core multiplies float32; the product is 2% of
 # Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from twotower_engines.kernels.expert_products import bank_constants
-from twotower_engines.kernels.jit import Launch, kernel, launch
+from twotower_engines.kernels.jit import Launch, kernel
 from twotower_engines.kernels.linear import linear_product
 from twotower_engines.kernels.spec import KernelSpec, Sizes
 
@@ -98,44 +96,6 @@ def choice_spec(
         "BLOCK_K": triton.next_power_of_2(per_token),
     }
     return KernelSpec("router_choice", router_choice, types, constants, CHOICE)
-
-
-def router(
-    x: Any,
-    matrix: Any,
-    correction: Any,
-    lengths: Any,
-    per_token: int,
-    normalized: bool,
-    scaling: float,
-) -> tuple[Any, Any]:
-    """Return indices and weights [B * L, per_token] on torch tensors, without synchronizing.
-
-    Args:
-        x: [B, L, hidden] T, contiguous, as all others.
-        matrix: [E, hidden] float32.
-        correction: [E], in any type.
-        lengths: [B] int32.
-        per_token: Experts of a token.
-        normalized: Whether a token's weights are divided by their sum.
-        scaling: Factor of the weights.
-    """
-    import torch
-
-    (B, L, hidden), experts = x.shape, matrix.shape[0]
-    n = B * L
-    router_logits = matrix.new_empty((n, experts))
-    indices = lengths.new_empty((n, per_token))
-    weights = matrix.new_empty((n, per_token))
-    dtype = "fp32" if x.dtype == torch.float32 else "bf16"
-    spec = product_specs(experts, hidden, dtype)[0 if n <= 64 else 1]
-    tiles = spec.launch.constants
-    grid = (triton.cdiv(experts, tiles["BLOCK_F"]), triton.cdiv(n, tiles["BLOCK_T"]))
-    launch(spec.function, grid, (x, matrix, n, router_logits), spec.constants, spec.launch)
-    spec = choice_spec(experts, per_token, normalized, scaling, dtype)
-    given = (router_logits, correction, lengths, L, indices, weights)
-    launch(spec.function, (n,), given, spec.constants, spec.launch)
-    return indices, weights
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:

@@ -1,7 +1,7 @@
 """The vocabulary pass of `RefineBlock`: from logits to five numbers and a token per split.
 
 The vocabulary is cut into P splits of a few tiles of `TILE` tokens; a program has one split at one
-position of one row. What the splits leave is merged by `refine_decision`.
+position of one row. `refine_decision` merges the splits' results.
 """
 
 # Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.

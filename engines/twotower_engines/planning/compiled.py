@@ -30,20 +30,6 @@ ITEM: Final = 2
 Way = Literal["bodies", "codes", "kernels"]
 """Function bodies alone, the same on quantized weights, or our kernels in place of three bodies."""
 
-TERMS: Final = (
-    "1",
-    "rows",
-    "tokens",
-    "context",
-    "rows * tokens",
-    "rows * context",
-    "tokens * tokens",
-    "tokens * context",
-    "rows * tokens * tokens",
-    "rows * tokens * context",
-)
-"""Products of a call's sizes, of which its bytes are a sum."""
-
 
 @dataclass(frozen=True, slots=True)
 class CompiledTower:

@@ -13,6 +13,7 @@ from typing import Any
 
 from twotower_contract.engine_set import MAX_SLOTS
 from twotower_contract.quantized import FORMATS
+from twotower_contract.skus import Sku, known_skus
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import (
@@ -23,7 +24,6 @@ from twotower_engines.planning.plan import (
     resolve_precision,
 )
 from twotower_engines.planning.precisions import BUILT, flavour_for, is_built
-from twotower_engines.planning.skus import Sku, known_skus
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ import re
 import subprocess
 from dataclasses import dataclass, replace
 
+from twotower_contract.skus import GIB, Sku, known_skus
 from twotower_engines.errors import PlanError
-from twotower_engines.planning.skus import GIB, Sku, known_skus
 
 CUDA_SHARE = 0.975
 """Share of the memory that nvidia-smi reports and CUDA gives: the least of the table's GPUs."""

@@ -94,7 +94,7 @@ def read_model_size(path: Path = RELEASED) -> ModelSize:
 
     Args:
         path: A checkpoint folder, a bundle, an engine set or the folder of several, a
-            `config.json`, or a `manifest.json`. Of a checkpoint with shards, their headers are read
+            `config.json`, or a `manifest.json`. The headers of a checkpoint's shards are read
             as well, to see that they hold as many parameters as the configuration says.
 
     Raises:

@@ -18,11 +18,11 @@ from twotower_contract.engine_set import MAX_BLOCK, MAX_SLOTS
 from twotower_contract.layout import Tower
 from twotower_contract.quantized import FORMATS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
+from twotower_contract.skus import GIB, Sku
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.compiled import compiled_tower, table_source, way_of
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.precisions import PRECISIONS, flavour_for, is_built, weight_sizes
-from twotower_engines.planning.skus import GIB, Sku
 
 CHUNKS = (1024, 256, 128, 64, 32)
 """Tokens of one row in one context call, largest first: a long prompt is prefilled in chunks.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from twotower_contract.skus import Sku
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
 from twotower_engines.planning.acceptance import Acceptance, load_acceptance
@@ -27,7 +28,6 @@ from twotower_engines.planning.roofline import (
     context_call,
     denoiser_step,
 )
-from twotower_engines.planning.skus import Sku
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 

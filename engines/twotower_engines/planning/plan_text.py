@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 
 from twotower_contract.engine_set import MAX_SLOTS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
+from twotower_contract.skus import GIB
 from twotower_contract.tables import aligned
 from twotower_engines.planning import plan as memory_plan
 from twotower_engines.planning import roofline
@@ -15,7 +16,6 @@ from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import MemoryPlan
 from twotower_engines.planning.plan_report import PlanReport
 from twotower_engines.planning.roofline import ROWS, CallCost
-from twotower_engines.planning.skus import GIB
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 GROUPS = (

@@ -10,15 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.layout import Tower
 from twotower_contract.sizes import narrow_parameters, parts_of_tower
+from twotower_contract.skus import Sku
 from twotower_engines.planning.model_size import ModelSize
-
-if TYPE_CHECKING:
-    from twotower_engines.planning.skus import Sku  # which imports this module
 
 WIDE, NATIVE = 32.0, 16.0
 
@@ -68,7 +65,7 @@ BUILT: Mapping[str, tuple[str, ...]] = {
 }
 """Precisions that `twotower build` can make, by flavour.
 
-The compiler reads FP8 inputs inside of its products. Of inputs of 4 bits, which have a scale per
+The compiler reads FP8 inputs inside of its products. For inputs of 4 bits, which have a scale per
 block, it writes a copy in bf16 at every call: these need our kernels, which TensorRT-RTX does not
 take.
 """

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from twotower_contract.layout import Tower
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tower, ssm_bytes
+from twotower_contract.skus import Sku
 from twotower_contract.traffic import ENDS
 from twotower_engines.planning.acceptance import Calls
 from twotower_engines.planning.compiled import Way, compiled_tower, table_source, way_of
@@ -28,7 +29,6 @@ from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import BLOCK, MemoryPlan
 from twotower_engines.planning.precisions import weight_sizes
 from twotower_engines.planning.routing import Routing, distinct_experts
-from twotower_engines.planning.skus import Sku
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 FLOAT32 = 4
@@ -63,8 +63,8 @@ BASIS: Mapping[str, tuple[str, ...]] = {
         "and a row's tokens to 16, 32, 64 or a chunk, which costs time that is not counted here",
         "new Mamba states are read and written once more to reach their slot; ids and logits that "
         "cross to the host are not counted",
-        "`tensorrt` reads the experts that a batch is routed to, once; `tensorrt-rtx` and "
-        "`onnxruntime` run function bodies, which read and compute all experts",
+        "`tensorrt` and `onnxruntime` read the experts that a batch is routed to, once; "
+        "`tensorrt-rtx` runs function bodies, which read and compute all experts",
         "rows finish their blocks independently, and those that do share one context extension; "
         "prefill is not part of tokens per second",
     ),
@@ -94,8 +94,8 @@ class Machine:
 
     @property
     def reads_all_experts(self) -> bool:
-        """Whether the experts run as the dense function body."""
-        return self.way != "kernels"
+        """Whether the experts run as the dense function body; the CPU has nodes of its own."""
+        return self.way != "kernels" and self.flavour != "onnxruntime"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from twotower_contract.json_file import read_json
+from twotower_contract.sizes import uniform_experts
 from twotower_engines.errors import PlanError
 
 DATA_FILE = Path(__file__).with_name("data") / "routing_statistics.json"
@@ -35,11 +36,6 @@ def measured_shape() -> tuple[int, int]:
     """Return experts and experts per token of the model that was measured."""
     document = read_json(DATA_FILE, PlanError)
     return document.integer("num_experts"), document.integer("num_experts_per_tok")
-
-
-def uniform_experts(tokens: float, experts: int, chosen: int) -> float:
-    """Return the expected number of distinct experts if each token chose at random."""
-    return experts * (1.0 - math.pow(1.0 - chosen / experts, tokens))
 
 
 def distinct_experts(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from twotower_contract.skus import Sku, known_skus
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.local_gpu import local_gpu, local_sku
-from twotower_engines.planning.skus import Sku, known_skus, sku_of_file
+from twotower_engines.planning.sku_file import sku_of_file
 
 FILE_SUFFIXES = (".toml", ".json")
 

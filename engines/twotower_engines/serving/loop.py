@@ -28,6 +28,7 @@ from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.serving.journal import Ended, Journal
+from twotower_engines.serving.priority import take_priority
 from twotower_engines.serving.wire import Cancel, Job, Probe
 
 LEAST_NOTICE_SECONDS = 0.5  # a notice takes as much of the server as a block
@@ -177,6 +178,9 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            refusal = take_priority()
+            order = f"takes its turn with others: {refusal}" if refusal else "goes before others"
+            print(f"twotower: the engine's thread {order}", file=sys.stderr)
             while not self._closing:
                 self._take_in()
                 for event in self._scheduler.turn():

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import numpy.typing as npt
 
-from twotower_contract.polygraphy import quiet_polygraphy
+from twotower_contract.polygraphy import differences, largest, verdicts
 
 Array = npt.NDArray[Any]
 
@@ -83,61 +82,20 @@ def compare_arrays(
         if array.shape != theirs[name].shape:
             raise ValueError(f"{name} has shapes {array.shape} and {theirs[name].shape}")
     tolerance = TOLERANCES[precision]
-    whole = [name for name, array in ours.items() if array.dtype.kind in "iu"]
-    pairs = {
-        name: _without_shared_infinities(ours[name], theirs[name])
-        for name in ours
-        if name not in whole
-    }
-    passed = _verdicts(
-        {name: mine for name, (mine, _) in pairs.items()},
-        {name: other for name, (_, other) in pairs.items()},
-        tolerance,
-    )
-    # any engines agree on outputs that are 0 everywhere: weights that were never written
-    passed = {name: verdict and bool(theirs[name].any()) for name, verdict in passed.items()}
+    passing = verdicts(ours, theirs, tolerance.share)
     return [
-        _share_that_differs(name, ours[name], theirs[name], tolerance)
-        if name in whole
-        else _difference(name, *pairs[name], passed[name])
-        for name in ours
+        _share_that_differs(name, array, theirs[name], tolerance)
+        if array.dtype.kind in "iu"
+        else _difference(name, array, theirs[name], passing[name])
+        for name, array in ours.items()
     ]
 
 
-def _without_shared_infinities(ours: Array, theirs: Array) -> tuple[Array, Array]:
-    """Return both with 0 where they hold the same infinity, as confidences of given tokens do."""
-    same = np.isinf(theirs) & (ours == theirs)
-    return np.where(same, np.float32(0), ours), np.where(same, np.float32(0), theirs)
-
-
-def _verdicts(
-    ours: Mapping[str, Array], theirs: Mapping[str, Array], tolerance: Tolerance
-) -> dict[str, bool]:
-    from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
-
-    if not ours:
-        return {}
-    results = RunResults()
-    for name, outputs in (("engines", ours), ("reference", theirs)):
-        results.append(
-            (name, [IterationResult(outputs=dict(outputs), runtime=0, runner_name=name)])
-        )
-    limits = {n: tolerance.share * float(np.abs(value).max()) for n, value in theirs.items()}
-    function = SimpleCompareFunc(atol=limits, rtol=tolerance.share)
-    with quiet_polygraphy(), np.errstate(all="ignore"):
-        (accuracy,) = Comparator.compare_accuracy(results, compare_func=function)
-    ((_, (iteration,)),) = accuracy.items()
-    # a tolerance that is a share of an infinity would let anything pass
-    return {
-        name: bool(iteration[name] and np.isfinite(ours[name]).all() and np.isfinite(value).all())
-        for name, value in theirs.items()
-    }
-
-
 def _difference(name: str, ours: Array, theirs: Array, passed: bool) -> Difference:
-    with np.errstate(invalid="ignore"):
-        off = float(np.abs(ours.astype(np.float64) - theirs).max())
-    return Difference(name, off, off / max(float(np.abs(theirs).max()), 1e-12), passed)
+    off = float(differences(ours, theirs).max())
+    # any engines agree on an output that is 0 everywhere: weights that were never written
+    is_proof = bool(theirs.any())
+    return Difference(name, off, off / max(largest(theirs), 1e-12), passed and is_proof)
 
 
 def _share_that_differs(name: str, ours: Array, theirs: Array, tolerance: Tolerance) -> Difference:

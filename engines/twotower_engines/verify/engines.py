@@ -1,8 +1,8 @@
 """Verifies an engine set for a GPU: what this machine can check, and what it cannot.
 
 Anywhere: digests, the checkpoint, the profiles, and the inputs and outputs that TensorRT's own
-parser found in the graphs. On the GPU: what the engines compute (`running.py`). What was not
-verified is reported, never passed over.
+parser found in the graphs. On the GPU: what the engines compute (`running.py`). Anything that was
+not verified is reported, never passed over.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from twotower_contract.engine_set import BUILD_FILE, EngineSet, Limits
 from twotower_contract.errors import EngineSetError, TwoTowerError
 from twotower_contract.json_file import Document
 from twotower_contract.manifest import read_manifest
+from twotower_contract.skus import known_skus
 from twotower_engines.artifacts.engine_interface import Interface, differences, interface_of
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.flavours.parsing import parse, specs_of
 from twotower_engines.errors import BuildError
-from twotower_engines.planning.skus import known_skus
 from twotower_engines.verify.report import Sources, Verification
 from twotower_engines.verify.running import verify_running
 

@@ -13,11 +13,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.bfloat16 import from_bfloat16, to_bfloat16
 from twotower_contract.engine_set import Limits
 from twotower_contract.manifest import Manifest
 from twotower_contract.onnxruntime import import_onnxruntime
@@ -206,13 +206,8 @@ def _encoded(array: Array, spec: TensorSpec) -> Array:
     """Return an input in the engine's dtype; bf16 as the upper halves of float32, as uint16."""
     if spec.dtype != "BF16":
         return np.ascontiguousarray(array, NUMPY[spec.dtype])
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
-    return (rounded >> 16).astype(np.uint16)
+    return np.asarray(to_bfloat16(np.ascontiguousarray(array, np.float32)))
 
 
 def _decoded(array: Array, spec: TensorSpec) -> Array:
-    if spec.dtype != "BF16":
-        return array
-    values: Any = (array.astype(np.uint32) << 16).view(np.float32)
-    return np.asarray(values)
+    return np.asarray(from_bfloat16(array)) if spec.dtype == "BF16" else array

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_contract.errors import EngineSetError, TwoTowerError
+from twotower_contract.skus import known_skus
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.checkpoint_engines import cached_engines
@@ -22,7 +23,6 @@ from twotower_engines.planning.fit import require_fit
 from twotower_engines.planning.local_gpu import local_gpu
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
-from twotower_engines.planning.skus import known_skus
 from twotower_engines.runtime.interface import Runtime
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.resident.runtime import Tower

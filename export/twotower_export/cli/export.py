@@ -59,7 +59,6 @@ class InspectionError(TwoTowerError):
     "--target",
     type=click.Choice(["bundle", "tensorrt-llm"]),
     default="bundle",
-    show_default=True,
     help="`tensorrt-llm` writes the context tower as a standard Nemotron-H checkpoint.",
 )
 @click.option(
@@ -166,7 +165,7 @@ def next_build(out: Path, inventory: Inventory, memory: int) -> str:
     if 4 * inventory.parameters < memory // 2:
         return f"twotower build {bundle} --sku cpu ENGINES"
     fit = fitting_skus(inventory)
-    names = () if fit is None else fit.one or fit.one_per_tower
+    names = fit.one or fit.one_per_tower
     if not names:
         return f"twotower plan {bundle} --sku all"
     others = f" (or for {', '.join(names[1:])})" if names[1:] else ""

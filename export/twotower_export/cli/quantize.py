@@ -43,6 +43,7 @@ A run that was ended goes on where it was when the same command is given again.
     "--keep",
     metavar="PARTS",
     default="",
+    show_default=False,
     help="More parts that stay as they are, with commas: mamba, shared-experts, routed-experts. "
     "Attention, the Mamba layer before it, and heads always do.",
 )
@@ -59,7 +60,6 @@ A run that was ended goes on where it was when the same command is given again.
     "--scales",
     type=click.Choice(["search", "amax"]),
     default="search",
-    show_default=True,
     help="`search` tries a few scales and takes the one with the least squared error; `amax` makes "
     "the largest weight the largest code, as ModelOpt does.",
 )

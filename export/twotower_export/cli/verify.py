@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from twotower_contract.errors import TwoTowerError
-from twotower_contract.processes import run_child
 
 if TYPE_CHECKING:
     from twotower_export.verification.comparison import Comparison, TensorDifference
@@ -63,7 +61,6 @@ class VerificationError(TwoTowerError):
     "--reference",
     type=click.Choice(["torch"]),
     default="torch",
-    show_default=True,
     help="Reference to compare with: the towers as PyTorch modules, in each graph's precision.",
 )
 @click.option("--layers", "every_layer", is_flag=True, help="Compare after every layer as well.")
@@ -128,7 +125,9 @@ def verify(
                 f"{engines.folder}: plans are compared with the CPU flavour; leave out "
                 "--reference, or verify the bundle with it"
             )
-        _verify_device_engines(engines.folder, checkpoint, bundle, against, as_json)
+        from twotower_engines.cli.verify import verify_device_engines
+
+        verify_device_engines(engines, checkpoint, bundle, against, as_json)
         return
     if bundle is not None or against is not None:
         raise TwoTowerError("--bundle and --against are for engines for a GPU; leave them out here")
@@ -151,23 +150,10 @@ def verify(
         raise VerificationError(_reason(report, bool(layers or parts)))
 
 
-def _verify_device_engines(
-    engines: Path, checkpoint: Path, bundle: Path | None, against: Path | None, as_json: bool
-) -> None:
-    """Hand over to the stage that knows engines, which this one knows by its files only."""
-    command = [sys.executable, "-m", "twotower_engines.cli.verify", str(engines), str(checkpoint)]
-    for option, value in (("--bundle", bundle), ("--against", against)):
-        if value is not None:
-            command += [option, str(value)]
-    done = run_child([*command, "--json"] if as_json else command)
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
 def _print(report: Report) -> None:
     """Print one line per part, what failed, the worst tensor, and what was not verified.
 
-    Of a model whose float32 graphs were verified whole, the parts in its own dtype share a line.
+    Where a model's float32 graphs were verified whole, the parts in its own dtype share a line.
     """
     outcome = report.outcome
     click.echo(f"{report.target} against {report.checkpoint} (PyTorch)")

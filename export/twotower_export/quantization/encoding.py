@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.bfloat16 import from_bfloat16, to_bfloat16
 from twotower_contract.quantized import (
     E2M1,
     E2M1_MAX,
@@ -97,9 +98,8 @@ def encode(
 
 def as_float32(stored: Array) -> Floats:
     """Return weights as they are stored in float32."""
-    if stored.dtype == np.float32:
-        return stored
-    return (stored.astype(np.uint32) << 16).view(np.float32)
+    values: Floats = stored if stored.dtype == np.float32 else from_bfloat16(stored)
+    return values
 
 
 def _fp8(stored: Array, _: int, scales: Scales) -> Encoded:
@@ -117,7 +117,7 @@ def _fp8(stored: Array, _: int, scales: Scales) -> Encoded:
     if scales == "search":
         # graphs in bfloat16 take the scale in it: one that it holds loses nothing there
         steps = np.array([first * step for step in FP8_STEPS], np.float32)
-        tried = list(as_float32(_bfloat16(steps)))
+        tried = list(as_float32(to_bfloat16(steps)))
     error, scale = min(((error_of(one), one) for one in tried), key=lambda pair: pair[0])
     with np.errstate(all="ignore"):  # among all values are NaN and infinities, which no weight has
         table = _e4m3_codes(values / scale)
@@ -181,7 +181,7 @@ def _int4(stored: Array, group: int, scales: Scales) -> Encoded:
     _finite(largest_magnitude(stored))
     chosen = np.empty(stored.size // group, np.float32)
     packed = np.empty((chosen.size, group // 2), np.uint8)
-    store = _bfloat16 if stored.dtype == np.uint16 else np.asarray
+    store = to_bfloat16 if stored.dtype == np.uint16 else np.asarray
     error = energy = 0.0
     for begin, weights in _columns(stored, group):
         first = np.abs(weights).max(0) / np.float32(7.5)
@@ -281,12 +281,6 @@ def _e4m3_codes(scaled: Floats) -> npt.NDArray[np.uint8]:
     """Return the codes of the nearest E4M3 numbers; what is larger than all becomes the largest."""
     codes = np.searchsorted(_e4m3_bounds(), np.abs(scaled), side="right").astype(np.uint8)
     return np.asarray(codes | np.left_shift(np.signbit(scaled), 7, dtype=np.uint8))
-
-
-def _bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
-    """Return the bits of finite numbers rounded to bfloat16, ties to even."""
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def largest_magnitude(stored: Array) -> float:

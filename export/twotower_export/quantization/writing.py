@@ -37,7 +37,8 @@ from twotower_contract.json_file import format_of, read_json, write_json
 from twotower_contract.machine import cores
 from twotower_contract.quantized import HF_QUANT_FILE, Shape, stored_tensors
 from twotower_contract.shards import ITEM_SIZES, TensorEntry
-from twotower_export.checkpoint import SMALL_FILES, Checkpoint, Progress
+from twotower_export.checkpoint import SMALL_FILES, Checkpoint
+from twotower_export.progress import Progress, silent
 from twotower_export.quantization.encoding import Encoded, encode, largest_magnitude
 from twotower_export.quantization.recipe import Recipe
 from twotower_export.quantization.report import Matrix, parts_of_report
@@ -70,7 +71,7 @@ def quantize_checkpoint(
     checkpoint: Checkpoint,
     out: Path,
     recipe: Recipe,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     writing: Writing = WITH_CARE,
 ) -> dict[str, Any]:
     """Write a quantized checkpoint to `out`.
@@ -166,7 +167,7 @@ def _write_all(
     recipe: Recipe,
     steps: list[_Step],
     work: Path,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     total = sum(step.tensor.end - step.tensor.begin for step in steps)
     matrices: list[Matrix] = []
@@ -175,8 +176,7 @@ def _write_all(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        if progress is not None:
-            progress("quantizing megabytes", done // 10**6, total // 10**6)
+        progress("quantizing megabytes", done // 10**6, total // 10**6)
 
     for number, shard in enumerate(checkpoint.shards):
         some = [step for step in steps if step.tensor.shard == number]

@@ -28,10 +28,10 @@ from twotower_contract.layout import TOWERS, Tower, expected_tensors
 from twotower_contract.tokenizer import open_tokenizer
 from twotower_export.checkpoint import Checkpoint
 from twotower_export.inventory import take_inventory
+from twotower_export.progress import Progress, silent
 from twotower_export.reference.refinement import Rule, refine
 
 if TYPE_CHECKING:
-    from twotower_export.progress import StepMeter
     from twotower_export.reference.sequence import SequenceTowers
 
 GOLDEN_FILE: Final = "golden.json"
@@ -146,7 +146,7 @@ def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict
 
 
 def stream_golden(
-    checkpoint: Checkpoint, mode: str = "mask_diffusion", progress: StepMeter | None = None
+    checkpoint: Checkpoint, mode: str = "mask_diffusion", progress: Progress = silent
 ) -> dict[str, Any]:
     """Compute the same answer with one layer of the towers in memory at a time.
 
@@ -159,10 +159,9 @@ def stream_golden(
     most = _calls(mode)[1]
 
     def tell(tower: Tower, layer: int, layers: int) -> None:
-        if progress is not None:
-            read = f"{towers.bytes_read / 1e9:.1f} GB read"
-            what = f"call {towers.calls} of at most {most}, {read}; {tower} layer"
-            progress(what, layer, layers)
+        read = f"{towers.bytes_read / 1e9:.1f} GB read"
+        what = f"call {towers.calls} of at most {most}, {read}; {tower} layer"
+        progress(what, layer, layers)
 
     towers = StreamedTowers(checkpoint, _capacity(request), tell)
     return _answered(towers, request)

@@ -1,6 +1,6 @@
 """One refinement step of a block in NumPy, float64: the rules, written as they are said.
 
-What golden answers are made with, and what the graphs' `twotower::RefineBlock` is checked against.
+Golden answers are made with it, and the graphs' `twotower::RefineBlock` is checked against it.
 The rules are those of a step of NVIDIA's `generate_mask_diffusion`
 (`modeling_nemotron_twotower.py`; policy `threshold`), with its variables named at each; `factor` is
 Fast-dLLM's dynamic threshold (Wu et al. 2025, section 3.3), `entropy` the bound of EB-Sampler

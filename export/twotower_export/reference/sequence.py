@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from twotower_contract.layout import HEADS, Tower
+from twotower_export.progress import silent
 from twotower_export.reference.mapped import NamedTensors, OpenShards, load_module, load_tower
 from twotower_export.reference.mixers import Expert, Layer, RMSNorm
 from twotower_export.reference.towers import (
@@ -109,9 +110,7 @@ class StreamedTowers(SequenceTowers):
         bytes_read: Bytes of stored weights that were computed with so far.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, capacity: int, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, capacity: int, progress: Progress = silent) -> None:
         super().__init__(checkpoint, capacity)
         self.calls = 0
         self.bytes_read = 0
@@ -139,8 +138,7 @@ class StreamedTowers(SequenceTowers):
         hidden = embedding(ids.long(), self._tensors.read(f"{tower}_tower.embeddings.weight"))
         hidden, emitted = hidden.float(), States()
         for index in range(self.config.num_layers):
-            if self._progress is not None:
-                self._progress(tower, index, self.config.num_layers)
+            self._progress(tower, index, self.config.num_layers)
             # The module dies with this expression, and its weights are unmapped with it.
             hidden = run_layer(self._layer(tower, index), index, hidden, call, self.states, emitted)
         return hidden, emitted

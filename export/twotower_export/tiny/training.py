@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from twotower_export.progress import silent
 from twotower_export.reference.mixers import Router, project
 from twotower_export.reference.towers import (
     ContextTower,
@@ -95,7 +96,7 @@ def train(
     tokenizer: Tokenizer,
     seed: int = 0,
     recipe: Recipe | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Train both towers and returns every tensor of the checkpoint, float32.
 
@@ -106,7 +107,6 @@ def train(
         seed: Seed of the weights, the documents and the masks.
     """
     recipe = recipe or Recipe()
-    report: Progress = progress or (lambda tower, loss: None)
     towers = _initial_towers(config, seed)
     workers = [_Worker(tokenizer, recipe, seed, number) for number in range(WORKERS)]
 
@@ -124,12 +124,12 @@ def train(
         with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             step = _Optimiser(towers.context, recipe.context_rate, recipe.context_steps, recipe)
             for _ in range(recipe.context_steps):
-                report("context tower", step(pool, context_part, workers))
+                progress("context tower", step(pool, context_part, workers))
             towers.context.requires_grad_(False)
             _start_as_copy(towers)
             step = _Optimiser(towers.denoiser, recipe.denoiser_rate, recipe.denoiser_steps, recipe)
             for _ in range(recipe.denoiser_steps):
-                report("denoiser", step(pool, denoiser_part, workers))
+                progress("denoiser", step(pool, denoiser_part, workers))
     finally:
         torch.set_num_threads(threads)
     return {**towers.context.state_dict(), **towers.denoiser.state_dict()}
@@ -358,7 +358,7 @@ def write_trained_checkpoint(
     dtype: Dtype = "bfloat16",
     *,
     recipe: Recipe | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ModelConfig:
     """Train a checkpoint and writes it in the released layout.
 
@@ -377,8 +377,7 @@ def write_trained_checkpoint(
 
     def record(tower: str, loss: float) -> None:
         losses.setdefault(tower, []).append(loss)
-        if progress is not None:
-            progress(tower, loss)
+        progress(tower, loss)
 
     tensors = train(config, tokenizer, seed, recipe, record)
     readme = README.format(

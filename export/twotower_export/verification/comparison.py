@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, SimpleCompareFunc
+from polygraphy.comparator import Comparator
 
-from twotower_contract.polygraphy import quiet_polygraphy
+from twotower_contract.polygraphy import differences, largest, quiet_polygraphy, verdicts
 from twotower_export.verification.calls import Feed, cleared
 
 Array = npt.NDArray[Any]
@@ -169,11 +169,11 @@ def compare(
         if not problems:
             our_cleared, expected = cleared(feed, our), cleared(feed, expected)
             tolerance = TOLERANCES[precision]
-            verdicts = _verdicts(our_cleared, expected, tolerance.element)
+            passing = verdicts(our_cleared, expected, tolerance.element)
             for name, value in expected.items():
                 max_abs, rms = _distance(our_cleared[name], value)
-                max_rel = max_abs / max(_largest(value), 1e-12)
-                passed = verdicts[name] and rms <= tolerance.rms
+                max_rel = max_abs / max(largest(value), 1e-12)
+                passed = passing[name] and rms <= tolerance.rms
                 comparison.tensors.append(
                     TensorDifference(part, precision, call, name, max_abs, max_rel, rms, passed)
                 )
@@ -205,43 +205,11 @@ def _zero_problems(where: str, expected: Mapping[str, Array]) -> list[str]:
     ]
 
 
-def _verdicts(
-    ours: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float
-) -> dict[str, bool]:
-    """Polygraphy's verdict on each output."""
-    from polygraphy.comparator import IterationResult, RunResults
-
-    results = RunResults()
-    for name, outputs in (("graph", ours), ("reference", expected)):
-        results.append(
-            (name, [IterationResult(outputs=dict(outputs), runtime=0, runner_name=name)])
-        )
-    whole = [name for name, value in expected.items() if value.dtype.kind in "iub"]
-    relative = {"": tolerance, **dict.fromkeys(whole, 0.0)}
-    absolute = {name: relative.get(name, tolerance) * _largest(expected[name]) for name in expected}
-    function = SimpleCompareFunc(atol=absolute, rtol=relative, infinities_compare_equal=True)
-    with (
-        quiet_polygraphy(),
-        np.errstate(all="ignore"),
-    ):  # infinities are subtracted, zeros divided by
-        (accuracy,) = Comparator.compare_accuracy(results, compare_func=function)
-    ((_, (iteration,)),) = accuracy.items()
-    return {name: bool(iteration[name]) for name in expected}
-
-
 def _distance(ours: Array, expected: Array) -> tuple[float, float]:
     """Largest difference, and the root of the sum of their squares over that of the reference."""
-    a, b = ours.astype(np.float64), expected.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        off = np.where(a == b, 0.0, np.abs(a - b))  # equal infinities do not differ
-    size = np.linalg.norm(b[np.isfinite(b)])
+    off = differences(ours, expected)
+    size = np.linalg.norm(expected[np.isfinite(expected)].astype(np.float64))
     return float(off.max(initial=0.0)), float(np.linalg.norm(off)) / max(float(size), 1e-12)
-
-
-def _largest(values: Array) -> float:
-    """Largest magnitude of a tensor, infinities aside."""
-    numbers = np.abs(values[np.isfinite(values)].astype(np.float64))
-    return float(numbers.max(initial=0.0))
 
 
 class _Runner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types

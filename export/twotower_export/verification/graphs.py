@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from twotower_contract.bfloat16 import from_bfloat16, to_bfloat16
 from twotower_contract.errors import BundleError, CheckpointError
 from twotower_contract.layout import Tower
 from twotower_contract.machine import read_at
@@ -206,7 +207,7 @@ class ManifestWeights:
         made = np.empty(self.inputs[name].shape, np.uint16)
         for target, source in self._sources(name, made):
             if self.inputs[name].format is not None:
-                target[...] = _bfloat16(self._decoded(source).reshape(-1))
+                target[...] = to_bfloat16(self._decoded(source).reshape(-1))
                 continue
             for piece, values in self._pieces(source, target):
                 if values.itemsize != 2:
@@ -230,7 +231,7 @@ class ManifestWeights:
         elif dtype == "I32":
             stored = stored.reshape(-1).view(np.int32)
         elif stored.dtype == np.uint16:
-            stored = (stored.astype(np.uint32) << 16).view(np.float32)
+            stored = from_bfloat16(stored)
         return np.ascontiguousarray(stored.reshape(shape))
 
     def _sources(self, name: str, made: Array) -> Iterator[tuple[Array, str]]:
@@ -278,12 +279,6 @@ class ManifestWeights:
                 yield piece, np.frombuffer(content, stored)
 
 
-def _bfloat16(values: Array) -> Array:
-    """Return the bits of finite float32 numbers rounded to bfloat16, ties to even."""
-    bits = values.view(np.uint32)
-    return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, np.uint16)
-
-
 @dataclass
 class GraphSide:
     """Run a graph part; opened, it holds the part's weights."""
@@ -324,7 +319,7 @@ class GraphSide:
             if given.type == "tensor(bfloat16)":
                 onnx_type = BFLOAT16
                 array = (
-                    _bfloat16(self.weights.part(given.name))
+                    to_bfloat16(self.weights.part(given.name))
                     if is_part
                     else self.weights.bfloat16(given.name)
                 )

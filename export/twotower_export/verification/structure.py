@@ -122,8 +122,8 @@ def undecoded(native: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph whose quantized matrices are inputs as they were before.
 
     FP8 codes go with their scale into a DequantizeLinear and a Transpose to [out, in]; codes of 4
-    bits go with their scales into the function that decodes them. What departs from that stays, and
-    is found as a difference. What a decoding function computes is left to running it.
+    bits go with their scales into the function that decodes them. Anything else stays, and is
+    found as a difference. Running it shows what a decoding function computes.
     """
     made = onnx.ModelProto()
     made.CopyFrom(native)

@@ -28,12 +28,7 @@ from twotower_contract.policies import POLICY_NAMES
 from twotower_export.agreement import check_agreement
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.reference.refinement import Rule, refine
-from twotower_export.verification.calls import (
-    Feed,
-    call_shapes,
-    random_feed,
-    random_hidden,
-)
+from twotower_export.verification.calls import Feed, call_shapes, random_feed, random_hidden
 from twotower_export.verification.comparison import Comparison, compare
 from twotower_export.verification.graphs import HIDDEN, Part
 from twotower_export.verification.pairs import Planned, by_part, whole
@@ -125,7 +120,7 @@ def verify(
     """Compare a bundle's or engine set's graphs with the PyTorch towers of a checkpoint.
 
     Args:
-        layers: Layers whose hidden states to compare as well. Of a model verified part by part,
+        layers: Layers whose hidden states to compare as well. In a model verified part by part,
             only these layers are then verified.
         parts: The only parts to verify, whatever the size of the model.
 

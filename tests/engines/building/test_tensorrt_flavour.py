@@ -17,6 +17,7 @@ import pytest
 from tests.support.engine_bundles import write_bundle_of
 from twotower_contract.engine_set import Limits
 from twotower_contract.manifest import read_manifest
+from twotower_contract.skus import GIB, known_skus
 from twotower_contract.traffic import traffic_of
 from twotower_engines.building import build as build_module
 from twotower_engines.building.build import FLAVOURS, BuildOptions, build_engines
@@ -37,7 +38,6 @@ from twotower_engines.errors import BuildError, PlanError
 from twotower_engines.planning.local_gpu import LocalGpu
 from twotower_engines.planning.plan import plan_memory
 from twotower_engines.planning.sku_lookup import find_sku
-from twotower_engines.planning.skus import GIB, known_skus
 
 LIMITS = Limits(slots=16, context=8192, max_tokens_per_call=256, block_size_max=64)
 SHARED_9_0 = ("h100-sxm", "h100-pcie", "h100-nvl", "h200")

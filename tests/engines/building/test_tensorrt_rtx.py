@@ -31,6 +31,7 @@ from tests.support.engine_bundles import (
 from twotower_contract.digests import file_state
 from twotower_contract.engine_set import Limits, open_engine_set
 from twotower_contract.manifest import read_manifest
+from twotower_contract.skus import known_skus
 from twotower_contract.traffic import Tensor
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
@@ -43,7 +44,7 @@ from twotower_engines.building.flavours.jobs import (
     read_graph,
 )
 from twotower_engines.building.flavours.library_build import RefusedError, _check_inputs
-from twotower_engines.building.flavours.process import Library, build_engine_files, check_library
+from twotower_engines.building.flavours.process import Library, build_engine_files
 from twotower_engines.building.flavours.profiles import (
     Profile,
     Sizes,
@@ -57,7 +58,6 @@ from twotower_engines.building.flavours.tensorrt_rtx import (
 )
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
-from twotower_engines.planning.skus import known_skus
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
@@ -96,11 +96,6 @@ def build(library, graph, folder, profiles, **recipe):
     return build_engine_files(library, {graph.stem: job}, 1, no_progress)[graph.stem]
 
 
-def test_the_library_loads_and_builds_a_node(library):
-    assert check_library(library) == {"tensorrt_rtx": "1.7.1.116"}
-    assert TensorRtRtxFlavour().versions() == check_library(library)
-
-
 def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     seen = []
     options = BuildOptions(find_sku("rtx-pro-6000"), slots=4, context=64)
@@ -113,6 +108,7 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     assert (written["machine"], written["cuda"]) == (platform.machine(), None)
     assert record.extra["compute_capabilities"] == ["12.0"]
     assert record.versions["tensorrt_rtx"] == "1.7.1.116"
+    assert TensorRtRtxFlavour().versions() == {"tensorrt_rtx": "1.7.1.116"}
     assert record.extra["placement"] == {"context": 0, "denoiser": 0}
     assert record.profiles["denoiser"] == [
         {"name": "all", "batch": [1, 4, 4], "context": [320, 320, 320], "block": [1, 16, 64]}
@@ -307,6 +303,12 @@ def test_a_range_that_is_none():
         Sizes(4, 3, 2)
 
 
+def load(library, folder):
+    """Have a worker load a library, for a graph that is not there."""
+    job = {"graph": "none.onnx", "plan": str(folder / "context.plan")}
+    return build_engine_files(library, {"context": job}, 1, no_progress)
+
+
 def fake_module(folder, monkeypatch, name, content):
     """A Python module that stands in for the API, in the worker's process alone."""
     (folder / f"{name}.py").write_text(content)
@@ -319,20 +321,20 @@ def test_a_crash_of_the_library_is_an_error_with_a_name(tmp_path, monkeypatch):
     content += "os.kill(os.getpid(), signal.SIGSEGV)\n"
     library = fake_module(tmp_path, monkeypatch, "crashing_api", content)
     with pytest.raises(BuildError, match=r"signal SIGSEGV, in the phase `loading.*about to fall"):
-        check_library(library)
+        load(library, tmp_path)
 
 
 def test_a_worker_that_is_killed_speaks_of_memory(tmp_path, monkeypatch):
     content = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
     library = fake_module(tmp_path, monkeypatch, "killed_api", content)
     with pytest.raises(BuildError, match="may have run out of memory"):
-        check_library(library)
+        load(library, tmp_path)
 
 
-def test_a_library_that_is_not_there():
+def test_a_library_that_is_not_there(tmp_path):
     library = Library("TensorRT-RTX", "no_such_module", "install it")
     with pytest.raises(BuildError, match=r"cannot be loaded: No module named .*; install it"):
-        check_library(library)
+        load(library, tmp_path)
 
 
 def test_where_it_is_not_installed_the_extra_is_named(monkeypatch):
@@ -433,7 +435,9 @@ def test_a_worker_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     content = "import time\ntime.sleep(60)\n"
     library = fake_module(tmp_path, monkeypatch, "sleeping_api", content)
     monkeypatch.setattr(process_module, "GRACE_SECONDS", 0.2)
-    worker = process_module._Worker(library, "t", {**library.job(), "timing_cache": "x"}, tmp_path)
+    worker = process_module._Worker(
+        library, "t", {"module": library.module, "timing_cache": "x"}, tmp_path
+    )
     worker.start()
     process = worker._process
     wait_for(lambda: b"worker" in Path(f"/proc/{process.pid}/cmdline").read_bytes())

@@ -11,13 +11,13 @@ from click.testing import CliRunner
 from docs import plan_table
 from tests.support import FULL_SIZE, TWOTOWER
 from tests.support.command import twotower
+from twotower_contract.skus import known_skus
 from twotower_engines.cli.plan import plan
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest
 from twotower_engines.planning.plan_report import plan_report
 from twotower_engines.planning.plan_text import text_of_many
-from twotower_engines.planning.skus import known_skus
 
 
 def run(*arguments):

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.compiled_tables import PATTERN, WAYS, call_of, compiled
 from tests.support.compiled import TOWERS, config_of
 from twotower_contract.traffic import traffic_of
-from twotower_engines.planning.compiled import TERMS, compiled_tower, value_of_terms
+from twotower_engines.planning.compiled import compiled_tower, read_table, value_of_terms
 from twotower_export.tiny.checkpoints import tiny_config
 
 ROWS, TOKENS, CONTEXT = 4, 32, 4096
@@ -45,5 +45,6 @@ def test_a_narrower_model_moves_less():
 
 
 def test_terms_are_products_of_a_calls_sizes():
-    assert value_of_terms(dict.fromkeys(TERMS, 1.0), 1, 1, 1) == len(TERMS)
+    terms = read_table()["context"]["kernels"]["scratch"]
+    assert value_of_terms(dict.fromkeys(terms, 1.0), 1, 1, 1) == len(terms)
     assert value_of_terms({"1": 5, "rows * tokens * tokens": 2}, 3, 4, 9) == 5 + 2 * 3 * 16

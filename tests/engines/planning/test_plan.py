@@ -18,6 +18,7 @@ from twotower_contract.sizes import (
     parts_of_tower,
     ssm_bytes,
 )
+from twotower_contract.skus import GIB, known_skus
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.compiled import TABLE_FILE
 from twotower_engines.planning.fit import largest_context, largest_slots, refusal, require_fit
@@ -25,7 +26,6 @@ from twotower_engines.planning.model_size import ModelSize, read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory, resolve_precision
 from twotower_engines.planning.precisions import Precision, weight_sizes
 from twotower_engines.planning.sku_lookup import find_sku
-from twotower_engines.planning.skus import GIB, known_skus
 from twotower_export.checkpoint import open_checkpoint
 from twotower_export.quantization.recipe import default_recipe
 from twotower_export.quantization.writing import quantize_checkpoint

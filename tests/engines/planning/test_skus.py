@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from twotower_contract.skus import GIB, known_skus
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.local_gpu import LocalGpu, local_gpu
+from twotower_engines.planning.sku_file import precisions_of
 from twotower_engines.planning.sku_lookup import find_sku, resolve_skus
-from twotower_engines.planning.skus import GIB, known_skus, precisions_of
 
 NAMES = [
     *("a100-40", "a100-80", "a10", "l4", "l40s", "rtx-4090"),

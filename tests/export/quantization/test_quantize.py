@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tests.support.checkpoint_files import (
-    RawTensor,
-    random_tensors,
-    write_checkpoint,
-)
+from tests.support.checkpoint_files import RawTensor, random_tensors, write_checkpoint
 from twotower_contract.errors import CheckpointError
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_export.bundle import write_bundle

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from twotower_contract.engine_set import Limits
+from twotower_contract.skus import Sku
 from twotower_engines.building.flavours.process import Progress
-from twotower_engines.planning.skus import Sku
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twotower_contract.skus import Sku
 from twotower_engines.building.flavours.compiled import signature_of
 from twotower_engines.building.flavours.flat_banks import with_flat_banks
 from twotower_engines.building.flavours.flavour import Order, traffic_file
@@ -22,7 +23,6 @@ from twotower_engines.building.flavours.gpu_graph import gpu_graph, set_sizes
 from twotower_engines.building.flavours.process import Job
 from twotower_engines.building.flavours.profiles import FIXED, Profile, Sizes
 from twotower_engines.errors import BuildError
-from twotower_engines.planning.skus import Sku
 
 if TYPE_CHECKING:
     import onnx

@@ -12,7 +12,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,22 +58,6 @@ class Library:
     module: str
     install: str
 
-    def job(self) -> Job:
-        """Return the part of a job that says which library to use."""
-        return {"module": self.module}
-
-
-def check_library(library: Library) -> dict[str, str]:
-    """Load a library in a worker and build one node; returns the versions that it reports.
-
-    Raises:
-        BuildError: It cannot be loaded, crashes, or cannot build.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [_Worker(library, "self-check", library.job(), Path(folder))]
-        result = _follow(workers, lambda tower, text: None, at_once=1)["self-check"]
-        return dict(result["versions"])
-
 
 def build_engine_files(
     library: Library, jobs: Mapping[str, Job], at_once: int, progress: Progress
@@ -97,7 +80,7 @@ def build_engine_files(
         KeyboardInterrupt: Passed on, after every worker is gone.
     """
     workers = [
-        _Worker(library, tower, {**library.job(), **job}, Path(job["plan"]).parent)
+        _Worker(library, tower, {"module": library.module, **job}, Path(job["plan"]).parent)
         for tower, job in jobs.items()
     ]
     return _follow(workers, progress, at_once)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from twotower_contract.skus import Sku, known_skus
 from twotower_engines.artifacts.cache_root import in_cache
 from twotower_engines.building.code_digest import code_digest
 from twotower_engines.building.flavours.flavour import Needs, Order, Target, layers_file
@@ -31,7 +32,6 @@ from twotower_engines.errors import BuildError
 from twotower_engines.kernels.targets import target as kernel_target
 from twotower_engines.planning.local_gpu import local_gpu
 from twotower_engines.planning.precisions import is_built
-from twotower_engines.planning.skus import Sku, known_skus
 
 TITLE = "TensorRT"
 OLDEST, NEWEST = (10, 15), (11, 99)

@@ -86,17 +86,14 @@ def main() -> None:
         trt = _import(job["module"])
         _check(trt)
         events.send({"versions": {job["module"]: str(trt.__version__)}})
-        if "graph" in job:
-            made = build_engine_file(trt, job, events.progress)
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            made |= {
-                "peak_rss": usage.ru_maxrss << 10,
-                "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-                "waited_seconds": _waited(),
-            }
-            events.send({"done": made})
-        else:
-            events.send({"done": {}})
+        made = build_engine_file(trt, job, events.progress)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        made |= {
+            "peak_rss": usage.ru_maxrss << 10,
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+            "waited_seconds": _waited(),
+        }
+        events.send({"done": made})
     except _FailedError as problem:
         events.send({"failed": problem.kind, "message": str(problem)})
     except RefusedError as problem:

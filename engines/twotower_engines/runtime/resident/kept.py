@@ -1,7 +1,7 @@
 """States of prefixes, kept on the context tower's device beside the slots.
 
-A place is a slot of its own, with room for the keys and values of one chunk only. What is copied
-stays on the device; a denoiser on another device gets its copy of what is restored.
+A place is a slot of its own, with room for the keys and values of one chunk only. Copied states
+stay on the device; a denoiser on another device gets its copy of what is restored.
 """
 
 from __future__ import annotations

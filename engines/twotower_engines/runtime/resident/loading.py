@@ -24,7 +24,7 @@ from twotower_engines.runtime.resident.refusals import (
 )
 from twotower_engines.runtime.resident.runtime import ResidentRuntime, Tower
 from twotower_engines.runtime.resident.tensorrt_engine import TensorRtEngine, import_tensorrt
-from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_bytes
+from twotower_engines.runtime.resident.upload import tower_bytes, upload_weights, weight_sizes
 
 
 def open_resident_runtime(
@@ -104,7 +104,7 @@ def _upload(
     """Upload each tower's weights to its device; progress counts all towers together."""
     made: dict[str, Tower] = {}
     manifest = store.manifest
-    sizes = {tower: weight_bytes(manifest, tower) for tower in engines}
+    sizes = {tower: sum(weight_sizes(manifest, tower)) for tower in engines}
     total = sum(sizes.values())
     before = 0
 

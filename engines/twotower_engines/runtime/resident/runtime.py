@@ -133,16 +133,7 @@ class ResidentRuntime:
 
     def extend(self, rows: Sequence[ExtendRow]) -> list[npt.NDArray[np.float32] | None]:
         """Append tokens to the context of some slots, in one call of the context engine."""
-        self._check_open()
-        most = max(row.ids.size for row in rows)
-        prepared, first = self._call("extend", [row.slot for row in rows], most)
-        arrays = prepared.inputs.arrays
-        prepared.inputs.clear()
-        count = arrays["lengths"].size
-        arrays["context_lengths"][:] = self._lengths[first : first + count]
-        for row in rows:
-            arrays["ids"][row.slot - first, : row.ids.size] = row.ids
-            arrays["lengths"][row.slot - first] = row.ids.size
+        prepared, first = self._filled("extend", rows)
         self._mirror.keep_previous(sorted(row.slot for row in rows if row.keep_previous))
         prepared.inputs.upload()
         if self._denoiser is not None:
@@ -159,17 +150,10 @@ class ResidentRuntime:
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
-        self._check_open()
-        most = max(row.ids.size for row in rows)
-        prepared, first = self._call("denoise", [row.slot for row in rows], most)
+        prepared, first = self._filled("denoise", rows)
         arrays = prepared.inputs.arrays
-        prepared.inputs.clear()
         arrays["conditioned"][:] = 1
-        count = arrays["lengths"].size
-        arrays["context_lengths"][:] = self._lengths[first : first + count]
         for row in rows:
-            arrays["ids"][row.slot - first, : row.ids.size] = row.ids
-            arrays["lengths"][row.slot - first] = row.ids.size
             for name in REFINE_ROWS:
                 arrays[name][row.slot - first] = getattr(row, name)
         self._run(prepared)
@@ -243,6 +227,22 @@ class ResidentRuntime:
         if (size, first) not in self._calls:
             self._prepare(size, first)
         return self._calls[size, first], first
+
+    def _filled(
+        self, verb: Verb, rows: Sequence[ExtendRow] | Sequence[DenoiseRow]
+    ) -> tuple[_Prepared, int]:
+        """Return the call that covers some rows, their tokens filled in, and its first slot."""
+        self._check_open()
+        most = max(row.ids.size for row in rows)
+        prepared, first = self._call(verb, [row.slot for row in rows], most)
+        arrays = prepared.inputs.arrays
+        prepared.inputs.clear()
+        count = arrays["lengths"].size
+        arrays["context_lengths"][:] = self._lengths[first : first + count]
+        for row in rows:
+            arrays["ids"][row.slot - first, : row.ids.size] = row.ids
+            arrays["lengths"][row.slot - first] = row.ids.size
+        return prepared, first
 
     def _window(self, slots: Sequence[int]) -> tuple[int, int]:
         """Return the first slot and the number of rows of the smallest window with all of `slots`.

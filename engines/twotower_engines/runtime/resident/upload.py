@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.bfloat16 import to_bfloat16
 from twotower_contract.errors import CheckpointError
 from twotower_contract.layout import FLAT
 from twotower_contract.manifest import Manifest, WeightInput
@@ -49,22 +50,15 @@ def input_sizes(manifest: Manifest, weight: WeightInput) -> dict[str, int]:
     return {name: math.prod(shape) * ITEM_SIZES[dtype] for name, (dtype, shape) in forms.items()}
 
 
-def weight_bytes(manifest: Manifest, tower: str) -> int:
-    """Return the size of all weights of a tower."""
-    return sum(
-        size
-        for weight in manifest.weights[tower].values()
-        for size in input_sizes(manifest, weight).values()
-    )
+def weight_sizes(manifest: Manifest, tower: str) -> list[int]:
+    """Return the bytes on the device of each weight input of a tower."""
+    weights = manifest.weights[tower].values()
+    return [size for weight in weights for size in input_sizes(manifest, weight).values()]
 
 
 def tower_bytes(manifest: Manifest, tower: str) -> int:
     """Return the size of all weights of a tower on the device, aligned."""
-    return sum(
-        aligned(size)
-        for weight in manifest.weights[tower].values()
-        for size in input_sizes(manifest, weight).values()
-    )
+    return sum(map(aligned, weight_sizes(manifest, tower)))
 
 
 def upload_weights(
@@ -104,7 +98,7 @@ def upload_weights(
         for buffer in buffers:
             stack.callback(device.free_staging, buffer)
         stack.callback(device.synchronize)
-        total = weight_bytes(store.manifest, tower)
+        total = sum(weight_sizes(store.manifest, tower))
         _Journey(device, start, total, buffers, progress).run(windows, _Files(stack))
     return addresses
 
@@ -310,5 +304,5 @@ def _converted(stored: npt.NDArray[np.uint8], tensor: TensorEntry) -> npt.NDArra
         return widened.view(np.uint8)
     if tensor.dtype == "F8_E4M3":
         return np.ascontiguousarray(stored.reshape(tensor.shape).T).reshape(-1)
-    bits = stored.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
+    rounded: npt.NDArray[np.uint8] = to_bfloat16(stored.view(np.float32)).view(np.uint8)
+    return rounded

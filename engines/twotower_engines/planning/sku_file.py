@@ -1,6 +1,4 @@
-"""The GPUs that engines are planned and built for.
-
-`skus.json` is the table, each number with its source. A user may describe another GPU in a file:
+"""GPUs that a user describes in a file, beside those of the table.
 
 ```toml
 name = "rtx-6000-ada"
@@ -24,24 +22,19 @@ The same keys in JSON do as well.
 from __future__ import annotations
 
 import difflib
-import functools
-import platform
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from twotower_contract.json_file import read_json
-from twotower_contract.machine import memory_bytes
+from twotower_contract.skus import Sku, known_skus, sku_of_values
 from twotower_engines.errors import PlanError
 from twotower_engines.planning.precisions import PRECISIONS
 
-GIB = 1 << 30
-TABLE_FILE = Path(__file__).with_name("skus.json")
 FLAVOURS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
-DEFAULT_ACHIEVED = 0.85
 ARCHES = ("x86_64", "aarch64")
 """CPU architectures as `platform.machine()` names them on Linux."""
 
@@ -58,92 +51,6 @@ OPTIONAL_KEYS = (
 )
 
 
-WORDS = ("title", "device_names", "note")
-"""Keys of the table's rows that are not numbers and need no source."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sku:
-    """One GPU, or the CPU.
-
-    Attributes:
-        name: Value of `--sku`, and the folder of its engines.
-        title: Name for people.
-        compute_capability: Compute capability, as `9.0`; None for the CPU.
-        arch: CPU architecture of its machines, as `platform.machine()` names it: an engine runs
-            only on the architecture that built it.
-        memory: Bytes that CUDA sees; for the CPU, of this machine.
-        reserved: Bytes of these that are never free: the system's part of unified memory.
-        bandwidth: Bytes per second, as specified.
-        achieved: Share of the bandwidth that kernels reach.
-        flops: Dense bf16 operations per second; for the CPU, fp32.
-        peer: Bytes per second to a second GPU of the machine; None where there can be no second.
-        precisions: Precisions that weights may have on it, widest first.
-        flavours: Flavours that can serve it; the first is the default.
-        device_names: Names that the driver gives it, without "NVIDIA".
-        note: Differences of sibling products, for people; may be empty.
-        sources: Field of the table to the source of its number.
-    """
-
-    name: str
-    title: str
-    compute_capability: str | None
-    arch: str
-    memory: int
-    reserved: int
-    bandwidth: float
-    achieved: float
-    flops: float
-    peer: float | None
-    precisions: tuple[str, ...]
-    flavours: tuple[str, ...]
-    device_names: tuple[str, ...] = ()
-    note: str = ""
-    sources: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def flavour(self) -> str:
-        """The flavour that `auto` takes."""
-        return self.flavours[0]
-
-    @property
-    def max_gpus(self) -> int:
-        """Number of GPUs that one process can use: two if they are connected, else one."""
-        return 1 if self.peer is None else 2
-
-    def as_json(self) -> dict[str, Any]:
-        """Return every number with its source."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "compute_capability": self.compute_capability,
-            "arch": self.arch,
-            "memory_bytes": self.memory,
-            "reserved_bytes": self.reserved,
-            "bandwidth_bytes_per_s": self.bandwidth,
-            "achieved_bandwidth": self.achieved,
-            "bf16_flops": self.flops,
-            "peer_bytes_per_s": self.peer,
-            "precisions": list(self.precisions),
-            "flavour": self.flavour,
-            "flavours": list(self.flavours),
-            "note": self.note,
-            "sources": dict(self.sources),
-        }
-
-
-@functools.cache
-def known_skus() -> dict[str, Sku]:
-    """Return the table by name, in its order."""
-    table = read_json(TABLE_FILE, PlanError)
-    table.check_format("twotower-skus", 1)
-    sources = table.section("sources").values
-    return {
-        name: _sku_of_table(name, row.values, sources)
-        for name, row in table.section("skus").children().items()
-    }
-
-
 def precisions_of(capability: str) -> tuple[str, ...]:
     """Return the precisions of a compute capability, by what TensorRT and our kernels serve."""
     number = tuple(int(part) for part in capability.split("."))
@@ -153,17 +60,6 @@ def precisions_of(capability: str) -> tuple[str, ...]:
     if number >= (8, 0):
         found += ["nvfp4", "int4"]
     return tuple(found)
-
-
-def _sku_of_table(name: str, row: Mapping[str, Any], sources: Mapping[str, Any]) -> Sku:
-    values = {key: pair[0] for key, pair in row.items() if key not in WORDS}
-    where = {key: str(sources[pair[1]]) for key, pair in row.items() if key in values}
-    values |= {"name": name, **{key: row[key] for key in WORDS if key in row}}
-    if values["memory_gib"] is None:
-        values["memory_gib"] = memory_bytes() / GIB
-    if values["arch"] is None:
-        values["arch"] = platform.machine()
-    return replace(_sku(values), sources=where)
 
 
 def sku_of_file(path: Path) -> Sku:
@@ -187,7 +83,7 @@ def sku_of_file(path: Path) -> Sku:
     values.setdefault("flavours", ["tensorrt-rtx", "tensorrt"] if is_rtx else ["tensorrt"])
     values.setdefault("precisions", list(precisions_of(capability)))
     values.setdefault("arch", ARCHES[0])
-    return replace(_sku(values), sources=dict.fromkeys(values, str(path)))
+    return replace(sku_of_values(values), sources=dict.fromkeys(values, str(path)))
 
 
 def _check_file(path: Path, values: Mapping[str, Any]) -> None:
@@ -233,23 +129,3 @@ def _check_value(path: Path, key: str, value: Any) -> None:
             wanted = "a share above 0 and at most 1"
     if not is_right:
         raise PlanError(f"{path}: `{key}` is {value!r:.80}, but {wanted} is wanted")
-
-
-def _sku(values: Mapping[str, Any]) -> Sku:
-    peer = values.get("peer_gb_s")
-    return Sku(
-        name=values["name"],
-        title=values.get("title", values["name"]),
-        compute_capability=values["compute_capability"],
-        arch=values["arch"],
-        memory=int(values["memory_gib"] * GIB),
-        reserved=int(values.get("reserved_gib", 0) * GIB),
-        bandwidth=values["bandwidth_gb_s"] * 1e9,
-        achieved=float(values.get("achieved_bandwidth", DEFAULT_ACHIEVED)),
-        flops=values["bf16_tflops"] * 1e12,
-        peer=None if peer is None else peer * 1e9,
-        precisions=tuple(values["precisions"]),
-        flavours=tuple(values["flavours"]),
-        device_names=tuple(values.get("device_names", ())),
-        note=values.get("note", ""),
-    )
