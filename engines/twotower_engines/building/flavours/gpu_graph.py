@@ -7,14 +7,17 @@ where the condition holds is right in either case (`Body.when` of the exporter).
 A mask that is the same for all queries of a row is repeated for each of them, because ONNX Runtime
 asks for that. A compiler for a GPU would write the repeated mask and read it in each layer.
 
-For some GPUs the compiler copies a cache once for each query head that reads it. There the heads of
-a group become queries of one head: a cache is then copied once.
+For some GPUs the compiler copies a cache once for each query head that reads it: there attention
+reads keys as [context, rows * heads, size], and a cache that is an input is laid out otherwise. Two
+forms let it copy a cache once. Where the tokens of a row share a mask, the heads of a group become
+queries of one head. Where each token has its own, that would repeat masks for all heads: there keys
+and values become sums with zero, which a kernel writes as attention reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx
@@ -42,7 +45,7 @@ def gpu_graph(model: onnx.ModelProto, capabilities: Collection[str] = ()) -> onn
             body.node.extend(_then(node) if node.op_type == "If" else [node])
         _narrow_masks(body)
         if capabilities and COPYING.issuperset(capabilities):
-            _fold_heads(body, flat.graph)
+            _copy_caches_once(body, flat.graph)
     return flat
 
 
@@ -64,36 +67,61 @@ def _narrow_masks(body: onnx.GraphProto | onnx.FunctionProto) -> None:
             body.node.remove(repeat)
 
 
-def _fold_heads(body: onnx.GraphProto | onnx.FunctionProto, graph: onnx.GraphProto) -> None:
-    """Make the query heads that share a head of keys its queries, one head's after another's."""
+def _copy_caches_once(body: onnx.GraphProto | onnx.FunctionProto, graph: onnx.GraphProto) -> None:
+    """Keep the compiler from a copy of the caches for each query head."""
     nodes = list(body.node)
     del body.node[:]
     for node in nodes:
-        is_attention = node.op_type == "Attention"
-        body.node.extend(_folded(node, body.name, graph) if is_attention else [node])
+        if node.op_type != "Attention":
+            body.node.append(node)
+        elif body.name == "CausalAttention":  # each token has a mask of its own
+            body.node.extend(_on_copies(node))
+        else:
+            body.node.extend(_folded(node, graph))
 
 
-def _folded(node: onnx.NodeProto, function: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Return an attention with folded heads, and what comes before and after it."""
+def _on_copies(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return an attention to keys and values that zero was added to, and the addition.
+
+    The zero is the least of a row's length and 0: a compiler cannot know it.
+    """
+    from onnx import TensorProto, helper
+
+    before: list[onnx.NodeProto] = []
+
+    def made(op: str, *inputs: str, **attributes: Any) -> str:
+        name = f"{node.name}.{op.lower()}_{len(before)}"
+        before.append(helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+    nothing = made("Constant", value=helper.make_tensor("zero", TensorProto.INT32, [], [0]))
+    zero = made("CastLike", made("Min", "context_lengths", nothing), node.input[1])
+    zero = made("Unsqueeze", zero, made("Constant", value_ints=[1, 2, 3]))
+    node.input[1:3] = [made("Add", cache, zero) for cache in node.input[1:3]]
+    return [*before, node]
+
+
+def _folded(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return an attention whose queries are those of all heads that share a head of keys.
+
+    One head's queries stand after another's. What comes before and after it is returned too.
+    """
     from onnx import helper
 
     _, heads, *_ = _sizes(graph.output, ".queries")
     _, shared, _, width = _sizes(graph.input, ".k_cache")
 
-    def resized(op: str, x: str, sizes: list[int], made: str) -> list[onnx.NodeProto]:
+    def resized(x: str, sizes: list[int], made: str) -> list[onnx.NodeProto]:
         constant = helper.make_node("Constant", [], [f"{made}.sizes"], value_ints=sizes)
         constant.name = constant.output[0]
-        name = f"{made}.{op.lower()}"
-        return [constant, helper.make_node(op, [x, constant.name], [made], name)]
+        name = f"{made}.reshape"
+        return [constant, helper.make_node("Reshape", [x, constant.name], [made], name)]
 
-    queries, mask, y = f"{node.name}.queries", f"{node.name}.mask", node.output[0]
-    before = resized("Reshape", node.input[0], [0, shared, -1, width], queries)
+    queries, y = f"{node.name}.queries", node.output[0]
+    before = resized(node.input[0], [0, shared, -1, width], queries)
     node.input[0] = queries
-    if function == "CausalAttention":  # each token has a mask of its own
-        before += resized("Tile", node.input[3], [1, 1, heads // shared, 1], mask)
-        node.input[3] = mask
     node.output[0] = f"{node.name}.of_heads"
-    return [*before, node, *resized("Reshape", node.output[0], [0, heads, -1, width], y)]
+    return [*before, node, *resized(node.output[0], [0, heads, -1, width], y)]
 
 
 def _sizes(values: Iterable[onnx.ValueInfoProto], ending: str) -> list[int]:
