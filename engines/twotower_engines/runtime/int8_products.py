@@ -20,13 +20,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from twotower_engines.runtime.nodes import Nodes
+from twotower_engines.runtime.nodes import MICROSOFT, Nodes
 from twotower_engines.runtime.packed_session import write_shapes
 from twotower_engines.runtime.routed_experts import Parts
 
 Array = npt.NDArray[Any]
 
-MICROSOFT = "com.microsoft"
 MOST = 127
 """Largest code of a weight; a token's codes are as large, and 128 more."""
 
@@ -48,7 +47,6 @@ def use_int8(model: onnx.ModelProto) -> dict[str, Parts]:
         Name of each matrix, which is no input any more, to what the new inputs are made of.
     """
     graph = model.graph
-    model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     write_shapes(graph)
     inputs = {value.name: value for value in graph.input}
     parts: dict[str, Parts] = {}

@@ -10,6 +10,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+MICROSOFT = "com.microsoft"
+"""Domain of the operators that are ONNX Runtime's own."""
+
 
 class Nodes:
     """Nodes with names of their own; `nodes.add("Mul", x, y)` adds one and returns its output."""
@@ -18,28 +21,35 @@ class Nodes:
         self.prefix = prefix
         self.written: list[onnx.NodeProto] = []
 
-    def add(self, op: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """Add a node of one output and return it, named after its operator unless it is given."""
+    def add(
+        self,
+        op: str,
+        *inputs: str,
+        output: str | None = None,
+        others: Sequence[str] = (),
+        **attributes: Any,
+    ) -> str:
+        """Add a node and return its first output, named after its operator unless it is given.
+
+        Args:
+            op: The operator.
+            inputs: Names of values.
+            output: Name of the first output.
+            others: Names of the other outputs.
+            attributes: Those of the node, and its `domain`.
+        """
         made = output or f"{self.prefix}.{op}_{len(self.written)}"
-        self.written.append(helper.make_node(op, inputs, [made], made, **attributes))
+        self.written.append(helper.make_node(op, inputs, [made, *others], made, **attributes))
         return made
 
     def constant(self, values: Any, dtype: npt.DTypeLike = np.int64) -> str:
         """Add a constant and return its name."""
         return self.add("Constant", value=numpy_helper.from_array(np.asarray(values, dtype)))
 
-    def split(self, x: str, count: int, sizes: str) -> list[str]:
-        """Return parts of a tensor along its first axis, of the sizes in `sizes`, int64 [count]."""
+    def split(self, x: str, count: int, sizes: str, axis: int = 0) -> list[str]:
+        """Return parts of a tensor along an axis, of the sizes in `sizes`, int64 [count]."""
         names = [f"{x}.{index}" for index in range(count)]
-        self.written.append(helper.make_node("Split", [x, sizes], names, f"{x}.split"))
-        return names
-
-    def sorted(self, values: str, count: str) -> tuple[str, str]:
-        """Return the values of a vector in order, of equal ones the first first; and whence."""
-        names = f"{values}.sorted", f"{values}.order"
-        self.written.append(
-            helper.make_node("TopK", [values, count], names, names[0], axis=0, largest=0)
-        )
+        self.written.append(helper.make_node("Split", [x, sizes], names, f"{x}.split", axis=axis))
         return names
 
     def branch(self, name: str, output: str) -> onnx.GraphProto:

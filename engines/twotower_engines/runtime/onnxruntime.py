@@ -29,9 +29,11 @@ from twotower_engines.runtime import denormals
 from twotower_engines.runtime.host_states import CAPACITY_STEP, Batch, HostStates, Slot, grown
 from twotower_engines.runtime.int8_products import use_int8
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
+from twotower_engines.runtime.mamba_steps import replace_mamba_steps, scan_width
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune, replace_norms
 from twotower_engines.runtime.routed_experts import parts_of, replace_experts
+from twotower_engines.runtime.shared_values import replace_modulations, share_shapes
 from twotower_engines.runtime.vocabulary_passes import refine_masked_rows
 
 Array = npt.NDArray[Any]
@@ -232,16 +234,19 @@ class OnnxRuntime:
         path = engines.engine_path(tower)
         try:
             model = flat_graph(path)
+            replace_mamba_steps(model.graph)
             caches = [f"{name}_new" for name in self._attention_shapes]
             read = [*self._new_states(1), "logits"] if tower == "context" else DENOISER_OUTPUTS
             prune(model.graph, [*read, *caches])
             replace_norms(model.graph, engines.manifest.model.norm_eps)
+            replace_modulations(model.graph)
             experts = replace_experts(model.graph)
             if tower == "denoiser":
                 model = refine_masked_rows(
                     model, LOGITS_WANTED, self.vocab_size, self.mask_token_id
                 )
             del model.functions[:]  # of what is written anew
+            share_shapes(model.graph, "ids")
             narrow = use_int8(model) if self._int8 else {}
             make_optional(model.graph, "logits", LOGITS_WANTED)
             weights = (
@@ -365,8 +370,8 @@ def _state_shapes(
         mamba[f"context.layers.{layer}.conv_state"] = (model.conv_kernel - 1, model.conv_dim)
         mamba[f"context.layers.{layer}.ssm_state"] = (
             model.mamba_num_heads,
-            model.mamba_head_dim,
             model.ssm_state_size,
+            scan_width(model.mamba_head_dim),
         )
     attention = {
         f"context.layers.{layer}.{kind}_cache": (model.num_key_value_heads, model.head_dim)

@@ -14,11 +14,15 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto, helper
 
-from twotower_engines.runtime.nodes import read_by
+from twotower_engines.runtime.nodes import MICROSOFT, read_by
 
 NORM = ("twotower", "RMSNorm")
-WRITTEN_ANEW = [("twotower", "SparseExperts"), ("twotower", "RefineBlock"), NORM]
-"""Functions that a CPU has a form of its own for: `routed_experts`, `vocabulary_passes`, here."""
+WRITTEN_ANEW = [
+    ("twotower", name)
+    for name in ("MambaBlockStep", "Modulation", "SparseExperts", "RefineBlock", "RMSNorm")
+]
+"""Functions that a CPU has a form of its own for: in `mamba_steps`, `shared_values`,
+`routed_experts`, `vocabulary_passes`, here."""
 
 
 def flat_graph(path: Path) -> onnx.ModelProto:
@@ -31,6 +35,7 @@ def flat_graph(path: Path) -> onnx.ModelProto:
     kept = [one for one in flat.functions if (one.domain, one.name) in WRITTEN_ANEW]
     del flat.functions[:]
     flat.functions.extend(kept)
+    flat.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     return flat
 
 

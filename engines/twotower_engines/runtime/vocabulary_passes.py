@@ -40,7 +40,7 @@ def refine_masked_rows(
     one row, [1, masked, vocabulary]; what the rest of the step reads of it is put back in place.
 
     Args:
-        model: The denoiser's, whose only function is the step.
+        model: The denoiser's, with the step as a function.
         flag: Name of an input of the graph, bool [1]: take every position, for whoever reads the
             output `logits`.
         vocabulary: Tokens of the vocabulary.
@@ -48,7 +48,7 @@ def refine_masked_rows(
     """
     call = _only((n for n in model.graph.node if (n.domain, n.op_type) == OP), "RefineBlock node")
     outside = {name for node in model.graph.node if node != call for name in node.output}
-    model = onnx.inliner.inline_local_functions(model)
+    model = onnx.inliner.inline_selected_functions(model, [OP])
     nodes = [n for n in model.graph.node if outside.issuperset(n.output)]
     step = [n for n in model.graph.node if not outside.issuperset(n.output)]
     logits, ids = call.input[:2]

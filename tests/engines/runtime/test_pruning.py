@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from twotower_engines.runtime.mamba_steps import replace_mamba_steps
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune, replace_norms
 from twotower_engines.runtime.routed_experts import replace_experts
 
@@ -17,6 +18,7 @@ def made(random_engines):
 
 def pruned(path, outputs):
     graph = flat_graph(path).graph
+    replace_mamba_steps(graph)
     prune(graph, outputs)
     return graph
 
@@ -26,9 +28,10 @@ def test_a_denoise_step_computes_no_states_and_a_prediction_refines_nothing(made
     refine, predict = (
         pruned(made.folder / "denoiser.onnx", outputs) for outputs in (["new_ids"], ["logits"])
     )
-    assert any("end_state" in node.name for node in graph.node)
+    states = {node.output[1] for node in graph.node if node.op_type == "MambaBlockStep"}
+    assert len(states) == 3
     for cut in (refine, predict):
-        assert not any("end_state" in node.name for node in cut.node)
+        assert not any(states.intersection(node.output) for node in cut.node)
         assert any(node.op_type == "RefineBlock" for node in cut.node) == (cut is refine)
     assert {value.name for value in graph.input} - {value.name for value in predict.input} == {
         "threshold", "steps_left", "temperature", "policy", "seed",

@@ -10,6 +10,7 @@ from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_contract.policies import POLICIES
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import RuntimeLoadError
+from twotower_engines.runtime.mamba_steps import replace_mamba_steps
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune
 from twotower_engines.runtime.routed_experts import replace_experts
@@ -27,6 +28,7 @@ def sessions(random_engines):
 
     def opened(spare):
         model = flat_graph(made.folder / "denoiser.onnx")
+        replace_mamba_steps(model.graph)
         prune(model.graph, [*REFINED, "logits"])
         parts = replace_experts(model.graph)
         if spare:
