@@ -9,7 +9,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -29,6 +30,18 @@ def interruptible() -> None:
     for number in (signal.SIGINT, *ENDING):
         if signal.getsignal(number) in DEFAULTS:
             signal.signal(number, _interrupt)
+
+
+@contextmanager
+def told_to_end(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Hand Ctrl-C, SIGTERM and SIGHUP over to a handler, as long as the block runs."""
+    numbers = (signal.SIGINT, *ENDING)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_child(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[bytes]:

@@ -32,6 +32,9 @@ ITEM_SIZES: Final[Mapping[str, int]] = {
 }
 """Bytes per element by safetensors' dtype."""
 
+NUMPY_DTYPES: Final = {"BF16": "<u2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
+"""NumPy's dtype of what is stored, by safetensors' dtype; bfloat16 and FP8 as their bits."""
+
 STORED_DTYPES: Final = ("BF16", "F32")
 """The dtypes of weights that are not quantized, in safetensors' spelling."""
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from tests.support import reference
 from tests.support.reference import ReferenceModel, generate_ar, generate_mask_diffusion
 from twotower_contract.errors import TwoTowerError
+from twotower_contract.golden import GOLDEN_FILE, read_golden, write_golden
 from twotower_contract.policies import POLICIES
 from twotower_export.bundle import write_bundle
 from twotower_export.checkpoint import open_checkpoint
@@ -22,9 +23,7 @@ from twotower_export.reference.golden import (
     MAX_NEW_TOKENS,
     compute_golden,
     golden_for,
-    read_golden,
     stream_golden,
-    write_golden,
 )
 from twotower_export.reference.refinement import Rule, gumbel, refine
 from twotower_export.tiny.checkpoints import (
@@ -83,7 +82,7 @@ def test_a_bundle_has_it(checkpoint, tmp_path):
 
 def test_a_checkpoint_brings_its_own(checkpoint, monkeypatch):
     recorded = compute_golden(checkpoint) | {"computed_with": "a machine with a GPU"}
-    write_golden(checkpoint, recorded)
+    write_golden(checkpoint.path / GOLDEN_FILE, checkpoint.fingerprint, recorded)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no PyTorch, no tokenizers
     assert golden_for(checkpoint) == (recorded, None)
     golden, missing = golden_for(checkpoint, ["context"])  # the file is of another mode
@@ -124,12 +123,14 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
     ("change", "message"),
     [
         ({"fingerprint": "0" * 64}, "fingerprint 000000000000"),
-        ({"format": "other"}, "is no twotower-golden"),
-        ({"golden": {}}, "holds no answer"),
+        ({"format": "other"}, "is 'other' version 1, not 'twotower-golden'"),
+        ({"golden": {}}, "`golden: output_ids` is missing"),
+        ({"golden": {"output_ids": []}}, "holds no answer"),
     ],
 )
 def test_a_file_of_something_else_is_refused(checkpoint, change, message):
-    path = write_golden(checkpoint, compute_golden(checkpoint))
+    path = checkpoint.path / GOLDEN_FILE
+    write_golden(path, checkpoint.fingerprint, compute_golden(checkpoint))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(TwoTowerError, match=message):
         golden_for(checkpoint)
@@ -144,7 +145,7 @@ def test_the_command_streams_and_gives_the_answer_of_the_towers_in_memory(checkp
     path = checkpoint.path / "golden.json"
     assert done.stdout.startswith(f"{path}: 48 tokens in {calls} denoiser calls, ")
     assert "6 to 51 calls that read about 0.0 GB" in done.stderr
-    assert read_golden(checkpoint) == computed
+    assert read_golden(checkpoint.path, checkpoint.fingerprint) == computed
     printed = json.loads(run(checkpoint.path, "--json").stdout)
     assert (printed["file"], printed["golden"]) == (str(path), computed)
     assert isinstance(run(checkpoint.path / "nothing").exception, TwoTowerError)
@@ -172,7 +173,8 @@ def test_the_command_needs_pytorch(checkpoint, monkeypatch):
 def test_the_trained_checkpoint_ships_a_golden_answer_that_is_still_right(tmp_path):
     copy_pretrained(tmp_path / "trained")
     trained = open_checkpoint(tmp_path / "trained")
-    shipped, computed = read_golden(trained), compute_golden(trained)
+    shipped = read_golden(trained.path, trained.fingerprint)
+    computed = compute_golden(trained)
     assert shipped is not None, "run: twotower golden export/twotower_export/data/tiny"
     versions = ("computed_with",)
     for name, value in computed.items():

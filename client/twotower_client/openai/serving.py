@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from twotower_client.errors import ClientError
-from twotower_contract.processes import ENDING
+from twotower_contract.processes import told_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,13 +37,8 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Let Ctrl-C and SIGTERM end the server; a second one ends its answers, too."""
-        numbers = (signal.SIGINT, *ENDING)
-        before = {number: signal.signal(number, self._stop) for number in numbers}
-        try:
+        with told_to_end(self._stop):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit

@@ -21,9 +21,7 @@ from twotower_contract.errors import CheckpointError, listed
 from twotower_contract.manifest import Manifest, WeightInput
 from twotower_contract.moved_tensors import moved_tensors
 from twotower_contract.quantized import decode, scale_names
-from twotower_contract.shards import Shard, TensorEntry, read_shard
-
-_STORED = {"BF16": "<u2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
+from twotower_contract.shards import NUMPY_DTYPES, Shard, TensorEntry, read_shard
 
 COPIED_BYTES = 16 * 2**20
 """Largest float32 weight that is copied: of the released layout all but embeddings and heads."""
@@ -84,7 +82,7 @@ class WeightStore:
         entry = self.manifest.tensors[tensor]
         start = self.manifest.shards[entry.shard].data_start
         content = self._map(entry.shard)[start + entry.begin : start + entry.end]
-        return content.view(_STORED[entry.dtype]).reshape(entry.shape)
+        return content.view(NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def float32(self, weight: WeightInput) -> npt.NDArray[np.float32]:
         """Return a weight input in float32: a view where the checkpoint stores a large one so.

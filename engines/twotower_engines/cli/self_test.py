@@ -95,7 +95,7 @@ def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> 
     Raises:
         SelfTestError: The answer is plainly wrong.
     """
-    from twotower_contract.json_file import write_json
+    from twotower_contract.golden import write_golden
     from twotower_engines.verify.invariants import objections, run_request
     from twotower_engines.verify.self_test import golden_request
 
@@ -120,11 +120,5 @@ def _record(engines: EngineSet, runtime: Runtime, file: Path, as_json: bool) -> 
         "tokens_per_call": round(len(ids) / calls, 4) if calls else None,
         "computed_with": f"{build.flavour} engines for {build.sku} ({versions}), {build.precision}",
     }
-    content = {
-        "format": "twotower-golden",
-        "format_version": 1,
-        "fingerprint": engines.manifest.checkpoint.fingerprint,
-        "golden": golden,
-    }
-    write_json(file, content)
+    content = write_golden(file, engines.manifest.checkpoint.fingerprint, golden)
     click.echo(json.dumps(content) if as_json else f"{file}: {len(ids)} tokens in {calls} calls")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower_contract.command_line import OPENAI_PORT
-from twotower_contract.processes import ENDING
+from twotower_contract.processes import told_to_end
 from twotower_contract.progress import StatusLine
 from twotower_engines.cli.options import opening_options
 
 if TYPE_CHECKING:
     from twotower_engines.serving.server import TritonServer
-    from twotower_engines.serving.supervisor import Supervisor
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -189,7 +187,11 @@ def serve(
         fronts = {kind: front.address for kind, front in supervisor.fronts.items()}
         print(_ready(server, fronts, seconds, as_json), flush=True)
 
-    with _Interrupted(supervisor):
+    def end(number: int, frame: object) -> None:
+        print("ending the server", file=sys.stderr)
+        supervisor.end(number)
+
+    with told_to_end(end):
         try:
             supervisor.run(show, ready)
         finally:
@@ -198,25 +200,6 @@ def serve(
 
 def _tell(event: str) -> None:
     print(f"twotower serve: {event}", file=sys.stderr, flush=True)
-
-
-class _Interrupted:
-    """While active, Ctrl-C and SIGTERM ask the server to end."""
-
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
-
-    def _handle(self, number: int, frame: object) -> None:
-        print("ending the server", file=sys.stderr)
-        self._supervisor.end(number)
-
-    def __enter__(self) -> None:
-        wanted = (signal.SIGINT, *ENDING)
-        self._before = {number: signal.signal(number, self._handle) for number in wanted}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class _Status:

@@ -12,9 +12,10 @@ from typing import Any
 import click
 
 from twotower_contract.errors import TwoTowerError
+from twotower_contract.golden import GOLDEN_FILE, write_golden
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.progress import StepMeter
-from twotower_export.reference.golden import expected_work, stream_golden, write_golden
+from twotower_export.reference.golden import expected_work, stream_golden
 
 EPILOG = """\b
 Examples:
@@ -47,7 +48,8 @@ def golden(checkpoint: str, as_json: bool) -> None:
     if not os.access(opened.path, os.W_OK):
         raise TwoTowerError(f"{opened.path}: is not writable; run this where it is")
     answer = _streamed(opened)
-    path = write_golden(opened, answer)
+    path = opened.path / GOLDEN_FILE
+    write_golden(path, opened.fingerprint, answer)
     seconds = round(time.monotonic() - start, 2)
     if as_json:
         click.echo(json.dumps({"file": str(path), "seconds": seconds, "golden": answer}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -32,20 +32,14 @@ Exits with 1 where something differs. Engines for a GPU are verified as far as t
 LISTED_AT_MOST = 10
 
 
-class _PartType(click.ParamType[int | str]):
-    """`embeddings`, `head` or the number of a layer."""
-
-    name = "PART"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        if value in ("embeddings", "head"):
-            return str(value)
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither embeddings, head nor a layer's number", param, ctx)
+def _part(text: str) -> int | str:
+    """Read `embeddings`, `head` or the number of a layer."""
+    try:
+        return text if text in ("embeddings", "head") else int(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is neither embeddings, head nor a layer's number"
+        ) from None
 
 
 class VerificationError(TwoTowerError):
@@ -74,7 +68,8 @@ class VerificationError(TwoTowerError):
 @click.option(
     "--part",
     "parts",
-    type=_PartType(),
+    type=_part,
+    metavar="PART",
     multiple=True,
     help="Verify only this part of each tower: embeddings, head or a layer's number. Repeatable.",
 )

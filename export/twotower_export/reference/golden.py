@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from twotower_contract.errors import ConfigError, TwoTowerError
-from twotower_contract.json_file import read_json, write_json
+from twotower_contract.errors import ConfigError
+from twotower_contract.golden import GOLDEN_FILE, read_golden
 from twotower_contract.layout import TOWERS, Tower, expected_tensors
 from twotower_contract.tokenizer import open_tokenizer
 from twotower_export.checkpoint import Checkpoint
@@ -33,10 +33,6 @@ from twotower_export.reference.refinement import Rule, refine
 
 if TYPE_CHECKING:
     from twotower_export.reference.sequence import SequenceTowers
-
-GOLDEN_FILE: Final = "golden.json"
-FORMAT: Final = "twotower-golden"
-FORMAT_VERSION: Final = 1
 
 FLOAT32_BOUND: Final = 4_000_000_000
 """Bytes of weights in float32 up to which the towers are loaded to compute the answer."""
@@ -69,7 +65,7 @@ def golden_for(
         TwoTowerError: The checkpoint's `golden.json` is unreadable or another checkpoint's.
     """
     mode = "mask_diffusion" if "denoiser" in towers else "ar"
-    recorded = read_golden(checkpoint)
+    recorded = read_golden(checkpoint.path, checkpoint.fingerprint)
     if recorded is not None and recorded["mode"] == mode:
         return recorded, None
     size = 4 * sum(map(math.prod, expected_tensors(checkpoint.config, checkpoint.towers).values()))
@@ -90,42 +86,6 @@ def golden_for(
         except FloatingPointError as problem:
             reason = f"{problem}: compare the checkpoint with the one that was released"
     return None, {"reason": reason, "request": _request(checkpoint, mode)}
-
-
-def read_golden(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the answer that a checkpoint brings along, or None.
-
-    Raises:
-        TwoTowerError: The file is unreadable or another checkpoint's.
-    """
-    path = checkpoint.path / GOLDEN_FILE
-    if not path.is_file():
-        return None
-    content = read_json(path).values
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise TwoTowerError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}; delete it")
-    if content.get("fingerprint") != checkpoint.fingerprint:
-        raise TwoTowerError(
-            f"{path}: is of a checkpoint with fingerprint {str(content.get('fingerprint'))[:12]}, "
-            f"not {checkpoint.fingerprint[:12]}; delete it, or record it again"
-        )
-    golden = content.get("golden")
-    if not isinstance(golden, dict) or not golden.get("output_ids"):
-        raise TwoTowerError(f"{path}: holds no answer; delete it, or record it again")
-    return golden
-
-
-def write_golden(checkpoint: Checkpoint, golden: Mapping[str, Any]) -> Path:
-    """Write `golden.json` into a checkpoint's folder; returns its path."""
-    content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "fingerprint": checkpoint.fingerprint,
-        "golden": dict(golden),
-    }
-    path = checkpoint.path / GOLDEN_FILE
-    write_json(path, content)
-    return path
 
 
 def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from twotower_contract.machine import read_at
 from twotower_contract.manifest import Manifest
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_contract.quantized import decode, scale_names
+from twotower_contract.shards import NUMPY_DTYPES
 from twotower_export.verification.calls import QUERIES
 
 Array = npt.NDArray[Any]
@@ -39,8 +40,6 @@ CODED: Final = {
     "tensor(int32)": onnx.TensorProto.INT32,
 }
 """Types of the inputs that hold codes, as ONNX Runtime spells and as ONNX numbers them."""
-
-_STORED: Final = {"BF16": "<u2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
 
 _PIECE: Final = 1 << 22
 """Elements that are read at a time."""
@@ -251,7 +250,7 @@ class ManifestWeights:
     def _whole(self, name: str) -> Array:
         """Return a tensor as it is stored."""
         entry = self._manifest.tensors[name]
-        made = np.empty(entry.shape, _STORED[entry.dtype])
+        made = np.empty(entry.shape, NUMPY_DTYPES[entry.dtype])
         for piece, values in self._pieces(name, made.reshape(-1)):
             piece[...] = values
         return made
@@ -261,7 +260,7 @@ class ManifestWeights:
         entry = self._manifest.tensors[source]
         shard = self._manifest.shards[entry.shard]
         path = self._checkpoint / shard.file
-        stored = np.dtype(_STORED[entry.dtype])
+        stored = np.dtype(NUMPY_DTYPES[entry.dtype])
         count = (entry.end - entry.begin) // stored.itemsize
         if count != target.size:
             raise BundleError(

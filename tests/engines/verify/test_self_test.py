@@ -102,7 +102,7 @@ def forget_the_answer(manifest):
     """The golden block of a model that is too large for an export to answer: the exporter's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "FLOAT32_BOUND", 0)
-        patch.setattr(exporter, "read_golden", lambda checkpoint: None)
+        patch.setattr(exporter, "read_golden", lambda folder, fingerprint: None)
         checkpoint = open_checkpoint(manifest["checkpoint"]["path"])
         manifest["golden"], manifest["golden_missing"] = exporter.golden_for(checkpoint)
 
