@@ -74,9 +74,9 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     rate = b.op.Neg(b.op.Exp(b.cast(a_log, FLOAT)))  # A [H]
     total = b.op.CumSum(b.op.Mul(dt, rate), b.i64(1))  # log of the decay since the block began
     total = b.transpose(b.reshape(total, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
-    # Of the whole block: the last sum, which is the least. A sum of its own, added in another
-    # order, would not cancel in exp(end - total).
-    end = b.op.ReduceMin(total, b.i64([3]), keepdims=1)
+    # Of the whole block: the last sum. A sum of its own, added in another order, would not cancel
+    # in exp(end - total).
+    end = b.op.Gather(total, b.op.Sub(b.size(total, 3), b.i64([1])), axis=3)
     dt = b.transpose(b.reshape(dt, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
 
     b.begin("scan")
@@ -106,8 +106,9 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
 class _Scan:
     """The scan of a block: what its parts take.
 
-    Their products have three dimensions, groups of all rows and a matrix: TensorRT turns such a
-    product round where it would write a larger one's operand anew.
+    Products with B and C have three dimensions, groups of all rows and a matrix: TensorRT turns
+    such a product round where it would write a larger one's operand anew. For the product with x it
+    does not, and each reshape costs the compiler memory in every layer.
 
     Attributes:
         sizes: G, J, P, N.
@@ -157,20 +158,15 @@ def _convolve(
 def _within_block(b: Body, scan: _Scan, steps: ir.Value, skip: ir.Value) -> ir.Value:
     """Return the part of each token's output from the block itself; [B, L, G, J, P].
 
-    The token's own input, which skips the state, is one more term on the diagonal.
+    The token's own input, which skips the state, is part of it.
     """
-    G, J, P, _ = scan.sizes
-    order = b.op.Sub(b.unsqueeze(steps, 1), b.unsqueeze(steps, 0))  # [L, L]
+    causal = b.op.GreaterOrEqual(b.unsqueeze(steps, 1), b.unsqueeze(steps, 0))  # [L, L]
     since = b.op.Sub(b.unsqueeze(scan.total, 4), b.unsqueeze(scan.total, 3))
-    causal = b.op.GreaterOrEqual(order, b.i32(0))
     decay = b.op.Exp(b.op.Where(causal, since, b.f32(NEVER)))  # [B, G, J, L, L]
     similarity = b.op.MatMul(scan.C, b.transpose(scan.B, 0, 2, 1))  # [B * G, L, L]
-    similarity = b.op.Reshape(similarity, scan.shape(-1, G, 1, None, None))
+    similarity = b.op.Reshape(similarity, scan.shape(-1, scan.sizes[0], 1, None, None))
     taken = b.op.Mul(b.op.Mul(similarity, decay), b.unsqueeze(scan.dt, 3))
-    skipped = b.op.Where(b.op.Equal(order, b.i32(0)), skip, b.f32(0.0))
-    taken = b.op.Reshape(b.op.Add(taken, skipped), scan.shape(-1, None, None))
-    x = b.op.Reshape(scan.x, scan.shape(-1, None, P))
-    y = b.op.Reshape(b.op.MatMul(taken, x), scan.shape(-1, G, J, None, P))
+    y = b.op.Add(b.op.MatMul(taken, scan.x), b.op.Mul(skip, scan.x))
     return b.transpose(y, 0, 3, 1, 2, 4)
 
 
@@ -188,13 +184,13 @@ def _from_seed(b: Body, scan: _Scan, seed: ir.Value) -> ir.Value:
 
 @in_section("end_state")
 def _end_state(b: Body, scan: _Scan, seed: ir.Value) -> ir.Value:
-    """Return the state after the block, [B * G, J * P, N]; padding decays nothing (dt is 0)."""
+    """Return the state after the block, [B, G, J, P, N]; padding decays nothing (dt is 0)."""
     G, J, P, N = scan.sizes
     until_end = b.op.Mul(b.op.Exp(b.op.Sub(scan.end, scan.total)), scan.dt)
     weighted = b.transpose(b.op.Mul(scan.x, b.unsqueeze(until_end, 4)), 0, 1, 2, 4, 3)
     gained = b.op.MatMul(b.op.Reshape(weighted, scan.shape(-1, J * P, None)), scan.B)
     kept = b.op.Mul(b.reshape(seed, -1, G, J, P, N), b.unsqueeze(b.op.Exp(scan.end), 4))
-    made: ir.Value = b.op.Add(b.reshape(kept, -1, J * P, N), gained)
+    made: ir.Value = b.op.Add(kept, b.reshape(gained, -1, G, J, P, N))
     return made
 
 
