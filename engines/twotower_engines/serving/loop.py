@@ -183,7 +183,8 @@ class EngineLoop:
             print(f"twotower: the engine's thread {order}", file=sys.stderr)
             while not self._closing:
                 self._take_in()
-                for event in self._scheduler.turn():
+                # first those who may ask for more at once, while rows are free
+                for event in sorted(self._scheduler.turn(), key=lambda one: not one.is_last):
                     self._deliver(event)
                 self._turns += 1
                 if self._scheduler.idle:
