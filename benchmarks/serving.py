@@ -1,6 +1,6 @@
 """What serving adds to the engines on this machine, in one run, and where the time goes.
 
-    python -m benchmarks.serving           # two to three minutes
+    python -m benchmarks.serving           # five minutes
 
 The trained tiny checkpoint, held-out prompts, greedy, threshold 0.9, on the CPU in float32. The
 same requests go to the scheduler alone (no server, no text, one process), which is the loop of
@@ -9,9 +9,9 @@ once; each stream sends one request after the other. Both use one thread for the
 server, its Python model and the client share what is left of the machine, so the ratio holds for a
 machine of this size and is less on a larger one.
 
-All cases take turns, and the shortest of some repeats counts, so that a noisy minute hits all
-alike. Beside each time stands the CPU time of the engine's thread, which other processes change
-less.
+All cases take turns. The machine's own speed changes from minute to minute, so a ratio is the
+median of the ratios of runs that followed each other; times are those of the shortest run. Beside
+each time stands the CPU time of the engine's thread, which other processes change less.
 
 Last come the loops in the client that such a server spares (`client_loop`).
 """
@@ -28,6 +28,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.client_loop import NEW_TOKENS, Answers, Prompts, run_loops
@@ -48,7 +49,7 @@ from twotower_engines.serving.settings import Settings
 from twotower_export.tiny.corpus import documents
 
 REQUESTS = {1: 64, 16: 256, 32: 256, 128: 512}  # in all, by streams
-REPEATS = 3
+REPEATS = 7
 OPTIONS = ServerOptions("127.0.0.1", 0, None, None)
 
 
@@ -93,7 +94,7 @@ def main() -> None:
                     served = run_served(server, folder, prompts[:requests], streams, bare.answers)
                     repeats[streams].append((bare, served))
                     print(f"{streams} streams: {bare.wall:.2f}, {served.wall:.2f} s", flush=True)
-        rows = [row_of(streams, some) for streams, some in repeats.items()]
+        rows = [row_of(streams, some, repeats[1]) for streams, some in repeats.items()]
         write_model(folder / "steps" / "steps", "step_model")
         expected = repeats[1][0][0].answers
         looped = run_loops(engines, folder / "steps", prompts, expected, REPEATS)
@@ -186,14 +187,19 @@ def spans(server: TritonServer, folder: Path) -> dict[str, float]:
     return {**json.loads(path.read_text()), "triton cpu": sum(map(int, times)) / ticks}
 
 
-def row_of(streams: int, repeats: Sequence[tuple[Bare, Served]]) -> dict[str, float]:
+def row_of(
+    streams: int, repeats: Sequence[tuple[Bare, Served]], single: Sequence[tuple[Bare, Served]]
+) -> dict[str, float]:
     """Return what came of the repeats at so many streams: times in seconds, parts per turn in ms.
 
     A wait for a core or for Python's lock is the engine's thread's: it has work, and stands.
+
+    Args:
+        single: The repeats of one stream at a time.
     """
     bare = min((bare for bare, _ in repeats), key=lambda one: one.wall)
     served = min((served for _, served in repeats), key=lambda one: one.wall)
-    took, tokens = served.spans, sum(map(len, bare.answers))
+    took, tokens = served.spans, count_tokens(bare)
     calls = took["extend cpu"] + took["denoise cpu"]
     engine, waited = took["engine thread cpu"], took["engine thread waited"]
     others = sum(value for name, value in took.items() if name.endswith(" thread cpu")) - engine
@@ -220,11 +226,22 @@ def row_of(streams: int, repeats: Sequence[tuple[Bare, Served]]) -> dict[str, fl
         "served cpu": min(one.spans["engine thread cpu"] for _, one in repeats),
         "turns": turns,
         "rows per step": took["rows"] / took["denoise count"],
-        "ratio": served.wall / bare.wall,
+        "ratio": median(served.wall / bare.wall for bare, served in repeats),
+        **{
+            f"{name}to one stream": median(
+                (tokens / some[place].wall) / (count_tokens(one[0]) / one[place].wall)
+                for some, one in zip(repeats, single, strict=True)
+            )
+            for place, name in enumerate(("bare ", ""))
+        },
         "bare tokens per second": tokens / bare.wall,
         "tokens per second": tokens / served.wall,
         **{name: 1e3 * seconds / turns for name, seconds in parts.items()},
     }
+
+
+def count_tokens(run: Bare) -> int:
+    return sum(map(len, run.answers))
 
 
 def write(rows: list[dict[str, float]], looped: list[dict[str, Any]]) -> None:
@@ -234,23 +251,20 @@ def write(rows: list[dict[str, float]], looped: list[dict[str, Any]]) -> None:
         "# Serving on the CPU",
         "",
         f"`python -m benchmarks.serving`, {today()}, {where}; trained tiny checkpoint, at most",
-        f"{NEW_TOKENS} tokens per answer, engines on one thread, best of {REPEATS}. CPU is that of "
-        "the engine's",
-        "thread.",
+        f"{NEW_TOKENS} tokens per answer, engines on one thread. Times are the least of {REPEATS},",
+        "ratios the median of those within a repeat. CPU is that of the engine's thread.",
         "",
         "| streams | alone, s (CPU) | served, s (CPU) | served / alone | turns, alone and served | "
         "tokens/s, alone | served | to one stream, alone | served |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        gains = [
-            row[rate] / alone[rate] for rate in ("bare tokens per second", "tokens per second")
-        ]
         lines.append(
             f"| {row['streams']} | {row['bare wall']:.2f} ({row['bare cpu']:.2f}) | "
             f"{row['served wall']:.2f} ({row['served cpu']:.2f}) | {row['ratio']:.2f} | "
             f"{row['bare turns']:.0f}, {row['turns']:.0f} | {row['bare tokens per second']:.0f} | "
-            f"{row['tokens per second']:.0f} | {gains[0]:.2f}x | {gains[1]:.2f}x |"
+            f"{row['tokens per second']:.0f} | {row['bare to one stream']:.2f}x | "
+            f"{row['to one stream']:.2f}x |"
         )
     names = list(alone)[list(alone).index("engine calls") :]
     lines += [
@@ -295,8 +309,7 @@ def aims(rows: Mapping[int, dict[str, float]], looped: Sequence[dict[str, Any]])
     beside = [value for name, value in some.items() if name.startswith("beside it")]
     outside = some["beside it: Triton"] + some["beside it: the client"]
     calls = some["engine calls"]
-    gain = many["tokens per second"] / one["tokens per second"]
-    alone = many["bare tokens per second"] / one["bare tokens per second"]
+    gain, alone = many["to one stream"], many["bare to one stream"]
     limit = many["bare tokens per second"] / loop
     return [
         "",
