@@ -23,7 +23,8 @@ LAYERS = (0, 1, 5)
 """A Mamba, a MoE and an attention layer."""
 
 PARTS = ("embeddings", *map(str, LAYERS), "head")
-PEAK_BYTES = 9e9  # 5.1 GB are one layer's experts, 2.5 GB their down-projections, turned for the body
+# 5.1 GB are one layer's experts, and 2.5 GB their down-projections once more, as the body takes them.
+PEAK_BYTES = 9e9
 SECONDS = 600
 
 

@@ -30,10 +30,10 @@ from twotower_engines.runtime.host_states import CAPACITY_STEP, Batch, HostState
 from twotower_engines.runtime.int8_products import use_int8
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.mamba_steps import replace_mamba_steps, scan_width
+from twotower_engines.runtime.modulations import replace_modulations
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune, replace_norms
 from twotower_engines.runtime.routed_experts import parts_of, replace_experts
-from twotower_engines.runtime.shared_values import replace_modulations, share_shapes
 from twotower_engines.runtime.vocabulary_passes import refine_masked_rows
 
 Array = npt.NDArray[Any]
@@ -246,7 +246,6 @@ class OnnxRuntime:
                     model, LOGITS_WANTED, self.vocab_size, self.mask_token_id
                 )
             del model.functions[:]  # of what is written anew
-            share_shapes(model.graph, "ids")
             narrow = use_int8(model) if self._int8 else {}
             make_optional(model.graph, "logits", LOGITS_WANTED)
             weights = (

@@ -21,7 +21,7 @@ WRITTEN_ANEW = [
     ("twotower", name)
     for name in ("MambaBlockStep", "Modulation", "SparseExperts", "RefineBlock", "RMSNorm")
 ]
-"""Functions that a CPU has a form of its own for: in `mamba_steps`, `shared_values`,
+"""Functions that a CPU has a form of its own for: in `mamba_steps`, `modulations`,
 `routed_experts`, `vocabulary_passes`, here."""
 
 

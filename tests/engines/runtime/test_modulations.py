@@ -1,4 +1,4 @@
-"""Values that layers share: the same as each layer's own, and asked once."""
+"""The modulations of all layers at once are the same as each layer's own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import onnx
 from onnx import helper
 
 from twotower_contract.onnxruntime import import_onnxruntime
-from twotower_engines.runtime.mamba_steps import replace_mamba_steps
-from twotower_engines.runtime.pruning import flat_graph, prune, replace_norms
-from twotower_engines.runtime.routed_experts import replace_experts
-from twotower_engines.runtime.shared_values import replace_modulations, share_shapes
+from twotower_engines.runtime.modulations import replace_modulations
+from twotower_engines.runtime.pruning import flat_graph
 
 ROWS, HIDDEN = 2, 32
 
 
-def test_modulations_of_all_layers_at_once_are_those_of_each(random_engines):
+def test_at_once_as_each_by_itself(random_engines):
     model = flat_graph(random_engines("MEM*EM*E", seed=2).folder / "denoiser.onnx")
     calls = [node for node in model.graph.node if node.op_type == "Modulation"]
     embedding, _, conditioned = calls[0].input
@@ -42,23 +40,3 @@ def test_modulations_of_all_layers_at_once_are_those_of_each(random_engines):
     )
     assert len(each) == 3 * 8
     np.testing.assert_array_equal(at_once, each)
-
-
-def test_every_product_of_a_layer_asks_the_ids_for_its_rows_and_tokens(random_engines):
-    model = flat_graph(random_engines("MEM*EM*E", seed=2).folder / "denoiser.onnx")
-    replace_mamba_steps(model.graph)
-    prune(model.graph, ["logits"])
-    replace_norms(model.graph, 1e-5)
-    replace_modulations(model.graph)
-    replace_experts(model.graph)
-    share_shapes(model.graph, "ids")
-    asked = {}
-    for node in model.graph.node:
-        if node.op_type == "Shape" and "weight" not in node.input[0]:
-            asked.setdefault(node.input[0], []).append(node.name)
-    products = sum(node.op_type == "Flatten" for node in model.graph.node)
-    assert len(asked["ids"]) > products / 2
-    caches = [name for name in asked if name.endswith("cache")]
-    assert len(caches) == 1
-    del asked["ids"]
-    assert not any("in_proj" in name for names in asked.values() for name in names)
