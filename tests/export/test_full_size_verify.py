@@ -23,7 +23,7 @@ LAYERS = (0, 1, 5)
 """A Mamba, a MoE and an attention layer."""
 
 PARTS = ("embeddings", *map(str, LAYERS), "head")
-# 5.1 GB are one layer's experts; their down-projections lie there once more, as the body takes them.
+# 5.1 GB are one layer's experts; their down-projections lie there again, as the body takes them.
 PEAK_BYTES = 9e9
 SECONDS = 600
 
