@@ -46,7 +46,7 @@ def attribute(model):
 def swapped_inputs(model):
     for function in model.functions:
         for node in function.node:
-            if node.op_type == "Sub" and function.name == "MambaBlockStep":
+            if node.op_type == "Sub" and "within_block" in node.name:
                 node.input[0], node.input[1] = node.input[1], node.input[0]
                 return
     raise AssertionError
