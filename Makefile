@@ -43,11 +43,12 @@ cov: $(VENV)/.dev ## The same tests, and the lines that they miss
 	$(BIN)/python -m pytest -m "not slow" -n 2 --cov --cov-report=term --cov-report=html $(ARGS)
 
 test-slow: $(VENV)/.dev ## Full-size tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not nightly" -n 2 $(ARGS)
 
 # Each Python that we promise, and the oldest and newest compiler of our kernels, in environments of
 # their own. Python 3.13 has no bundled server: tests that start one are left out there.
-test-nightly: test-slow ## The other Pythons and versions of the kernels' compiler; needs python3.12 and python3.13
+test-nightly: test-slow ## Every kernel for every GPU; the other Pythons and versions of the kernels' compiler; needs python3.12 and python3.13
+	$(BIN)/python -m pytest -m nightly -n 2
 	$(MAKE) test VENV=.venv-3.12 PYTHON=python3.12
 	$(MAKE) .venv-3.13/.dev VENV=.venv-3.13 PYTHON=python3.13
 	.venv-3.13/bin/python -m pytest -m "not slow and not server"

@@ -202,6 +202,7 @@ def test_nothing_compiles_while_the_interpreter_is_on() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("form", ["plain", "fp8", "int4", "nvfp4"])
 def test_every_full_size_kernel_assembles_for_every_gpu(form: str) -> None:
     with ThreadPoolExecutor(2) as pool:
