@@ -30,7 +30,8 @@ def test_the_table_is_what_the_compiler_makes_today(tower, way, tmp_path):
     assert moved == pytest.approx(call.moved.total - call.least, rel=0.1)
     if way != "kernels":
         scratch = table.scratch_bytes(ROWS, TOKENS, CONTEXT)
-        assert listing.scratch == pytest.approx(scratch, rel=0.15)
+        # A straight line from the smallest engine to the largest may plan too much between them.
+        assert listing.scratch > 0.7 * scratch
         assert listing.scratch <= 1.1 * scratch, "a plan of memory leaves a tenth"
 
 
