@@ -53,7 +53,7 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
 
     b.begin("qkv")
     q, k, v = (
-        b.transpose(b.reshape(b.linear(x, weight), 0, -1, count, D), 0, 2, 1, 3)
+        b.transpose(b.linear(x, weight, config.hidden_size, count, D), 0, 2, 1, 3)
         for weight, count in zip(projections[:3], (heads, kv, kv), strict=True)
     )
 
@@ -85,8 +85,7 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
     b.begin("attention")
     y = b.op.Attention(q, keys, values, mask, scale=D**-0.5)
     b.begin("o_proj")
-    y = b.reshape(b.transpose(y, 0, 2, 1, 3), 0, -1, heads * D)
-    y = b.linear(y, projections[3])
+    y = b.linear(b.transpose(y, 0, 2, 1, 3), projections[3], heads * D, config.hidden_size)
     return b.function(
         "CausalAttention" if causal else "BlockAttention",
         args,

@@ -105,9 +105,9 @@ class Body:
             self._constants[key] = made
         return self._constants[key]
 
-    def f32(self, value: Any) -> ir.Value:
-        """Return a float32 constant."""
-        return self.const(value, FLOAT)
+    def f32(self, value: Any, rank: int = 0) -> ir.Value:
+        """Return a float32 constant of at least so many dimensions."""
+        return self.const(np.array(value, ndmin=rank), FLOAT)
 
     def i32(self, value: Any) -> ir.Value:
         """Return an int32 constant."""
@@ -132,7 +132,7 @@ class Body:
 
     def reshape(self, x: ir.Value, *dims: int) -> ir.Value:
         """Reshape to fixed sizes; 0 keeps that dimension of `x`, -1 is inferred."""
-        made: ir.Value = self.op.Reshape(x, self.i64(list(dims)))
+        made: ir.Value = self.op.Reshape(x, self.i64(list(dims)), **({} if 0 in dims else {"allowzero": 1}))
         return made
 
     def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
@@ -151,15 +151,15 @@ class Body:
         made: ir.Value = self.op.Slice(x, self.i64([start]), self.i64([stop]), self.i64([axis]))
         return made
 
-    def linear(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """Return `x @ weight.T`; x [..., in], weight [out, in].
+    def linear(self, x: ir.Value, weight: ir.Value, width: int, *sizes: int) -> ir.Value:
+        """Return `x @ weight.T`; x [B, L, ...], weight [out, width] -> [B, L, *sizes].
 
         One Gemm over all rows, which reads the weight as it lies: TensorRT writes a transposed copy
         of it at every call where a MatMul takes its Transpose.
         """
-        rows = self.op.Gemm(self.op.Flatten(x, axis=-1), weight, transB=1)
-        shape = self.op.Concat(self.op.Shape(x, end=-1), self.size(weight, 0), axis=0)
-        made: ir.Value = self.op.Reshape(rows, shape)
+        rows = self.op.Gemm(self.reshape(x, -1, width), weight, transB=1)
+        shape = self.op.Concat(self.op.Shape(x, end=2), self.i64(list(sizes)), axis=0)
+        made: ir.Value = self.op.Reshape(rows, shape, allowzero=1)
         return made
 
     def silu(self, x: ir.Value) -> ir.Value:

@@ -61,31 +61,28 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     length = b.size(projected, 1)
     per_group = b.op.Concat(b.i64([-1]), length, b.i64([N]), axis=0)
     B, C = (
-        b.op.Reshape(b.transpose(b.reshape(part, 0, -1, G, N), 0, 2, 1, 3), per_group)
+        b.op.Reshape(b.transpose(b.reshape(part, 0, -1, G, N), 0, 2, 1, 3), per_group, allowzero=1)
         for part in (B, C)
     )  # [B * G, L, N]
 
     b.begin("dt")
-    valid = b.op.Less(b.unsqueeze(steps, 0), b.unsqueeze(lengths, 1))  # [B, L]
+    ends = b.unsqueeze(lengths, 1, 2)  # [B, 1, 1]
+    valid = b.op.Less(b.unsqueeze(steps, 0, 2), ends)  # [B, L, 1]
     # No clamp: `time_step_limit` is (0, inf); min, max and floor in config.json are for training.
     dt = b.op.Softplus(b.op.Add(b.up(dt), b.cast(dt_bias, FLOAT)))
-    dt = b.op.Mul(dt, b.unsqueeze(b.cast(valid, FLOAT), 2))  # [B, L, H]
+    dt = b.op.Mul(dt, b.cast(valid, FLOAT))  # [B, L, H]
     b.begin("decay")
     rate = b.op.Neg(b.op.Exp(b.cast(a_log, FLOAT)))  # A [H]
     total = b.op.CumSum(b.op.Mul(dt, rate), b.i64(1))  # log of the decay since the block began
-    total = b.transpose(b.reshape(total, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
-    # Of the whole block: the last sum. A sum of its own, added in another order, would not cancel
-    # in exp(end - total).
-    end = b.op.Gather(total, b.op.Sub(b.size(total, 3), b.i64([1])), axis=3)
-    dt = b.transpose(b.reshape(dt, 0, -1, G, J), 0, 2, 3, 1)  # [B, G, J, L]
+    dt, total = (b.reshape(each, 0, -1, G, J, 1) for each in (dt, total))  # [B, L, G, J, 1]
 
     b.begin("scan")
-    scan = _Scan(b, (G, J, P, N), x, B, C, dt, total, end)
+    scan = _Scan(b, (G, J, P, N), x, B, C, dt, total)
     seed = b.reshape(ssm_state, -1, J * P, N)
-    skip = b.reshape(b.cast(d_skip, FLOAT), G, J, 1, 1)
+    skip = b.reshape(b.cast(d_skip, FLOAT), 1, G, J, 1, 1)
     y = b.op.Add(_within_block(b, scan, steps, skip), _from_seed(b, scan, seed))
     y = b.down(b.reshape(y, 0, -1, d_inner))
-    ssm_state_new = b.reshape(_end_state(b, scan, seed), -1, H, P, N)
+    ssm_state_new = _end_state(b, scan, ssm_state)
 
     b.begin("")
     return b.function(
@@ -93,7 +90,7 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
         args,
         {
             "y": _gated_norm(b, y, z, norm_weight, config),
-            "conv_state_new": _newest(b, history, lengths),
+            "conv_state_new": _newest(b, history, ends),
             "ssm_state_new": ssm_state_new,
         },
         "Mamba-2 over one block of at most 256 tokens: causal convolution with a history of three, "
@@ -114,9 +111,8 @@ class _Scan:
         sizes: G, J, P, N.
         x: [B, G, J, L, P].
         B, C: [B * G, L, N].
-        dt: Step sizes, 0 past a row's length; [B, G, J, L].
+        dt: Step sizes, 0 past a row's length; [B, L, G, J, 1].
         total: Logarithm of the decay since the block began, each token's included; like dt.
-        end: That of the last token; [B, G, J, 1].
     """
 
     b: Body
@@ -126,11 +122,16 @@ class _Scan:
     C: ir.Value
     dt: ir.Value
     total: ir.Value
-    end: ir.Value
+
+    def column(self, each: ir.Value) -> ir.Value:
+        return self.b.transpose(each, 0, 2, 3, 1, 4)
+
+    def row(self, each: ir.Value) -> ir.Value:
+        return self.b.transpose(each, 0, 2, 3, 4, 1)
 
     def shape(self, *dims: int | None) -> ir.Value:
         """Return a shape, in which None is the number of tokens."""
-        length = self.b.size(self.total, 3)
+        length = self.b.size(self.total, 1)
         parts = [length if dim is None else self.b.i64([dim]) for dim in dims]
         made: ir.Value = self.b.op.Concat(*parts, axis=0)
         return made
@@ -160,12 +161,13 @@ def _within_block(b: Body, scan: _Scan, steps: ir.Value, skip: ir.Value) -> ir.V
 
     The token's own input, which skips the state, is part of it.
     """
-    causal = b.op.GreaterOrEqual(b.unsqueeze(steps, 1), b.unsqueeze(steps, 0))  # [L, L]
-    since = b.op.Sub(b.unsqueeze(scan.total, 4), b.unsqueeze(scan.total, 3))
-    decay = b.op.Exp(b.op.Where(causal, since, b.f32(NEVER)))  # [B, G, J, L, L]
+    own = b.unsqueeze(steps, 0, 1, 2, 4)  # [1, 1, 1, L, 1]
+    causal = b.op.GreaterOrEqual(own, b.transpose(own, 0, 1, 2, 4, 3))
+    since = b.op.Sub(scan.column(scan.total), scan.row(scan.total))
+    decay = b.op.Exp(b.op.Where(causal, since, b.f32(NEVER, 5)))  # [B, G, J, L, L]
     similarity = b.op.MatMul(scan.C, b.transpose(scan.B, 0, 2, 1))  # [B * G, L, L]
-    similarity = b.op.Reshape(similarity, scan.shape(-1, scan.sizes[0], 1, None, None))
-    taken = b.op.Mul(b.op.Mul(similarity, decay), b.unsqueeze(scan.dt, 3))
+    similarity = b.op.Reshape(similarity, scan.shape(-1, scan.sizes[0], 1, None, None), allowzero=1)
+    taken = b.op.Mul(b.op.Mul(similarity, decay), scan.row(scan.dt))
     y = b.op.Add(b.op.MatMul(taken, scan.x), b.op.Mul(skip, scan.x))
     return b.transpose(y, 0, 3, 1, 2, 4)
 
@@ -176,33 +178,35 @@ def _from_seed(b: Body, scan: _Scan, seed: ir.Value) -> ir.Value:
     G, J, P, _ = scan.sizes
     # Written as a transposed product, so that the state is read as it lies.
     read = b.transpose(b.op.MatMul(seed, b.transpose(scan.C, 0, 2, 1)), 0, 2, 1)
-    read = b.op.Reshape(read, scan.shape(-1, G, None, J, P))
-    decay = b.unsqueeze(b.transpose(b.op.Exp(scan.total), 0, 3, 1, 2), 4)  # [B, L, G, J, 1]
-    made: ir.Value = b.op.Mul(b.transpose(read, 0, 2, 1, 3, 4), decay)
+    read = b.op.Reshape(read, scan.shape(-1, G, None, J, P), allowzero=1)
+    made: ir.Value = b.op.Mul(b.transpose(read, 0, 2, 1, 3, 4), b.op.Exp(scan.total))
     return made
 
 
 @in_section("end_state")
-def _end_state(b: Body, scan: _Scan, seed: ir.Value) -> ir.Value:
-    """Return the state after the block, [B, G, J, P, N]; padding decays nothing (dt is 0)."""
+def _end_state(b: Body, scan: _Scan, state: ir.Value) -> ir.Value:
+    """Return the state after the block, [B, H, P, N]; padding decays nothing (dt is 0)."""
     G, J, P, N = scan.sizes
-    until_end = b.op.Mul(b.op.Exp(b.op.Sub(scan.end, scan.total)), scan.dt)
-    weighted = b.transpose(b.op.Mul(scan.x, b.unsqueeze(until_end, 4)), 0, 1, 2, 4, 3)
-    gained = b.op.MatMul(b.op.Reshape(weighted, scan.shape(-1, J * P, None)), scan.B)
-    kept = b.op.Mul(b.reshape(seed, -1, G, J, P, N), b.unsqueeze(b.op.Exp(scan.end), 4))
-    made: ir.Value = b.op.Add(kept, b.reshape(gained, -1, G, J, P, N))
+    total = scan.column(scan.total)
+    # Of the whole block: the last sum. A sum of its own, added in another order, would not cancel
+    # in exp(end - total).
+    end = b.op.Gather(total, b.op.Sub(b.size(total, 3), b.i64([1])), axis=3)  # [B, G, J, 1, 1]
+    until_end = b.op.Mul(b.op.Exp(b.op.Sub(end, total)), scan.column(scan.dt))
+    weighted = b.transpose(b.op.Mul(scan.x, until_end), 0, 1, 2, 4, 3)
+    gained = b.op.MatMul(b.op.Reshape(weighted, scan.shape(-1, J * P, None), allowzero=1), scan.B)
+    kept = b.op.Mul(state, b.reshape(b.op.Exp(end), -1, G * J, 1, 1))
+    made: ir.Value = b.op.Add(kept, b.reshape(gained, -1, G * J, P, N))
     return made
 
 
 @in_section("newest")
-def _newest(b: Body, history: ir.Value, lengths: ir.Value) -> ir.Value:
+def _newest(b: Body, history: ir.Value, ends: ir.Value) -> ir.Value:
     """Return the three raw columns up to each row's length; [B, 3 + L, D] -> [B, 3, D].
 
     `new_conv` of `_denoiser_block_mamba`: before convolution and SiLU; of history and block where
     the block is shorter.
     """
-    columns = b.op.Add(b.unsqueeze(lengths, 1), b.i32([[0, 1, 2]]))
-    index = b.unsqueeze(b.cast(columns, ir.DataType.INT64), 2)
+    index = b.cast(b.op.Add(ends, b.i32([[[0], [1], [2]]])), ir.DataType.INT64)
     made: ir.Value = b.op.GatherND(history, index, batch_dims=1)
     return made
 
@@ -215,7 +219,7 @@ def _gated_norm(
     gated = b.op.Mul(b.up(y), b.silu(b.up(z)))
     groups = b.reshape(gated, 0, -1, config.n_groups, config.d_inner // config.n_groups)
     mean = b.op.ReduceMean(b.op.Mul(groups, groups), b.i64([-1]), keepdims=1)
-    normed = b.op.Div(groups, b.op.Sqrt(b.op.Add(mean, b.f32(config.norm_eps))))
+    normed = b.op.Div(groups, b.op.Sqrt(b.op.Add(mean, b.f32(config.norm_eps, 4))))
     normed = b.reshape(normed, 0, -1, config.d_inner)
     return b.down(b.op.Mul(normed, b.cast(weight, FLOAT)))
 
@@ -243,12 +247,12 @@ def mamba_mixer(config: ModelConfig, dtype: ir.DataType, step: ir.Function) -> i
     args = inputs("x", "conv_state", "ssm_state", "lengths", *MIXER_WEIGHTS)
     x, conv_state, ssm_state, lengths, in_proj, *inner, out_proj = args
     b.begin("in_proj")
-    projected = b.linear(x, in_proj)
+    projected = b.linear(x, in_proj, config.hidden_size, config.d_inner + config.conv_dim + config.mamba_num_heads)
     b.begin("step")
     y, conv_new, ssm_new = b.call(step, [projected, conv_state, ssm_state, lengths, *inner])
     b.begin("out_proj")
     outputs = {
-        "y": b.linear(y, out_proj),
+        "y": b.linear(y, out_proj, config.d_inner, config.hidden_size),
         "conv_state_new": conv_new,
         "ssm_state_new": ssm_new,
     }

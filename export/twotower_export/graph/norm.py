@@ -18,6 +18,6 @@ def rms_norm(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     args = inputs("x", "weight")
     x, weight = b.up(args[0]), b.cast(args[1], FLOAT)
     mean = b.op.ReduceMean(b.op.Mul(x, x), b.i64([-1]), keepdims=1)
-    normed = b.op.Div(x, b.op.Sqrt(b.op.Add(mean, b.f32(config.norm_eps))))
+    normed = b.op.Div(x, b.op.Sqrt(b.op.Add(mean, b.f32(config.norm_eps, 3))))
     outputs = {"y": b.down(b.op.Mul(normed, weight))}
     return b.function("RMSNorm", args, outputs, "x / sqrt(mean(x^2) + epsilon) * weight.")

@@ -243,7 +243,7 @@ def build_context_graph(
     b.begin("head")
     # The product is rounded to T and only then float32, as `_forward_tower_with_cache` does: equal
     # logits of different tokens are possible.
-    logits = b.up(b.linear(normed, g.weight("context_lm_head.weight")))
+    logits = b.up(b.linear(normed, g.weight("context_lm_head.weight"), config.hidden_size, config.vocab_size))
     logits = b.reshape(logits, 0, config.vocab_size)
     meaning = "Logits of the token after each row's last valid one."
     g.output(logits, "logits", ["batch", config.vocab_size], FLOAT, meaning)
@@ -310,7 +310,7 @@ def build_denoiser_graph(
     b.begin("norm_f")
     (normed,) = b.call(layers.norm, [hidden, g.weight("denoiser_tower.norm_f.weight")])
     b.begin("head")
-    logits = b.linear(normed, g.weight("lm_head.weight"))
+    logits = b.linear(normed, g.weight("lm_head.weight"), config.hidden_size, config.vocab_size)
     refined = b.call(refine, [logits, ids, *(rows[row] for row in ROW_INPUTS)], "denoiser.refine")
     _add_refined(g, refined)
     meaning = "Logits of each position's own token, in the dtype that they were computed in."
