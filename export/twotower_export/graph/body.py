@@ -130,9 +130,23 @@ class Body:
         """Cast float32 to T."""
         return x if self.dtype == FLOAT else self.cast(x, self.dtype)
 
-    def reshape(self, x: ir.Value, *dims: int) -> ir.Value:
-        """Reshape to fixed sizes; 0 keeps that dimension of `x`, -1 is inferred."""
-        made: ir.Value = self.op.Reshape(x, self.i64(list(dims)), **({} if 0 in dims else {"allowzero": 1}))
+    def reshape(self, x: ir.Value, *dims: int | ir.Value) -> ir.Value:
+        """Reshape to sizes; 0 keeps that dimension of `x`, -1 is inferred.
+
+        For a size that may be 0, TensorRT's compiler makes operators that look for it. So where
+        none is, the node says so.
+
+        Args:
+            dims: Numbers, and int64 vectors of sizes that a call decides.
+        """
+        fixed = [dim for dim in dims if isinstance(dim, int)]
+        if len(fixed) == len(dims):
+            shape = self.i64(fixed)
+        else:
+            parts = [self.i64([dim]) if isinstance(dim, int) else dim for dim in dims]
+            shape = self.op.Concat(*parts, axis=0)
+        named = {} if 0 in fixed else {"allowzero": 1}
+        made: ir.Value = self.op.Reshape(x, shape, **named)
         return made
 
     def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
@@ -152,15 +166,17 @@ class Body:
         return made
 
     def linear(self, x: ir.Value, weight: ir.Value, width: int, *sizes: int) -> ir.Value:
-        """Return `x @ weight.T`; x [B, L, ...], weight [out, width] -> [B, L, *sizes].
+        """Return `x @ weight.T`; x [B, L, ..], weight [out, width] -> [B, L, *sizes].
 
         One Gemm over all rows, which reads the weight as it lies: TensorRT writes a transposed copy
         of it at every call where a MatMul takes its Transpose.
+
+        Args:
+            width: Numbers of a token: the product of the sizes of `x` after the second.
+            sizes: Their product is out.
         """
         rows = self.op.Gemm(self.reshape(x, -1, width), weight, transB=1)
-        shape = self.op.Concat(self.op.Shape(x, end=2), self.i64(list(sizes)), axis=0)
-        made: ir.Value = self.op.Reshape(rows, shape, allowzero=1)
-        return made
+        return self.reshape(rows, self.op.Shape(x, end=2), *sizes)
 
     def silu(self, x: ir.Value) -> ir.Value:
         """Return x * sigmoid(x)."""

@@ -52,16 +52,15 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     b.begin("history")
     history = b.op.Concat(conv_state, xbc, axis=1)
     b.begin("steps")
-    steps = b.arange(b.size(projected, 1))  # [L]
+    length = b.size(projected, 1)
+    steps = b.arange(length)  # [L]
     b.begin("")
     convolved = _convolve(b, history, steps, conv_weight, conv_bias)
     b.begin("inputs")
     x, B, C = b.op.Split(convolved, b.i64([d_inner, G * N, G * N]), axis=2, _outputs=3)
     x = b.transpose(b.reshape(x, 0, -1, G, J, P), 0, 2, 3, 1, 4)  # [B, G, J, L, P]
-    length = b.size(projected, 1)
-    per_group = b.op.Concat(b.i64([-1]), length, b.i64([N]), axis=0)
     B, C = (
-        b.op.Reshape(b.transpose(b.reshape(part, 0, -1, G, N), 0, 2, 1, 3), per_group, allowzero=1)
+        b.reshape(b.transpose(b.reshape(part, 0, -1, G, N), 0, 2, 1, 3), -1, length, N)
         for part in (B, C)
     )  # [B * G, L, N]
 
@@ -77,10 +76,9 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     dt, total = (b.reshape(each, 0, -1, G, J, 1) for each in (dt, total))  # [B, L, G, J, 1]
 
     b.begin("scan")
-    scan = _Scan(b, (G, J, P, N), x, B, C, dt, total)
-    seed = b.reshape(ssm_state, -1, J * P, N)
+    scan = _Scan(b, (G, J, P, N), length, x, B, C, dt, total)
     skip = b.reshape(b.cast(d_skip, FLOAT), 1, G, J, 1, 1)
-    y = b.op.Add(_within_block(b, scan, steps, skip), _from_seed(b, scan, seed))
+    y = b.op.Add(_within_block(b, scan, steps, skip), _from_seed(b, scan, ssm_state))
     y = b.down(b.reshape(y, 0, -1, d_inner))
     ssm_state_new = _end_state(b, scan, ssm_state)
 
@@ -105,10 +103,16 @@ class _Scan:
 
     Products with B and C have three dimensions, groups of all rows and a matrix: TensorRT turns
     such a product round where it would write a larger one's operand anew. For the product with x it
-    does not, and each reshape costs the compiler memory in every layer.
+    does not.
+
+    Where sizes are dynamic, TensorRT's compiler writes some forty objects for each dimension of a
+    reshape's result, and keeps them: two thirds of the memory that a layer took. A transpose has no
+    such objects. So dt and total are given all their dimensions at once, and are turned where they
+    are needed.
 
     Attributes:
         sizes: G, J, P, N.
+        length: L; int64 [1].
         x: [B, G, J, L, P].
         B, C: [B * G, L, N].
         dt: Step sizes, 0 past a row's length; [B, L, G, J, 1].
@@ -117,6 +121,7 @@ class _Scan:
 
     b: Body
     sizes: tuple[int, int, int, int]
+    length: ir.Value
     x: ir.Value
     B: ir.Value
     C: ir.Value
@@ -124,17 +129,12 @@ class _Scan:
     total: ir.Value
 
     def column(self, each: ir.Value) -> ir.Value:
+        """Return a number of each token as a column of tokens; [B, G, J, L, 1]."""
         return self.b.transpose(each, 0, 2, 3, 1, 4)
 
     def row(self, each: ir.Value) -> ir.Value:
+        """Return a number of each token as a row of tokens; [B, G, J, 1, L]."""
         return self.b.transpose(each, 0, 2, 3, 4, 1)
-
-    def shape(self, *dims: int | None) -> ir.Value:
-        """Return a shape, in which None is the number of tokens."""
-        length = self.b.size(self.total, 1)
-        parts = [length if dim is None else self.b.i64([dim]) for dim in dims]
-        made: ir.Value = self.b.op.Concat(*parts, axis=0)
-        return made
 
 
 @in_section("convolution")
@@ -166,19 +166,20 @@ def _within_block(b: Body, scan: _Scan, steps: ir.Value, skip: ir.Value) -> ir.V
     since = b.op.Sub(scan.column(scan.total), scan.row(scan.total))
     decay = b.op.Exp(b.op.Where(causal, since, b.f32(NEVER, 5)))  # [B, G, J, L, L]
     similarity = b.op.MatMul(scan.C, b.transpose(scan.B, 0, 2, 1))  # [B * G, L, L]
-    similarity = b.op.Reshape(similarity, scan.shape(-1, scan.sizes[0], 1, None, None), allowzero=1)
+    similarity = b.reshape(similarity, -1, scan.sizes[0], 1, scan.length, scan.length)
     taken = b.op.Mul(b.op.Mul(similarity, decay), scan.row(scan.dt))
     y = b.op.Add(b.op.MatMul(taken, scan.x), b.op.Mul(skip, scan.x))
     return b.transpose(y, 0, 3, 1, 2, 4)
 
 
 @in_section("from_seed")
-def _from_seed(b: Body, scan: _Scan, seed: ir.Value) -> ir.Value:
+def _from_seed(b: Body, scan: _Scan, state: ir.Value) -> ir.Value:
     """Return the part of each token's output from the state before it; [B, L, G, J, P]."""
-    G, J, P, _ = scan.sizes
+    G, J, P, N = scan.sizes
+    seed = b.reshape(state, -1, J * P, N)
     # Written as a transposed product, so that the state is read as it lies.
     read = b.transpose(b.op.MatMul(seed, b.transpose(scan.C, 0, 2, 1)), 0, 2, 1)
-    read = b.op.Reshape(read, scan.shape(-1, G, None, J, P), allowzero=1)
+    read = b.reshape(read, -1, G, scan.length, J, P)
     made: ir.Value = b.op.Mul(b.transpose(read, 0, 2, 1, 3, 4), b.op.Exp(scan.total))
     return made
 
@@ -190,10 +191,10 @@ def _end_state(b: Body, scan: _Scan, state: ir.Value) -> ir.Value:
     total = scan.column(scan.total)
     # Of the whole block: the last sum. A sum of its own, added in another order, would not cancel
     # in exp(end - total).
-    end = b.op.Gather(total, b.op.Sub(b.size(total, 3), b.i64([1])), axis=3)  # [B, G, J, 1, 1]
+    end = b.op.Gather(total, b.op.Sub(scan.length, b.i64([1])), axis=3)  # [B, G, J, 1, 1]
     until_end = b.op.Mul(b.op.Exp(b.op.Sub(end, total)), scan.column(scan.dt))
     weighted = b.transpose(b.op.Mul(scan.x, until_end), 0, 1, 2, 4, 3)
-    gained = b.op.MatMul(b.op.Reshape(weighted, scan.shape(-1, J * P, None), allowzero=1), scan.B)
+    gained = b.op.MatMul(b.reshape(weighted, -1, J * P, scan.length), scan.B)
     kept = b.op.Mul(state, b.reshape(b.op.Exp(end), -1, G * J, 1, 1))
     made: ir.Value = b.op.Add(kept, b.reshape(gained, -1, G * J, P, N))
     return made
@@ -201,7 +202,7 @@ def _end_state(b: Body, scan: _Scan, state: ir.Value) -> ir.Value:
 
 @in_section("newest")
 def _newest(b: Body, history: ir.Value, ends: ir.Value) -> ir.Value:
-    """Return the three raw columns up to each row's length; [B, 3 + L, D] -> [B, 3, D].
+    """Return the three raw columns up to each row's end [B, 1, 1]; [B, 3 + L, D] -> [B, 3, D].
 
     `new_conv` of `_denoiser_block_mamba`: before convolution and SiLU; of history and block where
     the block is shorter.
@@ -247,7 +248,9 @@ def mamba_mixer(config: ModelConfig, dtype: ir.DataType, step: ir.Function) -> i
     args = inputs("x", "conv_state", "ssm_state", "lengths", *MIXER_WEIGHTS)
     x, conv_state, ssm_state, lengths, in_proj, *inner, out_proj = args
     b.begin("in_proj")
-    projected = b.linear(x, in_proj, config.hidden_size, config.d_inner + config.conv_dim + config.mamba_num_heads)
+    projected = b.linear(
+        x, in_proj, config.hidden_size, config.d_inner + config.conv_dim + config.mamba_num_heads
+    )
     b.begin("step")
     y, conv_new, ssm_new = b.call(step, [projected, conv_state, ssm_state, lengths, *inner])
     b.begin("out_proj")

@@ -243,7 +243,9 @@ def build_context_graph(
     b.begin("head")
     # The product is rounded to T and only then float32, as `_forward_tower_with_cache` does: equal
     # logits of different tokens are possible.
-    logits = b.up(b.linear(normed, g.weight("context_lm_head.weight"), config.hidden_size, config.vocab_size))
+    logits = b.up(
+        b.linear(normed, g.weight("context_lm_head.weight"), config.hidden_size, config.vocab_size)
+    )
     logits = b.reshape(logits, 0, config.vocab_size)
     meaning = "Logits of the token after each row's last valid one."
     g.output(logits, "logits", ["batch", config.vocab_size], FLOAT, meaning)
