@@ -471,10 +471,6 @@ def build_full_size(folder, bundle):
 
 
 @pytest.mark.slow  # both cores for a minute or more: beside another test it measures that one too
-@pytest.mark.xfail(
-    reason="2.2 GB and 60 to 70 s since the graphs move fewer bytes; 1.96 GB and 57 s before",
-    strict=True,
-)
 def test_both_full_size_towers_in_a_minute_and_two_gigabytes(tmp_path, monkeypatch):
     """On cores of its own. On shared ones the better of two tries counts, less what it waited.
 

@@ -40,8 +40,7 @@ a quarter of its time goes into consolidating free lists. Another libc ignores t
 
 MEMORY_TO_SHARE = 2_300_000_000
 """Bytes that workers may hold together and all keep running; 0.1 GB of each is the library, which
-they share. A full-size tower holds 1.0 GB for most of its time and 1.15 GB at its end. With 1.95 GB
-one tower waits for the other for most of its time: 90 s in the place of 70, and 0.17 GB less."""
+they share. Both full-size towers hold 2.0 GB at their end, so none waits for the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,5 +256,5 @@ def _signal_name(number: int) -> str:
 
 def _advice(number: int) -> str:
     if number == signal.SIGKILL:
-        return "the machine may have run out of memory (a full-size tower takes about 1.1 GB)"
+        return "the machine may have run out of memory (a full-size tower takes about 1 GB)"
     return "the graph may hold something that this library cannot take without a GPU"

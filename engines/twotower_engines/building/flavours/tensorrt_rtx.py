@@ -33,7 +33,7 @@ CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 Blackwell. It has 7.5 besides. Its support matrix lacks 8.0, for which it builds all the same."""
 
 BUILDER_MEMORY = 3 << 29
-"""Bytes that one full-size tower takes, rounded up: 1.2 GB was seen."""
+"""Bytes that one full-size tower takes, rounded up: 1.0 GB was seen."""
 
 CAPTURE = {"REQUIRE_USER_ALLOCATION": True}
 """Builder flags without which the runtime does not let a CUDA graph capture an engine's call."""
