@@ -61,8 +61,7 @@ class PolicyRule:
 
 def _threshold(b: Body, seen: Seen) -> PolicyRule:
     def fits(order: Order) -> ir.Value:
-        made: ir.Value = b.op.Greater(seen.confidence, seen.bound)
-        return made
+        return b.op.Greater(seen.confidence, seen.bound)
 
     return PolicyRule(b.op.Neg(seen.confidence), fits)
 
@@ -74,16 +73,14 @@ def _quota(b: Body, seen: Seen) -> PolicyRule:
 def _factor(b: Body, seen: Seen) -> PolicyRule:
     def fits(order: Order) -> ir.Value:
         doubt = b.op.Sub(b.f32(1.0), seen.confidence)
-        made: ir.Value = b.op.Less(b.op.Mul(b.op.Add(order.number, b.f32(1.0)), doubt), seen.bound)
-        return made
+        return b.op.Less(b.op.Mul(b.op.Add(order.number, b.f32(1.0)), doubt), seen.bound)
 
     return PolicyRule(b.op.Neg(seen.confidence), fits)
 
 
 def _entropy(b: Body, seen: Seen) -> PolicyRule:
     def fits(order: Order) -> ir.Value:
-        made: ir.Value = b.op.LessOrEqual(order.entropy_before, seen.bound)
-        return made
+        return b.op.LessOrEqual(order.entropy_before, seen.bound)
 
     return PolicyRule(seen.entropy, fits)
 
