@@ -15,7 +15,7 @@ from twotower_contract.errors import TwoTowerError
 from twotower_contract.golden import GOLDEN_FILE, write_golden
 from twotower_export.checkpoint import Checkpoint, open_checkpoint
 from twotower_export.progress import StepMeter
-from twotower_export.reference.golden import expected_work, stream_golden
+from twotower_export.reference.golden import compute_golden, expected_work
 
 EPILOG = """\b
 Examples:
@@ -68,7 +68,7 @@ def _streamed(checkpoint: Checkpoint) -> dict[str, Any]:
     print(expected_work(checkpoint, mode), file=sys.stderr)
     meter = StepMeter()
     try:
-        return stream_golden(checkpoint, mode, meter)
+        return compute_golden(checkpoint, mode, meter)
     except FloatingPointError as problem:
         raise TwoTowerError(f"{checkpoint.path}: {problem}; there is no golden answer") from problem
     finally:
