@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from twotower_contract.policies import POLICIES
 from twotower_export.graph.body import FLOAT, INT32, INT64, Body, in_section, inputs
-from twotower_export.graph.policies import POLICY_RULES, Order, PolicyRule, Seen
+from twotower_export.graph.policies import POLICY_RULES, Order, Seen
 
 PRIME = 2**31 - 1
 """The noise is computed in the field of this many elements: products of two fit an int64."""
@@ -81,14 +81,13 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
     b.begin("order")
     position = b.unsqueeze(b.cast(steps, FLOAT), 0)
     seen = Seen(confidence, entropy, position, b.unsqueeze(threshold, 1))
-    rules = [rule(b, seen) for rule in POLICY_RULES.values()]
-    key = _of_policy(b, policy, [rule.key for rule in rules])
+    key = _of_policy(b, policy, [rule.key(b, seen) for rule in POLICY_RULES.values()])
     key = b.op.Where(masked_ok, key, b.f32(BEFORE_ANY))
     before = _precedes(b, key, steps)  # [B, S, S]: j is committed before i
     rank = b.op.ReduceSum(b.cast(before, INT32), b.i64([2]), keepdims=0)
     b.begin("commit")
     n = _count(b, masked_ok)
-    wanted = _wanted(b, rules, policy, masked_ok, entropy, before, rank)
+    wanted = _wanted(b, seen, policy, masked_ok, before, rank)
     quota = _ceil_div(b, n, steps_left)
     commit = b.op.Min(n, b.op.Max(wanted, quota))
     commit = b.op.Where(b.op.LessOrEqual(steps_left, b.i32(1)), n, commit)  # `is_last_step`
@@ -268,10 +267,9 @@ def _precedes(b: Body, key: ir.Value, steps: ir.Value) -> ir.Value:
 @in_section("wanted")
 def _wanted(
     b: Body,
-    rules: Sequence[PolicyRule],
+    seen: Seen,
     policy: ir.Value,
     masked: ir.Value,
-    entropy: ir.Value,
     before: ir.Value,
     rank: ir.Value,
 ) -> ir.Value:
@@ -283,7 +281,7 @@ def _wanted(
     number = b.op.Add(rank, b.i32(1))
     earlier = b.op.And(before, b.unsqueeze(masked, 1))
     entropy_before = b.op.ReduceSum(
-        b.op.Where(earlier, b.unsqueeze(entropy, 1), b.f32(0.0)), b.i64([2]), keepdims=0
+        b.op.Where(earlier, b.unsqueeze(seen.entropy, 1), b.f32(0.0)), b.i64([2]), keepdims=0
     )
     b.begin("cases")
     order = Order(b.cast(number, FLOAT), entropy_before)
@@ -291,8 +289,8 @@ def _wanted(
     cases = [
         none
         if rule.fits is None
-        else b.op.Where(b.op.And(masked, rule.fits(order)), number, b.i32(0))
-        for rule in rules
+        else b.op.Where(b.op.And(masked, rule.fits(b, seen, order)), number, b.i32(0))
+        for rule in POLICY_RULES.values()
     ]
     return b.op.ReduceMax(_of_policy(b, policy, cases), b.i64([1]), keepdims=0)
 
