@@ -66,13 +66,11 @@ def test_commits_what_the_policy_says(refine, policy, block):
         policy=POLICIES[policy],
     )
     for row, n in enumerate(lengths):
-        expected = reference.refine(
-            logits[row, :n], ids[row, :n], parameter[row], steps_left[row], policy=policy
-        )
-        np.testing.assert_array_equal(got["new_ids"][row], [*expected[0], *ids[row, n:]])
-        np.testing.assert_allclose(got["confidence"][row, :n], expected[1], rtol=1e-5)
-        assert np.isposinf(got["confidence"][row, n:]).all()
-        np.testing.assert_array_equal(got["committed"][row], [*expected[2], *[0] * (block - n)])
+        rule = parameter[row], steps_left[row], 0.0, policy
+        expected = reference.refine(logits[row], ids[row], *rule, length=n)
+        np.testing.assert_array_equal(got["new_ids"][row], expected[0])
+        np.testing.assert_allclose(got["confidence"][row], expected[1], rtol=1e-5)
+        np.testing.assert_array_equal(got["committed"][row], expected[2])
         assert got["still_masked"][row] == expected[3]
 
 
