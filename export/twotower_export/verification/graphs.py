@@ -261,7 +261,7 @@ class ManifestWeights:
         shard = self._manifest.shards[entry.shard]
         path = self._checkpoint / shard.file
         stored = np.dtype(NUMPY_DTYPES[entry.dtype])
-        count = (entry.end - entry.begin) // stored.itemsize
+        count = entry.bytes // stored.itemsize
         if count != target.size:
             raise BundleError(
                 f"manifest.json gives {source} {count} elements, but its weight input takes "
