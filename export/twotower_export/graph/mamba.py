@@ -47,7 +47,7 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     J = H // G  # heads that share one group's B and C
 
     b.begin("split")
-    z, xbc, dt = b.op.Split(projected, b.i64([d_inner, conv_dim, H]), axis=2, _outputs=3)
+    z, xbc, dt = b.op.several("Split", projected, b.i64([d_inner, conv_dim, H]), axis=2, outputs=3)
 
     b.begin("history")
     history = b.op.Concat(conv_state, xbc, axis=1)
@@ -57,7 +57,7 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     b.begin("")
     convolved = _convolve(b, history, steps, conv_weight, conv_bias)
     b.begin("inputs")
-    x, B, C = b.op.Split(convolved, b.i64([d_inner, G * N, G * N]), axis=2, _outputs=3)
+    x, B, C = b.op.several("Split", convolved, b.i64([d_inner, G * N, G * N]), axis=2, outputs=3)
     x = b.transpose(b.reshape(x, 0, -1, G, J, P), 0, 2, 3, 1, 4)  # [B, G, J, L, P]
     B, C = (
         b.reshape(b.transpose(b.reshape(part, 0, -1, G, N), 0, 2, 1, 3), -1, length, N)
@@ -180,8 +180,7 @@ def _from_seed(b: Body, scan: _Scan, state: ir.Value) -> ir.Value:
     # Written as a transposed product, so that the state is read as it lies.
     read = b.transpose(b.op.MatMul(seed, b.transpose(scan.C, 0, 2, 1)), 0, 2, 1)
     read = b.reshape(read, -1, G, scan.length, J, P)
-    made: ir.Value = b.op.Mul(b.transpose(read, 0, 2, 1, 3, 4), b.op.Exp(scan.total))
-    return made
+    return b.op.Mul(b.transpose(read, 0, 2, 1, 3, 4), b.op.Exp(scan.total))
 
 
 @in_section("end_state")
@@ -196,8 +195,7 @@ def _end_state(b: Body, scan: _Scan, state: ir.Value) -> ir.Value:
     weighted = b.transpose(b.op.Mul(scan.x, until_end), 0, 1, 2, 4, 3)
     gained = b.op.MatMul(b.reshape(weighted, -1, J * P, scan.length), scan.B)
     kept = b.op.Mul(state, b.reshape(b.op.Exp(end), -1, G * J, 1, 1))
-    made: ir.Value = b.op.Add(kept, b.reshape(gained, -1, G * J, P, N))
-    return made
+    return b.op.Add(kept, b.reshape(gained, -1, G * J, P, N))
 
 
 @in_section("newest")
@@ -208,8 +206,7 @@ def _newest(b: Body, history: ir.Value, ends: ir.Value) -> ir.Value:
     the block is shorter.
     """
     index = b.cast(b.op.Add(ends, b.i32([[[0], [1], [2]]])), ir.DataType.INT64)
-    made: ir.Value = b.op.GatherND(history, index, batch_dims=1)
-    return made
+    return b.op.GatherND(history, index, batch_dims=1)
 
 
 @in_section("gated_norm")

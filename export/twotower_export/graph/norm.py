@@ -13,7 +13,7 @@ from twotower_export.graph.body import FLOAT, Body, inputs
 
 
 def rms_norm(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
-    """`twotower::RMSNorm`; inputs: x [.., hidden] T, weight [hidden]; output T."""
+    """`twotower::RMSNorm`; inputs: x [B, L, hidden] T, weight [hidden]; output T."""
     b = Body(dtype)
     args = inputs("x", "weight")
     x, weight = b.up(args[0]), b.cast(args[1], FLOAT)

@@ -64,12 +64,12 @@ def test_a_norm_as_one_operator_is_the_graphs_norm(made):
     """The numbers are so small that the epsilon counts."""
     model = flat_graph(made.folder / "context.onnx")
     (function,) = (one for one in model.functions if one.name == "RMSNorm")
-    x, weight = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32) / 300
-    given = dict(zip(function.input, (x, weight[0]), strict=True))
+    x, weight = np.random.default_rng(0).normal(size=(2, 1, 5, 32)).astype(np.float32) / 300
+    given = dict(zip(function.input, (x, weight[0, 0]), strict=True))
     (expected,) = ReferenceEvaluator(function).run(None, given, attributes={})
     replace_norms(model.graph, made.engines.manifest.model.norm_eps)
     norm = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
-    given = dict(zip(norm.input, (x, weight[0]), strict=True))
+    given = dict(zip(norm.input, (x, weight[0, 0]), strict=True))
     (found,) = ReferenceEvaluator(norm).run(None, given)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert "RMSNorm" not in {node.op_type for node in model.graph.node}
