@@ -23,7 +23,7 @@ from twotower_engines.kernels.expert_products import (
     matmul_tactics,
 )
 from twotower_engines.kernels.expert_routing import TILE_TOKENS, route_launch, route_tokens
-from twotower_engines.kernels.experts import experts_sum, sum_launch
+from twotower_engines.kernels.experts import SUM_LAUNCH, experts_sum
 from twotower_engines.kernels.jit import INTERPRETED, Kernel, Launch
 from twotower_engines.kernels.mamba import mamba_norm, mamba_scan, norm_launch, scan_launch
 from twotower_engines.kernels.mamba_chunk import CHUNK
@@ -40,9 +40,9 @@ from twotower_engines.kernels.router import choice_spec, product_specs
 from twotower_engines.kernels.vocabulary import (
     FIELDS,
     TILE,
+    VOCABULARY_LAUNCH,
     refine_vocabulary,
     tiles,
-    vocabulary_launch,
 )
 
 
@@ -110,7 +110,7 @@ def refine_block(
         (P, S, B),
         (logits, ids, lengths, temperature, policy, seed, S, count, partials, partial_ids),
         {"V": V, "MASK_ID": mask_id},
-        vocabulary_launch(),
+        VOCABULARY_LAUNCH,
     )
     new_ids, committed = torch.empty_like(ids), torch.empty_like(ids)
     confidence = logits.new_empty((B, S), dtype=torch.float32)
@@ -233,7 +233,7 @@ def sparse_experts(
         {**matmul, **down_given},
         tiles,
     )
-    config = sum_launch()
+    config = SUM_LAUNCH
     grid = (n, triton.cdiv(width, config.constants["BLOCK_F"]))
     constants = {"HIDDEN": width, "E": experts, "K": per_token}
     shared, hidden = (torch.zeros_like(x) if one is None else one for one in (shared, hidden))

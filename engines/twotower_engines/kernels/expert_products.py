@@ -15,7 +15,7 @@ import triton.language as tl
 
 from twotower_contract.quantized import INT4_GROUPS
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels.expert_routing import TILE_TOKENS, WORK, tile_of
+from twotower_engines.kernels.expert_routing import TILE_TOKENS, TYPES, tile_of
 from twotower_engines.kernels.jit import Launch, kernel
 from twotower_engines.kernels.quantized import SHRUNK, from_e4m3, from_nibbles
 from twotower_engines.kernels.spec import KernelSpec, Sizes
@@ -310,20 +310,18 @@ def product_specs(sizes: Sizes, group: int = RELEASED_GROUP) -> list[KernelSpec]
     T, form = f"*{sizes.dtype}", sizes.experts_format
     group = group if form == "int4" else 16
     bank = T if form == "plain" else "*u8"
-    dims = {"HIDDEN": sizes.hidden, "INNER": sizes.inner, "E": sizes.experts, "UPCAST": False}
-    work = {**WORK, "PAIRS": "i32"}
+    types = {**TYPES, "x": T, "inner": T, "partial": "*fp32", "up": bank, "down": bank}
+    dims = {"HIDDEN": sizes.hidden, "INNER": sizes.inner, "E": sizes.experts}
+    dims |= {"K": sizes.experts_per_token, "UPCAST": False}
     made = []
-    for which, depth in (("up", sizes.hidden), ("down", sizes.inner)):
-        scales = {f"{which}_{name}": kind for name, kind in SCALES[form].items()}
+    for which, function, depth in (
+        ("up", experts_up, sizes.hidden),
+        ("down", experts_down, sizes.inner),
+    ):
+        types |= {f"{which}_{name}": kind for name, kind in SCALES[form].items()}
         constants = {**dims, **bank_constants(which, form, depth, depth // group)}
-        if which == "up":
-            types = {"x": T, "up": bank, **work, "inner": T, **scales}
-            constants["K"] = sizes.experts_per_token
-        else:
-            types = {"inner": T, "down": bank, **work, "partial": "*fp32", **scales}
-        function = experts_up if which == "up" else experts_down
         for tactic, tiles in enumerate(matmul_tactics(sizes.dtype, form, group), 1):
-            large = {"MANY": tiles.constants["BLOCK_T"] == TILE_TOKENS[1]}
+            constants["MANY"] = tiles.constants["BLOCK_T"] == TILE_TOKENS[1]
             name = f"experts_{which}.{tactic}"
-            made.append(KernelSpec(name, function, types, {**constants, **large}, tiles))
+            made.append(KernelSpec.of(name, function, types, constants, tiles))
     return made

@@ -15,8 +15,8 @@ from twotower_engines.kernels.spec import KernelSpec
 TILE_TOKENS = (16, 64)
 """Pairs of a small tile and of a large one; `route_tokens` lists the tiles of both sizes."""
 
-WORK = {"pairs": "*i32", "few": "*i32", "many": "*i32"}
-"""Types of what the pass makes."""
+TYPES = {**dict.fromkeys(("indices", "pairs", "few", "many"), "*i32"), "PAIRS": "i32"}
+"""Types of what the pass takes and makes."""
 
 
 @kernel
@@ -115,10 +115,5 @@ def route_launch(experts: int) -> Launch:
 def route_spec(experts: int) -> KernelSpec:
     """Return the routing pass of a model."""
     few, many = TILE_TOKENS
-    return KernelSpec(
-        "route_tokens",
-        route_tokens,
-        {"indices": "*i32", "PAIRS": "i32", **WORK},
-        {"E": experts, "FEW": few, "MANY": many},
-        route_launch(experts),
-    )
+    constants = {"E": experts, "FEW": few, "MANY": many}
+    return KernelSpec.of("route_tokens", route_tokens, TYPES, constants, route_launch(experts))

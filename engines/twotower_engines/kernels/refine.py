@@ -25,10 +25,9 @@ from twotower_engines.kernels.spec import KernelSpec, Sizes
 from twotower_engines.kernels.vocabulary import (
     NO_TOKEN,
     TILE,
-    VOCABULARY_TYPES,
+    VOCABULARY_LAUNCH,
     refine_vocabulary,
     tiles,
-    vocabulary_launch,
 )
 
 
@@ -136,39 +135,22 @@ def decision_launch(block: int, split_count: int) -> Launch:
     return Launch(constants, num_warps=4 if tile <= 1024 else 8)
 
 
-DECISION_TYPES = {
-    "ids": "*i32",
-    "lengths": "*i32",
-    "threshold": "*fp32",
-    "steps_left": "*i32",
-    "policy": "*i32",
-    "partials": "*fp32",
-    "partial_ids": "*i32",
-    "S": "i32",
-    "P": "i32",
-    "new_ids": "*i32",
-    "confidence_out": "*fp32",
-    "committed_out": "*i32",
-    "still_masked": "*i32",
+INTEGERS = ("ids", "lengths", "steps_left", "policy", "seed", "partial_ids", "new_ids")
+TYPES = {
+    **dict.fromkeys((*INTEGERS, "committed_out", "still_masked"), "*i32"),
+    **dict.fromkeys(("threshold", "temperature", "partials", "confidence_out"), "*fp32"),
+    **dict.fromkeys(("S", "P", "TILES"), "i32"),
 }
+"""Types of both kernels' parameters, but for the logits."""
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:
     """Return both kernels for one model, for batches of any number of rows."""
     most_splits = -(-sizes.vocab_size // (tiles(1) * TILE))
+    types = {**TYPES, "logits": f"*{sizes.dtype}"}
+    constants = {"V": sizes.vocab_size, "MASK_ID": sizes.mask_id}
+    decision = decision_launch(sizes.block, most_splits)
     return [
-        KernelSpec(
-            "refine_vocabulary",
-            refine_vocabulary,
-            {"logits": f"*{sizes.dtype}", **VOCABULARY_TYPES},
-            {"V": sizes.vocab_size, "MASK_ID": sizes.mask_id},
-            vocabulary_launch(),
-        ),
-        KernelSpec(
-            "refine_decision",
-            refine_decision,
-            DECISION_TYPES,
-            {"MASK_ID": sizes.mask_id},
-            decision_launch(sizes.block, most_splits),
-        ),
+        KernelSpec.of("refine_vocabulary", refine_vocabulary, types, constants, VOCABULARY_LAUNCH),
+        KernelSpec.of("refine_decision", refine_decision, types, constants, decision),
     ]

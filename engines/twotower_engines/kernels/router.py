@@ -82,14 +82,8 @@ def choice_spec(
     experts: int, per_token: int, normalized: bool, scaling: float, small_dtype: str
 ) -> KernelSpec:
     """Return the choice of a model."""
-    types = {
-        "router_logits": "*fp32",
-        "correction": f"*{small_dtype}",
-        "lengths": "*i32",
-        "L": "i32",
-        "indices": "*i32",
-        "weights": "*fp32",
-    }
+    types = {"router_logits": "*fp32", "correction": f"*{small_dtype}", "lengths": "*i32"}
+    types |= {"L": "i32", "indices": "*i32", "weights": "*fp32"}
     constants = {
         **{"E": experts, "K": per_token, "NORMALIZED": normalized, "SCALING": scaling},
         "BLOCK_E": triton.next_power_of_2(experts),

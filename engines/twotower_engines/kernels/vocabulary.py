@@ -209,24 +209,10 @@ def refine_vocabulary(
     tl.store(partial_ids + place.to(tl.int64) * count + split, chosen)
 
 
-VOCABULARY_TYPES = {
-    "ids": "*i32",
-    "lengths": "*i32",
-    "temperature": "*fp32",
-    "policy": "*i32",
-    "seed": "*i32",
-    "S": "i32",
-    "TILES": "i32",
-    "partials": "*fp32",
-    "partial_ids": "*i32",
-}
-
-
 def tiles(rows: Any, minimum: Callable[[Any, int], Any] = min) -> Any:
     """Return the tiles of a split in a batch of `rows`, an integer or one of TensorRT's symbols."""
     return minimum(rows, MOST_ROWS) * TILES
 
 
-def vocabulary_launch() -> Launch:
-    """Return the tiles of the vocabulary pass, and pieces of the sampling."""
-    return Launch({"TILE": TILE, "PIECE": 512}, num_warps=4)
+VOCABULARY_LAUNCH = Launch({"TILE": TILE, "PIECE": 512}, num_warps=4)
+"""Tiles of the vocabulary pass, and pieces of the sampling."""
