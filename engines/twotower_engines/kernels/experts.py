@@ -27,19 +27,11 @@ from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 @kernel
 def experts_sum(
-    partial: tl.tensor,
-    indices: tl.tensor,
-    weights: tl.tensor,
-    shared: tl.tensor,
-    hidden: tl.tensor,
-    y: tl.tensor,
-    gate: tl.tensor,
-    L: tl.tensor,
-    HIDDEN: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
+    partial: tl.tensor, indices: tl.tensor, weights: tl.tensor, shared: tl.tensor,
+    hidden: tl.tensor, y: tl.tensor, gate: tl.tensor, L: tl.tensor,
+    HIDDEN: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     BLOCK_F: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Compute y = hidden + gate * (shared + sum over k of weight * partial).
 
     The sum is taken in float32 and in the order of k, and rounded to T after each step, as the op's

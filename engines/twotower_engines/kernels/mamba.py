@@ -51,26 +51,12 @@ from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 @kernel
 def mamba_scan(
-    projected: tl.tensor,
-    conv_state: tl.tensor,
-    ssm_state: tl.tensor,
-    lengths: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    dt_bias: tl.tensor,
-    A_log: tl.tensor,
-    D: tl.tensor,
-    L: tl.tensor,
-    scanned: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    projected: tl.tensor, conv_state: tl.tensor, ssm_state: tl.tensor, lengths: tl.tensor,
+    weight: tl.tensor, bias: tl.tensor, dt_bias: tl.tensor, A_log: tl.tensor, D: tl.tensor,
+    L: tl.tensor, scanned: tl.tensor,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """Scan one chunk of a row, for one head or part of it; grid (H * cdiv(P, BLOCK_P), B, chunks).
 
     Tokens past a row's length get 0.
@@ -125,19 +111,11 @@ def mamba_scan(
 
 @kernel
 def mamba_norm(
-    projected: tl.tensor,
-    scanned: tl.tensor,
-    lengths: tl.tensor,
-    norm_weight: tl.tensor,
-    L: tl.tensor,
-    y: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    EPSILON: tl.constexpr,
+    projected: tl.tensor, scanned: tl.tensor, lengths: tl.tensor, norm_weight: tl.tensor,
+    L: tl.tensor, y: tl.tensor,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, EPSILON: tl.constexpr,
     BLOCK_C: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Compute scanned * silu(z) over its root mean square in the group; grid (G, L, B).
 
     Tokens past a row's length get 0.

@@ -93,15 +93,10 @@ def similar(c: tl.tensor, b: tl.tensor, decay: tl.tensor, UPCAST: tl.constexpr) 
 
 @kernel
 def attended(
-    c: tl.tensor,
-    b: tl.tensor,
-    x: tl.tensor,
-    step: tl.tensor,
-    decay: tl.tensor,
-    state: tl.tensor,
+    c: tl.tensor, b: tl.tensor, x: tl.tensor, step: tl.tensor, decay: tl.tensor, state: tl.tensor,
     since: tl.tensor,
     UPCAST: tl.constexpr,
-) -> tl.tensor:
+) -> tl.tensor:  # fmt: skip
     """Return what a chunk's tokens see of the chunk and of a state, [tokens, channels].
 
     decay: within the chunk; since: its logarithm from the state to each token. Where x is bf16, a

@@ -71,15 +71,10 @@ def raw_columns(row: tl.tuple, time: tl.tensor, channel: tl.tensor, real: tl.ten
 
 @kernel
 def convolved(
-    row: tl.tuple,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    time: tl.tensor,
-    first: tl.tensor,
+    row: tl.tuple, weight: tl.tensor, bias: tl.tensor, time: tl.tensor, first: tl.tensor,
     count: tl.tensor,
-    BLOCK: tl.constexpr,
-    AGAIN: tl.constexpr,
-) -> tl.tensor:
+    BLOCK: tl.constexpr, AGAIN: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return SiLU(conv + bias) of `count` channels from `first`, [times, BLOCK], rounded to T.
 
     Tokens past a row's length get 0, and so do channels from `count` on. AGAIN: as of `four_taps`.

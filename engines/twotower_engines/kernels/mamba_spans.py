@@ -48,28 +48,13 @@ TACTICS = 2
 
 @kernel
 def mamba_spans(
-    projected: tl.tensor,
-    conv_state: tl.tensor,
-    lengths: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    dt_bias: tl.tensor,
-    A_log: tl.tensor,
-    L: tl.tensor,
-    span: tl.tensor,
-    convolution: tl.tensor,
-    span_states: tl.tensor,
-    span_decays: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    projected: tl.tensor, conv_state: tl.tensor, lengths: tl.tensor, weight: tl.tensor,
+    bias: tl.tensor, dt_bias: tl.tensor, A_log: tl.tensor, L: tl.tensor, span: tl.tensor,
+    convolution: tl.tensor, span_states: tl.tensor, span_decays: tl.tensor,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     UPCAST: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Convolve a share of the channels over one span, and find what it adds to a head's state.
 
     Grid (H * cdiv(P, BLOCK_P), B, spans). Tokens past a row's length are not written, and a span
@@ -119,30 +104,13 @@ def mamba_spans(
 
 @kernel
 def mamba_scan_states(
-    projected: tl.tensor,
-    conv_state: tl.tensor,
-    ssm_state: tl.tensor,
-    lengths: tl.tensor,
-    dt_bias: tl.tensor,
-    A_log: tl.tensor,
-    D: tl.tensor,
-    convolution: tl.tensor,
-    span_states: tl.tensor,
-    span_decays: tl.tensor,
-    L: tl.tensor,
-    span: tl.tensor,
-    scanned: tl.tensor,
-    conv_state_new: tl.tensor,
-    ssm_state_new: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    projected: tl.tensor, conv_state: tl.tensor, ssm_state: tl.tensor, lengths: tl.tensor,
+    dt_bias: tl.tensor, A_log: tl.tensor, D: tl.tensor, convolution: tl.tensor,
+    span_states: tl.tensor, span_decays: tl.tensor, L: tl.tensor, span: tl.tensor,
+    scanned: tl.tensor, conv_state_new: tl.tensor, ssm_state_new: tl.tensor,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """Scan a span of a row, for one head or part of it; grid (H * cdiv(P, BLOCK_P), B, spans).
 
     Tokens past a row's length get 0 and leave the new states alone. The new columns need memory of

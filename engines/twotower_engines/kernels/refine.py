@@ -13,7 +13,6 @@ Rules, ties and noise are those of the ONNX function `twotower::RefineBlock` in 
 NVIDIA's `generate_mask_diffusion` for policy 0, see `docs/kernels.md` for the others.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 import triton
@@ -33,23 +32,13 @@ from twotower_engines.kernels.vocabulary import (
 
 @kernel
 def refine_decision(
-    ids: tl.tensor,
-    lengths: tl.tensor,
-    threshold: tl.tensor,
-    steps_left: tl.tensor,
-    policy: tl.tensor,
-    partials: tl.tensor,
-    partial_ids: tl.tensor,
-    S: tl.tensor,
-    P: tl.tensor,
-    new_ids: tl.tensor,
-    confidence_out: tl.tensor,
-    committed_out: tl.tensor,
+    ids: tl.tensor, lengths: tl.tensor, threshold: tl.tensor, steps_left: tl.tensor,
+    policy: tl.tensor, partials: tl.tensor, partial_ids: tl.tensor, S: tl.tensor, P: tl.tensor,
+    new_ids: tl.tensor, confidence_out: tl.tensor, committed_out: tl.tensor,
     still_masked: tl.tensor,
     MASK_ID: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-) -> None:
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+) -> None:  # fmt: skip
     """Merge the splits of a row and decide what it commits; grid (B,).
 
     BLOCK_S and BLOCK_P are at least S and P, and powers of two.
