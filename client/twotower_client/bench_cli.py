@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import importlib.metadata
 import itertools
@@ -23,7 +24,7 @@ from twotower_contract.progress import StatusLine
 
 if TYPE_CHECKING:
     from twotower_client.aio import AsyncTwoTowerClient
-    from twotower_client.bench.load import Amount, Level, Record, Tell, Work
+    from twotower_client.bench.load import Level, Record, Tell, Work
     from twotower_contract.options import Options
 
 SECONDS = 20.0
@@ -132,7 +133,7 @@ def bench(
     **options: Any,
 ) -> None:
     """Measure a server under load (--url), or the calls of ENGINES without a server."""
-    from twotower_client.bench.load import Amount, Work
+    from twotower_client.bench.load import Work
     from twotower_client.request import check_options
 
     files = {name: options.pop(name) for name in SECRETS}
@@ -150,10 +151,10 @@ def bench(
     assert url is not None
     given = cast("Options", given_options(options))
     check_options(given)
-    work = Work(_prompts_of(prompts, random_tokens), given)
-    amount = Amount(None if num_prompts else duration or SECONDS, num_prompts)
+    seconds = None if num_prompts else duration or SECONDS
+    work = Work(_prompts_of(prompts, random_tokens), given, seconds, num_prompts)
     levels = _levels(concurrency, rate)
-    measured = asyncio.run(_measure(url, secrets_of(**files), work, levels, amount, warmup))
+    measured = asyncio.run(_measure(url, secrets_of(**files), work, levels, warmup))
     result = {
         "kind": "twotower bench",
         "about": {
@@ -163,8 +164,8 @@ def bench(
             "client": f"{platform.node()}, {platform.machine()}",
             "prompts": str(prompts) if prompts else f"{random_tokens or RANDOM_TOKENS} random ids",
             "options": given,
-            "seconds": amount.seconds,
-            "requests": amount.requests,
+            "seconds": seconds,
+            "requests": num_prompts,
         },
         "levels": measured,
     }
@@ -213,7 +214,6 @@ async def _measure(
     secrets: dict[str, Any],
     work: Work,
     levels: Sequence[Level],
-    amount: Amount,
     warmup: int | None,
 ) -> list[dict[str, Any]]:
     """Send every load, and return its figures."""
@@ -227,9 +227,9 @@ async def _measure(
         for level in levels:
             await _warm_up(client, work, level, warmup)
             line = StatusLine(10.0)
-            measured = await measure(client, work, level, amount, _teller(line, level, amount))
+            measured = await measure(client, work, level, _teller(line, level, work))
             line.clear()
-            figures.append(summarize(measured))
+            figures.append(summarize(level, *measured))
     return figures
 
 
@@ -237,20 +237,21 @@ async def _warm_up(
     client: AsyncTwoTowerClient, work: Work, level: Level, count: int | None
 ) -> None:
     """Send some requests that do not count, as many at a time as the load will."""
-    from twotower_client.bench.load import Amount, Level, measure
+    from twotower_client.bench.load import Level, measure
 
     at_a_time = level.concurrency or 1
     count = at_a_time if count is None else count
     if count:
-        await measure(client, work, Level(at_a_time), Amount(None, count), lambda *_: None)
+        few = dataclasses.replace(work, seconds=None, requests=count)
+        await measure(client, few, Level(at_a_time), lambda *_: None)
 
 
-def _teller(line: StatusLine, level: Level, amount: Amount) -> Tell:
+def _teller(line: StatusLine, level: Level, work: Work) -> Tell:
     """Return what shows the progress of a load."""
 
     def tell(records: Sequence[Record], under_way: int) -> None:
         if line.is_due():
-            limit = f"{amount.requests} requests" if amount.requests else f"{amount.seconds:g} s"
+            limit = f"{work.requests} requests" if work.requests else f"{work.seconds:g} s"
             failed = sum(record.error is not None for record in records)
             line.draw(
                 f"{level.name}: {line.seconds:.0f} s of {limit}, {len(records)} done, "

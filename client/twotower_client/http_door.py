@@ -276,25 +276,30 @@ def _status_of(problem: ClientError) -> int:
     return next((status for kind, status in STATUSES if isinstance(problem, kind)), 500)
 
 
+def read_order() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the line that says how to serve; return it, and how a client reaches the server."""
+    given = json.loads(sys.stdin.buffer.readline())
+    files, credentials = given.get("tls"), None
+    if files is not None:
+        chain, secret = (Path(files[name]).read_bytes() for name in ("certificate", "key"))
+        own = (secret, chain) if files["clients"] else ()
+        credentials = grpc.ssl_channel_credentials(chain, *own)
+    access = {"server_name": given.get("name"), "access_key": given.get("key")}
+    return given, {"credentials": credentials, **access}
+
+
 def main() -> None:
     """Serve until standard input ends."""
-    given = json.loads(sys.stdin.buffer.readline())
-    key, files = given.get("key"), given.get("tls")
-    credentials, tls = None, None
+    given, access = read_order()
+    files, tls = given.get("tls"), None
     if files is not None:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(files["certificate"], files["key"])
         if files["clients"]:
             tls.load_verify_locations(files["clients"])
             tls.verify_mode = ssl.CERT_REQUIRED
-        contents = [Path(files[name]).read_bytes() for name in ("certificate", "key")]
-        credentials = grpc.ssl_channel_credentials(
-            contents[0], *(contents[::-1] if files["clients"] else ())
-        )
-    with TwoTowerClient(
-        given["grpc"], credentials=credentials, server_name=given.get("name"), access_key=key
-    ) as client:
-        door = Door((given["host"], given["port"]), client, key, tls)
+    with TwoTowerClient(given["grpc"], **access) as client:
+        door = Door((given["host"], given["port"]), client, given.get("key"), tls)
         threading.Thread(target=door.serve_forever, daemon=True).start()
         print(door.server_address[1], flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -264,7 +264,7 @@ def _check_tensors(
             )
         size = ITEM_SIZES[entry.dtype] * math.prod(entry.shape)
         lies = entry.begin >= 0 and 0 <= entry.shard < len(shards)
-        if not lies or entry.end - entry.begin != size:
+        if not lies or entry.bytes != size:
             raise document.refusal(
                 f"the tensor {name} lies at bytes {entry.begin} to {entry.end} of shard "
                 f"{entry.shard}, but has {size} bytes, and there are {len(shards)} shards"

@@ -71,9 +71,14 @@ class TensorEntry:
         return math.prod(self.shape)
 
     @property
+    def bytes(self) -> int:
+        """Bytes in the shard."""
+        return self.end - self.begin
+
+    @property
     def is_zero(self) -> bool:
         """Whether all bytes of the sample are 0, as in a file that was never filled."""
-        return self.parameters > 0 and self.sample == _zero_sample(self.end - self.begin)
+        return self.parameters > 0 and self.sample == _zero_sample(self.bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from twotower_export.errors import HubError
+from twotower_contract.errors import TwoTowerError
 
 # What an export needs: no remote code, no other formats, no folders inside (a `*` matches a slash).
 PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja")
@@ -18,6 +18,10 @@ NOT_PATTERNS: Final = ("*/*",)
 
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+
+
+class HubError(TwoTowerError):
+    """A checkpoint could not be fetched from the Hugging Face hub."""
 
 
 def is_id(name: str) -> bool:

@@ -8,8 +8,6 @@ Bytes are copied as they are, in pieces, whatever the size of the checkpoint.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,16 +33,8 @@ FORMAT: Final = "twotower-nemotron-h"
 _DROPPED: Final = ("auto_map", "mask_token_id", "time_frequency_dim", "bidirectional_mamba")
 
 
-@dataclass(frozen=True)
-class _Member:
-    """A tensor on its way: its name in the new checkpoint, and where it comes from."""
-
-    name: str
-    tensor: TensorEntry
-
-    @property
-    def bytes(self) -> int:
-        return self.tensor.end - self.tensor.begin
+Members = dict[str, TensorEntry]
+"""Where the tensors of the new checkpoint come from, by their names in it."""
 
 
 def write_nemotron_h(
@@ -70,12 +60,12 @@ def write_nemotron_h(
     what = "a checkpoint from --target tensorrt-llm"
     check_replaceable(out, what, _is_ours, BundleError, writing)
     writing.begin(out, what)
-    members = [
-        _Member(base_name(stored), checkpoint.tensors[stored])
+    members = {
+        base_name(stored): checkpoint.tensors[stored]
         for name in expected_tensors(checkpoint.config, ("context",), base=checkpoint.base)
         for stored in tensors_of(name, checkpoint.tensors)
-    ]
-    total = sum(member.bytes for member in members)
+    }
+    total = sum(tensor.bytes for tensor in members.values())
     with new_folder(out, BundleError) as folder:
         free = shutil.disk_usage(folder).free
         if free < total:
@@ -139,38 +129,38 @@ def _with_base_names(value: Any, checkpoint: Checkpoint) -> Any:
 
 def _write_shards(
     checkpoint: Checkpoint,
-    members: Sequence[_Member],
+    members: Members,
     folder: Path,
     shard_bytes: int,
     progress: Progress,
 ) -> None:
     files = _spread(members, shard_bytes)
-    total = sum(member.bytes for member in members)
+    total = sum(tensor.bytes for tensor in members.values())
     done = 0
     for file, some in files.items():
         with (folder / file).open("wb") as target:
-            write_header(target, {one.name: (one.tensor.dtype, one.tensor.shape) for one in some})
-            for member in some:
-                for piece in tensor_pieces(checkpoint, member.tensor):
+            write_header(target, {name: (one.dtype, one.shape) for name, one in some.items()})
+            for tensor in some.values():
+                for piece in tensor_pieces(checkpoint, tensor):
                     target.write(piece)
                     done += len(piece)
                     progress("copying megabytes", done // 10**6, total // 10**6)
     if len(files) > 1:
-        weight_map = {member.name: file for file, some in files.items() for member in some}
+        weight_map = {name: file for file, some in files.items() for name in some}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / INDEX_FILE, index)
 
 
-def _spread(members: Sequence[_Member], shard_bytes: int) -> dict[str, list[_Member]]:
+def _spread(members: Members, shard_bytes: int) -> dict[str, Members]:
     """Return members by file, in order, each file as full as may be."""
-    groups: list[list[_Member]] = [[]]
+    groups: list[Members] = [{}]
     size = 0
-    for member in members:
-        if groups[-1] and size + member.bytes > shard_bytes:
-            groups.append([])
+    for name, tensor in members.items():
+        if groups[-1] and size + tensor.bytes > shard_bytes:
+            groups.append({})
             size = 0
-        groups[-1].append(member)
-        size += member.bytes
+        groups[-1][name] = tensor
+        size += tensor.bytes
     if len(groups) == 1:
         return {SINGLE_FILE: groups[0]}
     count = len(groups)

@@ -28,26 +28,3 @@ class StepMeter:
     def finish(self) -> None:
         """Clear the line."""
         self._line.clear()
-
-
-class LineMeter:
-    """A line every few seconds on how far training is; for logs.
-
-    Args:
-        steps: Steps in all.
-        seconds: Between two lines.
-    """
-
-    def __init__(self, steps: int, seconds: float = 5.0) -> None:
-        self._line = StatusLine(seconds, quiet_seconds=0.0)
-        self._steps, self._done = steps, 0
-
-    def __call__(self, tower: str, loss: float) -> None:
-        """Count a step of a tower, whose loss is in nats per token."""
-        self._done += 1
-        is_last = self._done == self._steps
-        if self._line.is_due(is_last=is_last):
-            self._line.draw(
-                f"training: step {self._done} of {self._steps}, {tower}, loss {loss:.2f}",
-                is_last=is_last,
-            )

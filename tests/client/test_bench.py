@@ -13,7 +13,7 @@ from tests.support.browser import address_of, chromium
 from tests.support.command import twotower
 from tests.support.fake_server import failure, fake_server, part
 from twotower_client.aio import AsyncTwoTowerClient
-from twotower_client.bench.load import Amount, Level, Measured, Record, Work, measure
+from twotower_client.bench.load import Level, Record, Work, measure
 from twotower_client.bench.report import comparison, page, table
 from twotower_client.bench.summary import summarize
 
@@ -31,7 +31,7 @@ def test_figures_are_those_of_the_records() -> None:
         record(1.0, [(1.5, 16)], error=("RequestFailedError", "it broke")),
         record(1.9, [], error=("ServerBusyError", "full"), prompt_tokens=0, calls=0),
     )
-    got = summarize(Measured(Level(2), 2.0, records))
+    got = summarize(Level(2), 2.0, records)
     assert (got["completed"], got["failed"], got["duration"]) == (3, 2, 2.0)
     assert got["request_throughput"] == 2 / 2.0
     assert got["output_throughput"] == (40 + 32 + 16 + 16) / 2.0
@@ -51,18 +51,18 @@ def test_figures_are_those_of_the_records() -> None:
 
 
 def test_nothing_complete_has_no_latency() -> None:
-    got = summarize(Measured(Level(1), 1.0, (record(0.0, [], ("DeadlineError", "late")),)))
+    got = summarize(Level(1), 1.0, (record(0.0, [], ("DeadlineError", "late")),))
     assert got["median_ttft_ms"] is None
     assert got["tokens_per_denoiser_call"] is None
     assert got["output_throughput"] == 0
     assert "1 x DeadlineError: late" in table({"levels": [got]})
 
 
-def load(url, level, amount, **options) -> Measured:
-    async def run() -> Measured:
+def load(url, level, seconds=None, requests=None) -> tuple[float, list[Record]]:
+    async def run() -> tuple[float, list[Record]]:
         async with AsyncTwoTowerClient(url) as client:
-            work = Work([[5, 6], [7]], options)
-            return await measure(client, work, level, amount, lambda *_: None)
+            work = Work([[5, 6], [7]], {}, seconds, requests)
+            return await measure(client, work, level, lambda *_: None)
 
     return asyncio.run(run())
 
@@ -84,10 +84,10 @@ def test_a_closed_loop_keeps_so_many_under_way(count) -> None:
         yield part("length", "a", (5, 6))
 
     with fake_server(answer) as url:
-        measured = load(url, Level(count), Amount(None, 9))
-    assert len(measured.records) == 9
+        _, records = load(url, Level(count), requests=9)
+    assert len(records) == 9
     assert most == count
-    assert all(one.error is None and one.tokens == 2 for one in measured.records)
+    assert all(one.error is None and one.tokens == 2 for one in records)
 
 
 def test_an_open_loop_sends_however_busy_the_server_is() -> None:
@@ -101,9 +101,9 @@ def test_an_open_loop_sends_however_busy_the_server_is() -> None:
         yield part("length", "a", (5,))
 
     with fake_server(answer) as url:
-        measured = load(url, Level(None, rate=200.0), Amount(None, 8))
-    assert len(measured.records) == len(came) == 8
-    sent = sorted(one.sent for one in measured.records)
+        _, records = load(url, Level(None, rate=200.0), requests=8)
+    assert len(records) == len(came) == 8
+    sent = sorted(one.sent for one in records)
     assert sent[-1] > sent[0], "at different times"
 
 
@@ -113,10 +113,10 @@ def test_a_limit_of_seconds_ends_a_load_and_its_answers_are_waited_for() -> None
 
     with fake_server(answer) as url:
         for level in (Level(2), Level(None, rate=50.0)):
-            measured = load(url, level, Amount(0.3, None))
-            assert measured.seconds == 0.3
-            assert measured.records
-            assert all(one.error is None for one in measured.records)
+            seconds, records = load(url, level, seconds=0.3)
+            assert seconds == 0.3
+            assert records
+            assert all(one.error is None for one in records)
 
 
 def test_errors_are_counted_by_kind_and_do_not_spin() -> None:
@@ -124,9 +124,9 @@ def test_errors_are_counted_by_kind_and_do_not_spin() -> None:
         yield failure("busy")
 
     with fake_server(answer) as url:
-        measured = load(url, Level(1), Amount(0.35, None))
-    assert {one.error[0] for one in measured.records} == {"ServerBusyError"}
-    assert len(measured.records) <= 4
+        _, records = load(url, Level(1), seconds=0.35)
+    assert {one.error[0] for one in records} == {"ServerBusyError"}
+    assert len(records) <= 4
 
 
 @pytest.mark.server
@@ -193,7 +193,7 @@ def test_results_that_cannot_be_compared_are_named(tmp_path) -> None:
 
 def test_a_page_may_hold_any_text() -> None:
     figures = summarize(
-        Measured(Level(1), 1.0, (record(0.0, [], ("DeadlineError", "<script>alert(1)</script>")),))
+        Level(1), 1.0, [record(0.0, [], ("DeadlineError", "<script>alert(1)</script>"))]
     )
     result = {"about": {"url": "</pre><b>"}, "levels": [figures]}
     text = page([result, result])

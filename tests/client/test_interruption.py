@@ -46,7 +46,7 @@ STEPS = {
         "compile_kernel",
         ["kernels", "--output", "{out}/x"],
     ),
-    "golden": ("twotower_export.cli.golden", "stream_golden", ["golden", "{checkpoint}"]),
+    "golden": ("twotower_export.cli.golden", "compute_golden", ["golden", "{checkpoint}"]),
 }
 
 

@@ -63,7 +63,7 @@ def run(command, **variables) -> str:
 def test_lm_eval_finds_what_the_client_finds(trained, tmp_path) -> None:
     """The share of held-out stories that go on exactly as they should."""
     from twotower_client import TwoTowerClient
-    from twotower_export.tiny.corpus.documents import documents
+    from twotower_export.tiny.corpus import documents
 
     server, address, _ = trained
     stories = list(itertools.islice(documents("held_out", seed=0), STORIES))

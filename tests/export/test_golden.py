@@ -23,7 +23,6 @@ from twotower_export.reference.golden import (
     MAX_NEW_TOKENS,
     compute_golden,
     golden_for,
-    stream_golden,
 )
 from twotower_export.reference.refinement import Rule, gumbel, refine
 from twotower_export.tiny.checkpoints import (
@@ -136,8 +135,7 @@ def test_a_file_of_something_else_is_refused(checkpoint, change, message):
         golden_for(checkpoint)
 
 
-def test_the_command_streams_and_gives_the_answer_of_the_towers_in_memory(checkpoint):
-    """Its towers are streamed whatever their size: equal to those that are loaded, all of it."""
+def test_the_command_writes_the_answer_that_an_export_computes(checkpoint):
     done = run(checkpoint.path)
     assert done.exit_code == 0, done.output
     computed = compute_golden(checkpoint)
@@ -151,13 +149,9 @@ def test_the_command_streams_and_gives_the_answer_of_the_towers_in_memory(checkp
     assert isinstance(run(checkpoint.path / "nothing").exception, TwoTowerError)
 
 
-def test_an_autoregressive_answer_is_streamed_too(checkpoint):
-    assert stream_golden(checkpoint, "ar") == compute_golden(checkpoint, "ar")
-
-
 def test_progress_counts_calls_layers_and_bytes(checkpoint):
     told = []
-    golden = stream_golden(checkpoint, progress=lambda *what: told.append(what))
+    golden = compute_golden(checkpoint, progress=lambda *what: told.append(what))
     calls = golden["denoiser_calls"] + MAX_NEW_TOKENS // BLOCK_SIZE
     assert len(told) == calls * checkpoint.config.num_layers
     assert told[0] == ("call 1 of at most 51, 0.0 GB read; context layer", 0, 3)

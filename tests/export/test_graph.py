@@ -21,11 +21,10 @@ from twotower_export.graph.body import Body, in_section, inputs
 from twotower_export.graph.layers import FLOAT_WEIGHTS
 from twotower_export.reference.towers import ContextTower, Denoiser, advance_states
 from twotower_export.tiny.checkpoints import random_tensors, tiny_config
+from twotower_export.verification.calls import LONGEST, CallShape, random_feed
 
 TOLERANCE = 1e-4
-LONGEST = 37
 TOKENS = 9
-CAPACITY = LONGEST + TOKENS
 SEED = 11  # of all that is drawn
 MODELS = 8
 
@@ -76,22 +75,25 @@ def session(model: ir.Model) -> ort.InferenceSession:
     return ort.InferenceSession(proto.SerializeToString(), options)
 
 
-def random_states(config, batch, generator):
-    def draw(*shape):
-        return generator.standard_normal(shape).astype(np.float32)
+def built(config, tower, tensors):
+    """A tower's float32 graph in a session, and its weights."""
+    weights = weights_of(config, tower, tensors)
+    build = {"context": build_context_graph, "denoiser": build_denoiser_graph}[tower]
+    return session(build(config, "float32", dict.fromkeys(weights, "F32"), {})), weights
 
-    states = {}
-    for index, kind in enumerate(config.pattern):
-        name = f"context.layers.{index}."
-        if kind == "M":
-            states[name + "conv_state"] = draw(batch, 3, config.conv_dim)
-            sizes = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-            states[name + "ssm_state"] = 30 * draw(batch, *sizes)
-        if kind == "*":
-            for part in ("k_cache", "v_cache"):
-                shape = (batch, config.num_key_value_heads, CAPACITY, config.head_dim)
-                states[name + part] = draw(*shape)
-    return states
+
+def drawn_call(config, tower, lengths, context_lengths, tokens=TOKENS, conditioned=1):
+    """Every input of a call but the weights, and the states among them."""
+    flags = (conditioned,) * len(lengths)
+    shape = CallShape("", tokens, tuple(lengths), tuple(context_lengths), flags)
+    feed = random_feed(config, tower, shape, seed=1)
+    return feed, {name: value for name, value in feed.items() if ".layers." in name}
+
+
+def run(runner, names, *feeds):
+    """Outputs of a call by name."""
+    given = {name: value for feed in feeds for name, value in feed.items()}
+    return dict(zip(names, runner.run(names, given), strict=True))
 
 
 def loaded(module, tensors):
@@ -115,38 +117,29 @@ def test_the_drawn_models_have_every_mix_of_layers():
     assert {frozenset(mix) for mix in ("M", "E", "*", "ME*")} <= mixes
 
 
-ROWS = {"lengths": [9, 1, 0, 5], "context_lengths": [0, LONGEST, 3, 12]}
+LENGTHS, PAST = [9, 1, 0, 5], [0, LONGEST, 3, 12]
 
 
 def test_context_graph_equals_the_pytorch_tower(model):
     config, tensors = model
-    generator = np.random.default_rng(1)
-    ids = generator.integers(4, config.vocab_size, (4, 9)).astype(np.int32)
-    rows = {name: np.array(values, np.int32) for name, values in ROWS.items()}
-    states = random_states(config, 4, generator)
-    weights = weights_of(config, "context", tensors)
-    graph = build_context_graph(config, "float32", dict.fromkeys(weights, "F32"), {})
-    runner = session(graph)
-    outputs = [output.name for output in runner.get_outputs()]
-    got = runner.run(outputs, {"ids": ids, **rows, **states, **weights})
+    runner, weights = built(config, "context", tensors)
+    feed, states = drawn_call(config, "context", LENGTHS, PAST)
+    outputs = [output.name for output in runner.get_outputs() if "queries" not in output.name]
+    made = run(runner, outputs, feed, weights)
 
     tower = loaded(ContextTower(config), tensors)
     given = {name: torch.from_numpy(value) for name, value in states.items()}
+    ids, *rows = (torch.from_numpy(feed[n]) for n in ("ids", "lengths", "context_lengths"))
     with torch.no_grad():
-        order = [torch.from_numpy(rows[name]) for name in ROWS]
-        logits, new = tower(torch.from_numpy(ids), *order, given)
-    after = advance_states(given, new, *order)
+        logits, new = tower(ids, *rows, given)
+    after = advance_states(given, new, *rows)
     expected = {"logits": logits, **{f"{name}_new": value for name, value in after.items()}}
-    made = dict(zip(outputs, got, strict=True))
-    queries = {name for name in made if name.endswith("queries")}
-    assert made.keys() - queries == expected.keys()
-    active = rows["lengths"] > 0
+    assert made.keys() == expected.keys()
+    active = feed["lengths"] > 0
     for name, value in made.items():
-        if name in queries:
-            continue
         theirs = expected[name].numpy()
         if name.endswith("cache_new"):  # what is written past a row's length is nobody's
-            for row, (length, start) in enumerate(zip(*rows.values(), strict=True)):
+            for row, (length, start) in enumerate(zip(LENGTHS, PAST, strict=True)):
                 value[row, :, start + length : start + TOKENS] = 0
                 theirs[row, :, start + length : start + TOKENS] = 0
         if name == "logits":
@@ -157,19 +150,10 @@ def test_context_graph_equals_the_pytorch_tower(model):
 @pytest.mark.parametrize("model", WITH_MAMBA, indirect=True)
 def test_an_inactive_row_keeps_its_states(model):
     config, tensors = model
-    generator = np.random.default_rng(2)
-    states = random_states(config, 2, generator)
-    weights = weights_of(config, "context", tensors)
-    runner = session(build_context_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
-    feed = {
-        "ids": np.full((2, 4), 5, np.int32),
-        "lengths": np.array([4, 0], np.int32),
-        "context_lengths": np.array([2, 2], np.int32),
-    }
+    runner, weights = built(config, "context", tensors)
+    feed, states = drawn_call(config, "context", [4, 0], [2, 2], tokens=4)
     outputs = [o.name for o in runner.get_outputs() if "state_new" in o.name]
-    for name, value in zip(
-        outputs, runner.run(outputs, {**feed, **states, **weights}), strict=True
-    ):
+    for name, value in run(runner, outputs, feed, weights).items():
         before = states[name.removesuffix("_new")]
         np.testing.assert_array_equal(value[1], before[1])
         assert not np.array_equal(value[0], before[0])
@@ -182,20 +166,16 @@ def test_states_are_exact_however_fast_they_decay():
     for name, tensor in tensors.items():
         if name.endswith("dt_bias"):
             tensor += 6.0
-    generator = np.random.default_rng(9)
-    ids = generator.integers(4, config.vocab_size, (3, 200)).astype(np.int32)
-    rows = {"lengths": np.array([200, 64, 199], np.int32), "context_lengths": np.zeros(3, np.int32)}
-    states = random_states(config, 3, generator)
-    weights = weights_of(config, "context", tensors)
-    runner = session(build_context_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
+    runner, weights = built(config, "context", tensors)
+    feed, _ = drawn_call(config, "context", [200, 64, 199], [0, 0, 0], tokens=200)
     name = "context.layers.0.ssm_state_new"
-    (got,) = runner.run([name], {"ids": ids, **rows, **states, **weights})
+    got = run(runner, [name], feed, weights)[name]
 
     tower = loaded(ContextTower(config), tensors).double()
-    given = {name: torch.from_numpy(value).double() for name, value in states.items()}
-    order = (torch.from_numpy(rows[name]) for name in ROWS)
+    given = {n: torch.from_numpy(value) for n, value in feed.items()}
+    rows = [given[n] for n in ("ids", "lengths", "context_lengths")]
     with torch.no_grad():
-        _, new = tower(torch.from_numpy(ids), *order, given)
+        _, new = tower(*rows, {n: value.double() for n, value in given.items()})
     assert difference(got, new[name].numpy()) < TOLERANCE / 3
 
 
@@ -203,63 +183,30 @@ def test_states_are_exact_however_fast_they_decay():
 def test_denoiser_graph_equals_the_pytorch_tower(model, rounding):
     config, tensors = model
     config = replace(config, dtype=rounding)
-    generator = np.random.default_rng(3)
-    ids = generator.integers(4, config.vocab_size, (4, 9)).astype(np.int32)
-    ids[generator.random(ids.shape) < 0.6] = config.mask_token_id
-    states = random_states(config, 4, generator)
-    weights = weights_of(config, "denoiser", tensors)
-    runner = session(build_denoiser_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
-    feed = {
-        "ids": ids,
-        **{name: np.array(values, np.int32) for name, values in ROWS.items()},
-        "conditioned": np.ones(4, np.int32),
-        "steps_left": np.array([4, 1, 3, 2], np.int32),
-        "policy": np.zeros(4, np.int32),
-        "seed": np.zeros(4, np.int32),
-        "threshold": np.full(4, 0.5, np.float32),
-        "temperature": np.zeros(4, np.float32),
-    }
-    (logits,) = runner.run(["logits"], {**feed, **states, **weights})
+    runner, weights = built(config, "denoiser", tensors)
+    feed, _ = drawn_call(config, "denoiser", LENGTHS, PAST)
+    logits = run(runner, ["logits"], feed, weights)["logits"]
 
     tower = loaded(Denoiser(config), tensors)
     tower.time_rounding = getattr(torch, rounding)
+    given = {name: torch.from_numpy(value) for name, value in feed.items()}
+    rows = (given[n] for n in ("ids", "lengths", "context_lengths", "conditioned"))
     with torch.no_grad():
-        expected = tower(
-            *(torch.from_numpy(feed[n]) for n in ("ids", *ROWS, "conditioned")),
-            {name: torch.from_numpy(value) for name, value in states.items()},
-        ).numpy()
-    for row, length in enumerate(ROWS["lengths"]):
+        expected = tower(*rows, given).numpy()
+    for row, length in enumerate(LENGTHS):
         if length:
             assert difference(logits[row, :length], expected[row, :length]) < TOLERANCE
-
-
-DENOISER_ROWS = {
-    "conditioned": np.ones(2, np.int32),
-    "steps_left": np.full(2, 3, np.int32),
-    "policy": np.zeros(2, np.int32),
-    "seed": np.zeros(2, np.int32),
-    "threshold": np.full(2, 0.5, np.float32),
-    "temperature": np.zeros(2, np.float32),
-}
 
 
 @pytest.mark.parametrize("model", WITH_ATTENTION, indirect=True)
 def test_a_denoise_step_writes_only_into_the_room_at_the_end_of_a_cache(model):
     """The context's keys and values are read again, by the next step and the next request."""
     config, tensors = model
-    generator = np.random.default_rng(8)
-    states = random_states(config, 2, generator)
-    weights = weights_of(config, "denoiser", tensors)
-    runner = session(build_denoiser_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
-    feed = {
-        "ids": np.full((2, 5), config.mask_token_id, np.int32),
-        "lengths": np.array([5, 0], np.int32),
-        "context_lengths": np.array([CAPACITY - 5, 7], np.int32),
-        **DENOISER_ROWS,
-    }
+    runner, weights = built(config, "denoiser", tensors)
+    feed, states = drawn_call(config, "denoiser", [5, 0], [LONGEST, 7], tokens=5)
     names = [one.name for one in runner.get_outputs() if one.name.endswith("cache_new")]
     assert len(names) == 2 * config.pattern.count("*")
-    for name, value in zip(names, runner.run(names, {**feed, **states, **weights}), strict=True):
+    for name, value in run(runner, names, feed, weights).items():
         before = states[name.removesuffix("_new")]
         np.testing.assert_array_equal(value[:, :, :-5], before[:, :, :-5])
         assert not (value[:, :, -5:] == before[:, :, -5:]).any()
@@ -268,46 +215,37 @@ def test_a_denoise_step_writes_only_into_the_room_at_the_end_of_a_cache(model):
 def test_caches_are_updated_where_they_lie():
     """ONNX Runtime writes only the call's tokens where input and output are one buffer."""
     config = tiny_config("*", 32, "float32")
-    weights = weights_of(config, "context", random_tensors(config, seed=1))
-    runner = session(build_context_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
-    states = random_states(config, 1, np.random.default_rng(5))
-    ids, lengths = np.full((1, 4), 7, np.int32), {"lengths": [4], "context_lengths": [3]}
-    feed = {"ids": ids, **{name: np.array(size, np.int32) for name, size in lengths.items()}}
-    expected = runner.run([f"{name}_new" for name in states], {**feed, **states, **weights})
+    runner, weights = built(config, "context", random_tensors(config, seed=1))
+    feed, states = drawn_call(config, "context", [4], [3], tokens=4)
+    expected = run(runner, [f"{name}_new" for name in states], feed, weights)
     io, of = runner.io_binding(), ort.OrtValue.ortvalue_from_numpy
-    for name, array in {**feed, **states, **weights}.items():
+    for name, array in {**feed, **weights}.items():
         io.bind_ortvalue_input(name, of(array))
     for name, array in states.items():
         array[:, :, 3:] = 0
         io.bind_ortvalue_output(f"{name}_new", of(array))
     runner.run_with_iobinding(io)
-    for array, value in zip(states.values(), expected, strict=True):
+    for array, value in zip(states.values(), expected.values(), strict=True):
         np.testing.assert_array_equal(array[:, :, :7], value[:, :, :7])
         assert not array[:, :, 7:].any()
 
 
-@pytest.mark.parametrize("build", [build_context_graph, build_denoiser_graph])
+@pytest.mark.parametrize("tower", ["context", "denoiser"])
 @pytest.mark.parametrize("rubbish", [-1e4, 1e4])
-def test_what_a_cache_holds_past_its_context_changes_nothing(build, rubbish):
+def test_what_a_cache_holds_past_its_context_changes_nothing(tower, rubbish):
     """Leftovers of another request, all finite; the second row is given no token at all."""
     config = tiny_config("*ME*", 32, "float32")
-    tower = "context" if build is build_context_graph else "denoiser"
-    weights = weights_of(config, tower, random_tensors(config, seed=1))
-    runner = session(build(config, "float32", dict.fromkeys(weights, "F32"), {}))
-    lengths = {"lengths": [4, 0], "context_lengths": [3, 0]}
-    feed = {"ids": np.full((2, 5), config.mask_token_id, np.int32)}
-    feed |= {name: np.array(values, np.int32) for name, values in lengths.items()}
-    feed |= DENOISER_ROWS if tower == "denoiser" else {}
-    states = random_states(config, 2, np.random.default_rng(5))
+    runner, weights = built(config, tower, random_tensors(config, seed=1))
+    feed, states = drawn_call(config, tower, [4, 0], [3, 0], tokens=5)
+    names = [one.name for one in runner.get_outputs() if "cache" not in one.name]
 
-    def run(past):
+    def after(past):
         for name, state in states.items():
             if name.endswith("_cache"):
                 state[0, :, 3:] = state[1] = past
-        names = [one.name for one in runner.get_outputs() if "cache" not in one.name]
-        return dict(zip(names, runner.run(names, {**feed, **states, **weights}), strict=True))
+        return run(runner, names, feed, weights)
 
-    clean, dirty = run(0.0), run(rubbish)
+    clean, dirty = after(0.0), after(rubbish)
     for name, value in clean.items():
         np.testing.assert_array_equal(value, dirty[name], err_msg=name)
         assert not np.isnan(value).any(), name
@@ -316,28 +254,14 @@ def test_what_a_cache_holds_past_its_context_changes_nothing(build, rubbish):
 def test_a_plain_pass_has_no_time_conditioning(model):
     """One token, conditioned 0: the pass of mock-AR."""
     config, tensors = model
-    generator = np.random.default_rng(4)
-    states = random_states(config, 1, generator)
-    weights = weights_of(config, "denoiser", tensors)
-    runner = session(build_denoiser_graph(config, "float32", dict.fromkeys(weights, "F32"), {}))
-    one = np.ones(1, np.int32)
-    feed = {
-        "ids": 7 * one[None],
-        "lengths": one,
-        "context_lengths": 4 * one,
-        "conditioned": 0 * one,
-        "steps_left": one,
-        "policy": 0 * one,
-        "seed": 0 * one,
-        "threshold": one.astype(np.float32),
-        "temperature": 0 * one.astype(np.float32),
-    }
-    (plain,) = runner.run(["logits"], {**feed, **states, **weights})
+    runner, weights = built(config, "denoiser", tensors)
+    feed, _ = drawn_call(config, "denoiser", [1], [4], tokens=1, conditioned=0)
     changed = {n: w + 1.0 if n.startswith(("t_", "scale_")) else w for n, w in weights.items()}
-    (same,) = runner.run(["logits"], {**feed, **states, **changed})
+    plain, same, other = (
+        run(runner, ["logits"], feed, *more)["logits"]
+        for more in ([weights], [changed], [weights, {"conditioned": np.ones(1, np.int32)}])
+    )
     np.testing.assert_array_equal(plain, same)
-    conditioned = feed | {"conditioned": one}
-    (other,) = runner.run(["logits"], {**conditioned, **states, **weights})
     assert np.abs(plain - other).max() > 1e-3
 
 

@@ -13,7 +13,7 @@ from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from tests.support.hub_server import HubServer
 from twotower_contract.manifest import read_manifest
 from twotower_export import hub
-from twotower_export.errors import HubError
+from twotower_export.hub import HubError
 from twotower_export.tiny.checkpoints import tiny_config
 
 ID = "somebody/TwoTower-tiny"

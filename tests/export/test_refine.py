@@ -1,4 +1,4 @@
-"""The body of `twotower::RefineBlock` against its rules, written plainly here."""
+"""The body of `twotower::RefineBlock` against the independent reference of its rules."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from scipy import stats
 
+from tests.support import reference
 from twotower_contract.policies import POLICIES
 from twotower_export.graph import build_refine_graph
 from twotower_export.graph.body import OPSET, Body, prefixed
@@ -45,35 +46,6 @@ def refine():
     return run
 
 
-def committed_positions(row, masked, policy, parameter, steps_left):
-    """Which positions a row commits: the rules of MODEL, one position after the other."""
-    logits = np.where(np.arange(V) == MASK, -np.inf, row.astype(np.float64))
-    shifted = logits - logits.max(-1, keepdims=True)
-    p = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
-    confidence = p.max(-1)
-    entropy = -np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0).sum(-1)
-    order = list(np.flatnonzero(masked))
-    n = len(order)
-    if policy == "entropy":
-        order.sort(key=lambda i: (entropy[i], -i))
-        wanted = sum(sum(entropy[order[:k]]) <= parameter for k in range(n))
-    elif policy == "leftmost":
-        wanted = 0
-    else:
-        order.sort(key=lambda i: (-confidence[i], -i))
-        wanted = 0
-        if policy == "threshold":
-            wanted = sum(confidence[i] > parameter for i in order)
-        if policy == "factor":
-            fits = [
-                k for k in range(1, n + 1) if (k + 1) * (1 - confidence[order[k - 1]]) < parameter
-            ]
-            wanted = max(fits, default=0)
-    quota = math.ceil(n / max(steps_left, 1))
-    count = n if steps_left <= 1 else min(n, max(wanted, 1, quota))
-    return set(order[:count]), confidence
-
-
 @pytest.mark.parametrize("block", [1, 5, 16])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_commits_what_the_policy_says(refine, policy, block):
@@ -93,19 +65,13 @@ def test_commits_what_the_policy_says(refine, policy, block):
         steps_left=steps_left,
         policy=POLICIES[policy],
     )
-    for row in range(batch):
-        masked = (ids[row] == MASK) & (np.arange(block) < lengths[row])
-        expected, confidence = committed_positions(
-            logits[row], masked, policy, parameter[row], steps_left[row]
-        )
-        assert set(np.flatnonzero(got["committed"][row])) == expected
-        assert got["still_masked"][row] == masked.sum() - len(expected)
-        np.testing.assert_allclose(got["confidence"][row][masked], confidence[masked], rtol=1e-5)
-        assert np.isposinf(got["confidence"][row][~masked]).all()
-        best = np.where(np.arange(V) == MASK, -np.inf, logits[row]).argmax(-1)
-        for position in range(block):
-            wanted = best[position] if position in expected else ids[row, position]
-            assert got["new_ids"][row, position] == wanted
+    for row, n in enumerate(lengths):
+        rule = parameter[row], steps_left[row], 0.0, policy
+        expected = reference.refine(logits[row], ids[row], *rule, length=n)
+        np.testing.assert_array_equal(got["new_ids"][row], expected[0])
+        np.testing.assert_allclose(got["confidence"][row], expected[1], rtol=1e-5)
+        np.testing.assert_array_equal(got["committed"][row], expected[2])
+        assert got["still_masked"][row] == expected[3]
 
 
 def test_the_threshold_is_strict_and_the_first_step_commits_at_least_one(refine):

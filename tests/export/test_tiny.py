@@ -17,15 +17,13 @@ from twotower_contract.config import config_json, read_config
 from twotower_contract.errors import ConfigError, TwoTowerError
 from twotower_contract.layout import expected_tensors
 from twotower_export.cli.tiny import tiny
-from twotower_export.progress import LineMeter
 from twotower_export.tiny.checkpoints import (
     TinyError,
     copy_pretrained,
     tiny_config,
     write_random_checkpoint,
 )
-from twotower_export.tiny.corpus import documents, fact_documents, story_documents, words
-from twotower_export.tiny.corpus.facts import FACTS
+from twotower_export.tiny.corpus import FACTS, documents, fact_documents, story_documents, words
 from twotower_export.tiny.tokenizer import train_tokenizer
 
 
@@ -225,16 +223,6 @@ def test_command_refuses_a_seed_that_torch_cannot_take(tmp_path, seed):
     result = CliRunner().invoke(tiny, [str(tmp_path / "out"), "--random", "--seed", seed])
     assert result.exit_code == 2
     assert f"{seed} is not in the range 0<=x<=9223372036854775807" in result.stderr
-
-
-def test_training_says_in_a_log_how_far_it_is(capsys):
-    silent, talkative = LineMeter(3, seconds=1000), LineMeter(3, seconds=0)
-    for meter in (silent, talkative):
-        for loss in (3.0, 2.0, 1.0):
-            meter("denoiser", loss)
-    first, *others = capsys.readouterr().err.splitlines()
-    assert first == "training: step 3 of 3, denoiser, loss 1.00"
-    assert [line[:20] for line in others] == [f"training: step {n} of " for n in (1, 2, 3)]
 
 
 def test_command_leaves_a_used_folder_alone(tmp_path):

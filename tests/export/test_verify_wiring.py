@@ -49,19 +49,36 @@ def swapped_outputs(model):
     node.output[1], node.output[2] = node.output[2], node.output[1]
 
 
-CASES = {
-    "a layer skipped": (
-        "context",
-        takes("context.layers.2", "hidden", "context.layers.0.hidden"),
-        "context.layers.2 takes context.layers.0.hidden as its `hidden`, "
-        "not context.layers.1.hidden",
-    ),
+TAKEN = {
+    "a layer skipped": "context.layers.2 hidden context.layers.0.hidden context.layers.1.hidden",
     "a layer of the denoiser skipped": (
-        "denoiser",
-        takes("denoiser.layers.3", "hidden", "denoiser.layers.1.hidden"),
-        "denoiser.layers.3 takes denoiser.layers.1.hidden as its `hidden`, "
-        "not denoiser.layers.2.hidden",
+        "denoiser.layers.3 hidden denoiser.layers.1.hidden denoiser.layers.2.hidden"
     ),
+    "conditioned by another input": "denoiser.layers.1 conditioned lengths conditioned",
+    "the lengths of a MoE layer, which decide only what padding costs": (
+        "context.layers.1 lengths context_lengths lengths"
+    ),
+    "the lengths of the time embedding": "denoiser.time lengths context_lengths lengths",
+    "another layer's state": (
+        "denoiser.layers.3 ssm_state context.layers.0.ssm_state context.layers.3.ssm_state"
+    ),
+    "another layer's weight": (
+        "context.layers.3 norm.weight context_tower.layers.0.norm.weight "
+        "context_tower.layers.3.norm.weight"
+    ),
+    "another layer's table": "denoiser.layers.2 table scale_shift_tables.1 scale_shift_tables.2",
+    "a rule of the refinement": "denoiser.refine threshold temperature threshold",
+}
+"""Node, parameter, the value that it takes, and the value that it should take."""
+
+CASES = {
+    name: (
+        node.partition(".")[0],
+        takes(node, parameter, value),
+        f"{node} takes {value} as its `{parameter}`, not {right}",
+    )
+    for name, (node, parameter, value, right) in ((n, t.split()) for n, t in TAKEN.items())
+} | {
     "another table of embeddings": (
         "denoiser",
         reads("denoiser_tower.embeddings.weight", "lm_head.weight", "Gather"),
@@ -77,52 +94,16 @@ CASES = {
         reads("context.layers.3.hidden", "context.layers.2.hidden", "GatherND"),
         "the head also reads context.layers.2.hidden",
     ),
-    "conditioned by another input": (
-        "denoiser",
-        takes("denoiser.layers.1", "conditioned", "lengths"),
-        "denoiser.layers.1 takes lengths as its `conditioned`, not conditioned",
-    ),
     "another time embedding": (
         "denoiser",
         other_embedding,
         "denoiser.layers.3 takes changed as its `embedding`, not denoiser.time_embedding",
-    ),
-    "the lengths of a MoE layer, which decide only what padding costs": (
-        "context",
-        takes("context.layers.1", "lengths", "context_lengths"),
-        "context.layers.1 takes context_lengths as its `lengths`, not lengths",
-    ),
-    "the lengths of the time embedding": (
-        "denoiser",
-        takes("denoiser.time", "lengths", "context_lengths"),
-        "denoiser.time takes context_lengths as its `lengths`, not lengths",
-    ),
-    "another layer's state": (
-        "denoiser",
-        takes("denoiser.layers.3", "ssm_state", "context.layers.0.ssm_state"),
-        "denoiser.layers.3 takes context.layers.0.ssm_state as its `ssm_state`, "
-        "not context.layers.3.ssm_state",
-    ),
-    "another layer's weight": (
-        "context",
-        takes("context.layers.3", "norm.weight", "context_tower.layers.0.norm.weight"),
-        "context.layers.3 takes context_tower.layers.0.norm.weight as its `norm.weight`",
-    ),
-    "another layer's table": (
-        "denoiser",
-        takes("denoiser.layers.2", "table", "scale_shift_tables.1"),
-        "denoiser.layers.2 takes scale_shift_tables.1 as its `table`, not scale_shift_tables.2",
     ),
     "keys for values": (
         "context",
         swapped_outputs,
         "context.layers.2 makes context.layers.2.hidden, context.layers.2.v_cache_new, "
         "context.layers.2.k_cache_new, context.layers.2.queries, not",
-    ),
-    "a rule of the refinement": (
-        "denoiser",
-        takes("denoiser.refine", "threshold", "temperature"),
-        "denoiser.refine takes temperature as its `threshold`, not threshold",
     ),
 }
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from tests.support.reference import refine
+from twotower_contract.policies import POLICY_NAMES
+
 PRIME = 2**31 - 1
 
 
@@ -47,55 +50,11 @@ def refine_row(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """One row: logits [S, V], ids [S] -> new ids, confidence, committed, still masked."""
     S, V = logits.shape
-    masked = [i for i in range(S) if i < row.length and ids[i] == mask_id]
-    new_ids, committed = ids.copy(), np.zeros(S, dtype=np.int32)
-    confidence = np.full(S, np.inf)
-    prediction, entropy, broken = {}, {}, False
-    for i in masked:
-        x = {v: float(logits[i, v]) for v in range(V) if v != mask_id}
-        peak = max(x.values())
-        if any(math.isnan(v) for v in x.values()) or math.isinf(peak):
-            confidence[i], broken = math.nan, True
-            continue
-        total = sum(math.exp(v - peak) for v in x.values())
-        entropy[i] = math.log(total)
-        entropy[i] -= sum(math.exp(v - peak) * max(v - peak, -1e12) for v in x.values()) / total
-        score = x
-        if row.temperature > 0:
-            score = {v: x[v] / row.temperature + gumbel(row.seed, i, v) for v in x}
-        best = max(score.values())
-        prediction[i] = min(v for v in score if score[v] == best)
-        confidence[i] = math.exp(x[prediction[i]] - peak) / total
-    if broken:
-        return new_ids, confidence, committed, -1
-    n = len(masked)
-    order, k = _policy(row, masked, confidence, entropy)
-    k = n if row.steps_left <= 1 else min(n, max(k, 1, math.ceil(n / row.steps_left)))
-    for i in order[:k]:
-        new_ids[i], committed[i] = prediction[i], 1
-    return new_ids, confidence, committed, n - k
-
-
-def _policy(
-    row: Row, masked: list[int], confidence: np.ndarray, entropy: dict[int, float]
-) -> tuple[list[int], int]:
-    """Masked positions, first to be committed first, and how many the policy would commit."""
-    bound, counts = row.threshold, range(1, len(masked) + 1)
-    order = sorted(masked, key=lambda i: (-confidence[i], -i))
-    if row.policy == 0:
-        return order, sum(confidence[i] > bound for i in order)
-    if row.policy == 1:
-        return order, 0
-    if row.policy == 2:
-        fits = [k for k in counts if (k + 1) * (1 - confidence[order[k - 1]]) < bound]
-        return order, max(fits, default=0)
-    if row.policy == 3:
-        order = sorted(masked, key=lambda i: (entropy[i], -i))
-        fits = [k for k in counts if sum(entropy[i] for i in order[: k - 1]) <= bound]
-        return order, max(fits, default=0)
-    if row.policy == 4:
-        return masked, 0
-    raise ValueError(f"no policy {row.policy}")
+    noise = None
+    if row.temperature > 0:
+        noise = np.array([[gumbel(row.seed, i, v) for v in range(V)] for i in range(S)])
+    rule = row.threshold, row.steps_left, row.temperature, POLICY_NAMES[row.policy]
+    return refine(logits, ids, *rule, noise, mask_id, row.length)
 
 
 def sparse_experts(

@@ -268,7 +268,17 @@ class ReferenceModel:
 # --- sampling -----------------------------------------------------------------------------------
 
 
-def refine(logits, ids, threshold, steps_left, temperature=0.0, policy="threshold", noise=None):
+def refine(
+    logits,
+    ids,
+    threshold,
+    steps_left,
+    temperature=0.0,
+    policy="threshold",
+    noise=None,
+    mask_id=MASK_ID,
+    length=None,
+):
     """One step's commits for one row: (new ids, confidences, committed flags, still masked).
 
     Policy "threshold" is NVIDIA's. "quota" commits the even share, "factor" is Fast-dLLM's dynamic
@@ -276,11 +286,11 @@ def refine(logits, ids, threshold, steps_left, temperature=0.0, policy="threshol
     """
     logits = np.array(logits, np.float64)
     ids = np.array(ids)
-    masked = [int(i) for i in np.flatnonzero(ids == MASK_ID)]
-    logits[:, MASK_ID] = -np.inf
-    if np.isnan(np.delete(logits[masked], MASK_ID, axis=1)).any():
+    masked = [int(i) for i in np.flatnonzero(ids == mask_id) if length is None or i < length]
+    logits[:, mask_id] = -np.inf
+    if not np.isfinite(logits[masked].max(-1)).all():  # a NaN, an infinity, or nothing possible
         return ids, np.full(len(ids), np.inf), np.zeros(len(ids), bool), -1
-    chances = np.exp(logits - logsumexp(logits)[:, None])
+    chances = softmax(logits)
     scores = logits / temperature + noise if temperature > 0 else logits
     predicted = scores.argmax(-1)
     confidence = np.full(len(ids), np.inf)

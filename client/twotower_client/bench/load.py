@@ -72,64 +72,40 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Amount:
-    """How long a load goes on: for some seconds, or for some requests.
-
-    Attributes:
-        seconds: Seconds in which requests are begun; None for no limit.
-        requests: Number of requests; None for no limit.
-    """
-
-    seconds: float | None
-    requests: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class Work:
-    """The requests of a load test.
+    """The requests of a load test, and how long each of its loads goes on.
 
     Attributes:
         prompts: Texts or token ids, taken in turn.
         options: Options of every request.
-        seed: Seed of the times of an open loop.
+        seconds: Seconds in which requests are begun; None for no limit.
+        requests: Number of requests of a load; None for no limit.
     """
 
     prompts: Sequence[str | Sequence[int]]
     options: Options
-    seed: int = 0
+    seconds: float | None
+    requests: int | None
 
 
 Tell = Callable[[Sequence[Record], int], None]
 """Is told the requests that have ended, and how many are under way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """The outcome of a load.
-
-    Attributes:
-        level: The load.
-        seconds: Seconds that throughput is counted over: until no request was begun any more, or
-            to the last end where the number of requests was given.
-        records: All requests.
-    """
-
-    level: Level
-    seconds: float
-    records: tuple[Record, ...]
-
-
 async def measure(
-    client: AsyncTwoTowerClient, work: Work, level: Level, amount: Amount, tell: Tell
-) -> Measured:
+    client: AsyncTwoTowerClient, work: Work, level: Level, tell: Tell
+) -> tuple[float, list[Record]]:
     """Send one load, and wait for all of its answers.
 
     Args:
         client: Client of the server.
         work: The requests.
-        level: How many of them.
-        amount: How long.
+        level: How many of them at a time, or per second.
         tell: Called several times per second.
+
+    Returns:
+        Seconds that throughput is counted over (until no request was begun any more, or to the last
+        end where the number of requests was given), and all requests.
     """
     records: list[Record] = []
     open_tasks: set[asyncio.Task[None]] = set()
@@ -153,12 +129,12 @@ async def measure(
     watcher = asyncio.create_task(watch())
     try:
         number = 0
-        async for due in _times(level, amount, work.seed, start):
+        async for due in _times(level, work, start):
             if free is not None:
                 await free.acquire()
             if level.rate is None:
                 due = time.monotonic() - start
-            if amount.seconds is not None and time.monotonic() - start >= amount.seconds:
+            if work.seconds is not None and time.monotonic() - start >= work.seconds:
                 break
             task = asyncio.create_task(send(number, due))
             open_tasks.add(task)
@@ -171,21 +147,21 @@ async def measure(
         for task in (watcher, *open_tasks):
             task.cancel()
         await asyncio.gather(watcher, *open_tasks, return_exceptions=True)
-    if amount.seconds is None:
+    if work.seconds is None:
         seconds = max((record.ended for record in records), default=seconds)
-    return Measured(level, min(seconds, amount.seconds or seconds), tuple(records))
+    return min(seconds, work.seconds or seconds), records
 
 
-async def _times(level: Level, amount: Amount, seed: int, start: float) -> AsyncIterator[float]:
+async def _times(level: Level, work: Work, start: float) -> AsyncIterator[float]:
     """Yield the time of each request when it has come; in a closed loop, 0 at once."""
-    draw = random.Random(seed)
-    numbers = itertools.count() if amount.requests is None else range(amount.requests)
+    draw = random.Random(0)
+    numbers = itertools.count() if work.requests is None else range(work.requests)
     due = 0.0
     for _ in numbers:
         if level.rate is not None:
             due += draw.expovariate(level.rate)
-            if amount.seconds is not None and due >= amount.seconds:
-                await asyncio.sleep(max(0.0, start + amount.seconds - time.monotonic()))
+            if work.seconds is not None and due >= work.seconds:
+                await asyncio.sleep(max(0.0, start + work.seconds - time.monotonic()))
                 return
             await asyncio.sleep(max(0.0, start + due - time.monotonic()))
         yield due

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower_client.bench.load import Measured, Record
+from twotower_client.bench.load import Level, Record
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = {
@@ -32,28 +32,30 @@ RATES = {
 CURVE_POINTS = 101  # of a curve of latencies, one per percentile
 
 
-def summarize(measured: Measured) -> dict[str, Any]:
+def summarize(level: Level, seconds: float, records: Sequence[Record]) -> dict[str, Any]:
     """Return the figures of one load, ready for JSON.
 
     Rates count what arrived while requests were still begun, latencies all complete answers.
+
+    Args:
+        level: The load.
+        seconds: Seconds that rates are counted over.
+        records: Its requests.
     """
-    complete = [record for record in measured.records if record.error is None]
-    failed = [record for record in measured.records if record.error is not None]
-    seconds = measured.seconds
-    arrived = sum(
-        tokens for record in measured.records for at, tokens in record.blocks if at <= seconds
-    )
+    complete = [record for record in records if record.error is None]
+    failed = [record for record in records if record.error is not None]
+    arrived = sum(tokens for record in records for at, tokens in record.blocks if at <= seconds)
     read = sum(
         record.prompt_tokens
-        for record in measured.records
+        for record in records
         if record.blocks and record.blocks[0][0] <= seconds
     )
     calls = sum(record.denoiser_calls for record in complete)
     tokens = sum(record.tokens for record in complete)
     figures: dict[str, Any] = {
-        "level": measured.level.name,
-        "max_concurrency": measured.level.concurrency,
-        "request_rate": measured.level.rate,
+        "level": level.name,
+        "max_concurrency": level.concurrency,
+        "request_rate": level.rate,
         "duration": seconds,
         "completed": len(complete),
         "failed": len(failed),
@@ -63,8 +65,8 @@ def summarize(measured: Measured) -> dict[str, Any]:
         "output_throughput": arrived / seconds,
         "total_token_throughput": (arrived + read) / seconds,
         "tokens_per_denoiser_call": tokens / calls if calls else None,
-        "max_send_delay_ms": 1e3 * max((record.delay for record in measured.records), default=0.0)
-        if measured.level.rate is not None
+        "max_send_delay_ms": 1e3 * max((record.delay for record in records), default=0.0)
+        if level.rate is not None
         else 0.0,
         "errors": _errors(failed),
     }

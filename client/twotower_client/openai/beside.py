@@ -5,18 +5,15 @@ The first line of its standard input says how; it prints its port, and ends with
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import ssl
 import sys
 import threading
 from pathlib import Path
-from typing import Any
-
-import grpc
 
 from twotower_client.aio import AsyncTwoTowerClient
+from twotower_client.http_door import read_order
 from twotower_client.openai.app import Settings, make_app
 from twotower_client.openai.chat import read_template
 from twotower_client.openai.serving import run
@@ -24,13 +21,9 @@ from twotower_client.openai.serving import run
 
 def main() -> None:
     """Serve until standard input ends."""
-    given = json.loads(sys.stdin.buffer.readline())
-    key, files = given.get("key"), given.get("tls")
-    credentials, tls = None, {}
+    given, access = read_order()
+    key, files, tls = given.get("key"), given.get("tls"), {}
     if files is not None:
-        chain, secret = (Path(files[name]).read_bytes() for name in ("certificate", "key"))
-        own = (secret, chain) if files["clients"] else ()
-        credentials = grpc.ssl_channel_credentials(chain, *own)
         tls = {"ssl_certfile": files["certificate"], "ssl_keyfile": files["key"]}
         if files["clients"]:
             tls |= {"ssl_ca_certs": files["clients"], "ssl_cert_reqs": ssl.CERT_REQUIRED}
@@ -39,14 +32,9 @@ def main() -> None:
         api_keys=(key,) if key else (),
         template=read_template(Path(given["tokenizer"])),
     )
-
-    def make_client() -> AsyncTwoTowerClient:
-        name = given.get("name")
-        access: dict[str, Any] = {"server_name": name, "access_key": key}
-        return AsyncTwoTowerClient(given["grpc"], credentials=credentials, **access)
-
+    app = make_app(lambda: AsyncTwoTowerClient(given["grpc"], **access), settings)
     threading.Thread(target=_end_with_input, daemon=True).start()
-    run(make_app(make_client, settings), given["host"], given["port"], _tell_port, **tls)
+    run(app, given["host"], given["port"], _tell_port, **tls)
 
 
 def _tell_port(address: str) -> None:

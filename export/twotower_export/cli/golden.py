@@ -7,15 +7,14 @@ import json
 import os
 import sys
 import time
-from typing import Any
 
 import click
 
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.golden import GOLDEN_FILE, write_golden
-from twotower_export.checkpoint import Checkpoint, open_checkpoint
+from twotower_export.checkpoint import open_checkpoint
 from twotower_export.progress import StepMeter
-from twotower_export.reference.golden import expected_work, stream_golden
+from twotower_export.reference.golden import compute_golden, expected_work
 
 EPILOG = """\b
 Examples:
@@ -47,7 +46,15 @@ def golden(checkpoint: str, as_json: bool) -> None:
         raise TwoTowerError("PyTorch is not installed; pip install 'twotower[reference]'")
     if not os.access(opened.path, os.W_OK):
         raise TwoTowerError(f"{opened.path}: is not writable; run this where it is")
-    answer = _streamed(opened)
+    mode = "mask_diffusion" if "denoiser" in opened.towers else "ar"
+    print(expected_work(opened, mode), file=sys.stderr)
+    meter = StepMeter()
+    try:
+        answer = compute_golden(opened, mode, meter)
+    except FloatingPointError as problem:
+        raise TwoTowerError(f"{opened.path}: {problem}; there is no golden answer") from problem
+    finally:
+        meter.finish()
     path = opened.path / GOLDEN_FILE
     write_golden(path, opened.fingerprint, answer)
     seconds = round(time.monotonic() - start, 2)
@@ -56,20 +63,3 @@ def golden(checkpoint: str, as_json: bool) -> None:
     else:
         tokens, calls = len(answer["output_ids"]), answer["denoiser_calls"]
         click.echo(f"{path}: {tokens} tokens in {calls} denoiser calls, {seconds} s")
-
-
-def _streamed(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Compute an answer with progress on standard error.
-
-    Raises:
-        TwoTowerError: The logits hold NaN or infinity.
-    """
-    mode = "mask_diffusion" if "denoiser" in checkpoint.towers else "ar"
-    print(expected_work(checkpoint, mode), file=sys.stderr)
-    meter = StepMeter()
-    try:
-        return stream_golden(checkpoint, mode, meter)
-    except FloatingPointError as problem:
-        raise TwoTowerError(f"{checkpoint.path}: {problem}; there is no golden answer") from problem
-    finally:
-        meter.finish()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import click
 
 from twotower_contract.atomic import new_folder
 from twotower_contract.errors import TwoTowerError
-from twotower_export.progress import LineMeter
+from twotower_export.progress import StepMeter
 
 MOST_WEIGHTS = 2**28  # a gibibyte of float32
 
@@ -119,16 +119,10 @@ def _check_size(pattern: str | None, hidden: int | None) -> None:
 def _train(out: Path, options: dict[str, Any]) -> None:
     from twotower_export.tiny.training import Recipe, write_trained_checkpoint
 
-    steps = Recipe().steps
-    if not sys.stderr.isatty():  # a bar would say nothing there until the end
-        write_trained_checkpoint(out, **options, progress=LineMeter(steps))
-        return
+    meter, done, steps = StepMeter(), itertools.count(1), Recipe().steps
 
-    with click.progressbar(
-        length=steps, label="training", file=sys.stderr, item_show_func=lambda item: item
-    ) as bar:
+    def progress(tower: str, loss: float) -> None:
+        meter(f"{tower}, loss {loss:.2f}; training step", next(done), steps)
 
-        def progress(tower: str, loss: float) -> None:
-            bar.update(1, f"{tower}, loss {loss:.2f}")
-
-        write_trained_checkpoint(out, **options, progress=progress)
+    write_trained_checkpoint(out, **options, progress=progress)
+    meter.finish()

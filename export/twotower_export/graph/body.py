@@ -39,9 +39,7 @@ Made = TypeVar("Made")
 
 
 class Operators:
-    """`op.Mul(x, y)` writes a node to the tape and returns its output.
-
-    Keywords are attributes; `_outputs=n` asks for a tuple of n outputs.
+    """`op.Mul(x, y)` writes a node to the tape and returns its output; keywords are attributes.
 
     Attributes:
         tape: The nodes.
@@ -52,17 +50,21 @@ class Operators:
         self.tape = ir.tape.Tape()
         self.section = ""
 
-    def __getattr__(self, op_type: str) -> Callable[..., Any]:
-        def write(*args: ir.Value, _outputs: int | None = None, **attributes: Any) -> Any:
-            if _outputs is None:
-                value = self.tape.op(op_type, args, attributes)
-                self.mark(value)
-                return value
-            values = self.tape.op_multi_out(op_type, args, attributes, num_outputs=_outputs)
-            self.mark(values[0])
-            return values
+    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
+        def write(*args: ir.Value, **attributes: Any) -> ir.Value:
+            value = self.tape.op(op_type, args, attributes)
+            self.mark(value)
+            return value
 
         return write
+
+    def several(
+        self, op_type: str, *args: ir.Value, outputs: int, **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """Write a node of several outputs, and return them."""
+        values = self.tape.op_multi_out(op_type, args, attributes, num_outputs=outputs)
+        self.mark(values[0])
+        return values
 
     def mark(self, output: ir.Value) -> None:
         """Note which section the node of an output belongs to."""
@@ -119,8 +121,7 @@ class Body:
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """`x` in another dtype."""
-        made: ir.Value = self.op.Cast(x, to=dtype)
-        return made
+        return self.op.Cast(x, to=dtype)
 
     def up(self, x: ir.Value) -> ir.Value:
         """T -> float32."""
@@ -132,24 +133,20 @@ class Body:
 
     def reshape(self, x: ir.Value, *dims: int) -> ir.Value:
         """Reshape to fixed sizes; 0 keeps that dimension of `x`, -1 is inferred."""
-        made: ir.Value = self.op.Reshape(x, self.i64(list(dims)))
-        return made
+        return self.op.Reshape(x, self.i64(list(dims)))
 
     def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
         """Insert dimensions of size one."""
-        made: ir.Value = self.op.Unsqueeze(x, self.i64(list(axes)))
-        return made
+        return self.op.Unsqueeze(x, self.i64(list(axes)))
 
     def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
         """Return `x` with its dimensions in another order."""
-        made: ir.Value = self.op.Transpose(x, perm=list(perm))
-        return made
+        return self.op.Transpose(x, perm=list(perm))
 
     def slice(self, x: ir.Value, start: int, end: int | None, axis: int) -> ir.Value:
         """Return `x[start:end]` along one axis; an end of None means to its end."""
         stop = np.iinfo(np.int64).max if end is None else end
-        made: ir.Value = self.op.Slice(x, self.i64([start]), self.i64([stop]), self.i64([axis]))
-        return made
+        return self.op.Slice(x, self.i64([start]), self.i64([stop]), self.i64([axis]))
 
     def linear(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         """Return `x @ weight.T`; x [..., in], weight [out, in].
@@ -159,18 +156,15 @@ class Body:
         """
         rows = self.op.Gemm(self.op.Flatten(x, axis=-1), weight, transB=1)
         shape = self.op.Concat(self.op.Shape(x, end=-1), self.size(weight, 0), axis=0)
-        made: ir.Value = self.op.Reshape(rows, shape)
-        return made
+        return self.op.Reshape(rows, shape)
 
     def silu(self, x: ir.Value) -> ir.Value:
         """Return x * sigmoid(x)."""
-        made: ir.Value = self.op.Mul(x, self.op.Sigmoid(x))
-        return made
+        return self.op.Mul(x, self.op.Sigmoid(x))
 
     def size(self, x: ir.Value, axis: int) -> ir.Value:
         """Return the size of one dimension as an int64 tensor of shape [1]."""
-        made: ir.Value = self.op.Shape(x, start=axis, end=axis + 1)
-        return made
+        return self.op.Shape(x, start=axis, end=axis + 1)
 
     def arange(self, size: ir.Value) -> ir.Value:
         """0, 1, .. size - 1 as int32; size int64 [1].
@@ -211,8 +205,7 @@ class Body:
                 node.name = None
                 for value in node.outputs:
                     value.name = None
-        made: ir.Value = self.op.If(condition, **branches)
-        return made
+        return self.op.If(condition, **branches)
 
     def call(
         self,

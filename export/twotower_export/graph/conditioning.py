@@ -66,8 +66,7 @@ def time_embedding(
     features = rounded(b.op.Concat(b.op.Cos(angle), b.op.Sin(angle), axis=1))  # cosines first
 
     def dense(x: ir.Value, weight: ir.Value, bias: ir.Value) -> ir.Value:
-        made: ir.Value = b.op.Gemm(x, weight, bias, transB=1)  # rounded once, bias included
-        return made
+        return b.op.Gemm(x, weight, bias, transB=1)  # rounded once, bias included
 
     def activated(x: ir.Value) -> ir.Value:
         return b.down(b.silu(b.up(x)))
@@ -103,6 +102,6 @@ def modulation(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     on = b.op.Greater(b.unsqueeze(conditioned, 1, 2), b.i32(0))
     both = b.op.Where(on, both, b.const(neutral, dtype))
     b.begin("parts")
-    shift, scale, gate = b.op.Split(both, b.i64([1, 1, 1]), axis=1, _outputs=3)
+    shift, scale, gate = b.op.several("Split", both, b.i64([1, 1, 1]), axis=1, outputs=3)
     outputs = {"scale": b.op.Add(scale, b.const(1.0, dtype)), "shift": shift, "gate": gate}
     return b.function("Modulation", args, outputs, "Shift, scale and gate of one denoiser layer.")

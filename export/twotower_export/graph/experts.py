@@ -112,8 +112,7 @@ def _flat(
     b.begin("down")
     bank = b.reshape(b.transpose(down, 1, 0, 2), config.hidden_size, width)
     y = b.transpose(b.op.MatMul(bank, b.reshape(inner, width, -1)), 1, 0)
-    made: ir.Value = b.op.Slice(y, b.i64([0]), count, b.i64([0]))
-    return made
+    return b.op.Slice(y, b.i64([0]), count, b.i64([0]))
 
 
 @in_section("filled_up")
@@ -152,7 +151,7 @@ def router(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     corrected = b.op.Add(scores, b.cast(correction, FLOAT))  # [n, E]
     b.begin("choice")
     k = b.i64([config.num_experts_per_tok])
-    _, chosen = b.op.TopK(corrected, k, axis=1, _outputs=2)
+    _, chosen = b.op.several("TopK", corrected, k, axis=1, outputs=2)
     b.begin("weights")
     weights = b.op.GatherElements(scores, chosen, axis=1)
     if config.norm_topk_prob:

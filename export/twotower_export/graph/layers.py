@@ -157,8 +157,7 @@ def _denoiser_layer(
     def modulated(x: ir.Value) -> ir.Value:
         """`_modulate`: x * (1 + scale) + shift."""
         b.begin("modulated")
-        made: ir.Value = b.op.Add(b.op.Mul(x, scale), shift)
-        return made
+        return b.op.Add(b.op.Mul(x, scale), shift)
 
     def normed(x: ir.Value) -> ir.Value:
         b.begin("norm")

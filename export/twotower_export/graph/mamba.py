@@ -47,7 +47,7 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     J = H // G  # heads that share one group's B and C
 
     b.begin("split")
-    z, xbc, dt = b.op.Split(projected, b.i64([d_inner, conv_dim, H]), axis=2, _outputs=3)
+    z, xbc, dt = b.op.several("Split", projected, b.i64([d_inner, conv_dim, H]), axis=2, outputs=3)
 
     b.begin("history")
     history = b.op.Concat(conv_state, xbc, axis=1)
@@ -56,7 +56,7 @@ def mamba_block_step(config: ModelConfig, dtype: ir.DataType) -> ir.Function:
     b.begin("")
     convolved = _convolve(b, history, steps, conv_weight, conv_bias)
     b.begin("inputs")
-    x, B, C = b.op.Split(convolved, b.i64([d_inner, G * N, G * N]), axis=2, _outputs=3)
+    x, B, C = b.op.several("Split", convolved, b.i64([d_inner, G * N, G * N]), axis=2, outputs=3)
     x = b.transpose(b.reshape(x, 0, -1, G, J, P), 0, 2, 3, 1, 4)  # [B, G, J, L, P]
     length = b.size(projected, 1)
     per_group = b.op.Concat(b.i64([-1]), length, b.i64([N]), axis=0)

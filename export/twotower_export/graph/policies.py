@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from twotower_contract.policies import POLICIES
 from twotower_export.graph.body import Body
 
 
@@ -49,50 +48,36 @@ class PolicyRule:
     """A policy's rule for a batch.
 
     Attributes:
-        key: Float32, broadcast to [B, S]; the position with the lowest key is committed first.
-        fits: From the order, whether the policy would commit that far; [B, S] bool. Wanted is
-            everything up to the furthest position that fits. None: never more than the step's
+        key: Writes the sort key, float32, broadcast to [B, S]; the position with the lowest is
+            committed first.
+        fits: Writes, from the order, whether the policy would commit that far; [B, S] bool. Wanted
+            is everything up to the furthest position that fits. None: never more than the step's
             share.
     """
 
-    key: ir.Value
-    fits: Callable[[Order], ir.Value] | None = None
+    key: Callable[[Body, Seen], ir.Value]
+    fits: Callable[[Body, Seen, Order], ir.Value] | None = None
 
 
-def _threshold(b: Body, seen: Seen) -> PolicyRule:
-    def fits(order: Order) -> ir.Value:
-        made: ir.Value = b.op.Greater(seen.confidence, seen.bound)
-        return made
-
-    return PolicyRule(b.op.Neg(seen.confidence), fits)
+def _most_confident(b: Body, seen: Seen) -> ir.Value:
+    return b.op.Neg(seen.confidence)
 
 
-def _quota(b: Body, seen: Seen) -> PolicyRule:
-    return PolicyRule(b.op.Neg(seen.confidence))
+def _within_factor(b: Body, seen: Seen, order: Order) -> ir.Value:
+    doubt = b.op.Sub(b.f32(1.0), seen.confidence)
+    return b.op.Less(b.op.Mul(b.op.Add(order.number, b.f32(1.0)), doubt), seen.bound)
 
 
-def _factor(b: Body, seen: Seen) -> PolicyRule:
-    def fits(order: Order) -> ir.Value:
-        doubt = b.op.Sub(b.f32(1.0), seen.confidence)
-        made: ir.Value = b.op.Less(b.op.Mul(b.op.Add(order.number, b.f32(1.0)), doubt), seen.bound)
-        return made
-
-    return PolicyRule(b.op.Neg(seen.confidence), fits)
-
-
-def _entropy(b: Body, seen: Seen) -> PolicyRule:
-    def fits(order: Order) -> ir.Value:
-        made: ir.Value = b.op.LessOrEqual(order.entropy_before, seen.bound)
-        return made
-
-    return PolicyRule(seen.entropy, fits)
-
-
-def _leftmost(b: Body, seen: Seen) -> PolicyRule:
-    return PolicyRule(seen.position)
-
-
-POLICY_RULES: Mapping[str, Callable[[Body, Seen], PolicyRule]] = dict(
-    zip(POLICIES, (_threshold, _quota, _factor, _entropy, _leftmost), strict=True)
-)
+POLICY_RULES: Mapping[str, PolicyRule] = {
+    "threshold": PolicyRule(
+        _most_confident, lambda b, seen, order: b.op.Greater(seen.confidence, seen.bound)
+    ),
+    "quota": PolicyRule(_most_confident),
+    "factor": PolicyRule(_most_confident, _within_factor),
+    "entropy": PolicyRule(
+        lambda b, seen: seen.entropy,
+        lambda b, seen, order: b.op.LessOrEqual(order.entropy_before, seen.bound),
+    ),
+    "leftmost": PolicyRule(lambda b, seen: seen.position),
+}
 """By name, in the order of the numbers."""

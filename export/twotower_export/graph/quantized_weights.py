@@ -79,5 +79,4 @@ def _unpacked(b: Body, words: ir.Value, bits: int) -> ir.Value:
     """Return the codes of 32-bit words along a new last axis, uint32."""
     shifts = b.const(np.arange(0, 32, bits), UINT32)
     shifted = b.op.BitShift(b.unsqueeze(b.cast(words, UINT32), -1), shifts, direction="RIGHT")
-    made: ir.Value = b.op.BitwiseAnd(shifted, b.const((1 << bits) - 1, UINT32))
-    return made
+    return b.op.BitwiseAnd(shifted, b.const((1 << bits) - 1, UINT32))

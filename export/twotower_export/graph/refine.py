@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from twotower_contract.policies import POLICIES
 from twotower_export.graph.body import FLOAT, INT32, INT64, Body, in_section, inputs
-from twotower_export.graph.policies import POLICY_RULES, Order, PolicyRule, Seen
+from twotower_export.graph.policies import POLICY_RULES, Order, Seen
 
 PRIME = 2**31 - 1
 """The noise is computed in the field of this many elements: products of two fit an int64."""
@@ -81,14 +81,13 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
     b.begin("order")
     position = b.unsqueeze(b.cast(steps, FLOAT), 0)
     seen = Seen(confidence, entropy, position, b.unsqueeze(threshold, 1))
-    rules = [rule(b, seen) for rule in POLICY_RULES.values()]
-    key = _of_policy(b, policy, [rule.key for rule in rules])
+    key = _of_policy(b, policy, [rule.key(b, seen) for rule in POLICY_RULES.values()])
     key = b.op.Where(masked_ok, key, b.f32(BEFORE_ANY))
     before = _precedes(b, key, steps)  # [B, S, S]: j is committed before i
     rank = b.op.ReduceSum(b.cast(before, INT32), b.i64([2]), keepdims=0)
     b.begin("commit")
     n = _count(b, masked_ok)
-    wanted = _wanted(b, rules, policy, masked_ok, entropy, before, rank)
+    wanted = _wanted(b, seen, policy, masked_ok, before, rank)
     quota = _ceil_div(b, n, steps_left)
     commit = b.op.Min(n, b.op.Max(wanted, quota))
     commit = b.op.Where(b.op.LessOrEqual(steps_left, b.i32(1)), n, commit)  # `is_last_step`
@@ -108,8 +107,7 @@ def refine_block(mask_id: int, dtype: ir.DataType) -> ir.Function:
 
 def _count(b: Body, flags: ir.Value) -> ir.Value:
     """Count the true positions of each row; [B, S] -> [B] int32."""
-    made: ir.Value = b.op.ReduceSum(b.cast(flags, INT32), b.i64([1]), keepdims=0)
-    return made
+    return b.op.ReduceSum(b.cast(flags, INT32), b.i64([1]), keepdims=0)
 
 
 @in_section("predict")
@@ -150,8 +148,7 @@ def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> i
 
     def reduced(x: ir.Value) -> ir.Value:
         # Not Mod, which TensorRT writes as eight operators that use each other twice.
-        made: ir.Value = b.op.Sub(x, b.op.Mul(b.op.Div(x, b.i64(PRIME)), b.i64(PRIME)))
-        return made
+        return b.op.Sub(x, b.op.Mul(b.op.Div(x, b.i64(PRIME)), b.i64(PRIME)))
 
     def fifth_power(x: ir.Value, key: ir.Value | None = None) -> ir.Value:
         # Plus a key; x is below 3e9, so that its square fits an int64.
@@ -165,8 +162,7 @@ def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> i
         # one expression, whose length doubles with each operand that is used twice: four rounds
         # took it minutes for small vocabularies. A reduction ends the chain, and what it reduces
         # is written to memory: of keys, not of tokens.
-        made: ir.Value = b.op.ReduceMax(b.unsqueeze(x, 0), b.i64([0]), keepdims=0)
-        return made
+        return b.op.ReduceMax(b.unsqueeze(x, 0), b.i64([0]), keepdims=0)
 
     b.begin("key")
     place = b.op.Add(b.op.Mul(b.cast(steps, INT64), b.i64(7919)), b.i64(7919 + 1))
@@ -192,8 +188,7 @@ def _gumbel(b: Body, vocabulary: ir.Value, seed: ir.Value, steps: ir.Value) -> i
     is_tail = b.op.Less(rest, b.f32(TAIL))
     exponential = b.op.Where(is_tail, tail, b.op.Neg(b.op.Log(uniform)))
     b.begin("gumbel")
-    made: ir.Value = b.op.Neg(b.op.Log(exponential))
-    return made
+    return b.op.Neg(b.op.Log(exponential))
 
 
 @in_section("statistics")
@@ -228,12 +223,10 @@ def _statistics(
     def entropy() -> ir.Value:
         share = b.op.Mul(weight, b.op.Max(shifted, b.f32(LEAST_LOG_P)))
         mean = b.op.Div(b.op.ReduceSum(share, b.i64([2]), keepdims=1), total)
-        made: ir.Value = b.op.Squeeze(b.op.Sub(log_total, mean), b.i64([2]))
-        return made
+        return b.op.Squeeze(b.op.Sub(log_total, mean), b.i64([2]))
 
     def none() -> ir.Value:
-        made: ir.Value = b.op.Mul(b.cast(prediction, FLOAT), b.f32(0.0))
-        return made
+        return b.op.Mul(b.cast(prediction, FLOAT), b.f32(0.0))
 
     asked = _any(b, b.op.Equal(policy, b.i32(POLICIES["entropy"])))
     return log_p, b.when(asked, entropy, none, FLOAT)
@@ -268,17 +261,15 @@ def _precedes(b: Body, key: ir.Value, steps: ir.Value) -> ir.Value:
     mine, other = b.unsqueeze(key, 2), b.unsqueeze(key, 1)
     higher = b.op.Greater(b.unsqueeze(steps, 0), b.unsqueeze(steps, 1))  # [S, S]: j > i
     tied = b.op.And(b.op.Equal(other, mine), b.unsqueeze(higher, 0))
-    made: ir.Value = b.op.Or(b.op.Less(other, mine), tied)
-    return made
+    return b.op.Or(b.op.Less(other, mine), tied)
 
 
 @in_section("wanted")
 def _wanted(
     b: Body,
-    rules: Sequence[PolicyRule],
+    seen: Seen,
     policy: ir.Value,
     masked: ir.Value,
-    entropy: ir.Value,
     before: ir.Value,
     rank: ir.Value,
 ) -> ir.Value:
@@ -290,7 +281,7 @@ def _wanted(
     number = b.op.Add(rank, b.i32(1))
     earlier = b.op.And(before, b.unsqueeze(masked, 1))
     entropy_before = b.op.ReduceSum(
-        b.op.Where(earlier, b.unsqueeze(entropy, 1), b.f32(0.0)), b.i64([2]), keepdims=0
+        b.op.Where(earlier, b.unsqueeze(seen.entropy, 1), b.f32(0.0)), b.i64([2]), keepdims=0
     )
     b.begin("cases")
     order = Order(b.cast(number, FLOAT), entropy_before)
@@ -298,11 +289,10 @@ def _wanted(
     cases = [
         none
         if rule.fits is None
-        else b.op.Where(b.op.And(masked, rule.fits(order)), number, b.i32(0))
-        for rule in rules
+        else b.op.Where(b.op.And(masked, rule.fits(b, seen, order)), number, b.i32(0))
+        for rule in POLICY_RULES.values()
     ]
-    made: ir.Value = b.op.ReduceMax(_of_policy(b, policy, cases), b.i64([1]), keepdims=0)
-    return made
+    return b.op.ReduceMax(_of_policy(b, policy, cases), b.i64([1]), keepdims=0)
 
 
 @in_section("quota")
@@ -313,5 +303,4 @@ def _ceil_div(b: Body, n: ir.Value, steps_left: ir.Value) -> ir.Value:
     done when its steps are. n + steps_left might overflow.
     """
     steps = b.op.Max(steps_left, b.i32(1))
-    made: ir.Value = b.op.Add(b.op.Div(b.op.Sub(n, b.i32(1)), steps), b.i32(1))
-    return made
+    return b.op.Add(b.op.Div(b.op.Sub(n, b.i32(1)), steps), b.i32(1))

@@ -147,10 +147,8 @@ def _nvfp4(stored: Array, _: int, scales: Scales, largest: float | None = None) 
     amax = np.float32(_finite(largest_magnitude(stored) if largest is None else largest))
     scale_2 = amax / np.float32(E2M1_MAX * E4M3_MAX) if amax else np.float32(1)
     values = _e4m3()[:127].astype(np.float32)
-    chosen = np.empty(stored.size // NVFP4_BLOCK, np.uint8)
-    packed = np.empty((chosen.size, NVFP4_BLOCK // 2), np.uint8)
-    error = energy = 0.0
-    for begin, weights in _columns(stored, NVFP4_BLOCK):
+
+    def quantize(weights: Floats) -> tuple[Array, Floats, Array]:
         magnitudes = np.abs(weights)
         wanted = magnitudes.max(0) / (np.float32(E2M1_MAX) * scale_2)
         wanted[wanted == 0] = 1
@@ -163,45 +161,57 @@ def _nvfp4(stored: Array, _: int, scales: Scales, largest: float | None = None) 
         codes, best = _best(tried, errors)
         rounded = _e2m1(magnitudes / (values[codes] * scale_2))
         nibbles = _E2M1_CODES[(2 * rounded).astype(np.uint8)] | (weights < 0).astype(np.uint8) << 3
-        piece = slice(begin, begin + codes.size)
-        chosen[piece] = codes
-        packed[piece] = (nibbles[0::2] | nibbles[1::2] << 4).T
-        error += float(best.sum(dtype=np.float64))
-        energy += float(np.square(weights).sum(dtype=np.float64))
-    out, into = stored.shape
-    arrays = (
-        packed.reshape(out, into // 2),
-        chosen.reshape(out, into // NVFP4_BLOCK),
-        np.array(scale_2, np.float32),
-    )
-    return Encoded(arrays, error, energy)
+        return codes, best, nibbles
+
+    chosen, packed, error, energy = _by_blocks(stored, NVFP4_BLOCK, np.uint8, quantize)
+    return Encoded((packed, chosen, np.array(scale_2, np.float32)), error, energy)
 
 
 def _int4(stored: Array, group: int, scales: Scales) -> Encoded:
     _finite(largest_magnitude(stored))
-    chosen = np.empty(stored.size // group, np.float32)
-    packed = np.empty((chosen.size, group // 2), np.uint8)
     store = to_bfloat16 if stored.dtype == np.uint16 else np.asarray
-    error = energy = 0.0
-    for begin, weights in _columns(stored, group):
+    steps = (1.0, *INT4_STEPS) if scales == "search" else (1.0,)
+
+    def quantize(weights: Floats) -> tuple[Array, Floats, Array]:
         first = np.abs(weights).max(0) / np.float32(7.5)
         first[first == 0] = 1
-        steps = (1.0, *INT4_STEPS) if scales == "search" else (1.0,)
         tried = [as_float32(store(first * np.float32(step))) for step in steps]
         scale, best = _best(tried, [_int4_error(weights, one) for one in tried])
-        nibbles = (_integers(weights / scale) + INT4_OFFSET).astype(np.uint8)
+        return scale, best, (_integers(weights / scale) + INT4_OFFSET).astype(np.uint8)
+
+    chosen, packed, error, energy = _by_blocks(stored, group, np.float32, quantize)
+    arrays = packed.view("<i4"), store(chosen), np.array(stored.shape, "<i8")
+    return Encoded(arrays, error, energy)
+
+
+def _by_blocks(
+    stored: Array,
+    size: int,
+    dtype: npt.DTypeLike,
+    quantize: Callable[[Floats], tuple[Array, Floats, Array]],
+) -> tuple[Array, Array, float, float]:
+    """Quantize a matrix [out, in] in pieces of blocks of one size.
+
+    Args:
+        dtype: Dtype of the blocks' scales.
+        quantize: Returns the scales [blocks] and squared errors [blocks] of weights [size, blocks],
+            and their codes of 4 bits.
+
+    Returns:
+        Scales [out, in / size], codes [out, in / 2], two in a byte, the error and the energy.
+    """
+    out, into = stored.shape
+    chosen = np.empty(stored.size // size, dtype)
+    packed = np.empty((chosen.size, size // 2), np.uint8)
+    error = energy = 0.0
+    for begin, weights in _columns(stored, size):
+        scale, errors, nibbles = quantize(weights)
         piece = slice(begin, begin + scale.size)
         chosen[piece] = scale
         packed[piece] = (nibbles[0::2] | nibbles[1::2] << 4).T
-        error += float(best.sum(dtype=np.float64))
+        error += float(errors.sum(dtype=np.float64))
         energy += float(np.square(weights).sum(dtype=np.float64))
-    out, into = stored.shape
-    arrays = (
-        packed.reshape(out, into // 2).view("<i4"),
-        store(chosen.reshape(out, into // group)),
-        np.array(stored.shape, "<i8"),
-    )
-    return Encoded(arrays, error, energy)
+    return chosen.reshape(out, into // size), packed.reshape(out, into // 2), error, energy
 
 
 def _columns(stored: Array, size: int) -> Iterator[tuple[int, Floats]]:

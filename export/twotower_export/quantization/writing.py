@@ -169,7 +169,7 @@ def _write_all(
     work: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    total = sum(step.tensor.end - step.tensor.begin for step in steps)
+    total = sum(step.tensor.bytes for step in steps)
     matrices: list[Matrix] = []
     done = 0
 
@@ -182,7 +182,7 @@ def _write_all(
         some = [step for step in steps if step.tensor.shard == number]
         state = work / STATE / f"{shard.file}.json"
         if state.exists():
-            advance(sum(step.tensor.end - step.tensor.begin for step in some))
+            advance(sum(step.tensor.bytes for step in some))
         else:
             with partial_file(work / shard.file) as partial, partial.open("wb") as target:
                 written = _write_shard(checkpoint, recipe, some, target, advance)
@@ -223,7 +223,7 @@ def _write_shard(
                 for array in encoded.arrays:
                     target.write(array.data if array.ndim else array.tobytes())
                 matrices.append(_matrix(step, recipe, encoded))
-                advance(step.tensor.end - step.tensor.begin)
+                advance(step.tensor.bytes)
             else:
                 for piece in tensor_pieces(checkpoint, step.tensor):
                     target.write(piece)
@@ -238,7 +238,7 @@ def _encoded(checkpoint: Checkpoint, recipe: Recipe, steps: list[_Step]) -> Gene
     with ThreadPoolExecutor(cores(), "twotower-quantize") as workers:
         try:
             for step in steps:
-                size = step.tensor.end - step.tensor.begin
+                size = step.tensor.bytes
                 while waiting and held + size > BYTES_AT_WORK:
                     future, count = waiting.popleft()
                     yield future.result()
@@ -288,7 +288,7 @@ def _matrix(step: _Step, recipe: Recipe, encoded: Encoded) -> Matrix:
     return Matrix(
         step.name,
         recipe.formats[step.name],
-        step.tensor.end - step.tensor.begin,
+        step.tensor.bytes,
         sum(_size(*entry) for entry in step.becomes.values()),
         encoded.error,
         encoded.energy,

@@ -4,19 +4,19 @@ Any deployment can run it at start. It catches what users of the reference code 
 is word salad, one token per denoiser call, and no error anywhere.
 
 The expected answer is computed with the PyTorch towers in float32 and stored in the bundle: by the
-export itself where they fit into memory, otherwise beforehand by
+export itself where they are small, otherwise beforehand by
 
     twotower golden CHECKPOINT
 
-which streams them layer by layer, whatever their size, and leaves the answer in the checkpoint's
-`golden.json`, where every export finds it.
+which takes hours for a large model, and leaves the answer in the checkpoint's `golden.json`, where
+every export finds it. Both stream the towers layer by layer.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,10 +32,10 @@ from twotower_export.progress import Progress, silent
 from twotower_export.reference.refinement import Rule, refine
 
 if TYPE_CHECKING:
-    from twotower_export.reference.sequence import SequenceTowers
+    from twotower_export.reference.sequence import StreamedTowers
 
 FLOAT32_BOUND: Final = 4_000_000_000
-"""Bytes of weights in float32 up to which the towers are loaded to compute the answer."""
+"""Bytes of weights in float32 up to which an export computes the answer."""
 
 PROMPT: Final = (
     "Mia the hen lived by the river. Mia had a blue bell and loved it more than anything."
@@ -88,34 +88,28 @@ def golden_for(
     return None, {"reason": reason, "request": _request(checkpoint, mode)}
 
 
-def compute_golden(checkpoint: Checkpoint, mode: str = "mask_diffusion") -> dict[str, Any]:
-    """Generate the golden answer with the PyTorch towers in float32, held in memory.
-
-    Args:
-        checkpoint: Small enough for memory.
-        mode: `mask_diffusion`, or `ar` where there is no denoiser.
-
-    Raises:
-        FloatingPointError: The logits hold NaN or infinity.
-    """
-    from twotower_export.reference.sequence import LoadedTowers
-
-    request = _request(checkpoint, mode)
-    towers: Sequence[Tower] = ("context",) if mode == "ar" else TOWERS
-    return _answered(LoadedTowers(checkpoint, _capacity(request), towers), request)
-
-
-def stream_golden(
+def compute_golden(
     checkpoint: Checkpoint, mode: str = "mask_diffusion", progress: Progress = silent
 ) -> dict[str, Any]:
-    """Compute the same answer with one layer of the towers in memory at a time.
+    """Generate the golden answer with the PyTorch towers in float32, one layer at a time.
+
+    Args:
+        checkpoint: Of any size.
+        mode: `mask_diffusion`, or `ar` where there is no denoiser.
+        progress: Called for each layer of each call.
+
+    Returns:
+        The request with its answer.
 
     Raises:
         FloatingPointError: The logits hold NaN or infinity.
     """
+    import torch
+
     from twotower_export.reference.sequence import StreamedTowers
 
     request = _request(checkpoint, mode)
+    prompt = request["prompt_ids"]
     most = _calls(mode)[1]
 
     def tell(tower: Tower, layer: int, layers: int) -> None:
@@ -123,8 +117,17 @@ def stream_golden(
         what = f"call {towers.calls} of at most {most}, {read}; {tower} layer"
         progress(what, layer, layers)
 
-    towers = StreamedTowers(checkpoint, _capacity(request), tell)
-    return _answered(towers, request)
+    towers = StreamedTowers(checkpoint, len(prompt) + MAX_NEW_TOKENS, tell)
+    if mode == "ar":
+        ids, calls = _autoregressive(towers, prompt), 0
+    else:
+        ids, calls = _mask_diffusion(towers, prompt)
+    return request | {
+        "output_ids": ids,
+        "denoiser_calls": calls,
+        "tokens_per_call": round(len(ids) / calls, 4) if calls else None,
+        "computed_with": f"torch {torch.__version__.partition('+')[0]}, float32",
+    }
 
 
 def expected_work(checkpoint: Checkpoint, mode: str) -> str:
@@ -148,27 +151,6 @@ def _calls(mode: str) -> tuple[int, int]:
         return MAX_NEW_TOKENS, MAX_NEW_TOKENS
     blocks = MAX_NEW_TOKENS // BLOCK_SIZE  # each is preceded by one call of the context tower
     return 2 * blocks, (STEPS + 1) * blocks
-
-
-def _capacity(request: Mapping[str, Any]) -> int:
-    return len(request["prompt_ids"]) + MAX_NEW_TOKENS
-
-
-def _answered(towers: SequenceTowers, request: dict[str, Any]) -> dict[str, Any]:
-    """Return a request with its answer."""
-    import torch
-
-    prompt = request["prompt_ids"]
-    if request["mode"] == "ar":
-        ids, calls = _autoregressive(towers, prompt), 0
-    else:
-        ids, calls = _mask_diffusion(towers, prompt)
-    return request | {
-        "output_ids": ids,
-        "denoiser_calls": calls,
-        "tokens_per_call": round(len(ids) / calls, 4) if calls else None,
-        "computed_with": f"torch {torch.__version__.partition('+')[0]}, float32",
-    }
 
 
 def _request(checkpoint: Checkpoint, mode: str) -> dict[str, Any]:
@@ -206,7 +188,7 @@ def _encoded(folder: Path) -> list[int]:
         return []
 
 
-def _mask_diffusion(towers: SequenceTowers, prompt: Sequence[int]) -> tuple[list[int], int]:
+def _mask_diffusion(towers: StreamedTowers, prompt: Sequence[int]) -> tuple[list[int], int]:
     """Return new ids and denoiser calls, by the rules of `generate_mask_diffusion`.
 
     (NVIDIA's `modeling_nemotron_twotower.py`; the context is not extended by the last block.)
@@ -229,7 +211,7 @@ def _mask_diffusion(towers: SequenceTowers, prompt: Sequence[int]) -> tuple[list
     return ids, calls
 
 
-def _autoregressive(towers: SequenceTowers, prompt: Sequence[int]) -> list[int]:
+def _autoregressive(towers: StreamedTowers, prompt: Sequence[int]) -> list[int]:
     """Return greedy ids by the rules of `generate_ar` (`modeling_nemotron_twotower.py`)."""
     ids = [int(towers.extend(prompt).argmax())]
     while len(ids) < MAX_NEW_TOKENS:

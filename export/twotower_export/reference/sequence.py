@@ -1,16 +1,15 @@
-"""One sequence on the PyTorch towers in float32: whole in memory, or streamed layer by layer.
+"""One sequence on the PyTorch towers in float32, streamed layer by layer.
 
-Both give the same numbers (bit for bit, unless the weights are float32 and lie at other addresses).
-`StreamedTowers` needs memory for one layer and a head, whatever the size of the model: weights are
-mapped, a layer is filled when its turn comes and let go after it, and of its experts only those are
-read that a token is routed to.
+They need memory for one layer and a head, whatever the size of the model: weights are mapped, a
+layer is filled when its turn comes and let go after it, and of its experts only those are read that
+a token is routed to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch.nn.functional import embedding, linear
 
 from twotower_contract.layout import HEADS, Tower
 from twotower_export.progress import silent
-from twotower_export.reference.mapped import NamedTensors, OpenShards, load_module, load_tower
+from twotower_export.reference.mapped import NamedTensors, OpenShards, load_module
 from twotower_export.reference.mixers import Expert, Layer, RMSNorm
 from twotower_export.reference.towers import (
     Call,
@@ -40,70 +39,12 @@ Progress = Callable[[Tower, int, int], None]
 """Called before a layer runs with its tower, its number, and the number of layers."""
 
 
-class SequenceTowers:
+class StreamedTowers:
     """The states of one sequence, and the towers that read and extend it.
 
     Args:
         capacity: Tokens that the sequence can reach.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
-        self.config = checkpoint.config
-        self.states: States = empty_states(self.config, 1, capacity, torch.float32)
-        self.length = 0
-
-    def extend(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append tokens to the context; returns the logits of the last, (vocab,).
-
-        Raises:
-            FloatingPointError: The logits hold NaN or infinity.
-        """
-        lengths, before = torch.tensor([len(ids)]), torch.tensor([self.length])
-        with torch.no_grad():
-            logits, new = self._run_context(torch.tensor([list(ids)]), lengths, before)
-        self.states = advance_states(self.states, new, lengths, before)
-        self.length += len(ids)
-        return _finite(logits[0].numpy(), "context")
-
-    def denoise(self, block: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Return the logits of a block against the context, (block, vocab).
-
-        Raises:
-            FloatingPointError: The logits hold NaN or infinity.
-        """
-        lengths, before = torch.tensor([len(block)]), torch.tensor([self.length])
-        with torch.no_grad():
-            logits = self._run_denoiser(torch.from_numpy(block[None]), lengths, before)
-        return _finite(logits[0].numpy(), "denoiser")
-
-    def _run_context(self, ids: Tensor, lengths: Tensor, before: Tensor) -> tuple[Tensor, States]:
-        """Return logits (1, vocab) of the last token, and the layers' new states."""
-        raise NotImplementedError
-
-    def _run_denoiser(self, ids: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
-        """Return logits (1, block, vocab)."""
-        raise NotImplementedError
-
-
-class LoadedTowers(SequenceTowers):
-    """Towers in memory, for models that fit in float32."""
-
-    def __init__(self, checkpoint: Checkpoint, capacity: int, towers: Sequence[Tower]) -> None:
-        super().__init__(checkpoint, capacity)
-        tensors = NamedTensors(checkpoint.path)
-        self._towers = {tower: load_tower(self.config, tower, tensors) for tower in towers}
-
-    def _run_context(self, ids: Tensor, lengths: Tensor, before: Tensor) -> tuple[Tensor, States]:
-        made = self._towers["context"](ids, lengths, before, self.states)
-        return cast(tuple[Tensor, States], made)
-
-    def _run_denoiser(self, ids: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
-        made = self._towers["denoiser"](ids, lengths, before, torch.tensor([1]), self.states)
-        return cast(Tensor, made)
-
-
-class StreamedTowers(SequenceTowers):
-    """Towers that pass through memory one layer at a time, for models of any size.
+        progress: Called before each layer runs.
 
     Attributes:
         calls: Calls of either tower begun so far.
@@ -111,7 +52,9 @@ class StreamedTowers(SequenceTowers):
     """
 
     def __init__(self, checkpoint: Checkpoint, capacity: int, progress: Progress = silent) -> None:
-        super().__init__(checkpoint, capacity)
+        self.config = checkpoint.config
+        self.states: States = empty_states(self.config, 1, capacity, torch.float32)
+        self.length = 0
         self.calls = 0
         self.bytes_read = 0
         self._tensors = NamedTensors(checkpoint.path)
@@ -119,18 +62,36 @@ class StreamedTowers(SequenceTowers):
         self._conditioning: Denoiser | None = None
         self._wide: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def _run_context(self, ids: Tensor, lengths: Tensor, before: Tensor) -> tuple[Tensor, States]:
-        call = Call(lengths, before, causal=torch.tensor([True]))
-        hidden, emitted = self._run_layers("context", ids, call)
-        return self._run_head("context", hidden[:, -1]), emitted
+    @torch.no_grad()
+    def extend(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens to the context; returns the logits of the last, (vocab,).
 
-    def _run_denoiser(self, ids: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
+        Raises:
+            FloatingPointError: The logits hold NaN or infinity.
+        """
+        lengths, before = torch.tensor([len(ids)]), torch.tensor([self.length])
+        call = Call(lengths, before, causal=torch.tensor([True]))
+        hidden, new = self._run_layers("context", torch.tensor([list(ids)]), call)
+        logits = self._run_head("context", hidden[:, -1])[0]
+        self.states = advance_states(self.states, new, lengths, before)
+        self.length += len(ids)
+        return _finite(logits.numpy(), "context")
+
+    @torch.no_grad()
+    def denoise(self, block: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Return the logits of a block against the context, (block, vocab).
+
+        Raises:
+            FloatingPointError: The logits hold NaN or infinity.
+        """
+        ids, lengths = torch.from_numpy(block[None]), torch.tensor([len(block)])
         conditioning = self._time_conditioning()
         fraction = conditioning.masked_fraction(ids, lengths)
         modulation = conditioning.modulation(fraction, torch.tensor([True]))
+        before = torch.tensor([self.length])
         call = Call(lengths, before, causal=torch.tensor([False]), modulation=modulation)
         hidden, _ = self._run_layers("denoiser", ids, call)
-        return self._run_head("denoiser", hidden)
+        return _finite(self._run_head("denoiser", hidden)[0].numpy(), "denoiser")
 
     def _run_layers(self, tower: Tower, ids: Tensor, call: Call) -> tuple[Tensor, States]:
         """Hidden states after the last layer, and what the layers emit."""

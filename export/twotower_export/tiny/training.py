@@ -53,7 +53,7 @@ README = """A tiny checkpoint in the layout of NVIDIA's Nemotron-Labs-TwoTower, 
 
     twotower tiny OUT --pattern '{pattern}' --hidden {hidden} --seed {seed} --dtype {dtype}
 
-on the templates in `twotower_export/tiny/corpus` (written for this project, Apache-2.0).
+on the templates in `twotower_export/tiny/corpus.py` (written for this project, Apache-2.0).
 
 recipe: {recipe}
 losses at the end, nats per token: {losses}

@@ -43,34 +43,25 @@ PART_CHUNK: Final = 24
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The two sides of a comparison.
-
-    Attributes:
-        layers: Layers whose states they take.
-        wants_hidden: Whether they start from hidden states.
-    """
-
-    graph: Side
-    reference: TowerSide | TowerPartSide
-    layers: Sequence[int]
-    wants_hidden: bool
-
-
-@dataclass(frozen=True)
 class Planned:
     """A comparison that is to be made.
 
     Attributes:
+        part: Its name in reports.
         precision: The precision of both sides.
         chunk: Tokens of its prefill chunk.
+        layers: Layers whose states both sides take.
+        wants_hidden: Whether they start from hidden states.
+        make: Returns the graph's side and the reference's.
     """
 
     part: str
     tower: Tower
     precision: str
     chunk: int
-    make: Callable[[], Pair]
+    layers: Sequence[int]
+    wants_hidden: bool
+    make: Callable[[], tuple[Side, TowerSide | TowerPartSide]]
 
 
 def whole(
@@ -78,15 +69,15 @@ def whole(
 ) -> Iterator[Planned]:
     """Return a tower's whole float32 graph, with the hidden states after some layers."""
 
-    def make() -> Pair:
+    def make() -> tuple[Side, TowerSide]:
         part = whole_graph(onnx.load(str(target.graphs[tower])), tower, layers)
         tensors = NamedTensors(checkpoint.path)
-        reference = TowerSide("torch", checkpoint.config, tower, tensors, layers)
-        graph = _graph_side(target, checkpoint, tower, part)
-        return Pair(graph, reference, range(checkpoint.config.num_layers), wants_hidden=False)
+        reference = TowerSide(checkpoint.config, tower, tensors, layers)
+        return _graph_side(target, checkpoint, tower, part), reference
 
     chunk = min(CHUNK, target.manifest.max_tokens_per_call)
-    yield Planned(tower, tower, "float32", chunk, make)
+    every = range(checkpoint.config.num_layers)
+    yield Planned(tower, tower, "float32", chunk, every, wants_hidden=False, make=make)
 
 
 def by_part(
@@ -97,25 +88,25 @@ def by_part(
     precision = "float32" if kind == "float32" else config.dtype
     model = onnx.load(str((target.graphs if kind == "float32" else target.native)[tower]))
 
-    def make(part: Part) -> Pair:
+    def make(part: Part) -> tuple[Side, TowerPartSide]:
         cut = graph_part(model, tower, part, FLOAT if precision == "float32" else BFLOAT16)
         if kind == "native":
             weights = ManifestWeights(target.manifest, checkpoint.path, tower)
             cut = emulated(cut, weights.inputs.keys() | weights.parts.keys())
         dtype = DTYPES[precision]
         tensors = NamedTensors(checkpoint.path, dtype)
-        reference = TowerPartSide("torch", config, tower, tensors, part, dtype)
-        graph = _graph_side(target, checkpoint, tower, cut)
-        own = [part] if isinstance(part, int) else []
-        return Pair(graph, reference, own, wants_hidden=part != "embeddings")
+        reference = TowerPartSide(config, tower, tensors, part, dtype)
+        return _graph_side(target, checkpoint, tower, cut), reference
 
     chunk = min(CHUNK, target.manifest.max_tokens_per_call)
     every: list[Part] = ["embeddings", *range(config.num_layers), "head"]
     for part in parts or every:
         dense = part in config.layers_of_kind["E"]
-        name = f"{tower}.layers.{part}" if isinstance(part, int) else f"{tower}.{part}"
+        own = [part] if isinstance(part, int) else []
+        name = f"{tower}.layers.{part}" if own else f"{tower}.{part}"
         tokens = min(PART_CHUNK, chunk) if dense else chunk
-        yield Planned(name, tower, precision, tokens, partial(make, part))
+        hidden = part != "embeddings"
+        yield Planned(name, tower, precision, tokens, own, hidden, partial(make, part))
 
 
 def _graph_side(target: Target, checkpoint: Checkpoint, tower: Tower, part: GraphPart) -> GraphSide:

@@ -60,21 +60,34 @@ def watch_routing(module: nn.Module, margins: list[float]) -> None:
 
 
 @dataclass
-class TowerSide:
+class _Side:
+    """A tower's modules; they are there between `open` and `close`.
+
+    Attributes:
+        margins: Receives, per MoE layer and call, how far the router was from another choice.
+    """
+
+    config: ModelConfig
+    tower: Tower
+    tensors: NamedTensors
+    margins: list[float] = field(default_factory=list, kw_only=True)
+    name: str = field(default="torch", init=False)
+    _module: Any = field(default=None, init=False)
+
+    def close(self) -> None:
+        """Free the modules and unmap their weights."""
+        self._module = None
+
+
+@dataclass
+class TowerSide(_Side):
     """A whole tower in float32.
 
     Attributes:
         layers: Layers whose hidden states to return as well.
-        margins: Receives, per MoE layer and call, how far the router was from another choice.
     """
 
-    name: str
-    config: ModelConfig
-    tower: Tower
-    tensors: NamedTensors
     layers: Sequence[int] = ()
-    margins: list[float] = field(default_factory=list)
-    _module: Any = None
 
     def open(self) -> None:
         """Load the tower."""
@@ -95,10 +108,6 @@ class TowerSide:
                 outputs |= self._hidden(given)
         return {name: value.numpy() for name, value in outputs.items()}
 
-    def close(self) -> None:
-        """Free the tower."""
-        self._module = None
-
     def _hidden(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Hidden states after the layers asked for."""
         body = self._module.get_submodule(f"{self.tower}_tower")
@@ -113,21 +122,16 @@ class TowerSide:
 
 
 @dataclass
-class TowerPartSide:
+class TowerPartSide(_Side):
     """One part of a tower, on weights as they are stored.
 
-    Attributes as of `TowerSide`, and `part`: which; `dtype`: what it computes in, where the modules
-    do not say float32.
+    Attributes:
+        part: The part.
+        dtype: The dtype that it computes in, where the modules do not say float32.
     """
 
-    name: str
-    config: ModelConfig
-    tower: Tower
-    tensors: NamedTensors
     part: Part
-    dtype: torch.dtype = torch.float32
-    margins: list[float] = field(default_factory=list)
-    _module: Any = None
+    dtype: torch.dtype
 
     def open(self) -> None:
         """Map the part's weights."""
@@ -157,10 +161,6 @@ class TowerPartSide:
         with torch.no_grad():
             outputs = self._run(as_given(feed, self.dtype))
         return {name: value.float().numpy() for name, value in outputs.items()}
-
-    def close(self) -> None:
-        """Unmap the weights."""
-        self._module = None
 
     def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.part == "embeddings":

@@ -212,15 +212,15 @@ def _compare_clearly(report: Report, config: ModelConfig, planned: Planned) -> N
 
 def _compare(config: ModelConfig, planned: Planned, seed: int) -> tuple[Comparison, float]:
     """Compare on inputs of a seed; returns also how near the router came to another choice."""
-    pair = planned.make()
+    graph, reference = planned.make()
     feeds: dict[str, Feed] = {}
     for shape in call_shapes(planned.tower, planned.chunk):
-        feeds[shape.name] = random_feed(config, planned.tower, shape, seed, pair.layers)
-        if pair.wants_hidden:
+        feeds[shape.name] = random_feed(config, planned.tower, shape, seed, planned.layers)
+        if planned.wants_hidden:
             feeds[shape.name][HIDDEN] = random_hidden(config, shape, seed)
     complete = partial(_refined, config) if planned.tower == "denoiser" else None
-    found = compare(planned.part, pair.graph, pair.reference, feeds, complete, planned.precision)
-    return found, min(pair.reference.margins, default=math.inf)
+    found = compare(planned.part, graph, reference, feeds, complete, planned.precision)
+    return found, min(reference.margins, default=math.inf)
 
 
 def _refined(
