@@ -1,15 +1,13 @@
-"""The plugin nodes' shapes, grids and arguments, by running each chain node by node.
+"""The plugin nodes' shapes, grids and arguments: chains against what they should compute.
 
-The interpreter stands in for TensorRT here: every node is given exactly the outputs that it says
-it has, launched on the grid that it says, with the integers that it says. What a chain computes is
-compared with the op's own launcher.
+The interpreter stands in for TensorRT: see `kernel_launches`. The chains of `RefineBlock` and
+`MambaBlockStep` are tested as ops, in `test_refine` and `test_mamba`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,80 +16,21 @@ import torch
 from tests.support import kernel_launches
 from tests.support.compiled import config_of
 from tests.support.kernel_inputs import (
-    MASK,
-    block,
     draw_experts,
-    draw_mamba,
     draw_router,
     layer_of_experts,
-    mixed_rows,
-    row_tensors,
 )
-from tests.support.kernel_launches import launch
-from tests.support.plugin_launches import DTYPES, made_tensors, node_call
+from tests.support.kernel_launches import run_chain
 from tests.support.quantized_banks import as_given, draw_bank
 from tests.support.released_nodes import dtype_of, released_call, tensor_shapes
 from twotower_engines.errors import BuildError
 from twotower_engines.kernels import expert_products, linear, nodes
 from twotower_engines.kernels.compile import all_specs
-from twotower_engines.kernels.node import POINTERS, Call, Launching, Node
+from twotower_engines.kernels.node import Call, Launching
 from twotower_engines.kernels.spec import Sizes
 from twotower_engines.planning.compiled import compiled_tower
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
-
-
-def run_node(
-    node: Node, inputs: list[torch.Tensor], attributes: dict[str, Any], tactic: int = 1
-) -> list[torch.Tensor]:
-    """What TensorRT would do with a node, on integers."""
-    tensors = dict(zip(node.takes, inputs, strict=True))
-    call = node_call(node, inputs, attributes, tactic)
-    made = made_tensors(node, call, inputs[0].device)
-    launching = node.launching(call)
-    spec = launching.spec
-    outputs = iter(made)
-    values = {**tensors, **launching.integers}
-    arguments = [values[name] if name in values else next(outputs) for name in spec.types]
-    assert next(outputs, None) is None, "an output without a parameter"
-    for name, value in zip(spec.types, arguments, strict=True):
-        if isinstance(value, torch.Tensor):
-            assert spec.types[name] in ("*u8", POINTERS[DTYPES[value.dtype]]), name
-        else:
-            assert spec.types[name] == "i32", name
-    arguments = [
-        value.view(torch.uint8) if spec.types[name] == "*u8" else value
-        for name, value in zip(spec.types, arguments, strict=True)
-    ]
-    constants = dict(spec.constants)
-    if "UPCAST" in constants:
-        constants["UPCAST"] = True
-    launch(spec.function, launching.grid, tuple(arguments), constants, spec.launch)
-    return made
-
-
-def run_chain(
-    op: str, inputs: list[torch.Tensor], attributes: dict[str, Any], tactic: int = 1
-) -> dict[str, Any]:
-    """Every tensor of an op's chain by name."""
-    tensors = dict(zip(nodes.OPS[op].inputs, inputs, strict=True))
-    for node in nodes.OPS[op].chain:
-        given = [tensors[name] for name in node.takes]
-        made = run_node(node, given, attributes, min(tactic, node.tactics))
-        tensors.update(zip(node.makes, made, strict=True))
-    return tensors
-
-
-@pytest.mark.parametrize("V", [65, 4100])
-def test_refine_chain(V: int) -> None:
-    generator = np.random.default_rng(V)
-    logits = torch.from_numpy(generator.normal(0, 3, (2, 5, V))).bfloat16()
-    ids = torch.from_numpy(block(generator, 2, 5, V, 0.8).astype(np.int32))
-    rows = row_tensors(mixed_rows(generator, 2, 5))
-    made = run_chain("RefineBlock", [logits, ids, *rows], {"mask_id": MASK})
-    want = kernel_launches.refine_block(logits, ids, *rows, MASK)
-    for name, tensor in zip(nodes.OPS["RefineBlock"].outputs, want, strict=True):
-        np.testing.assert_array_equal(made[name], tensor)
 
 
 @pytest.mark.parametrize("tactic", range(1, expert_products.TACTICS + 1))
@@ -154,20 +93,6 @@ def test_linear_chain(form: str, group: int, depth: int, tactic: int) -> None:
     made = run_chain(f"Linear{form.upper()}", given, {}, tactic)["y"].double().numpy()
     want = x.double().numpy() @ exact[0].T
     assert np.linalg.norm(made - want) < 3e-3 * np.linalg.norm(want)
-
-
-@pytest.mark.parametrize(("L", "states"), [(20, False), (16, True), (70, True)])
-def test_mamba_chain(L: int, states: bool) -> None:
-    sizes = (2, 8, 16, 2)
-    args = draw_mamba(np.random.default_rng(L), L, [L, 9], torch.bfloat16, sizes=sizes)
-    op = f"MambaBlockStep{nodes.STATES if states else ''}"
-    tactics = max(node.tactics for node in nodes.OPS[op].chain)
-    made = run_chain(op, args, {"n_groups": 2, "epsilon": 1e-5}, tactics)
-    want = kernel_launches.mamba_block_step(*args, 2, 1e-5, states=states, tactic=tactics)
-    torch.testing.assert_close(made["y"], want[0], rtol=0, atol=0)
-    if states:
-        torch.testing.assert_close(made["conv_state_new"], want[1], rtol=0, atol=0)
-        torch.testing.assert_close(made["ssm_state_new"], want[2], rtol=0, atol=0)
 
 
 NODES = nodes.NODES

@@ -1,7 +1,8 @@
 """Each op on torch tensors, kernel after kernel, for tests and benchmarks.
 
-TensorRT launches the kernels of an engine, on the grids that `nodes` gives. These launches are
-written apart from those, and take any tiles.
+The chains of `nodes` are launched node by node: every node is given exactly the outputs that it
+says it has, on the grid and with the integers that it says. `sparse_experts` is written apart from
+its chain, and takes any tiles.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import triton
 
+from tests.support.plugin_launches import DTYPES, made_tensors, node_call
 from twotower_engines.kernels.expert_products import (
     FEATURE_AXIS,
     RELEASED_GROUP,
@@ -23,27 +25,10 @@ from twotower_engines.kernels.expert_products import (
     matmul_tactics,
 )
 from twotower_engines.kernels.expert_routing import TILE_TOKENS, route_launch, route_tokens
-from twotower_engines.kernels.experts import experts_sum, sum_launch
+from twotower_engines.kernels.experts import SUM_LAUNCH, experts_sum
 from twotower_engines.kernels.jit import INTERPRETED, Kernel, Launch
-from twotower_engines.kernels.mamba import mamba_norm, mamba_scan, norm_launch, scan_launch
-from twotower_engines.kernels.mamba_chunk import CHUNK
-from twotower_engines.kernels.mamba_spans import (
-    mamba_scan_states,
-    mamba_spans,
-    span_sizes,
-    span_slots,
-    spans_launch,
-    states_tactics,
-)
-from twotower_engines.kernels.refine import decision_launch, refine_decision
-from twotower_engines.kernels.router import choice_spec, product_specs
-from twotower_engines.kernels.vocabulary import (
-    FIELDS,
-    TILE,
-    refine_vocabulary,
-    tiles,
-    vocabulary_launch,
-)
+from twotower_engines.kernels.node import POINTERS, Node
+from twotower_engines.kernels.nodes import OPS, STATES
 
 
 def launch(
@@ -71,6 +56,47 @@ def launch(
     )
 
 
+def run_node(
+    node: Node, inputs: list[torch.Tensor], attributes: dict[str, Any], tactic: int = 1
+) -> list[torch.Tensor]:
+    """Launch a node as TensorRT would, on the outputs, grid and integers that it says."""
+    tensors = dict(zip(node.takes, inputs, strict=True))
+    call = node_call(node, inputs, attributes, tactic)
+    made = made_tensors(node, call, inputs[0].device)
+    launching = node.launching(call)
+    spec = launching.spec
+    outputs = iter(made)
+    values = {**tensors, **launching.integers}
+    arguments = [values[name] if name in values else next(outputs) for name in spec.types]
+    assert next(outputs, None) is None, "an output without a parameter"
+    for name, value in zip(spec.types, arguments, strict=True):
+        if isinstance(value, torch.Tensor):
+            assert spec.types[name] in ("*u8", POINTERS[DTYPES[value.dtype]]), name
+        else:
+            assert spec.types[name] == "i32", name
+    arguments = [
+        value.view(torch.uint8) if spec.types[name] == "*u8" else value
+        for name, value in zip(spec.types, arguments, strict=True)
+    ]
+    constants = dict(spec.constants)
+    if "UPCAST" in constants:
+        constants["UPCAST"] = INTERPRETED
+    launch(spec.function, launching.grid, tuple(arguments), constants, spec.launch)
+    return made
+
+
+def run_chain(
+    op: str, inputs: list[torch.Tensor], attributes: dict[str, Any], tactic: int = 1
+) -> dict[str, Any]:
+    """Launch an op's nodes one after another, and return every tensor by name."""
+    tensors = dict(zip(OPS[op].inputs, inputs, strict=True))
+    for node in OPS[op].chain:
+        given = [tensors[name] for name in node.takes]
+        made = run_node(node, given, attributes, min(tactic, node.tactics))
+        tensors.update(zip(node.makes, made, strict=True))
+    return tensors
+
+
 def refine_block(
     logits: Any,
     ids: Any,
@@ -81,7 +107,7 @@ def refine_block(
     policy: Any,
     seed: Any,
     mask_id: int,
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[Any, ...]:
     """Run one refinement step on torch tensors, without synchronizing.
 
     Args:
@@ -100,30 +126,9 @@ def refine_block(
         new_ids [B, S] int32, confidence [B, S] float32, committed [B, S] int32, still_masked [B]
         int32.
     """
-    B, S, V = logits.shape
-    count = tiles(max(B, 1))
-    P = -(-V // (count * TILE))
-    partials = logits.new_empty((B, S, FIELDS, P), dtype=torch.float32)
-    partial_ids = ids.new_empty((B, S, P))
-    launch(
-        refine_vocabulary,
-        (P, S, B),
-        (logits, ids, lengths, temperature, policy, seed, S, count, partials, partial_ids),
-        {"V": V, "MASK_ID": mask_id},
-        vocabulary_launch(),
-    )
-    new_ids, committed = torch.empty_like(ids), torch.empty_like(ids)
-    confidence = logits.new_empty((B, S), dtype=torch.float32)
-    still_masked = ids.new_empty((B,))
-    rows = (ids, lengths, threshold, steps_left, policy)
-    launch(
-        refine_decision,
-        (B,),
-        (*rows, partials, partial_ids, S, P, new_ids, confidence, committed, still_masked),
-        {"MASK_ID": mask_id},
-        decision_launch(S, P),
-    )
-    return new_ids, confidence, committed, still_masked
+    rows = (lengths, threshold, steps_left, temperature, policy, seed)
+    made = run_chain("RefineBlock", [logits, ids, *rows], {"mask_id": mask_id})
+    return tuple(made[name] for name in OPS["RefineBlock"].outputs)
 
 
 def matmul_launch(
@@ -233,7 +238,7 @@ def sparse_experts(
         {**matmul, **down_given},
         tiles,
     )
-    config = sum_launch()
+    config = SUM_LAUNCH
     grid = (n, triton.cdiv(width, config.constants["BLOCK_F"]))
     constants = {"HIDDEN": width, "E": experts, "K": per_token}
     shared, hidden = (torch.zeros_like(x) if one is None else one for one in (shared, hidden))
@@ -281,44 +286,11 @@ def mamba_block_step(
     Returns:
         y [B, L, d_inner] T; conv_state and ssm_state after each row's last token, or None twice.
     """
-    B, L, _ = projected.shape
-    _, H, P, N = ssm_state.shape
-    dims = {"H": H, "P": P, "N": N, "G": n_groups, "UPCAST": INTERPRETED}
-    scanned = projected.new_empty((B, L, H * P))
-    y = torch.empty_like(scanned)
-    dtype = "fp32" if projected.dtype == torch.float32 else "bf16"
-    conv_new = ssm_new = None
-    given: tuple[Any, ...]
-    if states:
-        conv_new, ssm_new = torch.empty_like(conv_state), torch.empty_like(ssm_state)
-        spans, span = span_sizes(B, L)
-        convolution = projected.new_empty((B, L, conv_state.shape[2]))
-        span_states = ssm_state.new_empty((span_slots(B, spans), H, P, N))
-        span_decays = ssm_state.new_empty(span_states.shape[:2])
-        tiles = spans_launch(H, P, N, n_groups, dtype)
-        given = (projected, conv_state, lengths, conv_weight, conv_bias, dt_bias, A_log)
-        made = (convolution, span_states, span_decays)
-        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, spans)
-        launch(mamba_spans, grid, (*given, L, span, *made), dims, tiles)
-        tiles = states_tactics(P, N, dtype)[tactic - 1]
-        given = (projected, conv_state, ssm_state, lengths, dt_bias, A_log, D, *made)
-        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, spans)
-        arguments = (*given, L, span, scanned, conv_new, ssm_new)
-        launch(mamba_scan_states, grid, arguments, dims, tiles)
-    else:
-        tiles = scan_launch(P, N, dtype)
-        given = (projected, conv_state, ssm_state, lengths, conv_weight, conv_bias)
-        grid = (H * triton.cdiv(P, tiles.constants["BLOCK_P"]), B, triton.cdiv(L, CHUNK))
-        launch(mamba_scan, grid, (*given, dt_bias, A_log, D, L, scanned), dims, tiles)
-    del dims["UPCAST"]
-    launch(
-        mamba_norm,
-        (n_groups, L, B),
-        (projected, scanned, lengths, norm_weight, L, y),
-        {**dims, "EPSILON": epsilon},
-        norm_launch(H * P // n_groups),
-    )
-    return y, conv_new, ssm_new
+    op = f"MambaBlockStep{STATES if states else ''}"
+    given = [projected, conv_state, ssm_state, lengths, conv_weight, conv_bias, dt_bias, A_log, D]
+    attributes = {"n_groups": n_groups, "epsilon": epsilon}
+    made = run_chain(op, [*given, norm_weight], attributes, tactic)
+    return made["y"], made.get("conv_state_new"), made.get("ssm_state_new")
 
 
 def router(
@@ -341,17 +313,6 @@ def router(
         normalized: Whether a token's weights are divided by their sum.
         scaling: Factor of the weights.
     """
-    (B, L, hidden), experts = x.shape, matrix.shape[0]
-    n = B * L
-    router_logits = matrix.new_empty((n, experts))
-    indices = lengths.new_empty((n, per_token))
-    weights = matrix.new_empty((n, per_token))
-    dtype = "fp32" if x.dtype == torch.float32 else "bf16"
-    spec = product_specs(experts, hidden, dtype)[0 if n <= 64 else 1]
-    tiles = spec.launch.constants
-    grid = (triton.cdiv(experts, tiles["BLOCK_F"]), triton.cdiv(n, tiles["BLOCK_T"]))
-    launch(spec.function, grid, (x, matrix, n, router_logits), spec.constants, spec.launch)
-    spec = choice_spec(experts, per_token, normalized, scaling, dtype)
-    given = (router_logits, correction, lengths, L, indices, weights)
-    launch(spec.function, (n,), given, spec.constants, spec.launch)
-    return indices, weights
+    attributes = {"per_token": per_token, "normalized": normalized, "scaling": scaling}
+    made = run_chain("Router", [x, matrix, correction, lengths], attributes)
+    return made["indices"], made["weights"]

@@ -118,7 +118,7 @@ def build_engines(
     limits = Limits(plan.slots, plan.context, chunk, plan.block_size_max)
     target = Target(sku, limits, plan.precision, options.is_shared)
     flavour.check(target)
-    graphs = _checked_graphs(bundle, manifest, flavour.graphs(plan.precision))
+    graphs = _checked_graphs(bundle, manifest, flavour.graphs)
     wanted = _wanted(bundle, manifest, flavour, target, plan, graphs)
     folder = engines / sku.name
     present = _present(folder, wanted.record.key)

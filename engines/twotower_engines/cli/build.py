@@ -11,6 +11,7 @@ import click
 
 from twotower_contract.atomic import Writing
 from twotower_contract.errors import DryRunEndsError, TwoTowerError
+from twotower_contract.progress import StatusLine
 from twotower_engines.cli.options import complete, engine_options, limit_options
 
 if TYPE_CHECKING:
@@ -106,7 +107,6 @@ def _build_one(
     bundle: Path, engines: Path, options: BuildOptions, writing: Writing
 ) -> dict[str, Any]:
     from twotower_engines.building.build import build_engines
-    from twotower_engines.building.progress import BuildProgress
 
     progress = BuildProgress(options.sku.name)
     start = time.monotonic()
@@ -144,3 +144,23 @@ def _line(result: dict[str, Any]) -> str:
         f"{result['engines']}: {what}; {result['flavour']}, {result['precision']}, {place}, "
         f"{slots} x {result['context']} tokens, engine files {size:.1f} MB"
     )
+
+
+class BuildProgress:
+    """Shows on standard error what each tower's build is doing; call it with a tower and a text."""
+
+    def __init__(self, sku: str) -> None:
+        self._sku = sku
+        self._line = StatusLine(log_seconds=10.0)
+        self._towers: dict[str, str] = {}
+
+    def __call__(self, tower: str, text: str) -> None:
+        """Take in news, and show it if it is time."""
+        self._towers[tower] = text
+        if self._line.is_due():
+            doing = "; ".join(f"{name}: {what}" for name, what in self._towers.items())
+            self._line.draw(f"building {self._sku}, {self._line.seconds:.0f} s: {doing}"[:100])
+
+    def close(self) -> None:
+        """Clear the line."""
+        self._line.clear()

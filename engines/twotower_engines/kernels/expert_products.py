@@ -5,7 +5,6 @@ rows at a time on Hopper, weights have them, and a handful of tokens does not. W
 bits are decoded in registers on the way (`quantized`), so only their codes travel.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 from typing import Any
@@ -15,7 +14,7 @@ import triton.language as tl
 
 from twotower_contract.quantized import INT4_GROUPS
 from twotower_engines.errors import BuildError
-from twotower_engines.kernels.expert_routing import TILE_TOKENS, WORK, tile_of
+from twotower_engines.kernels.expert_routing import TILE_TOKENS, TYPES, tile_of
 from twotower_engines.kernels.jit import Launch, kernel
 from twotower_engines.kernels.quantized import SHRUNK, from_e4m3, from_nibbles
 from twotower_engines.kernels.spec import KernelSpec, Sizes
@@ -50,17 +49,10 @@ TACTICS = 3
 
 @kernel
 def weight_tile(
-    weight: tl.tensor,
-    scale: tl.tensor,
-    real: tl.tensor,
-    start: tl.tensor,
-    FEATURES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    FORMAT: tl.constexpr,
-    MASKED: tl.constexpr,
-) -> tl.tensor:
+    weight: tl.tensor, scale: tl.tensor, real: tl.tensor, start: tl.tensor,
+    FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, MASKED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return the weights of some features for WIDTH inputs from `start` on, as factors.
 
     weight, scale: [features, 1] addresses of the features' first ones; `real` features are read.
@@ -82,22 +74,11 @@ def weight_tile(
 
 @kernel
 def product_tile(
-    bank: tl.tensor,
-    scale: tl.tensor,
-    expert: tl.tensor,
-    tokens: tl.tensor,
-    rows: tl.tensor,
-    used: tl.tensor,
-    first: tl.tensor,
-    FEATURES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> tl.tensor:
+    bank: tl.tensor, scale: tl.tensor, expert: tl.tensor, tokens: tl.tensor, rows: tl.tensor,
+    used: tl.tensor, first: tl.tensor,
+    FEATURES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return bank[expert, first : first + BLOCK_F] @ tokens[rows].T, [BLOCK_F, BLOCK_T] float32.
 
     bank [E, FEATURES, DEPTH], in FP8 [E, DEPTH, FEATURES], and tokens [*, DEPTH] are contiguous;
@@ -149,27 +130,13 @@ def factor(
 
 @kernel
 def experts_up(
-    x: tl.tensor,
-    up: tl.tensor,
-    pairs: tl.tensor,
-    few: tl.tensor,
-    many: tl.tensor,
-    PAIRS: tl.tensor,
-    inner: tl.tensor,
-    up_scale: tl.tensor,
-    up_scale_2: tl.tensor,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MANY: tl.constexpr,
+    x: tl.tensor, up: tl.tensor, pairs: tl.tensor, few: tl.tensor, many: tl.tensor,
+    PAIRS: tl.tensor, inner: tl.tensor, up_scale: tl.tensor, up_scale_2: tl.tensor,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    GROUP: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, MANY: tl.constexpr,
     UPCAST: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Compute relu(up[e] x)^2 for a tile of pairs and features; grid (features / BLOCK_F, tiles).
 
     Rounded to T before the square and after, as the op's function is. The scales are None where
@@ -194,26 +161,13 @@ def experts_up(
 
 @kernel
 def experts_down(
-    inner: tl.tensor,
-    down: tl.tensor,
-    pairs: tl.tensor,
-    few: tl.tensor,
-    many: tl.tensor,
-    PAIRS: tl.tensor,
-    partial: tl.tensor,
-    down_scale: tl.tensor,
-    down_scale_2: tl.tensor,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    E: tl.constexpr,
-    GROUP: tl.constexpr,
+    inner: tl.tensor, down: tl.tensor, pairs: tl.tensor, few: tl.tensor, many: tl.tensor,
+    PAIRS: tl.tensor, partial: tl.tensor, down_scale: tl.tensor, down_scale_2: tl.tensor,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr,
     FORMAT: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MANY: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, MANY: tl.constexpr,
     UPCAST: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Compute down[e] inner for a tile of pairs and features; grid (features / BLOCK_F, tiles)."""
     expert, pair, used, count = tile_of(many if MANY else few, pairs, PAIRS, E, BLOCK_T)
     if count <= 0:
@@ -310,20 +264,18 @@ def product_specs(sizes: Sizes, group: int = RELEASED_GROUP) -> list[KernelSpec]
     T, form = f"*{sizes.dtype}", sizes.experts_format
     group = group if form == "int4" else 16
     bank = T if form == "plain" else "*u8"
-    dims = {"HIDDEN": sizes.hidden, "INNER": sizes.inner, "E": sizes.experts, "UPCAST": False}
-    work = {**WORK, "PAIRS": "i32"}
+    types = {**TYPES, "x": T, "inner": T, "partial": "*fp32", "up": bank, "down": bank}
+    dims = {"HIDDEN": sizes.hidden, "INNER": sizes.inner, "E": sizes.experts}
+    dims |= {"K": sizes.experts_per_token, "UPCAST": False}
     made = []
-    for which, depth in (("up", sizes.hidden), ("down", sizes.inner)):
-        scales = {f"{which}_{name}": kind for name, kind in SCALES[form].items()}
+    for which, function, depth in (
+        ("up", experts_up, sizes.hidden),
+        ("down", experts_down, sizes.inner),
+    ):
+        types |= {f"{which}_{name}": kind for name, kind in SCALES[form].items()}
         constants = {**dims, **bank_constants(which, form, depth, depth // group)}
-        if which == "up":
-            types = {"x": T, "up": bank, **work, "inner": T, **scales}
-            constants["K"] = sizes.experts_per_token
-        else:
-            types = {"inner": T, "down": bank, **work, "partial": "*fp32", **scales}
-        function = experts_up if which == "up" else experts_down
         for tactic, tiles in enumerate(matmul_tactics(sizes.dtype, form, group), 1):
-            large = {"MANY": tiles.constants["BLOCK_T"] == TILE_TOKENS[1]}
+            constants["MANY"] = tiles.constants["BLOCK_T"] == TILE_TOKENS[1]
             name = f"experts_{which}.{tactic}"
-            made.append(KernelSpec(name, function, types, {**constants, **large}, tiles))
+            made.append(KernelSpec.of(name, function, types, constants, tiles))
     return made

@@ -3,7 +3,6 @@
 A program of the products finds its work in one row of a table: it counts nothing.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 import triton
@@ -15,21 +14,16 @@ from twotower_engines.kernels.spec import KernelSpec
 TILE_TOKENS = (16, 64)
 """Pairs of a small tile and of a large one; `route_tokens` lists the tiles of both sizes."""
 
-WORK = {"pairs": "*i32", "few": "*i32", "many": "*i32"}
-"""Types of what the pass makes."""
+TYPES = {**dict.fromkeys(("indices", "pairs", "few", "many"), "*i32"), "PAIRS": "i32"}
+"""Types of what the pass takes and makes."""
 
 
 @kernel
 def write_tiles(
-    tiles: tl.tensor,
-    counts: tl.tensor,
-    expert: tl.tensor,
-    first: tl.tensor,
-    PAIRS: tl.tensor,
+    tiles: tl.tensor, counts: tl.tensor, expert: tl.tensor, first: tl.tensor, PAIRS: tl.tensor,
     E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-) -> None:
+    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+) -> None:  # fmt: skip
     """Write one expert's tiles of BLOCK_T pairs at their place, and its share of those left over.
 
     tiles: [most, 4], of which three are used: expert, first sorted pair, and how many pairs a full
@@ -53,17 +47,10 @@ def write_tiles(
 
 @kernel
 def route_tokens(
-    indices: tl.tensor,
-    PAIRS: tl.tensor,
-    pairs: tl.tensor,
-    few: tl.tensor,
-    many: tl.tensor,
+    indices: tl.tensor, PAIRS: tl.tensor, pairs: tl.tensor, few: tl.tensor, many: tl.tensor,
     E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    FEW: tl.constexpr,
-    MANY: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
+    BLOCK_E: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
     """Sort the pairs of one expert, and write its tiles of FEW and of MANY tokens; grid (E,).
 
     Where an expert's pairs start is the number of pairs of lower experts, which every program
@@ -115,10 +102,5 @@ def route_launch(experts: int) -> Launch:
 def route_spec(experts: int) -> KernelSpec:
     """Return the routing pass of a model."""
     few, many = TILE_TOKENS
-    return KernelSpec(
-        "route_tokens",
-        route_tokens,
-        {"indices": "*i32", "PAIRS": "i32", **WORK},
-        {"E": experts, "FEW": few, "MANY": many},
-        route_launch(experts),
-    )
+    constants = {"E": experts, "FEW": few, "MANY": many}
+    return KernelSpec.of("route_tokens", route_tokens, TYPES, constants, route_launch(experts))

@@ -27,19 +27,11 @@ from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 @kernel
 def experts_sum(
-    partial: tl.tensor,
-    indices: tl.tensor,
-    weights: tl.tensor,
-    shared: tl.tensor,
-    hidden: tl.tensor,
-    y: tl.tensor,
-    gate: tl.tensor,
-    L: tl.tensor,
-    HIDDEN: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
+    partial: tl.tensor, indices: tl.tensor, weights: tl.tensor, shared: tl.tensor,
+    hidden: tl.tensor, y: tl.tensor, gate: tl.tensor, L: tl.tensor,
+    HIDDEN: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     BLOCK_F: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Compute y = hidden + gate * (shared + sum over k of weight * partial).
 
     The sum is taken in float32 and in the order of k, and rounded to T after each step, as the op's
@@ -69,23 +61,20 @@ def experts_sum(
     tl.store(y + place, total.to(T), mask=real)
 
 
-def sum_launch() -> Launch:
-    """Return the tiles of the weighted sum."""
-    return Launch({"BLOCK_F": 512}, num_warps=4)
+SUM_LAUNCH = Launch({"BLOCK_F": 512}, num_warps=4)
 
 
 def sum_specs(sizes: Sizes) -> list[KernelSpec]:
     """Return the weighted sum of a model's context tower, and of its denoiser, which has a gate."""
-    dims = {"HIDDEN": sizes.hidden, "E": sizes.experts, "K": sizes.experts_per_token}
-    T = f"*{sizes.dtype}"
+    gated = {"HIDDEN": sizes.hidden, "E": sizes.experts, "K": sizes.experts_per_token}
     types = {
-        **{"partial": "*fp32", "indices": "*i32", "weights": "*fp32", "shared": T, "hidden": T},
-        "y": T,
+        **{"partial": "*fp32", "indices": "*i32", "weights": "*fp32", "L": "i32"},
+        **dict.fromkeys(("shared", "hidden", "y", "gate"), f"*{sizes.dtype}"),
     }
-    gated, absent = {**types, "gate": T, "L": "i32"}, {"gate": None, "L": None}
+    plain = {**gated, "gate": None, "L": None}
     return [
-        KernelSpec("experts_sum", experts_sum, types, {**dims, **absent}, sum_launch()),
-        KernelSpec("experts_sum_gated", experts_sum, gated, dims, sum_launch()),
+        KernelSpec.of("experts_sum", experts_sum, types, plain, SUM_LAUNCH),
+        KernelSpec.of("experts_sum_gated", experts_sum, types, gated, SUM_LAUNCH),
     ]
 
 

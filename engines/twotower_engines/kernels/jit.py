@@ -1,7 +1,9 @@
 """The decorator of every kernel here, and what a kernel may assume about its launch.
 
 A kernel's parameters stand in the order that TensorRT's ahead-of-time plugins prescribe: input
-tensors, integers, output tensors, then compile-time constants.
+tensors, integers, output tensors, then compile-time constants: sizes of the model, then tiles. A
+long list has lines for each of these. Triton's compiler reads the functions: annotations are for
+people, `tl.constexpr` is for both.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ TensorRT dequantizes FP8 inside of its own products. It copies weights with a sc
 come as inputs to bf16 first, at every call, so those products are ours.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 from dataclasses import replace
@@ -30,21 +29,11 @@ TACTICS = 3
 
 @kernel
 def linear_product(
-    x: tl.tensor,
-    matrix: tl.tensor,
-    TOKENS: tl.tensor,
-    y: tl.tensor,
-    matrix_scale: tl.tensor,
+    x: tl.tensor, matrix: tl.tensor, TOKENS: tl.tensor, y: tl.tensor, matrix_scale: tl.tensor,
     matrix_scale_2: tl.tensor,
-    FEATURES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    FEATURES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """Compute a tile of y [TOKENS, FEATURES]; grid (features / BLOCK_F, tokens / BLOCK_T).
 
     Summed in float32 and rounded once. The second scale is None where the FORMAT has none.

@@ -30,8 +30,16 @@ import triton
 import triton.language as tl
 
 from twotower_engines.kernels.jit import Launch, kernel
-from twotower_engines.kernels.mamba_chunk import CHUNK, attended, decays, product, similar, within
-from twotower_engines.kernels.mamba_convolution import TAPS, convolved
+from twotower_engines.kernels.mamba_chunk import (
+    CHUNK,
+    attended,
+    decays,
+    product,
+    similar,
+    steps_of,
+    within,
+)
+from twotower_engines.kernels.mamba_convolution import convolved, row_of
 from twotower_engines.kernels.mamba_spans import (
     mamba_scan_states,
     mamba_spans,
@@ -43,26 +51,12 @@ from twotower_engines.kernels.spec import KernelSpec, Sizes
 
 @kernel
 def mamba_scan(
-    projected: tl.tensor,
-    conv_state: tl.tensor,
-    ssm_state: tl.tensor,
-    lengths: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    dt_bias: tl.tensor,
-    A_log: tl.tensor,
-    D: tl.tensor,
-    L: tl.tensor,
-    scanned: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    projected: tl.tensor, conv_state: tl.tensor, ssm_state: tl.tensor, lengths: tl.tensor,
+    weight: tl.tensor, bias: tl.tensor, dt_bias: tl.tensor, A_log: tl.tensor, D: tl.tensor,
+    L: tl.tensor, scanned: tl.tensor,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """Scan one chunk of a row, for one head or part of it; grid (H * cdiv(P, BLOCK_P), B, chunks).
 
     Tokens past a row's length get 0.
@@ -76,14 +70,13 @@ def mamba_scan(
     first = (tl.program_id(0) % PARTS) * BLOCK_P
     row = tl.program_id(1).to(tl.int64)
     group = head // (H // G)
+    source = row_of(projected, conv_state, lengths, L, D_INNER, CONV_DIM, STRIDE)
+    length = source[2]
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     width = BLOCK_P if P % BLOCK_P == 0 else P - first  # a constant where nothing is masked
     real_p, real_n = p < width, n < N
     x0, b0 = head * P + first, D_INNER + group * N
     c0 = b0 + G * N
-    xbc = projected + row * L * STRIDE + D_INNER
-    history = conv_state + row * (TAPS - 1) * CONV_DIM
-    length = tl.maximum(tl.minimum(tl.load(lengths + row), L), 0)
     state_place = (row * D_INNER + x0 + p)[:, None] * N + n[None, :]
     real_state = real_p[:, None] & real_n[None, :]
     start = tl.program_id(2) * BLOCK_L
@@ -91,32 +84,24 @@ def mamba_scan(
     # A row that is over reads nothing.
     real_state = real_state & (p < tl.where(start < length, BLOCK_P, 0))[:, None]
     state = tl.load(ssm_state + state_place, mask=real_state, other=0.0)
-    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
-    step_bias = tl.load(dt_bias + head).to(tl.float32)
+    steps = steps_of(source, dt_bias, A_log, head)
     skip = tl.load(D + head).to(tl.float32)
-    dt = xbc + CONV_DIM + head
     lane = tl.arange(0, BLOCK_L)
-    c = convolved(xbc, history, time, length, weight, bias, c0, N, BLOCK_N, STRIDE, CONV_DIM, WIDE)
-    b = convolved(xbc, history, time, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM, WIDE)
-    x = convolved(
-        xbc, history, time, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM, WIDE
-    ).to(tl.float32)
-    step, since, end = decays(dt, time, length, step_bias, rate, STRIDE)
+    c = convolved(source, weight, bias, time, c0, N, BLOCK_N, WIDE)
+    b = convolved(source, weight, bias, time, b0, N, BLOCK_N, WIDE)
+    x = convolved(source, weight, bias, time, x0, width, BLOCK_P, WIDE).to(tl.float32)
+    step, since, end = decays(steps, time)
     begun = since  # from the state on
     for back in range(BLOCK_L, start + BLOCK_L, BLOCK_L):
-        end = decays(dt, time - back, length, step_bias, rate, STRIDE)[2]
+        end = decays(steps, time - back)[2]
         begun += end
     y = attended(c, b, x, step, within(since, lane), state, begun, UPCAST) + skip * x
     # The row's earlier chunks, newest first; `since` begins at the end of the next one.
     for back in range(BLOCK_L, start + BLOCK_L, BLOCK_L):
         earlier = time - back
-        b = convolved(
-            xbc, history, earlier, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM, True
-        )
-        x = convolved(
-            xbc, history, earlier, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM, True
-        ).to(tl.float32)
-        step, total, end = decays(dt, earlier, length, step_bias, rate, STRIDE)
+        b = convolved(source, weight, bias, earlier, b0, N, BLOCK_N, True)
+        x = convolved(source, weight, bias, earlier, x0, width, BLOCK_P, True).to(tl.float32)
+        step, total, end = decays(steps, earlier)
         decay = tl.exp(since[:, None] + (end - total)[None, :])
         y = product(similar(c, b, decay, UPCAST), x * step[:, None], y, "none", UPCAST)
         since += end
@@ -126,19 +111,11 @@ def mamba_scan(
 
 @kernel
 def mamba_norm(
-    projected: tl.tensor,
-    scanned: tl.tensor,
-    lengths: tl.tensor,
-    norm_weight: tl.tensor,
-    L: tl.tensor,
-    y: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    EPSILON: tl.constexpr,
+    projected: tl.tensor, scanned: tl.tensor, lengths: tl.tensor, norm_weight: tl.tensor,
+    L: tl.tensor, y: tl.tensor,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, EPSILON: tl.constexpr,
     BLOCK_C: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Compute scanned * silu(z) over its root mean square in the group; grid (G, L, B).
 
     Tokens past a row's length get 0.
@@ -187,54 +164,28 @@ def norm_launch(width: int) -> Launch:
 
 def specs(sizes: Sizes) -> list[KernelSpec]:
     """Return the kernels of one model: the scan with and without new states, and the norm."""
-    T, small = f"*{sizes.dtype}", f"*{sizes.small_dtype}"
-    dims: dict[str, int | float] = {
-        "H": sizes.heads,
-        "P": sizes.head_dim,
-        "N": sizes.state,
-        "G": sizes.groups,
-    }
-    states = {"projected": T, "conv_state": T, "ssm_state": "*fp32", "lengths": "*i32"}
-    convolution = dict.fromkeys(("weight", "bias"), small)
-    steps = dict.fromkeys(("dt_bias", "A_log"), small)
-    spans = {"convolution": T, **dict.fromkeys(("span_states", "span_decays"), "*fp32")}
-    ends = {"scanned": T, "conv_state_new": T, "ssm_state_new": "*fp32"}
-    tail = {"L": "i32", "span": "i32"}
+    T = f"*{sizes.dtype}"
+    weights = ("weight", "bias", "dt_bias", "A_log", "D", "norm_weight")
     types = {
-        "mamba_scan": {**states, **convolution, **steps, "D": small, "L": "i32", "scanned": T},
-        "mamba_spans": {
-            **{name: kind for name, kind in states.items() if name != "ssm_state"},
-            **{**convolution, **steps, **tail, **spans},
-        },
-        "mamba_scan_states": {**states, **steps, "D": small, **spans, **tail, **ends},
-        "mamba_norm": {
-            **{"projected": T, "scanned": T, "lengths": "*i32"},
-            **{"norm_weight": small, "L": "i32", "y": T},
-        },
+        **dict.fromkeys(("projected", "conv_state", "convolution", "conv_state_new"), T),
+        **dict.fromkeys(("scanned", "y"), T),
+        **dict.fromkeys(("ssm_state", "ssm_state_new", "span_states", "span_decays"), "*fp32"),
+        **dict.fromkeys(weights, f"*{sizes.small_dtype}"),
+        **{"lengths": "*i32", "L": "i32", "span": "i32"},
     }
-    scan_sizes = (sizes.head_dim, sizes.state)
-    share = (sizes.heads, *scan_sizes, sizes.groups, sizes.dtype)
+    heads, head_dim, state, groups = sizes.heads, sizes.head_dim, sizes.state, sizes.groups
+    constants: dict[str, int | float] = {"H": heads, "P": head_dim, "N": state, "G": groups}
+    constants |= {"EPSILON": sizes.epsilon, "UPCAST": False}
     launches = [
-        (mamba_scan, "", scan_launch(*scan_sizes, sizes.dtype)),
-        (mamba_spans, "", spans_launch(*share)),
+        (mamba_scan, "", scan_launch(head_dim, state, sizes.dtype)),
+        (mamba_spans, "", spans_launch(heads, head_dim, state, groups, sizes.dtype)),
         *(
             (mamba_scan_states, f".{tactic}", tiles)
-            for tactic, tiles in enumerate(states_tactics(*scan_sizes, sizes.dtype), 1)
+            for tactic, tiles in enumerate(states_tactics(head_dim, state, sizes.dtype), 1)
         ),
+        (mamba_norm, "", norm_launch(heads * head_dim // groups)),
     ]
-    norm = norm_launch(sizes.heads * sizes.head_dim // sizes.groups)
     return [
-        *(
-            KernelSpec(
-                function.__name__ + suffix,
-                function,
-                types[function.__name__],
-                {**dims, "UPCAST": False},
-                tiles,
-            )
-            for function, suffix, tiles in launches
-        ),
-        KernelSpec(
-            "mamba_norm", mamba_norm, types["mamba_norm"], {**dims, "EPSILON": sizes.epsilon}, norm
-        ),
+        KernelSpec.of(function.__name__ + suffix, function, types, constants, tiles)
+        for function, suffix, tiles in launches
     ]

@@ -55,18 +55,21 @@ def product(
 
 
 @kernel
-def decays(
-    dt: tl.tensor,
-    time: tl.tensor,
-    length: tl.tensor,
-    bias: tl.tensor,
-    rate: tl.tensor,
-    STRIDE: tl.constexpr,
-) -> tl.tensor:
+def steps_of(row: tl.tuple, dt_bias: tl.tensor, A_log: tl.tensor, head: tl.tensor) -> tl.tuple:
+    """Return what gives a head's steps: raw ones of the row, and the head's bias and rate."""
+    xbc, _, length, STRIDE, CONV_DIM = row
+    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    return xbc + CONV_DIM + head, length, bias, rate, STRIDE
+
+
+@kernel
+def decays(steps: tl.tuple, time: tl.tensor) -> tl.tuple:
     """Return steps, the decay's logarithm up to each token, and over the chunk, of one head.
 
-    dt: the head's column of the row's first token. Tokens past a row's length take no step.
+    Tokens past a row's length take no step.
     """
+    dt, length, bias, rate, STRIDE = steps
     there = time < length
     raw = tl.load(dt + time * STRIDE, mask=there, other=0.0).to(tl.float32)
     step = tl.where(there, softplus(raw + bias), 0.0)
@@ -90,15 +93,10 @@ def similar(c: tl.tensor, b: tl.tensor, decay: tl.tensor, UPCAST: tl.constexpr) 
 
 @kernel
 def attended(
-    c: tl.tensor,
-    b: tl.tensor,
-    x: tl.tensor,
-    step: tl.tensor,
-    decay: tl.tensor,
-    state: tl.tensor,
+    c: tl.tensor, b: tl.tensor, x: tl.tensor, step: tl.tensor, decay: tl.tensor, state: tl.tensor,
     since: tl.tensor,
     UPCAST: tl.constexpr,
-) -> tl.tensor:
+) -> tl.tensor:  # fmt: skip
     """Return what a chunk's tokens see of the chunk and of a state, [tokens, channels].
 
     decay: within the chunk; since: its logarithm from the state to each token. Where x is bf16, a

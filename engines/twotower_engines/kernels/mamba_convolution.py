@@ -1,4 +1,8 @@
-"""The convolution of `MambaBlockStep`, as parts of the scan's kernels: raw xBC to x, B and C."""
+"""The convolution of `MambaBlockStep`, as parts of the scan's kernels: raw xBC to x, B and C.
+
+A row of a call travels as a tuple: xBC of its first token, its history (three columns, newest
+last), its length, and how far tokens and the columns of the history are apart.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,24 @@ from twotower_engines.kernels.jit import kernel
 
 TAPS = tl.constexpr(4)
 """Width of the convolution; a row's history is one less."""
+
+
+@kernel
+def row_of(
+    projected: tl.tensor,
+    conv_state: tl.tensor,
+    lengths: tl.tensor,
+    L: tl.tensor,
+    D_INNER: tl.constexpr,
+    CONV_DIM: tl.constexpr,
+    STRIDE: tl.constexpr,
+) -> tl.tuple:
+    """Return the row of this program, the second of its grid's dimensions."""
+    row = tl.program_id(1).to(tl.int64)
+    xbc = projected + row * L * STRIDE + D_INNER
+    history = conv_state + row * (TAPS - 1) * CONV_DIM
+    length = tl.maximum(tl.minimum(tl.load(lengths + row), L), 0)
+    return xbc, history, length, STRIDE, CONV_DIM
 
 
 @kernel
@@ -34,21 +56,12 @@ def four_taps(
 
 
 @kernel
-def raw_columns(
-    xbc: tl.tensor,
-    history: tl.tensor,
-    time: tl.tensor,
-    length: tl.tensor,
-    channel: tl.tensor,
-    real: tl.tensor,
-    STRIDE: tl.constexpr,
-    CONV_DIM: tl.constexpr,
-) -> tl.tensor:
+def raw_columns(row: tl.tuple, time: tl.tensor, channel: tl.tensor, real: tl.tensor) -> tl.tensor:
     """Return xBC before the convolution, [times, channels] T; times below 0 are history.
 
-    xbc: the row's first token; history: the row's three columns, newest last. Times outside
-    -3 .. length - 1 give 0.
+    Times outside -3 .. length - 1 give 0.
     """
+    xbc, history, length, STRIDE, CONV_DIM = row
     place = time[:, None]
     new = xbc + place * STRIDE + channel[None, :]
     old = history + (place + (TAPS - 1)) * CONV_DIM + channel[None, :]
@@ -58,19 +71,10 @@ def raw_columns(
 
 @kernel
 def convolved(
-    xbc: tl.tensor,
-    history: tl.tensor,
-    time: tl.tensor,
-    length: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    first: tl.tensor,
+    row: tl.tuple, weight: tl.tensor, bias: tl.tensor, time: tl.tensor, first: tl.tensor,
     count: tl.tensor,
-    BLOCK: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CONV_DIM: tl.constexpr,
-    AGAIN: tl.constexpr,
-) -> tl.tensor:
+    BLOCK: tl.constexpr, AGAIN: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return SiLU(conv + bias) of `count` channels from `first`, [times, BLOCK], rounded to T.
 
     Tokens past a row's length get 0, and so do channels from `count` on. AGAIN: as of `four_taps`.
@@ -80,32 +84,25 @@ def convolved(
     channel = first + lane
     w0, w1, w2, w3 = four_taps(weight, first, count, BLOCK, AGAIN)
     shift = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-    v0 = raw_columns(xbc, history, time - 3, length, channel, real, STRIDE, CONV_DIM)
-    v1 = raw_columns(xbc, history, time - 2, length, channel, real, STRIDE, CONV_DIM)
-    v2 = raw_columns(xbc, history, time - 1, length, channel, real, STRIDE, CONV_DIM)
-    v3 = raw_columns(xbc, history, time, length, channel, real, STRIDE, CONV_DIM)
+    v0 = raw_columns(row, time - 3, channel, real)
+    v1 = raw_columns(row, time - 2, channel, real)
+    v2 = raw_columns(row, time - 1, channel, real)
+    v3 = raw_columns(row, time, channel, real)
     total = shift[None, :] + v0.to(tl.float32) * w0
     total += v1.to(tl.float32) * w1
     total += v2.to(tl.float32) * w2
     total += v3.to(tl.float32) * w3
+    xbc, _, length, _, _ = row
     silu = tl.where((time < length)[:, None], total / (1.0 + tl.exp(-total)), 0.0)
     return silu.to(xbc.dtype.element_ty)
 
 
 @kernel
-def keep_columns(
-    xbc: tl.tensor,
-    history: tl.tensor,
-    length: tl.tensor,
-    out: tl.tensor,
-    channel: tl.tensor,
-    real: tl.tensor,
-    STRIDE: tl.constexpr,
-    CONV_DIM: tl.constexpr,
-) -> None:
+def keep_columns(row: tl.tuple, out: tl.tensor, channel: tl.tensor, real: tl.tensor) -> None:
     """Write a row's last three raw columns of some channels; out: the row's new history."""
+    _, _, length, _, CONV_DIM = row
     slot = tl.arange(0, TAPS)
     time = length - (TAPS - 1) + slot
-    newest = raw_columns(xbc, history, time, length, channel, real, STRIDE, CONV_DIM)
+    newest = raw_columns(row, time, channel, real)
     place = out + slot[:, None] * CONV_DIM + channel[None, :]
     tl.store(place, newest, mask=(slot < TAPS - 1)[:, None] & real[None, :])

@@ -26,8 +26,15 @@ import triton
 import triton.language as tl
 
 from twotower_engines.kernels.jit import Launch, kernel
-from twotower_engines.kernels.mamba_chunk import CHUNK, attended, decays, product, within
-from twotower_engines.kernels.mamba_convolution import TAPS, convolved, keep_columns
+from twotower_engines.kernels.mamba_chunk import (
+    CHUNK,
+    attended,
+    decays,
+    product,
+    steps_of,
+    within,
+)
+from twotower_engines.kernels.mamba_convolution import TAPS, convolved, keep_columns, row_of
 
 TILE = 64
 """Least tokens of a span; a multiple of the chunk in every tactic."""
@@ -41,28 +48,13 @@ TACTICS = 2
 
 @kernel
 def mamba_spans(
-    projected: tl.tensor,
-    conv_state: tl.tensor,
-    lengths: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    dt_bias: tl.tensor,
-    A_log: tl.tensor,
-    L: tl.tensor,
-    span: tl.tensor,
-    convolution: tl.tensor,
-    span_states: tl.tensor,
-    span_decays: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    projected: tl.tensor, conv_state: tl.tensor, lengths: tl.tensor, weight: tl.tensor,
+    bias: tl.tensor, dt_bias: tl.tensor, A_log: tl.tensor, L: tl.tensor, span: tl.tensor,
+    convolution: tl.tensor, span_states: tl.tensor, span_decays: tl.tensor,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     UPCAST: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Convolve a share of the channels over one span, and find what it adds to a head's state.
 
     Grid (H * cdiv(P, BLOCK_P), B, spans). Tokens past a row's length are not written, and a span
@@ -83,32 +75,23 @@ def mamba_spans(
     x0, b0 = head * P + first, D_INNER + (head // (H // G)) * N
     s0 = D_INNER + tl.program_id(0) * SHARE
     share = tl.minimum(CONV_DIM - s0, SHARE)
-    xbc = projected + row * L * STRIDE + D_INNER
-    history = conv_state + row * (TAPS - 1) * CONV_DIM
-    length = tl.maximum(tl.minimum(tl.load(lengths + row), L), 0)
+    source = row_of(projected, conv_state, lengths, L, D_INNER, CONV_DIM, STRIDE)
+    length = source[2]
     is_carried = begin + span < length
-    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
-    step_bias = tl.load(dt_bias + head).to(tl.float32)
-    dt = xbc + CONV_DIM + head
+    steps = steps_of(source, dt_bias, A_log, head)
     state = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     decayed = 0.0
     for start in range(begin, tl.minimum(begin + span, length), BLOCK_L):
         time = start + tl.arange(0, BLOCK_L)
-        x = convolved(
-            xbc, history, time, length, weight, bias, x0, width, BLOCK_P, STRIDE, CONV_DIM, True
-        )
-        shared = convolved(
-            xbc, history, time, length, weight, bias, s0, share, BLOCK_S, STRIDE, CONV_DIM, True
-        )
+        x = convolved(source, weight, bias, time, x0, width, BLOCK_P, True)
+        shared = convolved(source, weight, bias, time, s0, share, BLOCK_S, True)
         there = (time < length)[:, None]
         out = convolution + (row * L + time)[:, None] * CONV_DIM
         tl.store(out + (x0 + p)[None, :], x, mask=there & (p < width)[None, :])
         tl.store(out + (s0 + s)[None, :], shared, mask=there & (s < share)[None, :])
         if is_carried:
-            b = convolved(
-                xbc, history, time, length, weight, bias, b0, N, BLOCK_N, STRIDE, CONV_DIM, True
-            )
-            step, total, end = decays(dt, time, length, step_bias, rate, STRIDE)
+            b = convolved(source, weight, bias, time, b0, N, BLOCK_N, True)
+            step, total, end = decays(steps, time)
             moved = x.to(tl.float32) * (step * tl.exp(end - total))[:, None]
             state = product(tl.trans(moved), b, state * tl.exp(end), LEFT, UPCAST)
             decayed += end
@@ -121,30 +104,13 @@ def mamba_spans(
 
 @kernel
 def mamba_scan_states(
-    projected: tl.tensor,
-    conv_state: tl.tensor,
-    ssm_state: tl.tensor,
-    lengths: tl.tensor,
-    dt_bias: tl.tensor,
-    A_log: tl.tensor,
-    D: tl.tensor,
-    convolution: tl.tensor,
-    span_states: tl.tensor,
-    span_decays: tl.tensor,
-    L: tl.tensor,
-    span: tl.tensor,
-    scanned: tl.tensor,
-    conv_state_new: tl.tensor,
-    ssm_state_new: tl.tensor,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    projected: tl.tensor, conv_state: tl.tensor, ssm_state: tl.tensor, lengths: tl.tensor,
+    dt_bias: tl.tensor, A_log: tl.tensor, D: tl.tensor, convolution: tl.tensor,
+    span_states: tl.tensor, span_decays: tl.tensor, L: tl.tensor, span: tl.tensor,
+    scanned: tl.tensor, conv_state_new: tl.tensor, ssm_state_new: tl.tensor,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """Scan a span of a row, for one head or part of it; grid (H * cdiv(P, BLOCK_P), B, spans).
 
     Tokens past a row's length get 0 and leave the new states alone. The new columns need memory of
@@ -165,15 +131,13 @@ def mamba_scan_states(
     real_p, real_n = p < width, n < N
     x0, b0 = head * P + first, D_INNER + group * N
     c0 = b0 + G * N
-    xbc = projected + row * L * STRIDE + D_INNER
-    length = tl.maximum(tl.minimum(tl.load(lengths + row), L), 0)
+    source = row_of(projected, conv_state, lengths, L, D_INNER, CONV_DIM, STRIDE)
+    length = source[2]
     place = (x0 + p)[:, None] * N + n[None, :]
     real_state = real_p[:, None] & real_n[None, :]
     state = tl.load(ssm_state + row * D_INNER * N + place, mask=real_state, other=0.0)
-    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
-    step_bias = tl.load(dt_bias + head).to(tl.float32)
+    steps = steps_of(source, dt_bias, A_log, head)
     skip = tl.load(D + head).to(tl.float32)
-    dt = xbc + CONV_DIM + head
     slot = row * (tl.num_programs(2) - 1)
     for before in range(0, tl.where(begin < length, tl.program_id(2), 0)):
         decay = tl.exp(tl.load(span_decays + (slot + before) * H + head))
@@ -190,7 +154,7 @@ def mamba_scan_states(
             b = tl.load(token + (b0 + n)[None, :], mask=real_n_there, other=0.0)
             x = tl.load(token + (x0 + p)[None, :], mask=there & real_p[None, :], other=0.0)
             x = x.to(tl.float32)
-            step, total, end = decays(dt, time, length, step_bias, rate, STRIDE)
+            step, total, end = decays(steps, time)
             y = attended(c, b, x, step, within(total, lane), state, total, UPCAST) + skip * x
             moved = x * (step * tl.exp(end - total))[:, None]
             state = product(tl.trans(moved), b, state * tl.exp(end), LEFT, UPCAST)
@@ -201,13 +165,12 @@ def mamba_scan_states(
     last = tl.maximum(length - 1, 0)
     if (begin <= last) & (last < begin + span):
         tl.store(ssm_state_new + row * D_INNER * N + place, state, mask=real_state)
-        history = conv_state + row * (TAPS - 1) * CONV_DIM
         kept = conv_state_new + row * (TAPS - 1) * CONV_DIM
-        keep_columns(xbc, history, length, kept, x0 + p, real_p, STRIDE, CONV_DIM)
+        keep_columns(source, kept, x0 + p, real_p)
         # B and C belong to a group: its first head's first program writes them.
         leads = n < tl.where(head * P + first == group * (H // G) * P, N, 0)
-        keep_columns(xbc, history, length, kept, b0 + n, leads, STRIDE, CONV_DIM)
-        keep_columns(xbc, history, length, kept, c0 + n, leads, STRIDE, CONV_DIM)
+        keep_columns(source, kept, b0 + n, leads)
+        keep_columns(source, kept, c0 + n, leads)
 
 
 def span_sizes(

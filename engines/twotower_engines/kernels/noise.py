@@ -5,7 +5,6 @@ MiMC. The ONNX function computes the same bits with int64 products and remainder
 uint32, a product is one wide multiplication, and 2^31 = 1 takes the place of the remainder.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 import triton.language as tl

@@ -3,7 +3,6 @@
 Their sources: `docs/kernels.md`; how to add one: `CONTRIBUTING.md`.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 import triton.language as tl

@@ -8,7 +8,6 @@ On a GPU four bytes are decoded together, by a few instructions on pairs of bf16
 makes of single elements takes twice as many. The interpreter computes the same numbers in float32.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 import triton.language as tl

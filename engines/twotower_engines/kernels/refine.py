@@ -13,7 +13,6 @@ Rules, ties and noise are those of the ONNX function `twotower::RefineBlock` in 
 NVIDIA's `generate_mask_diffusion` for policy 0, see `docs/kernels.md` for the others.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 import triton
@@ -25,32 +24,21 @@ from twotower_engines.kernels.spec import KernelSpec, Sizes
 from twotower_engines.kernels.vocabulary import (
     NO_TOKEN,
     TILE,
-    VOCABULARY_TYPES,
+    VOCABULARY_LAUNCH,
     refine_vocabulary,
     tiles,
-    vocabulary_launch,
 )
 
 
 @kernel
 def refine_decision(
-    ids: tl.tensor,
-    lengths: tl.tensor,
-    threshold: tl.tensor,
-    steps_left: tl.tensor,
-    policy: tl.tensor,
-    partials: tl.tensor,
-    partial_ids: tl.tensor,
-    S: tl.tensor,
-    P: tl.tensor,
-    new_ids: tl.tensor,
-    confidence_out: tl.tensor,
-    committed_out: tl.tensor,
+    ids: tl.tensor, lengths: tl.tensor, threshold: tl.tensor, steps_left: tl.tensor,
+    policy: tl.tensor, partials: tl.tensor, partial_ids: tl.tensor, S: tl.tensor, P: tl.tensor,
+    new_ids: tl.tensor, confidence_out: tl.tensor, committed_out: tl.tensor,
     still_masked: tl.tensor,
     MASK_ID: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-) -> None:
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+) -> None:  # fmt: skip
     """Merge the splits of a row and decide what it commits; grid (B,).
 
     BLOCK_S and BLOCK_P are at least S and P, and powers of two.
@@ -136,39 +124,22 @@ def decision_launch(block: int, split_count: int) -> Launch:
     return Launch(constants, num_warps=4 if tile <= 1024 else 8)
 
 
-DECISION_TYPES = {
-    "ids": "*i32",
-    "lengths": "*i32",
-    "threshold": "*fp32",
-    "steps_left": "*i32",
-    "policy": "*i32",
-    "partials": "*fp32",
-    "partial_ids": "*i32",
-    "S": "i32",
-    "P": "i32",
-    "new_ids": "*i32",
-    "confidence_out": "*fp32",
-    "committed_out": "*i32",
-    "still_masked": "*i32",
+INTEGERS = ("ids", "lengths", "steps_left", "policy", "seed", "partial_ids", "new_ids")
+TYPES = {
+    **dict.fromkeys((*INTEGERS, "committed_out", "still_masked"), "*i32"),
+    **dict.fromkeys(("threshold", "temperature", "partials", "confidence_out"), "*fp32"),
+    **dict.fromkeys(("S", "P", "TILES"), "i32"),
 }
+"""Types of both kernels' parameters, but for the logits."""
 
 
 def specs(sizes: Sizes) -> list[KernelSpec]:
     """Return both kernels for one model, for batches of any number of rows."""
     most_splits = -(-sizes.vocab_size // (tiles(1) * TILE))
+    types = {**TYPES, "logits": f"*{sizes.dtype}"}
+    constants = {"V": sizes.vocab_size, "MASK_ID": sizes.mask_id}
+    decision = decision_launch(sizes.block, most_splits)
     return [
-        KernelSpec(
-            "refine_vocabulary",
-            refine_vocabulary,
-            {"logits": f"*{sizes.dtype}", **VOCABULARY_TYPES},
-            {"V": sizes.vocab_size, "MASK_ID": sizes.mask_id},
-            vocabulary_launch(),
-        ),
-        KernelSpec(
-            "refine_decision",
-            refine_decision,
-            DECISION_TYPES,
-            {"MASK_ID": sizes.mask_id},
-            decision_launch(sizes.block, most_splits),
-        ),
+        KernelSpec.of("refine_vocabulary", refine_vocabulary, types, constants, VOCABULARY_LAUNCH),
+        KernelSpec.of("refine_decision", refine_decision, types, constants, decision),
     ]

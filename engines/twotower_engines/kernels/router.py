@@ -7,7 +7,6 @@ The product is in float32, of tokens that are widened in registers: a compiler w
 memory in float32 first. No tensor core multiplies float32; the product is 2% of a layer's.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 import triton
@@ -29,19 +28,11 @@ CHOICE = Launch({}, num_warps=1)
 
 @kernel
 def router_choice(
-    router_logits: tl.tensor,
-    correction: tl.tensor,
-    lengths: tl.tensor,
-    L: tl.tensor,
-    indices: tl.tensor,
-    weights: tl.tensor,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    SCALING: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
+    router_logits: tl.tensor, correction: tl.tensor, lengths: tl.tensor, L: tl.tensor,
+    indices: tl.tensor, weights: tl.tensor,
+    E: tl.constexpr, K: tl.constexpr, NORMALIZED: tl.constexpr, SCALING: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> None:  # fmt: skip
     """Choose a token's K experts; grid (rows * L,).
 
     The highest sigmoid + correction is first, of equal ones the lowest expert. Weights are the
@@ -82,14 +73,8 @@ def choice_spec(
     experts: int, per_token: int, normalized: bool, scaling: float, small_dtype: str
 ) -> KernelSpec:
     """Return the choice of a model."""
-    types = {
-        "router_logits": "*fp32",
-        "correction": f"*{small_dtype}",
-        "lengths": "*i32",
-        "L": "i32",
-        "indices": "*i32",
-        "weights": "*fp32",
-    }
+    types = {"router_logits": "*fp32", "correction": f"*{small_dtype}", "lengths": "*i32"}
+    types |= {"L": "i32", "indices": "*i32", "weights": "*fp32"}
     constants = {
         **{"E": experts, "K": per_token, "NORMALIZED": normalized, "SCALING": scaling},
         "BLOCK_E": triton.next_power_of_2(experts),

@@ -62,6 +62,25 @@ class KernelSpec:
     constants: Mapping[str, Any]
     launch: Launch
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        function: Kernel,
+        types: Mapping[str, str],
+        constants: Mapping[str, Any],
+        launch: Launch,
+    ) -> KernelSpec:
+        """Return a specification of what the function takes.
+
+        Args:
+            types: Type of every run-time parameter; a constant of the same name goes before.
+            constants: Every compile-time parameter. Both may hold those of other kernels, too.
+        """
+        taken = [one for one in function.arg_names if one not in launch.constants]
+        fixed = {one: constants[one] for one in taken if one in constants}
+        return cls(name, function, {n: types[n] for n in taken if n not in fixed}, fixed, launch)
+
     @property
     def all_constants(self) -> dict[str, Any]:
         """Every compile-time parameter."""

@@ -4,7 +4,6 @@ The vocabulary is cut into P splits of a few tiles of `TILE` tokens; a program h
 position of one row. `refine_decision` merges the splits' results.
 """
 
-# Kernels are read by Triton's compiler: annotations are for people, `tl.constexpr` is for both.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -111,17 +110,11 @@ def scan(
 
 @kernel
 def sample(
-    logits: tl.tensor,
-    first: tl.tensor,
-    last: tl.tensor,
-    heat: tl.tensor,
-    first_key: tl.tensor,
-    second_key: tl.tensor,
-    top: tl.tensor,
-    top_token: tl.tensor,
+    logits: tl.tensor, first: tl.tensor, last: tl.tensor, heat: tl.tensor, first_key: tl.tensor,
+    second_key: tl.tensor, top: tl.tensor, top_token: tl.tensor,
     MASK_ID: tl.constexpr,
     PIECE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Return (best score, its token) of a split, with noise; the lowest token of equal ones.
 
     Reads the split again, from the cache and in pieces, and computes noise only for pieces that
@@ -150,21 +143,11 @@ def sample(
 
 @kernel
 def refine_vocabulary(
-    logits: tl.tensor,
-    ids: tl.tensor,
-    lengths: tl.tensor,
-    temperature: tl.tensor,
-    policy: tl.tensor,
-    seed: tl.tensor,
-    S: tl.tensor,
-    TILES: tl.tensor,
-    partials: tl.tensor,
+    logits: tl.tensor, ids: tl.tensor, lengths: tl.tensor, temperature: tl.tensor,
+    policy: tl.tensor, seed: tl.tensor, S: tl.tensor, TILES: tl.tensor, partials: tl.tensor,
     partial_ids: tl.tensor,
-    V: tl.constexpr,
-    MASK_ID: tl.constexpr,
-    TILE: tl.constexpr,
-    PIECE: tl.constexpr,
-) -> None:
+    V: tl.constexpr, MASK_ID: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr,
+) -> None:  # fmt: skip
     """Reduce one split of the vocabulary, TILES tiles, at one position; grid (splits, S, B).
 
     Reads its logits once. Positions that are not masked are left alone: their logits are not read
@@ -209,24 +192,10 @@ def refine_vocabulary(
     tl.store(partial_ids + place.to(tl.int64) * count + split, chosen)
 
 
-VOCABULARY_TYPES = {
-    "ids": "*i32",
-    "lengths": "*i32",
-    "temperature": "*fp32",
-    "policy": "*i32",
-    "seed": "*i32",
-    "S": "i32",
-    "TILES": "i32",
-    "partials": "*fp32",
-    "partial_ids": "*i32",
-}
-
-
 def tiles(rows: Any, minimum: Callable[[Any, int], Any] = min) -> Any:
     """Return the tiles of a split in a batch of `rows`, an integer or one of TensorRT's symbols."""
     return minimum(rows, MOST_ROWS) * TILES
 
 
-def vocabulary_launch() -> Launch:
-    """Return the tiles of the vocabulary pass, and pieces of the sampling."""
-    return Launch({"TILE": TILE, "PIECE": 512}, num_warps=4)
+VOCABULARY_LAUNCH = Launch({"TILE": TILE, "PIECE": 512}, num_warps=4)
+"""Tiles of the vocabulary pass, and pieces of the sampling."""

@@ -16,8 +16,7 @@ from twotower_contract.digests import file_sha256
 from twotower_contract.engine_set import BUILD_FILE, open_engine_set
 from twotower_contract.errors import BundleError, TwoTowerError
 from twotower_engines.building.build import BuildOptions, build_engines
-from twotower_engines.building.progress import BuildProgress
-from twotower_engines.cli.build import build
+from twotower_engines.cli.build import BuildProgress, build
 from twotower_engines.errors import BuildError, PlanError
 from twotower_engines.planning import local_gpu, sku_lookup
 from twotower_engines.planning.local_gpu import LocalGpu

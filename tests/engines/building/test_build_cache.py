@@ -31,7 +31,7 @@ from twotower_engines.building import build as build_module
 from twotower_engines.building import code_digest as code_digest_module
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.build_cache import EngineCache, digest_of
-from twotower_engines.building.flavours.flavour import Needs, layers_file, traffic_file
+from twotower_engines.building.flavours.flavour import Flavour, Needs, layers_file, traffic_file
 from twotower_engines.errors import BuildError
 from twotower_engines.planning.sku_lookup import find_sku
 
@@ -55,12 +55,10 @@ def copied(bundle, tmp_path):
     return shutil.copytree(bundle, tmp_path / "bundle")
 
 
-class CountingFlavour:
+class CountingFlavour(Flavour):
     """Stands in for TensorRT-RTX: its plans are the graphs, and it counts them."""
 
     name = "tensorrt-rtx"
-    suffix = ".plan"
-    is_cached = True
 
     def __init__(self):
         self.built = []
@@ -71,12 +69,6 @@ class CountingFlavour:
 
     def versions(self):
         return {"tensorrt_rtx": self.version}
-
-    def has_kernels(self):
-        return False
-
-    def graphs(self, precision):
-        return "native"
 
     def check(self, target):
         pass
@@ -94,9 +86,6 @@ class CountingFlavour:
 
     def needs(self, target):
         return Needs(self.machine)
-
-    def loader(self, target):
-        return {"compute_capabilities": [target.sku.compute_capability]}
 
 
 @pytest.fixture

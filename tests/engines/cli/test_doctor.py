@@ -15,7 +15,7 @@ import pytest
 
 from tests.support import ROOT
 from twotower_client import cli as root
-from twotower_engines.cli import diagnosis as doctor
+from twotower_engines.cli import doctor
 from twotower_engines.errors import ServingError
 from twotower_engines.serving import installation
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from twotower_contract.engine_set import Limits
 from twotower_contract.skus import Sku
@@ -67,19 +69,22 @@ def traffic_file(engine: Path) -> Path:
     return engine.with_suffix(".traffic.json")
 
 
-class Flavour(Protocol):
-    """A way to make engines.
+class Flavour(ABC):
+    """A way to make engines; what it does not say is that of an engine for a GPU, without kernels.
 
     Attributes:
         name: As `--flavour` takes it.
         suffix: File suffix of its plans.
         is_cached: True where an engine is worth keeping for the next build.
+        graphs: Which of the bundle's graphs it builds from: `native` or `float32`.
     """
 
     name: str
-    suffix: str
-    is_cached: bool
+    suffix = ".plan"
+    is_cached = True
+    graphs = "native"
 
+    @abstractmethod
     def versions(self) -> dict[str, str]:
         """Return what takes part in a build, without loading it.
 
@@ -89,10 +94,9 @@ class Flavour(Protocol):
 
     def has_kernels(self) -> bool:
         """Whether engines built here run our kernels rather than the ops' function bodies."""
+        return False
 
-    def graphs(self, precision: str) -> str:
-        """Return which of the bundle's graphs it builds from: `native` or `float32`."""
-
+    @abstractmethod
     def check(self, target: Target) -> None:
         """Refuse, before anything is built, what cannot be built on this machine.
 
@@ -100,9 +104,11 @@ class Flavour(Protocol):
             BuildError: Says what is missing, and where to run what instead.
         """
 
+    @abstractmethod
     def recipe(self, tower: str, target: Target) -> dict[str, Any]:
         """Return everything but graph and versions that decides the bytes of an engine, as JSON."""
 
+    @abstractmethod
     def build(
         self, orders: Mapping[str, Order], target: Target, progress: Progress
     ) -> dict[str, dict[str, Any]]:
@@ -121,6 +127,8 @@ class Flavour(Protocol):
         Raises:
             BuildError: There are no kernels for the target's compute capability.
         """
+        return Needs(platform.machine())
 
     def loader(self, target: Target) -> dict[str, Any]:
         """Return what the runtime must know to load the engines (`extra` of build.json)."""
+        return {"compute_capabilities": [target.sku.compute_capability]}

@@ -95,6 +95,19 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
     }
 
 
+def parsed_graph(trt: Any, graph: bytes) -> dict[str, Any]:
+    """Describe a graph as the library's parser sees it, without building anything.
+
+    Raises:
+        RefusedError: It does not parse it.
+    """
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_strongly_typed(trt))
+    _parse(trt, network, log, graph, None)
+    return _parsed(network)
+
+
 def _parsed(network: Any) -> dict[str, Any]:
     """Describe the network as the parser made it of the graph: the builder fuses its layers."""
 

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from twotower_contract.onnxruntime import import_onnxruntime
-from twotower_engines.building.flavours.flavour import Needs, Order, Target
+from twotower_engines.building.flavours.flavour import Flavour, Needs, Order, Target
 from twotower_engines.building.flavours.process import Progress
 from twotower_engines.errors import BuildError
 
 
-class OnnxRuntimeFlavour:
+class OnnxRuntimeFlavour(Flavour):
     """See `flavour.Flavour`."""
 
     name = "onnxruntime"
     suffix = ".onnx"
     is_cached = False  # a copy of the graph is made as fast as it is found
+    graphs = "float32"  # the CPU provider has no bf16 products
 
     def versions(self) -> dict[str, str]:
         """Return the version of ONNX Runtime."""
@@ -32,14 +33,6 @@ class OnnxRuntimeFlavour:
             raise BuildError(
                 "ONNX Runtime is not installed; install it with: pip install 'twotower[build]'"
             ) from problem
-
-    def has_kernels(self) -> bool:
-        """No: they are for GPUs."""
-        return False
-
-    def graphs(self, precision: str) -> str:
-        """Float32 always: the CPU provider has no bf16 products."""
-        return "float32"
 
     def check(self, target: Target) -> None:
         """Nothing to refuse: a CPU is always there."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from twotower_engines.artifacts.engine_interface import Interface, TensorSpec
 from twotower_engines.building.flavours.gpu_graph import set_sizes
+from twotower_engines.building.flavours.library_build import RefusedError, parsed_graph
 from twotower_engines.building.flavours.process import Library
 from twotower_engines.errors import BuildError
 
@@ -61,28 +62,13 @@ def specs_of(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
 def _main(module: str, graph: str, result: str, sizes: str) -> None:
     import onnx
 
-    trt: Any = importlib.import_module(module)
-    log = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(log)
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, log)
     model = onnx.load(graph, load_external_data=False)
     set_sizes(model, json.loads(sizes))
-    if not parser.parse(model.SerializeToString()):
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        sys.exit("; ".join(errors[:5]) or "the parser gave no reason")
-
-    def described(tensor: Any) -> list[Any]:
-        return [tensor.dtype.name, list(tensor.shape)]
-
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    content = {
-        "inputs": {tensor.name: described(tensor) for tensor in inputs},
-        "outputs": {tensor.name: described(tensor) for tensor in outputs},
-    }
-    Path(result).write_text(json.dumps(content), encoding="utf-8")
+    try:
+        parsed = parsed_graph(importlib.import_module(module), model.SerializeToString())
+    except RefusedError as problem:
+        sys.exit(str(problem))
+    Path(result).write_text(json.dumps(parsed), encoding="utf-8")
 
 
 if __name__ == "__main__":

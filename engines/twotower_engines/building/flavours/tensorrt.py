@@ -18,7 +18,7 @@ from typing import Any
 from twotower_contract.skus import Sku, known_skus
 from twotower_engines.artifacts.cache_root import in_cache
 from twotower_engines.building.code_digest import code_digest
-from twotower_engines.building.flavours.flavour import Needs, Order, Target, layers_file
+from twotower_engines.building.flavours.flavour import Flavour, Needs, Order, Target, layers_file
 from twotower_engines.building.flavours.jobs import (
     check_arch,
     engine_job,
@@ -45,12 +45,10 @@ KERNEL_CODE = (
 INSTALL = "install it from NVIDIA's index with `pip install 'twotower[tensorrt]'`"
 
 
-class TensorRtFlavour:
+class TensorRtFlavour(Flavour):
     """See `flavour.Flavour`."""
 
     name = "tensorrt"
-    suffix = ".plan"
-    is_cached = True
 
     def versions(self) -> dict[str, str]:
         """Return the version of TensorRT, without loading it."""
@@ -65,10 +63,6 @@ class TensorRtFlavour:
     def has_kernels(self) -> bool:
         """Whether the compiler of our kernels is installed; engines run the ops' bodies else."""
         return importlib.util.find_spec("triton") is not None
-
-    def graphs(self, precision: str) -> str:
-        """Return the graphs' precision: the checkpoint's own dtype."""
-        return "native"
 
     def check(self, target: Target) -> None:
         """Refuse a machine that has no GPU which can build for the target."""
@@ -136,10 +130,6 @@ class TensorRtFlavour:
         if not self.has_kernels() or capability is None:
             return Needs(platform.machine())
         return Needs(platform.machine(), kernel_target(capability).cuda)
-
-    def loader(self, target: Target) -> dict[str, Any]:
-        """Return the GPUs that the engines run on."""
-        return {"compute_capabilities": [target.sku.compute_capability]}
 
 
 def _timed_on() -> str:

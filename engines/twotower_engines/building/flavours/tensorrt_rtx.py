@@ -6,12 +6,11 @@ here: this flavour must never meet a plugin without a GPU, the library ends the 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from typing import Any
 
 from twotower_contract.machine import available_bytes, cores
-from twotower_engines.building.flavours.flavour import Needs, Order, Target
+from twotower_engines.building.flavours.flavour import Flavour, Order, Target
 from twotower_engines.building.flavours.jobs import (
     check_arch,
     engine_job,
@@ -39,12 +38,10 @@ CAPTURE = {"REQUIRE_USER_ALLOCATION": True}
 """Builder flags without which the runtime does not let a CUDA graph capture an engine's call."""
 
 
-class TensorRtRtxFlavour:
+class TensorRtRtxFlavour(Flavour):
     """See `flavour.Flavour`."""
 
     name = "tensorrt-rtx"
-    suffix = ".plan"
-    is_cached = True
 
     def versions(self) -> dict[str, str]:
         """Return the version of TensorRT-RTX, without loading it."""
@@ -52,14 +49,6 @@ class TensorRtRtxFlavour:
         if found is None:
             raise BuildError(f"{LIBRARY.title} is not installed; {LIBRARY.install}")
         return {LIBRARY.module: found}
-
-    def has_kernels(self) -> bool:
-        """No: the library takes no plugin without a GPU."""
-        return False
-
-    def graphs(self, precision: str) -> str:
-        """Return the graphs' precision: the checkpoint's own dtype."""
-        return "native"
 
     def check(self, target: Target) -> None:
         """Refuse a GPU that TensorRT-RTX does not serve, or whose machines have another CPU.
@@ -86,14 +75,6 @@ class TensorRtRtxFlavour:
         jobs = {tower: engine_job(order) for tower, order in orders.items()}
         results = build_engine_files(LIBRARY, jobs, _at_once(), progress)
         return {tower: engine_report(result) for tower, result in results.items()}
-
-    def needs(self, target: Target) -> Needs:
-        """Return this machine's CPU architecture; kernels are compiled at run time."""
-        return Needs(platform.machine())
-
-    def loader(self, target: Target) -> dict[str, Any]:
-        """Return the GPUs that the engines run on."""
-        return {"compute_capabilities": [target.sku.compute_capability]}
 
 
 def _at_once() -> int:
