@@ -297,9 +297,9 @@ class GraphSide:
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # Shapes change from call to call; the arena would keep the largest of everything.
+        # Shapes change from call to call. The arena stays: the experts of a full-size layer are
+        # laid out anew in each call, and half of its time would be fresh pages.
         options.enable_mem_pattern = False
-        options.enable_cpu_mem_arena = False
         # Threads that wait would take the cores from the other side.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not self.part.optimised:
