@@ -4,7 +4,7 @@
 
 Bundles of checkpoints of the released sizes made of holes, with the first 2, 8, 26 and 52 layers,
 are built into TensorRT-RTX plans by the command in a process of its own, both towers at once on two
-cores; then once more, into another folder, from the cache. What bounds a build is NVIDIA's code
+cores; then once more, into another folder, from the cache. A build is bound by NVIDIA's code
 generator, whose time grows faster than the layers: it compiles a tower as one piece.
 """
 
@@ -40,7 +40,7 @@ def measure(bundle: Path, engines: Path) -> tuple[float, int]:
 
 
 def reports_of(engines: Path) -> list[dict[str, Any]]:
-    """What the builder says of each tower's plan."""
+    """Return the builder's report on each tower's plan."""
     build = json.loads((engines / "build.json").read_text(encoding="utf-8"))
     return [build["extra"]["reports"][tower] for tower in ("context", "denoiser")]
 

@@ -3,8 +3,8 @@
     python -m benchmarks.compiled_tables    # a few minutes on two cores, no GPU
 
 TensorRT-RTX compiles towers of the released width with a few layers of each kind: as they are, with
-FP8 weights, and cut at our plugins. What a listing says of any call is taken apart into terms of
-the sizes of the call.
+FP8 weights, and cut at our plugins. A listing of any call is taken apart into terms
+of the sizes of the call.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Denoiser:
         return made
 
     def context(self, rows: int, tokens: int) -> list[tuple[Tensor, ...]]:
-        """What the context tower would have left: per layer, random."""
+        """Return the states that the context tower would have left, random, per layer."""
         m, s = self.model, self.model.sizes
         conv_dim = s.heads * s.head_dim + 2 * s.groups * s.state
         shapes = {
@@ -241,7 +241,7 @@ def block_inputs(model: Model, rows: int, device: str) -> dict[str, Any]:
 
 
 def step_bytes(denoiser: Denoiser, context: list[tuple[Tensor, ...]], used: float) -> float:
-    """What a step must read once: routed experts, all other weights but the embedding, states."""
+    """Return the bytes that a step must read: routed experts, other weights, states."""
     share = used / denoiser.model.sizes.experts
     weights = denoiser.bytes_by_kind
     embedding = denoiser.embedding.numel() * denoiser.embedding.element_size()

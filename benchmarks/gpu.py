@@ -12,7 +12,7 @@ be installed, and nothing is downloaded. In order of worth:
 2. The kernels' times against the bytes that they must move, and against eager PyTorch.
 3. A denoise step of the full-size model with random weights (63 GB), at 1, 4 and 16 rows.
 
-A stage that hangs is ended, and the next one runs. What each has printed is in `log`, and the wall
+A stage that hangs is ended, and the next one runs. The output of each is in `log`, and the wall
 (`first-hour-GPU-DATE.md`) has one line for each test, kernel and step: reached, missed, failed, or
 not run. The exit code is 0 where all of it ran, and nothing failed or was missed.
 """

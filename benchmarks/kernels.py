@@ -130,7 +130,7 @@ def copy_bandwidth() -> float:
 
 
 def relative_error(case: Case, inputs: tuple[Any, ...]) -> float:
-    """Of the kernel's result, against PyTorch in float32 on the same numbers."""
+    """Error of the kernel's result, against PyTorch in float32 on the same numbers."""
     assert case.baseline
     wide = [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in inputs]
     want, got = case.baseline(*wide), case.kernel(*inputs)

@@ -100,7 +100,7 @@ def reported(place: Path, error: type[TwoTowerError]) -> Iterator[None]:
     except OSError as problem:
         if problem.errno == errno.EBUSY:
             raise _is_mounted(place, error) from problem
-        # Of two files the second was to be written; a full disk is that of the place.
+        # Where two files are named, the second was to be written; a full disk is that of the place.
         name = problem.filename2 or problem.filename
         where = place if problem.errno in FULL or name is None else name
         raise error(f"{where}: cannot be written: {problem.strerror or problem}") from problem

@@ -12,7 +12,7 @@ from typing import Final
 
 from twotower_contract.errors import TwoTowerError
 
-# What an export needs: no remote code, no other formats, no folders inside (a `*` matches a slash).
+# Files that an export needs: no remote code, no other formats, no folders (a `*` matches a slash).
 PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja")
 NOT_PATTERNS: Final = ("*/*",)
 

@@ -29,7 +29,7 @@ SHARD_BYTES: Final = 5_000_000_000
 ORIGIN_FILE: Final = "twotower.json"
 FORMAT: Final = "twotower-nemotron-h"
 
-# Of the two-tower model or of its remote code: a plain Nemotron-H reader needs none of them.
+# Keys of the two-tower model or of its remote code, none of which a plain Nemotron-H reader needs.
 _DROPPED: Final = ("auto_map", "mask_token_id", "time_frequency_dim", "bidirectional_mamba")
 
 

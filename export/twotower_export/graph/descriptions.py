@@ -53,7 +53,7 @@ FORMS: Final[Mapping[Format, tuple[str, ...]]] = {
     "int4": ("eight codes in a word", "a scale of each group"),
     "nvfp4": ("eight codes in a word", "four E4M3 scales in a word", "a scale of each matrix"),
 }
-"""What the inputs of a quantized weight hold, in their order."""
+"""Content of the inputs of a quantized weight, in their order."""
 
 
 def describe(name: str) -> str:

@@ -206,8 +206,8 @@ def build_context_graph(
     Inputs: ids [batch, tokens] int32; lengths [batch] int32, the valid tokens of this call;
     context_lengths [batch] int32; states `context.layers.{i}.{conv_state|ssm_state|k_cache|
     v_cache}`; weights by their names in the checkpoint.
-    Outputs: logits [batch, vocab] float32 of each row's last valid token; the new states; K and V
-    of the tokens of this call only.
+    Outputs: logits [batch, vocab] float32 of each row's last valid token; the new states, in which
+    the caches are those that came in with this call's keys and values written into them.
 
     Args:
         dtype: Dtype that the graph computes in.
