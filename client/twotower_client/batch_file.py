@@ -58,6 +58,10 @@ def answer_file(batch: Batch, source: Path, target: Path, options: Mapping[str, 
             was sent.
         OSError: A file cannot be read or written.
     """
+    if target.exists() and not target.is_file():
+        raise RequestRefusedError(
+            f"{target}: is no ordinary file, which a run that was ended could go on from; name one"
+        )
     requests = [_request(source, one, options) for one in read_prompts(source, tuple(OPTIONS))]
     partial = target.with_name(f"{target.name}.partial")
     known = {**_read(target), **_read(partial)}

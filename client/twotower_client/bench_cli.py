@@ -19,7 +19,7 @@ from twotower_client.access_cli import SECRETS, secret_options, secrets_of
 from twotower_client.errors import ClientError, RequestRefusedError
 from twotower_client.prompts import random_prompts, read_prompts
 from twotower_contract.atomic import write_text
-from twotower_contract.command_line import given_options, request_options
+from twotower_contract.command_line import given_options, output_file, request_options
 from twotower_contract.progress import StatusLine
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def _numbers(kind: Callable[[str], float], noun: str) -> Callable[..., tuple[Any
     type=click.IntRange(min=0),
     help="Requests before each load that do not count.  [default: those at a time]",
 )
-@click.option("--save", type=FILE, help="Write the result as JSON to FILE.")
-@click.option("--html", type=FILE, help="Write a page with charts to FILE.")
+@click.option("--save", type=FILE, callback=output_file, help="Write the result as JSON to FILE.")
+@click.option("--html", type=FILE, callback=output_file, help="Write a page with charts to FILE.")
 @click.option(
     "--compare",
     nargs=2,

@@ -11,7 +11,6 @@ import errno
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import click
 
 from twotower_client.streams import add_options, flush_output, open_closed, say_last
+from twotower_contract.atomic import given_path, remedy
 from twotower_contract.logfile import is_verbose
 from twotower_contract.processes import INTERRUPTED, interruptible
 
@@ -223,8 +223,8 @@ def refused_file(problem: OSError) -> str | None:
         return f"{problem.strerror}, while a file or the output was written or opened"
     if name is None:
         return None
-    path = os.fsdecode(name) if not isinstance(name, int) else "a file"
-    return f"{path}: {problem.strerror}; name another path, or change what is at this one"
+    path = given_path(name) if not isinstance(name, int) else "a file"
+    return f"{path}: {problem.strerror}; {remedy(problem)}"
 
 
 def main() -> None:

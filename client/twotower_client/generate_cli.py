@@ -18,6 +18,7 @@ from twotower_contract.command_line import (
     Outcome,
     check_showing,
     given_options,
+    output_file,
     prompt_ids_option,
     read_prompt,
     request_options,
@@ -64,6 +65,7 @@ class AnswersFailedError(ClientError):
     "--output",
     "target",
     type=click.Path(path_type=Path, dir_okay=False),
+    callback=output_file,
     help="File of the answers to --input, one JSON object a line. A run that was ended goes on.",
 )
 @click.option(

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -57,7 +58,15 @@ WITH_CARE = Writing()
 
 @contextlib.contextmanager
 def partial_file(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; the file takes its place if the block ends well."""
+    """Give a name beside `path` to write to; the file takes its place if the block ends well.
+
+    A device or pipe (/dev/null, /dev/stdout, `>(...)` of a shell) is written itself: a file in its
+    place would take it from everybody. Where `path` is a link, the file that it names is replaced.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -65,6 +74,21 @@ def partial_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def check_file(path: Path) -> Path:
+    """Return `path` if `write_text` could write it, before the work whose result it is to hold.
+
+    Raises:
+        OSError: It names the file, not the partial one.
+    """
+    if not path.exists() or path.is_file():
+        try:
+            with tempfile.TemporaryFile(dir=path.resolve().parent):
+                pass
+        except OSError as problem:
+            raise OSError(problem.errno, problem.strerror, str(path)) from problem
+    return path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,8 +126,23 @@ def reported(place: Path, error: type[TwoTowerError]) -> Iterator[None]:
             raise _is_mounted(place, error) from problem
         # Where two files are named, the second was to be written; a full disk is that of the place.
         name = problem.filename2 or problem.filename
-        where = place if problem.errno in FULL or name is None else name
-        raise error(f"{where}: cannot be written: {problem.strerror or problem}") from problem
+        is_place = name is None or Path(os.fsdecode(name)).name.startswith(PREFIX)
+        where = place if problem.errno in FULL or is_place else given_path(name)
+        why = f"cannot be written: {problem.strerror or problem}"
+        raise error(f"{where}: {why}; {remedy(problem)}") from problem
+
+
+def given_path(name: str | bytes) -> str:
+    """Return the path that a user knows for one that may be that of a partial file or folder."""
+    folders = [part for part in Path(os.fsdecode(name)).parts if not part.startswith(PREFIX)]
+    return re.sub(r"\.\d+\.partial$", "", str(Path(*folders)))
+
+
+def remedy(problem: OSError) -> str:
+    """Return what to do about a path that the system refused."""
+    if problem.errno in FULL:
+        return "make room there, or name a path on another disk"
+    return "name another path, or change what is at this one"
 
 
 def _is_mounted(place: Path, error: type[TwoTowerError]) -> TwoTowerError:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower_contract.atomic import check_file
 from twotower_contract.options import DIFFUSION, MODES, OPTIONS, Option
 
 JSON_HELP = """With --json one object is printed at
@@ -72,6 +73,11 @@ def prompt_ids_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--prompt-ids", metavar="5,6,7", help=text)(command)
 
 
+def output_file(context: Any, parameter: Any, path: Path | None) -> Path | None:
+    """Refuse an output file that could not be written now: click's callback of such an option."""
+    return None if path is None else check_file(path)
+
+
 def html_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the option of a page that replays an answer to a command."""
     import click
@@ -80,6 +86,7 @@ def html_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--html",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE",
+        callback=output_file,
         help="Write a page to FILE that replays the denoising.",
     )(command)
 

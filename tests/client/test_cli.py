@@ -13,6 +13,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.command import twotower
 from twotower_client import cli as root
+from twotower_client.errors import RequestRefusedError
 
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "transformers", "triton", "tokenizers")
 
@@ -152,6 +153,33 @@ def test_a_file_that_the_system_refuses_is_one_line() -> None:
     nameless = run_verb("raise OSError('oops')")
     assert nameless.returncode == 1
     assert "Traceback" in nameless.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--url", "localhost:1", "--save"],
+        ["bench", "--url", "localhost:1", "--html"],
+        ["generate", "Mia", "--url", "localhost:1", "--html"],
+        ["generate", "--input", __file__, "--output"],
+        ["demo", "--html"],
+        ["run", "no-engines", "--prompt", "Mia", "--html"],
+        ["selftest", "no-engines", "--record"],
+    ],
+    ids=" ".join,
+)
+def test_an_output_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, arguments):
+    file = tmp_path / "no-folder" / "result"
+    with pytest.raises(FileNotFoundError) as refused:
+        root.cli.main([*arguments, str(file)], standalone_mode=False)
+    assert refused.value.filename == str(file)
+
+
+def test_answers_are_not_kept_in_a_device(tmp_path) -> None:
+    (tmp_path / "prompts").write_text("Mia")
+    files = ["--input", str(tmp_path / "prompts"), "--output", "/dev/null"]
+    with pytest.raises(RequestRefusedError, match="is no ordinary file"):
+        root.cli.main(["generate", *files], standalone_mode=False)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 
 from twotower_contract import atomic
 from twotower_contract.atomic import (
+    check_file,
     check_replaceable,
+    given_path,
     locked,
     new_folder,
     partial_file,
@@ -148,7 +152,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     write_text(tmp_path / "file", "")
     place = tmp_path / "file" / "inside.json"
-    message = f"{place}.* cannot be written: Not a directory"
+    message = f"^{place}: cannot be written: Not a directory; name another path"
     with pytest.raises(BundleError, match=message), reported(place, BundleError):
         write_text(place, "")
     with (
@@ -156,6 +160,34 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         new_folder(place, BundleError),
     ):
         pytest.fail("the folder cannot be made")
+
+
+def test_a_full_disk_is_named_by_the_path_that_was_given(tmp_path):
+    with (
+        pytest.raises(BundleError, match=f"^{tmp_path}/out: .*; make room there"),
+        new_folder(tmp_path / "out", BundleError) as folder,
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "plan"))
+    assert given_path("a/.partial-x1/sku/context.plan") == "a/sku/context.plan"
+    assert given_path("a/.partial-x1") == "a"
+    assert given_path("a/page.html.123.partial") == "a/page.html"
+
+
+def test_a_device_or_pipe_is_written_and_not_replaced_by_a_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(check_file(pipe), "page")
+    assert os.read(reader, 10) == b"page"
+    assert pipe.is_fifo()
+    os.close(reader)
+
+
+def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(check_file(tmp_path / "link"), "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
 
 
 def test_a_new_folder_is_readable_by_others_and_replaces_what_a_link_names(tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower_contract.command_line import output_file
 from twotower_contract.errors import TwoTowerError
 from twotower_engines.cli.options import opening_options
 
@@ -44,6 +45,7 @@ class SelfTestError(TwoTowerError):
     "--record",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
+    callback=output_file,
     help="Write the answer of these engines as the golden one, and compare nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -82,6 +82,11 @@ def _bind(host: str, port: int, option: str, wanted: dict[str, int]) -> socket.s
                 f"port {port} is taken by another program; stop it, or give another with "
                 f"{option} (0 chooses a free one)"
             ) from problem
+        if problem.errno == errno.EADDRNOTAVAIL:
+            raise ServingError(
+                f"--host {host}: is no address of this machine ({problem.strerror}); give one of "
+                "those that `hostname -I` lists, 127.0.0.1, or 0.0.0.0 for all"
+            ) from problem
         raise ServingError(
             f"port {port} of {host} cannot be used ({problem.strerror}); give another with {option}"
         ) from problem
