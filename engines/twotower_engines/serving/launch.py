@@ -91,8 +91,8 @@ class ServerOptions:
         key = self.access_key
         if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ServingError(
-                "the access key is empty or has other characters than printable ASCII; a header "
-                "of HTTP cannot carry it: give another"
+                "the access key (--key-file) is empty or has other characters than printable "
+                "ASCII; a header of HTTP cannot carry it: give another"
             )
 
 

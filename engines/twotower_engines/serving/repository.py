@@ -36,7 +36,10 @@ def read_config(path: Path) -> Config:
     except OSError as problem:
         raise ServingError(f"{path}: cannot be read ({problem.strerror})") from problem
     except text_format.ParseError as problem:
-        raise ServingError(f"{path}: is no valid model configuration: {problem}") from problem
+        raise ServingError(
+            f"{path}: is no valid model configuration: {problem}; correct it, or write the "
+            "repository again with `twotower package ENGINES REPO`"
+        ) from problem
 
 
 def config_text(config: Config) -> str:
