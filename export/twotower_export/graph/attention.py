@@ -97,5 +97,4 @@ def attention_mixer(config: ModelConfig, dtype: ir.DataType, *, causal: bool) ->
 def last_valid(b: Body, x: ir.Value, lengths: ir.Value) -> ir.Value:
     """Each row's last valid position; x [B, L, h], lengths [B] int32 -> [B, h]."""
     last = b.op.Max(b.op.Sub(lengths, b.i32(1)), b.i32(0))
-    made: ir.Value = b.op.GatherND(x, b.unsqueeze(b.cast(last, INT64), 1), batch_dims=1)
-    return made
+    return b.op.GatherND(x, b.unsqueeze(b.cast(last, INT64), 1), batch_dims=1)
