@@ -294,6 +294,7 @@ class TritonPythonModel:
             tokenizer=self._tokenizer,
             most_waiting=settings.max_waiting,
             costs=costs_of_engines(engines),
+            prefill_seconds=settings.prefill_ms / 1e3,
             prefix_bytes=settings.prefix_mib * 2**20,
         )
         self._counters = scheduler.counters
