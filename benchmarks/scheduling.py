@@ -98,9 +98,9 @@ def main() -> None:
     results, lines = [], [
         "# The scheduler's choices, simulated",
         "",
-        f"`python -m benchmarks.scheduling`, {today()}: an H200 in bf16 or the GPU named, released size, by",
-        "the planner's times. Comparisons, not measurements; times at the 50th and 95th",
-        "percentile.",
+        f"`python -m benchmarks.scheduling`, {today()}: an H200 in bf16 or the GPU named,",
+        "released size, by the planner's times. Comparisons, not measurements; times at the 50th",
+        "and 95th percentile.",
     ]  # fmt: skip
     for question, setting, one in cases(model):
         if not results or results[-1]["question"] != question:

@@ -115,6 +115,11 @@ class Scheduler:
         self._ended_at: float | None = None
 
     @property
+    def prefix_room(self) -> int:
+        """Bytes that the states of prompts' beginnings may take, whole entries counted."""
+        return 0 if self._prefixes is None else self._prefixes.total_bytes
+
+    @property
     def idle(self) -> bool:
         """Whether a turn would have nothing to do."""
         return not (self._rows or self._waiting or self._unstarted)
