@@ -6,6 +6,8 @@ Where nginx or promtool, which are Debian's, are not installed, their tests are 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
 import socket
 import subprocess
@@ -92,29 +94,53 @@ def test_compose_names_files_and_ports_that_there_are() -> None:
     services = compose["services"]
     build = services["server"]["build"]
     assert (DEPLOY / build["context"] / build["dockerfile"]).is_file()
-    for volume in services["prometheus"]["volumes"]:
+    mounted = [one for name in ("prometheus", "grafana") for one in services[name]["volumes"]]
+    assert len(mounted) == 5
+    for volume in mounted:
         assert (DEPLOY / volume.split(":")[0]).is_file()
     [scrape] = documents("prometheus.yml")[0]["scrape_configs"]
     [target] = scrape["static_configs"][0]["targets"]
     assert target.split(":")[0] in services
 
 
-def test_the_entry_point_of_the_image_gives_options_that_there_are(tmp_path) -> None:
-    """The shell's line, with a `twotower` that only says what it was given."""
-    import json
-    import os
+def test_grafana_finds_prometheus_and_the_dashboard() -> None:
+    """Each file lies where Grafana looks for it, and points at what there is."""
+    services = documents("compose.yaml")[0]["services"]
+    inside = dict(reversed(one.split(":")[:2]) for one in services["grafana"]["volumes"])
+    looked_at = "/etc/grafana/provisioning"
+    [sources] = [
+        DEPLOY / inside[one] for one in inside if one.startswith(f"{looked_at}/datasources/")
+    ]
+    [boards] = [
+        DEPLOY / inside[one] for one in inside if one.startswith(f"{looked_at}/dashboards/")
+    ]
+    [source] = yaml.safe_load(sources.read_text())["datasources"]
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert (source["type"], host in services, port) == ("prometheus", True, "9090")
+    [provider] = yaml.safe_load(boards.read_text())["providers"]
+    [board] = [
+        file for path, file in inside.items() if path.startswith(provider["options"]["path"])
+    ]
+    assert board == "./grafana.json"
+    asked = json.loads((DEPLOY / board).read_text())["templating"]["list"][0]
+    assert (asked["type"], asked["query"]) == ("datasource", source["type"])
 
+
+@pytest.mark.parametrize("options", ["", " --slots 8 --prefix-mib 4096 --max-waiting 64"])
+def test_the_entry_point_of_the_image_gives_options_that_there_are(tmp_path, options) -> None:
+    """The shell's line, with a `twotower` that only says what it was given."""
     text = (DEPLOY / "Dockerfile").read_text()
     words = json.loads(text.partition("ENTRYPOINT ")[2])
     stand_in = tmp_path / "twotower"
     stand_in.write_text('#!/bin/sh\necho "$@"\n')
     stand_in.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOST": "0.0.0.0"}
+    environment["PACKAGE_OPTIONS"] = options
     said = subprocess.run(
         [*words, "--grace", "45"], env=environment, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert said == [
-        "package /engines repository --checkpoint /checkpoint --force",
+        f"package /engines repository --checkpoint /checkpoint --force{options}",
         "serve repository --host 0.0.0.0 --log-json --log /dev/stderr --grace 45",
     ]
     for line in said:
@@ -194,6 +220,10 @@ def test_nginx_streams_checks_keys_and_passes_over_a_server_that_is_gone(
                 assert not stream.is_done
         with connect(address, trusted, "guessed") as stranger, pytest.raises(tt.ClientError):
             stranger.generate(prompt_ids=[5], max_new_tokens=4)
+    calls = [line.split()[1:4] for line in (tmp_path / "access.log").read_text().splitlines()]
+    method = "/inference.GRPCInferenceService/ModelStreamInfer"
+    assert ['"tenant-a"', method, "200"] in calls
+    assert ['""', method, "401"] in calls
     end = time.monotonic() + 20
     while client.probe()["running"]:
         assert time.monotonic() < end, "the caller's leaving did not pass the balancer"
