@@ -67,6 +67,28 @@ def test_the_pods_of_a_deployment_are_found_and_outlive_the_grace() -> None:
 
 
 @pytest.mark.parametrize("file", ["kubernetes.yaml", "kserve.yaml"])
+def test_probes_wait_for_the_released_weights(file) -> None:
+    """As long as `twotower plan` says that loading takes, where they fit on one GPU."""
+    planned = json.loads(twotower("plan", "--sku", "h200", "--json").stdout)["plans"][0]
+    loading = planned["loading"]["seconds"]
+    assert loading > 100
+    spec = documents(file)[0]["spec"]
+    pod = spec["predictor"] if file == "kserve.yaml" else spec["template"]["spec"]
+    [container] = pod["containers"]
+    live, stalled = container["livenessProbe"], container["args"].index("--stall-timeout") + 1
+    patience = live["periodSeconds"] * live["failureThreshold"]
+    start = container.get("startupProbe")  # KServe has none: it waits before the first question
+    first = (
+        start["periodSeconds"] * start["failureThreshold"] if start else live["initialDelaySeconds"]
+    )
+    assert first > 2 * loading
+    assert patience > float(container["args"][stalled]) + loading
+    mounts, volumes = container["volumeMounts"], pod["volumes"]
+    assert {one["mountPath"] for one in mounts} == {"/engines", "/checkpoint", "/dev/shm"}
+    assert {one["name"] for one in mounts} == {one["name"] for one in volumes}
+
+
+@pytest.mark.parametrize("file", ["kubernetes.yaml", "kserve.yaml"])
 def test_probes_are_commands_that_there_are(file) -> None:
     probes = []
 

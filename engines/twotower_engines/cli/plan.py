@@ -115,7 +115,7 @@ def plan(
         if several:
             click.echo(text_of_many(with_faster_flavours(reports, others), width))
         else:
-            click.echo(text_of_one(reports[0], others))
+            click.echo(text_of_one(reports[0], others, width))
         for text in problems:
             click.echo(f"  {text}")
     if not several and reports[0].refused is not None:

@@ -56,6 +56,7 @@ BASIS: Mapping[str, tuple[str, ...]] = {
     "assumed": (
         "per GPU 1 GiB for the CUDA context, libraries and captured graphs (0.5 GiB on the CPU), "
         "and 2% of the memory stays free",
+        "loading takes as long as the disk takes to give the weights",
     ),
 }
 """Ground of each figure of a plan."""

@@ -29,6 +29,9 @@ from twotower_engines.planning.roofline import (
     denoiser_step,
 )
 
+DISK_BYTES_PER_S = 1e9
+"""Speed of the disk for the time of loading; the order of a network volume."""
+
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
 
@@ -169,6 +172,7 @@ class PlanReport:
                 "context_extension": [self.extension(rows).as_json() for rows in ROWS],
                 "prefill": self.prefill(),
             },
+            "loading": self.loading(),
         }
         autoregressive = {str(rows): self.autoregressive(rows) for rows in ROWS}
         result["tokens_per_second"] = {"autoregressive": autoregressive}
@@ -179,6 +183,15 @@ class PlanReport:
                 ]
             result["tokens_per_second"]["mask_diffusion"] = self._diffusion()
         return result
+
+    def loading(self) -> dict[str, float]:
+        """Return the bytes of weights that a start reads, and the seconds that a disk takes."""
+        size = sum(gpu.weight_bytes for gpu in self.plan.gpus)
+        return {
+            "bytes": size,
+            "disk_bytes_per_s": DISK_BYTES_PER_S,
+            "seconds": size / DISK_BYTES_PER_S,
+        }
 
     def prefill(self) -> dict[str, Any]:
         """Return chunk, seconds per chunk and tokens per second of one request's prefill."""

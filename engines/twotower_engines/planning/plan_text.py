@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from math import ceil
 
 from twotower_contract.engine_set import MAX_SLOTS
 from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, ssm_bytes
@@ -14,7 +15,7 @@ from twotower_engines.planning.acceptance import Acceptance
 from twotower_engines.planning.fit import gib
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import MemoryPlan
-from twotower_engines.planning.plan_report import PlanReport
+from twotower_engines.planning.plan_report import DISK_BYTES_PER_S, PlanReport
 from twotower_engines.planning.roofline import ROWS, CallCost
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -38,7 +39,7 @@ def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str
     many = f"x{first.slots}"
     head = ["SKU", "memory", "flavour", "verdict", "GPUs", "precision", "weights", "used", "free"]
     head += ["slots", "context", "step ms", many, "tok/s", many]
-    table = _folded([head, *(_line(report) for report in reports)], {0, 2, 3, 5}, width)
+    table = _columns([head, *(_line(report) for report in reports)], {0, 2, 3, 5}, width)
     notes = [
         "",
         "memory: GiB per GPU as CUDA sees it; weights, used and free: GiB on the fullest GPU.",
@@ -64,12 +65,15 @@ def text_of_many(reports: Sequence[PlanReport], width: int | None = None) -> str
     return "\n".join(parts)
 
 
-def text_of_one(report: PlanReport, others: Sequence[PlanReport] = ()) -> str:
+def text_of_one(
+    report: PlanReport, others: Sequence[PlanReport] = (), width: int | None = None
+) -> str:
     """Return everything about one SKU's plan.
 
     Args:
         report: The plan.
         others: Plans with the other flavours that serve the SKU.
+        width: Columns of the terminal: wider tables are folded; None for no terminal.
     """
     plan, sku = report.plan, report.sku
     capability = sku.compute_capability or "no CUDA"
@@ -83,16 +87,18 @@ def text_of_one(report: PlanReport, others: Sequence[PlanReport] = ()) -> str:
         "",
         _verdict(report),
         "",
-        *([_flavours(report, others), ""] if others else []),
-        _memory_table(plan),
+        *([_flavours(report, others, width), ""] if others else []),
+        _memory_table(plan, width),
+        f"Loading reads the weights: {ceil(report.loading()['seconds'])} s from a disk of "
+        f"{DISK_BYTES_PER_S / 1e9:g} GB/s.",
         "",
-        _stretch(report),
+        _stretch(report, width),
         "",
-        _precision_text(report),
+        _precision_text(report, width),
         "",
-        _call_table(report),
+        _call_table(report, width),
         "",
-        _token_table(report),
+        _token_table(report, width),
         "",
         *_basis(),
         "Sources:",
@@ -135,7 +141,7 @@ def _first_step(plan: MemoryPlan) -> str:
     return ""
 
 
-def _flavours(report: PlanReport, others: Sequence[PlanReport]) -> str:
+def _flavours(report: PlanReport, others: Sequence[PlanReport], width: int | None) -> str:
     """Return a line for each flavour, and where its engines can be built."""
     many = f"x{report.plan.slots}"
     rows = [("flavour", "built", "verdict", "workspace", "step ms", many, "tok/s", many)]
@@ -146,7 +152,7 @@ def _flavours(report: PlanReport, others: Sequence[PlanReport]) -> str:
         verdict, *_, step, many_steps, rate, many_rates = _line(one)[3:]
         cells = (verdict, gib(workspace), step, many_steps, rate, many_rates)
         rows.append((plan.flavour, where, *cells))
-    return "\n".join(["By flavour:", _columns(rows, left={0, 1, 2})])
+    return "\n".join(["By flavour:", _columns(rows, {0, 1, 2}, width)])
 
 
 def _line(report: PlanReport) -> tuple[str, ...]:
@@ -167,7 +173,7 @@ def _line(report: PlanReport) -> tuple[str, ...]:
     return (*name, *memory, *stretch, *steps, *(_range(report, rows) for rows in (1, plan.slots)))
 
 
-def _memory_table(plan: MemoryPlan) -> str:
+def _memory_table(plan: MemoryPlan, width: int | None) -> str:
     """Return the bytes per GPU, a line per part."""
     names: dict[tuple[str, str], None] = {}
     cells: list[dict[tuple[str, str], int]] = []
@@ -195,14 +201,14 @@ def _memory_table(plan: MemoryPlan) -> str:
         label = f"  {name[1]}" if name[1] else name[0]
         values = [cell.get(name) for cell in cells]
         rows.append((label, *("" if size is None else _cell(size / unit) for size in values)))
-    return _columns(rows, left={0})
+    return _columns(rows, {0}, width)
 
 
 def _cell(size: float) -> str:
     return f"{size:.2f}" if abs(size) >= 0.005 else f"{size:.4f}"
 
 
-def _stretch(report: PlanReport) -> str:
+def _stretch(report: PlanReport, width: int | None) -> str:
     plan = report.plan
     model, item = plan.model, roofline.machine_of(plan).item
     fixed = ssm_bytes(model.config) + conv_bytes(model.config, item)
@@ -218,28 +224,21 @@ def _stretch(report: PlanReport) -> str:
         ("slots", *(_most(slots) for slots in report.slots_by_context.values())),
     ]
     most = f"Beside {plan.slots} slots fit {report.most_context} tokens of context."
-    return "\n".join([text, "What fits at most:", _columns(rows, left={0}), most])
+    return "\n".join([text, "What fits at most:", _columns(rows, {0}, width), most])
 
 
-def _precision_text(report: PlanReport) -> str:
+def _precision_text(report: PlanReport, width: int | None) -> str:
     rows = [("precision", "weights", "fits on", "")]
     for row in report.precision_table():
         on = "does not fit" if row["gpus"] is None else f"{row['gpus']} x {report.sku.name}"
         if not row["computed_by_sku"]:
             on = f"not on {report.sku.name}"
         missing = "" if row["built"] else " (no kernels)"
-        rows.append(
-            (
-                row["precision"],
-                gib(row["weight_bytes"]),
-                on,
-                row["summary"] + missing,
-            )
-        )
-    return _columns(rows, left={0, 2, 3})
+        rows.append((row["precision"], gib(row["weight_bytes"]), on, row["summary"] + missing))
+    return _columns(rows, {0, 2, 3}, width)
 
 
-def _call_table(report: PlanReport) -> str:
+def _call_table(report: PlanReport, width: int | None) -> str:
     """Return bytes and time of a denoiser step and a context extension, by rows."""
     rows: list[tuple[str, ...]] = []
     for count in ROWS:
@@ -263,7 +262,7 @@ def _call_table(report: PlanReport) -> str:
     return "\n".join(
         [
             title,
-            _columns([head, *rows], left={4}),
+            _columns([head, *rows], {4}, width),
             f"Prefill of one request: {prefill['tokens_per_second']:,.0f} tokens/s in chunks of "
             f"{prefill['chunk']}.",
         ]
@@ -288,12 +287,12 @@ def _bound(call: CallCost, plan: MemoryPlan) -> str:
     return f"{part}, {'bytes' if memory >= seconds * 0.999 else 'FLOPs'}"
 
 
-def _token_table(report: PlanReport) -> str:
+def _token_table(report: PlanReport, width: int | None) -> str:
     """Return the expected tokens per second: by rows at the threshold, and by threshold."""
     tasks = report.acceptance.tasks
     if not report.has_denoiser:
         rows = [("rows", "tok/s"), *((str(n), f"{report.autoregressive(n):,.0f}") for n in ROWS)]
-        return "\n".join(["Tokens per second, autoregressive:", _columns(rows)])
+        return "\n".join(["Tokens per second, autoregressive:", _columns(rows, (), width)])
     measured = (
         f"{task} {report.acceptance.calls(task, report.threshold).tokens_per_call:.2f}"
         for task in tasks
@@ -321,10 +320,10 @@ def _token_table(report: PlanReport) -> str:
         [
             f"Tokens per second of all rows, at threshold {report.threshold:g} (tokens per "
             f"denoiser call: {', '.join(measured)}):",
-            _columns(lines),
+            _columns(lines, (), width),
             *([beyond] if most < MAX_SLOTS else []),
             f"By threshold, {_task_range(report.acceptance)}:",
-            _columns(by_threshold, left={0}),
+            _columns(by_threshold, {0}, width),
         ]
     )
 
@@ -370,8 +369,10 @@ def _thousands(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
 
 
-def _folded(rows: Sequence[Sequence[str]], left: set[int], width: int | None) -> str:
-    """Align cells as `_columns`; fold a table that is wider than a terminal.
+def _columns(
+    rows: Sequence[Sequence[str]], left: Container[int] = (), width: int | None = None
+) -> str:
+    """Align cells; fold a table that is wider than a terminal.
 
     Each part repeats the first column, and has as many others as the terminal is wide.
     """
@@ -383,13 +384,11 @@ def _folded(rows: Sequence[Sequence[str]], left: set[int], width: int | None) ->
             parts.append([])
         parts[-1].append(column)
     return "\n\n".join(
-        _columns(
-            [[row[i] for i in (0, *part)] for row in rows],
-            {place for place, i in enumerate((0, *part)) if i in left},
+        "\n".join(
+            aligned(
+                [[row[i] for i in (0, *part)] for row in rows],
+                {place for place, i in enumerate((0, *part)) if i in left},
+            )
         )
         for part in parts
     )
-
-
-def _columns(rows: Sequence[Sequence[str]], left: Container[int] = ()) -> str:
-    return "\n".join(aligned(rows, left))

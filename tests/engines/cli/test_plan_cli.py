@@ -17,7 +17,7 @@ from twotower_engines.errors import PlanError
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest
 from twotower_engines.planning.plan_report import plan_report
-from twotower_engines.planning.plan_text import text_of_many
+from twotower_engines.planning.plan_text import text_of_many, text_of_one
 
 
 def run(*arguments):
@@ -79,6 +79,7 @@ def test_one_sku_shows_everything():
         "A slot takes 94.8 MiB: 46.8 MiB of Mamba states and 6,144 B per token",
         "fp8         60.9 GiB  1 x h200",
         "nvfp4       36.0 GiB  1 x h200",
+        "Loading reads the weights: 127 s from a disk of 1 GB/s.",
         "Prefill of one request",
         "By threshold, from task `open` to `arithmetic`",
         "Compiled:",
@@ -103,6 +104,8 @@ def test_json_has_what_the_tables_have():
     assert h200["fits"]
     assert h200["buildable"]
     assert h200["memory"]["gpus"][0]["free"] > 0
+    assert h200["loading"]["bytes"] == 2 * values["model"]["parameters"]
+    assert h200["loading"]["seconds"] == pytest.approx(126.4, abs=0.1)
     assert [call["rows"] for call in h200["roofline"]["context_extension"]] == [
         1, 2, 4, 8, 16, 32, 64,
     ]  # fmt: skip
@@ -175,6 +178,20 @@ def test_a_table_folds_on_a_narrow_terminal(monkeypatch):
         assert words == {word for line in whole.splitlines()[2:5] for word in line.split()}
         assert sum(line.startswith("h200") for line in table) == (1 if width == 200 else
                len([line for line in table if line.startswith("SKU")]))  # fmt: skip
+
+
+def test_the_tables_of_one_sku_fold_too():
+    """What is wider than the terminal then is prose, which the terminal folds."""
+    model = read_model_size(FULL_SIZE)
+    report, other = (
+        plan_report(model, PlanRequest(known_skus()["rtx-pro-6000"], flavour=one), 0.9)
+        for one in (None, "tensorrt")
+    )
+    whole, folded = (text_of_one(report, [other], width) for width in (None, 60))
+    assert whole + "\n" == run(FULL_SIZE, "--sku", "rtx-pro-6000").output
+    assert set(folded.split()) == set(whole.split())
+    assert any("  " in line.strip() for line in whole.splitlines() if len(line) > 60)
+    assert not any("  " in line.strip() for line in folded.splitlines() if len(line) > 60)
 
 
 @pytest.mark.parametrize("verb", ["plan", "build"])
