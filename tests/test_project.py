@@ -64,6 +64,16 @@ def test_a_job_makes_targets_that_there_are(job):
             assert (ROOT / script).is_file()
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_the_servers_that_tests_need_are_installed_before_them(job):
+    """nginx and Prometheus are Debian's, not PyPI's; without them their tests are skipped."""
+    commands = [step.get("run", "") for step in job["steps"]]
+    tests = [place for place, one in enumerate(commands) if "test" in make_targets(one)]
+    if tests:
+        before = " ".join(commands[: tests[0]])
+        assert re.search(r"apt-get install .*\bnginx-light prometheus\b", before)
+
+
 def test_every_python_that_is_promised_is_checked():
     promised = [
         line.rpartition(" ")[2]

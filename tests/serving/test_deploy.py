@@ -125,6 +125,33 @@ def test_compose_names_files_and_ports_that_there_are() -> None:
     assert target.split(":")[0] in services
 
 
+def has_compose() -> bool:
+    with contextlib.suppress(OSError):
+        return not subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+    return False
+
+
+@pytest.mark.skipif(not has_compose(), reason="`docker compose` is not installed")
+def test_compose_reads_its_file() -> None:
+    command = [
+        "docker",
+        "compose",
+        "-f",
+        str(DEPLOY / "compose.yaml"),
+        "config",
+        "--format",
+        "json",
+    ]
+    environment = {**os.environ, "PACKAGE_OPTIONS": "--slots 8", "ENGINES": "/data/engines"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    services = json.loads(ran.stdout)["services"]
+    assert services["server"]["environment"] == {"PACKAGE_OPTIONS": "--slots 8"}
+    assert "/data/engines" in [one["source"] for one in services["server"]["volumes"]]
+    for name in ("prometheus", "grafana"):
+        assert all(Path(one["source"]).is_file() for one in services[name]["volumes"])
+
+
 def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     """Each file lies where Grafana looks for it, and points at what there is."""
     services = documents("compose.yaml")[0]["services"]

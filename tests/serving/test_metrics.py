@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 import twotower_client as tt
 from tests.support import ROOT, TWOTOWER
@@ -148,6 +150,28 @@ def test_promtool_takes_the_rules() -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def queries() -> list[str]:
+    """Return the queries of the dashboard and of KEDA, as Prometheus gets them."""
+    board = json.loads((DEPLOY / "grafana.json").read_text())
+    [scaled] = yaml.safe_load_all((DEPLOY / "keda.yaml").read_text())
+    return [
+        *(target["expr"].replace("$__rate_interval", "1m")
+          for panel in board["panels"] for target in panel["targets"]),
+        *(one["metadata"]["query"] for one in scaled["spec"]["triggers"]),
+    ]  # fmt: skip
+
+
+@needs_promtool
+def test_promtool_takes_the_queries(tmp_path) -> None:
+    rules = [{"record": f"query:{place}", "expr": one} for place, one in enumerate(queries())]
+    file = tmp_path / "rules.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    ran = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"{len(rules)} rules found" in ran.stdout
+    assert len(rules) > 20
+
+
 def page(server) -> str:
     with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=20) as response:
         return response.read().decode()
@@ -252,6 +276,9 @@ def test_a_real_prometheus_reads_them(server, client, tmp_path) -> None:
         rules = ask(port, "/api/v1/rules", "groups")[0]["rules"]
         assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
         assert len(rules) == 7
+        for one in queries():  # each has an answer; what Prometheus cannot parse has none
+            path = f"/api/v1/query?query={urllib.parse.quote(one)}"
+            wait_until(lambda path=path: ask(port, path))
     finally:
         running.terminate()
         running.wait()
