@@ -13,6 +13,8 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -213,49 +215,76 @@ def test_the_servers_page_counts_what_was_done(server, client) -> None:
     assert f"request_id={answer.request_id}" in log
 
 
+# So slow that long requests outlast the test, and so idle that it does not wait for the processor.
+SLOW_MODEL = """
+import time
+
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.serving.twotower import TritonPythonModel
+
+turn = Scheduler.turn
+
+
+def slow_turn(self):
+    time.sleep(0.01)
+    return turn(self)
+
+
+Scheduler.turn = slow_turn
+"""
+
+
 @pytest.mark.server
 def test_every_end_of_a_request_is_counted_and_has_its_line(packaged, tmp_path) -> None:
-    """On a server with one slot, one place in the queue, and room for few beginnings of prompts."""
+    """One slot, three places in the queue, and room for few beginnings of prompts."""
     from twotower_contract.engine_set import open_engine_set
     from twotower_engines.serving.package import package
     from twotower_engines.serving.server import ServerOptions, TritonServer
     from twotower_engines.serving.settings import Settings
 
-    settings = Settings(packaged.engines, slots=1, max_waiting=1, threads=1, prefix_mib=1)
+    settings = Settings(packaged.engines, slots=1, max_waiting=3, threads=1, prefix_mib=1)
     package(open_engine_set(packaged.engines), tmp_path / "repository", settings)
+    (tmp_path / "repository/twotower/1/model.py").write_text(SLOW_MODEL)
     options = ServerOptions(grpc_port=0, metrics_port=0, log=tmp_path / "log", log_json=True)
-    ends = {"cancelled": 2, "busy": 1, "late": 1, "refused": 1, "length": 31}
+    ends = {"cancelled": 4, "busy": 1, "late": 1, "refused": 1, "length": 31}
     with TritonServer(tmp_path / "repository", options) as server:
         server.wait_until_ready(120)
 
-        def shows(**values: float) -> None:
-            wait_until(
-                lambda: all(value(page(server), name) == one for name, one in values.items())
-            )
+        def shows(holds: Callable[[Callable[[str], float]], bool]) -> None:
+            wait_until(lambda: holds(partial(value, page(server))))
 
-        with tt.TwoTowerClient(server.grpc_address, timeout=60) as client:
-            running = client.stream(prompt_ids=[5], max_new_tokens=4000, block_size=1)
-            next(running)
-            waiting = client.stream(prompt_ids=[6], max_new_tokens=4)
-            shows(num_requests_running=1, num_requests_waiting=1, slot_usage_ratio=1)
-            with pytest.raises(tt.ServerBusyError):
-                client.generate(prompt_ids=[7], max_new_tokens=4)
-            waiting.cancel()
-            wait_until(lambda: not client.probe()["waiting"])
+        with tt.TwoTowerClient(server.grpc_address, timeout=120) as client:
+            streams = []
+
+            def occupy() -> None:
+                """Take the slot, or a place in the queue."""
+                streams.append(client.stream(prompt_ids=[5], max_new_tokens=4000, threshold=1.0))
+                streams[-1]._take(streams[-1]._wait())  # its first block, or its place
+
+            occupy()
+            occupy()
             late = Message()  # with a limit of the server's, which our client would keep itself
             late.add("input_ids", [8])
             late.add("timeout_seconds", 0.3)
             with pytest.raises(tt.DeadlineError):
                 tt.AnswerStream(client, late.message, 60).answer()
-            running.cancel()
-            wait_until(lambda: not client.probe()["running"] + client.probe()["waiting"])
+            occupy()
+            occupy()
+            with pytest.raises(tt.ServerBusyError):
+                client.generate(prompt_ids=[7], max_new_tokens=4)
+            shows(lambda of: of("num_requests_running") == of("slot_usage_ratio") == 1)
+            shows(lambda of: of("num_requests_waiting") > 0)
+            for stream in streams:
+                stream.cancel()
+            shows(lambda of: of("num_requests_running") == of("num_requests_waiting") == 0)
             with pytest.raises(tt.RequestRefusedError):
                 client.generate(prompt_ids=[99999])
             for token in range(5, 36):  # each a chunk at least to keep, which takes 34 KiB or more
                 client.generate(prompt_ids=[token] * 260, max_new_tokens=1)
-            shows(num_requests_running=0, num_requests_waiting=0)
-            shows(**{f'requests_total{{outcome="{name}"}}': one for name, one in ends.items()})
-            wait_until(lambda: value(page(server), "prefix_evictions_total") > 0)
+            for outcome, count in ends.items():
+                name = f'requests_total{{outcome="{outcome}"}}'
+                shows(lambda of, name=name, count=count: of(name) == count)
+            shows(lambda of: of("prefix_evictions_total") > 0)
             assert value(page(server), "prefix_usage_ratio") == 1
     lines = (tmp_path / "log").read_text().splitlines()
     ended = [json.loads(line) for line in lines if line.startswith('{"event": "request"')]
