@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -234,6 +235,37 @@ def balancer(folder: Path, *servers: str) -> Iterator[tuple[str, bytes]]:
     finally:
         running.terminate()
         running.communicate(timeout=20)
+
+
+@needs_nginx
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
+@pytest.mark.slow  # servers of its own
+@pytest.mark.server
+def test_the_page_leads_from_nothing_to_a_deployment(tmp_path) -> None:
+    """All commands of the section but those that install, at free ports."""
+    page = (ROOT / "docs/deploy.md").read_text()
+    section = page.partition("## From nothing")[2].partition("\n## ")[0]
+    install, *blocks = re.findall(r"```sh\n(.*?)```", section, re.S)
+    assert "pip install" in install
+    script = "set -e\ntrap 'kill $(jobs -p); wait' EXIT\n" + "".join(blocks)
+    ports = {port: str(free_port()) for port in ("8001", "8002", "8011", "8012", "8443", "9091")}
+    for kind in ("server-a:8001", "server-b:8001", "server:8002"):  # names in the recipes
+        script = script.replace(kind, kind.replace(":80", ":_80"))
+    for port, free in ports.items():
+        script = re.sub(rf"\b{port}\b", free, script)
+    script = script.replace(":_80", ":80")
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    script = script.replace("> nginx.conf", f"| sed s/8443/{ports['8443']}/ > nginx.conf")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "Mia" in ran.stdout
+    [counted] = json.loads(ran.stdout.splitlines()[-1])["data"]["result"]
+    assert float(counted["value"][1]) == 1
+    assert '"tenant-a"' in (tmp_path / "access.log").read_text()
 
 
 class Keyed(grpc.AuthMetadataPlugin):
