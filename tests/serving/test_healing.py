@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 import twotower_client as tt
 from tests.support import TWOTOWER
+from tests.support.waiting import wait_until
 from twotower_client.request import Message
 from twotower_engines.serving.stubs import model_processes
 
@@ -87,13 +87,6 @@ def serving(packaged, tmp_path_factory):
 
 
 RETRYABLE = (tt.RequestFailedError, tt.ServerUnavailableError)
-
-
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def ensemble_stream(client: tt.TwoTowerClient, **options) -> tt.AnswerStream:
@@ -168,9 +161,9 @@ def test_a_part_of_the_ensemble_comes_back_alone(serving) -> None:
         for part in ("postprocessing", "llm", "preprocessing"):
             killed = serving.model(part)
             os.kill(killed, signal.SIGKILL)
-            until(lambda part=part, killed=killed: serving.model(part) not in (None, killed))
+            wait_until(lambda part=part, killed=killed: serving.model(part) not in (None, killed))
         next(stream)
-        until(lambda: ensemble_answers(client))
+        wait_until(lambda: ensemble_answers(client))
     assert (serving.ready["pid"], serving.model("twotower")) == (server, engine)
 
 
@@ -204,7 +197,7 @@ def test_a_probe_passes_on_a_busy_server_and_says_what_it_sees(serving) -> None:
     url = serving.ready["grpc"]
     with serving.client() as client:
         streams = [client.stream(prompt_ids=[5], **LONG) for _ in range(40)]
-        until(lambda: client.probe()["waiting"] == 38)
+        wait_until(lambda: client.probe()["waiting"] == 38)
         for kind in ("live", "ready"):
             ran = probe(kind, "--url", url)
             assert (ran.returncode, ran.stdout) == (0, f"{kind}: 2 running, 38 waiting\n")
@@ -227,7 +220,7 @@ def test_sigterm_refuses_what_is_new_and_finishes_what_is_open(packaged, alive) 
         stream = client.stream(prompt_ids=[5], **LONG)
         next(stream)
         serving.process.send_signal(signal.SIGTERM)
-        until(lambda: client.probe()["draining"])
+        wait_until(lambda: client.probe()["draining"])
         with pytest.raises(tt.ServerBusyError, match="send the request again"):
             client.generate(prompt_ids=[5], max_new_tokens=4)
         with futures.ThreadPoolExecutor() as pool:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import pytest
 import twotower_client as tt
 from tests.support import TWOTOWER
 from tests.support.command import twotower
+from tests.support.waiting import wait_until
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.ports import choose_ports
 
@@ -106,13 +106,6 @@ def remains(starter: int) -> tuple[list[Path], list[Path]]:
     """What servers of a process leave when nobody cleans up: shared memory and folders of links."""
     folders = Path(os.environ["TMPDIR"]).glob("twotower-serve-*")
     return sorted(Path("/dev/shm").glob(f"twotower_{starter}_*")), sorted(folders)
-
-
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 @pytest.mark.server

@@ -13,8 +13,8 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tests.support.engine_bundles import wait_for
 from tests.support.soak import bytes_of
+from tests.support.waiting import wait_until
 from twotower_client.http_door import MOST_BODY
 from twotower_client.request import Message
 from twotower_contract.options import INPUTS
@@ -175,4 +175,4 @@ def test_prompts_of_100_mb_are_refused_and_leave_nothing(server) -> None:
             assert "the prompt has 100000000 bytes" in part.error_message
             sizes.append(bytes_of(server))
     # on a busy machine the last are freed a moment later
-    wait_for(lambda: bytes_of(server) < min(sizes[:4]) + 2 * SIZE)
+    wait_until(lambda: bytes_of(server) < min(sizes[:4]) + 2 * SIZE)

@@ -15,6 +15,7 @@ import pytest
 import twotower_client as tt
 from tests.support import ROOT
 from tests.support.collector import collector
+from tests.support.waiting import wait_until
 from twotower_engines.serving.journal import METRICS, OUTCOMES, Ended, Journal, line_of
 
 DEPLOY = ROOT / "docs" / "deploy"
@@ -180,10 +181,7 @@ def test_a_real_prometheus_reads_them(server, client, tmp_path) -> None:
     try:
         client.generate(prompt_ids=[5], max_new_tokens=40)
         query = "/api/v1/query?query=twotower_generation_tokens_total"
-        end = time.monotonic() + 60
-        while not (values := ask(port, query)):
-            assert time.monotonic() < end
-            time.sleep(0.5)
+        values = wait_until(lambda: ask(port, query))
         assert float(values[0]["value"][1]) >= 40
         rules = ask(port, "/api/v1/rules", "groups")[0]["rules"]
         assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
