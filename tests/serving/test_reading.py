@@ -1,4 +1,4 @@
-"""The threads that read requests: short texts wait for no long ones, and nothing too large waits."""
+"""Threads that read requests: a short one waits for no long one, and what is too large for none."""
 
 from __future__ import annotations
 
