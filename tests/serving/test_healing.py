@@ -21,6 +21,9 @@ import twotower_client as tt
 from tests.support import TWOTOWER
 from tests.support.waiting import wait_until
 from twotower_client.request import Message
+from twotower_contract.engine_set import open_engine_set
+from twotower_engines.serving.package import package
+from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.stubs import model_processes
 from twotower_engines.serving.supervisor import STOPPED_SECONDS, Policy
 
@@ -56,6 +59,7 @@ class Serving:
 
     process: subprocess.Popen
     ready: dict
+    folder: Path | None = None
 
     def ready_again(self) -> None:
         """Wait for the line that another start prints."""
@@ -89,10 +93,16 @@ def started(repository: Path) -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def serving(packaged, tmp_path_factory):
-    repository = tmp_path_factory.mktemp("healing") / "repository"
-    shutil.copytree(packaged.repository, repository)
-    (repository / "twotower/1/model.py").write_text(MODEL)
-    with started(repository) as running:
+    """On files of its own."""
+    folder = tmp_path_factory.mktemp("healing")
+    engines, checkpoint = folder / "engines", folder / "checkpoint"
+    shutil.copytree(packaged.engines, engines)
+    shutil.copytree(packaged.checkpoint, checkpoint)
+    settings = Settings(engines, checkpoint, slots=2, threads=1)
+    package(open_engine_set(engines), folder / "repository", settings)
+    (folder / "repository/twotower/1/model.py").write_text(MODEL)
+    with started(folder / "repository") as running:
+        running.folder = folder
         yield running
 
 
@@ -171,6 +181,64 @@ def answer_in_the_end(client: tt.TwoTowerClient) -> tt.Answer:
     [answer] = client.generate_many([[5]], max_new_tokens=4, retry=retry)
     assert isinstance(answer, tt.Answer), answer
     return answer
+
+
+def ask_while_stopped(serving: Serving, seconds: float) -> futures.Future[tt.Answer]:
+    """Stop the engine's process for a while, in which a request arrives; return its outcome."""
+    engine = serving.model("twotower")
+    with serving.client() as client, futures.ThreadPoolExecutor() as pool:
+        os.kill(engine, signal.SIGSTOP)
+        outcome = pool.submit(client.generate, prompt_ids=[5], max_new_tokens=4)
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(engine, signal.SIGCONT)
+    return outcome
+
+
+def test_a_short_stall_is_survived(serving) -> None:
+    with serving.client() as client:
+        expected = answer_in_the_end(client)
+    before = serving.ready["pid"], serving.model("twotower")
+    assert ask_while_stopped(serving, 0.5).result().ids == expected.ids
+    assert (serving.ready["pid"], serving.model("twotower")) == before
+
+
+def test_a_stall_that_would_end_the_server_is_noticed_before(serving) -> None:
+    """A process that goes on after 2 s ends server 2.51 if a request arrived meanwhile."""
+    with serving.client() as client:
+        expected, before = answer_in_the_end(client), serving.ready["pid"]
+        assert isinstance(ask_while_stopped(serving, 2.0).exception(), RETRYABLE)
+        assert answer_in_the_end(client).ids == expected.ids
+    serving.ready_again()
+    assert serving.ready["pid"] != before
+
+
+def test_files_that_change_while_it_serves_change_no_answer(serving) -> None:
+    """Its repository, engines and checkpoint: written over, replaced, and gone."""
+
+    def answers() -> tuple[object, ...]:
+        text = client.generate("Mia the fox", max_new_tokens=40)
+        return text.ids, text.text, ensemble_stream(client, max_new_tokens=40).answer().ids
+
+    def write_over(file: Path) -> None:
+        file.write_bytes(b"#" * file.stat().st_size)
+
+    def replace(file: Path) -> None:
+        file.with_suffix(".new").write_bytes(b"something else")
+        file.with_suffix(".new").replace(file)
+
+    kept = serving.folder.with_name("kept")
+    shutil.copytree(serving.folder, kept)
+    files = [path for path in serving.folder.rglob("*") if path.is_file()]
+    before = serving.ready["pid"], serving.model("twotower")
+    with serving.client() as client:
+        expected = answers()
+        for change in (write_over, replace, Path.unlink):
+            for file in files:
+                change(file)
+            assert answers() == expected
+    assert (serving.ready["pid"], serving.model("twotower")) == before
+    shutil.copytree(kept, serving.folder, dirs_exist_ok=True)
 
 
 def test_a_part_of_the_ensemble_comes_back_alone(serving) -> None:
