@@ -37,8 +37,15 @@ def malformed_message(draw: random.Random) -> service_pb2.ModelInferRequest:
     return request
 
 
-def is_refusal(part: service_pb2.ModelStreamInferResponse) -> bool:
-    """Whether a response is an error, says so itself, or answers a probe: no tokens."""
+def is_refused(
+    request: service_pb2.ModelInferRequest, parts: list[service_pb2.ModelStreamInferResponse]
+) -> bool:
+    """Whether an answer is an error or says so itself; a probe alone may be right by chance."""
+    if [one.name for one in request.inputs] == ["probe"]:
+        return bool(parts)
+    return any(part.error_message or _says_so(part) for part in parts)
+
+
+def _says_so(part: service_pb2.ModelStreamInferResponse) -> bool:
     content = part.SerializeToString()
-    said = any(word in content for word in (b"refused", b"cancelled", b"draining"))
-    return said or bool(part.error_message)
+    return b"refused" in content or b"cancelled" in content

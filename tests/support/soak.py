@@ -21,7 +21,7 @@ import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 import twotower_client as tt
-from tests.support.malformed import is_refusal, malformed_message
+from tests.support.malformed import is_refused, malformed_message
 from twotower_engines.serving.server import ServerOptions, TritonServer
 
 Ids = tuple[int, ...]
@@ -128,7 +128,7 @@ async def _send_malformed(address: str, draw: random.Random) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
         ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
         try:
-            refused = any([is_refusal(part) async for part in ask([request], timeout=600)])
+            refused = is_refused(request, [part async for part in ask([request], timeout=600)])
         except grpc.RpcError as problem:
             refused = problem.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
         assert refused, request
