@@ -101,7 +101,7 @@ def quantize_checkpoint(
         (work / STATE).mkdir(parents=True, exist_ok=True)
         with locked(work, lambda: _refuse_another(out)):
             _resume(work, checkpoint, recipe)
-            _check_room(work, size)
+            _check_room(out, work, size)
             report = _write_all(checkpoint, recipe, steps, work, progress)
             shutil.rmtree(work / STATE)
             work.chmod(0o755)
@@ -137,13 +137,15 @@ def _resume(work: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
         write_json(path, identity)
 
 
-def _check_room(work: Path, size: int) -> None:
-    """Refuse a disk that cannot hold what is still to be written."""
+def _check_room(out: Path, work: Path, size: int) -> None:
+    """Refuse a disk that cannot hold what is still to be written; leave only what was kept."""
     there = sum(path.stat().st_size for path in work.glob("*.safetensors"))
     free = shutil.disk_usage(work).free
     if free < size - there:
+        if not there:
+            shutil.rmtree(work)
         raise CheckpointError(
-            f"{work}: {(size - there) / 1e9:.1f} GB are still to be written and the disk has "
+            f"{out}: {(size - there) / 1e9:.1f} GB are still to be written and the disk has "
             f"{free / 1e9:.1f} GB left; name a folder on another disk"
         )
 

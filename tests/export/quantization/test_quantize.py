@@ -158,6 +158,15 @@ def ended_after(monkeypatch, shards):
     return calls
 
 
+def test_a_disk_that_is_too_small_is_left_as_it_was(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=f"{out}: .* GB are still to be written"):
+        quantize_checkpoint(source, out, default_recipe(source, "fp8"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_was_ended_goes_on(source, tmp_path, monkeypatch):
     recipe = default_recipe(source, "fp8")
     quantize_checkpoint(source, tmp_path / "whole", recipe)
