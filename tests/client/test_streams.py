@@ -29,6 +29,14 @@ def test_a_full_standard_output_is_told_in_one_line() -> None:
         assert "No space left on device" in ran.stderr
 
 
+def test_a_reader_may_take_the_first_line_alone(tmp_path: Path) -> None:
+    for number in range(1000):  # less than a pipe holds, and more than a reader waits for
+        (tmp_path / "twotower" / f"engines-{number}").mkdir(parents=True)
+    script = "set -o pipefail; TWOTOWER | head -1"
+    ran = shell(script, "cache", "list", XDG_CACHE_HOME=str(tmp_path))
+    assert (ran.returncode, ran.stdout.count("\n")) == (0, 1), ran.stderr
+
+
 def test_closed_and_full_standard_errors_disturb_nothing(tmp_path: Path) -> None:
     for number, redirection in enumerate(("2>&-", "2>/dev/full", "<&- 2>&-", ">&- 2>&-")):
         out = tmp_path / str(number)

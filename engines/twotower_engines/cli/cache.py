@@ -49,10 +49,12 @@ def list_(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"cache": str(root), "bytes": total, "entries": found}))
         return
-    for one in found:
-        size = int(str(one["bytes"])) / 1e6
-        click.echo(f"{size:10.1f} MB  {one['days']:6.1f} days  {one['entry']}")
-    click.echo(f"{total / 1e6:10.1f} MB  in {root}")
+    lines = [
+        f"{int(str(one['bytes'])) / 1e6:10.1f} MB  {one['days']:6.1f} days  {one['entry']}"
+        for one in found
+    ]
+    # at once: `| head -1` closes the pipe after the first line
+    click.echo("\n".join([*lines, f"{total / 1e6:10.1f} MB  in {root}"]))
 
 
 @cache.command()
