@@ -9,9 +9,9 @@ TensorRT-RTX compiles both towers for SM120 with a context of 8,192 tokens and r
 least is every input of the graph read once (of embeddings, the rows of the tokens) and every output
 written once (of a cache, the new rows). Each tower is compiled twice: with the ops' bodies, as
 TensorRT-RTX runs it, and cut at our plugins, which is what TensorRT compiles between them: there,
-what a plugin reads is an output. TensorRT shares the compiler but times its choices: its engines may
-differ. Quantized weights are those of the default recipe, at one row: FP8 in both forms, 4 bits cut
-at our plugins.
+what a plugin reads is an output. TensorRT shares the compiler but times its choices: its engines
+may differ. Quantized weights are those of the default recipe, at one row: FP8 in both forms, 4 bits
+cut at our plugins.
 """
 
 from __future__ import annotations

@@ -9,31 +9,64 @@ import pytest
 
 from tests.support.compiled import TOWERS, compiled, config_of, copies, write_graph
 from twotower_contract.engine_set import Limits
+from twotower_contract.skus import known_skus
 from twotower_contract.traffic import Tensor, read_listings, traffic_of, write_listings
 from twotower_engines.building.flavours.compiled import BuilderLog, layer_of, sizes_of
-from twotower_engines.building.flavours.flavour import Order
+from twotower_engines.building.flavours.flavour import Order, Target
 from twotower_engines.building.flavours.jobs import engine_job, engine_recipe
 from twotower_engines.building.flavours.process import build_engine_files
-from twotower_engines.building.flavours.profiles import narrow_profiles, wide_profiles
-from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY
+from twotower_engines.building.flavours.profiles import narrow_profiles
+from twotower_engines.building.flavours.tensorrt_rtx import LIBRARY, TensorRtRtxFlavour
+from twotower_engines.planning.compiled import compiled_tower
+from twotower_engines.planning.plan import WORKSPACE_SLACK
 
 LIMITS = Limits(slots=16, context=2048, max_tokens_per_call=256, block_size_max=64)
-PATTERN = "M*E*"
+PATTERN = "MEM*E*"
 """The first layer of attention computes what the second one reads, too."""
 
 
 @pytest.fixture(scope="module", params=TOWERS)
-def open_sizes(request, tmp_path_factory):
-    """A tower of full width for calls of any size, the same for one call, and the call's sizes."""
+def built(request, tmp_path_factory):
+    """A tower of full width as the flavour builds it, and what the builder reported."""
     tower, folder = request.param, tmp_path_factory.mktemp("compiled")
     graph = write_graph(folder, tower, PATTERN)
-    recipe = engine_recipe(wide_profiles(tower, LIMITS)) | {"compute_capabilities": ["12.0"]}
+    recipe = TensorRtRtxFlavour().recipe(
+        tower, Target(known_skus()["rtx-pro-6000"], LIMITS, "bf16")
+    )
     job = engine_job(Order(graph, folder / f"{tower}.plan", recipe))
-    build_engine_files(LIBRARY, {tower: job}, 1, lambda name, text: None)
+    report = build_engine_files(LIBRARY, {tower: job}, 1, lambda name, text: None)[tower]
     source, (listing,) = read_listings(folder / f"{tower}.traffic.json")
     assert source == "the builder's log"
+    return tower, listing, report
+
+
+@pytest.fixture(scope="module")
+def open_sizes(built, tmp_path_factory):
+    """The listing for calls of any size, that of a build for one call, and the call's sizes."""
+    tower, listing, _ = built
     call = {"batch": 4, TOWERS[tower][1]: 32, "context": LIMITS.cache_tokens}
-    return listing, compiled(folder, tower, *call.values(), PATTERN), call
+    fixed = compiled(tmp_path_factory.mktemp("fixed"), tower, *call.values(), PATTERN)
+    return listing, fixed, call
+
+
+def test_no_memory_is_allocated_when_an_engine_runs(built):
+    """Contexts get scratch memory from the runtime, and outputs have sizes of inputs."""
+    _, listing, report = built
+    assert "REQUIRE_USER_ALLOCATION" in report["flags"]
+    known = {size for one in listing.inputs for size in one.sizes}
+    sizes = {size for one in listing.outputs for size in one.sizes if isinstance(size, str)}
+    assert sizes <= known
+
+
+def test_the_largest_call_takes_no_more_scratch_memory_than_is_planned(built):
+    tower, listing, _ = built
+    most = LIMITS.max_tokens_per_call if tower == "context" else LIMITS.block_size_max
+    planned = compiled_tower(config_of(PATTERN), tower, "bodies", 2)
+    assert (
+        0
+        < listing.scratch
+        <= WORKSPACE_SLACK * planned.scratch_bytes(LIMITS.slots, most, LIMITS.cache_tokens)
+    )
 
 
 def named_sizes(listing, call):

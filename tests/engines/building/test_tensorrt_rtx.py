@@ -14,12 +14,14 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.support import ROOT, TWOTOWER
+from tests.support.compiled import config_of, copies
 from tests.support.engine_bundles import (
     MemoryWatch,
     run_build,
@@ -32,7 +34,7 @@ from twotower_contract.digests import file_state
 from twotower_contract.engine_set import Limits, open_engine_set
 from twotower_contract.manifest import read_manifest
 from twotower_contract.skus import known_skus
-from twotower_contract.traffic import Tensor
+from twotower_contract.traffic import Tensor, read_listings
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
 from twotower_engines.building.flavours import tensorrt_rtx
@@ -57,6 +59,8 @@ from twotower_engines.building.flavours.tensorrt_rtx import (
     TensorRtRtxFlavour,
 )
 from twotower_engines.errors import BuildError
+from twotower_engines.planning.compiled import compiled_tower
+from twotower_engines.planning.plan import WORKSPACE_SLACK
 from twotower_engines.planning.sku_lookup import find_sku
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
@@ -495,3 +499,14 @@ def test_both_full_size_towers_in_a_minute_and_two_gigabytes(tmp_path, monkeypat
         "denoiser": True,
     }
     assert sum(report["bytes"] for report in reports.values()) < 100e6
+    check_listings(folder / "engines" / "rtx-pro-6000")
+
+
+def check_listings(engines):
+    """Nothing of the released model's is copied, and its scratch memory is what is planned."""
+    for tower, tokens in (("context", 256), ("denoiser", 64)):
+        _, (listing,) = read_listings(engines / f"{tower}.traffic.json")
+        planned = compiled_tower(config_of(), tower, "bodies", 2).scratch_bytes(16, tokens, 8448)
+        assert 0.8 * planned < listing.scratch <= WORKSPACE_SLACK * planned
+        for rows in (1, 4, 16):
+            assert not copies(replace(listing, usual={**listing.usual, "batch": rows}))
