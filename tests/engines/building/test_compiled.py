@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
 
+from tests.support import ROOT
 from tests.support.compiled import TOWERS, compiled, config_of, copies, write_graph
 from twotower_contract.engine_set import Limits
 from twotower_contract.skus import known_skus
@@ -194,3 +196,25 @@ def test_what_nobody_says_is_named_and_left_out():
 
 def test_the_released_width_is_what_is_compiled():
     assert config_of(PATTERN).hidden_size == config_of().hidden_size == 2688
+
+
+BARS = {"bodies": {1: 1.03, 4: 1.06, 16: 1.25}, "cut at plugins": dict.fromkeys((1, 4, 16), 1.10)}
+"""Form, then rows of 16 tokens, to the most that a call may move over the least."""
+
+
+def test_what_was_measured_at_full_size_is_within_the_bars_and_what_the_documents_say():
+    path = max((ROOT / "benchmarks" / "results").glob("traffic-rtx-2*.json"))
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    blocks = {(r["form"], r["tower"], r["rows"]): r for r in results if r["tokens"] == 16}
+    page = (ROOT / "docs" / "build.md").read_text(encoding="utf-8")
+    titles = {"bodies": "function bodies", "cut at plugins": "cut at our plugins"}
+    for form, most in BARS.items():
+        for tower in TOWERS:
+            calls = [blocks[form, tower, rows] for rows in most]
+            assert all(one["ratio"] <= most[one["rows"]] for one in calls)
+            ratios = " | ".join(f"{one['ratio']:.2f}" for one in calls)
+            scratch = calls[-1]["scratch_bytes"] / 1e6
+            assert scratch < 250
+            assert f"| {titles[form]}, {tower} | {ratios} | {scratch:.0f} MB |" in page
+    assert not any(one["copied_inputs"] for one in results)
+    assert ("cut at plugins", 1024) in {(one["form"], one["tokens"]) for one in results}
