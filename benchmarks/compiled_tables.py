@@ -230,7 +230,8 @@ def main() -> None:
             print(tower, way, towers[tower][way], flush=True)
     (version,) = TensorRtRtxFlavour().versions().values()
     day = datetime.date.today().isoformat()
-    source = f"TensorRT-RTX {version} for SM120, layers {PATTERN} of the released width, {day}"
+    width = f"layers {PATTERN} of the released width, all of them for scratch memory"
+    source = f"TensorRT-RTX {version} for SM120, {width}, {day}"
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "source": source}
     write_json(TABLE_FILE, {**head, "towers": towers})
 
