@@ -13,6 +13,7 @@ import urllib.request
 
 import pytest
 
+from tests.support.waiting import wait_until
 from twotower_client import TwoTowerClient
 from twotower_client.http_door import MOST_BODY, Door
 
@@ -122,19 +123,11 @@ def test_a_caller_who_leaves_frees_the_slot(http, client) -> None:
     for path in ("generate", "generate_stream"):
         body = json.dumps({"input_ids": [5], "block_size": 1, **LONG}).encode()
         head = f"POST /v2/models/twotower/{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        until(lambda: not client.probe()["running"])
+        wait_until(lambda: not client.probe()["running"])
         with socket.create_connection((host, int(port))) as caller:
             caller.sendall(head.encode() + body)
-            until(lambda: client.probe()["running"])
-        until(lambda: not client.probe()["running"])
-
-
-def until(holds) -> None:
-    for _ in range(400):
-        if holds():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("it never was so")
+            wait_until(lambda: client.probe()["running"])
+        wait_until(lambda: not client.probe()["running"])
 
 
 def test_health_is_the_engines_own(http) -> None:

@@ -21,9 +21,9 @@ from tests.support.engine_bundles import (
     json_of,
     run_build,
     start_build,
-    wait_for,
     write_bundle_of,
 )
+from tests.support.waiting import wait_until
 from twotower_contract.digests import file_sha256
 from twotower_contract.engine_set import BUILD_FILE, open_engine_set
 from twotower_contract.errors import EngineSetError
@@ -324,11 +324,11 @@ def test_two_real_builds_at_once(bundle, tmp_path, cache):
 )
 def test_a_killed_build_leaves_nothing_that_looks_finished(bundle, tmp_path, cache, number, code):
     process = start_build(*arguments(bundle, tmp_path / "engines"))
-    workers = wait_for(lambda: [pid for pid in descendants(process.pid) if is_worker(pid)])
+    workers = wait_until(lambda: [pid for pid in descendants(process.pid) if is_worker(pid)])
     os.kill(process.pid, number)
     process.communicate(timeout=30)
     assert process.returncode == code
-    wait_for(lambda: not any(is_running(pid) for pid in workers))
+    wait_until(lambda: not any(is_running(pid) for pid in workers))
     with pytest.raises(EngineSetError):
         open_engine_set(tmp_path / "engines")
     assert not list((tmp_path / "engines").glob(f"**/{BUILD_FILE}"))

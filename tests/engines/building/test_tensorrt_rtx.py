@@ -26,10 +26,10 @@ from tests.support.engine_bundles import (
     MemoryWatch,
     run_build,
     start_build,
-    wait_for,
     write_bundle_of,
     write_full_size_bundle,
 )
+from tests.support.waiting import wait_until
 from twotower_contract.digests import file_state
 from twotower_contract.engine_set import Limits, open_engine_set
 from twotower_contract.manifest import read_manifest
@@ -445,7 +445,7 @@ def test_a_worker_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     )
     worker.start()
     process = worker._process
-    wait_for(lambda: b"worker" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+    wait_until(lambda: b"worker" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
     worker.end()
     assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM)  # the second: before it listens
     assert not Path(f"/proc/{process.pid}").exists()

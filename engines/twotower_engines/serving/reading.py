@@ -1,0 +1,87 @@
+"""Threads that read requests: beside the engine's, which so never waits for a tokenizer.
+
+A long text takes many times as long as a short one, so long ones have a thread of their own. What
+is too large for the engines is refused before it is queued: it lies in memory for nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+from twotower_contract.errors import TwoTowerError
+from twotower_contract.statuses import Failure
+from twotower_engines.serving.journal import Ended, Journal
+from twotower_engines.serving.loop import EngineLoop, Reply
+from twotower_engines.serving.preprocessing import Preprocessor, Tensors, bytes_of
+from twotower_engines.serving.wire import decode
+from twotower_engines.serving.workers import Worker
+
+LONG_TEXT = 65536  # bytes
+
+
+class Reader:
+    """Reads requests and hands them to the engine's thread.
+
+    Args:
+        preprocessor: Checks and translates them.
+        loop: Takes what was read.
+        most_unread: Requests that may wait for each of the two threads.
+        journal: Takes notes of those that are turned away; None for nobody.
+        on_death: Called where a thread dies.
+    """
+
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        loop: EngineLoop,
+        most_unread: int,
+        journal: Journal | None,
+        on_death: Callable[[], None],
+    ) -> None:
+        self._preprocessor, self._loop, self._journal = preprocessor, loop, journal
+        self._most_unread = most_unread
+        self._workers = {is_long: Worker("reading", on_death) for is_long in (False, True)}
+
+    def put(self, tensors: Tensors, name: str, parameters: Collection[str], reply: Reply) -> None:
+        """Take a request, and return at once; the reply hears.
+
+        Args:
+            tensors: Its inputs: the step `preprocessing` has read those of `request`.
+            name: The caller's name of it, for the log.
+            parameters: Names that came beside the inputs.
+            reply: Receives the answer.
+        """
+        worker = self._workers[bytes_of(tensors, "text_input") > LONG_TEXT]
+        try:
+            self._preprocessor.check_sizes(tensors)
+        except TwoTowerError as problem:
+            self._turn_away(name, reply, str(problem), "refused")
+            return
+        if worker.waiting < self._most_unread:
+            worker.put(partial(self._read, tensors, name, parameters, reply))
+        else:
+            message = f"{worker.waiting} requests wait to be read; try again later"
+            self._turn_away(name, reply, message, "busy")
+
+    def close(self) -> None:
+        """Read what is queued, and end the threads."""
+        for worker in self._workers.values():
+            worker.close()
+
+    def _read(self, tensors: Tensors, name: str, parameters: Collection[str], reply: Reply) -> None:
+        try:
+            message = (
+                decode(bytes(tensors["request"][0]))
+                if "request" in tensors
+                else self._preprocessor.message(tensors, name, parameters)
+            )
+        except TwoTowerError as problem:
+            self._turn_away(name, reply, str(problem), "refused")
+        else:
+            self._loop.put(message, reply)
+
+    def _turn_away(self, name: str, reply: Reply, message: str, failure: Failure) -> None:
+        reply.fail(message, failure)
+        if self._journal is not None:
+            self._journal.ended(Ended("", name, failure, message))
