@@ -35,7 +35,7 @@ from twotower_client.errors import (
     ServerBusyError,
     ServerUnavailableError,
 )
-from twotower_client.result import Block
+from twotower_client.result import Block, Canvas, token_outputs
 from twotower_contract.options import INPUTS, OPTIONS, Options, unknown_name
 
 MODELS = ("twotower", "ensemble")  # the same behind this door
@@ -154,9 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(
                 404, f"there is nothing at {self.path}; POST to /v2/models/twotower/generate"
             )
-        stream = self._stream(content)
+        is_whole = kinds == ["generate"]
+        stream = self._stream(content, is_whole)
         try:
-            if kinds == ["generate"]:
+            if is_whole:
                 self._send_whole(stream)
             else:
                 self._send_blocks(stream)
@@ -180,8 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(401, "send the server's key as `Authorization: Bearer KEY`")
         return content
 
-    def _stream(self, content: bytes) -> AnswerStream:
-        """Send the request that a body holds."""
+    def _stream(self, content: bytes, is_whole: bool) -> AnswerStream:
+        """Send the request that a body holds, for a whole answer or for its blocks."""
         try:
             given = json.loads(content)
         except (ValueError, RecursionError) as problem:
@@ -196,6 +197,12 @@ class _Handler(BaseHTTPRequestHandler):
         why = unknown_name(given, [name for name in INPUTS if name not in NOT_HERE])
         if why is not None:
             raise _RefusedError(400, why)
+        if is_whole and given.get("stream_mode") == "denoise":
+            raise _RefusedError(
+                400,
+                "stream_mode is denoise, but `generate` gives the whole answer alone; POST to "
+                f"/v2/models/{MODELS[0]}/generate_stream",
+            )
         timeout = given.pop("timeout_seconds", None)
         prompt, ids = given.pop("text_input", None), given.pop("input_ids", None)
         options = cast(Options, {name: given[name] for name in OPTIONS if name in given})
@@ -218,26 +225,21 @@ class _Handler(BaseHTTPRequestHandler):
                 "denoiser_calls": answer.denoiser_calls,
                 "context_calls": answer.context_calls,
                 "finish_reason": answer.finish_reason,
+                **token_outputs(answer.details),
             },
         )
 
     def _send_blocks(self, stream: AnswerStream) -> None:
         """Send an event per block; a failure after the first one is an event, too."""
-        first = next(stream)
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self._send_event(_values(first) | {"request_id": stream.request_id})
+        events = _Events(self, stream)
+        stream.on_canvas = lambda canvas: events.send(_canvas_values(canvas))
         try:
             for block in stream:
-                self._send_event(_values(block))
+                events.send(_values(block))
         except ClientError as problem:
-            self._send_event({"error": str(problem), "status": _status_of(problem)})
-
-    def _send_event(self, values: dict[str, Any]) -> None:
-        self.wfile.write(b"data: " + json.dumps(values).encode() + b"\n\n")
+            if not events.begun:
+                raise
+            events.send({"error": str(problem), "status": _status_of(problem)})
 
     def _send(self, status: int, values: dict[str, Any]) -> None:
         content = json.dumps(values).encode()
@@ -261,6 +263,35 @@ class _Handler(BaseHTTPRequestHandler):
         return not self.connection.recv(1, socket.MSG_PEEK)
 
 
+class _Events:
+    """Server-sent events of one answer; the first of them begins the response.
+
+    Attributes:
+        begun: Whether the response has begun.
+    """
+
+    def __init__(self, handler: _Handler, stream: AnswerStream) -> None:
+        self._handler, self._stream = handler, stream
+        self._is_named = self.begun = False
+
+    def send(self, values: dict[str, Any]) -> None:
+        """Send an event; the first one tells the name of the request, too."""
+        name = {} if self._is_named else {"request_id": self._stream.request_id}
+        self._is_named = True
+        self._write(b"data: " + json.dumps({**values, **name}).encode())
+
+    def _write(self, line: bytes) -> None:
+        handler = self._handler
+        if not self.begun:
+            self.begun = True
+            handler.send_response(200)
+            handler.send_header("Content-Type", "text/event-stream")
+            handler.send_header("Cache-Control", "no-cache")
+            handler.send_header("Connection", "close")
+            handler.end_headers()
+        handler.wfile.write(line + b"\n\n")
+
+
 def _values(block: Block) -> dict[str, Any]:
     return {
         "text_output": block.text,
@@ -269,6 +300,16 @@ def _values(block: Block) -> dict[str, Any]:
         "denoiser_calls": block.denoiser_calls,
         "context_calls": block.context_calls,
         "finish_reason": block.finish_reason or "",
+        **token_outputs(block.details),
+    }
+
+
+def _canvas_values(canvas: Canvas) -> dict[str, Any]:
+    return {
+        "text_output": "",
+        "canvas_ids": canvas.ids,
+        "canvas_confidence": canvas.confidence,
+        "token_texts": canvas.texts,
     }
 
 

@@ -153,9 +153,8 @@ def _canvas(
 ) -> Canvas | None:
     if not ids:
         return None
-    texts = texts or tuple(f"{token} " for token in ids)
-    places = zip(ids, texts, confidence, strict=True)
-    return Canvas(tuple(None if token == FREE else (text, sure) for token, text, sure in places))
+    texts = texts or tuple("" if token == FREE else f"{token} " for token in ids)
+    return Canvas(ids, texts, confidence)
 
 
 def error_of(message: str) -> ClientError | None:

@@ -43,6 +43,52 @@ def test_generate_gives_the_whole_answer(http, client, model) -> None:
     assert (values["finish_reason"], values["context_calls"]) == ("length", answer.context_calls)
 
 
+def events_of(body: str) -> list[dict]:
+    """The events of a stream; comments are none."""
+    lines = [line for line in body.splitlines() if line.startswith("data: ")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_what_is_told_of_tokens_has_the_names_of_the_models_outputs(http, client) -> None:
+    options = {"max_new_tokens": 20, "mode": "ar", "logprobs": True, "top_logprobs": 2}
+    answer = client.generate("Once upon", **options)
+    whole = json.loads(post(http, {"text_input": "Once upon", **options})[1])
+    blocks = events_of(post(http, {"text_input": "Once upon", **options}, "generate_stream")[1])
+    expected = {
+        "logprobs": [one.logprob for one in answer.details],
+        "commit_steps": [one.call for one in answer.details],
+        "token_texts": [one.text for one in answer.details],
+        "top_ids": [token for one in answer.details for token, _ in one.top],
+        "top_logprobs": [value for one in answer.details for _, value in one.top],
+    }
+    assert len(expected["top_ids"]) == 2 * len(expected["logprobs"]) == 40
+    for name, values in expected.items():
+        assert whole[name] == values
+        assert [value for block in blocks for value in block[name]] == values
+
+
+def test_a_stream_shows_the_block_after_each_step(http, client) -> None:
+    options = {"max_new_tokens": 20, "stream_mode": "denoise"}
+    canvases = []
+    with client.stream("Once upon", **options) as stream:
+        stream.on_canvas = canvases.append
+        answer = stream.answer()
+    status, body = post(http, {"text_input": "Once upon", **options}, "generate_stream")
+    events = events_of(body)
+    assert status == 200
+    assert [one["request_id"] != "" for one in events if "request_id" in one] == [True]
+    assert "".join(one["text_output"] for one in events) == answer.text
+    shown = [one for one in events if "canvas_ids" in one]
+    assert len(shown) == len(canvases) > 2
+    assert any(-1 in one["canvas_ids"] for one in shown)
+    for one, canvas in zip(shown, canvases, strict=True):
+        told = (one["canvas_ids"], one["canvas_confidence"], one["token_texts"])
+        assert tuple(map(tuple, told)) == (canvas.ids, canvas.confidence, canvas.texts)
+    status, body = post(http, {"text_input": "Once upon", **options})
+    assert status == 400
+    assert "POST to /v2/models/twotower/generate_stream" in json.loads(body)["error"]
+
+
 @pytest.mark.parametrize("path", ["generate", "generate_stream"])
 @pytest.mark.parametrize(
     ("body", "said"),
