@@ -227,8 +227,10 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         blocks: Blocks that have arrived.
         queue_place: Place among the requests that wait for a slot, from 1, as the server told it
             last; 0 otherwise.
+        on_queue: Is called with `queue_place` each time that the server tells it, every few
+            seconds. Set it before the first block is waited for.
         on_canvas: Is called with the block after each denoiser call, where the request has
-            `stream_mode="denoise"`. Set it before the first block is waited for.
+            `stream_mode="denoise"`. Set it before the first block, too.
     """
 
     def __init__(self, client: TwoTowerClient, request: Any, timeout: float) -> None:

@@ -165,6 +165,7 @@ class StreamCore(Generic[Client]):
         self.prompt_ids: tuple[int, ...] = ()
         self.blocks: list[Block] = []
         self.queue_place = 0
+        self.on_queue: Callable[[int], None] | None = None
         self.on_canvas: Callable[[Canvas], None] | None = None
         self._client = client
         self._connection: Connection | None = None
@@ -259,6 +260,8 @@ class StreamCore(Generic[Client]):
         self.request_id = self.request_id or response.request_id
         self.queue_place = response.queue_place
         if self.queue_place:
+            if self.on_queue is not None:
+                self.on_queue(self.queue_place)
             return None
         self.prompt_ids = self.prompt_ids or response.prompt_ids
         if response.canvas is not None:

@@ -19,6 +19,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,6 +44,7 @@ MOST_BODY = 16 * 2**20  # bytes; a prompt of a million tokens fits
 MOST_DIGITS = 20  # of a length; Python itself refuses thousands
 MOST_REQUESTS = 512  # at once, a thread for each
 READ_SECONDS = 30.0  # for a request to arrive
+PATIENCE_SECONDS = 8.0  # for a slot; then a stream begins, and an error is no status any more
 NOT_HERE = ("cancel_request_id", "probe", "queue_notice_seconds")
 STATUSES: tuple[tuple[type[ClientError], int], ...] = (
     (RequestRefusedError, 400),
@@ -209,9 +211,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self.door.client.stream(prompt, prompt_ids=ids, timeout=timeout, **options)
 
     def _send_whole(self, stream: AnswerStream) -> None:
+        stream.on_queue = lambda place: self._check_there()
         for _ in stream:
-            if self._is_gone():
-                return
+            self._check_there()
         answer = stream.answer()
         self._send(
             200,
@@ -230,8 +232,9 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _send_blocks(self, stream: AnswerStream) -> None:
-        """Send an event per block; a failure after the first one is an event, too."""
+        """Send an event per block; a failure after the response has begun is an event, too."""
         events = _Events(self, stream)
+        stream.on_queue = events.wait
         stream.on_canvas = lambda canvas: events.send(_canvas_values(canvas))
         try:
             for block in stream:
@@ -254,17 +257,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, status: int, message: str) -> None:
         self._send(status, {"error": message})
 
-    def _is_gone(self) -> bool:
-        """Whether the caller has closed its end."""
-        if not select.select([self.connection], [], [], 0)[0]:
-            return False
+    def _check_there(self) -> None:
+        """Raise an error where the caller has closed its end."""
         if isinstance(self.connection, ssl.SSLSocket):
-            return False  # cannot be looked at without reading; the next write tells
-        return not self.connection.recv(1, socket.MSG_PEEK)
+            return  # cannot be looked at without reading; the next write tells
+        if not select.select([self.connection], [], [], 0)[0]:
+            return
+        if not self.connection.recv(1, socket.MSG_PEEK):
+            raise BrokenPipeError("the caller has left")
 
 
 class _Events:
-    """Server-sent events of one answer; the first of them begins the response.
+    """Server-sent events of one answer; the first line begins the response.
 
     Attributes:
         begun: Whether the response has begun.
@@ -272,6 +276,7 @@ class _Events:
 
     def __init__(self, handler: _Handler, stream: AnswerStream) -> None:
         self._handler, self._stream = handler, stream
+        self._opened = time.monotonic()
         self._is_named = self.begun = False
 
     def send(self, values: dict[str, Any]) -> None:
@@ -279,6 +284,11 @@ class _Events:
         name = {} if self._is_named else {"request_id": self._stream.request_id}
         self._is_named = True
         self._write(b"data: " + json.dumps({**values, **name}).encode())
+
+    def wait(self, place: int) -> None:
+        """Send a comment that the request waits; no proxy takes it for dead then."""
+        if self.begun or time.monotonic() - self._opened > PATIENCE_SECONDS:
+            self._write(b": queued %d" % place)
 
     def _write(self, line: bytes) -> None:
         handler = self._handler

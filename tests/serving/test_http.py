@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from twotower_client import TwoTowerClient
+from twotower_client import TwoTowerClient, http_door
 from twotower_client.http_door import MOST_BODY, Door
 
 pytestmark = pytest.mark.server
@@ -173,6 +173,69 @@ def test_a_caller_who_leaves_frees_the_slot(http, client) -> None:
             caller.sendall(head.encode() + body)
             until(lambda: client.probe()["running"])
         until(lambda: not client.probe()["running"])
+
+
+@pytest.fixture
+def busy(client):
+    """Both slots of the server are taken; gives the function that frees them."""
+    streams = [client.stream(prompt_ids=[number], **LONG) for number in (5, 6)]
+    for stream in streams:
+        next(stream)
+    yield lambda: [stream.cancel() for stream in streams]
+    for stream in streams:
+        stream.cancel()
+
+
+@pytest.fixture
+def impatient(server, monkeypatch):
+    """The port of HTTP where a stream begins at once, and a notice comes each 0.5 s."""
+    monkeypatch.setattr(http_door, "PATIENCE_SECONDS", 0.0)
+    with (
+        TwoTowerClient(server.grpc_address, inactivity_timeout=1.5) as asking,
+        Door(("127.0.0.1", 0), asking) as door,
+    ):
+        threading.Thread(target=door.serve_forever, args=(0.02,), daemon=True).start()
+        yield door.server_address[1]
+        door.shutdown()
+
+
+def test_a_stream_that_waits_says_so(impatient, busy) -> None:
+    connection = http_client(f"127.0.0.1:{impatient}")
+    body = json.dumps({"input_ids": [7], "max_new_tokens": 4})
+    connection.request("POST", "/v2/models/twotower/generate_stream", body)
+    response = connection.getresponse()
+    assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream")
+    assert [response.readline() for _ in range(4)] == [b": queued 1\n", b"\n"] * 2
+    busy()
+    lines = response.read().decode()
+    [block] = events_of(lines)
+    assert len(block["output_ids"]) == 4
+    assert block["request_id"]
+    connection.close()
+
+
+def test_a_failure_while_a_stream_waits_is_an_event(impatient, busy) -> None:
+    late = {"input_ids": [7], "max_new_tokens": 4, "timeout_seconds": 0.7}
+    status, body = post(f"http://127.0.0.1:{impatient}", late, "generate_stream")
+    [event] = events_of(body)
+    assert (status, event["status"]) == (200, 504)
+    assert "waited for a slot" in event["error"]
+
+
+def test_a_failure_before_patience_ends_has_a_status(http, busy) -> None:
+    late = {"input_ids": [7], "max_new_tokens": 4, "timeout_seconds": 0.3}
+    assert post(http, late, "generate_stream")[0] == 504
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+def test_a_caller_who_leaves_while_it_waits_leaves_the_queue(impatient, busy, client, path) -> None:
+    body = json.dumps({"input_ids": [7], "max_new_tokens": 4}).encode()
+    head = f"POST /v2/models/twotower/{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", impatient)) as caller:
+        caller.sendall(head.encode() + body)
+        until(lambda: client.probe()["waiting"])
+    until(lambda: not client.probe()["waiting"])
+    assert client.probe()["running"] == 2
 
 
 def until(holds) -> None:
