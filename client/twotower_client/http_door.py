@@ -38,6 +38,7 @@ from twotower_client.errors import (
 )
 from twotower_client.result import Block, Canvas, token_outputs
 from twotower_contract.options import INPUTS, OPTIONS, Options, unknown_name
+from twotower_contract.statuses import retry_header
 
 MODELS = ("twotower", "ensemble")  # the same behind this door
 MOST_BODY = 16 * 2**20  # bytes; a prompt of a million tokens fits
@@ -140,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         except _RefusedError as refusal:
             self._fail(refusal.status, str(refusal))
         except ClientError as problem:
-            self._fail(_status_of(problem), str(problem))
+            self._fail(_status_of(problem), str(problem), problem.retry_after)
         finally:
             self.door.room.release()
 
@@ -244,18 +245,18 @@ class _Handler(BaseHTTPRequestHandler):
                 raise
             events.send({"error": str(problem), "status": _status_of(problem)})
 
-    def _send(self, status: int, values: dict[str, Any]) -> None:
+    def _send(self, status: int, values: dict[str, Any], retry_after: float | None = None) -> None:
         content = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         if status == 503:
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", retry_header(retry_after))
         self.end_headers()
         self.wfile.write(content)
 
-    def _fail(self, status: int, message: str) -> None:
-        self._send(status, {"error": message})
+    def _fail(self, status: int, message: str, retry_after: float | None = None) -> None:
+        self._send(status, {"error": message}, retry_after)
 
     def _check_there(self) -> None:
         """Raise an error where the caller has closed its end."""

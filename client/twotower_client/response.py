@@ -22,14 +22,13 @@ from twotower_client.errors import (
 from twotower_client.request import MODEL
 from twotower_client.result import Block, Canvas, TokenDetail
 from twotower_contract.options import FREE
-from twotower_contract.statuses import STATUSES, Failure
+from twotower_contract.statuses import STATUSES, Failure, retry_after
 
 UNKNOWN_MODEL = "unknown model"  # also of a server that is shutting down
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
 
 FAILURES: dict[Failure, type[ClientError]] = {
     "refused": RequestRefusedError,
-    "busy": ServerBusyError,
     "late": DeadlineError,
     "failed": RequestFailedError,
 }
@@ -164,7 +163,10 @@ def error_of(message: str) -> ClientError | None:
             words = message.partition(": ")[2]
             if failure == "refused":
                 return RequestRefusedError(words)
-            return FAILURES[failure](f"the server says: {words}")
+            words = f"the server says: {words}"
+            if failure == "busy":
+                return ServerBusyError(words, retry_after(words))
+            return FAILURES[failure](words)
     if DEAD_PROCESS in message:
         return ServerUnavailableError(
             f"a model's process on the server has died ({message}); try again when the server has "

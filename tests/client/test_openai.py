@@ -12,16 +12,19 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from tests.support import ROOT, TWOTOWER
 from tests.support.browser import chromium
+from tests.support.fake_server import failure, fake_server
 from tests.support.served import free_slot_at_once
 from twotower_client.openai.chat import ChatTemplate
 from twotower_client.openai.fields import read_completion
 from twotower_client.openai.problems import ApiError
+from twotower_contract.statuses import try_again
 
 pytestmark = pytest.mark.server
 PROMPT = "Mia the fox"
@@ -331,6 +334,20 @@ def test_a_server_that_is_away_is_told(tmp_path) -> None:
                 assert problem.value.status_code == 503
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get(f"{address}/health")
+
+
+def test_a_busy_server_says_when_to_come_again() -> None:
+    busy = failure("busy", f"9 requests wait already; {try_again(2.5)}")
+    with fake_server(lambda request, context: iter([busy])) as url:
+        served = SimpleNamespace(grpc_address=url)
+        with (
+            front_end(served) as address,
+            openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as there,
+        ):
+            for stream in (False, True):
+                with pytest.raises(openai.RateLimitError, match="9 requests wait") as refusal:
+                    complete(there, stream=stream)
+                assert refusal.value.response.headers["retry-after"] == "3"
 
 
 @pytest.mark.parametrize(

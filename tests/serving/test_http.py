@@ -13,8 +13,10 @@ import urllib.request
 
 import pytest
 
+from tests.support.fake_server import failure, fake_server
 from twotower_client import TwoTowerClient, http_door
 from twotower_client.http_door import MOST_BODY, Door
+from twotower_contract.statuses import try_again
 
 pytestmark = pytest.mark.server
 LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
@@ -139,6 +141,24 @@ def test_a_time_that_is_over_and_paths_that_are_not_there(http) -> None:
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(http + path, b"{}", timeout=30)
         assert refusal.value.code == 404
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+@pytest.mark.parametrize(
+    ("said", "header"), [(try_again(2.5), "3"), (try_again(0.5), "1"), ("shutting down", "1")]
+)
+def test_a_busy_server_says_when_to_come_again(path, said, header) -> None:
+    with (
+        fake_server(lambda request, context: iter([failure("busy", said)])) as url,
+        TwoTowerClient(url) as asking,
+        Door(("127.0.0.1", 0), asking) as door,
+    ):
+        threading.Thread(target=door.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{door.server_address[1]}/v2/models/twotower/{path}"
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(address, b'{"text_input": "hi"}', timeout=30)
+        assert (refusal.value.code, refusal.value.headers["Retry-After"]) == (503, header)
+        door.shutdown()
 
 
 def test_bodies_are_bounded(http) -> None:

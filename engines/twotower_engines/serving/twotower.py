@@ -29,7 +29,7 @@ import numpy.typing as npt
 from twotower_contract.engine_set import EngineSet
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.options import FREE
-from twotower_contract.statuses import Failure, text_of
+from twotower_contract.statuses import Failure, text_of, try_again
 from twotower_engines.artifacts.tokenizer import (
     Tokenizer,
     added_text,
@@ -296,7 +296,7 @@ class TritonPythonModel:
             costs=costs_of_engines(engines),
             prefix_bytes=settings.prefix_mib * 2**20,
         )
-        self._counters = scheduler.counters
+        self._counters, self._retry_after = scheduler.counters, scheduler.retry_after
         self._loop = EngineLoop(scheduler, _end_process, self._journal)
 
     def _gauges(self, slots: int) -> dict[str, float]:
@@ -333,7 +333,8 @@ class TritonPythonModel:
             if reading.waiting < self._max_unread:
                 reading.put(partial(self._read, tensors, name, parameters, reply))
             else:
-                message = f"{reading.waiting} requests wait to be read; try again later"
+                after = self._retry_after(reading.waiting + self._loop.state.waiting)
+                message = f"{reading.waiting} requests wait to be read; {try_again(after)}"
                 reply.fail(message, "busy")
                 self._journal.ended(Ended("", name, "busy", message))
 
