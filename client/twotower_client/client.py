@@ -224,6 +224,8 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
     Attributes:
         request_id: The server's name of the request; empty before its first response.
         prompt_ids: Token ids of the prompt as the server saw it; empty before the first block.
+        reused_tokens: Tokens of the prompt whose states the server kept from an earlier one; 0
+            before the first block.
         blocks: Blocks that have arrived.
         queue_place: Place among the requests that wait for a slot, from 1, as the server told it
             last; 0 otherwise.

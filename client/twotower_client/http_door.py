@@ -227,6 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "masked_counts": [block.masked_counts for block in answer.blocks],
                 "denoiser_calls": answer.denoiser_calls,
                 "context_calls": answer.context_calls,
+                "reused_tokens": answer.reused_tokens,
                 "finish_reason": answer.finish_reason,
                 **token_outputs(answer.details),
             },
@@ -278,13 +279,15 @@ class _Events:
     def __init__(self, handler: _Handler, stream: AnswerStream) -> None:
         self._handler, self._stream = handler, stream
         self._opened = time.monotonic()
-        self._is_named = self.begun = False
+        self._has_told = self.begun = False
 
     def send(self, values: dict[str, Any]) -> None:
-        """Send an event; the first one tells the name of the request, too."""
-        name = {} if self._is_named else {"request_id": self._stream.request_id}
-        self._is_named = True
-        self._write(b"data: " + json.dumps({**values, **name}).encode())
+        """Send an event; the first one tells of the request, too."""
+        if not self._has_told:
+            self._has_told = True
+            reused, name = self._stream.reused_tokens, self._stream.request_id
+            values = {**values, "reused_tokens": reused, "request_id": name}
+        self._write(b"data: " + json.dumps(values).encode())
 
     def wait(self, place: int) -> None:
         """Send a comment that the request waits; no proxy takes it for dead then."""

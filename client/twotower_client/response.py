@@ -66,6 +66,8 @@ class Response:
         prompt_ids: The prompt as the server saw it; empty in all but the first block's response.
         queue_place: Place among the requests that wait for a slot, from 1; 0 where it has one.
         request_id: The server's name of the request; empty in all but the first response.
+        reused_tokens: Tokens of the prompt that the server did not read again; 0 in all but the
+            first block's response.
         canvas: The block as it is, where this response holds no finished one.
     """
 
@@ -73,6 +75,7 @@ class Response:
     prompt_ids: tuple[int, ...]
     queue_place: int
     request_id: str
+    reused_tokens: int
     canvas: Canvas | None = None
 
 
@@ -113,6 +116,7 @@ def read(response: Any, seconds: float) -> Response:
         prompt_ids=values("prompt_ids"),
         queue_place=number("queue_place"),
         request_id=text("request_id"),
+        reused_tokens=number("reused_tokens"),
         canvas=_canvas(values("canvas_ids"), texts, values("canvas_confidence")),
     )  # fmt: skip
 

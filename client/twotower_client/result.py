@@ -90,6 +90,7 @@ class Answer:
         context_calls: Number of context-tower calls, the prompt's included.
         seconds: Seconds from the sending of the request to the last block.
         request_id: Name of the request on the server.
+        reused_tokens: Tokens of the prompt whose states the server kept from an earlier prompt.
     """
 
     text: str
@@ -101,6 +102,7 @@ class Answer:
     context_calls: int
     seconds: float
     request_id: str
+    reused_tokens: int
 
     @property
     def details(self) -> tuple[TokenDetail, ...]:

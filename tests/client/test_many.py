@@ -275,7 +275,7 @@ def prompts(tmp_path):
     path.write_text(
         '{"prompt_ids": [5, 6], "id": "a"}\n\n'
         '{"prompt_ids": [9999999], "id": "b"}\n'
-        '{"prompt_ids": [7], "max_new_tokens": 3, "id": "c"}\n'
+        '{"prompt_ids": [7], "max_new_tokens": 3, "logprobs": true, "id": "c"}\n'
     )
     return path
 
@@ -294,6 +294,9 @@ def test_a_file_is_answered_line_by_line(server, client, prompts, tmp_path) -> N
     expected = client.generate(prompt_ids=[5, 6], max_new_tokens=20)
     assert (tuple(first["ids"]), first["text"]) == (expected.ids, expected.text)
     assert len(third["ids"]) == 3, "a line's own option goes before the command's"
+    assert "logprobs" not in first
+    expected = client.generate(prompt_ids=[7], max_new_tokens=3, logprobs=True)
+    assert third["logprobs"] == [one.logprob for one in expected.details]
     assert wrong["error"]["kind"] == "RequestRefusedError"
     assert not target.with_name("answers.jsonl.partial").exists()
 
