@@ -209,6 +209,13 @@ def test_chat_goes_through_the_template(caller, server, client) -> None:
     chunks = list(caller.chat.completions.create(**fields, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == expected.text
+    for asked, count in (({}, 0), ({"top_logprobs": 2}, 1)):
+        told = caller.chat.completions.create(**fields, logprobs=True, **asked).choices[0].logprobs
+        assert "".join(one.token for one in told.content) == expected.text
+        for one in told.content:  # the chosen token alone, as docs/openai.md says
+            assert [(top.token, top.logprob) for top in one.top_logprobs] == [
+                (one.token, one.logprob)
+            ] * count
     for wrong in ([], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}]):
         with pytest.raises(openai.BadRequestError) as refusal:
             caller.chat.completions.create(**{**fields, "messages": wrong})
@@ -358,7 +365,7 @@ def test_a_busy_server_says_when_to_come_again() -> None:
         {"prompt": "a", "logprobs": -1}, {"prompt": "a", "stream_options": 3},
         {"prompt": "a", "seed": "x"}, {"prompt": "a", "temperature": []},
         {"prompt": [1], "echo": True}, {"prompt": "a", "suffix": 3},
-        {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "max_tokens": 0}, {"prompt": "a", "stream_mode": "denoise"},
     ],
     ids=str,
 )  # fmt: skip

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass
@@ -220,16 +222,29 @@ def probe(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+def health(serving: Serving, kind: str) -> tuple[int, dict]:
+    """Status and body of HTTP's own answer to a probe."""
+    try:
+        url = f"http://{serving.ready['http']}/v2/health/{kind}"
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, json.load(refusal)
+
+
 def test_sigterm_refuses_what_is_new_and_finishes_what_is_open(packaged, alive) -> None:
     serving = start(packaged.repository, "--grace", "60", "--http-port", "0")
     url = serving.ready["grpc"]
     with serving.client() as client:
         stream = client.stream(prompt_ids=[5], **LONG)
         next(stream)
+        assert [health(serving, kind)[0] for kind in ("live", "ready")] == [200, 200]
         serving.process.send_signal(signal.SIGTERM)
         until(lambda: client.probe()["draining"])
         with pytest.raises(tt.ServerBusyError, match="send the request again"):
             client.generate(prompt_ids=[5], max_new_tokens=4)
+        assert health(serving, "live")[0] == 200
+        assert health(serving, "ready") == (503, {"error": "the server is shutting down"})
         with futures.ThreadPoolExecutor() as pool:
             live, ready = pool.map(lambda kind: probe(kind, "--url", url), ("live", "ready"))
         assert (live.returncode, ready.returncode) == (0, 1)
