@@ -20,7 +20,8 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,37 +35,61 @@ from twotower_engines.generation.sampling import row_seed
 from twotower_engines.serving.server import ServerOptions, TritonServer
 
 NEW_TOKENS = 256  # of an answer, at most
-LOOPED = {1: 32, 32: 96}  # requests in all, by loops
 OPTIONS = ServerOptions("127.0.0.1", 0, None, None)
 Prompts = Sequence[tuple[int, ...]]
 Answers = list[tuple[int, ...]]
 
 
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Requests, all greedy.
+
+    Attributes:
+        name: In a word or two.
+        ignore_eos: Whether all answers have `NEW_TOKENS` tokens.
+        requests: In all, by streams that ask at once.
+        looped: In all, by loops in the client.
+    """
+
+    name: str
+    ignore_eos: bool
+    requests: Mapping[int, int]
+    looped: Mapping[int, int]
+
+
 def run_loops(
-    engines: EngineSet, repository: Path, prompts: Prompts, expected: Answers, repeats: int
-) -> list[dict[str, Any]]:
+    engines: EngineSet,
+    repository: Path,
+    prompts: Prompts,
+    expected: Mapping[Workload, Answers],
+    repeats: int,
+) -> dict[Workload, list[dict[str, Any]]]:
     """Answer by loops in the client; return the best of some repeats of each form.
 
     Args:
+        engines: The engine set.
         repository: Of a model `steps` without its configuration.
-        expected: The first answers.
+        prompts: As many as the largest number of requests.
+        expected: The first answers of each workload.
         repeats: Number of repeats.
     """
     (repository / "steps" / "config.pbtxt").write_text(CONFIG)
     os.environ[ENGINES] = str(engines.folder)
-    rows = []
+    rows: dict[Workload, list[dict[str, Any]]] = {workload: [] for workload in expected}
     with TritonServer(repository, OPTIONS, ("steps",)) as server:
         server.wait_until_ready()
-        for travels, loops in itertools.product((False, True), LOOPED):
-            speeds = []
-            for _ in range(repeats):
-                start, asked = time.perf_counter(), prompts[: LOOPED[loops]]
-                loop = ClientLoop(engines.manifest.model, travels)
-                answers = asyncio.run(loop.answers(server.grpc_address, asked, loops))
-                same = min(len(expected), len(asked))
-                assert answers[:same] == expected[:same], "the client's loop answers alike"
-                speeds.append(sum(map(len, answers)) / (time.perf_counter() - start))
-            rows.append({"loops": loops, "travels": travels, "tokens per second": max(speeds)})
+        for workload, travels in itertools.product(expected, (False, True)):
+            for loops, count in workload.looped.items():
+                speeds = []
+                for _ in range(repeats):
+                    start, asked = time.perf_counter(), prompts[:count]
+                    loop = ClientLoop(engines.manifest.model, travels, workload.ignore_eos)
+                    answers = asyncio.run(loop.answers(server.grpc_address, asked, loops))
+                    same = list(zip(expected[workload], answers, strict=False))
+                    assert all(one == other for one, other in same), "the loop answers alike"
+                    speeds.append(sum(map(len, answers)) / (time.perf_counter() - start))
+                row = {"loops": loops, "travels": travels, "tokens per second": max(speeds)}
+                rows[workload].append(row)
     return rows
 
 
@@ -74,12 +99,14 @@ class ClientLoop:
     Args:
         model: The model's configuration.
         travels: Whether the states of a context travel; else the model keeps them.
+        ignore_eos: Whether an answer goes on after the token that ends it.
     """
 
-    def __init__(self, model: ModelConfig, travels: bool) -> None:
+    def __init__(self, model: ModelConfig, travels: bool, ignore_eos: bool) -> None:
         from tritonclient.grpc import InferInput
 
         self._model, self._travels, self._tensor = model, travels, InferInput
+        self._ends = () if ignore_eos else model.eos_token_ids
 
     async def answers(self, address: str, prompts: Prompts, loops: int) -> Answers:
         """Answer prompts of ids by so many loops at once."""
@@ -113,7 +140,7 @@ class ClientLoop:
                     break
             for token in block:
                 ids.append(token)
-                if token in self._model.eos_token_ids or len(ids) == request.max_new_tokens:
+                if token in self._ends or len(ids) == request.max_new_tokens:
                     return tuple(ids)
             result = await self._call(client, states, EXTEND, slot, length, 0, 0, *block)
             states, length = result.as_numpy("states"), length + len(block)

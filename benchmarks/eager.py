@@ -1,4 +1,4 @@
-"""The three ops as PyTorch code that one would write without kernels: the baseline of `kernels.py`.
+"""The ops as PyTorch code that one would write without kernels: the baseline of `kernels.py`.
 
 Nothing is read back to the host, so every function can be compiled and captured in a graph. The
 refinement step is NVIDIA's rule at temperature 0 (policy `threshold`); sampling and the other
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["dense_experts", "mamba_block_step", "refine_block"]
+__all__ = ["dense_experts", "mamba_block_step", "refine_block", "router"]
 
 
 def refine_block(
@@ -43,6 +43,25 @@ def refine_block(
     committed = usable & (rank < count[:, None])
     new_ids = torch.where(committed, prediction.to(ids.dtype), ids)
     return new_ids, confidence, committed.int(), torch.where(failed, -1, n - count).int()
+
+
+def router(
+    x: Tensor,
+    matrix: Tensor,
+    correction: Tensor,
+    lengths: Tensor,
+    per_token: int,
+    normalized: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Indices and weights [B * L, per_token]; see `kernel_launches` for the arguments."""
+    scores = torch.sigmoid(torch.nn.functional.linear(x.float().flatten(0, 1), matrix))
+    chosen = (scores + correction.float()).topk(per_token).indices
+    weights = scores.gather(1, chosen)
+    if normalized:
+        weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
+    is_token = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return torch.where(is_token.view(-1, 1), chosen, -1).int(), weights * scaling
 
 
 def dense_experts(x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:

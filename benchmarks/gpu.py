@@ -93,7 +93,7 @@ def environment() -> dict[str, str]:
 
 
 def test_lines(report: Path) -> list[Line]:
-    """One line per test of pytest's report."""
+    """One line per test of pytest's report, with what it recorded."""
     if not report.exists():
         return [Line("gpu tests", "FAILED", "pytest left no report: see the log")]
     lines = []
@@ -106,7 +106,8 @@ def test_lines(report: Path) -> list[Line]:
         elif skipped is not None:
             lines.append(Line(name, "not run", first_line(skipped.get("message"))))
         else:
-            lines.append(Line(name, "passed"))
+            measured = (f"{one.get('name')}: {one.get('value')}" for one in case.iter("property"))
+            lines.append(Line(name, "passed", "; ".join(measured)))
     return lines
 
 

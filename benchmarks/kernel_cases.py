@@ -1,4 +1,4 @@
-"""What `kernels.py` times: the three ops at the released model's sizes, on random data."""
+"""What `kernels.py` times: the ops at the released model's sizes, on random data."""
 
 from __future__ import annotations
 
@@ -159,6 +159,39 @@ BITS = {"fp8": 8.0, "int4": 4.25, "nvfp4": 4.5}
 """Bits of a weight with its share of the scales."""
 
 
+def router_cases(device: str) -> list[Case]:
+    """Scores of a block's tokens, and the choice of their experts."""
+    E, h, K = SIZES.experts, SIZES.hidden, SIZES.experts_per_token
+
+    def make(B: int) -> Callable[[], tuple[Any, ...]]:
+        def inputs() -> tuple[Any, ...]:
+            return (
+                torch.randn(B, SIZES.block, h, device=device).bfloat16(),
+                torch.randn(E, h, device=device) * h**-0.5,
+                torch.randn(E, device=device).bfloat16(),
+                torch.full((B,), SIZES.block, dtype=torch.int32, device=device),
+                K,
+                True,
+                SIZES.scaling,
+            )
+
+        return inputs
+
+    return [
+        Case(
+            "Router",
+            f"{B * SIZES.block} tokens",
+            E * h * 4 + B * SIZES.block * (h * 2 + K * 8),
+            make(B),
+            kernel_launches.router,
+            eager.router,
+            tolerance=1e-4,  # more only where an expert is another
+            compared=1,
+        )
+        for B in BATCHES
+    ]
+
+
 def code_cases(device: str) -> list[Case]:
     """The same with weights of 8 and 4 bits; `gpu_checks` compares their numbers."""
     K, E, h, inner = SIZES.experts_per_token, SIZES.experts, SIZES.hidden, SIZES.inner
@@ -283,6 +316,7 @@ def mamba_cases(device: str) -> list[Case]:
 CASES = {
     "refine": refine_cases,
     "experts": expert_cases,
+    "router": router_cases,
     "codes": code_cases,
     "mamba": mamba_cases,
 }

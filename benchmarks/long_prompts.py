@@ -32,7 +32,8 @@ from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.generation import turns
 from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import Request
-from twotower_engines.generation.scheduler import PREFILL_SECONDS, Scheduler
+from twotower_engines.generation.scheduler import Scheduler
+from twotower_engines.planning.plan import PREFILL_MS
 from twotower_engines.runtime.interface import Denoised, DenoiseRow, Runtime
 from twotower_engines.runtime.opening import open_runtime
 
@@ -60,7 +61,7 @@ def prompt(seed: int, tokens: int) -> tuple[int, ...]:
 def gaps(runtime: Runtime, engines: EngineSet, case: str) -> dict[str, list[float]]:
     """Return times in ms: between blocks of a request, of its turns, and of others' answers."""
     coming, has_budget = CASES[case]
-    budget = PREFILL_SECONDS if has_budget else math.inf
+    budget = PREFILL_MS / 1e3 if has_budget else math.inf
     shared_cost = turns.SHARED_COST if has_budget else math.inf
     with mock.patch.object(turns, "SHARED_COST", shared_cost):
         return _gaps(runtime, engines, coming, budget)

@@ -410,7 +410,9 @@ def refusal(given: Mapping[str, Any]) -> str | None:
     """
     values = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
     for name, option in OPTIONS.items():
-        why = option.refusal(given[name], values["policy"]) if name in given else None
+        if values[name] is option.default:  # always right: most options of most requests
+            continue
+        why = option.refusal(values[name], values["policy"])
         if why is not None:
             return why
     if values["mode"] == "mask_diffusion" and (values["top_k"] or values["top_p"] < 1):

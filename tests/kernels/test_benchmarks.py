@@ -18,8 +18,15 @@ from benchmarks import denoiser_step as step
 from benchmarks import eager
 from benchmarks import gpu as first_hour
 from benchmarks import kernels as bench
-from tests.support import ROOT
-from tests.support.kernel_inputs import MASK, block, draw_experts, draw_mamba, row_tensors
+from tests.support import ROOT, kernel_launches
+from tests.support.kernel_inputs import (
+    MASK,
+    block,
+    draw_experts,
+    draw_mamba,
+    draw_router,
+    row_tensors,
+)
 from tests.support.kernel_reference import Row
 from twotower_engines.planning.sku_lookup import find_sku
 
@@ -46,6 +53,13 @@ def test_the_dense_baseline_is_the_op() -> None:
     x, _, weights, up, down = (arg.double().numpy() for arg in args)
     want = reference.sparse_experts(x, args[1].numpy(), weights, up, down, "fp32")
     np.testing.assert_allclose(eager.dense_experts(*args), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_router_baseline_is_the_op() -> None:
+    given = draw_router(np.random.default_rng(4), [8, 5], 8, 19, 130)
+    want, got = kernel_launches.router(*given, 3, True, 2.5), eager.router(*given, 3, True, 2.5)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1][want[0] >= 0], want[1][want[0] >= 0], rtol=1e-5)
 
 
 def test_the_mamba_baseline_is_the_op() -> None:
@@ -176,12 +190,16 @@ def test_the_wall_tells_reached_from_missed(tmp_path: Path) -> None:
     assert "Boom" in lines[3].text
     assert "12.0 us, 1.20 of the bound, goal 1.10" in lines[1].text
     (tmp_path / "tests.xml").write_text(
-        '<testsuites><testsuite><testcase name="good"/><testcase name="bad"><failure message="no"/>'
-        '</testcase><testcase name="left"><skipped message="why"/></testcase></testsuite>'
+        '<testsuites><testsuite><testcase name="good"><properties>'
+        '<property name="opening" value="3 s, 40 MB"/></properties></testcase>'
+        '<testcase name="bad"><failure message="no"/></testcase>'
+        '<testcase name="left"><skipped message="why"/></testcase></testsuite>'
         "</testsuites>"
     )
-    states = [(line.name, line.state) for line in first_hour.test_lines(tmp_path / "tests.xml")]
+    lines = first_hour.test_lines(tmp_path / "tests.xml")
+    states = [(line.name, line.state) for line in lines]
     assert states == [("good", "passed"), ("bad", "FAILED"), ("left", "not run")]
+    assert lines[0].text == "opening: 3 s, 40 MB"
 
 
 def test_a_stage_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ def test_a_taken_port_is_named(packaged) -> None:
             ports = dict.fromkeys(("--grpc-port", "--http-port", "--metrics-port"), 0)
             with pytest.raises(ServingError, match=f"port {port} is taken.*{option}"):
                 choose_ports("127.0.0.1", {**ports, option: port})
+            given = {**ports, option: port}
+            assert choose_ports("127.0.0.1", given, [option])[option] == port, "by our own door"
         ran = twotower("serve", packaged.repository, "--grpc-port", port)
     assert ran.returncode == 2
     assert f"error: port {port} is taken" in ran.stderr

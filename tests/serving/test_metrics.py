@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 import twotower_client as tt
-from tests.support import ROOT
+from tests.support import ROOT, TWOTOWER
 from tests.support.collector import collector
+from tests.support.waiting import wait_until
+from twotower_engines.serving import restarts
+from twotower_engines.serving.front import MODULES
 from twotower_engines.serving.journal import METRICS, OUTCOMES, Ended, Journal, line_of
+from twotower_engines.serving.repository import MODELS
+from twotower_engines.serving.stubs import model_processes
 
 DEPLOY = ROOT / "docs" / "deploy"
 OURS = re.compile(r"\btwotower_(\w+)")
@@ -48,12 +56,14 @@ def test_notes_become_lines_and_sums(capfd) -> None:
     journal.ended(Ended("", "", "busy", "come again"))
     journal.note("prompt_tokens_total", 3)
     journal.note("prompt_tokens_total", 4)
+    journal.note("part_restarts_total", 2, "llm")
     journal.note("time_per_block_seconds", 0.25)
     journal.close()
     assert sums.counters == {
         ("requests_total", "length"): 1,
         ("requests_total", "busy"): 1,
         ("prompt_tokens_total", ""): 7,
+        ("part_restarts_total", "llm"): 2,
     }
     assert sorted(sums.values) == [
         ("e2e_request_latency_seconds", 1.5),
@@ -77,6 +87,18 @@ def test_a_callers_words_stay_on_their_line() -> None:
     assert "\n" not in line
 
 
+def test_restarts_reach_the_model_by_a_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv(restarts.FILE, raising=False)
+    assert restarts.read() == {}
+    monkeypatch.setenv(restarts.FILE, restarts.write(tmp_path, {}))
+    assert restarts.read() == {}
+    restarts.write(tmp_path, {"server": 1, "llm": 2})
+    counts = {("server_restarts_total", ""): 1, ("part_restarts_total", "llm"): 2}
+    assert restarts.read() == counts
+    for name, label in counts:
+        assert label in (METRICS[name].labels or ("",))
+
+
 def test_outcomes_are_those_that_an_answer_can_have() -> None:
     from typing import get_args
 
@@ -84,6 +106,10 @@ def test_outcomes_are_those_that_an_answer_can_have() -> None:
     from twotower_engines.generation.request import FinishReason
 
     assert {*get_args(FinishReason), *STATUSES} <= set(OUTCOMES)
+
+
+def test_parts_are_the_models_and_the_processes_beside_the_server() -> None:
+    assert {*MODELS, *MODULES} - {"twotower", "ensemble"} == set(restarts.PARTS)
 
 
 def test_the_table_lists_every_metric_with_its_type() -> None:
@@ -161,6 +187,47 @@ def test_the_servers_page_counts_what_was_done(server, client) -> None:
     assert f"request_id={answer.request_id}" in log
 
 
+@pytest.mark.slow  # a server of its own
+@pytest.mark.server
+def test_restarts_are_counted_by_part(packaged) -> None:
+    """A part of the ensemble, the process of HTTP, then the server, which forgets nothing."""
+    command = [*TWOTOWER, "serve", str(packaged.repository), "--grpc-port", "0", "--json"]
+    command += ["--metrics-port", "0", "--http-port", "0"]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        ready = json.loads(serving.stdout.readline())
+        address = f"http://{ready['metrics']}/metrics"
+        expected = dict.fromkeys(restarts.PARTS, 0)
+        children = Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text().split()
+        [door] = [
+            int(child) for child in children
+            if MODULES["http"].encode() in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]  # fmt: skip
+        for part, process in (("llm", model_processes(ready["pid"])["llm"]), ("http", door)):
+            os.kill(process, signal.SIGKILL)
+            expected[part] += 1
+            wait_until(lambda: restarts_of(address) == (0, expected))
+        os.kill(ready["pid"], signal.SIGKILL)
+        serving.stdout.readline()
+        wait_until(lambda: restarts_of(address) == (1, expected))
+    finally:
+        serving.send_signal(signal.SIGINT)
+        serving.communicate(timeout=60)
+
+
+def restarts_of(address: str) -> tuple[float, dict[str, float]] | None:
+    """Return the restarts of the server, and of each part; None where no server answers."""
+    try:
+        with urllib.request.urlopen(address, timeout=20) as response:
+            text = response.read().decode()
+        parts = {
+            part: value(text, f'part_restarts_total{{part="{part}"}}') for part in restarts.PARTS
+        }
+        return value(text, "server_restarts_total"), parts
+    except (OSError, ValueError):  # it starts, and has no metrics yet
+        return None
+
+
 @pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
@@ -180,14 +247,11 @@ def test_a_real_prometheus_reads_them(server, client, tmp_path) -> None:
     try:
         client.generate(prompt_ids=[5], max_new_tokens=40)
         query = "/api/v1/query?query=twotower_generation_tokens_total"
-        end = time.monotonic() + 60
-        while not (values := ask(port, query)):
-            assert time.monotonic() < end
-            time.sleep(0.5)
+        values = wait_until(lambda: ask(port, query))
         assert float(values[0]["value"][1]) >= 40
         rules = ask(port, "/api/v1/rules", "groups")[0]["rules"]
         assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
-        assert len(rules) == 6
+        assert len(rules) == 7
     finally:
         running.terminate()
         running.wait()

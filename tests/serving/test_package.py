@@ -39,7 +39,8 @@ def test_the_repository_is_complete_and_names_the_engines(packaged) -> None:
     for name in ("preprocessing", "twotower", "postprocessing"):
         parameters = read_config(packaged.repository / name / "config.pbtxt").parameters
         found = {key: value.string_value for key, value in parameters.items()}
-        assert Settings.of_parameters(found) == Settings(packaged.engines, slots=2, threads=1)
+        settings = Settings(packaged.engines, slots=2, threads=1, prefix_mib=4)
+        assert Settings.of_parameters(found) == settings
         assert (packaged.repository / name / "1" / "model.py").is_file()
 
 
@@ -53,6 +54,28 @@ def test_the_verb_writes_the_same(packaged, tmp_path, capsys) -> None:
     assert values["checkpoint"] == str(packaged.checkpoint)
     assert values["slots"] == "3"
     check_repository(tmp_path / "repository", MODELS)
+
+
+def test_every_setting_comes_back_as_it_was_given(tmp_path) -> None:
+    settings = Settings(tmp_path / "e", tmp_path / "c", 3, 4, 5, 6, 7.5)
+    defaults = Settings(tmp_path / "e")
+    for name in Settings.__slots__:
+        if name != "engine_set":
+            assert getattr(settings, name) != getattr(defaults, name)
+    assert Settings.of_parameters(settings.parameters()) == settings
+    for name in ("slots", "prefill_ms"):
+        with pytest.raises(ServingError, match=f"`{name}` is 'many', not a"):
+            Settings.of_parameters({**settings.parameters(), name: "many"})
+
+
+def test_the_verb_says_where_a_chunk_is_longer_than_the_budget(packaged, tmp_path, capsys) -> None:
+    words = ["package", str(packaged.engines), str(tmp_path / "repository")]
+    root.cli.main(words, standalone_mode=False)
+    assert "--prefill-ms" not in capsys.readouterr().err
+    root.cli.main([*words, "--prefill-ms", "0"], standalone_mode=False)
+    assert "a chunk of a prompt has 128 tokens" in capsys.readouterr().err
+    parameters = read_config(tmp_path / "repository" / "twotower" / "config.pbtxt").parameters
+    assert parameters["prefill_ms"].string_value == "0.0"
 
 
 def test_writing_again_replaces_and_leaves_nothing_else(packaged, tmp_path) -> None:

@@ -80,7 +80,7 @@ def run_node(
     ]
     constants = dict(spec.constants)
     if "UPCAST" in constants:
-        constants["UPCAST"] = INTERPRETED
+        constants["UPCAST"] |= INTERPRETED
     launch(spec.function, launching.grid, tuple(arguments), constants, spec.launch)
     return made
 

@@ -79,10 +79,10 @@ def clean(days: float, dry_run: bool) -> None:
 
 
 def _entries(root: Path) -> list[Path]:
-    """Return each engine, engine set, timing cache and folder of links, but no lock."""
+    """Return each engine, engine set, cache of kernels and timing cache, but no lock."""
     if not root.is_dir():
         return []
-    kinds = ("builds", "libraries", "rtx-kernels", "timing")
+    kinds = ("builds", "rtx-kernels", "timing")
     found = [one for one in root.iterdir() if one.name not in kinds]
     for kind in kinds:
         folder = root / kind

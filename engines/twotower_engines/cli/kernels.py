@@ -78,8 +78,8 @@ def kernels(
 
     Every kernel of the released model's sizes is compiled to PTX for each GPU generation, without a
     GPU. Registers and spills are per thread and are the assembler's; shared memory is per program.
-    `driver` is the CUDA version whose driver first takes that PTX. The products of the experts are
-    listed in every tactic that TensorRT chooses from: the number ends their names.
+    `driver` is the CUDA version whose driver first takes that PTX. A kernel that TensorRT
+    chooses a tactic of is listed in every one: the number ends its name.
     """
     from twotower_engines.kernels.compile import all_specs
     from twotower_engines.kernels.spec import Sizes

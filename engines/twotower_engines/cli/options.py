@@ -8,7 +8,7 @@ import click
 
 from twotower_contract.command_line import together
 from twotower_contract.engine_set import MAX_BLOCK
-from twotower_engines.planning.plan import BLOCK_SIZE_MAX
+from twotower_engines.planning.plan import BLOCK_SIZE_MAX, PREFILL_MS
 from twotower_engines.planning.precisions import PRECISIONS
 from twotower_engines.planning.sku_file import FLAVOURS
 from twotower_engines.planning.sku_lookup import complete_skus
@@ -29,6 +29,14 @@ opening_options = together(
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [one per core]"),
 )
 """Adds what a verb that opens engines asks for."""
+
+prefill_option = click.option(
+    "--prefill-ms",
+    type=click.FloatRange(min=0),
+    default=PREFILL_MS,
+    help="Time that prompts may take from running rows in a turn. One chunk of a prompt always "
+    "goes, whatever it takes; `build --chunk` makes it shorter.",
+)
 
 limit_options = together(
     click.option("--slots", default=16, help="Requests in flight."),

@@ -12,9 +12,11 @@ import click
 from twotower_contract.command_line import OPENAI_PORT
 from twotower_contract.processes import told_to_end
 from twotower_contract.progress import StatusLine
-from twotower_engines.cli.options import opening_options
+from twotower_engines.cli.options import opening_options, prefill_option
+from twotower_engines.serving.settings import MAX_WAITING
 
 if TYPE_CHECKING:
+    from twotower_contract.engine_set import EngineSet
     from twotower_engines.serving.server import TritonServer
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -49,7 +51,7 @@ within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second
 @click.option(
     "--max-waiting",
     type=click.IntRange(min=0),
-    default=256,
+    default=MAX_WAITING,
     help="Requests that may wait for a slot before others are refused.",
 )
 @click.option(
@@ -59,6 +61,7 @@ within --grace seconds, and ends the server; Ctrl-C ends it at once, as a second
     help="MiB that the states of prompts' beginnings may take; a prompt that begins as an earlier "
     "one starts sooner.",
 )
+@prefill_option
 @click.option("--force", is_flag=True, help="Replace REPO whatever it holds.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -94,7 +97,23 @@ def package(
         print(json.dumps(described))
     else:
         print(f"{repo}: {', '.join(MODELS)}, serving {opened.folder}")
+        _say_if_a_chunk_is_long(opened, settings.prefill_ms)
         print(f"next: twotower serve {repo}", file=sys.stderr)
+
+
+def _say_if_a_chunk_is_long(engines: EngineSet, prefill_ms: float) -> None:
+    from twotower_engines.generation.costs import costs_of_engines
+    from twotower_engines.generation.turns import chunk_tokens
+
+    costs, limits = costs_of_engines(engines), engines.build.limits
+    chunk = chunk_tokens(costs, limits)
+    milliseconds = 1e3 * costs.extend(1, chunk)
+    if milliseconds > prefill_ms:
+        print(
+            f"note: a chunk of a prompt has {chunk} tokens and takes about {milliseconds:.3g} ms, "
+            f"more than --prefill-ms {prefill_ms:g}; `twotower build --chunk` makes chunks shorter",
+            file=sys.stderr,
+        )
 
 
 @click.command(epilog=SERVE_EPILOG)

@@ -9,10 +9,10 @@ from pathlib import Path
 import click
 
 from twotower_contract.progress import StatusLine
-from twotower_engines.cli.options import complete, limit_options
+from twotower_engines.cli.options import complete, limit_options, prefill_option
 from twotower_engines.cli.plan import DEFAULT_CONTEXT
 from twotower_engines.errors import PlanError
-from twotower_engines.generation.scheduler import PREFILL_SECONDS, Scheduler
+from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.planning.acceptance import load_acceptance
 from twotower_engines.planning.model_size import RELEASED, read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
@@ -69,12 +69,7 @@ A line of a trace is a JSON object: {"at": 0.5, "prompt_tokens": 300, "max_new_t
     show_default=False,
     help="GiB for prefixes of prompts.  [default: none]",
 )
-@click.option(
-    "--prefill-ms",
-    type=click.FloatRange(min=0),
-    default=1e3 * PREFILL_SECONDS,
-    help="Time that prompts may take from running rows in a turn.",
-)
+@prefill_option
 @click.option(
     "--calls",
     type=click.Choice(["grouped", "at-once"]),

@@ -53,12 +53,12 @@ from twotower_engines.generation.row import Row, Stage
 from twotower_engines.generation.sampling import likeliest, row_seed, sample
 from twotower_engines.generation.turns import Turns
 from twotower_engines.generation.waiting import WaitingRequests
+from twotower_engines.planning.plan import PREFILL_MS
 from twotower_engines.runtime.interface import DenoiseRow, ExtendRow, PredictRow, Runtime
 
 __all__ = ["Scheduler"]
 
 USUAL_COSTS = LinearCosts()
-PREFILL_SECONDS = 0.03
 LEAST_RETRY = 0.5
 """Seconds after which those who were turned away are told to try again, at least."""
 
@@ -86,7 +86,7 @@ class Scheduler:
         tokenizer: Tokenizer | None = None,
         most_waiting: int | None = None,
         costs: Costs = USUAL_COSTS,
-        prefill_seconds: float = PREFILL_SECONDS,
+        prefill_seconds: float = PREFILL_MS / 1e3,
         groups_calls: bool = True,
         prefix_bytes: int = 0,
         clock: Callable[[], float] = time.perf_counter,
@@ -114,6 +114,11 @@ class Scheduler:
         self._admitted = 0
         self._between_ends = 0.0  # seconds from the end of one request to the next, on average
         self._ended_at: float | None = None
+
+    @property
+    def prefix_room(self) -> int:
+        """Bytes that the states of prompts' beginnings may take, whole entries counted."""
+        return 0 if self._prefixes is None else self._prefixes.total_bytes
 
     @property
     def idle(self) -> bool:

@@ -33,6 +33,8 @@ each, and so begin with the second.
 BLOCK = 16
 BLOCK_SIZE_MAX = 64
 """Default for the largest block of the engines; most requests have blocks of 16."""
+PREFILL_MS = 30.0
+"""Default for the time that prompts may take from running rows in a turn of the scheduler."""
 OVERHEAD = {"onnxruntime": 512 << 20, "tensorrt": GIB, "tensorrt-rtx": GIB}
 MARGIN = 0.02
 WORKSPACE_SLACK = 1.1

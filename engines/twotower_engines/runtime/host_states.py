@@ -120,7 +120,9 @@ class Batch:
 
     def _copy(self, place: int, slot: Slot, tokens: int) -> None:
         """Bring a place up to date with its slot."""
-        held = self._held[place]
+        held, end = self._held[place], slot.length + tokens
+        if held == (slot.key, slot.length, end) and slot.length:
+            return
         start = held.length if held is not None and held.key is slot.key else 0
         if start != slot.length or start == 0:
             for name, array in self._mamba.items():
@@ -128,10 +130,10 @@ class Batch:
         for name, cache in self._caches.items():
             row = cache[place]
             row[:, start : slot.length] = slot.attention[name][0, :, start : slot.length]
-            if held is not None and held.end > slot.length + tokens:
+            if held is not None and held.end > end:
                 # masked, but it must be finite, and what another call wrote may be no number
                 row[:, slot.length : held.end] = 0
-        self._held[place] = _Held(slot.key, slot.length, slot.length + tokens)
+        self._held[place] = _Held(slot.key, slot.length, end)
 
 
 class HostStates:

@@ -1,9 +1,9 @@
 """The Mamba steps of a graph in a CPU's own operators.
 
 The exported node `twotower::MambaBlockStep` has a body of some seventy ordinary operators, which
-move several times what a step must. ONNX Runtime has one operator for the convolution, one for the
-scan and one for the norm. The scan keeps a head's state as [N, P]: so do the graph's inputs and
-outputs here, and the slots.
+move several times what a step must. ONNX Runtime has one operator for the scan and one for the
+norm. The scan keeps a head's state as [N, P]: so do the graph's inputs and outputs here, and the
+slots.
 
 A row's result is the same alone and in a batch.
 """
@@ -48,7 +48,7 @@ def replace_mamba_steps(graph: onnx.GraphProto) -> None:
         if (node.domain, node.op_type) != OP:
             nodes.append(node)
             continue
-        nodes += _step(node, shapes[node.input[2]], shared)
+        nodes += _step(node, shapes[node.input[2]], shapes[node.input[4]][1], shared)
         turned |= {node.input[2], node.output[2]}
     for value in (*graph.input, *graph.output):
         if value.name in turned:
@@ -59,13 +59,14 @@ def replace_mamba_steps(graph: onnx.GraphProto) -> None:
 
 
 def _step(
-    node: onnx.NodeProto, state_shape: list[int], shared: dict[str, str]
+    node: onnx.NodeProto, state_shape: list[int], kernel: int, shared: dict[str, str]
 ) -> list[onnx.NodeProto]:
     """Return the nodes of one step.
 
     Args:
         node: It is [B, L, d_inner + conv_dim + H] -> [B, L, d_inner], and both new states.
         state_shape: B, H, P, N.
+        kernel: Tokens that a result of the convolution depends on.
         shared: Values that all steps read, by name; those of the first are added.
     """
     projected, conv_state, ssm_state, lengths, conv_weight, conv_bias = node.input[:6]
@@ -76,14 +77,8 @@ def _step(
     b = Nodes(node.name)
     sizes = [H * P, H * P + 2 * G * N, H]
     z, xbc, dt = b.split(projected, 3, b.constant(sizes), axis=2)
-    weight = b.add("Unsqueeze", conv_weight, b.constant([1]))
-    convolved = b.add(
-        "CausalConvWithState",
-        *(xbc, weight, conv_bias, conv_state),
-        others=[f"{node.name}.columns"],  # those of a row that has L tokens: not every row has
-        domain=MICROSOFT,
-        channels_last=1,
-    )
+    history = b.add("Concat", conv_state, xbc, axis=1)
+    convolved = _convolution(b, history, xbc, conv_weight, conv_bias, kernel)
     convolved = b.add("QuickGelu", convolved, domain=MICROSOFT, alpha=1.0)  # SiLU
     x, B, C = b.split(convolved, 3, b.constant([H * P, G * N, G * N]), axis=2)
 
@@ -126,6 +121,29 @@ def _step(
     normed = b.add("RMSNormalization", groups, ones, axis=-1, epsilon=given["epsilon"])
     flat = b.add("Reshape", normed, b.constant([0, 0, H * P]))
     b.add("Mul", flat, norm_weight, output=node.output[0])
-    history = b.add("Concat", conv_state, xbc, axis=1)
     b.add("GatherND", history, shared["columns"], output=node.output[1], batch_dims=1)
     return b.written
+
+
+def _convolution(b: Nodes, history: str, xbc: str, weight: str, bias: str, kernel: int) -> str:
+    """Return the convolution of each channel over its last tokens, as a sum of products.
+
+    ONNX Runtime's own operator, `CausalConvWithState`, takes 1.6 times as long for 16 rows.
+
+    Args:
+        b: Where the nodes go.
+        history: [B, kernel - 1 + L, C].
+        xbc: Its last L tokens.
+        weight: [C, kernel].
+        bias: [C].
+        kernel: Tokens that a result depends on.
+    """
+    transposed = b.add("Transpose", weight, perm=[1, 0])
+    total = bias
+    for index, column in enumerate(b.split(transposed, kernel, b.constant([1] * kernel))):
+        seen = xbc
+        if index < kernel - 1:
+            begin, end = b.constant([index]), b.constant([index + 1 - kernel])
+            seen = b.add("Slice", history, begin, end, b.constant([1]))
+        total = b.add("Add", b.add("Mul", seen, column), total)
+    return total

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from twotower_engines.serving.restarts import PARTS
 from twotower_engines.serving.workers import Periodic
 
 PREFIX = "twotower_"
@@ -61,6 +62,8 @@ METRICS = {
     "context_calls_total": Metric("counter", "Calls of the context tower."),
     "context_rows_total": Metric("counter", "Rows of these calls."),
     "prefix_bytes": Metric("gauge", "Memory that the states of prompts' beginnings take."),
+    "prefix_usage_ratio": Metric("gauge", "Share of the memory for these states, from 0 to 1."),
+    "prefix_evictions_total": Metric("counter", "Kept states that made room for others."),
     "time_to_first_block_seconds": Metric(
         "histogram", "Seconds from arrival to the first block.", buckets=SECONDS
     ),
@@ -80,6 +83,9 @@ METRICS = {
     ),
     "self_test_passed": Metric("gauge", "1 where the golden answer was given; 0 where none is."),
     "server_restarts_total": Metric("counter", "Times that `serve` started the server again."),
+    "part_restarts_total": Metric(
+        "counter", "Times that `serve` started a part of the server again.", PARTS, "part"
+    ),
 }
 
 
@@ -177,16 +183,16 @@ class Journal:
         self, sink: Sink | None, as_json: bool, gauges: Callable[[], dict[str, float]]
     ) -> None:
         self._sink, self._as_json, self._gauges = sink, as_json, gauges
-        self._notes: queue.SimpleQueue[Ended | tuple[str, float]] = queue.SimpleQueue()
+        self._notes: queue.SimpleQueue[Ended | tuple[str, float, str]] = queue.SimpleQueue()
         self._writing = Periodic("journal", FLUSH_SECONDS, self._flush)
 
     def ended(self, request: Ended) -> None:
         """Note the end of a request."""
         self._notes.put(request)
 
-    def note(self, metric: str, value: float) -> None:
-        """Note an amount of a counter or a value of a histogram."""
-        self._notes.put((metric, value))
+    def note(self, metric: str, value: float, label: str = "") -> None:
+        """Note an amount of a counter, of one value of its label, or a value of a histogram."""
+        self._notes.put((metric, value, label))
 
     def close(self) -> None:
         """Write what was noted, and end the thread."""
@@ -203,9 +209,9 @@ class Journal:
                 sums["requests_total", note.outcome] += 1
                 observed += _observed(note)
             elif METRICS[note[0]].kind == "counter":
-                sums[note[0], ""] += note[1]  # type: ignore[assignment]
+                sums[note[0], note[2]] += note[1]  # type: ignore[assignment]
             else:
-                observed.append(note)
+                observed.append(note[:2])
         if lines:
             print("\n".join(lines), file=sys.stderr, flush=True)
         if self._sink is None:

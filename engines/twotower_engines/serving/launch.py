@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ssl
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from twotower_engines.serving.asking import ACCESS, CONTROL
 
 # Variables by which the model `twotower` learns of them.
 LOG_JSON = "TWOTOWER_LOG_JSON"
-RESTARTS = "TWOTOWER_RESTARTS"
 TRACES = "TWOTOWER_TRACES"
 
 # What nobody but `serve` may use: with them a caller could register the memory of the models'
@@ -51,7 +51,8 @@ class ServerOptions:
         openai_port: The same for OpenAI's interface.
         log: File for the server's log; None for a temporary file.
         log_json: Whether each request is logged as a JSON object.
-        restarts: Servers that ran here before this one.
+        restarts: How often `serve` started the server, and each part of it, again; counted on.
+        fronts: Ports' options of the processes beside the server that listen already.
         tls: Encryption; None for none.
         access_key: Key that callers must send; None where everyone may ask.
         traces: URL to which a trace of each request goes (OTLP over HTTP); None for none.
@@ -64,7 +65,8 @@ class ServerOptions:
     openai_port: int | None = None
     log: Path | None = None
     log_json: bool = False
-    restarts: int = 0
+    restarts: Counter[str] = field(default_factory=Counter)
+    fronts: tuple[str, ...] = ()
     tls: Tls | None = None
     access_key: str | None = None
     traces: str | None = None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Collection
 
 from twotower_engines.errors import ServingError
 
 
-def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
+def choose_ports(host: str, wanted: dict[str, int], ours: Collection[str] = ()) -> dict[str, int]:
     """Return a usable port for each use, all different.
 
     Args:
         host: Address that the server will listen on.
         wanted: Option name, for example `--grpc-port`, to port; 0 for any free one.
+        ours: Options at whose port a process of ours listens already.
 
     Raises:
         ServingError: A port is taken, may not be used, or is asked for twice.
@@ -22,8 +24,10 @@ def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
     try:
         # Named ports first, so that a free one is not chosen where a named one will be.
         for option, port in sorted(wanted.items(), key=lambda item: item[1] == 0):
-            held[option] = _bind(host, port, option, wanted)
-        return {option: held[option].getsockname()[1] for option in wanted}
+            if option not in ours:
+                held[option] = _bind(host, port, option, wanted)
+        bound = {option: one.getsockname()[1] for option, one in held.items()}
+        return {option: bound.get(option, port) for option, port in wanted.items()}
     finally:
         for one in held.values():
             one.close()

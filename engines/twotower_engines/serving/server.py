@@ -30,18 +30,11 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from twotower_engines.errors import ServingError
+from twotower_engines.serving import restarts
 from twotower_engines.serving.asking import ACCESS, CONTROL, Asker
 from twotower_engines.serving.front import MODULES
 from twotower_engines.serving.installation import find_server, make_backends, problem_of
-from twotower_engines.serving.launch import (
-    LOG_JSON,
-    RESTARTS,
-    TRACES,
-    ServerOptions,
-    Tls,
-    arguments,
-    name_of,
-)
+from twotower_engines.serving.launch import LOG_JSON, TRACES, ServerOptions, Tls, arguments, name_of
 from twotower_engines.serving.lifeline import (
     DRAIN,
     LIFELINE,
@@ -61,7 +54,6 @@ from twotower_engines.serving.stubs import (
 
 GONE_SECONDS = 2  # in which a killed process is gone, on a busy machine
 HEED_SECONDS = 2  # in which the server heeds a process of a model that ended, where it does at all
-
 
 Process = subprocess.Popen[bytes]
 
@@ -94,7 +86,8 @@ class TritonServer:
         problem = problem or refusal()
         if problem is not None:
             raise ServingError(problem)
-        self._ports = choose_ports(self._options.host, self._options.wanted_ports())
+        given = self._options
+        self._ports = choose_ports(given.host, given.wanted_ports(), given.fronts)
         self._started = time.monotonic()
         # Two servers with one prefix would read each other's shared memory.
         self._prefix = f"twotower_{os.getpid()}_{secrets.token_hex(4)}_"
@@ -171,7 +164,7 @@ class TritonServer:
         ports: dict[str, Any] = {
             option.strip("-").replace("-", "_"): port for option, port in self._ports.items()
         }
-        return replace(self._options, restarts=self._options.restarts + 1, **ports)
+        return replace(self._options, **ports)
 
     @contextlib.contextmanager
     def asker(self) -> Iterator[Asker]:
@@ -197,6 +190,11 @@ class TritonServer:
             asker.reload(model)
             asker.load("ensemble")  # which was unloaded with it
         self._model_processes |= model_processes(self.pid)
+
+    def count_restart(self, part: str) -> None:
+        """Let the metrics know that a part was started again."""
+        self._options.restarts[part] += 1
+        restarts.write(self._folder, self._options.restarts)
 
     def wait_until_ready(
         self, timeout: float = 600.0, progress: Callable[[str], None] | None = None
@@ -345,7 +343,7 @@ class TritonServer:
         """Start the server and its keeper."""
         environment = {**os.environ, **{pipe: str(one) for pipe, one in reading.items()}}
         environment |= library_path(self._folder)
-        environment[RESTARTS] = str(self._options.restarts)
+        environment[restarts.FILE] = restarts.write(self._folder, self._options.restarts)
         environment[LOG_JSON] = "1" if self._options.log_json else ""
         environment[TRACES] = self._options.traces or ""
         # The stub embeds Python and finds packages through the first interpreter on PATH.
@@ -360,9 +358,7 @@ class TritonServer:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                pass_fds=tuple(
-                    reading.values()
-                ),  # the models' processes inherit it from the server
+                pass_fds=tuple(reading.values()),  # which the models' processes inherit
             )
         try:
             keeper = start_keeper(reading[LIFELINE], server.pid, self._prefix, self._folder)

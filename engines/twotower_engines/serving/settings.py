@@ -9,6 +9,7 @@ from typing import Any
 
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.errors import ServingError
+from twotower_engines.planning.plan import PREFILL_MS
 
 MAX_WAITING = 256
 
@@ -24,6 +25,7 @@ class Settings:
         max_waiting: Requests that may wait for a slot before others are refused.
         threads: CPU threads of the engines; None for one per core.
         prefix_mib: Memory for the states of prompts' beginnings, in MiB; 0 for none.
+        prefill_ms: Milliseconds that prompts may take from running rows in a turn.
     """
 
     engine_set: Path
@@ -32,6 +34,7 @@ class Settings:
     max_waiting: int = MAX_WAITING
     threads: int | None = None
     prefix_mib: int = 0
+    prefill_ms: float = PREFILL_MS
 
     def parameters(self) -> dict[str, str]:
         """Return them as config.pbtxt holds them: strings, those that are None left out."""
@@ -42,6 +45,7 @@ class Settings:
             "max_waiting": self.max_waiting,
             "threads": self.threads,
             "prefix_mib": self.prefix_mib,
+            "prefill_ms": self.prefill_ms,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -67,6 +71,13 @@ class Settings:
                 ) from None
 
         max_waiting = integer("max_waiting")
+        prefill = values.get("prefill_ms", PREFILL_MS)
+        try:
+            prefill_ms = float(prefill)
+        except ValueError:
+            raise ServingError(
+                f"config.pbtxt: parameter `prefill_ms` is {prefill!r}, not a number"
+            ) from None
         return cls(
             engine_set=Path(values["engine_set"]),
             checkpoint=Path(values["checkpoint"]) if "checkpoint" in values else None,
@@ -74,6 +85,7 @@ class Settings:
             max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
             threads=integer("threads"),
             prefix_mib=integer("prefix_mib") or 0,
+            prefill_ms=prefill_ms,
         )
 
     @classmethod

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twotower_engines.errors import ServingError
@@ -137,6 +137,8 @@ class Supervisor:
                 self._server = None
             if has_run and time.monotonic() - began > WELL_SECONDS:
                 failures = 0
+            options.restarts["server"] += 1
+            options = replace(options, fronts=tuple(f"--{kind}-port" for kind in self.fronts))
             self._pause(min(2.0**failures - 1, LONGEST_PAUSE_SECONDS))
 
     def _open_fronts(self, server: TritonServer) -> None:
@@ -169,8 +171,10 @@ class Supervisor:
                 time.sleep(STEP_SECONDS)
                 if (code := server.exit_code) is not None:
                     return f"the Triton server ended with exit code {code}"
-                for event in filter(None, [one.look_after() for one in self.fronts.values()]):
-                    self._tell(f"{event}; it was started again")
+                for kind, front in self.fronts.items():
+                    if (event := front.look_after()) is not None:
+                        server.count_restart(kind)
+                        self._tell(f"{event}; it was started again")
                 for door in steps:
                     steps[door] += 1
                 sick = self._sick(server, stopped, steps)
@@ -223,6 +227,7 @@ class Supervisor:
                 server.reload(model)
             except NoAnswerError as error:
                 return f"{problem}, and {error}"
+            server.count_restart(model)
             self._tell(f"{problem}; it was loaded again")
         steps["ensemble"] = 0
         return None

@@ -41,8 +41,9 @@ from twotower_engines.generation.request import BlockEvent
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.progress import ByteMeter
+from twotower_engines.serving import restarts
 from twotower_engines.serving.journal import Ended, Journal, TritonSink
-from twotower_engines.serving.launch import LOG_JSON, RESTARTS, TRACES
+from twotower_engines.serving.launch import LOG_JSON, TRACES
 from twotower_engines.serving.lifeline import DRAIN, LIFELINE, on_cut
 from twotower_engines.serving.loop import EngineLoop, Part
 from twotower_engines.serving.preprocessing import Preprocessor, content_of
@@ -257,7 +258,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as triton
 
         self._triton = triton
-        self._totals: dict[str, int] = {}
+        self._totals: dict[tuple[str, str], int] = {}
         sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.of_model(arguments)
         engines = settings.engines()
@@ -282,10 +283,7 @@ class TritonPythonModel:
         slots = settings.slots or self._runtime.limits.slots
         self._max_unread = slots + settings.max_waiting
         self._sink = TritonSink(self._triton)
-        self._sink.add("server_restarts_total", "", float(os.environ.get(RESTARTS, 0)))
         self._sink.set("self_test_passed", float(tested.status == "passed"))
-        as_json = bool(os.environ.get(LOG_JSON))
-        self._journal = Journal(self._sink, as_json, lambda: self._gauges(slots))
         collector = os.environ.get(TRACES)
         self._spans = SpanSender(collector) if collector else None
         scheduler = Scheduler(
@@ -294,21 +292,32 @@ class TritonPythonModel:
             tokenizer=self._tokenizer,
             most_waiting=settings.max_waiting,
             costs=costs_of_engines(engines),
+            prefill_seconds=settings.prefill_ms / 1e3,
             prefix_bytes=settings.prefix_mib * 2**20,
         )
+        as_json, room = bool(os.environ.get(LOG_JSON)), scheduler.prefix_room
         self._counters, self._retry_after = scheduler.counters, scheduler.retry_after
+        self._journal = Journal(self._sink, as_json, lambda: self._gauges(slots, room))
         self._loop = EngineLoop(scheduler, _end_process, self._journal)
 
-    def _gauges(self, slots: int) -> dict[str, float]:
-        """Return the values of the gauges, and note what was counted since the last time."""
+    def _gauges(self, slots: int, prefix_room: int) -> dict[str, float]:
+        """Return the values of the gauges, and note what was counted since the last time.
+
+        Args:
+            slots: Number of slots.
+            prefix_room: Bytes that the states of prompts' beginnings may take.
+        """
         state, counters = self._loop.state, self._counters
-        totals = {f"{name}_total": getattr(counters, name) for name in COUNTED}
-        totals["turns_total"] = state.turns
-        for name, total in totals.items():
-            self._journal.note(name, total - self._totals.get(name, 0))
+        totals = {(f"{name}_total", ""): getattr(counters, name) for name in COUNTED}
+        totals["turns_total", ""] = state.turns
+        totals["prefix_evictions_total", ""] = counters.prefixes_evicted
+        totals |= restarts.read()
+        for (name, label), total in totals.items():
+            self._journal.note(name, total - self._totals.get((name, label), 0), label)
         self._totals = totals
         return {
             "prefix_bytes": counters.prefix_bytes,
+            "prefix_usage_ratio": counters.prefix_bytes / prefix_room if prefix_room else 0.0,
             "num_requests_running": state.running,
             "num_requests_waiting": state.waiting,
             "slot_usage_ratio": state.running / slots,

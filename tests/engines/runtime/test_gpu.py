@@ -6,6 +6,7 @@ make test ARGS="-m gpu"
 from __future__ import annotations
 
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -191,6 +192,29 @@ def test_plans_answer_as_the_cpu_flavour_does(built):
         runtime.close()
     gpu, cpu = answers.values()
     assert np.equal(gpu, cpu).mean() > 0.95
+
+
+def test_calls_that_are_prepared_take_seconds_and_memory(built, device, record_property):
+    """The wall shows both, of all that opening does and of a call that is first needed later."""
+    from twotower_engines.runtime.interface import ExtendRow
+    from twotower_engines.runtime.opening import open_runtime
+
+    engines, _ = gpus_and_cpus(built)
+    flavour, ids = engines.build.flavour, np.arange(5, 21, dtype=np.int32)
+
+    def measured(name, work):
+        free, begun = device.free_memory(), time.perf_counter()
+        result = work()
+        seconds, taken = time.perf_counter() - begun, free - device.free_memory()
+        record_property(f"{flavour}, {name}", f"{seconds:.3f} s, {taken / 1e6:.0f} MB")
+        return result
+
+    runtime = measured("opening", lambda: open_runtime(engines))
+    last = runtime.limits.slots - 1  # a window that begins there is no usual one
+    for name in ("first call from another slot", "the same again"):
+        measured(name, lambda: runtime.extend([ExtendRow(last, ids)]))
+    runtime.close()
+    assert device.free_memory() > 0
 
 
 def test_two_gpus_answer_as_one_does(built):

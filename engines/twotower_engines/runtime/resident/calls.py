@@ -1,8 +1,9 @@
 """The calls that a resident runtime makes: their sizes, their tensors, and the memory of these.
 
-Rows and tokens of a call are padded to a few sizes, so that all calls there can be are prepared
-when the engines are loaded. Calls of one tower never overlap, and the host waits for each, so they
-take turns in the same memory, which is allocated once, for the largest.
+Rows and tokens of a call are padded to a few sizes, so that there are few calls: the usual ones are
+prepared when the engines are loaded, others on first need. Calls of one tower never overlap, and
+the host waits for each, so they take turns in the same memory, which is allocated once, for the
+largest.
 """
 
 from __future__ import annotations

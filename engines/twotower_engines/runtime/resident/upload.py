@@ -2,10 +2,10 @@
 
 A weight input of a native graph holds the bytes of its tensors one after the other: as they are
 stored, or expert after expert. An engine may take a bank of experts row after row instead, see
-`FLAT`. Nothing is converted but what is quantized: FP8 codes are transposed, and scales are brought
-to the model's dtype, see `input_forms`. A tower's weights are one allocation, which is filled
-window by window: two threads read the windows' bytes from the shards, which may be those of many
-small tensors, while windows that were read travel.
+`FLAT`. Little is converted: a router's matrix is widened to float32, FP8 codes are transposed, and
+scales are brought to the model's dtype, see `input_forms`. A tower's weights are one allocation,
+which is filled window by window: two threads read the windows' bytes from the shards, which may be
+those of many small tensors, while windows that were read travel.
 """
 
 from __future__ import annotations
