@@ -10,10 +10,11 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 
-from tests.support.fake_server import failure, fake_server
+from tests.support.fake_server import failure, fake_server, part
 from twotower_client import TwoTowerClient, http_door
 from twotower_client.http_door import MOST_BODY, Door
 from twotower_contract.statuses import try_again
@@ -148,17 +149,12 @@ def test_a_time_that_is_over_and_paths_that_are_not_there(http) -> None:
     ("said", "header"), [(try_again(2.5), "3"), (try_again(0.5), "1"), ("shutting down", "1")]
 )
 def test_a_busy_server_says_when_to_come_again(path, said, header) -> None:
-    with (
-        fake_server(lambda request, context: iter([failure("busy", said)])) as url,
-        TwoTowerClient(url) as asking,
-        Door(("127.0.0.1", 0), asking) as door,
-    ):
-        threading.Thread(target=door.serve_forever, args=(0.02,), daemon=True).start()
-        address = f"http://127.0.0.1:{door.server_address[1]}/v2/models/twotower/{path}"
+    busy = fake_server(lambda request, context: iter([failure("busy", said)]))
+    with busy as url, door_before(url) as port:
+        address = f"http://127.0.0.1:{port}/v2/models/twotower/{path}"
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(address, b'{"text_input": "hi"}', timeout=30)
         assert (refusal.value.code, refusal.value.headers["Retry-After"]) == (503, header)
-        door.shutdown()
 
 
 def test_bodies_are_bounded(http) -> None:
@@ -206,12 +202,11 @@ def busy(client):
         stream.cancel()
 
 
-@pytest.fixture
-def impatient(server, monkeypatch):
-    """The port of HTTP where a stream begins at once, and a notice comes each 0.5 s."""
-    monkeypatch.setattr(http_door, "PATIENCE_SECONDS", 0.0)
+@contextmanager
+def door_before(url: str):
+    """The port of HTTP before a server, where a notice comes each 0.5 s."""
     with (
-        TwoTowerClient(server.grpc_address, inactivity_timeout=1.5) as asking,
+        TwoTowerClient(url, inactivity_timeout=1.5) as asking,
         Door(("127.0.0.1", 0), asking) as door,
     ):
         threading.Thread(target=door.serve_forever, args=(0.02,), daemon=True).start()
@@ -219,43 +214,60 @@ def impatient(server, monkeypatch):
         door.shutdown()
 
 
-def test_a_stream_that_waits_says_so(impatient, busy) -> None:
-    connection = http_client(f"127.0.0.1:{impatient}")
-    body = json.dumps({"input_ids": [7], "max_new_tokens": 4})
-    connection.request("POST", "/v2/models/twotower/generate_stream", body)
-    response = connection.getresponse()
-    assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream")
-    assert [response.readline() for _ in range(4)] == [b": queued 1\n", b"\n"] * 2
-    busy()
-    lines = response.read().decode()
-    [block] = events_of(lines)
-    assert len(block["output_ids"]) == 4
-    assert block["request_id"]
-    connection.close()
+@pytest.fixture
+def impatient(monkeypatch):
+    """Streams over HTTP begin at once."""
+    monkeypatch.setattr(http_door, "PATIENCE_SECONDS", 0.0)
 
 
-def test_a_failure_while_a_stream_waits_is_an_event(impatient, busy) -> None:
-    late = {"input_ids": [7], "max_new_tokens": 4, "timeout_seconds": 0.7}
-    status, body = post(f"http://127.0.0.1:{impatient}", late, "generate_stream")
+def test_a_stream_that_waits_says_so(server, impatient, busy) -> None:
+    with door_before(server.grpc_address) as port:
+        connection = http_client(f"127.0.0.1:{port}")
+        body = json.dumps({"input_ids": [7], "max_new_tokens": 4})
+        connection.request("POST", "/v2/models/twotower/generate_stream", body)
+        response = connection.getresponse()
+        assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream")
+        assert [response.readline() for _ in range(4)] == [b": queued 1\n", b"\n"] * 2
+        busy()
+        [block] = events_of(response.read().decode())
+        assert len(block["output_ids"]) == 4
+        assert block["request_id"]
+        connection.close()
+
+
+def test_a_failure_after_a_stream_began_to_wait_is_an_event(monkeypatch) -> None:
+    def answer(request, context):
+        yield part(place=3)
+        yield failure("late", "waited for a slot")
+
+    with fake_server(answer) as url, door_before(url) as port:
+        ask = (f"http://127.0.0.1:{port}", {"input_ids": [7]}, "generate_stream")
+        assert post(*ask)[0] == 504, "nothing is sent so soon"
+        monkeypatch.setattr(http_door, "PATIENCE_SECONDS", 0.0)
+        status, body = post(*ask)
+    assert (status, body.splitlines()[0]) == (200, ": queued 3")
     [event] = events_of(body)
-    assert (status, event["status"]) == (200, 504)
+    assert event["status"] == 504
     assert "waited for a slot" in event["error"]
 
 
-def test_a_failure_before_patience_ends_has_a_status(http, busy) -> None:
-    late = {"input_ids": [7], "max_new_tokens": 4, "timeout_seconds": 0.3}
-    assert post(http, late, "generate_stream")[0] == 504
-
-
 @pytest.mark.parametrize("path", ["generate", "generate_stream"])
-def test_a_caller_who_leaves_while_it_waits_leaves_the_queue(impatient, busy, client, path) -> None:
-    body = json.dumps({"input_ids": [7], "max_new_tokens": 4}).encode()
+def test_a_caller_who_leaves_while_it_waits_is_noticed(impatient, path) -> None:
+    asked, left = threading.Event(), threading.Event()
+
+    def answer(request, context):
+        context.add_callback(left.set)
+        asked.set()
+        while not left.wait(0.1):
+            yield part(place=1)
+
+    body = b'{"input_ids": [7]}'
     head = f"POST /v2/models/twotower/{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", impatient)) as caller:
-        caller.sendall(head.encode() + body)
-        until(lambda: client.probe()["waiting"])
-    until(lambda: not client.probe()["waiting"])
-    assert client.probe()["running"] == 2
+    with fake_server(answer) as url, door_before(url) as port:
+        with socket.create_connection(("127.0.0.1", port)) as caller:
+            caller.sendall(head.encode() + body)
+            assert asked.wait(20)
+        assert left.wait(20)
 
 
 def until(holds) -> None:
