@@ -1,4 +1,4 @@
-"""The verb `twotower probe`: does a server live, is it ready."""
+"""The verb `twotower probe`: does a server live, is it ready, has it started."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Examples:
 
 live passes where the engine's thread answers, ready where the server takes new requests, too: not
 while it drains, nor while its models load. The thread answers before all requests that wait, so a
-busy server passes. Exits with 0 where the probe passes and with 1 where it fails. A cluster's
-startup probe is `ready` with patience.
+busy server passes. startup asks as ready does: a cluster that has one asks it with patience. Exits
+with 0 where the probe passes and with 1 where it fails.
 """
 
 
 @click.command(epilog=EPILOG)
-@click.argument("kind", type=click.Choice(["live", "ready"]))
+@click.argument("kind", type=click.Choice(["live", "ready", "startup"]))
 @access_options
 @click.option(
     "--timeout",
@@ -34,12 +34,12 @@ startup probe is `ready` with patience.
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def probe(kind: str, timeout: float, as_json: bool, **access: Any) -> None:
-    """Ask a server whether it is live or ready; for the probes of a cluster."""
+    """Ask a server whether it is live, ready or started; for the probes of a cluster."""
     from twotower_client.access_cli import connect
 
     with connect(access) as client:
         state = client.probe(timeout)
-    if kind == "ready" and state["draining"]:
+    if kind != "live" and state["draining"]:
         raise ModelNotReadyError(
             f"the server at {client.url} is shutting down and takes no new requests; ask another"
         )

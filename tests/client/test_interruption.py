@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.command import twotower
+from tests.support.waiting import wait_until
 
 INTERRUPTED = 130
 # Keeps a verb at its longest step, where only a signal ends it.
@@ -121,10 +121,7 @@ def test_children_are_ended_and_clean_up_first(tmp_path) -> None:
         f"interruptible(); run_child([sys.executable, '-c', {child!r}])"
     )
     running = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE)
-    end = time.monotonic() + 30
-    while not ready.exists():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(ready.exists)
     running.terminate()
     running.communicate(timeout=30)
     assert not mark.exists()

@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import urllib.request
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from tests.support import ROOT, TWOTOWER
 from tests.support.browser import chromium
 from tests.support.fake_server import failure, fake_server
 from tests.support.served import free_slot_at_once
+from tests.support.waiting import wait_until
 from twotower_client.openai.chat import ChatTemplate
 from twotower_client.openai.fields import read_completion
 from twotower_client.openai.problems import ApiError
@@ -222,12 +222,6 @@ def test_chat_goes_through_the_template(caller, server, client) -> None:
         assert refusal.value.body["param"].startswith("messages")
 
 
-def wait_for_a_free_slot(server) -> None:
-    end = time.monotonic() + 3
-    while not free_slot_at_once(server.grpc_address):
-        assert time.monotonic() < end, "callers who left still hold the slots"
-
-
 def test_a_caller_that_leaves_frees_its_slot(caller, address, server) -> None:
     streams = [
         complete(caller, max_tokens=LONG, extra_body={"mode": "ar"}, stream=True) for _ in range(2)
@@ -237,7 +231,7 @@ def test_a_caller_that_leaves_frees_its_slot(caller, address, server) -> None:
     assert "requests_running 2\n" in get(f"{address}/metrics")
     for stream in streams:
         stream.close()
-    wait_for_a_free_slot(server)
+    wait_until(lambda: free_slot_at_once(server.grpc_address), 3)
 
     async def leave() -> None:
         async with openai.AsyncOpenAI(
@@ -254,7 +248,7 @@ def test_a_caller_that_leaves_frees_its_slot(caller, address, server) -> None:
             await asyncio.gather(*whole, return_exceptions=True)
 
     asyncio.run(leave())
-    wait_for_a_free_slot(server)
+    wait_until(lambda: free_slot_at_once(server.grpc_address), 3)
     metrics = get(f"{address}/metrics")
     assert "requests_running 0\n" in metrics
     assert 'path="/v1/completions",status="499"} 4' in metrics
@@ -408,11 +402,11 @@ def test_the_page_shows_an_answer(address, caller) -> None:
             f"form.prompt.value = {json.dumps(PROMPT)}; form.max_tokens.value = 40;"
             "document.querySelector('form button').click()"
         )
-        browser.wait(lambda: browser.text(".figures").startswith("40 tokens"))
+        wait_until(lambda: browser.text(".figures").startswith("40 tokens"))
         browser.run("board.pause(); board.go(board.moments.length - 1)")
         shown = browser.run("return document.querySelector('.board').textContent")
         assert shown == PROMPT + complete(caller, max_tokens=40).choices[0].text
         browser.run("form.max_tokens.value = 99999; form.onsubmit(new Event('submit'))")
-        browser.wait(lambda: "these engines hold" in browser.text(".problem"))
+        wait_until(lambda: "these engines hold" in browser.text(".problem"))
         refusal = [one for one in browser.problems() if "400" not in one]
         assert refusal == [], "but for the refusal, which browsers tell by themselves"

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.support.browser import address_of, chromium
+from tests.support.waiting import wait_until
 from twotower_contract.replay import Replay, Token
 
 PROMPT = "Mia the fox </script> & <b>lived</b>"
@@ -72,10 +73,10 @@ def test_play_advances_to_the_end_and_pauses(browser) -> None:
     browser.run("document.querySelector('.speed').value = '20'")
     browser.press(SPACE)
     assert browser.text(".play") == "Pause"
-    browser.wait(lambda: browser.text(".play") == "Play")
+    wait_until(lambda: browser.text(".play") == "Play")
     assert shown(browser).endswith("The end")
     browser.run("document.querySelector('.play').click()")  # from the beginning again
-    browser.wait(lambda: browser.text(".play") == "Play")
+    wait_until(lambda: browser.text(".play") == "Play")
     assert shown(browser).endswith("The end")
 
 

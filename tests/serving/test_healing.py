@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -11,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,17 @@ import pytest
 
 import twotower_client as tt
 from tests.support import TWOTOWER
+from tests.support.command import twotower
+from tests.support.waiting import wait_until
 from twotower_client.request import Message
+from twotower_contract.engine_set import open_engine_set
+from twotower_engines.serving.package import package
+from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.stubs import model_processes
+from twotower_engines.serving.supervisor import STOPPED_SECONDS, Policy
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]  # servers of their own
+STALL = Policy().stall_seconds
 LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
 # The model, but for a prompt at which the engine's thread never comes to an end, and another at
 # which it takes all the memory that there is.
@@ -54,6 +62,7 @@ class Serving:
 
     process: subprocess.Popen
     ready: dict
+    folder: Path | None = None
 
     def ready_again(self) -> None:
         """Wait for the line that another start prints."""
@@ -76,26 +85,31 @@ def start(repository, *options: str) -> Serving:
     return Serving(process, json.loads(line))
 
 
-@pytest.fixture(scope="module")
-def serving(packaged, tmp_path_factory):
-    repository = tmp_path_factory.mktemp("healing") / "repository"
-    shutil.copytree(packaged.repository, repository)
-    (repository / "twotower/1/model.py").write_text(MODEL)
-    running = start(repository, "--stall-timeout", "3")
+@contextlib.contextmanager
+def started(repository: Path) -> Iterator[Serving]:
+    running = start(repository)
     yield running
     running.process.send_signal(signal.SIGINT)
     _, said = running.process.communicate(timeout=60)
     assert running.process.returncode == 0, said
 
 
+@pytest.fixture(scope="module")
+def serving(packaged, tmp_path_factory):
+    """On files of its own."""
+    folder = tmp_path_factory.mktemp("healing")
+    engines, checkpoint = folder / "engines", folder / "checkpoint"
+    shutil.copytree(packaged.engines, engines)
+    shutil.copytree(packaged.checkpoint, checkpoint)
+    settings = Settings(engines, checkpoint, slots=2, threads=1)
+    package(open_engine_set(engines), folder / "repository", settings)
+    (folder / "repository/twotower/1/model.py").write_text(MODEL)
+    with started(folder / "repository") as running:
+        running.folder = folder
+        yield running
+
+
 RETRYABLE = (tt.RequestFailedError, tt.ServerUnavailableError)
-
-
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def ensemble_stream(client: tt.TwoTowerClient, **options) -> tt.AnswerStream:
@@ -136,11 +150,28 @@ def use_up_memory(serving: Serving, client: tt.TwoTowerClient) -> None:
         client.generate(prompt_ids=GREEDY)
 
 
-@pytest.mark.parametrize("fault", [kill, stop, loop, use_up_memory])
-def test_the_engines_process_comes_back(serving, fault) -> None:
-    """Open requests end at once with an error after which one may try again."""
+@pytest.mark.parametrize(
+    ("fault", "unnoticed"), [(kill, 0), (stop, STOPPED_SECONDS), (loop, STALL), (use_up_memory, 0)]
+)
+def test_the_engines_process_comes_back(serving, packaged, fault, unnoticed) -> None:
+    """Open requests end at once with an error after which one may try again.
+
+    The server serves again within 5 s: on a machine that is busy, within the time in which the
+    fault cannot be noticed and twice the time of a bare start, before or after. A burst of other
+    work may delay one of three.
+    """
+    for _ in range(3):
+        seconds, bare = seconds_to_heal(serving, packaged.repository, fault)
+        print(f"{fault.__name__}: served again after {seconds:.2f} s; a bare start {bare:.2f} s")
+        if seconds < max(5.0, unnoticed + 2 * bare):
+            return
+    pytest.fail("it took too long three times")
+
+
+def seconds_to_heal(serving: Serving, repository: Path, fault) -> tuple[float, float]:
+    """Return the seconds from a fault to the next answer, and those of a bare start."""
     with serving.client(inactivity_timeout=30) as client:
-        before = serving.ready["pid"]
+        before = serving.ready
         with client.stream(prompt_ids=[5], **LONG) as stream:
             next(stream)
             began = time.monotonic()
@@ -148,10 +179,12 @@ def test_the_engines_process_comes_back(serving, fault) -> None:
             with pytest.raises(RETRYABLE):
                 stream.answer()
         answer = answer_in_the_end(client)
-        print(f"{fault.__name__}: served again after {time.monotonic() - began:.2f} s")
+        seconds = time.monotonic() - began
         assert len(answer.ids) == 4
         serving.ready_again()
-        assert serving.ready["pid"] != before
+        assert serving.ready["pid"] != before["pid"]
+    with started(repository) as other:
+        return seconds, max(before["seconds"], other.ready["seconds"])
 
 
 def answer_in_the_end(client: tt.TwoTowerClient) -> tt.Answer:
@@ -162,6 +195,64 @@ def answer_in_the_end(client: tt.TwoTowerClient) -> tt.Answer:
     return answer
 
 
+def ask_while_stopped(serving: Serving, seconds: float) -> futures.Future[tt.Answer]:
+    """Stop the engine's process for a while, in which a request arrives; return its outcome."""
+    engine = serving.model("twotower")
+    with serving.client() as client, futures.ThreadPoolExecutor() as pool:
+        os.kill(engine, signal.SIGSTOP)
+        outcome = pool.submit(client.generate, prompt_ids=[5], max_new_tokens=4)
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(engine, signal.SIGCONT)
+    return outcome
+
+
+def test_a_short_stall_is_survived(serving) -> None:
+    with serving.client() as client:
+        expected = answer_in_the_end(client)
+    before = serving.ready["pid"], serving.model("twotower")
+    assert ask_while_stopped(serving, 0.5).result().ids == expected.ids
+    assert (serving.ready["pid"], serving.model("twotower")) == before
+
+
+def test_a_stall_that_would_end_the_server_is_noticed_before(serving) -> None:
+    """A process that goes on after 2 s ends server 2.51 if a request arrived meanwhile."""
+    with serving.client() as client:
+        expected, before = answer_in_the_end(client), serving.ready["pid"]
+        assert isinstance(ask_while_stopped(serving, 2.0).exception(), RETRYABLE)
+        assert answer_in_the_end(client).ids == expected.ids
+    serving.ready_again()
+    assert serving.ready["pid"] != before
+
+
+def test_files_that_change_while_it_serves_change_no_answer(serving) -> None:
+    """Its repository, engines and checkpoint: written over, replaced, and gone."""
+
+    def answers() -> tuple[object, ...]:
+        text = client.generate("Mia the fox", max_new_tokens=40)
+        return text.ids, text.text, ensemble_stream(client, max_new_tokens=40).answer().ids
+
+    def write_over(file: Path) -> None:
+        file.write_bytes(b"#" * file.stat().st_size)
+
+    def replace(file: Path) -> None:
+        file.with_suffix(".new").write_bytes(b"something else")
+        file.with_suffix(".new").replace(file)
+
+    kept = serving.folder.with_name("kept")
+    shutil.copytree(serving.folder, kept)
+    files = [path for path in serving.folder.rglob("*") if path.is_file()]
+    before = serving.ready["pid"], serving.model("twotower")
+    with serving.client() as client:
+        expected = answers()
+        for change in (write_over, replace, Path.unlink):
+            for file in files:
+                change(file)
+            assert answers() == expected
+    assert (serving.ready["pid"], serving.model("twotower")) == before
+    shutil.copytree(kept, serving.folder, dirs_exist_ok=True)
+
+
 def test_a_part_of_the_ensemble_comes_back_alone(serving) -> None:
     """The other door does not notice: its stream goes on, and so do the engines."""
     server, engine = serving.ready["pid"], serving.model("twotower")
@@ -170,9 +261,9 @@ def test_a_part_of_the_ensemble_comes_back_alone(serving) -> None:
         for part in ("postprocessing", "llm", "preprocessing"):
             killed = serving.model(part)
             os.kill(killed, signal.SIGKILL)
-            until(lambda part=part, killed=killed: serving.model(part) not in (None, killed))
+            wait_until(lambda part=part, killed=killed: serving.model(part) not in (None, killed))
         next(stream)
-        until(lambda: ensemble_answers(client))
+        wait_until(lambda: ensemble_answers(client))
     assert (serving.ready["pid"], serving.model("twotower")) == (server, engine)
 
 
@@ -206,20 +297,15 @@ def test_a_probe_passes_on_a_busy_server_and_says_what_it_sees(serving) -> None:
     url = serving.ready["grpc"]
     with serving.client() as client:
         streams = [client.stream(prompt_ids=[5], **LONG) for _ in range(40)]
-        until(lambda: client.probe()["waiting"] == 38)
-        for kind in ("live", "ready"):
-            ran = probe(kind, "--url", url)
+        wait_until(lambda: client.probe()["waiting"] == 38)
+        for kind in ("live", "ready", "startup"):
+            ran = twotower("probe", kind, "--url", url)
             assert (ran.returncode, ran.stdout) == (0, f"{kind}: 2 running, 38 waiting\n")
         for stream in streams:
             stream.cancel()
-    ran = probe("live", "--url", "127.0.0.1:9", "--json")
+    ran = twotower("probe", "live", "--url", "127.0.0.1:9", "--json")
     assert (ran.returncode, ran.stdout) == (1, "")
     assert "no Triton server answers" in ran.stderr
-
-
-def probe(*arguments: str) -> subprocess.CompletedProcess:
-    command = [*TWOTOWER, "probe", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def health(serving: Serving, kind: str) -> tuple[int, dict]:
@@ -240,14 +326,13 @@ def test_sigterm_refuses_what_is_new_and_finishes_what_is_open(packaged, alive) 
         next(stream)
         assert [health(serving, kind)[0] for kind in ("live", "ready")] == [200, 200]
         serving.process.send_signal(signal.SIGTERM)
-        until(lambda: client.probe()["draining"])
+        wait_until(lambda: client.probe()["draining"])
         with pytest.raises(tt.ServerBusyError, match="send the request again"):
             client.generate(prompt_ids=[5], max_new_tokens=4)
         assert health(serving, "live")[0] == 200
         assert health(serving, "ready") == (503, {"error": "the server is shutting down"})
-        with futures.ThreadPoolExecutor() as pool:
-            live, ready = pool.map(lambda kind: probe(kind, "--url", url), ("live", "ready"))
-        assert (live.returncode, ready.returncode) == (0, 1)
+        ran = [twotower("probe", kind, "--url", url) for kind in ("live", "ready", "startup")]
+        assert [one.returncode for one in ran] == [0, 1, 1]
         assert len(stream.answer().ids) == LONG["max_new_tokens"]
     serving.process.communicate(timeout=30)
     assert serving.process.returncode == 0

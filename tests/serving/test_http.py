@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.fake_server import failure, fake_server, part
+from tests.support.waiting import wait_until
 from twotower_client import TwoTowerClient, http_door
 from twotower_client.http_door import MOST_BODY, Door
 from twotower_contract.statuses import try_again
@@ -184,11 +185,11 @@ def test_a_caller_who_leaves_frees_the_slot(http, client) -> None:
     for path in ("generate", "generate_stream"):
         body = json.dumps({"input_ids": [5], "block_size": 1, **LONG}).encode()
         head = f"POST /v2/models/twotower/{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        until(lambda: not client.probe()["running"])
+        wait_until(lambda: not client.probe()["running"])
         with socket.create_connection((host, int(port))) as caller:
             caller.sendall(head.encode() + body)
-            until(lambda: client.probe()["running"])
-        until(lambda: not client.probe()["running"])
+            wait_until(lambda: client.probe()["running"])
+        wait_until(lambda: not client.probe()["running"])
 
 
 @pytest.fixture
@@ -268,14 +269,6 @@ def test_a_caller_who_leaves_while_it_waits_is_noticed(impatient, path) -> None:
             caller.sendall(head.encode() + body)
             assert asked.wait(20)
         assert left.wait(20)
-
-
-def until(holds) -> None:
-    for _ in range(400):
-        if holds():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("it never was so")
 
 
 def test_health_is_the_engines_own(http) -> None:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import pytest
 import twotower_client as tt
 from tests.support import TWOTOWER
 from tests.support.command import twotower
+from tests.support.waiting import wait_until
 from twotower_engines.errors import ServingError
 from twotower_engines.serving.ports import choose_ports
 
@@ -108,13 +108,6 @@ def remains(starter: int) -> tuple[list[Path], list[Path]]:
     return sorted(Path("/dev/shm").glob(f"twotower_{starter}_*")), sorted(folders)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 @pytest.mark.server
 def test_a_model_that_cannot_load_says_why(tmp_path, packaged) -> None:
     broken = tmp_path / "broken"
@@ -123,7 +116,12 @@ def test_a_model_that_cannot_load_says_why(tmp_path, packaged) -> None:
     config.write_text(config.read_text().replace(str(packaged.engines), "/no/engines"))
     ran = twotower("serve", broken, "--grpc-port", 0, "--no-metrics")
     assert ran.returncode == 2
-    assert "/no/engines" in ran.stderr
+    *_, last = ran.stderr.splitlines()
+    assert last == (
+        "twotower could not be loaded: EngineSetError: /no/engines: no such folder; build engines "
+        "with `twotower build`"
+    )
+    assert "+--" not in ran.stderr, "Triton's tables"
     assert "Traceback (most recent call last)" not in ran.stderr.partition("log says")[0]
 
 

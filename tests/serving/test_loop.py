@@ -9,49 +9,14 @@ from typing import ClassVar
 
 import pytest
 
+from tests.support.replies import LONG, SECONDS, Answer, job
 from twotower_contract.engine_set import open_engine_set
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS
-from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.serving.loop import WATCH_SECONDS, EngineLoop
 from twotower_engines.serving.twotower import TritonPythonModel
 from twotower_engines.serving.wire import Cancel, Job, Probe
-
-SECONDS = 20
-
-
-class Answer:
-    """A reply that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.parts, self.failures, self.cancelled = [], [], False
-        self.ended, self.begun = threading.Event(), threading.Event()
-
-    def send(self, part) -> None:
-        assert not self.ended.is_set(), "nothing may follow the end"
-        self.parts.append(part)
-        self.begun.set()
-        if part.event.is_last:
-            self.ended.set()
-
-    def fail(self, message, failure) -> None:
-        assert not self.ended.is_set(), "nothing may follow the end"
-        self.failures.append((failure, message))
-        self.ended.set()
-
-    def is_cancelled(self) -> bool:
-        return self.cancelled
-
-    @property
-    def key(self) -> str:
-        """The loop's name of the request, which has begun or waits with a notice."""
-        assert self.begun.wait(SECONDS), "no part came"
-        return self.parts[0].event.request_id
-
-    def wait(self) -> Answer:
-        assert self.ended.wait(SECONDS), "no end came"
-        return self
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +34,6 @@ def loop(runtime, death):
     made = EngineLoop(Scheduler(runtime, slots=2, most_waiting=1), death.set)
     yield made
     made.close()
-
-
-def job(*prompt: int, name: str = "a", timeout: float = 0.0, **options) -> Job:
-    options.setdefault("max_new_tokens", 4)
-    return Job(Request(name, prompt or (5,), **options), timeout)
-
-
-LONG = {"max_new_tokens": 4000, "threshold": 1.0}
 
 
 def test_parts_carry_the_prompt_once_and_the_ids_before(loop) -> None:

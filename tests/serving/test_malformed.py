@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
-from tests.support.engine_bundles import wait_for
+from tests.support.malformed import is_refused, malformed_message
 from tests.support.soak import bytes_of
+from tests.support.waiting import wait_until
 from twotower_client.http_door import MOST_BODY
 from twotower_client.request import Message
 from twotower_contract.options import INPUTS
@@ -48,52 +49,19 @@ def others_are_answered(client) -> Iterator[None]:
     assert set(answers) == {expected}
 
 
-def malformed_message(draw: random.Random) -> service_pb2.ModelInferRequest:
-    """A request that is wrong in some way, at every level of the protocol."""
-    message = Message()
-    names = draw.sample(list(INPUTS), draw.randint(0, 4))
-    for name in names:
-        wire, _ = INPUTS[name]
-        wire = draw.choice([wire, wire, "INT32", "FP32", "BYTES"])
-        count = draw.choice([0, 1, 1, 2, 2**31 - 1, -1])
-        size = draw.choice([0, 1, 3, 4, 8, 400])
-        message.add_tensor(name, wire, count, draw.randbytes(size))
-    request = message.message
-    change = draw.randrange(6)
-    if change == 0:
-        request.inputs.add(name=draw.choice(["", "colour", "text_input"]), datatype="BYTES")
-    elif change == 1:
-        request.model_name = draw.choice(["", "other", "ensemble", "preprocessing"])
-    elif change == 2:
-        request.model_version = draw.choice(["0", "7", "x"])
-    elif change == 3:
-        request.outputs.add(name=draw.choice(["", "colour", "text_output"]))
-    elif change == 4:
-        request.parameters[draw.choice(["colour", "max_tokens"])].int64_param = draw.getrandbits(62)
-    else:
-        del request.raw_input_contents[len(request.raw_input_contents) // 2 :]
-    return request
-
-
 @counts
 def test_malformed_messages_are_refused_and_change_no_answer(server, client, count) -> None:
     draw = random.Random(SEED)
     with others_are_answered(client), grpc.insecure_channel(server.grpc_address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         for number in range(count):
-            request, ended = malformed_message(draw), False
+            request = malformed_message(draw)
             try:
-                for part in stub.ModelStreamInfer(iter([request]), timeout=20):
-                    ended = ended or bool(part.error_message) or _has_failed(part)
+                parts = list(stub.ModelStreamInfer(iter([request]), timeout=20))
+                refused = is_refused(request, parts)
             except grpc.RpcError as problem:
-                ended = problem.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
-            assert ended, (number, request)
-
-
-def _has_failed(part) -> bool:
-    """Whether a response says so itself, or answers a probe, which asks for no tokens."""
-    content = part.SerializeToString()
-    return any(word in content for word in (b"refused", b"cancelled", b"draining"))
+                refused = problem.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+            assert refused, (number, request)
 
 
 def malformed_http(draw: random.Random) -> bytes:
@@ -175,4 +143,4 @@ def test_prompts_of_100_mb_are_refused_and_leave_nothing(server) -> None:
             assert "the prompt has 100000000 bytes" in part.error_message
             sizes.append(bytes_of(server))
     # on a busy machine the last are freed a moment later
-    wait_for(lambda: bytes_of(server) < min(sizes[:4]) + 2 * SIZE)
+    wait_until(lambda: bytes_of(server) < min(sizes[:4]) + 2 * SIZE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import statistics
 import struct
 import subprocess
 import threading
@@ -150,6 +151,29 @@ def test_deadline_frees_the_slot(client) -> None:
             client.generate(prompt_ids=[5], timeout=0.3, **LONG)
     client.generate(prompt_ids=[5], max_new_tokens=4)
     assert time.monotonic() - start < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["deadline", "cancel"])
+def test_deadlines_and_cancels_are_exact(client, how) -> None:
+    """Within 0.1 s in the middle of nine: a busy machine delays some."""
+    off, seconds = [], 0.3
+    for _ in range(9):
+        moments = [time.monotonic() + seconds]
+        stream = client.stream(
+            prompt_ids=[5], timeout=seconds if how == "deadline" else None, **LONG
+        )
+
+        def cancel(stream=stream, moments=moments) -> None:
+            moments.append(time.monotonic())
+            stream.cancel()
+
+        if how == "cancel":
+            threading.Timer(seconds, cancel).start()
+        with pytest.raises(tt.DeadlineError if how == "deadline" else tt.RequestCancelledError):
+            stream.answer()
+        off.append(abs(time.monotonic() - moments[-1]))
+    assert statistics.median(off) < 0.1, off
 
 
 def test_the_server_gives_up_by_itself(client) -> None:

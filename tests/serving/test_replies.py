@@ -9,7 +9,7 @@ import pytest
 
 from twotower_engines.generation.request import BlockEvent
 from twotower_engines.serving.loop import Part
-from twotower_engines.serving.twotower import TritonPythonModel, TritonReply
+from twotower_engines.serving.twotower import TritonReply
 from twotower_engines.serving.workers import Worker
 
 FINAL = 1
@@ -133,30 +133,6 @@ def test_a_direct_caller_gets_real_errors(sending, failure, status, code) -> Non
     sending.close()
     expected = (f"{status}: why", getattr(TritonError, code))
     assert sender.sent == [(expected, FINAL)]
-
-
-def test_who_comes_while_too_many_wait_to_be_read_is_told_when_to_come_again(sending) -> None:
-    """Those who wait for a slot come before those who wait to be read."""
-    sender, ended = Sender(), []
-    request = SimpleNamespace(
-        inputs=list,
-        request_id=lambda: "a",
-        parameters=lambda: "{}",
-        requested_output_names=list,
-        get_response_sender=lambda: sender,
-    )
-    model = TritonPythonModel()
-    model._triton, model._sending, model._tokenizer, model._spans = TRITON, sending, None, None
-    model._runtime = SimpleNamespace(mask_token_id=3)
-    model._reading = {False: SimpleNamespace(waiting=6)}
-    model._max_unread, model._retry_after = 6, lambda count: count / 4
-    model._loop = SimpleNamespace(state=SimpleNamespace(waiting=4))
-    model._journal = SimpleNamespace(ended=ended.append)
-    model.execute([request])
-    sending.close()
-    said = "UNAVAILABLE: 6 requests wait to be read; try again in 2.5 s"
-    assert sender.sent == [((said, TritonError.UNAVAILABLE), FINAL)]
-    assert [one.outcome for one in ended] == ["busy"]
 
 
 def test_a_caller_who_cannot_be_reached_has_left(sending, capfd) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import grpc
@@ -10,6 +9,7 @@ import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 import twotower_client as tt
+from tests.support.waiting import wait_until
 from twotower_client.connection import KEEP_ALIVE
 from twotower_client.request import Message
 from twotower_client.response import read
@@ -57,8 +57,7 @@ def test_places_are_told_to_those_who_ask(server, client, busy) -> None:
     with grpc.insecure_channel(server.grpc_address) as channel:
         infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
         silent = infer(iter([waiting()]), timeout=60)
-        while not client.probe()["waiting"]:  # two calls may arrive in any order
-            time.sleep(0.05)
+        wait_until(lambda: client.probe()["waiting"])  # two calls may arrive in any order
         asks = infer(iter([waiting(queue_notice_seconds=0.5)]), timeout=60)
         places = [read(next(asks).infer_response, 0).queue_place for _ in range(3)]
         assert places == [2, 2, 2]

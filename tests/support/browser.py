@@ -6,9 +6,8 @@ import base64
 import json
 import shutil
 import subprocess
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,6 @@ class Browser:
         steps = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
         keyboard = {"type": "key", "id": "keyboard", "actions": steps}
         _ask("POST", f"{self._url}/actions", {"actions": [keyboard]})
-
-    def wait(self, is_so: Callable[[], bool]) -> None:
-        """Wait until something is so."""
-        end = time.monotonic() + SECONDS
-        while not is_so():
-            assert time.monotonic() < end, "the page never came to be so"
-            time.sleep(0.05)
 
     def resize(self, width: int, height: int) -> None:
         """Give the window a size in pixels, as a phone has it."""

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 from tests.support import TWOTOWER
@@ -109,13 +108,3 @@ def proportional_size(pid: int) -> int:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) << 10
     return 0
-
-
-def wait_for(condition, seconds: float = 60.0):
-    """Wait until a condition holds and return what it gave."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")

@@ -16,13 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
 import twotower_client as tt
+from tests.support.malformed import is_refused, malformed_message
 from twotower_engines.serving.server import ServerOptions, TritonServer
 
 Ids = tuple[int, ...]
 PROMPTS: tuple[Ids, ...] = tuple(tuple(range(5, 5 + size)) for size in range(1, 9))
+WAYS = ("whole", "cancel", "leave", "late", "bad", "malformed")
 SEED = 11
 MOST_FILES = 16  # more than before, when all callers have left
 
@@ -87,7 +91,7 @@ async def _one_caller(
     draw, loop = random.Random(SEED + number), asyncio.get_running_loop()
     client = tt.AsyncTwoTowerClient(address, timeout=600)
     while loop.time() < until:
-        prompt, way = draw.choice(PROMPTS), draw.choice(("whole", "cancel", "leave", "late", "bad"))
+        prompt, way = draw.choice(PROMPTS), draw.choice(WAYS)
         counts[way] = counts.get(way, 0) + 1
         stream = client.stream(
             prompt_ids=prompt,
@@ -100,6 +104,8 @@ async def _one_caller(
             elif way == "bad":
                 with pytest.raises(tt.RequestRefusedError):
                     await client.generate(prompt_ids=[draw.randrange(5000, 10**6)])
+            elif way == "malformed":
+                await _send_malformed(address, draw)
             elif way == "late":
                 with pytest.raises(tt.DeadlineError):
                     await stream.answer()
@@ -114,6 +120,18 @@ async def _one_caller(
             counts["busy"] = counts.get("busy", 0) + 1
             await asyncio.sleep(0.2)
     await client.close()
+
+
+async def _send_malformed(address: str, draw: random.Random) -> None:
+    """Send a message that none of our clients would; it must be refused."""
+    request = malformed_message(draw)
+    async with grpc.aio.insecure_channel(address) as channel:
+        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        try:
+            refused = is_refused(request, [part async for part in ask([request], timeout=600)])
+        except grpc.RpcError as problem:
+            refused = problem.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+        assert refused, request
 
 
 async def _until_free(server: TritonServer) -> int:

@@ -27,12 +27,13 @@ from twotower_engines.serving.wire import DURATIONS, Cancel, Job, Probe, encode
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
-# Longer text cannot fit: no tokenizer that we know has a longer token. It keeps megabytes of text
-# from holding up the tokenizer only to be refused.
+# Longer text cannot fit: no tokenizer that we know has a longer token. It keeps megabytes from
+# memory and from the tokenizer only to be refused. Of other inputs it leaves what anybody needs.
 BYTES_PER_TOKEN = 256
 # Text of more characters for each token that fits is judged by its beginning first.
 LONG_CHARACTERS_PER_TOKEN = 16
 
+PROMPTS = ("text_input", "input_ids")
 # What is no request for an answer.
 ALONE = {"cancel_request_id": "cancels another request", "probe": "asks for the engine's state"}
 
@@ -72,6 +73,7 @@ class Preprocessor:
             RequestError: The request cannot be done.
             TokenizerError: The text is not valid.
         """
+        self.check_sizes(tensors)
         why = unknown_name(set(parameters) - TRITONS_OWN, INPUTS)
         if why is not None:
             raise RequestError(why)
@@ -98,20 +100,30 @@ class Preprocessor:
         job.check_durations()
         return job
 
+    def check_sizes(self, tensors: Tensors) -> None:
+        """Refuse inputs that are larger than these engines take, at no cost.
+
+        Raises:
+            RequestError: Naming the input and its size.
+        """
+        context = self._limits.context
+        for name, tensor in tensors.items():
+            size, unit, most = bytes_of(tensors, name), "bytes", context * BYTES_PER_TOKEN
+            if name == "input_ids":
+                size, unit, most = tensor.size, "tokens", context
+            if size > most:
+                what = "the prompt" if name in PROMPTS else name
+                raise RequestError(
+                    f"{what} has {size} {unit}, but these engines hold {context} tokens: shorten it"
+                )
+
     def _prompt_ids(self, tensors: Tensors) -> tuple[int, ...]:
-        if ("text_input" in tensors) == ("input_ids" in tensors):
+        if sum(name in tensors for name in PROMPTS) != 1:
             raise RequestError("give either text_input or input_ids, and not both")
         if "input_ids" in tensors:
             return tuple(tensors["input_ids"].tolist())
         if self._tokenizer is None:
             raise RequestError("these engines have no tokenizer; give input_ids, not text_input")
-        content = bytes(_one(tensors, "text_input"))
-        limit = self._limits.context * BYTES_PER_TOKEN
-        if len(content) > limit:
-            raise RequestError(
-                f"the prompt has {len(content)} bytes, but these engines hold "
-                f"{self._limits.context} tokens: shorten it"
-            )
         text = _text(tensors, "text_input")
         start = self._limits.context * LONG_CHARACTERS_PER_TOKEN
         least = self._tokenizer.least_count(text[:start]) if len(text) > start else 0
@@ -135,6 +147,15 @@ def check_outputs(tensors: Tensors) -> None:
                 f"{name} is {value}, but the model `ensemble` has no output for it; ask the model "
                 "`twotower`, which takes the same inputs"
             )
+
+
+def bytes_of(tensors: Tensors, name: str) -> int:
+    """Return the size of an input in bytes; 0 where it was not given."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        return 0
+    texts = map(len, tensor.reshape(-1)) if tensor.dtype == object else ()
+    return max(tensor.nbytes, sum(texts))
 
 
 def _value(tensors: Tensors, option: Option) -> Any:

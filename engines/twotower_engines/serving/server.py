@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -42,6 +41,7 @@ from twotower_engines.serving.lifeline import (
     remove_left,
     start_keeper,
 )
+from twotower_engines.serving.log import end_of_log
 from twotower_engines.serving.place import copy_models, make_folder, refusal
 from twotower_engines.serving.ports import choose_ports, hold_ports
 from twotower_engines.serving.repository import MODELS, check_repository
@@ -283,17 +283,12 @@ class TritonServer:
             time.sleep(0.01)
 
     def log_tail(self, lines: int = 30) -> str:
-        """Return the end of the server's log, without the noise of a machine that has no GPU."""
+        """Return the end of the server's log, without noise; why a model failed comes last."""
         try:
             text = self._log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
-        text = text.replace(str(self._copies), str(self._repository))
-        kept = [line for line in text.splitlines() if line and not NOISE.search(line)]
-        # A model's own error is worth more than the table and the messages of unloading after it.
-        first = next((number for number, line in enumerate(kept) if ERROR.match(line)), None)
-        kept = kept[-lines:] if first is None else kept[first : first + lines]
-        return "\n".join(["the server's log says:", *(f"  {line}" for line in kept)])
+        return end_of_log(text.replace(str(self._copies), str(self._repository)), lines)
 
     def __enter__(self) -> Self:
         return self
@@ -367,10 +362,6 @@ class TritonServer:
             server.wait()
             raise
         return server, keeper
-
-
-NOISE = re.compile(r"pinned memory|CUDA driver|CudaDriver|NVML|DCGM|cudaError", re.IGNORECASE)
-ERROR = re.compile(r"E\d{4} |error:|Traceback|terminate called|.*cannot open shared object")
 
 
 def _credentials(tls: Tls) -> tuple[Any, str | None]:

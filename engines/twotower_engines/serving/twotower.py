@@ -27,9 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower_contract.engine_set import EngineSet
-from twotower_contract.errors import TwoTowerError
 from twotower_contract.options import FREE
-from twotower_contract.statuses import Failure, text_of, try_again
+from twotower_contract.statuses import Failure, text_of
 from twotower_engines.artifacts.tokenizer import (
     Tokenizer,
     added_text,
@@ -42,19 +41,18 @@ from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.progress import ByteMeter
 from twotower_engines.serving import restarts
-from twotower_engines.serving.journal import Ended, Journal, TritonSink
+from twotower_engines.serving.journal import Journal, TritonSink
 from twotower_engines.serving.launch import LOG_JSON, TRACES
 from twotower_engines.serving.lifeline import DRAIN, LIFELINE, on_cut
 from twotower_engines.serving.loop import EngineLoop, Part
 from twotower_engines.serving.preprocessing import Preprocessor, content_of
+from twotower_engines.serving.reading import Reader
 from twotower_engines.serving.settings import Settings
 from twotower_engines.serving.spans import SpanSender, Trace
-from twotower_engines.serving.wire import decode
 from twotower_engines.serving.workers import Worker
 from twotower_engines.verify.self_test import run_self_test
 
 SECONDS_TO_DELIVER = 0.5  # for the last errors to leave a process that is about to end
-LONG_TEXT = 65536  # bytes; longer prompts are read by a thread of their own
 # Seconds between two chances of another thread to run. A block that is sent takes a few times as
 # long, which would pass between two calls of the engine (Python's own choice is 5 ms).
 SWITCH_SECONDS = 0.0002
@@ -262,11 +260,9 @@ class TritonPythonModel:
         sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.of_model(arguments)
         engines = settings.engines()
-        self._preprocessor = Preprocessor(engines)
         exists = Tokenizer.exists(engines.folder)
         self._tokenizer = Tokenizer(engines.folder) if exists else None
         self._open(settings, engines)
-        self._reading = {is_long: Worker("reading", _end_process) for is_long in (False, True)}
         self._sending = Worker("sending", _end_process)
         # Triton itself would wait for the answers under way, which may take minutes.
         on_cut(DRAIN, self._loop.drain)
@@ -281,7 +277,6 @@ class TritonPythonModel:
         print(f"twotower: golden self-test {tested.status}: {tested.reason}", file=sys.stderr)
         tested.require()
         slots = settings.slots or self._runtime.limits.slots
-        self._max_unread = slots + settings.max_waiting
         self._sink = TritonSink(self._triton)
         self._sink.set("self_test_passed", float(tested.status == "passed"))
         collector = os.environ.get(TRACES)
@@ -296,9 +291,16 @@ class TritonPythonModel:
             prefix_bytes=settings.prefix_mib * 2**20,
         )
         as_json, room = bool(os.environ.get(LOG_JSON)), scheduler.prefix_room
-        self._counters, self._retry_after = scheduler.counters, scheduler.retry_after
+        self._counters = scheduler.counters
         self._journal = Journal(self._sink, as_json, lambda: self._gauges(slots, room))
         self._loop = EngineLoop(scheduler, _end_process, self._journal)
+        self._reader = Reader(
+            Preprocessor(engines),
+            self._loop,
+            slots + settings.max_waiting,
+            self._journal,
+            _end_process,
+        )
 
     def _gauges(self, slots: int, prefix_room: int) -> dict[str, float]:
         """Return the values of the gauges, and note what was counted since the last time.
@@ -337,41 +339,13 @@ class TritonPythonModel:
                 mask_id=self._runtime.mask_token_id,
                 trace=self._trace_of(request),
             )
-            size = sum(len(one) for one in tensors.get("text_input", ()))
-            reading = self._reading[size > LONG_TEXT]
-            if reading.waiting < self._max_unread:
-                reading.put(partial(self._read, tensors, name, parameters, reply))
-            else:
-                after = self._retry_after(reading.waiting + self._loop.state.waiting)
-                message = f"{reading.waiting} requests wait to be read; {try_again(after)}"
-                reply.fail(message, "busy")
-                self._journal.ended(Ended("", name, "busy", message))
+            self._reader.put(tensors, name, parameters, reply)
 
     def _trace_of(self, request: Any) -> Trace | None:
         if self._spans is None:
             return None
         context = request.trace().get_context()
         return Trace(self._spans, context) if context else None
-
-    def _read(
-        self,
-        tensors: dict[str, npt.NDArray[Any]],
-        name: str,
-        parameters: list[str],
-        reply: TritonReply,
-    ) -> None:
-        """Check and translate a request, and hand it to the engine's thread."""
-        try:
-            message = (
-                decode(bytes(tensors["request"][0]))
-                if "request" in tensors
-                else self._preprocessor.message(tensors, name, parameters)
-            )
-        except TwoTowerError as problem:
-            reply.fail(str(problem), "refused")
-            self._journal.ended(Ended("", name, "refused", str(problem)))
-        else:
-            self._loop.put(message, reply)
 
     def is_ready(self) -> bool:
         """Say no while draining; servers from release 26.03 on ask."""
@@ -380,8 +354,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Answer what is open, end the threads and free the engines."""
         self._loop.close()
-        for worker in (*self._reading.values(), self._sending):
-            worker.close()
+        self._reader.close()
+        self._sending.close()
         self._journal.close()
         if self._spans is not None:
             self._spans.close()

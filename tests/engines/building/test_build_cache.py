@@ -21,9 +21,9 @@ from tests.support.engine_bundles import (
     json_of,
     run_build,
     start_build,
-    wait_for,
     write_bundle_of,
 )
+from tests.support.waiting import wait_until
 from twotower_contract.digests import file_sha256
 from twotower_contract.engine_set import BUILD_FILE, open_engine_set
 from twotower_contract.errors import EngineSetError
@@ -66,6 +66,7 @@ class CountingFlavour(Flavour):
         self.flags = []
         self.machine = "x86_64"
         self.engine = {"layers": 1, "types": {"gemm": 1}, "device_memory": 1000}
+        self.scratch = None
 
     def versions(self):
         return {"tensorrt_rtx": self.version}
@@ -82,7 +83,12 @@ class CountingFlavour(Flavour):
             shutil.copyfile(order.graph, order.engine)
             layers_file(order.engine).write_text('{"Layers": []}')
             traffic_file(order.engine).write_text('{"profiles": []}')
-        return {tower: {"engine": self.engine} for tower in orders}
+        return {tower: {"engine": self.engine, "scratch": self.scratch} for tower in orders}
+
+    def take(self, size, is_opened):
+        """Let engines need so much memory, as their GPU says or else the builder alone."""
+        self.engine = {"layers": 1, "types": {}, "device_memory": size} if is_opened else None
+        self.scratch = size if not is_opened else None
 
     def needs(self, target):
         return Needs(self.machine)
@@ -198,7 +204,8 @@ def test_a_set_of_another_cpu_is_written_anew(bundle, tmp_path, counting):
     assert (is_new, made.build.machine) == (True, "aarch64")
 
 
-def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, counting):
+@pytest.mark.parametrize("is_opened", [True, False])
+def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, counting, is_opened):
     """On a GPU of 2 GiB; what the plan left free may be used."""
     path = tmp_path / "small.toml"
     path.write_text(
@@ -206,9 +213,9 @@ def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, coun
         "bandwidth_gb_s = 100\nbf16_tflops = 10\n"
     )
     options = replace(OPTIONS, sku=find_sku(str(path)))
-    counting.engine = {**counting.engine, "device_memory": 100 << 20}
+    counting.take(100 << 20, is_opened)
     build_engines(bundle, tmp_path / "engines", options)
-    counting.engine = {**counting.engine, "device_memory": 1 << 30}
+    counting.take(1 << 30, is_opened)
     with pytest.raises(BuildError, match=r"context 1\.0 GiB \(planned .*fewer --slots"):
         build_engines(bundle, tmp_path / "engines", replace(options, slots=3))
     assert open_engine_set(tmp_path / "engines").build.limits.slots == 2
@@ -317,11 +324,11 @@ def test_two_real_builds_at_once(bundle, tmp_path, cache):
 )
 def test_a_killed_build_leaves_nothing_that_looks_finished(bundle, tmp_path, cache, number, code):
     process = start_build(*arguments(bundle, tmp_path / "engines"))
-    workers = wait_for(lambda: [pid for pid in descendants(process.pid) if is_worker(pid)])
+    workers = wait_until(lambda: [pid for pid in descendants(process.pid) if is_worker(pid)])
     os.kill(process.pid, number)
     process.communicate(timeout=30)
     assert process.returncode == code
-    wait_for(lambda: not any(is_running(pid) for pid in workers))
+    wait_until(lambda: not any(is_running(pid) for pid in workers))
     with pytest.raises(EngineSetError):
         open_engine_set(tmp_path / "engines")
     assert not list((tmp_path / "engines").glob(f"**/{BUILD_FILE}"))

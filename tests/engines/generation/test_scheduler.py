@@ -22,12 +22,15 @@ def engines(random_engines):
     return random_engines("MEM*E", seed=3, poison=POISON).engines
 
 
+def opened(engines, slots, tokens):
+    limits = Limits(slots, context=512, max_tokens_per_call=tokens, block_size_max=64)
+    return OnnxRuntime(replace(engines, build=replace(engines.build, limits=limits)), threads=1)
+
+
 @pytest.fixture(scope="module")
 def short_calls(engines):
     """A runtime that takes 7 tokens of a row in one context call: prompts come in chunks."""
-    limits = Limits(slots=4, context=512, max_tokens_per_call=7, block_size_max=64)
-    changed = replace(engines, build=replace(engines.build, limits=limits))
-    runtime = OnnxRuntime(changed, threads=1)
+    runtime = opened(engines, slots=4, tokens=7)
     yield runtime
     runtime.close()
 
@@ -39,22 +42,35 @@ def runtime(engines):
     runtime.close()
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("which", ["runtime", "short_calls"])
-def test_a_batch_changes_no_answer(request, which, seed):
+def check_that_a_batch_changes_no_answer(runtime, seed, count, turns):
     """Requests of all kinds join at random turns; every event is the one that they give alone."""
-    runtime = request.getfixturevalue(which)
     draw = random.Random(seed)
-    requests = [drawn(draw, str(number)) for number in range(12)]
-    scheduler, answers = Scheduler(runtime), {}
+    requests = [drawn(draw, str(number)) for number in range(count)]
+    scheduler, answers, most = Scheduler(runtime), {}, 0
     for one in requests:
         scheduler.submit(one)
-        for _ in range(draw.choice([0, 0, 1, 5])):
+        for _ in range(draw.choice(turns)):
             for event in scheduler.turn():
                 answers.setdefault(event.request_id, []).append(event)
+            most = max(most, scheduler.active)
     finish(scheduler, answers)
     for one in requests:
         assert answers[one.request_id] == alone(runtime, one), one
+    assert most == runtime.limits.slots
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("which", ["runtime", "short_calls"])
+def test_a_batch_changes_no_answer(request, which, seed):
+    check_that_a_batch_changes_no_answer(request.getfixturevalue(which), seed, 12, [0, 0, 1, 5])
+
+
+@pytest.mark.slow
+def test_200_requests_answer_alone_as_among_32(engines):
+    """Through the scheduler, over 32 slots: all modes, policies, canvases, callers, priorities."""
+    runtime = opened(engines, slots=32, tokens=7)
+    check_that_a_batch_changes_no_answer(runtime, seed=5, count=200, turns=[0, 0, 0, 1])
+    runtime.close()
 
 
 def test_chunks_give_the_answer_of_one_call(runtime, short_calls):
