@@ -34,7 +34,7 @@ def packaged(tmp_path_factory) -> Packaged:
 
     folder = tmp_path_factory.mktemp("served")
     engines = build_random_engines(folder)
-    settings = Settings(engines, slots=2, threads=1)
+    settings = Settings(engines, slots=2, threads=1, prefix_mib=4)
     package(open_engine_set(engines), folder / "repository", settings)
     return Packaged(folder / "checkpoint", engines, folder / "repository")
 
