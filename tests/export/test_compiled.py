@@ -157,12 +157,9 @@ def test_an_engine_of_the_flavour_asks_for_no_more_than_is_planned(tower, sku, s
     assert sizes <= known
 
 
-def test_experts_write_as_little_where_a_call_decides_how_many_tokens_there_are(
-    tmp_path, monkeypatch
-):
+def test_experts_write_as_little_where_a_call_decides_how_many_tokens_there_are(tmp_path):
     """TensorRT would copy activations of a number of tokens that it cannot divide by eight."""
-    monkeypatch.setattr(compiled_tables, "PATTERN", "E")
-    listing = compiled_tables.compiled(tmp_path, "context", "bodies", 16, 256, CONTEXT)
+    listing = compiled_tables.compiled(tmp_path, "context", "bodies", 16, 256, CONTEXT, "E")
     assert not listing.unsized
     call = compiled_tables.call_of("context", 16, 16, CONTEXT)
     experts, inner = FULL_CONFIG["n_routed_experts"], FULL_CONFIG["moe_intermediate_size"]

@@ -53,7 +53,11 @@ FLAVOURS: dict[str, Flavour] = {
     for flavour in (OnnxRuntimeFlavour(), TensorRtFlavour(), TensorRtRtxFlavour())
 }
 CONTEXT = 8192
-ENGINE_CODE = ("twotower_engines/building/flavours/*.py", "twotower_contract/traffic.py")
+ENGINE_CODE = (
+    "twotower_engines/building/flavours/*.py",
+    "twotower_engines/planning/compiled.py",
+    "twotower_contract/traffic.py",
+)
 SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")
 """Sources that decide the bytes of an engine, and those of a set; recipes add the kernels'."""
 

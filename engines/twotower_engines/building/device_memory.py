@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from twotower_engines.building.build_cache import CachedEngine
 from twotower_engines.errors import BuildError
@@ -11,17 +12,16 @@ from twotower_engines.planning.plan import MemoryPlan
 
 
 def check_device_memory(plan: MemoryPlan, built: Mapping[str, CachedEngine]) -> None:
-    """Check the memory that TensorRT reports for intermediates against the memory plan.
+    """Check the memory that the builder reports for intermediates against the memory plan.
 
     Raises:
-        BuildError: A GPU would not hold it all; never where the builder could not open an engine.
+        BuildError: A GPU would not hold it all; never where the builder says nothing of memory.
     """
     for gpu in plan.gpus:
-        engines = {tower: built[tower].report.get("engine") or {} for tower in gpu.towers}
         taken = {
-            tower: engine["device_memory"]
-            for tower, engine in engines.items()
-            if "device_memory" in engine
+            tower: size
+            for tower in gpu.towers
+            if (size := _intermediates(built[tower].report)) is not None
         }
         more = sum(size - gpu.workspace[tower] for tower, size in taken.items())
         if more > gpu.free:
@@ -34,3 +34,10 @@ def check_device_memory(plan: MemoryPlan, built: Mapping[str, CachedEngine]) -> 
                 f"was planned: {sizes}, and only {gib(gpu.free)} were left free; build with fewer "
                 "--slots, a shorter --context or a smaller --block-size-max"
             )
+
+
+def _intermediates(report: Mapping[str, Any]) -> int | None:
+    """Return the bytes that an engine needs: as its GPU says, else as the builder did."""
+    opened = report.get("engine") or {}
+    size: int | None = opened.get("device_memory", report.get("scratch"))
+    return size

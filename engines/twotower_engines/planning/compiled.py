@@ -27,6 +27,9 @@ FORMAT_VERSION: Final = 1
 ITEM: Final = 2
 """Bytes of an activation in the compiled towers."""
 
+COPYING: Final = frozenset({"8.0", "8.6"})
+"""Compute capabilities whose attention reads copies of the caches, made anew in every call."""
+
 Way = Literal["bodies", "codes", "kernels"]
 """Function bodies alone, the same on quantized weights, or our kernels in place of three bodies."""
 

@@ -365,6 +365,11 @@ class _Sizes:
         return self.request.max_tokens_per_call
 
     @property
+    def room(self) -> int:
+        """Tokens that a cache has room for: the context, and one call."""
+        return self.request.context + max(self.chunk, self.request.block_size_max)
+
+    @property
     def item(self) -> int:
         """Bytes of an activation, a key or a value: weights may be narrower, these are not."""
         return FLOAT32 if self.request.precision == "float32" else 2
@@ -377,7 +382,7 @@ class _Sizes:
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)
         states = {
             "keys and values": self.request.slots
-            * (self.request.context + max(self.chunk, self.request.block_size_max))
+            * self.room
             * kv_bytes_per_token(self.model.config, self.item),
             "ssm": self.request.slots * ssm_bytes(self.model.config),
             "conv": self.request.slots * conv_bytes(self.model.config, self.item),
@@ -407,5 +412,5 @@ class _Sizes:
         length = self.chunk if tower == "context" else self.request.block_size_max
         way = way_of(_has_kernels(self.request), self.request.precision)
         compiled = compiled_tower(self.model.config, tower, way, self.item)
-        size = compiled.scratch_bytes(self.request.slots, length, self.request.context)
+        size = compiled.scratch_bytes(self.request.slots, length, self.room)
         return int(WORKSPACE_SLACK * size)

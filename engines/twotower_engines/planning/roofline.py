@@ -5,7 +5,8 @@ bytes over the achieved bandwidth and its operations over the achieved rate. The
 other, so their times add up, and each kernel and each call has a small cost of its own. The number
 of routed experts that a batch reads comes from the measured routing (`routing.py`), the number of
 steps of a block from the measured acceptance (`acceptance.py`); kernels, and what they move beside
-weights and states, from compiled engines (`compiled.py`). Calls are captured as CUDA graphs.
+weights and states, from compiled engines (`compiled.py`), but for the operators of ONNX Runtime,
+which are counted by hand. Calls are captured as CUDA graphs.
 
 Where bytes bind, this is a floor for the time and a ceiling for tokens per second. Where operations
 do, it is an estimate: 60% of the dense rate is assumed, and 73 to 83% of it was measured on an RTX
@@ -24,7 +25,7 @@ from twotower_contract.sizes import conv_bytes, kv_bytes_per_token, parts_of_tow
 from twotower_contract.skus import Sku
 from twotower_contract.traffic import ENDS
 from twotower_engines.planning.acceptance import Calls
-from twotower_engines.planning.compiled import Way, compiled_tower, table_source, way_of
+from twotower_engines.planning.compiled import COPYING, Way, compiled_tower, table_source, way_of
 from twotower_engines.planning.model_size import ModelSize
 from twotower_engines.planning.plan import BLOCK, MemoryPlan
 from twotower_engines.planning.precisions import weight_sizes
@@ -42,8 +43,11 @@ CPU_KERNELS: Mapping[str, int] = {"M": 90, "*": 50, "E": 40, "ends": 100}
 
 BASIS: Mapping[str, tuple[str, ...]] = {
     "compiled": (
-        f"kernels of a call, and the bytes that they move beside weights and states ({TABLE}): "
-        "for `tensorrt` of the graph cut at our plugins, for the others of function bodies",
+        f"bytes that kernels move beside weights and states ({TABLE}): for `tensorrt` of the graph "
+        "cut at our plugins, for the others of function bodies; and how many kernels `tensorrt` "
+        "and `tensorrt-rtx` run",
+        "for compute capability 8.0 and 8.6 attention reads copies of the caches, made anew in "
+        "every call: caches are counted three times there",
         "attention reads the keys and values of a slot's whole capacity: what a request has not "
         "reached is masked, and counted as if it were read",
     ),
@@ -58,7 +62,12 @@ BASIS: Mapping[str, tuple[str, ...]] = {
         "memory is read at the achieved share of the specified bandwidth (its source is below), so "
         "a time that bytes bind is a floor; matrix products reach 60% of the dense bf16 rate, "
         "whatever the width of the weights: a time that FLOPs bind is an estimate",
-        "each kernel costs 2 us besides, each call 300 us on the host; calls are captured graphs",
+        f"each kernel of an engine costs {KERNEL_SECONDS['tensorrt'] * 1e6:g} us besides, each "
+        f"call {CALL_SECONDS * 1e6:g} us on the host; calls are captured graphs",
+        "`onnxruntime` is not compiled here: its operators are counted by hand, "
+        f"{CPU_KERNELS['M']} for a Mamba layer, {CPU_KERNELS['*']} for attention, "
+        f"{CPU_KERNELS['E']} for experts and {CPU_KERNELS[ENDS]} besides, at "
+        f"{KERNEL_SECONDS['onnxruntime'] * 1e6:g} us each",
         "calls are counted as large as they are asked for: the runtime pads rows to a power of two "
         "and a row's tokens to 16, 32, 64 or a chunk, which costs time that is not counted here",
         "new Mamba states are read and written once more to reach their slot; ids and logits that "
@@ -309,6 +318,8 @@ class _Parts:
         w = self.weights
         mamba = self.rows * (ssm_bytes(model.config) + conv_bytes(model.config, item))
         keys = self.rows * self.context * kv_bytes_per_token(model.config, item)
+        if self.machine.sku.compute_capability in COPYING:
+            keys *= 3  # read and written, and the copy is what attention reads
         moved = self.compiled.moved_bytes(c.pattern, self.rows, self.tokens, self.context)
         return {
             "routed experts": w["routed experts"] * self._share_of_experts(),

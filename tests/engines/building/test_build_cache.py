@@ -66,6 +66,7 @@ class CountingFlavour(Flavour):
         self.flags = []
         self.machine = "x86_64"
         self.engine = {"layers": 1, "types": {"gemm": 1}, "device_memory": 1000}
+        self.scratch = None
 
     def versions(self):
         return {"tensorrt_rtx": self.version}
@@ -82,7 +83,12 @@ class CountingFlavour(Flavour):
             shutil.copyfile(order.graph, order.engine)
             layers_file(order.engine).write_text('{"Layers": []}')
             traffic_file(order.engine).write_text('{"profiles": []}')
-        return {tower: {"engine": self.engine} for tower in orders}
+        return {tower: {"engine": self.engine, "scratch": self.scratch} for tower in orders}
+
+    def take(self, size, is_opened):
+        """Let engines need so much memory, as their GPU says or else the builder alone."""
+        self.engine = {"layers": 1, "types": {}, "device_memory": size} if is_opened else None
+        self.scratch = size if not is_opened else None
 
     def needs(self, target):
         return Needs(self.machine)
@@ -198,7 +204,8 @@ def test_a_set_of_another_cpu_is_written_anew(bundle, tmp_path, counting):
     assert (is_new, made.build.machine) == (True, "aarch64")
 
 
-def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, counting):
+@pytest.mark.parametrize("is_opened", [True, False])
+def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, counting, is_opened):
     """On a GPU of 2 GiB; what the plan left free may be used."""
     path = tmp_path / "small.toml"
     path.write_text(
@@ -206,9 +213,9 @@ def test_engines_that_take_more_than_there_is_are_refused(bundle, tmp_path, coun
         "bandwidth_gb_s = 100\nbf16_tflops = 10\n"
     )
     options = replace(OPTIONS, sku=find_sku(str(path)))
-    counting.engine = {**counting.engine, "device_memory": 100 << 20}
+    counting.take(100 << 20, is_opened)
     build_engines(bundle, tmp_path / "engines", options)
-    counting.engine = {**counting.engine, "device_memory": 1 << 30}
+    counting.take(1 << 30, is_opened)
     with pytest.raises(BuildError, match=r"context 1\.0 GiB \(planned .*fewer --slots"):
         build_engines(bundle, tmp_path / "engines", replace(options, slots=3))
     assert open_engine_set(tmp_path / "engines").build.limits.slots == 2

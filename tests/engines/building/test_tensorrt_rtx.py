@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support import ROOT, TWOTOWER
+from tests.support.compiled import KEPT, config_of
 from tests.support.engine_bundles import (
     MemoryWatch,
     run_build,
@@ -32,7 +34,7 @@ from twotower_contract.digests import file_state
 from twotower_contract.engine_set import Limits, open_engine_set
 from twotower_contract.manifest import read_manifest
 from twotower_contract.skus import known_skus
-from twotower_contract.traffic import Tensor
+from twotower_contract.traffic import Tensor, read_listings, traffic_of
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.building.flavours import process as process_module
 from twotower_engines.building.flavours import tensorrt_rtx
@@ -57,6 +59,8 @@ from twotower_engines.building.flavours.tensorrt_rtx import (
     TensorRtRtxFlavour,
 )
 from twotower_engines.errors import BuildError
+from twotower_engines.planning.compiled import compiled_tower
+from twotower_engines.planning.plan import WORKSPACE_SLACK
 from twotower_engines.planning.sku_lookup import find_sku
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
@@ -123,6 +127,7 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
         assert banks
         assert report["parsed"]["layers"] > 100
         assert report["engine"] is None, "a plan is opened on its GPU only"
+        assert report["scratch"] > 0
         assert "TF32" not in report["flags"]
         assert "STRICT_NANS" in report["flags"]
         listing = made.build.traffic[tower]
@@ -495,3 +500,25 @@ def test_both_full_size_towers_in_a_minute_and_two_gigabytes(tmp_path, monkeypat
         "denoiser": True,
     }
     assert sum(report["bytes"] for report in reports.values()) < 100e6
+    check_listings(folder / "engines" / "rtx-pro-6000")
+
+
+def check_listings(engines):
+    """Nothing of the released model's is copied, and memory and bytes are what is said of them."""
+    page = (ROOT / "docs" / "build.md").read_text(encoding="utf-8")
+    for tower, dim, tokens in (("context", "tokens", 256), ("denoiser", "block", 64)):
+        _, (listing,) = read_listings(engines / f"{tower}.traffic.json")
+        planned = compiled_tower(config_of(), tower, "bodies", 2).scratch_bytes(16, tokens, 8448)
+        assert 0.8 * planned < listing.scratch <= WORKSPACE_SLACK * planned
+        assert f"{listing.scratch / 1e6:,.0f} MB of scratch" in page
+        for rows in (1, 4, 16):
+            traffic = traffic_of(listing, {"batch": rows, dim: 16})
+            assert not [one for one in traffic.copies if KEPT.search(one[1])]
+            figures = [traffic.moved.total / 1e9, traffic.least / 1e9, traffic.ratio]
+            said = " +".join(f"{one:.3f}" for one in figures)
+            if tower == "denoiser":
+                assert re.search(
+                    rf"^ +{rows} +8,448 +16 +{said} +661 +0 +0\.000$", page, re.MULTILINE
+                )
+            else:
+                assert f"{traffic.ratio:.3f}" in page

@@ -305,7 +305,9 @@ def test_one_h200_holds_both_towers(model):
     assert gpu.buffers["denoiser logits"] == 16 * 64 * 131072 * 2, "in the towers' dtype"
     assert gpu.buffers["context logits"] == 16 * 131072 * 4
     terms = json.loads(TABLE_FILE.read_text())["towers"]["context"]["kernels"]["scratch"]
-    scratch = terms["1"] + 16 * 256 * terms["rows * tokens"] + 16 * 8192 * terms["rows * context"]
+    elements = 16 * 256 * (8192 + 256)  # of the mask: a call's tokens, and all that a cache holds
+    scratch = terms["1"] + 16 * 256 * terms["rows * tokens"]
+    scratch += elements * terms["rows * tokens * context"]
     assert gpu.workspace["context"] == pytest.approx(1.1 * scratch, abs=2)
     assert 0.1e9 < scratch < 2e9
     assert gpu.total == gpu.weight_bytes + gpu.overhead + sum(

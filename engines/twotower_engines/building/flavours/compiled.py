@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -176,28 +177,33 @@ class _Sizer:
     def _best(self, said: Sequence[int], choices: Sequence[Shape]) -> Shape | None:
         """Return the shape that looks most like one with open sizes; the largest of equals.
 
-        Where none looks like it, the open sizes of the largest fill in for its own, in order.
+        The builder leaves open what a call decides, and nothing else: each open size has a name in
+        the shape. A shape with other numbers at the places of the same open sizes lends only these:
+        places of new rows in a cache, and lists of tiles of a mask, are of no layer's result.
         """
-        best = max(choices, key=lambda shape: self._likeness(said, shape), default=None)
-        if best is None or any(self._likeness(said, best)[:-1]):
-            return best
-        # a list of the tiles of a mask, as attention takes it: at most one for each row and token
-        open_sizes = [size for size in best if _size(size) == -1]
-        if said.count(-1) > len(open_sizes):
+        count = said.count(-1)
+        able = [shape for shape in choices if len(_names(shape)) >= count]
+        best = max(able, key=lambda shape: self._likeness(said, shape), default=None)
+        if best is None:
             return None
-        given = iter(open_sizes)
-        return tuple(next(given) if size == -1 else (size,) for size in said)
+        *is_same, lends, holds, is_divisible, _ = self._likeness(said, best)
+        if any(is_same) or (not lends and (holds or is_divisible)):
+            return best
+        given = iter([size for size in best if _size(size) == -1])
+        return tuple(next(given) if size == -1 else (size,) for size in said) if lends else None
 
-    def _likeness(self, said: Sequence[int], shape: Shape) -> tuple[bool, bool, bool, bool, int]:
+    def _likeness(self, said: Sequence[int], shape: Shape) -> tuple[bool | int, ...]:
         wanted = [size for size in said if size != 1]
         given = [size for size in map(_size, shape) if size != 1]
-        factor = math.prod(size for size in said if size > 0)
+        fixed = math.prod(size for size in said if size > 0)
         elements = math.prod(value_of(s, self._usual) for factors in shape for s in factors)
         return (
             given == wanted,
             _merged(given) == _merged(wanted),
             sorted(given) == sorted(wanted),  # a transposed result has no layer of its own
-            elements % factor == 0,
+            [size == -1 for size in given] == [size == -1 for size in wanted],
+            not Counter(wanted) - Counter(given),  # the others are merged with open ones
+            elements % fixed == 0,
             elements,
         )
 
@@ -318,6 +324,11 @@ def _size(factors: Sequence[Size]) -> int:
     """Return a dimension's size, or -1 where it is open."""
     numbers = [one for one in factors if isinstance(one, int)]
     return math.prod(numbers) if len(numbers) == len(factors) else -1
+
+
+def _names(shape: Shape) -> list[str]:
+    """Return the factors of a shape that a call decides."""
+    return [one for factors in shape for one in factors if isinstance(one, str)]
 
 
 def _part_of(kernel: str) -> int:

@@ -19,12 +19,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from twotower_engines.planning.compiled import COPYING
+
 if TYPE_CHECKING:
     import onnx
-
-
-COPYING = frozenset({"8.0", "8.6"})
-"""Compute capabilities for which the compiler copies caches for each query head."""
 
 
 def gpu_graph(model: onnx.ModelProto, capabilities: Collection[str] = ()) -> onnx.ModelProto:

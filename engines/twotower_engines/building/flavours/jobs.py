@@ -163,7 +163,7 @@ def engine_recipe(profiles: Sequence[Profile]) -> dict[str, Any]:
 def engine_report(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return what build.json says of an engine: what the builder saw and what it took."""
     figures = ("peak_rss", "cpu_seconds", "waited_seconds")
-    keys = ("parsed", "flags", "engine", "bytes", *figures, "versions")
+    keys = ("parsed", "flags", "engine", "bytes", "scratch", *figures, "versions")
     return {key: result[key] for key in keys}
 
 

@@ -49,7 +49,8 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
 
     Returns:
         What the library saw: of the graph (`parsed`), of itself (`flags` that were set), of the
-        engine (`bytes`), and of the opened engine (`engine`; None where it was not opened).
+        engine (`bytes`, and `scratch`: bytes that its largest call needs; None where unknown), and
+        of the opened engine (`engine`; None where it was not opened).
 
     Raises:
         RefusedError: The library said no.
@@ -91,6 +92,7 @@ def build_engine_file(trt: Any, job: Mapping[str, Any], report: Report) -> dict[
         "parsed": _parsed(network),
         "flags": [name for name, flag in flags.items() if config.get_flag(flag)],
         "bytes": plan.nbytes,
+        "scratch": max((one.scratch for one in listings if one.scratch is not None), default=None),
         "engine": opened,
     }
 
