@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
 
 import pytest
 
+from twotower_engines.serving import priority
 from twotower_engines.serving.priority import take_priority
+
+
+@pytest.fixture(autouse=True)
+def no_others(monkeypatch) -> None:
+    """Engines that run on this machine meanwhile have rights of another name."""
+    monkeypatch.setattr(priority, "NAME", f"twotower-test-{os.getpid()}")
 
 
 def in_a_thread() -> tuple[str, int, int]:
@@ -53,3 +61,23 @@ def test_a_system_that_refuses_is_quoted(monkeypatch) -> None:
     refusal, own, _ = in_a_thread()
     assert refusal == "the system does not allow it (Operation not permitted)"
     assert own == os.SCHED_OTHER
+
+
+def test_a_core_is_left_to_others_however_many_engines_there_are(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *_: None)
+    end, refusals = threading.Event(), queue.SimpleQueue()
+
+    def run() -> None:
+        refusals.put(take_priority())
+        end.wait()
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    given = sorted(refusals.get() for _ in threads)
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert given == ["", "", "other engines on this machine have all cores but one"]
+    assert in_a_thread()[0] == "", "the others have ended"

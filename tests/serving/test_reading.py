@@ -12,6 +12,7 @@ from tests.support.waiting import wait_until
 from twotower_contract.engine_set import open_engine_set
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
+from twotower_engines.serving import reading
 from twotower_engines.serving.loop import EngineLoop
 from twotower_engines.serving.preprocessing import BYTES_PER_TOKEN, Preprocessor
 from twotower_engines.serving.reading import LONG_TEXT, Reader
@@ -95,5 +96,18 @@ def test_what_is_too_large_is_refused_before_it_is_queued(engines, reader, held)
         assert failure == "refused"
         assert message.startswith(said)
     busy = put(reader, text_input=text(b"a " * LONG_TEXT))
-    assert busy.failures == [("busy", "4 requests wait to be read; try again later")]
+    [(failure, message)] = busy.failures
+    assert failure == "busy"
+    assert message.startswith("4 requests of ")
     assert not any(one.ended.is_set() for one in waiting)
+
+
+def test_what_waits_is_bounded_by_bytes(reader, held, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "MOST_BYTES", 3 * LONG_TEXT)
+    long_ones = [put(reader, text_input=text(b"ab" * LONG_TEXT)) for _ in range(2)]
+    assert [failure for failure, _ in long_ones[1].failures] == ["busy"]
+    assert put(reader, text_input=text(b"Mia")).wait().parts, "that bound is another"
+    held.may_go_on.set()
+    long_ones[0].wait()
+    wait_until(lambda: not reader._bytes[True])
+    assert put(reader, text_input=text(b"ab" * LONG_TEXT)).wait().failures[0][0] == "refused"

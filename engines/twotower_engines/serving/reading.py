@@ -1,13 +1,16 @@
 """Threads that read requests: beside the engine's, which so never waits for a tokenizer.
 
 A long text takes many times as long as a short one, so long ones have a thread of their own. What
-is too large for the engines is refused before it is queued: it lies in memory for nobody.
+is too large for the engines is refused before it is queued, and what waits is bounded by number and
+by bytes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.statuses import Failure
@@ -18,6 +21,7 @@ from twotower_engines.serving.wire import decode
 from twotower_engines.serving.workers import Worker
 
 LONG_TEXT = 65536  # bytes
+MOST_BYTES = 1 << 27  # of requests that wait for one of the threads
 
 
 class Reader:
@@ -42,6 +46,8 @@ class Reader:
         self._preprocessor, self._loop, self._journal = preprocessor, loop, journal
         self._most_unread = most_unread
         self._workers = {is_long: Worker("reading", on_death) for is_long in (False, True)}
+        self._bytes = dict.fromkeys(self._workers, 0)  # unread, under `_guard`
+        self._guard = threading.Lock()
 
     def put(self, tensors: Tensors, name: str, parameters: Collection[str], reply: Reply) -> None:
         """Take a request, and return at once; the reply hears.
@@ -52,22 +58,34 @@ class Reader:
             parameters: Names that came beside the inputs.
             reply: Receives the answer.
         """
-        worker = self._workers[bytes_of(tensors, "text_input") > LONG_TEXT]
         try:
             self._preprocessor.check_sizes(tensors)
         except TwoTowerError as problem:
             self._turn_away(name, reply, str(problem), "refused")
             return
-        if worker.waiting < self._most_unread:
-            worker.put(partial(self._read, tensors, name, parameters, reply))
+        is_long = bytes_of(tensors, "text_input") > LONG_TEXT
+        worker, size = self._workers[is_long], sum(bytes_of(tensors, one) for one in tensors)
+        count, unread = worker.waiting, self._bytes[is_long]
+        if count < self._most_unread and unread + size <= max(MOST_BYTES, size):
+            self._count(is_long, size)
+            worker.put(partial(self._take, is_long, size, tensors, name, parameters, reply))
         else:
-            message = f"{worker.waiting} requests wait to be read; try again later"
+            message = f"{count} requests of {unread} bytes wait to be read; try again later"
             self._turn_away(name, reply, message, "busy")
 
     def close(self) -> None:
         """Read what is queued, and end the threads."""
         for worker in self._workers.values():
             worker.close()
+
+    def _count(self, is_long: bool, size: int) -> None:
+        with self._guard:
+            self._bytes[is_long] += size
+
+    def _take(self, is_long: bool, size: int, *request: Any) -> None:
+        """Read a request, after which it is unread no more."""
+        self._read(*request)
+        self._count(is_long, -size)
 
     def _read(self, tensors: Tensors, name: str, parameters: Collection[str], reply: Reply) -> None:
         try:
