@@ -9,7 +9,7 @@ from twotower_client.aio import AsyncTwoTowerClient
 from twotower_client.errors import ClientError
 from twotower_client.many import InOrder, Job, Progress, Prompt, check_concurrency
 from twotower_client.result import Answer
-from twotower_client.retry import Retry, Servers, may_pass
+from twotower_client.retry import Retry, Servers
 from twotower_contract.options import Options
 
 
@@ -28,7 +28,7 @@ async def answer(
             problem = error
         finally:
             servers.give_back(number, problem)
-        wait = next(waits, None) if may_pass(problem) else None
+        wait = servers.wait(problem, waits, client, job.timeout)
         if wait is None:
             return problem
         await asyncio.sleep(wait)

@@ -224,11 +224,15 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
     Attributes:
         request_id: The server's name of the request; empty before its first response.
         prompt_ids: Token ids of the prompt as the server saw it; empty before the first block.
+        reused_tokens: Tokens of the prompt whose states the server kept from an earlier one; 0
+            before the first block.
         blocks: Blocks that have arrived.
         queue_place: Place among the requests that wait for a slot, from 1, as the server told it
             last; 0 otherwise.
+        on_queue: Is called with `queue_place` each time that the server tells it, every few
+            seconds. Set it before the first block is waited for.
         on_canvas: Is called with the block after each denoiser call, where the request has
-            `stream_mode="denoise"`. Set it before the first block is waited for.
+            `stream_mode="denoise"`. Set it before the first block, too.
     """
 
     def __init__(self, client: TwoTowerClient, request: Any, timeout: float) -> None:

@@ -163,8 +163,10 @@ class StreamCore(Generic[Client]):
     def __init__(self, client: Client, request: Any, timeout: float) -> None:
         self.request_id = ""
         self.prompt_ids: tuple[int, ...] = ()
+        self.reused_tokens = 0
         self.blocks: list[Block] = []
         self.queue_place = 0
+        self.on_queue: Callable[[int], None] | None = None
         self.on_canvas: Callable[[Canvas], None] | None = None
         self._client = client
         self._connection: Connection | None = None
@@ -259,8 +261,11 @@ class StreamCore(Generic[Client]):
         self.request_id = self.request_id or response.request_id
         self.queue_place = response.queue_place
         if self.queue_place:
+            if self.on_queue is not None:
+                self.on_queue(self.queue_place)
             return None
         self.prompt_ids = self.prompt_ids or response.prompt_ids
+        self.reused_tokens = self.reused_tokens or response.reused_tokens
         if response.canvas is not None:
             if self.on_canvas is not None:
                 self.on_canvas(response.canvas)
@@ -283,6 +288,7 @@ class StreamCore(Generic[Client]):
             context_calls=last.context_calls,
             seconds=last.seconds,
             request_id=self.request_id,
+            reused_tokens=self.reused_tokens,
         )
 
     def __reduce__(self) -> NoReturn:

@@ -11,7 +11,13 @@ from twotower_contract.errors import TwoTowerError
 
 
 class ClientError(TwoTowerError):
-    """Base of everything that a client raises on purpose."""
+    """Base of everything that a client raises on purpose.
+
+    Attributes:
+        retry_after: Seconds after which to try again, where a busy server says so; else None.
+    """
+
+    retry_after: float | None = None
 
 
 class ServerUnavailableError(ClientError):
@@ -31,9 +37,18 @@ class RequestRefusedError(ClientError):
 
 
 class ServerBusyError(ClientError):
-    """Too many requests wait already. The same one may work in a moment."""
+    """Too many requests wait already. The same one may work after `retry_after` seconds.
+
+    Args:
+        message: What the server says.
+        retry_after: Seconds, or None where it names no time.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class RequestFailedError(ClientError):

@@ -19,6 +19,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,14 +36,16 @@ from twotower_client.errors import (
     ServerBusyError,
     ServerUnavailableError,
 )
-from twotower_client.result import Block
+from twotower_client.result import Block, Canvas, token_outputs
 from twotower_contract.options import INPUTS, OPTIONS, Options, unknown_name
+from twotower_contract.statuses import retry_header
 
 MODELS = ("twotower", "ensemble")  # the same behind this door
 MOST_BODY = 16 * 2**20  # bytes; a prompt of a million tokens fits
 MOST_DIGITS = 20  # of a length; Python itself refuses thousands
 MOST_REQUESTS = 512  # at once, a thread for each
 READ_SECONDS = 30.0  # for a request to arrive
+PATIENCE_SECONDS = 8.0  # for a slot; then a stream begins, and an error is no status any more
 NOT_HERE = ("cancel_request_id", "probe", "queue_notice_seconds")
 STATUSES: tuple[tuple[type[ClientError], int], ...] = (
     (RequestRefusedError, 400),
@@ -138,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         except _RefusedError as refusal:
             self._fail(refusal.status, str(refusal))
         except ClientError as problem:
-            self._fail(_status_of(problem), str(problem))
+            self._fail(_status_of(problem), str(problem), problem.retry_after)
         finally:
             self.door.room.release()
 
@@ -154,9 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(
                 404, f"there is nothing at {self.path}; POST to /v2/models/twotower/generate"
             )
-        stream = self._stream(content)
+        is_whole = kinds == ["generate"]
+        stream = self._stream(content, is_whole)
         try:
-            if kinds == ["generate"]:
+            if is_whole:
                 self._send_whole(stream)
             else:
                 self._send_blocks(stream)
@@ -180,8 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(401, "send the server's key as `Authorization: Bearer KEY`")
         return content
 
-    def _stream(self, content: bytes) -> AnswerStream:
-        """Send the request that a body holds."""
+    def _stream(self, content: bytes, is_whole: bool) -> AnswerStream:
+        """Send the request that a body holds, for a whole answer or for its blocks."""
         try:
             given = json.loads(content)
         except (ValueError, RecursionError) as problem:
@@ -196,15 +200,21 @@ class _Handler(BaseHTTPRequestHandler):
         why = unknown_name(given, [name for name in INPUTS if name not in NOT_HERE])
         if why is not None:
             raise _RefusedError(400, why)
+        if is_whole and given.get("stream_mode") == "denoise":
+            raise _RefusedError(
+                400,
+                "stream_mode is denoise, but `generate` gives the whole answer alone; POST to "
+                f"/v2/models/{MODELS[0]}/generate_stream",
+            )
         timeout = given.pop("timeout_seconds", None)
         prompt, ids = given.pop("text_input", None), given.pop("input_ids", None)
         options = cast(Options, {name: given[name] for name in OPTIONS if name in given})
         return self.door.client.stream(prompt, prompt_ids=ids, timeout=timeout, **options)
 
     def _send_whole(self, stream: AnswerStream) -> None:
+        stream.on_queue = lambda place: self._check_there()
         for _ in stream:
-            if self._is_gone():
-                return
+            self._check_there()
         answer = stream.answer()
         self._send(
             200,
@@ -217,48 +227,83 @@ class _Handler(BaseHTTPRequestHandler):
                 "masked_counts": [block.masked_counts for block in answer.blocks],
                 "denoiser_calls": answer.denoiser_calls,
                 "context_calls": answer.context_calls,
+                "reused_tokens": answer.reused_tokens,
                 "finish_reason": answer.finish_reason,
+                **token_outputs(answer.details),
             },
         )
 
     def _send_blocks(self, stream: AnswerStream) -> None:
-        """Send an event per block; a failure after the first one is an event, too."""
-        first = next(stream)
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self._send_event(_values(first) | {"request_id": stream.request_id})
+        """Send an event per block; a failure after the response has begun is an event, too."""
+        events = _Events(self, stream)
+        stream.on_queue = events.wait
+        stream.on_canvas = lambda canvas: events.send(_canvas_values(canvas))
         try:
             for block in stream:
-                self._send_event(_values(block))
+                events.send(_values(block))
         except ClientError as problem:
-            self._send_event({"error": str(problem), "status": _status_of(problem)})
+            if not events.begun:
+                raise
+            events.send({"error": str(problem), "status": _status_of(problem)})
 
-    def _send_event(self, values: dict[str, Any]) -> None:
-        self.wfile.write(b"data: " + json.dumps(values).encode() + b"\n\n")
-
-    def _send(self, status: int, values: dict[str, Any]) -> None:
+    def _send(self, status: int, values: dict[str, Any], retry_after: float | None = None) -> None:
         content = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         if status == 503:
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", retry_header(retry_after))
         self.end_headers()
         self.wfile.write(content)
 
-    def _fail(self, status: int, message: str) -> None:
-        self._send(status, {"error": message})
+    def _fail(self, status: int, message: str, retry_after: float | None = None) -> None:
+        self._send(status, {"error": message}, retry_after)
 
-    def _is_gone(self) -> bool:
-        """Whether the caller has closed its end."""
-        if not select.select([self.connection], [], [], 0)[0]:
-            return False
+    def _check_there(self) -> None:
+        """Raise an error where the caller has closed its end."""
         if isinstance(self.connection, ssl.SSLSocket):
-            return False  # cannot be looked at without reading; the next write tells
-        return not self.connection.recv(1, socket.MSG_PEEK)
+            return  # cannot be looked at without reading; the next write tells
+        if not select.select([self.connection], [], [], 0)[0]:
+            return
+        if not self.connection.recv(1, socket.MSG_PEEK):
+            raise BrokenPipeError("the caller has left")
+
+
+class _Events:
+    """Server-sent events of one answer; the first line begins the response.
+
+    Attributes:
+        begun: Whether the response has begun.
+    """
+
+    def __init__(self, handler: _Handler, stream: AnswerStream) -> None:
+        self._handler, self._stream = handler, stream
+        self._opened = time.monotonic()
+        self._has_told = self.begun = False
+
+    def send(self, values: dict[str, Any]) -> None:
+        """Send an event; the first one tells of the request, too."""
+        if not self._has_told:
+            self._has_told = True
+            reused, name = self._stream.reused_tokens, self._stream.request_id
+            values = {**values, "reused_tokens": reused, "request_id": name}
+        self._write(b"data: " + json.dumps(values).encode())
+
+    def wait(self, place: int) -> None:
+        """Send a comment that the request waits; no proxy takes it for dead then."""
+        if self.begun or time.monotonic() - self._opened > PATIENCE_SECONDS:
+            self._write(b": queued %d" % place)
+
+    def _write(self, line: bytes) -> None:
+        handler = self._handler
+        if not self.begun:
+            self.begun = True
+            handler.send_response(200)
+            handler.send_header("Content-Type", "text/event-stream")
+            handler.send_header("Cache-Control", "no-cache")
+            handler.send_header("Connection", "close")
+            handler.end_headers()
+        handler.wfile.write(line + b"\n\n")
 
 
 def _values(block: Block) -> dict[str, Any]:
@@ -269,6 +314,16 @@ def _values(block: Block) -> dict[str, Any]:
         "denoiser_calls": block.denoiser_calls,
         "context_calls": block.context_calls,
         "finish_reason": block.finish_reason or "",
+        **token_outputs(block.details),
+    }
+
+
+def _canvas_values(canvas: Canvas) -> dict[str, Any]:
+    return {
+        "text_output": "",
+        "canvas_ids": canvas.ids,
+        "canvas_confidence": canvas.confidence,
+        "token_texts": canvas.texts,
     }
 
 

@@ -12,7 +12,7 @@ from twotower_client.client import AnswerStream, TwoTowerClient
 from twotower_client.errors import ClientError, RequestRefusedError
 from twotower_client.response import cancelled
 from twotower_client.result import Answer
-from twotower_client.retry import Retry, Servers, may_pass
+from twotower_client.retry import Retry, Servers
 from twotower_contract.options import Options
 
 Prompt = str | Sequence[int]
@@ -125,7 +125,7 @@ class Batch:
                 problem = error
             finally:
                 self._servers.give_back(number, problem)
-            wait = next(waits, None) if may_pass(problem) else None
+            wait = self._servers.wait(problem, waits, client, job.timeout)
             if wait is None or self._stopped.wait(wait):
                 return problem
 

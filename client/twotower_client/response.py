@@ -22,14 +22,13 @@ from twotower_client.errors import (
 from twotower_client.request import MODEL
 from twotower_client.result import Block, Canvas, TokenDetail
 from twotower_contract.options import FREE
-from twotower_contract.statuses import STATUSES, Failure
+from twotower_contract.statuses import STATUSES, Failure, retry_after
 
 UNKNOWN_MODEL = "unknown model"  # also of a server that is shutting down
 DEAD_PROCESS = "Stub process"  # "... is not healthy": a model's process died and stays dead
 
 FAILURES: dict[Failure, type[ClientError]] = {
     "refused": RequestRefusedError,
-    "busy": ServerBusyError,
     "late": DeadlineError,
     "failed": RequestFailedError,
 }
@@ -67,6 +66,8 @@ class Response:
         prompt_ids: The prompt as the server saw it; empty in all but the first block's response.
         queue_place: Place among the requests that wait for a slot, from 1; 0 where it has one.
         request_id: The server's name of the request; empty in all but the first response.
+        reused_tokens: Tokens of the prompt that the server did not read again; 0 in all but the
+            first block's response.
         canvas: The block as it is, where this response holds no finished one.
     """
 
@@ -74,6 +75,7 @@ class Response:
     prompt_ids: tuple[int, ...]
     queue_place: int
     request_id: str
+    reused_tokens: int
     canvas: Canvas | None = None
 
 
@@ -114,6 +116,7 @@ def read(response: Any, seconds: float) -> Response:
         prompt_ids=values("prompt_ids"),
         queue_place=number("queue_place"),
         request_id=text("request_id"),
+        reused_tokens=number("reused_tokens"),
         canvas=_canvas(values("canvas_ids"), texts, values("canvas_confidence")),
     )  # fmt: skip
 
@@ -153,9 +156,8 @@ def _canvas(
 ) -> Canvas | None:
     if not ids:
         return None
-    texts = texts or tuple(f"{token} " for token in ids)
-    places = zip(ids, texts, confidence, strict=True)
-    return Canvas(tuple(None if token == FREE else (text, sure) for token, text, sure in places))
+    texts = texts or tuple("" if token == FREE else f"{token} " for token in ids)
+    return Canvas(ids, texts, confidence)
 
 
 def error_of(message: str) -> ClientError | None:
@@ -165,7 +167,10 @@ def error_of(message: str) -> ClientError | None:
             words = message.partition(": ")[2]
             if failure == "refused":
                 return RequestRefusedError(words)
-            return FAILURES[failure](f"the server says: {words}")
+            words = f"the server says: {words}"
+            if failure == "busy":
+                return ServerBusyError(words, retry_after(words))
+            return FAILURES[failure](words)
     if DEAD_PROCESS in message:
         return ServerUnavailableError(
             f"a model's process on the server has died ({message}); try again when the server has "

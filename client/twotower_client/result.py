@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from twotower_contract.options import FREE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,21 @@ class Canvas:
     """A block that is not finished, after one of its denoiser calls.
 
     Attributes:
-        tokens: Text of each position, and the confidence at it; None where nothing is decided.
+        ids: Token id of each position; -1 where nothing is decided.
+        texts: Text of each position; empty where nothing is decided.
+        confidence: Probability of the token at each position; where nothing is decided, of the one
+            that the call predicted.
     """
 
-    tokens: tuple[tuple[str, float] | None, ...]
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    confidence: tuple[float, ...]
+
+    @property
+    def tokens(self) -> tuple[tuple[str, float] | None, ...]:
+        """Text of each position, and the confidence at it; None where nothing is decided."""
+        places = zip(self.ids, self.texts, self.confidence, strict=True)
+        return tuple(None if token == FREE else (text, sure) for token, text, sure in places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +90,7 @@ class Answer:
         context_calls: Number of context-tower calls, the prompt's included.
         seconds: Seconds from the sending of the request to the last block.
         request_id: Name of the request on the server.
+        reused_tokens: Tokens of the prompt whose states the server kept from an earlier prompt.
     """
 
     text: str
@@ -86,6 +102,12 @@ class Answer:
     context_calls: int
     seconds: float
     request_id: str
+    reused_tokens: int
+
+    @property
+    def details(self) -> tuple[TokenDetail, ...]:
+        """One for each of `ids`, where the request asks for `logprobs`; else empty."""
+        return tuple(one for block in self.blocks for one in block.details)
 
     @property
     def output_ids(self) -> tuple[int, ...]:
@@ -96,3 +118,19 @@ class Answer:
     def tokens_per_denoiser_call(self) -> float | None:
         """Tokens that a denoiser call committed on average; None in `ar` mode."""
         return len(self.ids) / self.denoiser_calls if self.denoiser_calls else None
+
+
+def token_outputs(details: Sequence[TokenDetail]) -> dict[str, list[Any]]:
+    """Return what is told of tokens by the names of the model's outputs, for JSON.
+
+    Left out are those that have nothing to say.
+    """
+    tops = [pair for one in details for pair in one.top]
+    outputs: dict[str, list[Any]] = {
+        "logprobs": [one.logprob for one in details],
+        "commit_steps": [one.call for one in details],
+        "top_ids": [token for token, _ in tops],
+        "top_logprobs": [logprob for _, logprob in tops],
+        "token_texts": [one.text for one in details],
+    }
+    return {name: values for name, values in outputs.items() if values}

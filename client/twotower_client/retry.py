@@ -45,7 +45,7 @@ class Retry:
     Attributes:
         attempts: Most times that a request is sent.
         first_seconds: Longest wait before the second time.
-        most_seconds: Longest wait before any.
+        most_seconds: Longest wait before any, unless a busy server asks for a longer one.
 
     Raises:
         RequestRefusedError: A value is no count or no duration.
@@ -118,4 +118,28 @@ class Servers(Generic[Client]):
             if problem is None:
                 self._rests_until[number] = 0.0
             elif may_pass(problem):
-                self._rests_until[number] = time.monotonic() + REST_SECONDS
+                rest = max(REST_SECONDS, problem.retry_after or 0.0)
+                self._rests_until[number] = time.monotonic() + rest
+
+    def wait(
+        self, problem: ClientError, waits: Iterator[float], client: Client, timeout: float | None
+    ) -> float | None:
+        """Return the seconds to wait before a request is sent again; None where it is not.
+
+        They are as many as a busy server asks for, where no other can be asked meanwhile, but no
+        more than the request's timeout.
+
+        Args:
+            problem: The error that the request ended with.
+            waits: Of `Retry.waits`.
+            client: Client that sent it.
+            timeout: The request's timeout; the client's where None.
+        """
+        wait = next(waits, None) if may_pass(problem) else None
+        if wait is None or problem.retry_after is None:
+            return wait
+        with self._lock:
+            now = time.monotonic()
+            if any(until <= now for until in self._rests_until.values()):
+                return wait
+        return max(wait, min(problem.retry_after, client.timeout if timeout is None else timeout))

@@ -203,9 +203,9 @@ class Outcome:
     seconds: float
     finish_reason: str
 
-    def as_json(self) -> str:
-        """Return the answer as one JSON object."""
-        return json.dumps({**asdict(self), "seconds": round(self.seconds, 6)})
+    def as_json(self, **more: Any) -> str:
+        """Return the answer as one JSON object, with what else there is to tell."""
+        return json.dumps({**asdict(self), "seconds": round(self.seconds, 6), **more})
 
     def figures(self, prompt_length: int) -> str:
         """Return one line of figures for people.

@@ -100,18 +100,36 @@ def test_http(http) -> None:
     assert events[-1]["finish_reason"] == "length"
 
 
-def test_each_option_over_http(http) -> None:
+def test_each_option_over_http(http, client) -> None:
+    """Each line gives the answer of our client, and what it asks to be told beside."""
     from twotower_contract.options import OPTIONS
 
     lines = [line for block in blocks("sh") for line in block.splitlines() if "generate" in line]
     told = set()
     for line in (one for one in lines if one.startswith("curl localhost")):
         _, address, _, data = shlex.split(line)
-        told |= set(json.loads(data))
+        asked = json.loads(data)
+        told |= set(asked)
         url = address.replace("localhost:8000", http)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(urllib.request.Request(url, data.encode()), timeout=60) as response:
-            assert b"text_output" in response.read(), line
+            content = response.read().decode()
+        pieces = content.split("data: ")[1:] if address.endswith("_stream") else [content]
+        events = [json.loads(piece) for piece in pieces]
+        with client.stream(asked.pop("text_input"), **asked) as stream:
+            canvases = []
+            stream.on_canvas = canvases.append
+            answer = stream.answer()
+        assert "".join(event["text_output"] for event in events) == answer.text, line
+        assert [event["canvas_ids"] for event in events if "canvas_ids" in event] == [
+            list(canvas.ids) for canvas in canvases
+        ]
+        assert bool(canvases) is (asked.get("stream_mode") == "denoise"), line
+        logprobs = [value for event in events for value in event.get("logprobs", ())]
+        assert logprobs == [token.logprob for token in answer.details], line
+        assert len(logprobs) == (len(answer.ids) if asked.get("logprobs") else 0), line
+        tops = [value for event in events for value in event.get("top_ids", ())]
+        assert len(tops) == asked.get("top_logprobs", 0) * len(answer.ids), line
     assert told == {"text_input", *OPTIONS}
 
 

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import threading
+import time
 from contextlib import ExitStack
 
 import numpy as np
@@ -28,6 +29,8 @@ from twotower_client import (
     ServerUnavailableError,
     TwoTowerClient,
 )
+from twotower_client.retry import Servers
+from twotower_contract.statuses import try_again
 
 AT_ONCE = Retry(attempts=4, first_seconds=0.0, most_seconds=0.0)
 
@@ -137,6 +140,51 @@ def test_what_may_pass_is_tried_again_so_often(failures) -> None:
     assert len(asked) == AT_ONCE.attempts
 
 
+def busy_first(asked: list[float], seconds: float):
+    """Answer as a server that is full the first time, and says for how long."""
+
+    def answer(request, context):
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            yield failure("busy", f"9 requests wait already; {try_again(seconds)}")
+        yield from echo(request, context)
+
+    return answer
+
+
+def test_nobody_comes_back_before_a_busy_server_wants_it() -> None:
+    asked = []
+    with fake_server(busy_first(asked, 0.5)) as url, ClientPool([url], retry=AT_ONCE) as pool:
+        assert pool.generate([7]).text == "7"
+    assert asked[1] - asked[0] >= 0.5
+
+    async def run(url):
+        async with AsyncClientPool([url], retry=AT_ONCE) as pool:
+            return await pool.generate([7])
+
+    asked.clear()
+    with fake_server(busy_first(asked, 0.5)) as url:
+        assert asyncio.run(run(url)).text == "7"
+    assert asked[1] - asked[0] >= 0.5
+
+
+def test_the_wait_for_a_busy_server_is_no_longer_than_the_request_may_take() -> None:
+    problem = ServerBusyError("full", 600.0)
+    with TwoTowerClient("localhost:1", timeout=40) as one, TwoTowerClient("localhost:2") as two:
+        servers = Servers([one])
+        servers.give_back(servers.take()[0], problem)
+        assert servers.wait(problem, iter([1.0]), one, 7.0) == 7.0
+        assert servers.wait(problem, iter([1.0]), one, None) == 40.0
+        assert servers.wait(problem, iter([9.0]), one, 7.0) == 9.0
+        assert servers.wait(ServerBusyError("full"), iter([1.0]), one, 7.0) == 1.0
+        assert servers.wait(problem, iter([]), one, 7.0) is None
+        assert servers.wait(RequestRefusedError("no"), iter([1.0]), one, 7.0) is None
+        both = Servers([one, two])
+        both.give_back(both.take()[0], problem)
+        assert both.wait(problem, iter([1.0]), one, 7.0) == 1.0, "the other can be asked at once"
+        assert both.take()[1] is two
+
+
 def test_a_refusal_is_not_tried_again() -> None:
     asked = []
 
@@ -227,7 +275,7 @@ def prompts(tmp_path):
     path.write_text(
         '{"prompt_ids": [5, 6], "id": "a"}\n\n'
         '{"prompt_ids": [9999999], "id": "b"}\n'
-        '{"prompt_ids": [7], "max_new_tokens": 3, "id": "c"}\n'
+        '{"prompt_ids": [7], "max_new_tokens": 3, "logprobs": true, "id": "c"}\n'
     )
     return path
 
@@ -246,6 +294,9 @@ def test_a_file_is_answered_line_by_line(server, client, prompts, tmp_path) -> N
     expected = client.generate(prompt_ids=[5, 6], max_new_tokens=20)
     assert (tuple(first["ids"]), first["text"]) == (expected.ids, expected.text)
     assert len(third["ids"]) == 3, "a line's own option goes before the command's"
+    assert "logprobs" not in first
+    expected = client.generate(prompt_ids=[7], max_new_tokens=3, logprobs=True)
+    assert third["logprobs"] == [one.logprob for one in expected.details]
     assert wrong["error"]["kind"] == "RequestRefusedError"
     assert not target.with_name("answers.jsonl.partial").exists()
 

@@ -11,17 +11,20 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from tests.support import ROOT, TWOTOWER
 from tests.support.browser import chromium
+from tests.support.fake_server import failure, fake_server
 from tests.support.served import free_slot_at_once
 from tests.support.waiting import wait_until
 from twotower_client.openai.chat import ChatTemplate
 from twotower_client.openai.fields import read_completion
 from twotower_client.openai.problems import ApiError
+from twotower_contract.statuses import try_again
 
 pytestmark = pytest.mark.server
 PROMPT = "Mia the fox"
@@ -206,6 +209,13 @@ def test_chat_goes_through_the_template(caller, server, client) -> None:
     chunks = list(caller.chat.completions.create(**fields, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == expected.text
+    for asked, count in (({}, 0), ({"top_logprobs": 2}, 1)):
+        told = caller.chat.completions.create(**fields, logprobs=True, **asked).choices[0].logprobs
+        assert "".join(one.token for one in told.content) == expected.text
+        for one in told.content:  # the chosen token alone, as docs/openai.md says
+            assert [(top.token, top.logprob) for top in one.top_logprobs] == [
+                (one.token, one.logprob)
+            ] * count
     for wrong in ([], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}]):
         with pytest.raises(openai.BadRequestError) as refusal:
             caller.chat.completions.create(**{**fields, "messages": wrong})
@@ -327,6 +337,20 @@ def test_a_server_that_is_away_is_told(tmp_path) -> None:
             get(f"{address}/health")
 
 
+def test_a_busy_server_says_when_to_come_again() -> None:
+    busy = failure("busy", f"9 requests wait already; {try_again(2.5)}")
+    with fake_server(lambda request, context: iter([busy])) as url:
+        served = SimpleNamespace(grpc_address=url)
+        with (
+            front_end(served) as address,
+            openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as there,
+        ):
+            for stream in (False, True):
+                with pytest.raises(openai.RateLimitError, match="9 requests wait") as refusal:
+                    complete(there, stream=stream)
+                assert refusal.value.response.headers["retry-after"] == "3"
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -335,7 +359,7 @@ def test_a_server_that_is_away_is_told(tmp_path) -> None:
         {"prompt": "a", "logprobs": -1}, {"prompt": "a", "stream_options": 3},
         {"prompt": "a", "seed": "x"}, {"prompt": "a", "temperature": []},
         {"prompt": [1], "echo": True}, {"prompt": "a", "suffix": 3},
-        {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "max_tokens": 0}, {"prompt": "a", "stream_mode": "denoise"},
     ],
     ids=str,
 )  # fmt: skip

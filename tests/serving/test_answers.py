@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ import urllib.request
 import pytest
 
 from tests.support.command import twotower
+from twotower_client import AsyncTwoTowerClient
 
 pytestmark = pytest.mark.server
 
@@ -57,6 +59,48 @@ def test_server_answers_as_run_does(client, local, name) -> None:
     assert masked == expected.blocks
 
 
+def test_each_door_tells_what_it_did_not_read_again(server, client, http) -> None:
+    """Prompts of several calls, whose last one differs."""
+    prompts = [[60 + one % 7 for one in range(512)] + [last] for last in range(5, 10)]
+    fields, reused = {"max_new_tokens": 16}, 512
+    first = client.generate(prompt_ids=prompts[0], prefix_cache=False, **fields)
+    told = [client.generate(prompt_ids=prompts[0], **fields).reused_tokens]
+    again = client.generate(prompt_ids=prompts[0], **fields)
+    assert (first.reused_tokens, told, again.reused_tokens) == (0, [0], reused)
+    assert again.ids == first.ids
+    assert (first.context_calls > 2, again.context_calls) == (True, 1)
+
+    async def other() -> int:
+        async with AsyncTwoTowerClient(server.grpc_address) as there:
+            stream = there.stream(prompt_ids=prompts[1], stream_mode="denoise", **fields)
+            told = []
+            stream.on_canvas = lambda canvas: told.append(stream.reused_tokens)
+            answer = await stream.answer()
+            return {*told, answer.reused_tokens}
+
+    assert asyncio.run(other()) == {reused}
+    events = {}
+    for path, prompt in (("generate", prompts[2]), ("generate_stream", prompts[3])):
+        body = json.dumps({"input_ids": prompt, **fields}).encode()
+        url = f"{http}/v2/models/twotower/{path}"
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
+            events[path] = json.loads(response.read().decode().removeprefix("data: "))
+    assert [one["reused_tokens"] for one in events.values()] == [reused, reused]
+    ids = ",".join(map(str, prompts[4]))
+    ran = twotower("generate", "--prompt-ids", ids, "--url", server.grpc_address, "--json")
+    assert json.loads(ran.stdout)["reused_tokens"] == reused
+
+
+def test_json_tells_what_was_asked_of_each_token(server, client) -> None:
+    fields = {"mode": "ar", "logprobs": True, "top_logprobs": 2, "max_new_tokens": 4}
+    answer = client.generate(prompt_ids=[5, 6], **fields)
+    words = ["--mode", "ar", "--logprobs", "--top-logprobs", 2, "--max-new-tokens", 4, "--json"]
+    ran = twotower("generate", "--prompt-ids", "5,6", "--url", server.grpc_address, *words)
+    told = json.loads(ran.stdout)
+    assert told["logprobs"] == [one.logprob for one in answer.details]
+    assert told["top_ids"] == [token for one in answer.details for token, _ in one.top]
+
+
 def test_an_end_token_ends_the_answer(client, local) -> None:
     whole, _ = local([50], max_new_tokens=64)
     eos = whole.output_ids[1 + 20]
@@ -73,6 +117,7 @@ def test_the_command_line_prints_what_run_prints(server, packaged) -> None:
     asked = run_cli("generate", prompt, "--url", server.grpc_address, *options)
     ran = run_cli("run", str(packaged.engines), "--prompt", prompt, *options)
     assert asked.pop("seconds") > 0
+    assert asked.pop("reused_tokens") == 0  # `run` keeps no states
     assert ran.pop("seconds") > 0
     assert asked == ran
 

@@ -62,6 +62,25 @@ def test_a_refusal_is_an_error_of_the_first_step(call) -> None:
     assert part.error_message.startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("asked", "beside", "nothing"),
+    [
+        ({"logprobs": True}, {}, {"logprobs": False}),
+        ({"top_logprobs": 2}, {"mode": "ar"}, {"top_logprobs": 0}),
+        ({"stream_mode": "denoise"}, {}, {"stream_mode": "block"}),
+    ],
+    ids=str,
+)
+def test_what_it_could_not_tell_is_refused_by_name(call, asked, beside, nothing) -> None:
+    [(name, value)] = asked.items()
+    [part] = call(input_ids=[5], max_new_tokens=4, **asked, **beside)
+    words = f"INVALID_ARGUMENT: {name} is {value}, but the model `ensemble` has no output for it"
+    assert words in part.error_message
+    assert "ask the model `twotower`" in part.error_message
+    [part] = call(input_ids=[5], max_new_tokens=4, **nothing, **beside)
+    assert len(outputs(part)["output_ids"]) == 4
+
+
 def test_a_later_failure_is_told_in_an_output(call) -> None:
     *_, last = call(input_ids=[5], timeout_seconds=0.3, **LONG)
     values = outputs(last)

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass
@@ -306,16 +308,29 @@ def test_a_probe_passes_on_a_busy_server_and_says_what_it_sees(serving) -> None:
     assert "no Triton server answers" in ran.stderr
 
 
+def health(serving: Serving, kind: str) -> tuple[int, dict]:
+    """Status and body of HTTP's own answer to a probe."""
+    try:
+        url = f"http://{serving.ready['http']}/v2/health/{kind}"
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, json.load(refusal)
+
+
 def test_sigterm_refuses_what_is_new_and_finishes_what_is_open(packaged, alive) -> None:
     serving = start(packaged.repository, "--grace", "60", "--http-port", "0")
     url = serving.ready["grpc"]
     with serving.client() as client:
         stream = client.stream(prompt_ids=[5], **LONG)
         next(stream)
+        assert [health(serving, kind)[0] for kind in ("live", "ready")] == [200, 200]
         serving.process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.probe()["draining"])
         with pytest.raises(tt.ServerBusyError, match="send the request again"):
             client.generate(prompt_ids=[5], max_new_tokens=4)
+        assert health(serving, "live")[0] == 200
+        assert health(serving, "ready") == (503, {"error": "the server is shutting down"})
         ran = [twotower("probe", kind, "--url", url) for kind in ("live", "ready", "startup")]
         assert [one.returncode for one in ran] == [0, 1, 1]
         assert len(stream.answer().ids) == LONG["max_new_tokens"]

@@ -20,6 +20,7 @@ from tests.support import TWOTOWER
 from tests.support.command import twotower
 from tests.support.waiting import wait_until
 from twotower_engines.errors import ServingError
+from twotower_engines.serving.log import end_of_log
 from twotower_engines.serving.ports import choose_ports
 
 COMMAND = [*TWOTOWER, "serve"]
@@ -123,6 +124,23 @@ def test_a_model_that_cannot_load_says_why(tmp_path, packaged) -> None:
     )
     assert "+--" not in ran.stderr, "Triton's tables"
     assert "Traceback (most recent call last)" not in ran.stderr.partition("log says")[0]
+
+
+def test_the_end_of_a_log_has_each_models_reason_on_a_line() -> None:
+    head = "1129 09:53:02.363709 7 model_lifecycle.cc:642]"
+    log = [
+        f'I{head} "CUDA driver version is insufficient"',
+        f'E{head} "failed to load \'a\' version 1: Internal: OSError: \\"x\\"\\ny\\n\\nAt:\\n  b"',
+        f"I{head} ",
+        "+---+",
+        "| a |",
+        f"E{head} \"failed to load 'b' version 1: Unavailable: gone\"",
+    ]
+    shown = end_of_log("\n".join(log), 30).splitlines()
+    assert shown == [
+        "the server's log says:", f"  {log[1]}", f"  {log[5]}",
+        'a could not be loaded: OSError: "x" y', "b could not be loaded: Unavailable: gone",
+    ]  # fmt: skip
 
 
 @pytest.mark.server

@@ -186,6 +186,8 @@ def test_values_that_ask_for_nothing_are_taken() -> None:
         ({"repetition_penalty": 1.2}, "there are no penalties"),
         ({"maxtokens": 2}, "there is no option 'maxtokens' (the nearest is max_tokens)"),
         ({"logit_bias": {"3": 1}}, "logits cannot be changed"),
+        ({"logprobs": 5}, "logprobs is 5, which cannot be had: ask the model `twotower`"),
+        ({"stream_mode": "denoise"}, "which cannot be had: ask the model `twotower`"),
     ],
     ids=str,
 )

@@ -40,7 +40,8 @@ def test_the_repository_is_complete_and_names_the_engines(packaged) -> None:
     for name in ("preprocessing", "twotower", "postprocessing"):
         parameters = read_config(packaged.repository / name / "config.pbtxt").parameters
         found = {key: value.string_value for key, value in parameters.items()}
-        assert Settings.of_parameters(found) == Settings(packaged.engines, slots=2, threads=1)
+        settings = Settings(packaged.engines, slots=2, threads=1, prefix_mib=4)
+        assert Settings.of_parameters(found) == settings
         assert (packaged.repository / name / "1" / "model.py").is_file()
 
 

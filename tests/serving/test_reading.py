@@ -10,6 +10,7 @@ import pytest
 from tests.support.replies import SECONDS, Answer
 from tests.support.waiting import wait_until
 from twotower_contract.engine_set import open_engine_set
+from twotower_contract.statuses import retry_after
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.serving import reading
@@ -99,6 +100,7 @@ def test_what_is_too_large_is_refused_before_it_is_queued(engines, reader, held)
     [(failure, message)] = busy.failures
     assert failure == "busy"
     assert message.startswith("4 requests of ")
+    assert retry_after(message) == 0.5, "the least: nothing has ended yet"
     assert not any(one.ended.is_set() for one in waiting)
 
 

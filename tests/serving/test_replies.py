@@ -13,10 +13,21 @@ from twotower_engines.serving.twotower import TritonReply
 from twotower_engines.serving.workers import Worker
 
 FINAL = 1
+
+
+class TritonError:
+    """Triton's; what is made of it is what it was given."""
+
+    INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = 1, 2, 3, 4
+
+    def __new__(cls, *given):
+        return given
+
+
 TRITON = SimpleNamespace(
     TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
     Tensor=lambda name, values: (name, values.tolist()),
-    TritonError=SimpleNamespace(INVALID_ARG=1, UNAVAILABLE=2, CANCELLED=3, INTERNAL=4),
+    TritonError=TritonError,
     InferenceResponse=lambda tensors=(), error=None: error or dict(tensors),
 )
 BLOCK = Part(BlockEvent("key", (7, 8), (2, 1), 2, 1), previous_ids=(5,), prompt_ids=(3, 4))
@@ -117,13 +128,10 @@ def test_the_ensemble_gets_every_output_and_no_errors(sending) -> None:
     ],
 )
 def test_a_direct_caller_gets_real_errors(sending, failure, status, code) -> None:
-    triton = SimpleNamespace(**vars(TRITON))
-    triton.TritonError = type("TritonError", (tuple,), {**vars(TRITON.TritonError)})
-    triton.TritonError.__new__ = lambda cls, *given: given
     sender = Sender()
-    TritonReply(triton, sender, sending, None).fail("why", failure)
+    TritonReply(TRITON, sender, sending, None).fail("why", failure)
     sending.close()
-    expected = (f"{status}: why", getattr(TRITON.TritonError, code))
+    expected = (f"{status}: why", getattr(TritonError, code))
     assert sender.sent == [(expected, FINAL)]
 
 

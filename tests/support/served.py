@@ -34,7 +34,7 @@ def packaged(tmp_path_factory) -> Packaged:
 
     folder = tmp_path_factory.mktemp("served")
     engines = build_random_engines(folder)
-    settings = Settings(engines, slots=2, threads=1)
+    settings = Settings(engines, slots=2, threads=1, prefix_mib=4)
     package(open_engine_set(engines), folder / "repository", settings)
     return Packaged(folder / "checkpoint", engines, folder / "repository")
 
@@ -78,7 +78,7 @@ def soaking(server, packaged, tmp_path_factory):
     arguments = ["tests.support.soak", str(packaged.repository), "64", "120"]
     log = tmp_path_factory.mktemp("soak") / "log"
     with log.open("w") as errors:
-        command = ["nice", sys.executable, "-m", *arguments]
+        command = ["nice", "-n", "5", sys.executable, "-m", *arguments]
         running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
     waiting = ThreadPoolExecutor(1)  # other tests find no zombie
     printed = waiting.submit(running.communicate)

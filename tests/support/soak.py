@@ -28,6 +28,7 @@ Ids = tuple[int, ...]
 PROMPTS: tuple[Ids, ...] = tuple(tuple(range(5, 5 + size)) for size in range(1, 9))
 WAYS = ("whole", "cancel", "leave", "late", "bad", "malformed")
 SEED = 11
+PATIENCE = {"timeout": 600.0, "inactivity_timeout": 600.0}  # seconds; others may have the cores
 MOST_FILES = 16  # more than before, when all callers have left
 
 
@@ -56,7 +57,7 @@ def soak(server: TritonServer, streams: int, seconds: float) -> Soaked:
 async def _soak(server: TritonServer, streams: int, seconds: float) -> Soaked:
     counts: dict[str, int] = {}
     loop, address = asyncio.get_running_loop(), server.grpc_address
-    async with tt.AsyncTwoTowerClient(address, timeout=600) as client:
+    async with tt.AsyncTwoTowerClient(address, **PATIENCE) as client:
         expected = await _references(client)
         files, until = _files_of(server), loop.time() + seconds
         callers = [
@@ -89,7 +90,7 @@ async def _one_caller(
 ) -> None:
     """Ask again and again, as callers of every kind do."""
     draw, loop = random.Random(SEED + number), asyncio.get_running_loop()
-    client = tt.AsyncTwoTowerClient(address, timeout=600)
+    client = tt.AsyncTwoTowerClient(address, **PATIENCE)
     while loop.time() < until:
         prompt, way = draw.choice(PROMPTS), draw.choice(WAYS)
         counts[way] = counts.get(way, 0) + 1
@@ -113,7 +114,7 @@ async def _one_caller(
                 await anext(stream)
                 if way == "leave":  # as a process that was killed does
                     await client.close()
-                    client = tt.AsyncTwoTowerClient(address, timeout=600)
+                    client = tt.AsyncTwoTowerClient(address, **PATIENCE)
                 else:
                     await stream.cancel()
         except tt.ServerBusyError:

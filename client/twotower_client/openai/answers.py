@@ -226,15 +226,12 @@ class Answers:
             return None
         details = [one for block in blocks for one in block.details]
         if self._wish.is_chat:
-            content = [
-                {
-                    "token": one.text,
-                    "logprob": one.logprob,
-                    "bytes": list(one.text.encode()),
-                    "top_logprobs": [],
-                }
+            chosen = [
+                {"token": one.text, "logprob": one.logprob, "bytes": list(one.text.encode())}
                 for one in details
             ]
+            has_top = self._wish.logprobs > 0
+            content = [{**one, "top_logprobs": [one] if has_top else []} for one in chosen]
             return {"content": content, "refusal": None}
         ends = itertools.accumulate((len(one.text) for one in details), initial=offset)
         return {

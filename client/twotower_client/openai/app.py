@@ -26,6 +26,7 @@ from twotower_client.openai.infill import with_suffix
 from twotower_client.openai.metrics import Metrics
 from twotower_client.openai.problems import ApiError
 from twotower_contract.replay import filled_page, script_json
+from twotower_contract.statuses import retry_header
 
 PATIENCE_SECONDS = 10.0  # until a stream that has nothing yet is begun, and between its comments
 LEFT = 499  # of nginx: the caller left before the answer
@@ -347,7 +348,9 @@ async def unless_left(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
 
 
 def _answer_of(problem: ApiError) -> Response:
-    headers = {"retry-after": "1"} if problem.status in (429, 503) else {}
+    headers = {}
+    if problem.status in (429, 503):
+        headers["retry-after"] = retry_header(problem.retry_after)
     if problem.status == 413:  # the rest of the body is not read, so nothing can follow it
         headers["connection"] = "close"
     return JSONResponse(problem.body(), problem.status, headers)

@@ -157,6 +157,9 @@ def _wish(
     why = refusal(options)
     if why is not None:
         raise ApiError(400, why, param=next((one for one in options if why.startswith(one)), None))
+    stream = _flag(body, "stream")
+    if options.get("stream_mode") == "denoise" and not stream:
+        raise refused("stream_mode", "is denoise, which a stream alone can show; set stream, too")
     usage = body.get("stream_options") or {}
     if not isinstance(usage, dict):
         raise refused("stream_options", "must be an object")
@@ -164,7 +167,7 @@ def _wish(
         prompts,
         _whole(body, "n", 1, MOST_CHOICES) or 1,
         options,
-        stream=_flag(body, "stream"),
+        stream=stream,
         usage=_flag(usage, "include_usage"),
         logprobs=logprobs,
         **more,

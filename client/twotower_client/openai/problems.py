@@ -35,6 +35,7 @@ class ApiError(Exception):
         kind: OpenAI's type of the error.
         param: Field of the request that is wrong; None where it is no field.
         code: OpenAI's code, where there is one.
+        retry_after: Seconds after which to try again, where the server says so.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class ApiError(Exception):
         kind: str = BAD_REQUEST,
         param: str | None = None,
         code: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.kind = status, message, kind
-        self.param, self.code = param, code
+        self.param, self.code, self.retry_after = param, code, retry_after
 
     def body(self) -> dict[str, Any]:
         """Return the error as OpenAI writes it."""
@@ -65,5 +67,5 @@ def error_of(problem: ClientError) -> ApiError:
     for kind in type(problem).__mro__:
         if kind in STATUSES:
             status, name = STATUSES[kind]
-            return ApiError(status, str(problem), name)
+            return ApiError(status, str(problem), name, retry_after=problem.retry_after)
     return ApiError(500, str(problem), "server_error")

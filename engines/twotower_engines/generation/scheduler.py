@@ -41,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower_contract.policies import POLICIES
+from twotower_contract.statuses import try_again
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.costs import Costs, LinearCosts
@@ -154,10 +155,14 @@ class Scheduler:
             raise RequestError(f"request_id {name!r} is in use by another request")
         for turned_away in self._waiting.add(request, len(self._free)):
             name, count = turned_away.request_id, len(self._waiting)
-            after = max(LEAST_RETRY, round(self._between_ends * count / 2, 1))
-            why = f"{count} requests wait already; try again in {after:g} s"
+            after = self.retry_after(count)
+            why = f"{count} requests wait already; {try_again(after)}"
             event = BlockEvent(name, (), (), 0, 0, error=why, retry_after=after)
             self._unstarted.append(event)
+
+    def retry_after(self, waiting: int) -> float:
+        """Return the seconds until half of so many requests will have ended; for any thread."""
+        return max(LEAST_RETRY, round(self._between_ends * waiting / 2, 1))
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request: the next turn gives its last event and frees its slot.

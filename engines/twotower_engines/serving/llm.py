@@ -53,6 +53,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "bad_words": ([], [""]),
     "guided_decoding_guide": ("",),
+    # There is no output for these here, as there is none in the ensemble.
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "stream_mode": ("block",),
 }
 WITHOUT_EFFECT = ("pad_id", "guided_decoding_guide_type", "skip_special_tokens", "detokenize")
 
@@ -103,7 +107,8 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in values.items():
         if name in REFUSED and value not in REFUSED[name]:
-            why = IMPOSSIBLE.get(name, "this model has no such thing")
+            nowhere = "this model has no such thing"
+            why = IMPOSSIBLE.get(name, "ask the model `twotower`" if name in OPTIONS else nowhere)
             raise RequestError(f"{name} is {value!r:.80}, which cannot be had: {why}")
         if name in TRANSLATED and value not in NOTHING.get(name, ()):
             options[TRANSLATED[name]] = value

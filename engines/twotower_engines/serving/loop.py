@@ -161,6 +161,14 @@ class EngineLoop:
         """The state as it was seen last; for any thread."""
         return self._state
 
+    def retry_after(self, unread: int) -> float:
+        """Return the seconds after which there may be room; for any thread.
+
+        Args:
+            unread: Requests that come after those that wait for a slot.
+        """
+        return self._scheduler.retry_after(self._state.waiting + unread)
+
     @property
     def is_draining(self) -> bool:
         """Whether new requests are refused."""

@@ -37,6 +37,10 @@ PROMPTS = ("text_input", "input_ids")
 # What is no request for an answer.
 ALONE = {"cancel_request_id": "cancels another request", "probe": "asks for the engine's state"}
 
+# The ensemble has no outputs for what these ask to be told: it waits for every tensor of a step, so
+# each would cost every response its time.
+NOT_IN_ENSEMBLE = ("logprobs", "top_logprobs", "stream_mode")
+
 # Over HTTP, Triton passes the request's id on as a parameter, too.
 TRITONS_OWN = {"id"}
 
@@ -131,6 +135,20 @@ class Preprocessor:
         return self._tokenizer.encode(text)
 
 
+def check_outputs(tensors: Tensors) -> None:
+    """Refuse what the ensemble could not tell.
+
+    Raises:
+        RequestError: Naming it.
+    """
+    for name in NOT_IN_ENSEMBLE:
+        if name in tensors and (value := _value(tensors, OPTIONS[name])) != OPTIONS[name].default:
+            raise RequestError(
+                f"{name} is {value}, but the model `ensemble` has no output for it; ask the model "
+                "`twotower`, which takes the same inputs"
+            )
+
+
 def bytes_of(tensors: Tensors, name: str) -> int:
     """Return the size of an input in bytes; 0 where it was not given."""
     tensor = tensors.get(name)
@@ -194,8 +212,10 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         triton = self._triton
+        tensors, name, parameters = content_of(request)
         try:
-            message = self._preprocessor.message(*content_of(request))
+            check_outputs(tensors)
+            message = self._preprocessor.message(tensors, name, parameters)
         except TwoTowerError as problem:
             text = text_of("refused", str(problem))
             error = triton.TritonError(text, triton.TritonError.INVALID_ARG)

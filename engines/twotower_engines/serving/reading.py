@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from twotower_contract.errors import TwoTowerError
-from twotower_contract.statuses import Failure
+from twotower_contract.statuses import Failure, try_again
 from twotower_engines.serving.journal import Ended, Journal
 from twotower_engines.serving.loop import EngineLoop, Reply
 from twotower_engines.serving.preprocessing import Preprocessor, Tensors, bytes_of
@@ -70,7 +70,8 @@ class Reader:
             self._count(is_long, size)
             worker.put(partial(self._take, is_long, size, tensors, name, parameters, reply))
         else:
-            message = f"{count} requests of {unread} bytes wait to be read; try again later"
+            after = try_again(self._loop.retry_after(count))
+            message = f"{count} requests of {unread} bytes wait to be read; {after}"
             self._turn_away(name, reply, message, "busy")
 
     def close(self) -> None:

@@ -273,6 +273,25 @@ def takes(profile, **sizes):
     return all(profile.sizes[dim].least <= n <= profile.sizes[dim].most for dim, n in sizes.items())
 
 
+@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize(("sku", "is_folded"), [("a100-80", True), ("h100-sxm", False)])
+def test_caches_are_copied_once_where_they_are_copied(
+    bundle, tmp_path, monkeypatch, sku, is_folded, has_kernels
+):
+    """Of the graph as it is exported an A100's engine would copy a cache for each query head."""
+    monkeypatch.setattr(TensorRtFlavour, "has_kernels", lambda self: has_kernels)
+    recipe = TensorRtFlavour().recipe("denoiser", target(sku))
+    exported = bundle / read_manifest(bundle).graph("native", "denoiser").file
+    job = engine_job(Order(exported, tmp_path / "denoiser.plan", recipe))
+    (before,), (after,) = (attention_of(onnx.load(path)) for path in (exported, job["graph"]))
+    assert (before.input[0] != after.input[0]) == is_folded
+
+
+def attention_of(model):
+    bodies = (one.node for one in model.functions)
+    return [node for nodes in bodies for node in nodes if node.op_type == "Attention"]
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3, 4, 5, 16, 17, 64, 100, 256])
 def test_every_call_has_a_profile(slots):
     limits = Limits(slots, 4096, 256, 64)
@@ -383,7 +402,8 @@ def test_both_towers_share_the_timing_cache_of_this_gpu(bundle, tmp_path, monkey
 
     def record(library, given, at_once, progress):
         jobs.update(given, library=library, at_once=at_once)
-        figures = dict.fromkeys(("bytes", "peak_rss", "cpu_seconds", "waited_seconds"), 0)
+        numbers = ("bytes", "scratch", "peak_rss", "cpu_seconds", "waited_seconds")
+        figures = dict.fromkeys(numbers, 0)
         figures |= {"parsed": {}, "flags": [], "engine": None, "versions": {}}
         return dict.fromkeys(given, figures)
 

@@ -101,6 +101,7 @@ class TensorRtFlavour(Flavour):
             **engine_recipe(narrow_profiles(tower, target.limits)),
             # our kernels in place of the ops' bodies: see plugins.py
             "kernels": sku.compute_capability if has_kernels else None,
+            "graph_for": sku.compute_capability,
             "kernels_sha256": code_digest(*KERNEL_CODE) if has_kernels else None,
             "hardware": "SAME_COMPUTE_CAPABILITY" if target.is_shared else None,
             # not an argument of the builder, but of what it makes
