@@ -79,12 +79,12 @@ def run(
     engines, checkpoint = _engines_of(source, sku, checkpoint)
     request, tokenizer = _request(engines, text, ids or (), options)
     view = None if as_json else LiveView(sys.stdout, live)
-    outcome, blocks = _answer(engines, request, tokenizer, checkpoint, threads, int8, view)
+    outcome, blocks, told = _answer(engines, request, tokenizer, checkpoint, threads, int8, view)
     figures = outcome.figures(len(request.prompt_ids))
     if html is not None:
         Replay(text or " ".join(map(str, request.prompt_ids)), blocks, figures).write(html)
     if as_json:
-        print(outcome.as_json())
+        print(outcome.as_json(**told))
     else:
         print(figures, file=sys.stderr)
 
@@ -150,11 +150,17 @@ def _answer(
     threads: int | None,
     int8: bool,
     view: LiveView | None,
-) -> tuple[Outcome, list[tuple[Token, ...]]]:
-    """Generate, and show each piece as it comes; return also the tokens where they are told of."""
+) -> tuple[Outcome, list[tuple[Token, ...]], dict[str, list[Any]]]:
+    """Generate, and show each piece as it comes.
+
+    Returns:
+        The answer; where the request asks to be told of its tokens, these by blocks, and what is
+        told of them by the names of a server's outputs.
+    """
     import time
 
     from twotower_engines.generation.generator import Generator, result_of
+    from twotower_engines.generation.request import token_outputs
     from twotower_engines.runtime.progress import ByteMeter
 
     words = _Words(tokenizer, engines.manifest.model.mask_token_id)
@@ -177,7 +183,11 @@ def _answer(
         view.finish()
     result = result_of(request, events, seconds)
     text = "".join(pieces) if tokenizer is not None else None
-    return Outcome(text=text, **asdict(result)), blocks
+    told = token_outputs([one for event in events for one in event.details])
+    if tokenizer is not None:
+        told["token_texts"] = [token.text for block in blocks for token in block]
+    told = {name: values for name, values in told.items() if values}
+    return Outcome(text=text, **asdict(result)), blocks, told
 
 
 class _Words:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from twotower_contract.engine_set import EngineSet
 from twotower_contract.options import FREE, MODES, OPTIONS, RequestOptions, last_pinned, refusal
@@ -12,7 +13,14 @@ from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
 from twotower_engines.runtime.interface import Runtime
 
-__all__ = ["BlockEvent", "FinishReason", "Request", "RequestLimits", "TokenDetail"]
+__all__ = [
+    "BlockEvent",
+    "FinishReason",
+    "Request",
+    "RequestLimits",
+    "TokenDetail",
+    "token_outputs",
+]
 
 FinishReason = Literal["length", "eos", "stop", "calls", "repetition", "cancelled"]
 """Why an answer ended: its length; an end token; a stop string; its most denoiser calls; a token
@@ -192,6 +200,16 @@ class TokenDetail:
     def confidence(self) -> float:
         """The token's probability."""
         return math.exp(self.logprob)
+
+
+def token_outputs(details: Sequence[TokenDetail]) -> dict[str, list[Any]]:
+    """Return what is told of tokens by the names of the served model's outputs."""
+    return {
+        "logprobs": [one.logprob for one in details],
+        "commit_steps": [one.step + 1 for one in details],
+        "top_ids": [token for one in details for token, _ in one.top],
+        "top_logprobs": [value for one in details for _, value in one.top],
+    }
 
 
 @dataclass(frozen=True, slots=True)

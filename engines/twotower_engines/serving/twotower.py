@@ -36,7 +36,7 @@ from twotower_engines.artifacts.tokenizer import (
     token_texts,
 )
 from twotower_engines.generation.costs import costs_of_engines
-from twotower_engines.generation.request import BlockEvent
+from twotower_engines.generation.request import BlockEvent, token_outputs
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.runtime.progress import ByteMeter
@@ -171,6 +171,7 @@ def outputs_of(
         text = event.text
     elif tokenizer is not None and event.ids:
         text = added_text(tokenizer, part.previous_ids, event.ids, event.is_last)
+    told = token_outputs(event.details)
     integers = {
         "output_ids": event.ids,
         "prompt_ids": part.prompt_ids,
@@ -178,14 +179,14 @@ def outputs_of(
         "denoiser_calls": (event.denoiser_calls,),
         "context_calls": (event.context_calls,),
         "queue_place": (part.queue_place,) if part.queue_place else (),
-        "commit_steps": tuple(one.step + 1 for one in event.details),
-        "top_ids": tuple(token for one in event.details for token, _ in one.top),
+        "commit_steps": told["commit_steps"],
+        "top_ids": told["top_ids"],
         "canvas_ids": [FREE if token == mask_id else token for token in event.canvas],
         "reused_tokens": (event.reused_tokens,) if part.prompt_ids and event.reused_tokens else (),
     }
     numbers = {
-        "logprobs": [one.logprob for one in event.details],
-        "top_logprobs": [value for one in event.details for _, value in one.top],
+        "logprobs": told["logprobs"],
+        "top_logprobs": told["top_logprobs"],
         "canvas_confidence": event.canvas_confidence,
     }
     is_first = bool(part.prompt_ids or part.queue_place)

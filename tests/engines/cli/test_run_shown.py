@@ -76,6 +76,18 @@ def test_a_page_replays_what_the_engines_did(made, tmp_path, mode) -> None:
         assert browser.problems() == []
 
 
+def test_json_tells_of_tokens_where_asked(made) -> None:
+    asked = ("--mode", "ar", "--logprobs", "--top-logprobs", 2, "--json")
+    told = json.loads(run(made, *asked).stdout)
+    assert "".join(told["token_texts"]) == told["text"]
+    assert len(told["logprobs"]) == len(told["commit_steps"]) == TOKENS
+    likeliest = told["top_logprobs"][::2]
+    assert len(likeliest) == TOKENS
+    assert told["logprobs"] == pytest.approx(likeliest), "a greedy answer takes the likeliest"
+    assert told["top_ids"][::2] == told["output_ids"][-TOKENS:]
+    assert "logprobs" not in json.loads(run(made, "--json").stdout)
+
+
 def test_the_terminal_shows_the_block_and_keeps_the_text(made, plain) -> None:
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
