@@ -13,14 +13,7 @@ from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
 from twotower_engines.runtime.interface import Runtime
 
-__all__ = [
-    "BlockEvent",
-    "FinishReason",
-    "Request",
-    "RequestLimits",
-    "TokenDetail",
-    "token_outputs",
-]
+__all__ = ["BlockEvent", "FinishReason", "Request", "RequestLimits", "TokenDetail"]
 
 FinishReason = Literal["length", "eos", "stop", "calls", "repetition", "cancelled"]
 """Why an answer ended: its length; an end token; a stop string; its most denoiser calls; a token
