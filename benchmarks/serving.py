@@ -1,6 +1,6 @@
 """What serving adds to the engines on this machine, in one run, and where the time goes.
 
-    python -m benchmarks.serving           # ten minutes
+    python -m benchmarks.serving           # a quarter of an hour
 
 The trained tiny checkpoint, held-out prompts, greedy, threshold 0.9, on the CPU in float32. The
 same requests go to the scheduler alone (no server, no text, one process), which is the loop of
@@ -55,7 +55,7 @@ WORKLOADS = (
     Workload("as they end", False, {1: 64, 16: 256, 32: 256, 128: 512}, {1: 32, 32: 96}),
     Workload("256 tokens each", True, {1: 16, 16: 64, 32: 128, 128: 256}, {1: 8, 32: 32}),
 )
-REPEATS = 5
+REPEATS = 9
 OPTIONS = ServerOptions("127.0.0.1", 0, None, None)
 
 
