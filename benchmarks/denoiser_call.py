@@ -19,7 +19,6 @@ Both must commit the same tokens.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from benchmarks.eager import refine_block
 from benchmarks.record import machine, today, write_results
 from tests.support.torch_generation import load_towers
 from twotower_contract.engine_set import EngineSet
+from twotower_contract.machine import cores
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.building.build import BuildOptions, build_engines
 from twotower_engines.runtime.host_states import Batch, Slot
@@ -150,8 +150,7 @@ def measure(folder: Path, sizes: Mapping[str, int]) -> dict[str, float]:
     runtime = OnnxRuntime(engines)
     call = {"call": checked_call(runtime, expected)}
     of_pytorch = {"pytorch": lambda: (tower(), refine())}
-    cores = os.cpu_count() or 1
-    for threads in {1, cores}:
+    for threads in {1, cores()}:
         torch.set_num_threads(threads)
         wall = best_milliseconds(of_pytorch | call, time.perf_counter)
         for name, least in wall.items():

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from twotower_contract.json_file import write_json
+
 FILE = "TWOTOWER_RESTARTS"
 """Variable of the environment with the path of the file."""
 PARTS = ("preprocessing", "postprocessing", "llm", "http", "openai")
@@ -21,10 +23,8 @@ _WRITING = threading.Lock()
 def write(folder: Path, counts: Mapping[str, int]) -> str:
     """Write the restarts of each part and of the `server`; return the file's path."""
     file = folder / "restarts.json"
-    beside = file.with_suffix(".new")
     with _WRITING:
-        beside.write_text(json.dumps(counts))
-        beside.replace(file)
+        write_json(file, dict(counts))
     return str(file)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from twotower_contract.engine_set import EngineSet, open_engine_set
 from twotower_engines.errors import ServingError
 from twotower_engines.planning.plan import PREFILL_MS
 
 MAX_WAITING = 256
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +63,18 @@ class Settings:
                 "`twotower package ENGINES REPO`"
             )
 
-        def integer(name: str) -> int | None:
+        def number(name: str, kind: type[Number], noun: str) -> Number | None:
             try:
-                return int(values[name]) if name in values else None
+                return kind(values[name]) if name in values else None
             except ValueError:
                 raise ServingError(
-                    f"config.pbtxt: parameter `{name}` is {values[name]!r}, not a whole number"
+                    f"config.pbtxt: parameter `{name}` is {values[name]!r}, not a {noun}"
                 ) from None
 
-        max_waiting = integer("max_waiting")
-        prefill = values.get("prefill_ms", PREFILL_MS)
-        try:
-            prefill_ms = float(prefill)
-        except ValueError:
-            raise ServingError(
-                f"config.pbtxt: parameter `prefill_ms` is {prefill!r}, not a number"
-            ) from None
+        def integer(name: str) -> int | None:
+            return number(name, int, "whole number")
+
+        max_waiting, prefill_ms = integer("max_waiting"), number("prefill_ms", float, "number")
         return cls(
             engine_set=Path(values["engine_set"]),
             checkpoint=Path(values["checkpoint"]) if "checkpoint" in values else None,
@@ -85,7 +82,7 @@ class Settings:
             max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
             threads=integer("threads"),
             prefix_mib=integer("prefix_mib") or 0,
-            prefill_ms=prefill_ms,
+            prefill_ms=PREFILL_MS if prefill_ms is None else prefill_ms,
         )
 
     @classmethod

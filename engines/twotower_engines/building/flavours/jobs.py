@@ -84,8 +84,8 @@ def engine_job(order: Order) -> Job:
         {name: profile.shapes(dims, f"{order.graph}: {name}") for name, dims in dynamic.items()}
         for profile in profiles
     ]
-    one = order.recipe.get("graph_for")  # TensorRT builds for the GPU that it runs on
-    model = gpu_graph(model, order.recipe.get("compute_capabilities") or ([one] if one else []))
+    own = order.recipe.get("graph_for")  # TensorRT builds for the GPU that it runs on
+    model = gpu_graph(model, order.recipe.get("compute_capabilities") or ([own] if own else []))
     if not order.recipe.get("kernels"):
         model = with_flat_banks(model)
     set_sizes(model, fixed)
