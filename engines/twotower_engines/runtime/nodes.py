@@ -52,10 +52,13 @@ class Nodes:
         self.written.append(helper.make_node("Split", [x, sizes], names, f"{x}.split", axis=axis))
         return names
 
-    def branch(self, name: str, output: str) -> onnx.GraphProto:
-        """Return these nodes as a branch with one float32 output."""
-        value = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
-        return helper.make_graph(self.written, name, [], [value])
+    def branch(self, *outputs: str, inputs: Sequence[str] = ()) -> onnx.GraphProto:
+        """Return these nodes as a branch or a body with float32 inputs and outputs."""
+        given, made = (
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+            for names in (inputs, outputs)
+        )
+        return helper.make_graph(self.written, self.prefix, given, made)
 
 
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

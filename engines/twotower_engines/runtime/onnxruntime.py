@@ -29,7 +29,8 @@ from twotower_engines.runtime import denormals
 from twotower_engines.runtime.host_states import CAPACITY_STEP, Batch, HostStates, Slot, grown
 from twotower_engines.runtime.int8_products import use_int8
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
-from twotower_engines.runtime.mamba_steps import replace_mamba_steps, scan_width
+from twotower_engines.runtime.mamba_recurrence import whole_chunks
+from twotower_engines.runtime.mamba_steps import replace_mamba_steps
 from twotower_engines.runtime.modulations import replace_modulations
 from twotower_engines.runtime.packed_session import packed_session
 from twotower_engines.runtime.pruning import flat_graph, make_optional, prune, replace_norms
@@ -113,7 +114,7 @@ class OnnxRuntime:
         """Append tokens to the context of some slots, in one call of the context engine."""
         self._check_open()
         slots = [self._slots[row.slot] for row in rows]
-        tokens = max(row.ids.size for row in rows)
+        tokens = whole_chunks(max(row.ids.size for row in rows))
         held = self._batch.take_held(slots, tokens) if len(rows) > 1 else None
         places, states = held or (list(range(len(rows))), self._gather(slots, tokens))
         asked = list(rows)
@@ -234,7 +235,7 @@ class OnnxRuntime:
         path = engines.engine_path(tower)
         try:
             model = flat_graph(path)
-            replace_mamba_steps(model.graph)
+            replace_mamba_steps(model.graph, with_states=tower == "context")
             caches = [f"{name}_new" for name in self._attention_shapes]
             read = [*self._new_states(1), "logits"] if tower == "context" else DENOISER_OUTPUTS
             prune(model.graph, [*read, *caches])
@@ -370,7 +371,7 @@ def _state_shapes(
         mamba[f"context.layers.{layer}.ssm_state"] = (
             model.mamba_num_heads,
             model.ssm_state_size,
-            scan_width(model.mamba_head_dim),
+            model.mamba_head_dim,
         )
     attention = {
         f"context.layers.{layer}.{kind}_cache": (model.num_key_value_heads, model.head_dim)

@@ -18,7 +18,7 @@ def made(random_engines):
 
 def pruned(path, outputs):
     graph = flat_graph(path).graph
-    replace_mamba_steps(graph)
+    replace_mamba_steps(graph, with_states=True)
     prune(graph, outputs)
     return graph
 

@@ -28,7 +28,7 @@ def sessions(random_engines):
 
     def opened(spare):
         model = flat_graph(made.folder / "denoiser.onnx")
-        replace_mamba_steps(model.graph)
+        replace_mamba_steps(model.graph, with_states=False)
         prune(model.graph, [*REFINED, "logits"])
         parts = replace_experts(model.graph)
         if spare:
