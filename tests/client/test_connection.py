@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import queue
 import socket
 import subprocess
 import sys
@@ -386,6 +387,53 @@ def test_waiting_in_the_queue_is_not_inactivity() -> None:
             found = answer.text, len(answer.blocks), answer.prompt_ids
             assert found == ("hello", 1, (5,))
             assert answer.seconds > 2.5
+
+
+class TwoBlocks:
+    """An answer whose second block comes when the caller stands still."""
+
+    def __init__(self) -> None:
+        self.stands = threading.Event()
+
+    def __call__(self, request, context):
+        yield part(text="a", ids=(5,))
+        assert self.stands.wait(SECONDS)
+        yield part("length", "b", (6,))
+
+
+def test_a_process_that_stood_still_reads_what_came_meanwhile(clock) -> None:
+    class Arrived:
+        """A queue in whose first wait the process stands still."""
+
+        def get(self, timeout):
+            if not answer.stands.is_set():
+                answer.stands.set()
+                clock.forward(timeout + 2)
+                raise queue.Empty
+            return real.get(timeout=SECONDS)
+
+    answer = TwoBlocks()
+    with fake_server(answer) as url, tt.TwoTowerClient(url) as client:
+        stream = client.stream("a")
+        next(stream)
+        real, stream._arrived = stream._arrived, Arrived()
+        assert next(stream).text == "b"
+
+
+def test_an_event_loop_that_stood_still_reads_what_came_meanwhile() -> None:
+    async def whole(url: str) -> None:
+        async with tt.AsyncTwoTowerClient(url) as client, client.stream("a") as stream:
+            await anext(stream)
+            client.inactivity_timeout = 0.2
+            second = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0)  # it waits
+            answer.stands.set()
+            time.sleep(1.5)  # as code of a caller that holds the loop
+            assert (await second).text == "b"
+
+    answer = TwoBlocks()
+    with fake_server(answer) as url:
+        asyncio.run(whole(url))
 
 
 def test_an_answer_that_only_waited_is_not_told_to_be_shorter(clock) -> None:
