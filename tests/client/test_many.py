@@ -320,7 +320,7 @@ def test_a_file_that_was_interrupted_goes_on(tmp_path) -> None:
             left = threading.Event()
             context.add_callback(left.set)
             stuck.set()
-            assert left.wait(30)
+            assert left.wait(60)
             context.abort(1, "cancelled")
         yield from echo(request, context)
 
@@ -331,9 +331,9 @@ def test_a_file_that_was_interrupted_goes_on(tmp_path) -> None:
         command = ["generate", "--input", source, "--output", target, "--url", url]
         command = [*TWOTOWER, *map(str, command), "--concurrency", "1"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert stuck.wait(30)
+        assert stuck.wait(60)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
         assert not target.exists()
         assert [line["text"] for line in lines_of(partial)] == ["5", "6"]
         with partial.open("a") as out:
