@@ -67,7 +67,7 @@ def server(packaged):
     from twotower_engines.serving.server import ServerOptions, TritonServer
 
     with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, 0)) as running:
-        running.seconds_to_ready = running.wait_until_ready(60)
+        running.seconds_to_ready = running.wait_until_ready(120)
         group = running.pid
         yield running
         assert running.exit_code is None, running.log_tail(200)
