@@ -21,7 +21,7 @@ pytestmark = pytest.mark.server
 @pytest.fixture
 def busy(client):
     """Both slots of the server are taken."""
-    streams = [client.stream(prompt_ids=[number], block_size=1, **LONG) for number in (5, 6)]
+    streams = [client.stream(prompt_ids=[number], block_size=4, **LONG) for number in (5, 6)]
     for stream in streams:
         next(stream)
     yield streams
