@@ -209,6 +209,8 @@ class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):
             async with asyncio.timeout(self._patience()):
                 item = await self._arrived.get()
         except TimeoutError:
+            if self._stood_still():
+                return await self._wait()
             raise self._too_late() from None
         if self._is_unexplained(item):
             await self._client.check_ready()

@@ -305,6 +305,8 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
         try:
             item = self._arrived.get(timeout=self._patience())
         except queue.Empty:
+            if self._stood_still():
+                return self._wait()
             raise self._too_late() from None
         if self._is_unexplained(item):
             self._client.check_ready()

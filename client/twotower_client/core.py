@@ -36,6 +36,7 @@ from twotower_client.result import Answer, Block, Canvas
 from twotower_contract.options import Options
 
 NOTICE_SECONDS = 5.0  # between two notices of the server that a request still waits
+STOOD_SECONDS = 1.0  # by which a wait was too long: we stood still, and the server may have spoken
 # Otherwise a new channel would get the connection of the one that was given up.
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
@@ -174,7 +175,7 @@ class StreamCore(Generic[Client]):
         self._reader: Any = None
         self._timeout = timeout
         self._left = timeout
-        self._began = 0.0
+        self._began = self._waits_until = 0.0
         self._ended: ClientError | None = None
         self._is_ending = False  # by the server: what is left of the call is its end
 
@@ -214,8 +215,19 @@ class StreamCore(Generic[Client]):
 
     def _patience(self) -> float:
         """Return how many seconds to wait for the next message."""
-        self._left = self._timeout - (time.monotonic() - self._began)
-        return max(0.0, min(self._left, self._client.inactivity_timeout))
+        now = time.monotonic()
+        self._left = self._timeout - (now - self._began)
+        patience = max(0.0, min(self._left, self._client.inactivity_timeout))
+        self._waits_until = now + patience
+        return patience
+
+    def _stood_still(self) -> bool:
+        """Return whether this process stood still in a wait in which nothing came.
+
+        It may have been stopped, as with Ctrl-Z, or other code held the event loop. What the server
+        said meanwhile is still to be read.
+        """
+        return time.monotonic() - self._waits_until > STOOD_SECONDS
 
     def _too_late(self) -> ClientError:
         """Return the exception for a wait in which nothing came."""

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from tests.support.browser import address_of, chromium
+from tests.support.clock import Clock
 from tests.support.command import twotower
 from tests.support.fake_server import failure, fake_server, part
 from twotower_client.aio import AsyncTwoTowerClient
+from twotower_client.bench import load as load_module
 from twotower_client.bench.load import Level, Record, Work, measure
 from twotower_client.bench.report import comparison, page, table
 from twotower_client.bench.summary import summarize
@@ -107,22 +109,40 @@ def test_an_open_loop_sends_however_busy_the_server_is() -> None:
     assert sent[-1] > sent[0], "at different times"
 
 
-def test_a_limit_of_seconds_ends_a_load_and_its_answers_are_waited_for() -> None:
+@pytest.fixture
+def begins_with_the_first(monkeypatch):
+    """The clock of loads, which stands still until a request came; gives what lets it go."""
+
+    def hold() -> Clock:
+        clock = Clock(is_held=True)
+        monkeypatch.setattr(load_module, "time", clock)
+        return clock
+
+    return hold
+
+
+def test_a_limit_of_seconds_ends_a_load_and_its_answers_are_waited_for(
+    begins_with_the_first,
+) -> None:
     def answer(request, context):
+        clock.let_go()
         yield part("length", "a", (5,))
 
     with fake_server(answer) as url:
         for level in (Level(2), Level(None, rate=50.0)):
+            clock = begins_with_the_first()
             seconds, records = load(url, level, seconds=0.3)
             assert seconds == 0.3
             assert records
             assert all(one.error is None for one in records)
 
 
-def test_errors_are_counted_by_kind_and_do_not_spin() -> None:
+def test_errors_are_counted_by_kind_and_do_not_spin(begins_with_the_first) -> None:
     def answer(request, context):
+        clock.let_go()
         yield failure("busy")
 
+    clock = begins_with_the_first()
     with fake_server(answer) as url:
         _, records = load(url, Level(1), seconds=0.35)
     assert {one.error[0] for one in records} == {"ServerBusyError"}

@@ -7,17 +7,20 @@ import contextlib
 import copy
 import gc
 import pickle
+import queue
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 import pytest
 
 import twotower_client as tt
+from tests.support.clock import Clock
 from tests.support.command import twotower
 from tests.support.fake_server import balancer, fake_server, part
 from tests.support.silent_proxy import SilentProxy
@@ -87,15 +90,17 @@ def test_one_async_client_serves_loops_of_several_threads() -> None:
 def test_a_connection_that_goes_silent_is_replaced(asynchronous) -> None:
     with fake_server(short) as url, SilentProxy(url) as proxy:
         client = tt.AsyncTwoTowerClient if asynchronous else tt.TwoTowerClient
-        client = client(proxy.url, inactivity_timeout=1)
+        client = client(proxy.url)
 
         async def three() -> None:
             for number in range(3):
                 if number == 1:
                     proxy.drop()
+                    client.inactivity_timeout = 0.5
                     with pytest.raises(tt.InactivityError):
                         await given(client.generate, "a")
                 else:
+                    client.inactivity_timeout = SECONDS
                     assert (await given(client.generate, "a")).text == "hello"
 
         async def given(call, *arguments):
@@ -134,14 +139,15 @@ def test_keep_alive_ends_a_call_on_a_dropped_connection(asynchronous, monkeypatc
 
 
 def test_a_failure_leaves_other_streams_their_connection() -> None:
-    with fake_server(Endless()) as url, tt.TwoTowerClient(url, inactivity_timeout=1) as client:
-        stream = client.stream("a", timeout=SECONDS)
+    with fake_server(Endless()) as url, tt.TwoTowerClient(url) as client:
+        stream = client.stream("a")
         next(stream)
         client._give_up(stream._connection)
         gc.collect()
         with client.stream("a") as other:
             next(other)
             assert other._connection is not stream._connection
+        client.inactivity_timeout = 0.5
         with pytest.raises(tt.InactivityError):  # and not a connection that was closed
             next(stream)
 
@@ -161,7 +167,7 @@ def test_connections_that_were_given_up_are_closed() -> None:
 
 HALF_READ = """
 import twotower_client as tt
-client = tt.TwoTowerClient({url!r}, inactivity_timeout=5)
+client = tt.TwoTowerClient({url!r})
 stream = client.stream("a")
 next(stream)
 print("read", flush=True)
@@ -253,7 +259,10 @@ def test_a_call_that_nobody_here_cancelled(asynchronous) -> None:
 
 
 def test_a_task_that_its_caller_cancels_is_cancelled() -> None:
+    asked = threading.Event()
+
     def slow(request, context):
+        asked.set()
         while context.is_active():
             time.sleep(0.02)
         yield part()
@@ -261,8 +270,9 @@ def test_a_task_that_its_caller_cancels_is_cancelled() -> None:
     async def whole(url: str) -> None:
         async with tt.AsyncTwoTowerClient(url) as client:
             for call in (client.check_ready, lambda: client.generate("a")):
+                asked.clear()
                 task = asyncio.create_task(call())
-                await asyncio.sleep(0.2)
+                assert await asyncio.to_thread(asked.wait, SECONDS)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -271,11 +281,19 @@ def test_a_task_that_its_caller_cancels_is_cancelled() -> None:
         asyncio.run(whole(url))
 
 
-def test_the_time_of_an_async_answer_begins_when_it_is_sent() -> None:
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of both clients, which a test moves."""
+    made = Clock()
+    monkeypatch.setattr(core, "time", made)
+    return made
+
+
+def test_the_time_of_an_async_answer_begins_when_it_is_sent(clock) -> None:
     async def whole(url: str) -> None:
         async with tt.AsyncTwoTowerClient(url) as client:
-            stream = client.stream("a", timeout=1)
-            await asyncio.sleep(1.2)
+            stream = client.stream("a", timeout=SECONDS)
+            clock.forward(2 * SECONDS)
             assert (await stream.answer()).text == "hello"
 
     with fake_server(short) as url:
@@ -354,24 +372,80 @@ def test_a_server_that_is_only_being_started_is_waited_for(asynchronous) -> None
     assert len(looks) == 3
 
 
-def waits(request, context):
-    for place in (2, 1, 1, 1, 1):
-        yield part(place=place)
-        time.sleep(0.3)
-    yield part("length", "hello", (5, 6))
+def test_waiting_in_the_queue_is_not_inactivity() -> None:
+    """Both clients at a time, as it takes a while: each wait is short, and all are too long."""
+
+    def waits(request, context):
+        for place in (2, *[1] * 8):
+            yield part(place=place)
+            time.sleep(0.3)
+        yield part("length", "hello", (5, 6))
+
+    with fake_server(waits) as url, ThreadPoolExecutor() as pool:
+        calls = [ask(url, asynchronous, inactivity_timeout=2.5) for asynchronous in (False, True)]
+        for answer in pool.map(lambda call: call("a"), calls):
+            found = answer.text, len(answer.blocks), answer.prompt_ids
+            assert found == ("hello", 1, (5,))
+            assert answer.seconds > 2.5
 
 
-@BOTH
-def test_waiting_in_the_queue_is_not_inactivity(asynchronous) -> None:
-    with fake_server(waits) as url:
-        answer = ask(url, asynchronous, inactivity_timeout=1)("a")
-    assert (answer.text, len(answer.blocks), answer.prompt_ids) == ("hello", 1, (5,))
+class TwoBlocks:
+    """An answer whose second block comes when the caller stands still."""
+
+    def __init__(self) -> None:
+        self.stands = threading.Event()
+
+    def __call__(self, request, context):
+        yield part(text="a", ids=(5,))
+        assert self.stands.wait(SECONDS)
+        yield part("length", "b", (6,))
 
 
-def test_an_answer_that_only_waited_is_not_told_to_be_shorter() -> None:
-    with fake_server(waits) as url, tt.TwoTowerClient(url, timeout=1) as client:
+def test_a_process_that_stood_still_reads_what_came_meanwhile(clock) -> None:
+    class Arrived:
+        """A queue in whose first wait the process stands still."""
+
+        def get(self, timeout):
+            if not answer.stands.is_set():
+                answer.stands.set()
+                clock.forward(timeout + 2)
+                raise queue.Empty
+            return real.get(timeout=SECONDS)
+
+    answer = TwoBlocks()
+    with fake_server(answer) as url, tt.TwoTowerClient(url) as client:
         stream = client.stream("a")
-        with pytest.raises(tt.DeadlineError, match=r"waited for a slot, at place [12], when"):
+        next(stream)
+        real, stream._arrived = stream._arrived, Arrived()
+        assert next(stream).text == "b"
+
+
+def test_an_event_loop_that_stood_still_reads_what_came_meanwhile() -> None:
+    async def whole(url: str) -> None:
+        async with tt.AsyncTwoTowerClient(url) as client, client.stream("a") as stream:
+            await anext(stream)
+            client.inactivity_timeout = 0.2
+            second = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0)  # it waits
+            answer.stands.set()
+            time.sleep(1.5)  # as code of a caller that holds the loop
+            assert (await second).text == "b"
+
+    answer = TwoBlocks()
+    with fake_server(answer) as url:
+        asyncio.run(whole(url))
+
+
+def test_an_answer_that_only_waited_is_not_told_to_be_shorter(clock) -> None:
+    def waits(request, context):
+        while context.is_active():
+            yield part(place=2)
+            time.sleep(0.1)
+
+    with fake_server(waits) as url, tt.TwoTowerClient(url) as client:
+        stream = client.stream("a")
+        stream.on_queue = lambda place: clock.forward(client.timeout)
+        with pytest.raises(tt.DeadlineError, match=r"waited for a slot, at place 2, when"):
             stream.answer()
         assert stream.queue_place
 
@@ -427,32 +501,29 @@ def sockets_to(url: str) -> int:
 
 
 @pytest.mark.parametrize("way", ["leave", "cancel", "late"])
-def test_an_async_client_leaves_no_socket_behind_without_the_garbage_collector(way) -> None:
+def test_an_async_client_leaves_no_socket_behind_without_the_garbage_collector(way, clock) -> None:
     async def call(url: str) -> None:
         client = tt.AsyncTwoTowerClient(url)
-        stream = client.stream("a", timeout=0.3 if way == "late" else None)
+        stream = client.stream("a")
         await anext(stream)
         assert sockets_to(url)
         if way == "cancel":
             await stream.cancel()
         elif way == "late":
+            clock.forward(client.timeout)
             with pytest.raises(tt.DeadlineError):
                 await stream.answer()
         await client.close()
 
-    async def calls(url: str) -> int:
+    async def calls(url: str) -> None:
         for _ in range(3):
             await call(url)
-        for _ in range(100):
-            if not sockets_to(url):
-                break
-            await asyncio.sleep(0.05)
-        return sockets_to(url)
+        await asyncio.to_thread(wait_until, lambda: not sockets_to(url))
 
     with fake_server(Endless()) as url:
         gc.collect()
         gc.disable()
         try:
-            assert asyncio.run(calls(url)) == 0
+            asyncio.run(calls(url))
         finally:
             gc.enable()

@@ -20,7 +20,7 @@ TOKENS = 40  # three blocks
 
 
 def demo(*options: str, command: list[str] = TWOTOWER) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, "demo", *options], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*command, "demo", *options], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.server

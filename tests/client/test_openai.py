@@ -19,7 +19,7 @@ import pytest
 from tests.support import ROOT, TWOTOWER
 from tests.support.browser import chromium
 from tests.support.fake_server import failure, fake_server
-from tests.support.served import free_slot_at_once
+from tests.support.served import freed_early
 from tests.support.waiting import wait_until
 from twotower_client.openai.chat import ChatTemplate
 from twotower_client.openai.fields import read_completion
@@ -222,16 +222,20 @@ def test_chat_goes_through_the_template(caller, server, client) -> None:
         assert refusal.value.body["param"].startswith("messages")
 
 
-def test_a_caller_that_leaves_frees_its_slot(caller, address, server) -> None:
-    streams = [
-        complete(caller, max_tokens=LONG, extra_body={"mode": "ar"}, stream=True) for _ in range(2)
-    ]
-    for stream in streams:
-        next(iter(stream))
-    assert "requests_running 2\n" in get(f"{address}/metrics")
-    for stream in streams:
-        stream.close()
-    wait_until(lambda: free_slot_at_once(server.grpc_address), 3)
+def test_a_caller_that_leaves_frees_its_slot(caller, address, client) -> None:
+    def shows(line: str) -> bool:
+        return f"{line}\n" in get(f"{address}/metrics")
+
+    with freed_early(client, LONG):
+        streams = [
+            complete(caller, max_tokens=LONG, extra_body={"mode": "ar"}, stream=True)
+            for _ in range(2)
+        ]
+        for stream in streams:
+            next(iter(stream))
+        assert shows("requests_running 2")
+        for stream in streams:
+            stream.close()
 
     async def leave() -> None:
         async with openai.AsyncOpenAI(
@@ -241,17 +245,16 @@ def test_a_caller_that_leaves_frees_its_slot(caller, address, server) -> None:
                 asyncio.create_task(complete(there, max_tokens=LONG, extra_body={"mode": "ar"}))
                 for _ in range(2)
             ]
-            while "requests_running 2\n" not in await asyncio.to_thread(get, f"{address}/metrics"):
-                await asyncio.sleep(0.02)
+            await asyncio.to_thread(wait_until, lambda: shows("requests_running 2"))
             for task in whole:
                 task.cancel()
             await asyncio.gather(*whole, return_exceptions=True)
 
-    asyncio.run(leave())
-    wait_until(lambda: free_slot_at_once(server.grpc_address), 3)
-    metrics = get(f"{address}/metrics")
-    assert "requests_running 0\n" in metrics
-    assert 'path="/v1/completions",status="499"} 4' in metrics
+    wait_until(lambda: shows("requests_running 0"))
+    with freed_early(client, LONG):
+        asyncio.run(leave())
+    wait_until(lambda: shows("requests_running 0"))
+    assert 'path="/v1/completions",status="499"} 4' in get(f"{address}/metrics")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,10 +24,10 @@ import yaml
 import twotower_client as tt
 from tests.support import ROOT, TWOTOWER
 from tests.support.command import twotower
+from tests.support.served import LONG, freed_early
 from tests.support.waiting import wait_until
 
 DEPLOY = ROOT / "docs" / "deploy"
-LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
 needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 
 
@@ -206,6 +205,12 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def balancer(folder: Path, *servers: str) -> Iterator[tuple[str, bytes]]:
     """Run nginx with the recipe's configuration; give its address and certificate."""
@@ -228,10 +233,7 @@ def balancer(folder: Path, *servers: str) -> Iterator[tuple[str, bytes]]:
         [*command, "-g", "daemon off;"], stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.05)
+        wait_until(lambda: listens(port))
         yield f"localhost:{port}", certificate.read_bytes()
     finally:
         running.terminate()
@@ -297,12 +299,11 @@ def test_nginx_streams_checks_keys_and_passes_over_a_server_that_is_gone(
             for _ in range(4):  # every second one would go to the server that is gone
                 answer = balanced.generate(prompt_ids=[5], max_new_tokens=64)
                 assert answer.ids == expected.ids
-            with balanced.stream(prompt_ids=[5], **LONG) as stream:
-                next(stream)  # before the answer is complete: blocks pass one by one
-                assert not stream.is_done
+            # Blocks pass one by one, before the answer is complete, and so does its leaving.
+            with freed_early(client), balanced.stream(prompt_ids=[5], **LONG) as stream:
+                next(stream)
         with connect(address, trusted, "guessed") as stranger, pytest.raises(tt.ClientError):
             stranger.generate(prompt_ids=[5], max_new_tokens=4)
-    wait_until(lambda: not client.probe()["running"], 20)  # its leaving passes the balancer
     calls = [line.split()[1:4] for line in (tmp_path / "access.log").read_text().splitlines()]
     method = "/inference.GRPCInferenceService/ModelStreamInfer"
     assert ['"tenant-a"', method, "200"] in calls

@@ -11,17 +11,18 @@ import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
 from tests.support.fake_server import failure, fake_server, part
+from tests.support.served import LONG, freed_early
 from tests.support.waiting import wait_until
-from twotower_client import TwoTowerClient, http_door
+from twotower_client import TwoTowerClient, core, http_door
 from twotower_client.http_door import MOST_BODY, Door
 from twotower_contract.statuses import try_again
 
 pytestmark = pytest.mark.server
-LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
 
 
 def post(url: str, body: object, path: str = "generate", model: str = "twotower", **headers: str):
@@ -133,16 +134,20 @@ def test_a_time_that_is_over_and_paths_that_are_not_there(http) -> None:
     status, answer = post(http, {"input_ids": [5], "timeout_seconds": 0.3, **LONG})
     assert status == 504
     assert "0.3" in json.loads(answer)["error"]
-    late = {"input_ids": [5], "timeout_seconds": 0.5, "block_size": 1, **LONG}
-    status, answer = post(http, late, "generate_stream")
-    last = json.loads(answer.strip().splitlines()[-1].removeprefix("data: "))
-    assert (status, last["status"]) == (200, 504)
     for model in ("preprocessing", "other"):
         assert post(http, {"text_input": "hi"}, model=model)[0] == 404
     for path in ("/v2/logging", "/v2/systemsharedmemory/region/x/register", "/"):
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(http + path, b"{}", timeout=30)
         assert refusal.value.code == 404
+
+
+def test_a_time_that_is_over_after_a_block_is_an_event() -> None:
+    late = fake_server(lambda request, context: iter([part(text="a", ids=(5,)), failure("late")]))
+    with late as url, door_before(url) as port:
+        status, body = post(f"http://127.0.0.1:{port}", {"input_ids": [5]}, "generate_stream")
+    block, last = events_of(body)
+    assert (status, block["output_ids"], last["status"]) == (200, [5], 504)
 
 
 @pytest.mark.parametrize("path", ["generate", "generate_stream"])
@@ -185,11 +190,9 @@ def test_a_caller_who_leaves_frees_the_slot(http, client) -> None:
     for path in ("generate", "generate_stream"):
         body = json.dumps({"input_ids": [5], "block_size": 1, **LONG}).encode()
         head = f"POST /v2/models/twotower/{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        wait_until(lambda: not client.probe()["running"])
-        with socket.create_connection((host, int(port))) as caller:
+        with freed_early(client), socket.create_connection((host, int(port))) as caller:
             caller.sendall(head.encode() + body)
             wait_until(lambda: client.probe()["running"])
-        wait_until(lambda: not client.probe()["running"])
 
 
 @pytest.fixture
@@ -207,7 +210,8 @@ def busy(client):
 def door_before(url: str):
     """The port of HTTP before a server, where a notice comes each 0.5 s."""
     with (
-        TwoTowerClient(url, inactivity_timeout=1.5) as asking,
+        mock.patch.object(core, "NOTICE_SECONDS", 0.5),
+        TwoTowerClient(url) as asking,
         Door(("127.0.0.1", 0), asking) as door,
     ):
         threading.Thread(target=door.serve_forever, args=(0.02,), daemon=True).start()

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 
-from tests.support.served import free_slot_at_once
-from tests.support.waiting import wait_until
+from tests.support.served import freed_early
 from twotower_engines.errors import RequestError
 from twotower_engines.serving.llm import read_wish
 
@@ -132,15 +131,13 @@ def test_a_refusal_is_an_error(stub) -> None:
 
 @pytest.mark.server
 def test_a_caller_that_leaves_frees_its_slot(stub, client) -> None:
-    calls = [
-        stub.ModelStreamInfer(iter([message_of(front_end_request(PROMPT, True, 3900, seed=1))]))
-        for _ in range(2)
-    ]
-    for call in calls:
-        next(call)
-    for call in calls:
-        call.cancel()
-    wait_until(lambda: free_slot_at_once(client.url), 3)
+    message = message_of(front_end_request(PROMPT, True, 3900, seed=1))
+    with freed_early(client, 3900):
+        calls = [stub.ModelStreamInfer(iter([message])) for _ in range(2)]
+        for call in calls:
+            next(call)
+        for call in calls:
+            call.cancel()
 
 
 @pytest.mark.server

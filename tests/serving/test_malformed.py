@@ -100,14 +100,13 @@ def malformed_http(draw: random.Random) -> bytes:
 def answer_to(address: tuple[str, int], content: bytes) -> bytes:
     """Send bytes, and return all that comes back."""
     parts = []
-    with (
-        socket.create_connection(address, timeout=30) as caller,
-        contextlib.suppress(ConnectionError),  # it was refused before all was read
-    ):
-        caller.sendall(content)
-        caller.shutdown(socket.SHUT_WR)
-        while part := caller.recv(65536):
-            parts.append(part)
+    with socket.create_connection(address, timeout=30) as caller:
+        with contextlib.suppress(OSError):  # it was refused before all was sent
+            caller.sendall(content)
+            caller.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):  # or before all was read
+            while part := caller.recv(65536):
+                parts.append(part)
     return b"".join(parts)
 
 

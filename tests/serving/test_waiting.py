@@ -9,6 +9,7 @@ import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 import twotower_client as tt
+from tests.support.served import LONG
 from tests.support.waiting import wait_until
 from twotower_client.connection import KEEP_ALIVE
 from twotower_client.request import Message
@@ -16,13 +17,11 @@ from twotower_client.response import read
 
 pytestmark = pytest.mark.server
 
-LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
-
 
 @pytest.fixture
 def busy(client):
     """Both slots of the server are taken."""
-    streams = [client.stream(prompt_ids=[number], **LONG) for number in (5, 6)]
+    streams = [client.stream(prompt_ids=[number], block_size=4, **LONG) for number in (5, 6)]
     for stream in streams:
         next(stream)
     yield streams
@@ -38,10 +37,10 @@ def waiting(**inputs) -> object:
 
 
 def test_a_request_that_waits_is_not_inactive(server, busy) -> None:
-    with tt.TwoTowerClient(server.grpc_address, inactivity_timeout=3) as client:
+    with tt.TwoTowerClient(server.grpc_address, inactivity_timeout=4) as client:
         stream = client.stream(prompt_ids=[7], max_new_tokens=4, timeout=60)
         notices = 0
-        while notices < 5:  # more than three seconds
+        while notices < 5:  # more than four seconds
             assert stream._take(stream._wait()) is None
             assert stream.queue_place == 1
             notices += 1

@@ -7,7 +7,7 @@ import threading
 from twotower_engines.generation.request import Request
 from twotower_engines.serving.wire import Job
 
-SECONDS = 20
+SECONDS = 60  # for what comes at once
 
 
 class Answer:

@@ -7,13 +7,22 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import ROOT
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from twotower_client import TwoTowerClient
+
+LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds: a token in each turn
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def server(packaged):
     from twotower_engines.serving.server import ServerOptions, TritonServer
 
     with TritonServer(packaged.repository, ServerOptions("127.0.0.1", 0, 0)) as running:
-        running.seconds_to_ready = running.wait_until_ready(60)
+        running.seconds_to_ready = running.wait_until_ready(120)
         group = running.pid
         yield running
         assert running.exit_code is None, running.log_tail(200)
@@ -113,19 +122,18 @@ def http(server):
         door.shutdown()
 
 
-def free_slot_at_once(url: str) -> bool:
-    """Whether a request gets a slot without waiting."""
-    import grpc
-    from tritonclient.grpc import service_pb2_grpc
+@contextmanager
+def freed_early(client: TwoTowerClient, tokens: int = 4000) -> Iterator[None]:
+    """Check that answers of so many tokens, begun within, leave their slots before they are whole.
 
-    from twotower_client.request import infer_request
-    from twotower_client.response import read
-
-    with grpc.insecure_channel(url) as channel:
-        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
-        request = infer_request("Mia", None, {"max_new_tokens": 1}, 20, 0.5)
-        responses = [one.infer_response for one in ask(iter([request]))]
-    return not any(read(one, 0.0).queue_place for one in responses if one.outputs)
+    Turns of the scheduler take the place of seconds: a whole answer takes as many as it has tokens,
+    on a slow machine, too.
+    """
+    before = client.probe(60)["turns"]
+    yield
+    wait_until(lambda: not sum(client.probe(60)[name] for name in ("running", "waiting")))
+    turns = client.probe(60)["turns"] - before
+    assert turns < tokens, f"free after {turns} turns, in which {tokens} tokens are made"
 
 
 def processes_of(group: int) -> list[int]:

@@ -302,14 +302,26 @@ def test_a_second_real_build_takes_less_than_two_seconds(bundle, tmp_path):
 
 
 def test_two_real_builds_at_once(bundle, tmp_path, cache):
+    """Whichever comes first stands still until the other one says that it waits."""
     processes = [start_build(*arguments(bundle, tmp_path / "engines")) for _ in range(2)]
+    first, workers = wait_until(
+        lambda: next(((one, found) for one in processes if (found := workers_of(one))), None)
+    )
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        (second,) = set(processes) - {first}
+        said = iter(second.stderr.readline, "")
+        assert any("waiting for another build of the same engine" in line for line in said)
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
     for process in processes:
-        process.stdout_text, process.stderr_text = process.communicate(timeout=120)
-        assert process.returncode == 0, process.stderr_text
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        assert "waiting for another build" not in said
     open_engine_set(tmp_path / "engines").check_engine_files()
     assert [path.name for path in (tmp_path / "engines").iterdir()] == [RTX]
-    said = [process.stderr_text for process in processes]
-    assert sum("waiting for another build of the same engine" in text for text in said) == 1
     assert partial_leftovers(cache) == []
     assert len(list(cache.glob("*/plan"))) == 2
 
@@ -324,7 +336,7 @@ def test_two_real_builds_at_once(bundle, tmp_path, cache):
 )
 def test_a_killed_build_leaves_nothing_that_looks_finished(bundle, tmp_path, cache, number, code):
     process = start_build(*arguments(bundle, tmp_path / "engines"))
-    workers = wait_until(lambda: [pid for pid in descendants(process.pid) if is_worker(pid)])
+    workers = wait_until(lambda: workers_of(process))
     os.kill(process.pid, number)
     process.communicate(timeout=30)
     assert process.returncode == code
@@ -339,6 +351,10 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(bundle, tmp_path, cac
     made = json_of(run_build(*arguments(bundle, tmp_path / "engines")))
     assert made["built"] is True
     assert partial_leftovers(tmp_path) == []
+
+
+def workers_of(process):
+    return [pid for pid in descendants(process.pid) if is_worker(pid)]
 
 
 def is_worker(pid):

@@ -206,8 +206,9 @@ def test_a_call_costs_little_beside_the_engine(runtime, rows):
             whole.append(time.perf_counter() - start)
     finally:
         binding.session = session
-    # the best of each: the other processes of this machine are not ours to measure
-    assert min(whole) - min(watch.seconds) < 0.5 * min(watch.seconds)
+    # the best call: the other processes of this machine are not ours to measure
+    beside = [all_ - engine for all_, engine in zip(whole, watch.seconds, strict=True)]
+    assert min(beside) < 0.5 * min(watch.seconds)
 
 
 def test_a_plan_that_changed_is_refused(made, tmp_path):
