@@ -274,8 +274,8 @@ def test_every_end_of_a_request_is_counted_and_has_its_line(packaged, tmp_path) 
             shows(lambda of: of("num_requests_running") == of("num_requests_waiting") == 0)
             with pytest.raises(tt.RequestRefusedError):
                 client.generate(prompt_ids=[99999])
-            for token in range(5, 25):  # each a chunk at least to keep, which takes 34 KiB or more
-                client.generate(prompt_ids=[token] * 260, max_new_tokens=1)
+            for token in range(5, 25):  # each beginning takes 70 KiB or more
+                client.generate(prompt_ids=[token] * 520, max_new_tokens=1)
             for outcome, count in ends.items():
                 name = f'requests_total{{outcome="{outcome}"}}'
                 shows(lambda of, name=name, count=count: of(name) == count)
