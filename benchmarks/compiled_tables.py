@@ -23,6 +23,7 @@ import onnx
 
 from tests.support.compiled import TOWERS, config_of, write_graph
 from twotower_contract.json_file import write_json
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.traffic import Kernel, Listing, read_listings, traffic_of
 from twotower_engines.building.flavours.compiled import signature_of
 from twotower_engines.building.flavours.flat_banks import with_flat_banks
@@ -100,7 +101,7 @@ def compiled(
         # here, for the tests of the kernels choose how these are run before they are imported
         from tests.support.cut import cut_at_plugins
 
-        model, plugins = cut_at_plugins(gpu_graph(graph), name)
+        model, plugins = cut_at_plugins(gpu_graph(graph, has_kernels=True), name)
         onnx.save(model, path)
         pairs = config_of().num_experts_per_tok
         usual, most = min(4, rows) * min(16, tokens), rows * tokens
@@ -108,6 +109,7 @@ def compiled(
         flat["pairs"] = Sizes(pairs, pairs * usual, pairs * most)
     sizes = {"batch": Sizes(1, min(4, rows), rows), name: Sizes(1, min(16, tokens), tokens)}
     sizes["context"] = Sizes(context, context, context)  # the room of a cache is one size
+    sizes |= dict.fromkeys(ROW_LISTS.values(), Sizes(0, min(4, rows), rows))
     recipe = engine_recipe([Profile("all", sizes | flat)]) | {"compute_capabilities": [CAPABILITY]}
     job = engine_job(Order(path, folder / "engine.plan", recipe))
     build_engine_files(LIBRARY, {tower: job}, 1, lambda tower, text: None)
@@ -118,9 +120,13 @@ def compiled(
 
 
 def call_of(tower: str, rows: int, tokens: int, context: int) -> dict[str, int]:
-    """Return a call's sizes by the names of the graphs, and those of a cut graph."""
+    """Return a call's sizes by the names of the graphs, and those of a cut graph.
+
+    No row draws noise, and none's entropy or logits are asked for, as the defaults of requests say.
+    """
     flat = rows * tokens
     names = {"batch": rows, TOWERS[tower][1]: tokens, "context": context}
+    names |= dict.fromkeys(ROW_LISTS.values(), 0)
     return {**names, "flat": flat, "pairs": flat * config_of().num_experts_per_tok}
 
 

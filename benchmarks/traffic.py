@@ -2,6 +2,7 @@
 
     python -m benchmarks.traffic              # about half an hour on two cores, no GPU
     python -m benchmarks.traffic plugins      # cut at our plugins alone: five minutes
+    python -m benchmarks.traffic denoiser     # its bodies; the rest is kept from the newest results
     python -m benchmarks.traffic quantized    # ten minutes
 
 TensorRT-RTX compiles both towers for SM120 with a context of 8,192 tokens and room for a call of
@@ -10,12 +11,14 @@ least is every input of the graph read once (of embeddings, the rows of the toke
 written once (of a cache, the new rows). Each tower is compiled twice: with the ops' bodies, as
 TensorRT-RTX runs it, and cut at our plugins, which is what TensorRT compiles between them: there,
 what a plugin reads is an output. TensorRT shares the compiler but times its choices: its engines
-may differ. Quantized weights are those of the default recipe, at one row: FP8 in both forms, 4 bits
-cut at our plugins.
+may differ. A denoiser of bodies is compiled for greedy rows, whose entropy and logits nobody asks
+for, and for rows that draw noise. Quantized weights are those of the default recipe, at one row:
+FP8 in both forms, 4 bits cut at our plugins.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import tempfile
@@ -24,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import today, write_results
+from benchmarks.record import RESULTS, today, write_results
 from tests.support.compiled import TOWERS, compiled, copies
 from twotower_contract.traffic import traffic_of
 
@@ -48,14 +51,16 @@ QUANTIZED = (
 """Forms, formats and compute capabilities of what is measured with quantized weights."""
 
 
-def cases() -> Iterator[tuple[str, str, int, int]]:
-    """Yield the form, the tower, and rows and tokens of each measurement."""
+def cases() -> Iterator[tuple[str, str, int, int, tuple[str, ...]]]:
+    """Yield the form, the tower, rows, tokens, and the lists that name all rows."""
     for form in FORMS:
         for tower in TOWERS:
             for call in BLOCKS:
-                yield form, tower, *call
+                yield form, tower, *call, ()
         for call in CHUNKS[form]:
-            yield form, "context", *call
+            yield form, "context", *call, ()
+    for call in BLOCKS:
+        yield "bodies", "denoiser", *call, ("sampled_rows",)
 
 
 def measure(
@@ -63,6 +68,7 @@ def measure(
     tower: str,
     rows: int,
     tokens: int,
+    lists: tuple[str, ...] = (),
     format_: str | None = None,
     capability: str = "12.0",
 ) -> dict[str, Any]:
@@ -77,6 +83,7 @@ def measure(
             capability=capability,
             format_=format_,
             is_cut=FORMS[form],
+            lists=lists,
         )
     traffic = traffic_of(listing)
     return {
@@ -86,6 +93,7 @@ def measure(
         "tower": tower,
         "rows": rows,
         "tokens": tokens,
+        "lists": list(lists),
         "moved_bytes": traffic.moved.total,
         "least_bytes": traffic.least,
         "ratio": round(traffic.ratio, 3),
@@ -95,6 +103,17 @@ def measure(
         "seconds": round(time.perf_counter() - start, 1),
         # of the largest process until now
         "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
+    }
+
+
+def newest() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the newest results, by their cases."""
+    path = max(RESULTS.glob("traffic-rtx-2*.json"))
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    keys = ("form", "tower", "rows", "tokens")
+    return {
+        (*(one[key] for key in keys), tuple(one.get("lists", ()))): {"lists": [], **one}
+        for one in results
     }
 
 
@@ -108,12 +127,12 @@ def write(name: str, command: str, results: list[dict[str, Any]]) -> None:
         f"caches of {CONTEXT:,} tokens and room for a call of {ROOM}, or for the longer chunk. A",
         f"compiler's process took {peak / 1e9:.2f} GB at most.",
         "",
-        "| form | weights | for | tower | rows x tokens | GB moved | least | ratio | scratch, MB |"
-        " inputs copied | kernels | compiled in, s |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| form | weights | for | tower | rows x tokens | lists of all rows | GB moved | least |"
+        " ratio | scratch, MB | inputs copied | kernels | compiled in, s |",
+        "|---|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {one['form']} | {one['weights']} | {one['compute_capability']} | {one['tower']} | "
-            f"{one['rows']} x {one['tokens']} | "
+            f"{one['rows']} x {one['tokens']} | {', '.join(one['lists'])} | "
             f"{one['moved_bytes'] / 1e9:.1f} | {one['least_bytes'] / 1e9:.1f} | "
             f"{one['ratio']:.2f} | {one['scratch_bytes'] / 1e6:.0f} | {one['copied_inputs']} | "
             f"{one['kernels']} | {one['seconds']:.0f} |"
@@ -129,13 +148,16 @@ def main() -> None:
     if sys.argv[1:] == ["quantized"]:
         for form, format_, capability in QUANTIZED:
             for tower in TOWERS:
-                results.append(measure(form, tower, 1, 16, format_, capability))
+                results.append(measure(form, tower, 1, 16, (), format_, capability))
                 print(results[-1], flush=True)
         write("traffic-rtx-quantized", command, results)
         return
     is_part = sys.argv[1:] == ["plugins"]
+    kept = newest() if sys.argv[1:] == ["denoiser"] else {}
     for case in cases():
-        if FORMS[case[0]] or not is_part:
+        if kept and case[:2] != ("bodies", "denoiser"):
+            results.append(kept[case])
+        elif FORMS[case[0]] or not is_part:
             results.append(measure(*case))
             print(results[-1], flush=True)
     write("traffic-rtx-plugins" if is_part else "traffic-rtx", command, results)

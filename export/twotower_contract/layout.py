@@ -31,6 +31,10 @@ FLAT: Final = ".flat"
 """After the name of a bank of down-projections [experts, hidden, width] where an engine takes it as
 one matrix [hidden, experts x width]: the matrices side by side."""
 
+ROW_LISTS: Final = {"sampled_rows": "sampled", "entropy_rows": "uncertain", "logits_rows": "shown"}
+"""Inputs of a denoiser's engine that list rows of a call, and the names of their lengths: rows that
+draw noise, rows whose policy asks for entropy, and rows whose logits are an output."""
+
 BASE_PREFIX: Final = "backbone"
 """Prefix of the single-tower base checkpoint, which has `lm_head.weight` as its only head."""
 

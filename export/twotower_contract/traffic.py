@@ -19,6 +19,7 @@ from typing import Final
 
 from twotower_contract.errors import EngineSetError
 from twotower_contract.json_file import Document, read_json, write_json
+from twotower_contract.layout import ROW_LISTS
 
 FORMAT: Final = "twotower-traffic"
 FORMAT_VERSION: Final = 1
@@ -177,8 +178,9 @@ class Traffic:
 def traffic_of(listing: Listing, call: Mapping[str, int] | None = None) -> Traffic:
     """Return what a call moves.
 
-    Two things are counted by what they touch: of a table of embeddings the rows of the call's
-    tokens, and of a cache that a kernel writes into where it lies, the new rows.
+    Three things are counted by what they touch: of a table of embeddings the rows of the call's
+    tokens, of a cache that a kernel writes into where it lies, the new rows, and of what a kernel
+    reads that takes a list of rows, these.
 
     Args:
         call: Dynamic dimension to its size in the call; the profile's usual sizes where absent.
@@ -286,9 +288,17 @@ def _touched(tensor: Tensor, call: Mapping[str, int], tokens: int) -> int:
 def _moved(kernel: Kernel, call: Mapping[str, int], tokens: int, least: int) -> Moved:
     """Return what a kernel moves; where it writes into its input, only what it writes there."""
     in_place = {one.name for one in kernel.reads} & {one.name for one in kernel.writes}
-    read = sum(_touched(one, call, tokens) for one in kernel.reads if one.name not in in_place)
+    listed = _of_listed_rows(kernel, call)
+    read = sum(_touched(one, listed, tokens) for one in kernel.reads if one.name not in in_place)
     written = sum(one.bytes(call) for one in kernel.writes if one.name not in in_place)
     return Moved(1, read, written + (read if in_place else 0), least)
+
+
+def _of_listed_rows(kernel: Kernel, call: Mapping[str, int]) -> Mapping[str, int]:
+    """Return a call as a kernel reads it: of other inputs the rows of a list that it takes."""
+    lists = (ROW_LISTS[one.name] for one in kernel.reads if one.name in ROW_LISTS)
+    lengths = [call[dim] for dim in lists if dim in call]
+    return {**call, "batch": max(lengths)} if lengths else call
 
 
 def _renewed(output: Tensor, listing: Listing, call: Mapping[str, int]) -> int:

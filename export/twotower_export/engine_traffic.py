@@ -9,11 +9,14 @@ from typing import Any, Final
 from twotower_contract.digests import file_state
 from twotower_contract.engine_set import EngineSet, find_engine_sets, open_engine_set
 from twotower_contract.errors import EngineSetError, printable
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.tables import aligned
 from twotower_contract.traffic import Listing, Moved, Traffic, read_listings, traffic_of
 
 ROWS: Final = (1, 4, 16, 64, 256)
 """Rows of the calls that a profile of open sizes is shown for."""
+
+SAMPLED: Final = ROW_LISTS["sampled_rows"]
 
 LARGEST: Final = 8
 """Kernels of a call that the text names."""
@@ -22,6 +25,7 @@ LEGEND: Final = (
     "GB: read and written by all kernels. least: weights, states and other inputs once, outputs",
     "once. Of embeddings the rows of the call's tokens count, of a cache that is written where it",
     "lies the new rows. Tiles that a kernel skips, and experts that it leaves out, count as read.",
+    "sampled: rows that draw noise, at a temperature above 0.",
 )
 
 
@@ -76,8 +80,13 @@ def _of_set(opened: EngineSet) -> dict[str, Any]:
 
 def _of_profile(listing: Listing, pattern: str, slots: int) -> dict[str, Any]:
     has_open_rows = any("batch" in one.sizes for k in listing.kernels for one in k.writes)
-    rows = [n for n in ROWS if n < slots] + [slots] if has_open_rows else [listing.usual["batch"]]
-    calls = [{**listing.usual, "batch": count} for count in rows]
+    calls = [listing.usual]
+    if has_open_rows:
+        rows = [n for n in ROWS if n < slots] + [slots]
+        lists = {dim: 0 for dim in ROW_LISTS.values() if dim in listing.usual}
+        calls = [{**listing.usual, **lists, "batch": count} for count in rows]
+        if SAMPLED in lists:
+            calls += [{**call, SAMPLED: call["batch"]} for call in calls]
     return {
         "profile": listing.profile,
         "scratch_bytes": listing.scratch,
@@ -131,14 +140,14 @@ def _text_of_profile(
     memory = "" if scratch is None else f"; {scratch / 1e6:,.0f} MB of scratch at its largest sizes"
     yield f"{tower}, profile {found['profile']}, from {source}{memory}"
     calls = found["calls"]
-    names = list(calls[0]["sizes"])
+    names = [name for name in calls[0]["sizes"] if any(call["sizes"][name] for call in calls)]
     head = ["rows" if name == "batch" else name for name in names]
     rows = [
         [
             *(f"{call['sizes'][name]:,}" for name in names),
             f"{call['moved_bytes'] / 1e9:.3f}",
             f"{call['least_bytes'] / 1e9:.3f}",
-            f"{call['ratio']:.3f}",
+            f"{call['moved_bytes'] / call['least_bytes']:.3f}",
             f"{call['kernels']:,}",
             f"{len(call['copies']):,}",
             f"{sum(one['bytes'] for one in call['copies']) / 1e9:.3f}",

@@ -14,6 +14,7 @@ from tests.support.compiled import compiled as compile_tower
 from tests.support.compiled import config_of, copies, write_graph
 from tests.support.sparse_checkpoint import FULL_CONFIG
 from twotower_contract.engine_set import Limits
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.skus import known_skus
 from twotower_contract.traffic import read_listings, traffic_of
 from twotower_engines.building.flavours.flavour import Order, Target
@@ -30,7 +31,12 @@ LARGE = 100_000  # bytes; what is smaller than this may be moved about
 pytest.importorskip("tensorrt_rtx", reason="needs `pip install tensorrt-rtx-cu13`")
 
 
-CALLS = [("context", 16), ("denoiser", 1), ("denoiser", 4), ("denoiser", 16)]
+CALLS = [
+    ("context", 16, ()),
+    *(("denoiser", rows, ()) for rows in (1, 4, 16)),
+    ("denoiser", 16, tuple(ROW_LISTS)),
+]
+"""Tower, rows, and the lists that name all of them."""
 RATIOS = {1: 1.03, 4: 1.06, 16: 1.25}
 """Rows to the most that a whole tower may move over the least."""
 
@@ -38,8 +44,9 @@ RATIOS = {1: 1.03, 4: 1.06, 16: 1.25}
 @pytest.fixture(scope="module", params=CALLS, ids=str)
 def compiled(request, tmp_path_factory):
     """The kernels of a tower at 1 to 16 rows of 16 tokens."""
-    tower, rows = request.param
-    return compile_tower(tmp_path_factory.mktemp("compiled"), tower, rows, 16, CAPACITY, PATTERN)
+    tower, rows, lists = request.param
+    folder = tmp_path_factory.mktemp("compiled")
+    return compile_tower(folder, tower, rows, 16, CAPACITY, PATTERN, lists=lists)
 
 
 def rows(compiled):
@@ -101,6 +108,38 @@ def test_refinement_writes_no_integers_for_each_token(compiled):
     ]
 
 
+def moved_of_list(listing, name, call):
+    """Bytes of the kernels that take a list of rows, or what is computed of the rows' tokens."""
+    dim, vocabulary = ROW_LISTS[name], FULL_CONFIG["vocab_size"]
+    return sum(
+        moved.total
+        for kernel, moved in traffic_of(listing, call).kernels
+        if any(
+            one.name == name or {dim, vocabulary} <= set(one.sizes)
+            for one in (*kernel.reads, *kernel.writes)
+        )
+    )
+
+
+def test_noise_entropy_and_logits_cost_nothing_where_no_row_asks_for_them(tmp_path):
+    """In an engine of any size, as users build them. Before, all three were made in each step."""
+    listing = compiled_tables.compiled(tmp_path, "denoiser", "bodies", 16, 64, CONTEXT, "M")
+    assert not listing.unsized
+    for rows in (1, 16):
+        none = compiled_tables.call_of("denoiser", rows, 16, CONTEXT)
+        logits = 2 * rows * 16 * FULL_CONFIG["vocab_size"]
+        step = traffic_of(listing, none).by_kind("M")["ends"]
+        # seen: 6.6 and 6.1 times; it was 22
+        assert step.total - step.least < 7 * logits
+        shown = [one for kernel in listing.kernels for one in kernel.writes if one.name == "logits"]
+        assert [one.bytes(none) for one in shown] == [0]
+        # read once, and for noise written in float32 and read again
+        for name, times in (("sampled_rows", 5), ("entropy_rows", 1), ("logits_rows", 2)):
+            assert moved_of_list(listing, name, none) < 1e6, "numbers of the vocabulary's tokens"
+            moved = moved_of_list(listing, name, none | {ROW_LISTS[name]: rows})
+            assert moved == pytest.approx(times * logits, abs=1e6)
+
+
 def ratio_of_whole(listing, pattern):
     """What a whole tower moves over the least, if its layers move what these do."""
     kinds, whole = traffic_of(listing).by_kind(pattern), FULL_CONFIG["hybrid_override_pattern"]
@@ -127,7 +166,7 @@ def test_experts_write_their_activations_and_no_other_result_of_theirs(compiled)
 
 
 def test_scratch_memory_is_bounded_and_planned(compiled):
-    """Seen: 212 MB at 16 rows, of which the sampled logits are 134 and the logits 67."""
+    """Seen: 212 MB at 16 rows that draw, of which the sampled logits are 134 and the logits 67."""
     tower = "denoiser" if any(one.name == "new_ids" for one in compiled.outputs) else "context"
     planned = compiled_tower(config_of(PATTERN), tower, "bodies", 2)
     assert compiled.scratch < (50e6 if rows(compiled) == 1 else 250e6)

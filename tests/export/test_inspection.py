@@ -319,6 +319,21 @@ def listing(profile, batch):
     return Listing(profile, usual, 12_000_000, inputs, (new,), kernels, ("t",))
 
 
+def listed():
+    """A denoiser's kernel that takes a list of rows, and one that takes what it made of them."""
+    ids, rows = (
+        Tensor("ids", ("batch", "block"), "INT32"),
+        Tensor("sampled_rows", ("sampled",), "INT32"),
+    )
+    logits = Tensor("logits.all", ("batch", "block", 1000), "BF16")
+    drawn = Tensor("drawn", ("sampled", "block", 1000), "FLOAT")
+    new = Tensor("new_ids", ("batch", "block"), "INT32")
+    draw = Kernel("__myl_GathMul", "kgen", None, (logits, rows), (drawn,))
+    search = Kernel("__myl_Topk", "kgen", None, (drawn, ids), (new,))
+    usual = {"batch": 2, "sampled": 2, "uncertain": 2, "block": 16}
+    return Listing("all", usual, None, (ids, rows), (), (draw, search))
+
+
 def moved(read, written, least):
     bytes_ = {"read_bytes": read, "written_bytes": written, "moved_bytes": read + written}
     return {"kernels": 1, **bytes_, "least_bytes": least}
@@ -353,6 +368,28 @@ class TestTraffic:
         copy = {"kernel": "__myl_Tran", "input": "context_tower.layers.0.mixer.in_proj.weight"}
         assert call["copies"] == [copy | {"bytes": weight}]
         assert [one["layer"] for one in call["each"]] == [0, None, 2]
+
+    def test_rows_that_no_list_names_are_not_counted(self, tmp_path, bundle):
+        folder = write_engines(tmp_path / "l4", bundle, sku="l4")
+        write_listings(folder / "denoiser.traffic.json", "a test", [listed()])
+        digest = hashlib.sha256((folder / "denoiser.traffic.json").read_bytes()).hexdigest()
+        build = json.loads((folder / "build.json").read_text())
+        build["traffic"] = {"denoiser": {"file": "denoiser.traffic.json", "sha256": digest}}
+        (folder / "build.json").write_text(json.dumps(build))
+        (found,) = inspected(folder, "--traffic")["engines"]
+        (profile,) = found["towers"]["denoiser"]["profiles"]
+        calls = [(one["sizes"]["batch"], one["sizes"]["sampled"]) for one in profile["calls"]]
+        assert calls == [(1, 0), (4, 0), (1, 1), (4, 4)]
+        logits, ids = 4 * 16 * 1000, 4 * 4 * 16
+        for call, rows in ((profile["calls"][1], 0), (profile["calls"][3], 1)):
+            drawn, numbers = 4 * logits * rows, 4 * 4 * rows
+            draw, search = call["each"]
+            assert draw["read_bytes"] == 2 * logits * rows + numbers
+            assert draw["written_bytes"] == drawn
+            assert search["read_bytes"] == drawn + ids
+        text = CliRunner().invoke(inspect, [str(folder), "--traffic"]).stdout
+        assert "rows  sampled  block" in text
+        assert "uncertain" not in text
 
     def test_the_table(self, engines):
         text = CliRunner().invoke(inspect, [str(engines.parent), "--traffic"]).stdout

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from tests.support.quantized_graphs import weight_dtypes
 from tests.support.sparse_checkpoint import FULL_CONFIG
 from twotower_contract.config import ModelConfig
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.traffic import read_listings, traffic_of
 from twotower_engines.building.flavours.flavour import Order
 from twotower_engines.building.flavours.gpu_graph import gpu_graph
@@ -54,15 +55,20 @@ def compiled(
     capability="12.0",
     format_=None,
     is_cut=False,
+    lists=(),
 ):
-    """Compile a tower for calls of one size; returns the listing of its kernels."""
+    """Compile a tower for calls of one size; returns the listing of its kernels.
+
+    `lists` has the lists of rows that name all of them; the others are empty.
+    """
     sizes = {"batch": rows, TOWERS[tower][1]: tokens, "context": context}
+    sizes |= {dim: rows if name in lists else 0 for name, dim in ROW_LISTS.items()}
     graph = write_graph(folder, tower, pattern, format_)
     if is_cut:
         # here, for the tests of the kernels choose how these are run before they are imported
         from tests.support.cut import cut_at_plugins
 
-        cut, _ = cut_at_plugins(gpu_graph(onnx.load(graph)), TOWERS[tower][1])
+        cut, _ = cut_at_plugins(gpu_graph(onnx.load(graph), has_kernels=True), TOWERS[tower][1])
         onnx.save(cut, graph)
         sizes["flat"] = rows * tokens
         sizes["pairs"] = rows * tokens * config_of().num_experts_per_tok

@@ -11,8 +11,11 @@ import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
+from twotower_contract.layout import ROW_LISTS
+from twotower_engines.building.flavours.refine_rows import list_rows
 from twotower_engines.errors import RuntimeLoadError
 
 DTYPES = {"tensor(int32)": np.int32, "tensor(float)": np.float32}
@@ -126,17 +129,23 @@ class HostDevice:
 class HostEngine:
     """An ONNX Runtime session that reads and writes at bound addresses.
 
+    The denoiser takes lists of rows, as engines for GPUs do; without, it is one of those that were
+    built before there were any.
+
     `check` says whether an address is the device's, `submit` runs a call in the order of its
     stream; both are the host device's own where not given. Tensors must lie at multiples of 256, as
     TensorRT asks.
     """
 
-    def __init__(self, path, device, check=None, submit=None, can_capture=True):
-        self.session = ort.InferenceSession(str(path))
+    def __init__(self, path, device, check=None, submit=None, can_capture=True, has_lists=True):
+        model = onnx.load(path)
+        if has_lists:
+            list_rows(model)
+        self.session = ort.InferenceSession(model.SerializeToString())
         self.check = check or device.check
         self.submit = submit or (lambda work: work())
         self.can_capture = can_capture
-        self.prepared = []
+        self.prepared, self.listed = [], []
         self.is_closed = False
         self.types = {one.name: DTYPES[one.type] for one in self.session.get_inputs()}
         self.static = {one.name: one.shape for one in self.session.get_inputs()}
@@ -146,6 +155,7 @@ class HostEngine:
     def prepare(self, shapes):
         known = {n: s for n, s in self.static.items() if all(isinstance(d, int) for d in s)}
         self.prepared.append(shapes["ids"])
+        self.listed.append({name for name in ROW_LISTS if any(shapes.get(name, ()))})
         return HostCall(self, {**known, **shapes})
 
     def close(self):

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from twotower_contract.config import ModelConfig
-from twotower_contract.layout import FLAT
+from twotower_contract.layout import FLAT, ROW_LISTS
 from twotower_contract.manifest import Manifest, WeightInput
 
 DYNAMIC = -1
@@ -56,8 +56,8 @@ def interface_of(
 
     Args:
         capacity: Tokens that a cache has room for; engines know it, graphs do not.
-        inputs: The engine's own, which say how it takes banks of experts; a graph's where not
-            given.
+        inputs: The engine's own, which say how it takes banks of experts, and which lists of
+            rows; a graph's where not given.
     """
     model, dtype = manifest.model, COMPUTED[manifest.model.dtype]
     states = dict(_states(model, dtype, capacity))
@@ -69,6 +69,8 @@ def interface_of(
     taken = {name: TensorSpec("INT32", (DYNAMIC,) * rank) for name, rank in rows.items()}
     if tower == "denoiser":
         taken |= dict.fromkeys(("threshold", "temperature"), TensorSpec("FLOAT", (DYNAMIC,)))
+        lists = (name for name in ROW_LISTS if name in inputs)
+        taken |= dict.fromkeys(lists, TensorSpec("INT32", (DYNAMIC,)))
     taken |= states
     for weight in manifest.weights[tower].values():
         if is_flat(weight, inputs):

@@ -56,6 +56,8 @@ CONTEXT = 8192
 ENGINE_CODE = (
     "twotower_engines/building/flavours/*.py",
     "twotower_engines/planning/compiled.py",
+    "twotower_engines/runtime/nodes.py",
+    "twotower_contract/layout.py",
     "twotower_contract/traffic.py",
 )
 SET_CODE = ("twotower_engines/building/build.py", "twotower_contract/engine_set.py")

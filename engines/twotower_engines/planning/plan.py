@@ -400,7 +400,9 @@ class _Sizes:
         vocabulary = slots * self.model.config.vocab_size
         queries = slots * self.model.config.num_attention_heads * self.model.config.head_dim
         if tower == "denoiser":
-            yield "denoiser logits", self.request.block_size_max * vocabulary * self.item
+            # function bodies give logits to who reads them: of a token, for `mock_ar`
+            tokens = self.request.block_size_max if _has_kernels(self.request) else 1
+            yield "denoiser logits", tokens * vocabulary * self.item
             yield "denoiser queries", self.request.block_size_max * queries * self.item
             return
         mamba = ssm_bytes(self.model.config) + conv_bytes(self.model.config, self.item)

@@ -142,14 +142,14 @@ def _verify_interface(
     """Compare what TensorRT parsed, now or when it built, with what the manifest implies."""
     room = engines.build.limits.cache_tokens
     expected = interface_of(engines.manifest, tower, room)
-    counts = f"{len(expected.inputs)} inputs and {len(expected.outputs)} outputs of the {tower}"
     if bundle is not None:
         try:
             title, parsed = _parsed(engines, tower, bundle)
         except BuildError as problem:
             found.problems.append(str(problem))
         else:
-            found.take(f"{counts} graph, as {title} parses it", differences(parsed, expected))
+            what = f"{_counts(expected, tower)} graph, as {title} parses it"
+            found.take(what, differences(parsed, expected))
         return
     report = engines.build.extra.get("reports", {}).get(tower, {})
     reported = _reported(report.get("parsed"))
@@ -160,7 +160,12 @@ def _verify_interface(
         )
         return
     expected = interface_of(engines.manifest, tower, room, reported.inputs)
-    found.take(f"{counts} engine, as its builder parsed them", differences(reported, expected))
+    what = f"{_counts(expected, tower)} engine, as its builder parsed them"
+    found.take(what, differences(reported, expected))
+
+
+def _counts(interface: Interface, tower: str) -> str:
+    return f"{len(interface.inputs)} inputs and {len(interface.outputs)} outputs of the {tower}"
 
 
 def _reported(parsed: Any) -> Interface | None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from twotower_contract.bfloat16 import from_bfloat16, to_bfloat16
 from twotower_contract.engine_set import Limits
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.manifest import Manifest
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.engine_interface import Interface, TensorSpec, interface_of
@@ -89,12 +90,14 @@ def compare_tower(
     Returns:
         A difference for each output of each call, named `tower.call.output`.
     """
-    interface = interface_of(manifest, name, limits.cache_tokens)
+    interface = interface_of(manifest, name, limits.cache_tokens, tower.engine.inputs)
     found = []
     for call in _calls(name, limits, manifest):
         given = states if call.continues else {}
         empty = _empty_states(interface, len(call.lengths))
-        inputs = {**call.inputs, **empty, **given}
+        rows = np.arange(len(call.lengths), dtype=np.int32)
+        lists = {key: rows for key in ROW_LISTS if key in interface.inputs}
+        inputs = {**call.inputs, **lists, **empty, **given}
         inputs = {key: _as_taken(array, interface.inputs[key]) for key, array in inputs.items()}
         outputs = reference.run(inputs)
         ours = _run(tower, interface, inputs, {key: one.shape for key, one in outputs.items()})

@@ -199,8 +199,9 @@ class Body:
     ) -> ir.Value:
         """`then()` where the condition holds, `otherwise()` where not; only one is computed.
 
-        `then()` must be right in either case: on a GPU a condition is a wait for the host, which no
-        CUDA graph can capture, and TensorRT-RTX engines are built of `then` alone.
+        `then()` must be right in either case, and for each row by itself: on a GPU a condition is a
+        wait for the host, which no CUDA graph can capture. There `then()` is computed for the rows
+        that a call lists, or for all.
 
         Args:
             condition: Bool [] or [1].

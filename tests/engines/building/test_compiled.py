@@ -11,6 +11,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.compiled import TOWERS, compiled, config_of, copies, write_graph
 from twotower_contract.engine_set import Limits
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.skus import known_skus
 from twotower_contract.traffic import Tensor, read_listings, traffic_of, write_listings
 from twotower_engines.building.flavours.compiled import BuilderLog, layer_of, sizes_of
@@ -44,11 +45,15 @@ def built(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def open_sizes(built, tmp_path_factory):
-    """The listing for calls of any size, that of a build for one call, and the call's sizes."""
+    """The listing for calls of any size, that of a build for one call, and the call's sizes.
+
+    Each list of rows names all of them.
+    """
     tower, listing, _ = built
     call = {"batch": 4, TOWERS[tower][1]: 32, "context": LIMITS.cache_tokens}
-    fixed = compiled(tmp_path_factory.mktemp("fixed"), tower, *call.values(), PATTERN)
-    return listing, fixed, call
+    folder = tmp_path_factory.mktemp("fixed")
+    fixed = compiled(folder, tower, *call.values(), PATTERN, lists=ROW_LISTS)
+    return listing, fixed, call | dict.fromkeys(ROW_LISTS.values(), 4)
 
 
 def test_no_memory_is_allocated_when_an_engine_runs(built):
@@ -205,7 +210,8 @@ BARS = {"bodies": {1: 1.03, 4: 1.06, 16: 1.25}, "cut at plugins": dict.fromkeys(
 def test_what_was_measured_at_full_size_is_within_the_bars_and_what_the_documents_say():
     path = max((ROOT / "benchmarks" / "results").glob("traffic-rtx-2*.json"))
     results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    blocks = {(r["form"], r["tower"], r["rows"]): r for r in results if r["tokens"] == 16}
+    greedy = [r for r in results if r["tokens"] == 16 and not r["lists"]]
+    blocks = {(r["form"], r["tower"], r["rows"]): r for r in greedy}
     page = (ROOT / "docs" / "build.md").read_text(encoding="utf-8")
     titles = {"bodies": "function bodies", "cut at plugins": "cut at our plugins"}
     for form, most in BARS.items():
@@ -216,5 +222,9 @@ def test_what_was_measured_at_full_size_is_within_the_bars_and_what_the_document
             scratch = calls[-1]["scratch_bytes"] / 1e6
             assert scratch < 250
             assert f"| {titles[form]}, {tower} | {ratios} | {scratch:.0f} MB |" in page
+    drawn = {r["rows"]: r for r in results if r["lists"] == ["sampled_rows"]}
+    ratios = " | ".join(f"{drawn[rows]['ratio']:.2f}" for rows in (1, 4, 16))
+    scratch = drawn[16]["scratch_bytes"] / 1e6
+    assert f"| the same, rows that draw noise | {ratios} | {scratch:.0f} MB |" in page
     assert not any(one["copied_inputs"] for one in results)
     assert ("cut at plugins", 1024) in {(one["form"], one["tokens"]) for one in results}

@@ -32,6 +32,7 @@ from tests.support.engine_bundles import (
 from tests.support.waiting import wait_until
 from twotower_contract.digests import file_state
 from twotower_contract.engine_set import Limits, open_engine_set
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.manifest import read_manifest
 from twotower_contract.skus import known_skus
 from twotower_contract.traffic import Tensor, read_listings, traffic_of
@@ -116,6 +117,7 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
     assert record.extra["placement"] == {"context": 0, "denoiser": 0}
     assert record.profiles["denoiser"] == [
         {"name": "all", "batch": [1, 4, 4], "context": [320, 320, 320], "block": [1, 16, 64]}
+        | {dim: [0, 4, 4] for dim in ROW_LISTS.values()}
     ], "a cache has room for the context and one call"
     for tower in ("context", "denoiser"):
         report = record.extra["reports"][tower]
@@ -123,7 +125,8 @@ def test_an_engine_set_for_an_rtx_gpu(bundle, tmp_path):
         graph = graph_inputs(read_graph(path), path)
         banks = {name for name in graph if name.endswith("experts.down_proj")}
         laid = {f"{name}.flat" for name in banks}
-        assert report["parsed"]["inputs"].keys() == graph.keys() - banks | laid > {"ids"}
+        lists = ROW_LISTS.keys() if tower == "denoiser" else set()
+        assert report["parsed"]["inputs"].keys() == graph.keys() - banks | laid | lists > {"ids"}
         assert banks
         assert report["parsed"]["layers"] > 100
         assert report["engine"] is None, "a plan is opened on its GPU only"
@@ -257,6 +260,7 @@ def tiny_graph(folder, text):
     return path
 
 
+SAMPLED = ROW_LISTS["sampled_rows"]
 BATCH = [Profile("all", {"batch": Sizes(1, 2, 4)})]
 BF16_PRODUCT = (
     "agraph (bfloat16[batch, 8] x, bfloat16[8, 8] w) => (bfloat16[batch, 8] y) { y = MatMul(x, w) }"
@@ -511,14 +515,18 @@ def check_listings(engines):
         planned = compiled_tower(config_of(), tower, "bodies", 2).scratch_bytes(16, tokens, 8448)
         assert 0.8 * planned < listing.scratch <= WORKSPACE_SLACK * planned
         assert f"{listing.scratch / 1e6:,.0f} MB of scratch" in page
-        for rows in (1, 4, 16):
-            traffic = traffic_of(listing, {"batch": rows, dim: 16})
+        calls = [(rows, drawn) for drawn in (0, 1) for rows in (1, 4, 16)]
+        for rows, drawn in calls if tower == "denoiser" else calls[:3]:
+            lists = {**dict.fromkeys(ROW_LISTS.values(), 0), SAMPLED: rows * drawn}
+            traffic = traffic_of(listing, {"batch": rows, dim: 16, **lists})
             assert not [one for one in traffic.copies if KEPT.search(one[1])]
             figures = [traffic.moved.total / 1e9, traffic.least / 1e9, traffic.ratio]
             said = " +".join(f"{one:.3f}" for one in figures)
             if tower == "denoiser":
                 assert re.search(
-                    rf"^ +{rows} +8,448 +16 +{said} +661 +0 +0\.000$", page, re.MULTILINE
+                    rf"^ +{rows} +{rows * drawn} +8,448 +16 +{said} +669 +0 +0\.000$",
+                    page,
+                    re.MULTILINE,
                 )
             else:
                 assert f"{traffic.ratio:.3f}" in page

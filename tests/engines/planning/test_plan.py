@@ -315,6 +315,8 @@ def test_one_h200_holds_both_towers(model):
     )
     assert gpu.capacity == int(find_sku("h200").memory * 0.98)
     assert gpu.free == gpu.capacity - gpu.total > 0
+    bodies = plan_memory(model, replace(request, kernels=False)).gpus[0].buffers
+    assert bodies["denoiser logits"] == 16 * 131072 * 2, "of a token: only `mock_ar` reads them"
 
 
 def test_two_h100_hold_a_tower_each(model):
@@ -432,10 +434,10 @@ REFUSED = [
     PlanRequest(find_sku("h200"), 1, 64, 32768, "bf16"),
     PlanRequest(find_sku("rtx-pro-6000"), slots=128, context=32768, precision="bf16"),
     # function bodies and large blocks take more than the defaults
-    PlanRequest(find_sku("a100-80"), slots=64, precision="bf16", flavour="tensorrt-rtx"),
+    PlanRequest(find_sku("a100-80"), slots=96, precision="bf16", flavour="tensorrt-rtx"),
     PlanRequest(find_sku("rtx-pro-6000"), slots=96, precision="bf16", block_size_max=256),
     PlanRequest(find_sku("h200"), 1, 60, precision="bf16", block_size_max=256),
-    PlanRequest(find_sku("h100-sxm"), None, 112, 512, "bf16", kernels=False),
+    PlanRequest(find_sku("h100-sxm"), None, 120, 512, "bf16", kernels=False),
     PlanRequest(find_sku("l40s"), precision="fp8", slots=128),
 ]
 

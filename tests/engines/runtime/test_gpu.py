@@ -194,6 +194,29 @@ def test_plans_answer_as_the_cpu_flavour_does(built):
     assert np.equal(gpu, cpu).mean() > 0.95
 
 
+def test_a_row_that_draws_changes_no_other(built):
+    """Noise and entropy come through lists of rows, which are empty where no row asks for them."""
+    from twotower_contract.policies import POLICIES
+    from twotower_engines.runtime.interface import DenoiseRow, ExtendRow
+    from twotower_engines.runtime.opening import open_runtime
+
+    runtime = open_runtime(gpus_and_cpus(built)[0])
+    for slot in range(2):
+        runtime.reset(slot)
+    runtime.extend([ExtendRow(slot, np.arange(5, 21, dtype=np.int32)) for slot in range(2)])
+    block = np.full(16, runtime.mask_token_id, np.int32)
+    unsure = POLICIES["entropy"]
+    made = [
+        runtime.denoise([DenoiseRow(0, block, 0.5, 1), DenoiseRow(1, block, 0.5, 1, *other)])
+        for other in [(0.0, 0), (0.9, 0, 1), (0.0, unsure), (0.9, unsure, 1), (0.0, 0)]
+    ]
+    first, second = ([answer[row].ids.tolist() for answer in made] for row in range(2))
+    assert first == [first[0]] * 5
+    assert second[0] == second[2] == second[4] == first[0]
+    assert second[1] == second[3] != first[0], "drawn, of the same seed"
+    runtime.close()
+
+
 def test_calls_that_are_prepared_take_seconds_and_memory(built, device, record_property):
     """The wall shows both, of all that opening does and of a call that is first needed later."""
     from twotower_engines.runtime.interface import ExtendRow

@@ -16,6 +16,7 @@ from tests.support.checkpoint_files import random_tensors, write_checkpoint
 from tests.support.closing import check_closing
 from twotower_contract.engine_set import Limits
 from twotower_contract.errors import CheckpointError
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.policies import POLICIES
 from twotower_engines.artifacts.weights import WeightStore
 from twotower_engines.errors import RuntimeLoadError
@@ -37,14 +38,14 @@ pytestmark = pytest.mark.usefixtures("quick_exports")
 LIMITS = Limits(slots=5, context=96, max_tokens_per_call=32, block_size_max=16)
 
 
-def make_resident(engines, gpus=1, limits=LIMITS, progress=None, can_capture=True):
+def make_resident(engines, gpus=1, limits=LIMITS, progress=None, **options):
     """The runtime as `loading.open_resident_runtime` makes it, with host engines."""
     store = WeightStore(engines.manifest)
     store.check()
     devices = [host.HostDevice(f"host:{index}") for index in range(gpus)]
     towers = []
     for name, device in (("context", devices[0]), ("denoiser", devices[-1])):
-        engine = host.HostEngine(engines.engine_path(name), device, can_capture=can_capture)
+        engine = host.HostEngine(engines.engine_path(name), device, **options)
         towers.append(Tower(engine, device, upload_weights(store, name, device, window=1 << 12)))
     return ResidentRuntime(engines.manifest, limits, *towers, progress)
 
@@ -93,6 +94,44 @@ def test_answers_are_those_of_the_cpu_flavour(engines, resident):
     generator = random.Random(1)
     requests = [draw_request(number, generator) for number in range(14)]
     assert answers(resident, requests) == answers(engines.runtime, requests)
+
+
+def test_noise_entropy_and_logits_are_for_calls_that_ask(engines):
+    """A call that lists no rows has a size of its own: none of its kernels has anything to do."""
+    runtime = make_resident(engines.engines)
+    engine = runtime._denoiser.engine
+    assert engine.listed == [set()] * 4
+    for slot in range(5):
+        runtime.reset(slot)
+    runtime.extend([ExtendRow(slot, np.arange(5, 13, dtype=np.int32)) for slot in range(5)])
+    block = np.full(8, runtime.mask_token_id, np.int32)
+
+    def listed(*rows):
+        engine.listed.clear()
+        runtime.denoise([DenoiseRow(slot, block, 0.5, 2, *one) for slot, one in enumerate(rows)])
+        return engine.listed
+
+    greedy, drawn, unsure = (0.0,), (0.8,), (0.0, POLICIES["entropy"])
+    assert listed(greedy, greedy) == [], "prepared when the runtime was made"
+    assert listed(greedy, drawn) == [{"sampled_rows"}]
+    assert listed(drawn, greedy) == listed(drawn, drawn) == [], "prepared once"
+    assert listed(unsure, greedy) == [{"entropy_rows"}]
+    assert listed(drawn, unsure) == [{"sampled_rows", "entropy_rows"}]
+    assert listed(greedy, greedy) == []
+    runtime.predict([PredictRow(0, 7)])
+    assert engine.listed == [{"logits_rows"}]
+    runtime.close()
+
+
+def test_engines_that_were_built_before_there_were_lists_answer_alike(engines):
+    older = make_resident(engines.engines, has_lists=False)
+    assert not {"sampled_rows", "logits_rows"} & set(older._denoiser.engine.inputs)
+    generator = random.Random(5)
+    requests = [draw_request(number, generator) for number in range(8)]
+    assert answers(older, requests) == answers(engines.runtime, requests)
+    lists = {size.lists for size, _ in older._calls if size.verb != "extend"}
+    assert lists == {frozenset(ROW_LISTS)}, "a size is prepared once"
+    older.close()
 
 
 def test_slots_are_clean_when_they_are_used_again(engines, resident):
@@ -406,6 +445,8 @@ def test_engines_that_nothing_here_can_run_are_refused(engines, flavour, message
 
 class BfloatEngine:
     """An engine that writes the bits of 1.5 as every logit."""
+
+    inputs = ()
 
     def __init__(self):
         self.addresses = {}

@@ -1,8 +1,9 @@
 """Graphs as compilers for GPUs take them best: without conditions, and with narrow masks.
 
 A condition on a GPU waits for the host to read it and to jump, which no CUDA graph can capture. The
-exported graphs use conditions to leave out work that a call does not need, and what they compute
-where the condition holds is right in either case (`Body.when` of the exporter).
+exported graphs use conditions to leave out work that a call does not need. In the bodies of ops,
+lists of rows take their place (`refine_rows.py`). Beside our kernels, what is computed where a
+condition holds takes its place, which is right in either case (`Body.when` of the exporter).
 
 A mask that is the same for all queries of a row is repeated for each of them, because ONNX Runtime
 asks for that. A compiler for a GPU would write the repeated mask and read it in each layer.
@@ -25,17 +26,25 @@ if TYPE_CHECKING:
     import onnx
 
 
-def gpu_graph(model: onnx.ModelProto, capabilities: Collection[str] = ()) -> onnx.ModelProto:
-    """Return a graph in which each `If` is its `then_branch` and no mask is repeated.
+def gpu_graph(
+    model: onnx.ModelProto, capabilities: Collection[str] = (), *, has_kernels: bool = False
+) -> onnx.ModelProto:
+    """Return a graph without conditions, in which no mask is repeated.
 
     Args:
         model: A bundle's graph; it is not changed.
         capabilities: Compute capabilities of the GPUs that the engine is for.
+        has_kernels: Whether our kernels take the place of the ops' bodies. Then no list of rows is
+            an input, and each `If` of a body is its `then_branch`.
     """
     import onnx
 
+    from twotower_engines.building.flavours.refine_rows import list_rows
+
     flat = onnx.ModelProto()
     flat.CopyFrom(model)
+    if not has_kernels:
+        list_rows(flat)
     for body in (flat.graph, *flat.functions):
         nodes = list(body.node)
         del body.node[:]

@@ -72,7 +72,10 @@ def engine_job(order: Order) -> Job:
     """
     profiles = [_profile(values) for values in order.recipe["profiles"]]
     fixed = _fixed_sizes(profiles)
-    model = read_graph(order.graph)
+    own = order.recipe.get("graph_for")  # TensorRT builds for the GPU that it runs on
+    capabilities = order.recipe.get("compute_capabilities") or ([own] if own else [])
+    has_kernels = bool(order.recipe.get("kernels"))
+    model = gpu_graph(read_graph(order.graph), capabilities, has_kernels=has_kernels)
     inputs = {
         name: [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims]
         for name, dims in graph_inputs(model, order.graph).items()
@@ -84,9 +87,7 @@ def engine_job(order: Order) -> Job:
         {name: profile.shapes(dims, f"{order.graph}: {name}") for name, dims in dynamic.items()}
         for profile in profiles
     ]
-    own = order.recipe.get("graph_for")  # TensorRT builds for the GPU that it runs on
-    model = gpu_graph(model, order.recipe.get("compute_capabilities") or ([own] if own else []))
-    if not order.recipe.get("kernels"):
+    if not has_kernels:
         model = with_flat_banks(model)
     set_sizes(model, fixed)
     graph = order.engine.with_suffix(".gpu.onnx")

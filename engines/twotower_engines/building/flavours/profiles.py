@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twotower_contract.engine_set import Limits
+from twotower_contract.layout import ROW_LISTS
 from twotower_engines.errors import BuildError
 
 Dims = Sequence[int | str]
@@ -36,10 +37,10 @@ class Sizes:
     most: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.usual <= self.most:
+        if not 0 <= self.least <= self.usual <= self.most:
             raise BuildError(
-                f"sizes {self.least} to {self.most}, usually {self.usual}: a dimension has at "
-                "least 1 element, and its usual size lies between the least and the largest"
+                f"sizes {self.least} to {self.most}, usually {self.usual}: a size is not "
+                "negative, and the usual one lies between the least and the largest"
             )
 
     def as_json(self) -> list[int]:
@@ -94,8 +95,8 @@ def narrow_profiles(tower: str, limits: Limits) -> list[Profile]:
     if tower == "denoiser":
         block = _block(limits)
         return [
-            Profile(f"rows-{most}", {"batch": Sizes(least, most, most), "block": block, **cache})
-            for least, most in _row_buckets(limits.slots)
+            Profile(f"rows-{rows.most}", {**_rows(rows), "block": block, **cache})
+            for rows in _row_buckets(limits.slots)
         ]
     few = min(4, limits.slots)
     rows = Sizes(1, few, limits.slots)
@@ -116,11 +117,18 @@ def wide_profiles(tower: str, limits: Limits) -> list[Profile]:
     TensorRT-RTX compiles kernels for the shapes that it sees at run time; profiles only bound
     them, and each further one costs as much build time and engine size as the first.
     """
-    rows = {"batch": Sizes(1, min(4, limits.slots), limits.slots), **_cache(limits)}
+    rows, cache = Sizes(1, min(4, limits.slots), limits.slots), _cache(limits)
     if tower == "denoiser":
-        return [Profile("all", {**rows, "block": _block(limits)})]
+        return [Profile("all", {**_rows(rows), **cache, "block": _block(limits)})]
     chunk = limits.max_tokens_per_call
-    return [Profile("all", {**rows, "tokens": Sizes(1, min(USUAL_BLOCK, chunk), chunk)})]
+    tokens = Sizes(1, min(USUAL_BLOCK, chunk), chunk)
+    return [Profile("all", {"batch": rows, **cache, "tokens": tokens})]
+
+
+def _rows(rows: Sizes) -> dict[str, Sizes]:
+    """Return the sizes of a denoiser's rows, and of lists of them: none or up to all."""
+    listed = Sizes(0, rows.usual, rows.most)
+    return {"batch": rows, **dict.fromkeys(ROW_LISTS.values(), listed)}
 
 
 def _cache(limits: Limits) -> dict[str, Sizes]:
@@ -132,7 +140,8 @@ def _block(limits: Limits) -> Sizes:
     return Sizes(1, min(USUAL_BLOCK, limits.block_size_max), limits.block_size_max)
 
 
-def _row_buckets(slots: int) -> list[tuple[int, int]]:
-    """Return least and most rows of each bucket, for example (1, 1), (2, 4), (5, 10)."""
+def _row_buckets(slots: int) -> list[Sizes]:
+    """Return the rows of each bucket, usually its most: for example 1 to 1, 2 to 4, 5 to 10."""
     bounds = [most for most in ROW_BUCKETS if most < slots] + [slots]
-    return list(zip([1, *(most + 1 for most in bounds)], bounds, strict=False))
+    least = [1, *(most + 1 for most in bounds)]
+    return [Sizes(few, most, most) for few, most in zip(least, bounds, strict=False)]

@@ -8,7 +8,7 @@ largest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from twotower_contract.config import ModelConfig
 from twotower_contract.engine_set import Limits
+from twotower_contract.layout import ROW_LISTS
 from twotower_engines.runtime.resident.device import Device, aligned
 from twotower_engines.runtime.resident.engine import Shape
 
@@ -30,6 +31,13 @@ SMALLEST_BLOCK = 16
 REFINE_ROWS = ("steps_left", "policy", "seed", "threshold", "temperature")
 FLOATS = ("threshold", "temperature")
 
+LISTS: Mapping[Verb, frozenset[str]] = {
+    "extend": frozenset(),
+    "denoise": frozenset({"sampled_rows", "entropy_rows"}),
+    "predict": frozenset({"logits_rows"}),
+}
+"""The lists of rows that a method may need."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallSize:
@@ -39,11 +47,13 @@ class CallSize:
         verb: The runtime's method.
         rows: Neighbouring slots that it covers.
         tokens: Tokens of each row, padding included.
+        lists: The lists of rows that name all of them; the others are empty.
     """
 
     verb: Verb
     rows: int
     tokens: int
+    lists: frozenset[str] = frozenset()
 
 
 def bucket(count: int, most: int, least: int = 1) -> int:
@@ -67,8 +77,8 @@ def token_bucket(verb: Verb, tokens: int, limits: Limits) -> int:
     return bucket(tokens, most, SMALLEST_BLOCK)
 
 
-def call_sizes(verb: Verb, limits: Limits) -> list[CallSize]:
-    """Return all sizes in which a method calls its engine, the largest first."""
+def call_sizes(verb: Verb, limits: Limits, lists: Collection[str] = ()) -> list[CallSize]:
+    """Return all sizes in which a method calls its engine with some lists, the largest first."""
     most = {
         "extend": limits.max_tokens_per_call,
         "denoise": limits.block_size_max,
@@ -76,29 +86,33 @@ def call_sizes(verb: Verb, limits: Limits) -> list[CallSize]:
     }[verb]
     tokens = {token_bucket(verb, count, limits) for count in range(1, most + 1)}
     rows = {bucket(count, limits.slots) for count in range(1, limits.slots + 1)}
-    sizes = [CallSize(verb, one, length) for one in rows for length in tokens]
+    named = frozenset(lists)
+    sizes = [CallSize(verb, one, length, named) for one in rows for length in tokens]
     return sorted(sizes, key=lambda size: (size.rows * size.tokens, size.rows), reverse=True)
 
 
-def usual_sizes(verb: Verb, limits: Limits) -> list[CallSize]:
+def usual_sizes(verb: Verb, limits: Limits, lists: Collection[str] = ()) -> list[CallSize]:
     """Return the sizes that most requests need: blocks of the usual size, and a prompt's chunk."""
     block = token_bucket(verb, min(SMALLEST_BLOCK, limits.block_size_max), limits)
     chunk = limits.max_tokens_per_call
     return [
         size
-        for size in call_sizes(verb, limits)
+        for size in call_sizes(verb, limits, lists)
         if size.tokens == block or (verb == "extend" and (size.rows, size.tokens) == (1, chunk))
     ]
 
 
 def input_layout(size: CallSize) -> Layout:
-    """Return shape and dtype of the host's inputs: the ids, and one value per row for the rest."""
+    """Return shape and dtype of the host's inputs: ids, a value per row, and lists of rows."""
     names = ["lengths", "context_lengths"]
     if size.verb != "extend":
         names += ["conditioned", *REFINE_ROWS]
     layout: dict[str, tuple[Shape, type]] = {"ids": ((size.rows, size.tokens), np.int32)}
     for name in names:
         layout[name] = ((size.rows,), np.float32 if name in FLOATS else np.int32)
+    if size.verb != "extend":
+        for name in ROW_LISTS:
+            layout[name] = ((size.rows if name in size.lists else 0,), np.int32)
     return layout
 
 
@@ -154,12 +168,16 @@ class Queries:
 
 def _denoiser_outputs(size: CallSize, logits: Logits) -> Layout:
     block = (size.rows, size.tokens)
+    shown = size.rows if "logits_rows" in size.lists else 0
     return {
         "new_ids": (block, np.int32),
         "still_masked": ((size.rows,), np.int32),
         "confidence": (block, np.float32),
         "committed": (block, np.int32),
-        "logits": ((*block, logits.count), np.float32 if logits.item == 4 else np.uint16),
+        "logits": (
+            (shown, size.tokens, logits.count),
+            np.float32 if logits.item == 4 else np.uint16,
+        ),
     }
 
 
@@ -181,8 +199,10 @@ class Tensors:
         }
 
     def clear(self) -> None:
-        """Fill with 0: inactive rows must still hold valid token ids."""
+        """Fill with 0, for inactive rows must hold valid token ids, and lists with all rows."""
         self._host[:] = 0
+        for name in self.arrays.keys() & ROW_LISTS.keys():
+            self.arrays[name][:] = np.arange(self.arrays[name].size)
 
     def upload(self) -> None:
         """Copy all to the device."""

@@ -10,17 +10,20 @@ when a request first needs them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from twotower_contract.engine_set import Limits
+from twotower_contract.layout import ROW_LISTS
 from twotower_contract.manifest import Manifest
+from twotower_contract.policies import POLICIES
 from twotower_engines.artifacts.weights import Progress, widen
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.resident.calls import (
+    LISTS,
     REFINE_ROWS,
     CallMemory,
     CallSize,
@@ -103,6 +106,9 @@ class ResidentRuntime:
         self._step = window_step(self._kinds)
         self._queries = Queries(manifest.model, item)
         self._logits = Logits(self.vocab_size, item)
+        # what an engine has no list for, it computes for all rows
+        given = ROW_LISTS if denoiser is None else denoiser.engine.inputs
+        self._always = frozenset(ROW_LISTS.keys() - set(given))
         has_mirror = denoiser is not None and denoiser.device is not context.device
         self._states = SlotStates(
             context.device,
@@ -150,7 +156,12 @@ class ResidentRuntime:
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Denoised]:
         """Refine one block of each row, in one call of the denoiser engine."""
-        prepared, first = self._filled("denoise", rows)
+        lists = set()
+        if any(row.temperature > 0 for row in rows):
+            lists.add("sampled_rows")
+        if any(row.policy == POLICIES["entropy"] for row in rows):
+            lists.add("entropy_rows")
+        prepared, first = self._filled("denoise", rows, lists)
         arrays = prepared.inputs.arrays
         arrays["conditioned"][:] = 1
         for row in rows:
@@ -170,7 +181,8 @@ class ResidentRuntime:
     def predict(self, rows: Sequence[PredictRow]) -> npt.NDArray[np.float32]:
         """Run the denoiser tower on each slot's last token to predict the next."""
         self._check_open()
-        prepared, first = self._call("predict", [row.slot for row in rows], 1)
+        slots = [row.slot for row in rows]
+        prepared, first = self._call("predict", slots, 1, LISTS["predict"])
         arrays = prepared.inputs.arrays
         prepared.inputs.clear()
         arrays["steps_left"][:] = 1
@@ -216,25 +228,38 @@ class ResidentRuntime:
     def _all_states(self) -> list[SlotStates]:
         return [self._states] if self._mirror is self._states else [self._states, self._mirror]
 
-    def _call(self, verb: Verb, slots: Sequence[int], tokens: int) -> tuple[_Prepared, int]:
+    def _call(
+        self, verb: Verb, slots: Sequence[int], tokens: int, lists: Collection[str]
+    ) -> tuple[_Prepared, int]:
         """Return the call that covers some slots, prepared now if it is the first of its kind.
+
+        Args:
+            lists: The lists of rows that it needs; they name all that it covers.
 
         Returns:
             The call, and the first slot that it covers.
         """
         first, rows = self._window(slots)
-        size = CallSize(verb, rows, token_bucket(verb, tokens, self.limits))
+        named = self._named(verb, lists)
+        size = CallSize(verb, rows, token_bucket(verb, tokens, self.limits), named)
         if (size, first) not in self._calls:
             self._prepare(size, first)
         return self._calls[size, first], first
 
+    def _named(self, verb: Verb, lists: Collection[str]) -> frozenset[str]:
+        """Return the lists that name all rows of a call, given those that it needs."""
+        return frozenset() if verb == "extend" else self._always.union(lists)
+
     def _filled(
-        self, verb: Verb, rows: Sequence[ExtendRow] | Sequence[DenoiseRow]
+        self,
+        verb: Verb,
+        rows: Sequence[ExtendRow] | Sequence[DenoiseRow],
+        lists: Collection[str] = (),
     ) -> tuple[_Prepared, int]:
         """Return the call that covers some rows, their tokens filled in, and its first slot."""
         self._check_open()
         most = max(row.ids.size for row in rows)
-        prepared, first = self._call(verb, [row.slot for row in rows], most)
+        prepared, first = self._call(verb, [row.slot for row in rows], most, lists)
         arrays = prepared.inputs.arrays
         prepared.inputs.clear()
         count = arrays["lengths"].size
@@ -278,7 +303,11 @@ class ResidentRuntime:
 
     def _call_memory(self, tower: Tower, verbs: Sequence[Verb]) -> CallMemory:
         """Return the memory in which all calls of a tower take turns."""
-        sizes = [size for verb in verbs for size in call_sizes(verb, self.limits)]
+        sizes = [
+            size
+            for verb in verbs
+            for size in call_sizes(verb, self.limits, self._named(verb, LISTS[verb]))
+        ]
         unseen = max(self._unseen_bytes(size) + self._queries.size(size) for size in sizes)
         return CallMemory(tower.device, sizes, self._logits, unseen)
 
@@ -291,7 +320,9 @@ class ResidentRuntime:
     def _prepare_usual(self, progress: Progress | None) -> None:
         """Prepare the calls that most requests ask for, so that none of these pays for it."""
         verbs: list[Verb] = ["extend", "denoise"] if self.has_denoiser else ["extend"]
-        usual = [size for verb in verbs for size in usual_sizes(verb, self.limits)]
+        usual = [
+            size for verb in verbs for size in usual_sizes(verb, self.limits, self._named(verb, ()))
+        ]
         for done, size in enumerate(usual, start=1):
             self._prepare(size, 0)
             if progress is not None:
