@@ -3,8 +3,8 @@
     python -m benchmarks.gpu                       # `make gpu`; results in benchmarks/results/
     python3 -m benchmarks.gpu --output $OUT        # a bare machine, from the repository's root
 
-It needs torch, Triton's compiler, pytest and cuda-bindings, and no TensorRT; our packages need not
-be installed, and nothing is downloaded. In order of worth:
+It needs the packages in `NEEDED` and cuda-bindings, and no TensorRT; our packages need not be
+installed, and nothing is downloaded. In order of worth:
 
 1. The gpu tests: the kernels against their references; the plugins' own PTX through the CUDA
    driver with TensorRT's argument list; CUDA's side of the runtime. Tests of plans skip where
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import signal
@@ -34,6 +35,9 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/engines/runtime/test_gpu.py")
+NEEDED = ("ml_dtypes", "numpy", "pytest", "torch", "triton")
+"""What the stages import; cuda-bindings beside it, without which its tests are not run."""
+
 GOOD = ("passed", "reached", "measured")
 
 
@@ -189,6 +193,9 @@ def main() -> None:
     results = Path(__file__).with_name("results")
     parser.add_argument("--output", type=Path, default=results, help="folder of the results")
     output = parser.parse_args().output.absolute()
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if absent:
+        parser.error(f"packages that are not installed: {', '.join(absent)}")
     output.mkdir(parents=True, exist_ok=True)
     (output / "tests.xml").unlink(missing_ok=True)
     begun = time.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -176,6 +177,46 @@ def test_the_first_hour_without_a_gpu_ends_with_its_wall(tmp_path: Path) -> None
     ):
         assert re.search(rf"\| {re.escape(line)} .*not (run|measured)", wall), line
     assert (tmp_path / "log").read_text().count("not measured") > 10
+
+
+def test_the_first_hour_names_all_packages_that_its_stages_import() -> None:
+    """Imports at the top of our own files that a stage loads; those inside functions may skip."""
+    stages = ["tests.support.gpu_checks", "benchmarks.kernels", "benchmarks.denoiser_step"]
+    tests = [name.removesuffix(".py").replace("/", ".") for name in first_hour.GPU_TESTS]
+    code = f"import sys, {', '.join([*stages, *tests, 'tests.conftest'])}\n"
+    code += "print(*(m.__file__ for m in [*sys.modules.values()] if getattr(m, '__file__', 0)))"
+    command = [sys.executable, "-c", code]
+    environment = first_hour.environment()
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = {"engines", "export", "client", "tests", "benchmarks"}
+    loaded = [
+        path
+        for path in map(Path, done.stdout.split())
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ours
+    ]
+    assert ROOT / "tests/support/gpu_checks.py" in loaded
+    imported: set[str] = set()
+    for path in loaded:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+    others = {name for name in imported if not name.startswith("twotower_")}
+    assert others - sys.stdlib_module_names - ours == set(first_hour.NEEDED)
+
+
+def test_the_first_hour_begins_by_naming_what_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(first_hour, "NEEDED", ("numpy", "no_such_package"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as ended:
+        first_hour.main()
+    assert ended.value.code == 2
+    assert "error: packages that are not installed: no_such_package\n" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_the_wall_tells_reached_from_missed(tmp_path: Path) -> None:

@@ -31,6 +31,23 @@ from twotower_engines.kernels.node import POINTERS, Node
 from twotower_engines.kernels.nodes import OPS, STATES
 
 
+def _read_bounds_of_loops() -> None:
+    """Make the interpreter of Triton 3.6 work with numpy 2.4, where int() of [3] is an error."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED:
+    _read_bounds_of_loops()
+
+
 def launch(
     function: Kernel,
     grid: tuple[int, ...],
