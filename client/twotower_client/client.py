@@ -22,6 +22,7 @@ from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_client.retry import NO_RETRY, Retry, Servers
 from twotower_contract.options import Options
+from twotower_contract.processes import next_of
 
 
 class TwoTowerClient(ClientCore):
@@ -303,7 +304,7 @@ class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
     def _wait(self) -> Any:
         """Wait for the next item, but not too long."""
         try:
-            item = self._arrived.get(timeout=self._patience())
+            item = next_of(self._arrived, self._patience())
         except queue.Empty:
             if self._stood_still():
                 return self._wait()

@@ -14,6 +14,7 @@ from twotower_client.response import cancelled
 from twotower_client.result import Answer
 from twotower_client.retry import Retry, Servers
 from twotower_contract.options import Options
+from twotower_contract.processes import next_of
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -101,7 +102,7 @@ class Batch:
                     under_way += 1
                 if not under_way:
                     return
-                number, outcome = done.get()
+                number, outcome = next_of(done)
                 under_way -= 1
                 if not isinstance(outcome, Answer | ClientError):
                     raise outcome

@@ -6,16 +6,21 @@ is half done is removed, and the exit code is `INTERRUPTED`, which nothing else 
 
 from __future__ import annotations
 
+import queue
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 INTERRUPTED = 130
 GRACE_SECONDS = 10.0  # for a child to remove what it made
+HEARD_SECONDS = 0.2  # in which a wait notices that the process is to end
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
@@ -30,6 +35,27 @@ def interruptible() -> None:
     for number in (signal.SIGINT, *ENDING):
         if signal.getsignal(number) in DEFAULTS:
             signal.signal(number, _interrupt)
+
+
+def next_of(items: queue.SimpleQueue[Item], timeout: float = float("inf")) -> Item:
+    """Return the next item, and let a signal interrupt the wait for it.
+
+    Python handles a signal in the main thread, between two steps of it. One that comes just before
+    a wait, or in another thread, does not end the wait; so the main thread waits for short times.
+
+    Raises:
+        queue.Empty: There was none for `timeout` seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return items.get(timeout=None if timeout == float("inf") else timeout)
+    end = time.monotonic() + timeout
+    while True:
+        left = max(0.0, end - time.monotonic())
+        try:
+            return items.get(timeout=min(left, HEARD_SECONDS))
+        except queue.Empty:
+            if left <= HEARD_SECONDS:
+                raise
 
 
 @contextmanager

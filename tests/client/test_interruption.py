@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.support.command import twotower
 from tests.support.waiting import wait_until
+from twotower_contract.processes import next_of
 
 INTERRUPTED = 130
 # Keeps a verb at its longest step, where only a signal ends it.
@@ -135,3 +138,50 @@ def test_what_is_ignored_stays_ignored() -> None:
     )
     words = ["bash", "-c", 'trap "" HUP; exec "$@"', "x", sys.executable, "-c", code]
     assert subprocess.check_output(words, text=True) == "True\n"
+
+
+MISSED = """
+import queue, signal, threading, time
+from twotower_contract.processes import interruptible, next_of
+
+def late():
+    time.sleep(0.5)  # the main thread waits by now, and the kernel does not wake it for this
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+interruptible()
+threading.Thread(target=late).start()
+try:
+    next_of(queue.SimpleQueue(){limit})
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+@pytest.mark.parametrize("limit", ["", ", 30"])
+def test_a_signal_that_does_not_end_the_wait_is_heard(limit) -> None:
+    """As one does that comes just before the wait begins."""
+    ran = subprocess.run(
+        [sys.executable, "-c", MISSED.format(limit=limit)], capture_output=True, timeout=20
+    )
+    assert ran.stdout == b"heard\n", ran.stderr
+
+
+@pytest.mark.parametrize("in_main", [True, False])
+def test_a_wait_ends_with_an_item_or_in_time(in_main) -> None:
+    items: queue.SimpleQueue[int] = queue.SimpleQueue()
+    found: list[object] = []
+
+    def wait() -> None:
+        found.append(next_of(items))
+        with pytest.raises(queue.Empty):
+            next_of(items, 0.3)
+        found.append("empty")
+
+    items.put(3)
+    if in_main:
+        wait()
+    else:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(20)
+    assert found == [3, "empty"]

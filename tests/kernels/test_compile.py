@@ -84,7 +84,7 @@ def parameters(ptx: str, entry: str) -> list[str]:
 @pytest.mark.parametrize(
     "names",
     [
-        *([name] for name in KINDS),
+        *(pytest.param([name], marks=[] if name == "9.0" else pytest.mark.slow) for name in KINDS),
         pytest.param(OTHERS, marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],
     ids=" ".join,
