@@ -125,6 +125,7 @@ def test_the_scan_spills_nothing_in_float32(target: str) -> None:
     assert not [line for line in scan if line["spill_bytes"]]
 
 
+@pytest.mark.slow
 def test_full_size_kernels_for_an_h200(tmp_path: Path) -> None:
     """Through the command line: registers, spills and shared memory at the released sizes."""
     lines = command("--target", "9.0", "--json", "--output", str(tmp_path))

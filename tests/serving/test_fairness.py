@@ -15,7 +15,7 @@ from twotower_engines.serving.loop import EngineLoop
 SLOTS, MOST_WAITING = 2, 256
 
 
-@pytest.mark.parametrize("count", [200, 400])
+@pytest.mark.parametrize("count", [200, pytest.param(400, marks=pytest.mark.slow)])
 def test_hundreds_of_one_caller_and_one_of_another(packaged, count) -> None:
     """All have come before the second turn; the single one comes last, and is answered soon."""
     all_came, ends = threading.Event(), []
