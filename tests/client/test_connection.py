@@ -25,7 +25,9 @@ from tests.support.command import twotower
 from tests.support.fake_server import balancer, fake_server, part
 from tests.support.silent_proxy import SilentProxy
 from tests.support.waiting import wait_until
+from twotower_client import client as client_module
 from twotower_client import core
+from twotower_contract.processes import next_of
 
 SECONDS = 20
 
@@ -401,22 +403,19 @@ class TwoBlocks:
         yield part("length", "b", (6,))
 
 
-def test_a_process_that_stood_still_reads_what_came_meanwhile(clock) -> None:
-    class Arrived:
-        """A queue in whose first wait the process stands still."""
-
-        def get(self, timeout):
-            if not answer.stands.is_set():
-                answer.stands.set()
-                clock.forward(timeout + 2)
-                raise queue.Empty
-            return real.get(timeout=SECONDS)
+def test_a_process_that_stood_still_reads_what_came_meanwhile(clock, monkeypatch) -> None:
+    def stands_still_once(items, timeout):
+        if not answer.stands.is_set():
+            answer.stands.set()
+            clock.forward(timeout + 2)
+            raise queue.Empty
+        return next_of(items, timeout)
 
     answer = TwoBlocks()
     with fake_server(answer) as url, tt.TwoTowerClient(url) as client:
         stream = client.stream("a")
         next(stream)
-        real, stream._arrived = stream._arrived, Arrived()
+        monkeypatch.setattr(client_module, "next_of", stands_still_once)
         assert next(stream).text == "b"
 
 

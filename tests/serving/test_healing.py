@@ -22,6 +22,7 @@ import pytest
 import twotower_client as tt
 from tests.support import TWOTOWER
 from tests.support.command import twotower
+from tests.support.served import LONG
 from tests.support.waiting import wait_until
 from twotower_client.request import Message
 from twotower_contract.engine_set import open_engine_set
@@ -32,7 +33,6 @@ from twotower_engines.serving.supervisor import STOPPED_SECONDS, Policy
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]  # servers of their own
 STALL = Policy().stall_seconds
-LONG = {"max_new_tokens": 4000, "threshold": 1.0}  # many seconds
 # The model, but for a prompt at which the engine's thread never comes to an end, and another at
 # which it takes all the memory that there is.
 ENDLESS, GREEDY = (7, 7, 7), (8, 8, 8)

@@ -10,7 +10,8 @@ from typing import ClassVar
 import pytest
 
 from tests.support.clock import Clock
-from tests.support.replies import LONG, SECONDS, Answer, job
+from tests.support.replies import SECONDS, Answer, job
+from tests.support.served import LONG
 from tests.support.waiting import wait_until
 from twotower_contract.engine_set import open_engine_set
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS

@@ -46,6 +46,3 @@ class Answer:
 def job(*prompt: int, name: str = "a", timeout: float = 0.0, **options) -> Job:
     options.setdefault("max_new_tokens", 4)
     return Job(Request(name, prompt or (5,), **options), timeout)
-
-
-LONG = {"max_new_tokens": 4000, "threshold": 1.0}

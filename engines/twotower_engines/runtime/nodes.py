@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,22 @@ def read_by(node: onnx.NodeProto) -> Iterator[str]:
             yield from read_by(inner)
         for output in attribute.g.output:
             yield output.name
+
+
+def only(
+    nodes: Iterable[onnx.NodeProto], sought: str, refusal: Callable[[str], Exception]
+) -> onnx.NodeProto:
+    """Return the one node.
+
+    Args:
+        nodes: Those that were found.
+        sought: Names what was sought.
+        refusal: Makes the error of a graph that has none or several.
+    """
+    matching = list(nodes)
+    if len(matching) != 1:
+        raise refusal(f"expected one {sought}, found {len(matching)}")
+    return matching[0]
 
 
 def in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:

@@ -11,7 +11,8 @@ is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from twotower_engines.errors import RuntimeLoadError
-from twotower_engines.runtime.nodes import Nodes, in_order, read_by
+from twotower_engines.runtime.nodes import Nodes, in_order, only, read_by
 from twotower_engines.runtime.pruning import prune
 
 OP = ("twotower", "RefineBlock")
@@ -129,19 +130,14 @@ def _on_masked_rows(
     return [*nodes, *light, predicting, entropy, *b.written]
 
 
-def _only(nodes: Iterable[onnx.NodeProto], sought: str) -> onnx.NodeProto:
-    """Return the one node; refuse a graph that has none or several."""
-    matching = list(nodes)
-    if len(matching) != 1:
-        raise _other(f"expected one {sought}, found {len(matching)}")
-    return matching[0]
-
-
 def _other(problem: str) -> RuntimeLoadError:
     return RuntimeLoadError(
         f"the graph's refinement step has another form than this version writes: {problem}; "
         "export and build again"
     )
+
+
+_only = partial(only, refusal=_other)
 
 
 def _dependents(nodes: Sequence[onnx.NodeProto], value: str) -> list[onnx.NodeProto]:

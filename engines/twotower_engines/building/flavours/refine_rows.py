@@ -12,6 +12,7 @@ the masked logits in float32, because it looks for the largest in a kernel of it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from onnx import TensorProto, helper
 
 from twotower_contract.layout import ROW_LISTS
 from twotower_engines.errors import BuildError
-from twotower_engines.runtime.nodes import Nodes, in_order
+from twotower_engines.runtime.nodes import Nodes, in_order, only
 
 OP = "RefineBlock"
 SAMPLED, ENTROPY, LOGITS = ROW_LISTS
@@ -196,16 +197,11 @@ def _made(makers: Mapping[str, onnx.NodeProto], value: str, op: str) -> onnx.Nod
     return node
 
 
-def _only(nodes: Iterable[onnx.NodeProto], sought: str) -> onnx.NodeProto:
-    """Return the one node; refuse a graph that has none or several."""
-    matching = list(nodes)
-    if len(matching) != 1:
-        raise _other(f"expected one {sought}, found {len(matching)}")
-    return matching[0]
-
-
 def _other(problem: str) -> BuildError:
     return BuildError(
         f"the graph's refinement step has another form than this version writes: {problem}; "
         "export the checkpoint again"
     )
+
+
+_only = partial(only, refusal=_other)
