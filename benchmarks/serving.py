@@ -34,7 +34,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.client_loop import NEW_TOKENS, Answers, Prompts, Workload, run_loops
+from benchmarks.client_loop import (
+    NEW_TOKENS,
+    Answers,
+    ContextThatTravels,
+    Prompts,
+    Workload,
+    run_loops,
+)
 from benchmarks.record import machine, today, write_results
 from benchmarks.serving_spans import SPANS
 from tests.support import ROOT, TWOTOWER
@@ -45,6 +52,7 @@ from twotower_engines.generation.costs import costs_of_engines
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.scheduler import Scheduler
 from twotower_engines.runtime.interface import Runtime
+from twotower_engines.runtime.onnxruntime import OnnxRuntime
 from twotower_engines.runtime.opening import open_runtime
 from twotower_engines.serving.package import package
 from twotower_engines.serving.server import ServerOptions, TritonServer
@@ -94,6 +102,7 @@ def main() -> None:
         count = max(max(workload.requests.values()) for workload in WORKLOADS)
         prompts = [tokenizer.encode(next(held_out).prompt) for _ in range(count)]
         runtime = open_runtime(engines, threads=1)
+        assert isinstance(runtime, OnnxRuntime)
         repeats: Repeats = {(one, streams): [] for one in WORKLOADS for streams in one.requests}
         with spans_server(engines, folder) as server:
             server.wait_until_ready()
@@ -105,9 +114,12 @@ def main() -> None:
                     pairs.append((bare, served))
                     times = f"{bare.wall:.2f}, {served.wall:.2f} s"
                     print(f"{workload.name}, {streams} streams: {times}", flush=True)
-        write_model(folder / "steps" / "steps", "step_model")
+        loops = folder / "loops"
+        write_model(loops / "steps", "step_model")
+        for tower in engines.build.plans:
+            write_model(loops / tower, "tower_model")
         expected = {one: repeats[one, 1][0][0].answers for one in WORKLOADS}
-        looped = run_loops(engines, folder / "steps", prompts, expected, REPEATS)
+        looped = run_loops(engines, runtime, loops, prompts, expected, REPEATS)
         runtime.close()
     rows = {
         one: [row_of(n, repeats[one, n], repeats[one, 1]) for n in one.requests]
@@ -338,11 +350,11 @@ def loop_lines(rows: Rows, looped: Looped) -> list[str]:
         "",
         *wrapped(
             "They ask a model of Triton's over gRPC for each call of a tower and wait for it. The "
-            "denoiser's call refines, so that ids come back and not logits. Either the model keeps "
-            "the states, which is written for it, or each call brings the context's states, as the "
-            "exported graphs would need it in a stock backend: Triton's implicit states belong to "
-            "one model, and here the denoiser reads what the context tower makes. Calls are not "
-            "batched."
+            "denoiser's call refines, so that ids come back and not logits. Either each call "
+            "brings the context's states, as the towers' graphs need it in a stock backend: "
+            "Triton's implicit states belong to one model, and here the denoiser reads what the "
+            "context tower makes. Or one model keeps the states, which is written for this. The "
+            "engines are the server's, and calls are not batched."
         ),
         "",
         "| answers | states | loops at once | tokens/s | 32 streams of the server to this |",
@@ -351,9 +363,8 @@ def loop_lines(rows: Rows, looped: Looped) -> list[str]:
     for workload in WORKLOADS:
         best = by_streams(rows[workload])[32]["tokens per second"]
         lines += [
-            f"| {workload.name} | {'travel' if one['travels'] else 'in the model'} | "
-            f"{one['loops']} | {one['tokens per second']:.0f} | "
-            f"{best / one['tokens per second']:.1f}x |"
+            f"| {workload.name} | {one['states']} | {one['loops']} | "
+            f"{one['tokens per second']:.0f} | {best / one['tokens per second']:.1f}x |"
             for one in looped[workload]
         ]
     return lines
@@ -400,8 +411,11 @@ def aims(rows: Rows, looped: Looped) -> list[str]:
 
 def slowest_loop(looped: Sequence[dict[str, Any]]) -> float:
     """Return tokens per second of one loop whose states travel."""
-    speeds = [row["tokens per second"] for row in looped if row["loops"] == 1 and row["travels"]]
-    return float(speeds[0])
+    return next(
+        float(row["tokens per second"])
+        for row in looped
+        if row["loops"] == 1 and row["states"] == ContextThatTravels.states
+    )
 
 
 def reasons(rows: Mapping[int, dict[str, float]], loop: float) -> list[str]:
