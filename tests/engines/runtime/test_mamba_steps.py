@@ -8,17 +8,21 @@ import pytest
 from onnx import helper
 
 from twotower_contract.onnxruntime import import_onnxruntime
+from twotower_engines.runtime import mamba_steps
 from twotower_engines.runtime.mamba_recurrence import CHUNK, whole_chunks
-from twotower_engines.runtime.mamba_steps import replace_mamba_steps
 from twotower_engines.runtime.pruning import flat_graph, prune
 
 B, LONG = 3, 3 * CHUNK
 
 
-@pytest.fixture(scope="module", params=[{}, {"mamba_head_dim": 32, "ssm_state_size": 7}])
+ODD = {"mamba_head_dim": 32, "ssm_state_size": 7}
+
+
+@pytest.fixture(scope="module", params=[({}, True), (ODD, True), (ODD, False)])
 def steps(request, random_engines):
     """The first step of a graph, as it is exported and in a CPU's operators; and sizes."""
-    made = random_engines("ME", seed=4, **request.param)
+    odd, blocked = request.param
+    made = random_engines("ME", seed=4, **odd)
     model = flat_graph(made.folder / "context.onnx")
     node = next(node for node in model.graph.node if node.op_type == "MambaBlockStep")
     config = made.engines.manifest.model
@@ -43,7 +47,9 @@ def steps(request, random_engines):
     with_states, without = onnx.ModelProto(), onnx.ModelProto()
     for ours in (with_states, without):
         ours.CopyFrom(model)
-        replace_mamba_steps(ours.graph, with_states=ours is with_states)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mamba_steps, "BLOCKED", blocked)
+            mamba_steps.replace_mamba_steps(ours.graph, with_states=ours is with_states)
         del ours.functions[:]
     prune(without.graph, node.output[:1])
     sessions = [
