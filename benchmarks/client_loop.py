@@ -33,8 +33,9 @@ from twotower_contract.config import ModelConfig
 from twotower_contract.engine_set import EngineSet
 from twotower_engines.generation.request import Request
 from twotower_engines.generation.sampling import row_seed
+from twotower_engines.runtime.host_states import StateShapes
 from twotower_engines.runtime.mamba_recurrence import whole_chunks
-from twotower_engines.runtime.onnxruntime import OnnxRuntime, _state_shapes
+from twotower_engines.runtime.onnxruntime import OnnxRuntime
 from twotower_engines.serving.server import ServerOptions, TritonServer
 
 NEW_TOKENS = 256  # of an answer, at most
@@ -144,11 +145,8 @@ class ContextThatTravels:
 
     def __init__(self, client: Any, model: ModelConfig, _: int) -> None:
         self._client, self._length = client, 0
-        mamba, attention = _state_shapes(model)
-        self._arrays = {name: np.zeros((1, *shape), np.float32) for name, shape in mamba.items()}
-        for name, (heads, size) in attention.items():
-            self._arrays[name] = np.zeros((1, heads, 0, size), np.float32)
-        self._caches = tuple(attention)
+        shapes = StateShapes.of(model)
+        self._arrays, self._caches = shapes.named(shapes.empty(1, 0)), shapes.caches
 
     async def extend(self, ids: Sequence[int]) -> None:
         """Append tokens."""

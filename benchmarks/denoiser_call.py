@@ -193,24 +193,18 @@ def copying(runtime: OnnxRuntime) -> dict[str, float]:
         `all_states`: all are copied; `after_a_block`: one row was extended by a block since the
         call before.
     """
-    mamba, attention = runtime._mamba_shapes, runtime._attention_shapes
+    shapes = runtime.state_shapes
     slots = [
-        Slot(
-            LONG_CONTEXT,
-            {name: np.ones((1, *shape), np.float32) for name, shape in mamba.items()},
-            None,
-            {
-                name: np.ones((1, heads, LONG_CONTEXT + ROWS * BLOCK, size), np.float32)
-                for name, (heads, size) in attention.items()
-            },
-        )
-        for _ in range(ROWS)
+        Slot(LONG_CONTEXT, shapes.empty(1, LONG_CONTEXT + ROWS * BLOCK), None) for _ in range(ROWS)
     ]
-    batch = Batch(ROWS, mamba, attention)
+    for slot in slots:
+        for array in (*slot.states.mamba, slot.states.caches):
+            array[:] = 1  # so that its pages are there
+    batch = Batch(ROWS, shapes)
 
     def anew() -> None:
         nonlocal batch
-        batch = Batch(ROWS, mamba, attention)
+        batch = Batch(ROWS, shapes)
         batch.take(slots, BLOCK)
 
     def after_a_block() -> None:

@@ -51,9 +51,9 @@ class TritonPythonModel:
         responses = []
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            for name in self._runtime._attention_shapes:
-                inputs[name] = inputs[name].copy()  # the graph writes behind the context's
-            outputs = self._outputs(*inputs["ids"].shape) | self._runtime._in_place(inputs)
+            outputs = self._outputs(*inputs["ids"].shape)
+            for name in self._runtime.state_shapes.caches:  # the graph writes behind the context's
+                outputs[f"{name}_new"] = inputs[name] = inputs[name].copy()
             self._runtime._run(CALLS[self._tower], inputs, outputs)
             names = request.requested_output_names()
             responses.append(
@@ -63,7 +63,8 @@ class TritonPythonModel:
 
     def _outputs(self, rows: int, block: int) -> dict[str, Any]:
         if self._tower == "context":
-            return self._runtime._new_states(rows)
+            shapes = self._runtime.state_shapes
+            return shapes.named_mamba(shapes.empty(rows, 0).mamba, "_new")
         return {
             "new_ids": np.empty((rows, block), np.int32),
             "still_masked": np.empty(rows, np.int32),

@@ -1,16 +1,90 @@
-"""The slots of the CPU flavour, and the states of prefixes that are kept beside them."""
+"""The slots of the CPU flavour, and the states of prefixes that are kept beside them.
+
+States of one shape are one array, [layers, rows, ...]: a row's states of all layers are copied at
+once. A call takes the arrays of the layers under their names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from twotower_contract.config import ModelConfig
+
 Array = npt.NDArray[Any]
 CAPACITY_STEP = 64  # tokens; keeps the number of different input shapes small
+
+
+class States(NamedTuple):
+    """The states of some rows.
+
+    Attributes:
+        mamba: (layers, rows, ...) float32: convolution states, SSM states.
+        caches: (layers * 2, rows, kv_heads, capacity, head_dim) float32: keys and values.
+    """
+
+    mamba: tuple[Array, ...]
+    caches: Array
+
+
+@dataclass(frozen=True)
+class StateShapes:
+    """Names and shapes of a model's states.
+
+    Attributes:
+        mamba: Names of the layers' inputs, and shape per row, for each array of `States.mamba`.
+        caches: Names of the layers' inputs of keys and values.
+        heads: Of keys and values.
+        size: Of a head.
+    """
+
+    mamba: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
+    caches: tuple[str, ...]
+    heads: int
+    size: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> StateShapes:
+        """Return those of a model; a head's SSM state is [N, P] here."""
+        shapes = {
+            "conv_state": (model.conv_kernel - 1, model.conv_dim),
+            "ssm_state": (model.mamba_num_heads, model.ssm_state_size, model.mamba_head_dim),
+        }
+        layers = model.layers_of_kind
+        mamba = tuple(
+            (tuple(f"context.layers.{layer}.{kind}" for layer in layers["M"]), shape)
+            for kind, shape in shapes.items()
+        )
+        caches = (f"context.layers.{layer}.{kind}_cache" for layer in layers["*"] for kind in "kv")
+        return cls(mamba, tuple(caches), model.num_key_value_heads, model.head_dim)
+
+    def empty(self, rows: int, capacity: int) -> States:
+        """Return the states of rows without a token."""
+        mamba = tuple(
+            np.zeros((len(names), rows, *shape), np.float32) for names, shape in self.mamba
+        )
+        caches = (len(self.caches), rows, self.heads, capacity, self.size)
+        return States(mamba, np.zeros(caches, np.float32))
+
+    def named(self, states: States) -> dict[str, Array]:
+        """Return the states of each layer under its name."""
+        return {**self.named_mamba(states.mamba), **self.named_caches(states.caches)}
+
+    def named_mamba(self, arrays: Sequence[Array], end: str = "") -> dict[str, Array]:
+        """Return the Mamba states of each layer under its name, to which `end` is added."""
+        return {
+            name + end: array
+            for (names, _), layers in zip(self.mamba, arrays, strict=True)
+            for name, array in zip(names, layers, strict=True)
+        }
+
+    def named_caches(self, caches: Array, end: str = "") -> dict[str, Array]:
+        """Return the keys and values of each layer under its name, to which `end` is added."""
+        return {name + end: array for name, array in zip(self.caches, caches, strict=True)}
 
 
 @dataclass(slots=True)
@@ -19,17 +93,20 @@ class Slot:
 
     Attributes:
         length: Tokens in the context.
-        mamba: Input name to (1, ...) float32: convolution and SSM states after `length` tokens.
-        previous: The same after `length - 1` tokens, where they were kept.
-        attention: Input name to (1, kv_heads, capacity, head_dim) float32: keys and values.
+        states: Those after `length` tokens, of one row.
+        previous: The Mamba states after `length - 1` tokens, where they were kept.
         key: Tells this request from those that had the slot before.
     """
 
     length: int
-    mamba: dict[str, Array]
-    previous: dict[str, Array] | None
-    attention: dict[str, Array]
+    states: States
+    previous: tuple[Array, ...] | None
     key: object = field(default_factory=object)
+
+    def make_room(self, tokens: int, limit: int) -> None:
+        """Let the caches hold so many tokens, at most `limit` if that is enough."""
+        if tokens > self.states.caches.shape[3]:
+            self.states = self.states._replace(caches=grown(self.states.caches, tokens, limit))
 
 
 class _Held(NamedTuple):
@@ -47,24 +124,15 @@ class Batch:
 
     Args:
         places: Most slots of a call.
-        mamba: Shape per slot of each Mamba state, by input name.
-        attention: (kv_heads, head_dim) of keys and values, by input name.
+        shapes: Of the states.
     """
 
-    def __init__(
-        self,
-        places: int,
-        mamba: Mapping[str, tuple[int, ...]],
-        attention: Mapping[str, tuple[int, int]],
-    ) -> None:
-        self._attention = attention
-        self._mamba = {n: np.zeros((places, *shape), np.float32) for n, shape in mamba.items()}
-        self._caches: dict[str, Array] = {}
-        self._places = places
-        self._capacity = 0
+    def __init__(self, places: int, shapes: StateShapes) -> None:
+        self._shapes, self._places = shapes, places
+        self._states = shapes.empty(places, 0)
         self._held: list[_Held | None] = [None] * places
 
-    def take(self, slots: Sequence[Slot], tokens: int) -> tuple[list[int], dict[str, Array]]:
+    def take(self, slots: Sequence[Slot], tokens: int) -> tuple[list[int], States]:
         """Return the place of each slot, and the states with a row for each place.
 
         Args:
@@ -73,17 +141,12 @@ class Batch:
         """
         needed = max(slot.length for slot in slots) + tokens
         if not self._fits(needed):
-            self._capacity = -(-(needed * 17 // 16) // CAPACITY_STEP) * CAPACITY_STEP
-            self._caches = {
-                name: np.zeros((self._places, heads, self._capacity, size), np.float32)
-                for name, (heads, size) in self._attention.items()
-            }
+            capacity = -(-(needed * 17 // 16) // CAPACITY_STEP) * CAPACITY_STEP
+            self._states = self._shapes.empty(self._places, capacity)
             self._held = [None] * self._places
         return self._taken(self._find_places(slots), slots, tokens)
 
-    def take_held(
-        self, slots: Sequence[Slot], tokens: int
-    ) -> tuple[list[int], dict[str, Array]] | None:
+    def take_held(self, slots: Sequence[Slot], tokens: int) -> tuple[list[int], States] | None:
         """Return what `take` does where the slots lie side by side already, and None elsewhere.
 
         No other slot gives up its place, and a place is counted from the first of these.
@@ -98,18 +161,19 @@ class Batch:
 
     def _fits(self, needed: int) -> bool:
         # attention computes over the whole capacity, so that little of it may be left over
-        return needed <= self._capacity <= needed * 5 // 4 + 2 * CAPACITY_STEP
+        capacity = self._states.caches.shape[3]
+        return needed <= capacity <= needed * 5 // 4 + 2 * CAPACITY_STEP
 
     def _taken(
         self, places: Sequence[int], slots: Sequence[Slot], tokens: int
-    ) -> tuple[list[int], dict[str, Array]]:
-        """Bring places up to date; returns them, counted from the first, and their arrays."""
+    ) -> tuple[list[int], States]:
+        """Bring places up to date; returns them, counted from the first, and their states."""
         for place, slot in zip(places, slots, strict=True):
             self._copy(place, slot, tokens)
         first = min(places)
         part = slice(first, first + len(slots))
-        arrays = self._mamba | self._caches
-        return [place - first for place in places], {name: a[part] for name, a in arrays.items()}
+        mamba = tuple(array[:, part] for array in self._states.mamba)
+        return [place - first for place in places], States(mamba, self._states.caches[:, part])
 
     def _find_places(self, slots: Sequence[Slot]) -> list[int]:
         """Return a place of each slot below their number: where it was, if it can."""
@@ -125,14 +189,13 @@ class Batch:
             return
         start = held.length if held is not None and held.key is slot.key else 0
         if start != slot.length or start == 0:
-            for name, array in self._mamba.items():
-                array[place] = slot.mamba[name][0]
-        for name, cache in self._caches.items():
-            row = cache[place]
-            row[:, start : slot.length] = slot.attention[name][0, :, start : slot.length]
-            if held is not None and held.end > end:
-                # masked, but it must be finite, and what another call wrote may be no number
-                row[:, slot.length : held.end] = 0
+            for array, own in zip(self._states.mamba, slot.states.mamba, strict=True):
+                array[:, place] = own[:, 0]
+        row = self._states.caches[:, place]
+        row[:, :, start : slot.length] = slot.states.caches[:, 0, :, start : slot.length]
+        if held is not None and held.end > end:
+            # masked, but it must be finite, and what another call wrote may be no number
+            row[:, :, slot.length : held.end] = 0
         self._held[place] = _Held(slot.key, slot.length, end)
 
 
@@ -148,37 +211,31 @@ class HostStates:
 
     def __init__(self, slots: list[Slot], size: int, tokens: int, context: int) -> None:
         self._slots, self._tokens, self._context = slots, tokens, context
-        self.place_bytes = sum(array.nbytes for array in slots[0].mamba.values())
-        self.place_bytes += (
-            sum(cache[:, :, 0].nbytes for cache in slots[0].attention.values()) * tokens
-        )
+        mamba, caches = slots[0].states
+        self.place_bytes = sum(array.nbytes for array in mamba) + caches[..., 0, :].nbytes * tokens
         self.places = size // self.place_bytes if self.place_bytes else 0
-        self._kept: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
+        self._kept: dict[int, States] = {}
 
     def save(self, place: int, slot: int, tokens: int) -> None:
         """Copy a slot's Mamba states, and the keys and values of its last tokens, to a place."""
-        states = self._slots[slot]
-        mamba = {name: array.copy() for name, array in states.mamba.items()}
-        part = slice(states.length - tokens, states.length)
-        caches = {name: cache[:, :, part].copy() for name, cache in states.attention.items()}
-        self._kept[place] = mamba, caches
+        (mamba, caches), end = self._slots[slot].states, self._slots[slot].length
+        copies = tuple(array.copy() for array in mamba)
+        self._kept[place] = States(copies, caches[..., end - tokens : end, :].copy())
 
     def restore(self, slot: int, places: Sequence[int]) -> None:
         """Fill an empty slot: the keys and values of all places, the Mamba states of the last."""
-        states = self._slots[slot]
-        states.mamba = dict(self._kept[places[-1]][0])
-        states.length = len(places) * self._tokens
-        for name, cache in states.attention.items():
-            kept = np.concatenate([self._kept[place][1][name] for place in places], axis=2)
-            larger = grown(cache, states.length, self._context)
-            larger[:, :, : states.length] = kept
-            states.attention[name] = larger
+        filled = self._slots[slot]
+        filled.length = len(places) * self._tokens
+        filled.make_room(filled.length, self._context)
+        filled.states = filled.states._replace(mamba=self._kept[places[-1]].mamba)
+        kept = [self._kept[place].caches for place in places]
+        filled.states.caches[..., : filled.length, :] = np.concatenate(kept, axis=3)
 
 
-def grown(cache: Array, needed: int, limit: int) -> Array:
-    """Return a larger copy of keys or values: half as much again, at least `needed`."""
-    capacity = min(max(needed, cache.shape[2] * 3 // 2), max(limit, needed))
+def grown(caches: Array, needed: int, limit: int) -> Array:
+    """Return a larger copy of keys and values: half as much again, at least `needed`."""
+    capacity = min(max(needed, caches.shape[3] * 3 // 2), max(limit, needed))
     capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-    larger = np.zeros((*cache.shape[:2], capacity, cache.shape[3]), cache.dtype)
-    larger[:, :, : cache.shape[2]] = cache
+    larger = np.zeros((*caches.shape[:3], capacity, caches.shape[4]), caches.dtype)
+    larger[..., : caches.shape[3], :] = caches
     return larger

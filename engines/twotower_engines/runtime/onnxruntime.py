@@ -19,14 +19,20 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from twotower_contract.config import ModelConfig
 from twotower_contract.engine_set import EngineSet
 from twotower_contract.errors import TwoTowerError
 from twotower_contract.onnxruntime import import_onnxruntime
 from twotower_engines.artifacts.weights import Progress, WeightStore
 from twotower_engines.errors import RuntimeLoadError
 from twotower_engines.runtime import denormals
-from twotower_engines.runtime.host_states import CAPACITY_STEP, Batch, HostStates, Slot, grown
+from twotower_engines.runtime.host_states import (
+    CAPACITY_STEP,
+    Batch,
+    HostStates,
+    Slot,
+    States,
+    StateShapes,
+)
 from twotower_engines.runtime.int8_products import use_int8
 from twotower_engines.runtime.interface import CLOSED, Denoised, DenoiseRow, ExtendRow, PredictRow
 from twotower_engines.runtime.mamba_recurrence import whole_chunks
@@ -89,7 +95,7 @@ class OnnxRuntime:
         engines.check_engine_files()
         store = WeightStore(engines.manifest, checkpoint)
         store.check()
-        self._mamba_shapes, self._attention_shapes = _state_shapes(model)
+        self.state_shapes = StateShapes.of(model)
         self._mapped = 0  # bytes of weights that are read where they lie in the checkpoint
         context = self._session(engines, store, "context", threads, progress)
         self._bindings = {call: _binding(context) for call in ("extend", "extend with logits")}
@@ -103,7 +109,7 @@ class OnnxRuntime:
                 file=sys.stderr,
             )
         self._slots = [self._empty_slot() for _ in range(self.limits.slots)]
-        self._batch = Batch(self.limits.slots, self._mamba_shapes, self._attention_shapes)
+        self._batch = Batch(self.limits.slots, self.state_shapes)
 
     def reset(self, slot: int) -> None:
         """Empty a slot: no tokens, zero states."""
@@ -123,15 +129,16 @@ class OnnxRuntime:
             "ids": _padded([row.ids for row in rows], tokens),
             "lengths": np.array([row.ids.size for row in rows], np.int32),
             "context_lengths": np.array([slot.length for slot in slots], np.int32),
-            **states,
+            **self.state_shapes.named(states),
         }
-        outputs = {**self._new_states(len(rows)), **self._in_place(inputs)}
+        new = self.state_shapes.empty(len(rows), 0).mamba
+        outputs = self.state_shapes.named_mamba(new, "_new") | self._in_place(states)
         wanted = any(row.logits for row in rows)
         if wanted:
             outputs["logits"] = np.empty((len(rows), self.vocab_size), np.float32)
         self._run("extend with logits" if wanted else "extend", inputs, outputs)
         for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
-            self._advance(slot, row, index, outputs)
+            self._advance(slot, row, index, States(new, states.caches))
         return [
             outputs["logits"][place] if row.logits else None
             for place, row in zip(places, asked, strict=True)
@@ -157,13 +164,13 @@ class OnnxRuntime:
             "temperature": np.array([row.temperature for row in rows], np.float32),
             "policy": np.array([row.policy for row in rows], np.int32),
             "seed": np.array([row.seed for row in rows], np.int32),
-            **states,
+            **self.state_shapes.named(states),
         }
         new_ids = np.empty((len(rows), block), np.int32)
         still_masked = np.empty(len(rows), np.int32)
         confidence = np.empty((len(rows), block), np.float32)
         outputs = {"new_ids": new_ids, "still_masked": still_masked, "confidence": confidence}
-        outputs |= self._in_place(inputs)
+        outputs |= self._in_place(states)
         self._run("denoise", inputs, outputs)
         return [
             Denoised(
@@ -180,6 +187,7 @@ class OnnxRuntime:
         slots = [self._slots[row.slot] for row in rows]
         count = len(rows)
         ones = np.ones(count, np.int32)
+        states = self._gather(slots, 1, previous=True)
         inputs = {
             "ids": np.array([[row.id] for row in rows], np.int32),
             "lengths": ones,
@@ -190,10 +198,10 @@ class OnnxRuntime:
             "temperature": np.zeros(count, np.float32),
             "policy": np.zeros(count, np.int32),
             "seed": np.zeros(count, np.int32),
-            **self._gather(slots, 1, previous=True),
+            **self.state_shapes.named(states),
         }
         logits = np.empty((count, 1, self.vocab_size), np.float32)
-        self._run("predict", inputs, {"logits": logits, **self._in_place(inputs)})
+        self._run("predict", inputs, {"logits": logits, **self._in_place(states)})
         return logits[:, 0]
 
     def state_store(self, size: int, tokens: int) -> HostStates:
@@ -204,7 +212,7 @@ class OnnxRuntime:
         """Free the sessions, the weights and the states; a second time does nothing."""
         self._bindings.clear()
         self._slots.clear()
-        self._batch = Batch(0, {}, {})
+        self._batch = Batch(0, self.state_shapes)
 
     def _check_open(self) -> None:
         if not self._slots:
@@ -236,8 +244,9 @@ class OnnxRuntime:
         try:
             model = flat_graph(path)
             replace_mamba_steps(model.graph, with_states=tower == "context")
-            caches = [f"{name}_new" for name in self._attention_shapes]
-            read = [*self._new_states(1), "logits"] if tower == "context" else DENOISER_OUTPUTS
+            made = [f"{name}_new" for names, _ in self.state_shapes.mamba for name in names]
+            caches = [f"{name}_new" for name in self.state_shapes.caches]
+            read = [*made, "logits"] if tower == "context" else DENOISER_OUTPUTS
             prune(model.graph, [*read, *caches])
             replace_norms(model.graph, engines.manifest.model.norm_eps)
             replace_modulations(model.graph)
@@ -282,68 +291,43 @@ class OnnxRuntime:
             binding.session.run_with_iobinding(binding.io)
 
     def _empty_slot(self) -> Slot:
-        mamba = {
-            name: np.zeros((1, *shape), np.float32) for name, shape in self._mamba_shapes.items()
-        }
-        attention = {
-            name: np.zeros((1, heads, CAPACITY_STEP, size), np.float32)
-            for name, (heads, size) in self._attention_shapes.items()
-        }
+        states = self.state_shapes.empty(1, CAPACITY_STEP)
         # before the first token the states are zero as well, so one token is a prompt too
-        return Slot(0, mamba, mamba, attention)
+        return Slot(0, states, states.mamba)
 
-    def _gather(
-        self, slots: Sequence[Slot], tokens: int, previous: bool = False
-    ) -> dict[str, Array]:
-        """Return the state inputs of a batch; a slot's own arrays where the batch is one slot.
+    def _gather(self, slots: Sequence[Slot], tokens: int, previous: bool = False) -> States:
+        """Return the states of a batch; a slot's own arrays where the batch is one slot.
 
         Args:
+            slots: Different slots.
             tokens: Tokens of a row in the call, for which there is room behind each context.
+            previous: Take the Mamba states before the last token.
         """
-        mamba = [_previous(slot) if previous else slot.mamba for slot in slots]
         needed = max(slot.length for slot in slots) + tokens
         if len(slots) == 1:
-            for name, cache in slots[0].attention.items():
-                if needed > cache.shape[2]:
-                    slots[0].attention[name] = grown(cache, needed, self.limits.cache_tokens)
-            return {**mamba[0], **slots[0].attention}
-        batch = {
-            name: np.concatenate([states[name] for states in mamba]) for name in self._mamba_shapes
-        }
-        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
-        for name, (heads, size) in self._attention_shapes.items():
-            # zero, not empty: values past a row's length are masked, but must be finite
-            joined = np.zeros((len(slots), heads, capacity, size), np.float32)
-            for row, slot in zip(joined, slots, strict=True):
-                row[:, : slot.length] = slot.attention[name][0, :, : slot.length]
-            batch[name] = joined
-        return batch
+            slots[0].make_room(needed, self.limits.cache_tokens)
+            return States(_mamba(slots[0], previous), slots[0].states.caches)
+        mamba = zip(*(_mamba(slot, previous) for slot in slots), strict=True)
+        # zero, not empty: values past a row's length are masked, but must be finite
+        joined = self.state_shapes.empty(len(slots), -(-needed // CAPACITY_STEP) * CAPACITY_STEP)
+        for index, slot in enumerate(slots):
+            joined.caches[:, index, :, : slot.length] = slot.states.caches[:, 0, :, : slot.length]
+        return joined._replace(mamba=tuple(np.concatenate(rows, axis=1) for rows in mamba))
 
-    def _new_states(self, count: int) -> dict[str, Array]:
-        """Return empty arrays for the Mamba states that the context engine returns."""
-        return {
-            f"{name}_new": np.empty((count, *shape), np.float32)
-            for name, shape in self._mamba_shapes.items()
-        }
-
-    def _in_place(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _in_place(self, states: States) -> dict[str, Array]:
         """Return the outputs that are written into inputs: keys and values."""
-        return {f"{name}_new": inputs[name] for name in self._attention_shapes}
+        return self.state_shapes.named_caches(states.caches, "_new")
 
-    def _advance(self, slot: Slot, row: ExtendRow, index: int, outputs: dict[str, Array]) -> None:
-        """Take over the states that a call returned for one slot."""
+    def _advance(self, slot: Slot, row: ExtendRow, index: int, made: States) -> None:
+        """Take over the states that a call made for one slot, whose row has this index."""
         end = slot.length + row.ids.size
-        for name, cache in slot.attention.items():
-            written = outputs[f"{name}_new"]
-            if written is cache:
-                continue
-            if end > cache.shape[2]:
-                cache = slot.attention[name] = grown(cache, end, self.limits.cache_tokens)
-            cache[0, :, slot.length : end] = written[index, :, slot.length : end]
-        slot.previous = slot.mamba if row.keep_previous else None
-        slot.mamba = {
-            name: outputs[f"{name}_new"][index : index + 1] for name in self._mamba_shapes
-        }
+        if made.caches is not slot.states.caches:
+            slot.make_room(end, self.limits.cache_tokens)
+            new = made.caches[:, index, :, slot.length : end]
+            slot.states.caches[:, 0, :, slot.length : end] = new
+        slot.previous = slot.states.mamba if row.keep_previous else None
+        mamba = tuple(array[:, index : index + 1] for array in made.mamba)
+        slot.states = slot.states._replace(mamba=mamba)
         slot.length = end
 
 
@@ -361,27 +345,9 @@ def _import_onnxruntime() -> Any:
         ) from problem
 
 
-def _state_shapes(
-    model: ModelConfig,
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
-    """Return shapes per row of the Mamba states, and (heads, head_dim) of keys and values."""
-    mamba: dict[str, tuple[int, ...]] = {}
-    for layer in model.layers_of_kind["M"]:
-        mamba[f"context.layers.{layer}.conv_state"] = (model.conv_kernel - 1, model.conv_dim)
-        mamba[f"context.layers.{layer}.ssm_state"] = (
-            model.mamba_num_heads,
-            model.ssm_state_size,
-            model.mamba_head_dim,
-        )
-    attention = {
-        f"context.layers.{layer}.{kind}_cache": (model.num_key_value_heads, model.head_dim)
-        for layer in model.layers_of_kind["*"]
-        for kind in ("k", "v")
-    }
-    return mamba, attention
-
-
-def _previous(slot: Slot) -> dict[str, Array]:
+def _mamba(slot: Slot, previous: bool) -> tuple[Array, ...]:
+    if not previous:
+        return slot.states.mamba
     assert slot.previous is not None, "predict needs an extend with keep_previous before it"
     return slot.previous
 
