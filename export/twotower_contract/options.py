@@ -37,6 +37,7 @@ FLOAT32_LEAST = 2.0**-149  # the least float32 above 0
 TEMPERATURE_MIN = 2.0**-20  # 1e-6, also as float32; logits divided by less overflow
 FREE = -1  # in a canvas: a position that the model fills
 MOST_STOPS = 16
+MOST_ENDS = 256  # a list is read for each request, which others wait for
 MOST_BYTES = 256  # of a stop string, or of a tenant's name
 MOST_TOP = 20
 
@@ -70,7 +71,7 @@ class Option:
         wire: Type of its tensor.
         help: Text of `--help`.
         low: Least number; of a list, least id.
-        high: Largest number; of a text, most bytes.
+        high: Largest number; of a text, most bytes; of a list of ids, most of them.
         zero: Meaning of 0, where 0 is allowed beside the range.
         choices: Names that are allowed.
         modes: Modes that use the option.
@@ -102,7 +103,7 @@ class Option:
         if self.wire == "BYTES":
             return self._text_refusal(value)
         if self.is_list:
-            return ids_refusal(self.name, value, int(self.low))
+            return ids_refusal(self.name, value, int(self.low), int(self.high))
         if self.wire == "BOOL":
             is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's is another type
             return None if is_bool else f"{self.name} is {value!r}; it must be true or false"
@@ -232,6 +233,7 @@ class RequestOptions:
             "INT32",
             "Token id that ends the answer, beside the model's own end token. Repeatable.",
             low=0,
+            high=MOST_ENDS,
         ),
     ] = ()
     ignore_eos: Annotated[
@@ -451,10 +453,12 @@ def last_pinned(canvas: Sequence[int]) -> int:
     return max((place for place, token in enumerate(canvas) if token != FREE), default=-1)
 
 
-def ids_refusal(name: str, ids: object, low: int = 0) -> str | None:
-    """Return why a value is no list of token ids from `low` on, or None."""
+def ids_refusal(name: str, ids: object, low: int = 0, most: int = INT32_MAX) -> str | None:
+    """Return why a value is no list of at most so many token ids from `low` on, or None."""
     if not isinstance(ids, list | tuple):
         return f"{name} is {ids!r}; it must be a list of token ids"
+    if len(ids) > most:
+        return f"{name} has {len(ids)} token ids; it must have at most {most}"
     for place, value in enumerate(ids):
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
         if not is_integer or not low <= value <= INT32_MAX:

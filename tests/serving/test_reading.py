@@ -89,7 +89,8 @@ def test_what_is_too_large_is_refused_before_it_is_queued(engines, reader, held)
         ({"text_input": text(b"x" * too_many)}, f"the prompt has {too_many} bytes"),
         ({"input_ids": np.zeros(context + 1, np.int32)}, f"the prompt has {context + 1} tokens"),
         ({"stop": np.array([b"x" * too_many, b""], object)}, f"stop has {too_many} bytes"),
-        ({"canvas": np.zeros(too_many, np.int32)}, f"canvas has {4 * too_many} bytes"),
+        ({"canvas": np.zeros(context + 1, np.int32)}, f"canvas has {context + 1} tokens"),
+        ({"eos_ids": np.zeros(context + 1, np.int32)}, f"eos_ids has {context + 1} tokens"),
         ({"request": text(b"[" * too_many)}, f"request has {too_many} bytes"),
     ):
         refused = put(reader, **tensors)

@@ -34,6 +34,7 @@ BYTES_PER_TOKEN = 256
 LONG_CHARACTERS_PER_TOKEN = 16
 
 PROMPTS = ("text_input", "input_ids")
+ID_LISTS = ("input_ids", "canvas", "eos_ids")  # none needs more than the engines hold
 # What is no request for an answer.
 ALONE = {"cancel_request_id": "cancels another request", "probe": "asks for the engine's state"}
 
@@ -109,7 +110,7 @@ class Preprocessor:
         context = self._limits.context
         for name, tensor in tensors.items():
             size, unit, most = bytes_of(tensors, name), "bytes", context * BYTES_PER_TOKEN
-            if name == "input_ids":
+            if name in ID_LISTS:
                 size, unit, most = tensor.size, "tokens", context
             if size > most:
                 what = "the prompt" if name in PROMPTS else name
