@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from tests.support import ROOT, TWOTOWER
 from tests.support.command import twotower
 from tests.support.served import LONG, freed_early
 from tests.support.waiting import wait_until
+from twotower_engines.runtime.resident.tensorrt_engine import EXTRAS
 
 DEPLOY = ROOT / "docs" / "deploy"
 needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
@@ -197,6 +200,28 @@ def test_the_entry_point_of_the_image_gives_options_that_there_are(tmp_path, opt
         verb, *given = line.split()
         help_ = twotower(verb, "--help").stdout
         assert all(word in help_ for word in given if word.startswith("--"))
+
+
+def test_the_image_has_the_package_and_what_a_gpus_engines_need(tmp_path, wheel) -> None:
+    """Built of nothing but the files that the image gets, the wheel is the one of the checkout."""
+    [extras] = re.findall(r"ARG EXTRAS=(\S+)", (DEPLOY / "Dockerfile").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"build", EXTRAS["tensorrt"]} <= set(extras.split(","))
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    everything, *kept, _ = [
+        line for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+        if not line.startswith("#")
+    ]  # fmt: skip
+    assert everything == "*"
+    for one in kept:
+        source = ROOT / one.removeprefix("!")
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        (tmp_path / one[1:]).parent.mkdir(exist_ok=True)
+        copy(source, tmp_path / one[1:])
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    [made] = (tmp_path / "dist").glob("*.whl")
+    assert zipfile.ZipFile(made).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def free_port() -> int:
