@@ -383,6 +383,7 @@ INPUTS: dict[str, tuple[Wire, int]] = {
 """Type and length (-1 for any) of every input tensor of the served model; all are optional."""
 
 
+MOST_NAME = 64  # characters that are looked at: a comparison takes time
 NEAR = 0.7  # likeness of a mistyped name: `max_tokens` is near max_new_tokens, `stop` near no name
 
 
@@ -395,9 +396,10 @@ def unknown_name(given: Iterable[str], known: Iterable[str]) -> str | None:
     impossible = next((name for name in unknown if name in IMPOSSIBLE), None)
     if impossible is not None:
         return f"{impossible} cannot be had: {IMPOSSIBLE[impossible]}"
-    near = difflib.get_close_matches(unknown[0], names, 1, NEAR)
+    first = unknown[0][:MOST_NAME]
+    near = difflib.get_close_matches(first, names, 1, NEAR)
     return (
-        f"there is no option {unknown[0]!r}{f' (the nearest is {near[0]})' if near else ''}; "
+        f"there is no option {first!r}{f' (the nearest is {near[0]})' if near else ''}; "
         f"the options are {', '.join(names)}"
     )
 
