@@ -106,10 +106,10 @@ class Option:
             return ids_refusal(self.name, value, int(self.low), int(self.high))
         if self.wire == "BOOL":
             is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's is another type
-            return None if is_bool else f"{self.name} is {value!r}; it must be true or false"
+            return None if is_bool else f"{self.name} is {value!r:.80}; it must be true or false"
         kind, noun = (Real, "number") if self.wire == "FP32" else (Integral, "whole number")
         if not isinstance(value, kind) or isinstance(value, bool):
-            return f"{self.name} is {value!r}; it must be a {noun}"
+            return f"{self.name} is {value!r:.80}; it must be a {noun}"
         number: Any = _float32(value) if self.wire == "FP32" else value
         high = FLOAT32_MAX if self.by_policy and policy in BOUND_POLICIES else self.high
         if self.low <= number <= high or (self.zero and number == 0):
@@ -136,7 +136,7 @@ class Option:
             return f"{self.name} is {value!r:.80}; it must be text of at most {self.high} bytes"
         if isinstance(value, str) and value in self.choices:
             return None
-        return f"{self.name} is {value!r}; it must be one of {', '.join(self.choices)}"
+        return f"{self.name} is {value!r:.80}; it must be one of {', '.join(self.choices)}"
 
     def _is_short(self, value: object) -> bool:
         """Whether a value is text that can be sent, no longer than the option takes."""
@@ -458,15 +458,15 @@ def last_pinned(canvas: Sequence[int]) -> int:
 def ids_refusal(name: str, ids: object, low: int = 0, most: int = INT32_MAX) -> str | None:
     """Return why a value is no list of at most so many token ids from `low` on, or None."""
     if not isinstance(ids, list | tuple):
-        return f"{name} is {ids!r}; it must be a list of token ids"
+        return f"{name} is {ids!r:.80}; it must be a list of token ids"
     if len(ids) > most:
         return f"{name} has {len(ids)} token ids; it must have at most {most}"
     for place, value in enumerate(ids):
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
         if not is_integer or not low <= value <= INT32_MAX:
             return (
-                f"{name}: {value!r} at place {place} is no token id; ids are whole numbers from "
-                f"{low}"
+                f"{name}: {value!r:.80} at place {place} is no token id; ids are whole numbers "
+                f"from {low}"
             )
     return None
 

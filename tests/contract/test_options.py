@@ -1,8 +1,10 @@
-"""Names of options that there are not."""
+"""What is refused, in few words whatever its size: they go to the caller and into the log."""
 
 from __future__ import annotations
 
-from twotower_contract.options import INPUTS, unknown_name
+import pytest
+
+from twotower_contract.options import INPUTS, OPTIONS, unknown_name
 
 
 def test_a_name_of_any_length_is_refused_in_few_words() -> None:
@@ -11,3 +13,11 @@ def test_a_name_of_any_length_is_refused_in_few_words() -> None:
     assert why is not None
     assert len(why) < 1000
     assert "(the nearest is max_new_tokens)" in (unknown_name(["max_tokens"], INPUTS) or "")
+
+
+@pytest.mark.parametrize("value", ["x" * 10**6, ["x" * 10**6], [[5] * 10**6], {"x" * 10**6: 5}])
+def test_a_value_of_any_size_is_refused_in_few_words(value) -> None:
+    for option in OPTIONS.values():
+        why = option.refusal(value, "threshold")
+        assert why is not None
+        assert len(why) < 300, option.name

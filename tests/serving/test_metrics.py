@@ -90,7 +90,6 @@ def test_a_callers_words_stay_on_their_line() -> None:
     line = line_of(Ended("key", "a\noutcome=eos \x1b[2J", "length"), as_json=False)
     assert line.startswith('twotower: request request_id=key name="a\\noutcome=eos \\u001b[2J" out')
     assert "\n" not in line
-    assert len(line_of(Ended("", "a" * 10**7, "refused", "b" * 10**7), as_json=True)) < 3000
 
 
 def test_restarts_reach_the_model_by_a_file(tmp_path, monkeypatch) -> None:

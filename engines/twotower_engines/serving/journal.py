@@ -12,7 +12,7 @@ import queue
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from twotower_engines.serving.restarts import PARTS
@@ -21,7 +21,6 @@ from twotower_engines.serving.workers import Periodic
 PREFIX = "twotower_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 FLUSH_SECONDS = 1.0
-MOST_TEXT = 1000  # characters of a field: callers' names have any length
 
 # Outcomes of a request: how its answer ended, or why there is none.
 OUTCOMES = (
@@ -240,7 +239,6 @@ def _observed(ended: Ended) -> Sequence[tuple[str, float]]:
 
 def line_of(ended: Ended, as_json: bool) -> str:
     """Return the log's line for the end of a request."""
-    ended = replace(ended, name=ended.name[:MOST_TEXT], reason=ended.reason[:MOST_TEXT])
     values = {
         name: round(value, 6) if isinstance(value, float) else value
         for name, value in asdict(ended).items()
