@@ -115,6 +115,17 @@ def test_probes_are_commands_that_there_are(file) -> None:
         assert float(words[words.index("--timeout") + 1]) < probe["timeoutSeconds"]
 
 
+def test_the_alert_of_a_silent_server_finds_its_job_wherever_prometheus_runs() -> None:
+    """The operator's job has the monitor's own name, but where a label of the pods gives one."""
+    kinds = {one["kind"]: one for one in documents("kubernetes.yaml")}
+    labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    job = labels[kinds["PodMonitor"]["spec"]["jobLabel"]]
+    [scrape] = documents("prometheus.yml")[0]["scrape_configs"]
+    assert scrape["job_name"] == job
+    alerts = {one["alert"]: one["expr"] for one in documents("alerts.yml")[0]["groups"][0]["rules"]}
+    assert alerts["TwoTowerDown"] == f'up{{job="{job}"}} == 0'
+
+
 def test_compose_names_files_and_ports_that_there_are() -> None:
     [compose] = documents("compose.yaml")
     services = compose["services"]
