@@ -36,6 +36,11 @@ FAILURES: dict[Failure, type[ClientError]] = {
 # What HTTP statuses mean that a balancer or proxy gives a gRPC call: it answers without the server.
 HTTP_STATUS = re.compile(r"status: (\d{3})")  # "Received http2 header with status: 502"
 BALANCER: dict[str, tuple[type[ClientError], str]] = {
+    "401": (
+        RequestRefusedError,
+        "asks for a key, and was given none or another; give it with metadata, or --metadata "
+        "NAME=KEY on the command line",
+    ),
     "413": (
         RequestRefusedError,
         "finds the request too large; shorten the prompt, or raise the balancer's limit (nginx: "

@@ -37,6 +37,7 @@ FLOAT32_LEAST = 2.0**-149  # the least float32 above 0
 TEMPERATURE_MIN = 2.0**-20  # 1e-6, also as float32; logits divided by less overflow
 FREE = -1  # in a canvas: a position that the model fills
 MOST_STOPS = 16
+MOST_ENDS = 256  # a list is read for each request, which others wait for
 MOST_BYTES = 256  # of a stop string, or of a tenant's name
 MOST_TOP = 20
 
@@ -70,7 +71,7 @@ class Option:
         wire: Type of its tensor.
         help: Text of `--help`.
         low: Least number; of a list, least id.
-        high: Largest number; of a text, most bytes.
+        high: Largest number; of a text, most bytes; of a list of ids, most of them.
         zero: Meaning of 0, where 0 is allowed beside the range.
         choices: Names that are allowed.
         modes: Modes that use the option.
@@ -102,13 +103,13 @@ class Option:
         if self.wire == "BYTES":
             return self._text_refusal(value)
         if self.is_list:
-            return ids_refusal(self.name, value, int(self.low))
+            return ids_refusal(self.name, value, int(self.low), int(self.high))
         if self.wire == "BOOL":
             is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's is another type
-            return None if is_bool else f"{self.name} is {value!r}; it must be true or false"
+            return None if is_bool else f"{self.name} is {value!r:.80}; it must be true or false"
         kind, noun = (Real, "number") if self.wire == "FP32" else (Integral, "whole number")
         if not isinstance(value, kind) or isinstance(value, bool):
-            return f"{self.name} is {value!r}; it must be a {noun}"
+            return f"{self.name} is {value!r:.80}; it must be a {noun}"
         number: Any = _float32(value) if self.wire == "FP32" else value
         high = FLOAT32_MAX if self.by_policy and policy in BOUND_POLICIES else self.high
         if self.low <= number <= high or (self.zero and number == 0):
@@ -135,7 +136,7 @@ class Option:
             return f"{self.name} is {value!r:.80}; it must be text of at most {self.high} bytes"
         if isinstance(value, str) and value in self.choices:
             return None
-        return f"{self.name} is {value!r}; it must be one of {', '.join(self.choices)}"
+        return f"{self.name} is {value!r:.80}; it must be one of {', '.join(self.choices)}"
 
     def _is_short(self, value: object) -> bool:
         """Whether a value is text that can be sent, no longer than the option takes."""
@@ -232,6 +233,7 @@ class RequestOptions:
             "INT32",
             "Token id that ends the answer, beside the model's own end token. Repeatable.",
             low=0,
+            high=MOST_ENDS,
         ),
     ] = ()
     ignore_eos: Annotated[
@@ -381,6 +383,7 @@ INPUTS: dict[str, tuple[Wire, int]] = {
 """Type and length (-1 for any) of every input tensor of the served model; all are optional."""
 
 
+MOST_NAME = 64  # characters that are looked at: a comparison takes time
 NEAR = 0.7  # likeness of a mistyped name: `max_tokens` is near max_new_tokens, `stop` near no name
 
 
@@ -393,9 +396,10 @@ def unknown_name(given: Iterable[str], known: Iterable[str]) -> str | None:
     impossible = next((name for name in unknown if name in IMPOSSIBLE), None)
     if impossible is not None:
         return f"{impossible} cannot be had: {IMPOSSIBLE[impossible]}"
-    near = difflib.get_close_matches(unknown[0], names, 1, NEAR)
+    first = unknown[0][:MOST_NAME]
+    near = difflib.get_close_matches(first, names, 1, NEAR)
     return (
-        f"there is no option {unknown[0]!r}{f' (the nearest is {near[0]})' if near else ''}; "
+        f"there is no option {first!r}{f' (the nearest is {near[0]})' if near else ''}; "
         f"the options are {', '.join(names)}"
     )
 
@@ -451,16 +455,18 @@ def last_pinned(canvas: Sequence[int]) -> int:
     return max((place for place, token in enumerate(canvas) if token != FREE), default=-1)
 
 
-def ids_refusal(name: str, ids: object, low: int = 0) -> str | None:
-    """Return why a value is no list of token ids from `low` on, or None."""
+def ids_refusal(name: str, ids: object, low: int = 0, most: int = INT32_MAX) -> str | None:
+    """Return why a value is no list of at most so many token ids from `low` on, or None."""
     if not isinstance(ids, list | tuple):
-        return f"{name} is {ids!r}; it must be a list of token ids"
+        return f"{name} is {ids!r:.80}; it must be a list of token ids"
+    if len(ids) > most:
+        return f"{name} has {len(ids)} token ids; it must have at most {most}"
     for place, value in enumerate(ids):
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
         if not is_integer or not low <= value <= INT32_MAX:
             return (
-                f"{name}: {value!r} at place {place} is no token id; ids are whole numbers from "
-                f"{low}"
+                f"{name}: {value!r:.80} at place {place} is no token id; ids are whole numbers "
+                f"from {low}"
             )
     return None
 

@@ -306,6 +306,7 @@ def test_the_time_of_an_async_answer_begins_when_it_is_sent(clock) -> None:
 @pytest.mark.parametrize(
     ("status", "kind", "said"),
     [
+        (401, tt.RequestRefusedError, "asks for a key, and was given none or another; give it"),
         (413, tt.RequestRefusedError, "finds the request too large; shorten the prompt"),
         (429, tt.ServerBusyError, "has too many requests"),
         (502, tt.ServerUnavailableError, "reaches no server"),

@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from tests.support import ROOT, TWOTOWER
 from tests.support.command import twotower
 from tests.support.served import LONG, freed_early
 from tests.support.waiting import wait_until
+from twotower_engines.runtime.resident.tensorrt_engine import EXTRAS
 
 DEPLOY = ROOT / "docs" / "deploy"
 needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
@@ -110,6 +113,17 @@ def test_probes_are_commands_that_there_are(file) -> None:
         ran = twotower(*words, "--url", "127.0.0.1:9")
         assert ran.returncode == 1, ran.stderr  # no server is there; 2 would be a wrong option
         assert float(words[words.index("--timeout") + 1]) < probe["timeoutSeconds"]
+
+
+def test_the_alert_of_a_silent_server_finds_its_job_wherever_prometheus_runs() -> None:
+    """The operator's job has the monitor's own name, but where a label of the pods gives one."""
+    kinds = {one["kind"]: one for one in documents("kubernetes.yaml")}
+    labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    job = labels[kinds["PodMonitor"]["spec"]["jobLabel"]]
+    [scrape] = documents("prometheus.yml")[0]["scrape_configs"]
+    assert scrape["job_name"] == job
+    alerts = {one["alert"]: one["expr"] for one in documents("alerts.yml")[0]["groups"][0]["rules"]}
+    assert alerts["TwoTowerDown"] == f'up{{job="{job}"}} == 0'
 
 
 def test_compose_names_files_and_ports_that_there_are() -> None:
@@ -197,6 +211,28 @@ def test_the_entry_point_of_the_image_gives_options_that_there_are(tmp_path, opt
         verb, *given = line.split()
         help_ = twotower(verb, "--help").stdout
         assert all(word in help_ for word in given if word.startswith("--"))
+
+
+def test_the_image_has_the_package_and_what_a_gpus_engines_need(tmp_path, wheel) -> None:
+    """Built of nothing but the files that the image gets, the wheel is the one of the checkout."""
+    [extras] = re.findall(r"ARG EXTRAS=(\S+)", (DEPLOY / "Dockerfile").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"build", EXTRAS["tensorrt"]} <= set(extras.split(","))
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    everything, *kept, _ = [
+        line for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+        if not line.startswith("#")
+    ]  # fmt: skip
+    assert everything == "*"
+    for one in kept:
+        source = ROOT / one.removeprefix("!")
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        (tmp_path / one[1:]).parent.mkdir(exist_ok=True)
+        copy(source, tmp_path / one[1:])
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    [made] = (tmp_path / "dist").glob("*.whl")
+    assert zipfile.ZipFile(made).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def free_port() -> int:

@@ -259,17 +259,49 @@ def test_a_server_on_path_comes_first(tmp_path, monkeypatch) -> None:
     assert make_backends(found, tmp_path) is None
 
 
+def stand_in(folder: Path, monkeypatch, script: str) -> None:
+    """Let the server be a shell's script."""
+    binary = folder / "tritonserver"
+    binary.write_text(f"#!/bin/sh\n{script}\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
 def test_a_server_that_aborts_as_it_starts_is_started_once_more(
     tmp_path, packaged, monkeypatch
 ) -> None:
     """As server 2.51 does now and then; a server that says no is not asked again."""
-    starts, binary = tmp_path / "starts", tmp_path / "tritonserver"
-    binary.write_text(f"#!/bin/sh\n[ -e {starts} ] && exit 3\ntouch {starts}\nkill -ABRT $$\n")
-    binary.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    starts = tmp_path / "starts"
+    stand_in(tmp_path, monkeypatch, f"[ -e {starts} ] && exit 3\ntouch {starts}\nkill -ABRT $$")
     ran = twotower("serve", packaged.repository, "--grpc-port", 0, "--no-metrics")
     assert ran.returncode == 2
     aborted, _, refused = ran.stderr.partition("is started again")
     assert "did not start" in aborted
     assert "ended by signal SIGABRT" in refused
     assert refused.count("ended with exit code 3 before it was ready") == 1
+
+
+def test_a_log_keeps_what_was_said_before_a_new_start(tmp_path, packaged, monkeypatch) -> None:
+    """Why a server ended stands there; an error quotes its own start alone."""
+    starts, log = tmp_path / "starts", tmp_path / "log"
+    again = f"[ -e {starts} ] && echo second && exit 3"
+    stand_in(tmp_path, monkeypatch, f"{again}\ntouch {starts}\necho first\nkill -ABRT $$")
+    log.write_text("of yesterday\n")
+    ran = twotower("serve", packaged.repository, "--grpc-port", 0, "--no-metrics", "--log", log)
+    assert ran.returncode == 2
+    assert log.read_text() == "of yesterday\nfirst\nsecond\n"
+    assert "yesterday" not in ran.stderr
+    assert ran.stderr.count("first") == 1
+    assert "second" in ran.stderr.partition("exit code 3")[2]
+
+
+def test_a_log_that_is_a_pipe_is_not_read(tmp_path, packaged, monkeypatch) -> None:
+    """As in the image, whose log is standard error: whoever reads it there waits for ever."""
+    stand_in(tmp_path, monkeypatch, "echo why\nexit 3")
+    command = [*COMMAND, packaged.repository, "--grpc-port", "0", "--no-metrics"]
+    ran = subprocess.run(
+        [*command, "--log", "/dev/stderr"], stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert ran.returncode == 2
+    assert "why\n" in ran.stderr
+    assert ran.stderr.endswith("/dev/stderr has its log\n")

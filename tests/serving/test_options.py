@@ -35,7 +35,8 @@ def drawn(draw: random.Random, option: Option) -> object:
         texts = [[], ["a"], ("\u00e9", "b" * 256), [""], ["b" * 257], ["a"] * 17, ["\ud800"], [5]]
         return draw.choice([*texts, ["."], ["a", "b"], "abc", 5, b"a"])
     if option.is_list:
-        return draw.choice([[], [2, 3], (4,), [-1], [2**31], [1.5], [True], [[1]], 5, "567", b"5"])
+        ids = [[], [2, 3], (4,), [-1], [2**31], [1.5], [True], [[1]], [5] * 256, [5] * 257]
+        return draw.choice([*ids, 5, "567", b"5"])
     if option.wire == "BYTES" and not option.choices:
         return draw.choice(["", "me", "\u00e9" * 128, "\u00e9" * 129, "\ud800", 5, b"me", ["me"]])
     if option.wire == "BYTES":

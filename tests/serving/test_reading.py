@@ -17,10 +17,11 @@ from twotower_engines.serving import reading
 from twotower_engines.serving.loop import EngineLoop
 from twotower_engines.serving.preprocessing import BYTES_PER_TOKEN, Preprocessor
 from twotower_engines.serving.reading import LONG_TEXT, Reader
+from twotower_engines.serving.wire import Probe, encode
 
 
 class Held(Preprocessor):
-    """Reads as ever, but a long text only when it may; notes which threads read."""
+    """Reads as ever, but a text that is long or `held` only when it may; notes who reads."""
 
     def __init__(self, engines) -> None:
         super().__init__(engines)
@@ -28,7 +29,7 @@ class Held(Preprocessor):
 
     def message(self, tensors, request_id, parameters=()):
         self.threads.add(threading.current_thread().name)
-        if len(tensors["text_input"][0]) > LONG_TEXT:
+        if len(tensors["text_input"][0]) > LONG_TEXT or tensors["text_input"][0] == b"held":
             assert self.may_go_on.wait(SECONDS)
         return super().message(tensors, request_id, parameters)
 
@@ -78,6 +79,17 @@ def test_a_short_text_does_not_wait_for_long_ones(reader, held) -> None:
     assert held.threads == {"reading"}
 
 
+@pytest.mark.parametrize("name", ["probe", "request"])
+def test_a_probe_waits_for_no_text(reader, held, name) -> None:
+    """Else hundreds of callers with long texts would make a server look as if it hung."""
+    waiting = [put(reader, text_input=text(b"held")) for _ in range(3)]
+    wait_until(lambda: held.threads)
+    answer, asked = Answer(), {"probe": np.array([1], np.int32), "request": text(encode(Probe()))}
+    reader.put({name: asked[name]}, "", (), answer)
+    assert answer.wait().parts[0].state is not None
+    assert not any(one.ended.is_set() for one in waiting)
+
+
 def test_what_is_too_large_is_refused_before_it_is_queued(engines, reader, held) -> None:
     """Also where the queue is full."""
     context = engines.build.limits.context
@@ -89,7 +101,8 @@ def test_what_is_too_large_is_refused_before_it_is_queued(engines, reader, held)
         ({"text_input": text(b"x" * too_many)}, f"the prompt has {too_many} bytes"),
         ({"input_ids": np.zeros(context + 1, np.int32)}, f"the prompt has {context + 1} tokens"),
         ({"stop": np.array([b"x" * too_many, b""], object)}, f"stop has {too_many} bytes"),
-        ({"canvas": np.zeros(too_many, np.int32)}, f"canvas has {4 * too_many} bytes"),
+        ({"canvas": np.zeros(context + 1, np.int32)}, f"canvas has {context + 1} tokens"),
+        ({"eos_ids": np.zeros(context + 1, np.int32)}, f"eos_ids has {context + 1} tokens"),
         ({"request": text(b"[" * too_many)}, f"request has {too_many} bytes"),
     ):
         refused = put(reader, **tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from twotower_contract.errors import TwoTowerError
 from twotower_engines.artifacts.tokenizer import PREVIOUS_IDS, Tokenizer, added_text
 from twotower_engines.errors import RequestError
 from twotower_engines.generation.request import Request
-from twotower_engines.serving.preprocessing import Preprocessor
+from twotower_engines.serving.preprocessing import Preprocessor, content_of
 from twotower_engines.serving.wire import Cancel, Job, Probe, decode, encode
 
 
@@ -171,3 +172,12 @@ def test_the_beginning_never_counts_more_than_the_whole(tokenizer) -> None:
     for end in range(1, len(text)):
         assert tokenizer.least_count(text[:end]) <= len(tokenizer.encode(text))
     assert tokenizer.least_count("") == 0
+
+
+def test_a_callers_name_of_any_length_costs_nobody_time() -> None:
+    """It is for the log alone, which has a line for each request."""
+    asked = SimpleNamespace(
+        inputs=list, request_id=lambda: "a" * 10**7, parameters=lambda: '{"x": 1}'
+    )
+    tensors, name, parameters = content_of(asked)
+    assert (tensors, name, parameters) == ({}, "a" * 256, ["x"])

@@ -139,7 +139,7 @@ def _say_if_a_chunk_is_long(engines: EngineSet, prefill_ms: float) -> None:
 @click.option(
     "--key-file", type=FILE, help="Answer those alone who send the key that this file holds."
 )
-@click.option("--log", type=click.Path(path_type=Path), help="Keep the server's log here.")
+@click.option("--log", type=click.Path(path_type=Path), help="Append the server's log here.")
 @click.option("--log-json", is_flag=True, help="Log each request as a JSON object on a line.")
 @click.option(
     "--traces",

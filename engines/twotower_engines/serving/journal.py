@@ -53,7 +53,7 @@ METRICS = {
     "num_requests_waiting": Metric("gauge", "Requests that wait for a slot."),
     "slot_usage_ratio": Metric("gauge", "Share of the slots that are taken, from 0 to 1."),
     "requests_total": Metric("counter", "Requests that ended, by outcome.", OUTCOMES, "outcome"),
-    "prompt_tokens_total": Metric("counter", "Tokens of prompts that got a slot."),
+    "prompt_tokens_total": Metric("counter", "Tokens of prompts of requests that ended."),
     "generation_tokens_total": Metric("counter", "Tokens that were sent."),
     "reused_tokens_total": Metric("counter", "Tokens of prompts whose states were kept."),
     "turns_total": Metric("counter", "Turns of the scheduler."),

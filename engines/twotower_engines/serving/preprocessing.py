@@ -33,7 +33,10 @@ BYTES_PER_TOKEN = 256
 # Text of more characters for each token that fits is judged by its beginning first.
 LONG_CHARACTERS_PER_TOKEN = 16
 
+MOST_NAME = 256  # characters of a caller's name of a request
+
 PROMPTS = ("text_input", "input_ids")
+ID_LISTS = ("input_ids", "canvas", "eos_ids")  # none needs more than the engines hold
 # What is no request for an answer.
 ALONE = {"cancel_request_id": "cancels another request", "probe": "asks for the engine's state"}
 
@@ -109,7 +112,7 @@ class Preprocessor:
         context = self._limits.context
         for name, tensor in tensors.items():
             size, unit, most = bytes_of(tensors, name), "bytes", context * BYTES_PER_TOKEN
-            if name == "input_ids":
+            if name in ID_LISTS:
                 size, unit, most = tensor.size, "tokens", context
             if size > most:
                 what = "the prompt" if name in PROMPTS else name
@@ -227,7 +230,8 @@ class TritonPythonModel:
 def content_of(request: Any) -> tuple[dict[str, npt.NDArray[Any]], str, list[str]]:
     """Return the inputs, the id and the names of the parameters of one of Triton's requests.
 
-    The inputs are copied: Triton frees its own when `execute` returns.
+    The inputs are copied: Triton frees its own when `execute` returns. The id is cut: it is for the
+    log alone.
     """
     tensors = {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
-    return tensors, request.request_id(), list(json.loads(request.parameters()))
+    return tensors, request.request_id()[:MOST_NAME], list(json.loads(request.parameters()))

@@ -17,7 +17,7 @@ from twotower_contract.statuses import Failure, try_again
 from twotower_engines.serving.journal import Ended, Journal
 from twotower_engines.serving.loop import EngineLoop, Reply
 from twotower_engines.serving.preprocessing import Preprocessor, Tensors, bytes_of
-from twotower_engines.serving.wire import decode
+from twotower_engines.serving.wire import Probe, decode, encode
 from twotower_engines.serving.workers import Worker
 
 LONG_TEXT = 65536  # bytes
@@ -63,6 +63,9 @@ class Reader:
         except TwoTowerError as problem:
             self._turn_away(name, reply, str(problem), "refused")
             return
+        if _is_probe(tensors) and not parameters:
+            self._loop.put(Probe(), reply)  # it asks for the engine's thread, and not for these
+            return
         is_long = bytes_of(tensors, "text_input") > LONG_TEXT
         worker, size = self._workers[is_long], sum(bytes_of(tensors, one) for one in tensors)
         count, unread = worker.waiting, self._bytes[is_long]
@@ -104,3 +107,10 @@ class Reader:
         reply.fail(message, failure)
         if self._journal is not None:
             self._journal.ended(Ended("", name, failure, message))
+
+
+def _is_probe(tensors: Tensors) -> bool:
+    """Whether a request asks for the engine's state, directly or through the ensemble."""
+    if tensors.keys() == {"request"}:
+        return bool(tensors["request"].tolist() == [encode(Probe())])
+    return tensors.keys() == {"probe"}

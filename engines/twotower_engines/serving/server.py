@@ -284,8 +284,12 @@ class TritonServer:
 
     def log_tail(self, lines: int = 30) -> str:
         """Return the end of the server's log, without noise; why a model failed comes last."""
+        if not self._log.is_file():  # to read a pipe would take its lines, and wait for more
+            return f"{self._log} has its log"
         try:
-            text = self._log.read_text(encoding="utf-8", errors="replace")
+            with self._log.open("rb") as log:
+                log.seek(self._log_start)
+                text = log.read().decode(errors="replace")
         except OSError:
             return ""
         return end_of_log(text.replace(str(self._copies), str(self._repository)), lines)
@@ -327,12 +331,15 @@ class TritonServer:
     def _open_log(self) -> BinaryIO:
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            return self._log.open("wb")
+            # Why the last server ended stands there, and standard error may have other writers.
+            log = self._log.open("ab")
         except OSError as problem:
             raise ServingError(
                 f"{self._log}: the log cannot be written ({problem.strerror}); name another file "
                 "with --log"
             ) from problem
+        self._log_start = self._log.stat().st_size
+        return log
 
     def _start(self, reading: dict[str, int]) -> tuple[Process, Process]:
         """Start the server and its keeper."""

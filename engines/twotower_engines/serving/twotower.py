@@ -257,7 +257,6 @@ class TritonPythonModel:
         import triton_python_backend_utils as triton
 
         self._triton = triton
-        self._totals: dict[tuple[str, str], int] = {}
         sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.of_model(arguments)
         engines = settings.engines()
@@ -280,6 +279,10 @@ class TritonPythonModel:
         slots = settings.slots or self._runtime.limits.slots
         self._sink = TritonSink(self._triton)
         self._sink.set("self_test_passed", float(tested.status == "passed"))
+        # At once: a total that began at 0 again would count as a start more.
+        self._totals = restarts.read()
+        for (name, label), count in self._totals.items():
+            self._sink.add(name, label, count)
         collector = os.environ.get(TRACES)
         self._spans = SpanSender(collector) if collector else None
         scheduler = Scheduler(

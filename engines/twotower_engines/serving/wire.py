@@ -108,7 +108,7 @@ def _request(values: dict[str, Any]) -> Request:
         or refusal(values)
     )
     if not isinstance(values["request_id"], str):
-        why = f"request_id is {values['request_id']!r}; it must be text"
+        why = f"request_id is {values['request_id']!r:.80}; it must be text"
     if why is not None:
         raise RequestError(f"request: {why}")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}

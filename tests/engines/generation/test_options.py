@@ -230,6 +230,7 @@ def test_stop_strings_need_a_tokenizer_and_end_the_answer(engines, generator):
         ({"top_logprobs": 3, "logprobs": True}, "logits stay on the device"),
         ({"stop": ("a",)}, "these engines have no tokenizer"),
         ({"stop": ("",)}, "stop: '' is no text of 1 to 256 bytes"),
+        ({"eos_ids": (9,) * 257}, "eos_ids has 257 token ids; it must have at most 256"),
     ],
 )
 def test_contradictions_are_refused(options, message):

@@ -54,11 +54,14 @@ def test_the_order_is_told_without_changing_it():
     draw = random.Random(3)
     for _ in range(200):
         queue = WaitingRequests()
-        for number in range(draw.randint(1, 30)):
+        tenants = draw.choice(["abc", "abcdefghij"])
+        for number in range(draw.randint(1, 40)):
             queue.add(
-                request(str(number), draw.choice("abc"), draw.choice(["batch", "interactive"]))
+                request(str(number), draw.choice(tenants), draw.choice(["batch", "interactive"]))
             )
         held = {"a": draw.randint(0, 3)}
+        for _ in range(draw.randint(0, len(queue) - 1)):
+            held[queue.pop(held).tenant] = draw.randint(0, 3)
         told = [one.request_id for one in queue.in_order(held)]
         assert len(queue) == len(told)
         assert popped(queue, held) == told
