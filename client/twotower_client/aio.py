@@ -16,7 +16,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Self, Unpack
 
-from twotower_client.connection import END_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
+from twotower_client.connection import (
+    END_SECONDS,
+    HURRIED_SECONDS,
+    LOOK_SECONDS,
+    RETRY_SECONDS,
+    STOP_SECONDS,
+)
 from twotower_client.core import ClientCore, Connection, StreamCore
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
 from twotower_client.request import cancel_request, ready_request
@@ -120,15 +126,11 @@ class AsyncTwoTowerClient(ClientCore):
             await asyncio.sleep(RETRY_SECONDS)
 
     async def close(self) -> None:
-        """Close the connection. Open streams end with an error, as do later calls."""
-        loop = asyncio.get_running_loop()
-        self._is_closed = True
-        for connection in list(self._opened):  # those of other loops close by themselves
-            if connection.loop is loop:
-                if connection.ending:
-                    await asyncio.wait(connection.ending, timeout=END_SECONDS)
-                await connection.channel.close()
-        self._connections.clear()
+        """Close the connection. Open streams end with an error, as do later calls.
+
+        A call that the server is about to end is waited for, for seconds at most.
+        """
+        await close_clients([self])
 
     def _channels(self) -> Any:
         import grpc.aio
@@ -138,8 +140,33 @@ class AsyncTwoTowerClient(ClientCore):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await close_clients([self], kind)
+
+
+async def close_clients(
+    clients: Sequence[AsyncTwoTowerClient], kind: type[BaseException] | None = None
+) -> None:
+    """Close clients at the same time.
+
+    Args:
+        kind: The exception that ended their `async with` block.
+    """
+    loop = asyncio.get_running_loop()
+    for client in clients:
+        client._is_closed = True
+    opened = [connection for client in clients for connection in list(client._opened)]
+    ours = [one for one in opened if one.loop is loop]  # those of other loops close by themselves
+    is_hurried = kind in (KeyboardInterrupt, asyncio.CancelledError)
+    seconds = HURRIED_SECONDS if is_hurried else END_SECONDS
+    try:
+        if ending := [task for connection in ours for task in connection.ending]:
+            await asyncio.wait(ending, timeout=seconds)
+    finally:
+        for connection in ours:
+            await connection.channel.close()
+        for client in clients:
+            client._connections.clear()
 
 
 class AsyncAnswerStream(StreamCore[AsyncTwoTowerClient], AsyncIterator[Block]):

@@ -18,7 +18,7 @@ from twotower_client.errors import ClientError, RequestRefusedError
 from twotower_client.many import Batch, Job
 from twotower_client.prompts import Prompt, read_prompts
 from twotower_client.request import check_options
-from twotower_client.result import Answer, token_outputs
+from twotower_client.result import Answer, details_as_json
 from twotower_contract.atomic import write_text
 from twotower_contract.options import OPTIONS, Options
 from twotower_contract.progress import StatusLine
@@ -124,7 +124,7 @@ def _line(request: Request, outcome: Answer | ClientError) -> dict[str, Any]:
         "finish_reason": outcome.finish_reason,
         "denoiser_calls": outcome.denoiser_calls,
         "seconds": round(outcome.seconds, 6),
-        **token_outputs(outcome.details),
+        **details_as_json(outcome.details),
     }
 
 

@@ -14,7 +14,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, Unpack
 
-from twotower_client.connection import END_SECONDS, LOOK_SECONDS, RETRY_SECONDS, STOP_SECONDS
+from twotower_client.connection import (
+    END_SECONDS,
+    HURRIED_SECONDS,
+    LOOK_SECONDS,
+    RETRY_SECONDS,
+    STOP_SECONDS,
+)
 from twotower_client.core import ClientCore, Connection, StreamCore, state_of
 from twotower_client.errors import ClientError, ModelNotReadyError, ServerUnavailableError
 from twotower_client.request import cancel_request, probe_request, ready_request
@@ -22,7 +28,7 @@ from twotower_client.response import cancelled, error_of_readiness, not_ready
 from twotower_client.result import Answer, Block
 from twotower_client.retry import NO_RETRY, Retry, Servers
 from twotower_contract.options import Options
-from twotower_contract.processes import next_of
+from twotower_contract.processes import HEARD_SECONDS, next_of
 
 
 class TwoTowerClient(ClientCore):
@@ -206,17 +212,35 @@ class TwoTowerClient(ClientCore):
             time.sleep(RETRY_SECONDS)
 
     def close(self) -> None:
-        """Close the connection. Open streams end with an error, as do later calls."""
-        self._is_closed = True
-        for connection in list(self._opened):
-            _wait_for_ends(connection)
-            connection.channel.close()
+        """Close the connection. Open streams end with an error, as do later calls.
+
+        A call that the server is about to end is waited for, for seconds at most.
+        """
+        close_clients([self])
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        close_clients([self], kind)
+
+
+def close_clients(
+    clients: Sequence[TwoTowerClient], kind: type[BaseException] | None = None
+) -> None:
+    """Close clients at the same time.
+
+    Args:
+        kind: The exception that ended their `with` block.
+    """
+    for client in clients:
+        client._is_closed = True
+    opened = [connection for client in clients for connection in list(client._opened)]
+    try:
+        _wait_for_ends(opened, HURRIED_SECONDS if kind is KeyboardInterrupt else END_SECONDS)
+    finally:
+        for connection in opened:
+            connection.channel.close()
 
 
 class AnswerStream(StreamCore[TwoTowerClient], Iterator[Block]):
@@ -326,11 +350,12 @@ def _read(connection: Connection, call: Any, arrived: queue.SimpleQueue[Any]) ->
     arrived.put(None)
 
 
-def _wait_for_ends(connection: Connection) -> None:
-    """Wait for calls that the server ends, but not long."""
-    end = time.monotonic() + END_SECONDS
-    for reader in list(connection.ending):
-        reader.join(max(0.0, end - time.monotonic()))
+def _wait_for_ends(connections: Iterable[Connection], seconds: float) -> None:
+    """Wait for calls that the server ends, but not long; Ctrl-C ends the wait."""
+    end = time.monotonic() + seconds
+    for reader in [reader for connection in connections for reader in list(connection.ending)]:
+        while reader.is_alive() and (left := end - time.monotonic()) > 0:
+            reader.join(min(left, HEARD_SECONDS))
 
 
 _UNDER_WAY: weakref.WeakSet[AnswerStream] = weakref.WeakSet()
@@ -342,5 +367,4 @@ def _close_all() -> None:
     """Stop what a script leaves half read, while threads still run."""
     for stream in list(_UNDER_WAY):
         stream.cancel()
-    for connection in list(_CONNECTIONS):
-        _wait_for_ends(connection)
+    _wait_for_ends(list(_CONNECTIONS), END_SECONDS)

@@ -12,7 +12,7 @@ import click
 
 from twotower_client.access_cli import ACCESS, access_options, connect
 from twotower_client.errors import ClientError, RequestRefusedError
-from twotower_client.result import Answer, token_outputs
+from twotower_client.result import Answer, details_as_json
 from twotower_contract.command_line import (
     JSON_HELP,
     Outcome,
@@ -146,7 +146,7 @@ def generate(
         prompt = text or " ".join(map(str, answer.prompt_ids))
         Replay(prompt, replay_blocks(answer), figures).write(html)
     if as_json:
-        told = token_outputs(answer.details)
+        told = details_as_json(answer.details)
         print(outcome.as_json(reused_tokens=answer.reused_tokens, **told))
         return
     if view is not None:

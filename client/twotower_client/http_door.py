@@ -36,7 +36,7 @@ from twotower_client.errors import (
     ServerBusyError,
     ServerUnavailableError,
 )
-from twotower_client.result import Block, Canvas, token_outputs
+from twotower_client.result import Block, Canvas, details_as_json
 from twotower_contract.options import INPUTS, OPTIONS, Options, unknown_name
 from twotower_contract.statuses import retry_header
 
@@ -229,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "context_calls": answer.context_calls,
                 "reused_tokens": answer.reused_tokens,
                 "finish_reason": answer.finish_reason,
-                **token_outputs(answer.details),
+                **details_as_json(answer.details),
             },
         )
 
@@ -314,7 +314,7 @@ def _values(block: Block) -> dict[str, Any]:
         "denoiser_calls": block.denoiser_calls,
         "context_calls": block.context_calls,
         "finish_reason": block.finish_reason or "",
-        **token_outputs(block.details),
+        **details_as_json(block.details),
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any, Self, Unpack
 
-from twotower_client import aio_many, many
+from twotower_client import aio, aio_many, client, many
 from twotower_client.aio import AsyncTwoTowerClient
 from twotower_client.client import TwoTowerClient
 from twotower_client.errors import ClientError
@@ -85,14 +85,13 @@ class ClientPool:
 
     def close(self) -> None:
         """Close all connections."""
-        for client in self._servers.clients:
-            client.close()
+        client.close_clients(self._servers.clients)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        client.close_clients(self._servers.clients, kind)
 
 
 class AsyncClientPool:
@@ -127,11 +126,10 @@ class AsyncClientPool:
 
     async def close(self) -> None:
         """Close all connections."""
-        for client in self._servers.clients:
-            await client.close()
+        await aio.close_clients(self._servers.clients)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await aio.close_clients(self._servers.clients, kind)

@@ -120,7 +120,7 @@ class Answer:
         return len(self.ids) / self.denoiser_calls if self.denoiser_calls else None
 
 
-def token_outputs(details: Sequence[TokenDetail]) -> dict[str, list[Any]]:
+def details_as_json(details: Sequence[TokenDetail]) -> dict[str, list[Any]]:
     """Return what is told of tokens by the names of the model's outputs, for JSON.
 
     Left out are those that have nothing to say.

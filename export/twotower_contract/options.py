@@ -371,6 +371,9 @@ OPTIONS: dict[str, Option] = {
 }
 """Every option by name, in the order of `--help`."""
 
+DIRECT = ("logprobs", "top_logprobs", "stream_mode")
+"""Options that ask to be told what the model `twotower` alone has outputs for."""
+
 INPUTS: dict[str, tuple[Wire, int]] = {
     "text_input": ("BYTES", 1),
     "input_ids": ("INT32", -1),

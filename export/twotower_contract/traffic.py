@@ -286,12 +286,16 @@ def _touched(tensor: Tensor, call: Mapping[str, int], tokens: int) -> int:
 
 
 def _moved(kernel: Kernel, call: Mapping[str, int], tokens: int, least: int) -> Moved:
-    """Return what a kernel moves; where it writes into its input, only what it writes there."""
+    """Return what a kernel moves; where it writes into its input, only what it writes there.
+
+    That is as much as it reads of the rest, and no more than there is.
+    """
     in_place = {one.name for one in kernel.reads} & {one.name for one in kernel.writes}
     listed = _of_listed_rows(kernel, call)
     read = sum(_touched(one, listed, tokens) for one in kernel.reads if one.name not in in_place)
-    written = sum(one.bytes(call) for one in kernel.writes if one.name not in in_place)
-    return Moved(1, read, written + (read if in_place else 0), least)
+    sizes = {one.name: one.bytes(call) for one in kernel.writes}
+    room = sum(sizes.pop(name) for name in in_place)
+    return Moved(1, read, sum(sizes.values()) + min(read, room), least)
 
 
 def _of_listed_rows(kernel: Kernel, call: Mapping[str, int]) -> Mapping[str, int]:

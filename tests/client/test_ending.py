@@ -22,17 +22,14 @@ from twotower_client import client as client_module
 from twotower_engines.serving.asking import Asker
 
 LINGER_SECONDS = 0.1  # between the last response and the end of the call
+STALL_SECONDS = 1.0  # the same, of a server that stands still for a moment
+MINUTE = 60.0
 
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch) -> None:
     """A busy machine takes longer than `LINGER_SECONDS` for it."""
-    for module, name in (
-        (client_module, "END_SECONDS"),
-        (aio, "END_SECONDS"),
-        (core, "GRACE_SECONDS"),
-    ):
-        monkeypatch.setattr(module, name, 20.0)
+    monkeypatch.setattr(core, "GRACE_SECONDS", 20.0)
 
 
 class Lingers:
@@ -41,8 +38,8 @@ class Lingers:
     The last response is held back until it `may_come`.
     """
 
-    def __init__(self, last: Callable[[], Any]) -> None:
-        self._last = last
+    def __init__(self, last: Callable[[], Any], seconds: float = LINGER_SECONDS) -> None:
+        self._last, self._seconds = last, seconds
         self.may_come = threading.Event()
         self.may_come.set()
         self.peaceful: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -51,7 +48,7 @@ class Lingers:
         try:
             assert self.may_come.wait(20)
             yield self._last()
-            time.sleep(LINGER_SECONDS)
+            time.sleep(self._seconds)
             self.peaceful.put(context.is_active())
         except GeneratorExit:
             self.peaceful.put(False)
@@ -75,7 +72,11 @@ async def ask_async(url: str, error: Any, then: Callable[[], None], **options: A
         then()
 
 
-BOTH = pytest.mark.parametrize("call", [ask, lambda *a, **b: asyncio.run(ask_async(*a, **b))])
+def asynchronously(*arguments: Any, **options: Any) -> None:
+    asyncio.run(ask_async(*arguments, **options))
+
+
+BOTH = pytest.mark.parametrize("call", [ask, asynchronously])
 
 
 @BOTH
@@ -88,7 +89,7 @@ BOTH = pytest.mark.parametrize("call", [ask, lambda *a, **b: asyncio.run(ask_asy
     ids=["whole", "refused"],
 )
 def test_a_client_that_closes_waits_for_the_end_of_a_call(last, error, call) -> None:
-    answer = Lingers(last)
+    answer = Lingers(last, STALL_SECONDS)
     with fake_server(answer) as url:
         call(url, error, lambda: None)
         assert answer.peaceful.get(timeout=20)
@@ -103,10 +104,7 @@ def test_a_client_that_gave_up_in_time_waits_for_the_server_to_do_so(call) -> No
         assert answer.peaceful.get(timeout=20)
 
 
-SCRIPT = (
-    "import twotower_client as tt, twotower_client.client as c; c.END_SECONDS = 20.0;"
-    "print(tt.TwoTowerClient({url!r}).generate('a').text)"
-)
+SCRIPT = "import twotower_client as tt; print(tt.TwoTowerClient({url!r}).generate('a').text)"
 
 
 def test_a_script_that_closes_nothing_waits_too() -> None:
@@ -116,6 +114,75 @@ def test_a_script_that_closes_nothing_waits_too() -> None:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (ran.returncode, ran.stdout, ran.stderr) == (0, "hello\n", "")
         assert answer.peaceful.get(timeout=20)
+
+
+@pytest.fixture
+def endless(monkeypatch) -> Iterator[Callable[..., Iterator[Any]]]:
+    """An answer whose call never ends, and which is waited for a minute."""
+    over = threading.Event()
+    for module in (client_module, aio):
+        monkeypatch.setattr(module, "END_SECONDS", MINUTE)
+
+    def answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield whole()
+        over.wait(2 * MINUTE)
+
+    yield answer
+    over.set()
+
+
+@BOTH
+def test_a_connection_that_breaks_ends_the_wait(endless, call) -> None:
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(fake_server(endless))
+        call(url, contextlib.nullcontext(), stack.close)
+    assert time.monotonic() - began < MINUTE / 2
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (ask, KeyboardInterrupt),
+        (asynchronously, KeyboardInterrupt),
+        (asynchronously, asyncio.CancelledError),
+    ],
+)
+def test_who_is_interrupted_waits_less(endless, call, kind) -> None:
+    def interrupt() -> None:
+        raise kind
+
+    began = time.monotonic()
+    with fake_server(endless) as url, pytest.raises(kind):
+        call(url, contextlib.nullcontext(), interrupt)
+    assert time.monotonic() - began < MINUTE / 2
+
+
+CLOSING = """
+import signal, threading, time
+import twotower_client as tt, twotower_client.client as module
+
+def late():
+    time.sleep(0.5)  # the main thread waits by now, and the kernel does not wake it for this
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+module.END_SECONDS = 600.0
+client = tt.TwoTowerClient({url!r})
+client.generate("a")
+try:
+    threading.Thread(target=late).start()
+    client.close()
+except KeyboardInterrupt:
+    print("heard")
+module.END_SECONDS = 0.0  # a signal that came before the wait leaves one for the exit
+"""
+
+
+def test_the_wait_hears_ctrl_c(endless) -> None:
+    with fake_server(endless) as url:
+        command = [sys.executable, "-c", CLOSING.format(url=url)]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "heard\n", ran.stderr
 
 
 def test_questions_are_read_to_their_end() -> None:

@@ -163,6 +163,15 @@ def test_an_option_that_is_none_is_left_out() -> None:
     assert [tensor.name for tensor in message.inputs] == ["text_input", "timeout_seconds"]
 
 
+@pytest.mark.parametrize(("patience", "notice"), [(4.0, 4 / 3), (15.0, 5.0), (60.0, 5.0)])
+def test_the_server_is_asked_for_notices_before_the_patience_ends(patience, notice) -> None:
+    """With time for two that come late."""
+    with tt.TwoTowerClient("127.0.0.1:9", inactivity_timeout=patience) as client:
+        message, _ = client._request("a", None, None, {})
+    place = [tensor.name for tensor in message.inputs].index("queue_notice_seconds")
+    assert struct.unpack("<f", message.raw_input_contents[place]) == pytest.approx((notice,))
+
+
 def test_a_closed_client_says_so() -> None:
     client = tt.TwoTowerClient("127.0.0.1:9")
     client.close()

@@ -129,8 +129,8 @@ def test_noise_entropy_and_logits_cost_nothing_where_no_row_asks_for_them(tmp_pa
         none = compiled_tables.call_of("denoiser", rows, 16, CONTEXT)
         logits = 2 * rows * 16 * FULL_CONFIG["vocab_size"]
         step = traffic_of(listing, none).by_kind("M")["ends"]
-        # seen: 6.6 and 6.1 times; it was 22
-        assert step.total - step.least < 7 * logits
+        # seen: 5.6 and 5.1 times; it was 22
+        assert step.total - step.least < 6 * logits
         shown = [one for kernel in listing.kernels for one in kernel.writes if one.name == "logits"]
         assert [one.bytes(none) for one in shown] == [0]
         # read once, and for noise written in float32 and read again

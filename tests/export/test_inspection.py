@@ -17,7 +17,7 @@ from twotower_contract.engine_set import BuildRecord, EngineFile, Limits
 from twotower_contract.errors import BundleError, CheckpointError, TwoTowerError
 from twotower_contract.layout import expected_tensors
 from twotower_contract.skus import known_skus
-from twotower_contract.traffic import Kernel, Listing, Tensor, write_listings
+from twotower_contract.traffic import Kernel, Listing, Tensor, traffic_of, write_listings
 from twotower_engines.planning.model_size import read_model_size
 from twotower_engines.planning.plan import PlanRequest, plan_memory
 from twotower_export.bundle import write_bundle
@@ -332,6 +332,17 @@ def listed():
     search = Kernel("__myl_Topk", "kgen", None, (drawn, ids), (new,))
     usual = {"batch": 2, "sampled": 2, "uncertain": 2, "block": 16}
     return Listing("all", usual, None, (ids, rows), (), (draw, search))
+
+
+def test_a_kernel_writes_no_more_into_its_input_than_there_is():
+    """As the one that takes one logit of each position, and puts entropies where they belong."""
+    ids = Tensor("ids", ("batch", "block"), "INT32")
+    logits = Tensor("logits.all", ("batch", "block", 1000), "BF16")
+    entropy = Tensor("entropy", ("batch", "block"), "FLOAT")
+    kernel = Kernel("__myl_GathScat", "kgen", None, (logits, entropy), (entropy,))
+    usual = {"batch": 2, "block": 16}
+    found = traffic_of(Listing("all", usual, None, (ids,), (), (kernel,))).moved
+    assert (found.read, found.written) == (2 * 16 * 1000 * 2, 2 * 16 * 4)
 
 
 def moved(read, written, least):

@@ -9,8 +9,10 @@ import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 import twotower_client as tt
+from tests.support.clock import Clock
 from tests.support.served import LONG
 from tests.support.waiting import wait_until
+from twotower_client import core
 from twotower_client.connection import KEEP_ALIVE
 from twotower_client.request import Message
 from twotower_client.response import read
@@ -36,14 +38,17 @@ def waiting(**inputs) -> object:
     return message.message
 
 
-def test_a_request_that_waits_is_not_inactive(server, busy) -> None:
-    with tt.TwoTowerClient(server.grpc_address, inactivity_timeout=4) as client:
-        stream = client.stream(prompt_ids=[7], max_new_tokens=4, timeout=60)
-        notices = 0
-        while notices < 5:  # more than four seconds
+def test_a_request_that_waits_is_not_inactive(server, busy, monkeypatch) -> None:
+    """The client's clock runs ahead: each wait is short, and all together are too long."""
+    clock = Clock()
+    monkeypatch.setattr(core, "time", clock)
+    monkeypatch.setattr(core, "NOTICE_SECONDS", 0.5)
+    with tt.TwoTowerClient(server.grpc_address, inactivity_timeout=30) as client:
+        stream = client.stream(prompt_ids=[7], max_new_tokens=4, timeout=600)
+        for _ in range(3):
             assert stream._take(stream._wait()) is None
             assert stream.queue_place == 1
-            notices += 1
+            clock.forward(20)
         for other in busy:
             other.cancel()
         answer = stream.answer()

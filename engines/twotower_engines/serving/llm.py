@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower_contract.options import IMPOSSIBLE, INPUTS, OPTIONS, unknown_name
+from twotower_contract.options import DIRECT, IMPOSSIBLE, INPUTS, OPTIONS, unknown_name
 from twotower_contract.statuses import STATUSES, text_of
 from twotower_engines.errors import RequestError
 
@@ -53,10 +53,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "bad_words": ([], [""]),
     "guided_decoding_guide": ("",),
-    # There is no output for these here, as there is none in the ensemble.
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "stream_mode": ("block",),
+    **{name: (OPTIONS[name].default,) for name in DIRECT},
 }
 WITHOUT_EFFECT = ("pad_id", "guided_decoding_guide_type", "skip_special_tokens", "detokenize")
 

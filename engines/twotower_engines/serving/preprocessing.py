@@ -17,7 +17,7 @@ import numpy.typing as npt
 from twotower_contract.command_line import warn_of_mask
 from twotower_contract.engine_set import EngineSet
 from twotower_contract.errors import TwoTowerError, printable
-from twotower_contract.options import INPUTS, OPTIONS, Option, unknown_name
+from twotower_contract.options import DIRECT, INPUTS, OPTIONS, Option, unknown_name
 from twotower_contract.statuses import text_of
 from twotower_engines.artifacts.tokenizer import Tokenizer
 from twotower_engines.errors import RequestError
@@ -39,10 +39,6 @@ PROMPTS = ("text_input", "input_ids")
 ID_LISTS = ("input_ids", "canvas", "eos_ids")  # none needs more than the engines hold
 # What is no request for an answer.
 ALONE = {"cancel_request_id": "cancels another request", "probe": "asks for the engine's state"}
-
-# The ensemble has no outputs for what these ask to be told: it waits for every tensor of a step, so
-# each would cost every response its time.
-NOT_IN_ENSEMBLE = ("logprobs", "top_logprobs", "stream_mode")
 
 # Over HTTP, Triton passes the request's id on as a parameter, too.
 TRITONS_OWN = {"id"}
@@ -141,10 +137,12 @@ class Preprocessor:
 def check_outputs(tensors: Tensors) -> None:
     """Refuse what the ensemble could not tell.
 
+    It waits for every tensor of a step, so an output for it would cost every response its time.
+
     Raises:
         RequestError: Naming it.
     """
-    for name in NOT_IN_ENSEMBLE:
+    for name in DIRECT:
         if name in tensors and (value := _value(tensors, OPTIONS[name])) != OPTIONS[name].default:
             raise RequestError(
                 f"{name} is {value}, but the model `ensemble` has no output for it; ask the model "

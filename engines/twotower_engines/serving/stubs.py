@@ -101,6 +101,11 @@ def state_of(process: int) -> str | None:
     return after_name[0] if after_name else None
 
 
+def has_ended(process: int) -> bool:
+    """Return whether a process is gone, or a zombie that its parent has not reaped."""
+    return state_of(process) in (None, "Z")
+
+
 def _children(parent: int) -> list[int]:
     return [one for one in _processes() if (_stat(one) or ["", "-1"])[1] == str(parent)]
 

@@ -26,7 +26,7 @@ from twotower_engines.serving.front import Front
 from twotower_engines.serving.launch import ServerOptions
 from twotower_engines.serving.repository import CONFIG_FILE, read_config
 from twotower_engines.serving.server import TritonServer
-from twotower_engines.serving.stubs import state_of
+from twotower_engines.serving.stubs import has_ended, state_of
 
 STEP_SECONDS = 0.1
 ASK_SECONDS = 0.5  # between an answer and the next question
@@ -202,9 +202,8 @@ class Supervisor:
         """
         sick = {}
         for model, process in dict(server.model_processes).items():
-            state = state_of(process)
-            stopped[model] = stopped[model] + 1 if state == "T" else 0
-            if state in (None, "Z"):
+            stopped[model] = stopped[model] + 1 if state_of(process) == "T" else 0
+            if has_ended(process):
                 sick[model] = f"the process of {model} has ended"
             elif stopped[model] * STEP_SECONDS > STOPPED_SECONDS:
                 sick[model] = f"the process of {model} is stopped"
@@ -237,16 +236,19 @@ class Supervisor:
         if self._ending is signal.SIGINT or not self._policy.grace_seconds:
             return
         server.drain()
+        engine = server.model_processes["twotower"]
         end = time.monotonic() + self._policy.grace_seconds
         with server.asker() as asker:
-            while time.monotonic() < end and server.exit_code is None:
-                try:
-                    state = asker.probe("twotower", self._policy.stall_seconds)
-                except NoAnswerError:
-                    break
-                if state["draining"] and not state["running"] + state["waiting"]:
-                    server.kill()  # in peace it would answer with errors for seconds
+            while (left := end - time.monotonic()) > 0 and server.exit_code is None:
+                # An engine that is silent may stand still with its machine; one that has ended
+                # tells nobody.
+                if has_ended(engine):
                     return
+                with contextlib.suppress(NoAnswerError):
+                    state = asker.probe("twotower", min(self._policy.stall_seconds, left))
+                    if state["draining"] and not state["running"] + state["waiting"]:
+                        server.kill()  # in peace it would answer with errors for seconds
+                        return
                 time.sleep(STEP_SECONDS)
 
 
