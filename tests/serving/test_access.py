@@ -163,6 +163,10 @@ def test_options_that_do_not_fit_are_refused(files) -> None:
     for key in ("", "two words", "é", "a\nb"):
         with pytest.raises(ServingError, match="access key"):
             ServerOptions(access_key=key).check()
+    for url in ("localhost:4318", "http://", "notaurl", "http://a b/"):
+        with pytest.raises(ServingError, match="is no address of a collector"):
+            ServerOptions(traces=url).check()
+    ServerOptions(traces="https://collector.example:4318/v1/traces").check()
     ran = twotower("generate", "hi", "--tls-key", str(files / "client.key"))
     assert (ran.returncode, "belong together" in ran.stderr) == (2, True)
     ran = twotower("probe", "live", "--metadata", "x-api-key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections import Counter
 from collections.abc import Sequence
@@ -85,11 +86,16 @@ class ServerOptions:
         """Refuse options that no server could start with.
 
         Raises:
-            ServingError: A file of TLS cannot be read, or the key is none.
+            ServingError: A file of TLS cannot be read, or the key or the collector is none.
         """
         files = [self.tls.certificate, self.tls.key, self.tls.clients] if self.tls else []
         for file in filter(None, files):
             _read(file)
+        if self.traces is not None and not re.fullmatch(r"https?://[^\s/]\S*", self.traces):
+            raise ServingError(
+                f"--traces {self.traces}: is no address of a collector; give a URL of HTTP, for "
+                "example http://localhost:4318/v1/traces"
+            )
         key = self.access_key
         if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ServingError(
