@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ WITH_SERVERS = ("tests/client/", "tests/serving/")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests import ONNX Runtime themselves, where our code goes through twotower_contract.onnxruntime.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# A shell lets what it starts in the background ignore Ctrl-C, and that is inherited: by the
+# processes, too, which tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _has_gpu() -> bool:

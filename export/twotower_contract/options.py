@@ -46,7 +46,7 @@ UNHELD_BY_DIFFUSION = (
 )
 IMPOSSIBLE: dict[str, str] = {
     **dict.fromkeys(
-        ("beam_width", "best_of", "use_beam_search", "length_penalty"),
+        ("beam_width", "num_beams", "best_of", "use_beam_search", "length_penalty"),
         "there is no beam search; draw several answers with different seeds",
     ),
     **dict.fromkeys(

@@ -294,7 +294,7 @@ def test_the_page_leads_from_nothing_to_a_deployment(tmp_path) -> None:
         script = re.sub(rf"\b{port}\b", free, script)
     script = script.replace(":_80", ":80")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    script = script.replace("> nginx.conf", f"| sed s/8443/{ports['8443']}/ > nginx.conf")
+    script = script.replace("| install", f"| sed s/8443/{ports['8443']}/ | install")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = subprocess.run(
         ["bash", "-c", script],
@@ -304,7 +304,10 @@ def test_the_page_leads_from_nothing_to_a_deployment(tmp_path) -> None:
     assert "Mia" in ran.stdout
     [counted] = json.loads(ran.stdout.splitlines()[-1])["data"]["result"]
     assert float(counted["value"][1]) == 1
-    assert '"tenant-a"' in (tmp_path / "access.log").read_text()
+    made = tmp_path / "demo/deployment"
+    assert '"tenant-a"' in (made / "access.log").read_text()
+    for secret in ("server.key", "tenant-a.key", "servers.key", "nginx.conf"):
+        assert (made / secret).stat().st_mode & 0o77 == 0, secret
 
 
 class Keyed(grpc.AuthMetadataPlugin):

@@ -20,7 +20,7 @@ from twotower_engines.serving.preprocessing import Preprocessor, Tensors, bytes_
 from twotower_engines.serving.wire import Probe, decode, encode
 from twotower_engines.serving.workers import Worker
 
-LONG_TEXT = 65536  # bytes
+LONG_TEXT = 8192  # bytes: some milliseconds
 MOST_BYTES = 1 << 27  # of requests that wait for one of the threads
 
 
