@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.clock import Clock
+from tests.support.waiting import wait_until
 from twotower_engines.serving import supervisor as supervisor_module
 from twotower_engines.serving.asking import NoAnswerError
 from twotower_engines.serving.server import ServerOptions
@@ -48,6 +49,7 @@ class Server:
         self.model_processes = {"twotower": engine}
         self.told: list[str] = []
         self.patience: list[float] = []
+        self.counts = {"preprocessing": 7, "postprocessing": 5}
 
     def drain(self) -> None:
         self.told.append("drain")
@@ -58,6 +60,9 @@ class Server:
     @contextmanager
     def asker(self) -> Iterator[Server]:
         yield self
+
+    def answered(self, model: str) -> int:
+        return self.counts[model]
 
     def probe(self, model: str, timeout: float) -> dict[str, Any]:
         self.patience.append(timeout)
@@ -109,3 +114,17 @@ def test_the_drain_ends_at_once_where_the_engine_has_ended() -> None:
         engine.wait()
     assert server.told == ["drain"]
     assert server.patience == [STALL]
+
+
+def test_steps_of_the_ensemble_that_answer_others_do_not_hang(monkeypatch) -> None:
+    """A probe waits behind the requests that are there; one step alone does not tell of both."""
+    monkeypatch.setattr(supervisor_module, "ASK_SECONDS", 0.001)
+    server, steps = Server(lambda: None, os.getpid()), {"ensemble": 1}
+    with supervisor_module._Asking(server, steps, STALL):
+        wait_until(lambda: len(server.patience) > 10)
+        server.counts["preprocessing"] += 1
+        asked = len(server.patience)
+        wait_until(lambda: len(server.patience) > asked + 10)
+        assert steps == {"ensemble": 1}
+        server.counts["postprocessing"] += 1
+        wait_until(lambda: steps == {"ensemble": 0})

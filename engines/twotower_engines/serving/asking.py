@@ -100,6 +100,25 @@ class Asker:
         except grpc.RpcError:
             return False
 
+    def answered(self, model: str) -> int:
+        """Return how many requests a model has answered since it was loaded, with errors too.
+
+        Raises:
+            NoAnswerError: The server did not say.
+        """
+        import grpc
+        from tritonclient.grpc import service_pb2
+
+        request = service_pb2.ModelStatisticsRequest(name=model)
+        try:
+            told = self._stub.ModelStatistics(request, timeout=2, metadata=self._metadata)
+        except grpc.RpcError as problem:
+            raise NoAnswerError(self._words(model, problem)) from None
+        return sum(
+            int(one.inference_stats.success.count + one.inference_stats.fail.count)
+            for one in told.model_stats
+        )
+
     def reload(self, model: str) -> None:
         """Unload a model and load it again; `load` alone does not bring back a dead process.
 

@@ -1,9 +1,10 @@
 """Keep a server alive: notice that it died or hangs, and bring it back; end it in peace.
 
 A process that ended is seen at once, one that was stopped within a second, and one that hangs when
-it has owed an answer for `stall_seconds` (see `asking`). The parts of the ensemble are loaded again
-one by one. Where the engine's process is at fault, the server is started anew: a load alone would
-leave open requests without a word (server 2.51), while with the server their connections end.
+it has owed an answer for `stall_seconds` (see `asking`). Where the engine's process is at fault,
+the server is started anew: a load alone would leave open requests without a word (server 2.51),
+while with the server their connections end. The steps of the ensemble are loaded again one by one.
+A question may wait in these behind many requests: as long as each answers some, none hangs.
 
 Time is counted in our own steps: when the whole machine stood still, nobody hung.
 """
@@ -34,6 +35,7 @@ STOPPED_SECONDS = 1.0
 WELL_SECONDS = 60.0  # after which a start counts as a success
 LONGEST_PAUSE_SECONDS = 30.0  # between two starts
 FAILURES_IN_A_ROW = 6  # starts that failed before we give up
+STEPS = ("preprocessing", "postprocessing")  # of the ensemble, beside the engine
 
 Tell = Callable[[str], None]
 
@@ -212,7 +214,7 @@ class Supervisor:
         if steps["twotower"] > limit:
             sick.setdefault("twotower", f"twotower {silent}")
         elif not sick and steps["ensemble"] > limit:
-            sick = dict.fromkeys(("preprocessing", "postprocessing"), f"the ensemble {silent}")
+            sick = dict.fromkeys(STEPS, f"the ensemble {silent}")
         return sick
 
     def _heal(
@@ -261,6 +263,7 @@ class _Asking:
         self._threads = [
             threading.Thread(target=self._ask, args=(door,), daemon=True) for door in steps
         ]
+        self._threads.append(threading.Thread(target=self._see_progress, daemon=True))
 
     def __enter__(self) -> None:
         for thread in self._threads:
@@ -275,3 +278,14 @@ class _Asking:
                 with contextlib.suppress(NoAnswerError):
                     asker.probe(door, self._seconds)
                     self._steps[door] = 0
+
+    def _see_progress(self) -> None:
+        """Clear the count of the ensemble when each of its steps has answered something since."""
+        before: list[int] = []
+        with self._server.asker() as asker:
+            while not self._stop.wait(ASK_SECONDS):
+                with contextlib.suppress(NoAnswerError):
+                    now = [asker.answered(step) for step in STEPS]
+                    before = before or now
+                    if all(count != past for count, past in zip(now, before, strict=True)):
+                        self._steps["ensemble"], before = 0, now
