@@ -71,7 +71,7 @@ def written_plainly(text: str, columns: int) -> str:
 @pytest.fixture(params=[1, 2, 3, 7, 40, 200])
 def columns(request, monkeypatch) -> int:
     size = os.terminal_size((request.param, 24))
-    monkeypatch.setattr(live.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setattr(live.shutil, "get_terminal_size", lambda *_, **__: size)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     return size.columns

@@ -47,9 +47,16 @@ def checkpoint(tmp_path):
     return open_checkpoint(tmp_path / "checkpoint")
 
 
-def test_the_golden_answer_is_an_independent_generation(checkpoint):
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """What is computed of the checkpoint, wherever that lies."""
+    folder = tmp_path_factory.mktemp("golden")
+    write_random_checkpoint(folder, "ME*", 32, seed=3)
+    return compute_golden(open_checkpoint(folder))
+
+
+def test_the_golden_answer_is_an_independent_generation(checkpoint, golden):
     """The loop on the PyTorch towers gives what the slow reference gives, token for token."""
-    golden = compute_golden(checkpoint)
     model = ReferenceModel.load(checkpoint.path)
     answer = generate_mask_diffusion(
         model, golden["prompt_ids"], golden["max_new_tokens"], golden["block_size"]
@@ -72,20 +79,20 @@ def test_without_a_denoiser_the_answer_is_autoregressive(checkpoint):
     assert golden["tokens_per_call"] is None
 
 
-def test_a_bundle_has_it(checkpoint, tmp_path):
+def test_a_bundle_has_it(checkpoint, golden, tmp_path):
     manifest = write_bundle(checkpoint, tmp_path / "bundle")
     stored = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert stored["golden"] == manifest.golden == compute_golden(checkpoint)
+    assert stored["golden"] == manifest.golden == golden
     assert stored["golden_missing"] is None
 
 
-def test_a_checkpoint_brings_its_own(checkpoint, monkeypatch):
-    recorded = compute_golden(checkpoint) | {"computed_with": "a machine with a GPU"}
+def test_a_checkpoint_brings_its_own(checkpoint, golden, monkeypatch):
+    recorded = golden | {"computed_with": "a machine with a GPU"}
     write_golden(checkpoint.path / GOLDEN_FILE, checkpoint.fingerprint, recorded)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no PyTorch, no tokenizers
     assert golden_for(checkpoint) == (recorded, None)
-    golden, missing = golden_for(checkpoint, ["context"])  # the file is of another mode
-    assert golden is None
+    found, missing = golden_for(checkpoint, ["context"])  # the file is of another mode
+    assert found is None
     assert "PyTorch is not installed" in missing["reason"]
     assert missing["request"]["mode"] == "ar"
 
@@ -127,25 +134,24 @@ def test_towers_that_are_too_large_have_none(checkpoint, monkeypatch):
         ({"golden": {"output_ids": []}}, "holds no answer"),
     ],
 )
-def test_a_file_of_something_else_is_refused(checkpoint, change, message):
+def test_a_file_of_something_else_is_refused(checkpoint, golden, change, message):
     path = checkpoint.path / GOLDEN_FILE
-    write_golden(path, checkpoint.fingerprint, compute_golden(checkpoint))
+    write_golden(path, checkpoint.fingerprint, golden)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(TwoTowerError, match=message):
         golden_for(checkpoint)
 
 
-def test_the_command_writes_the_answer_that_an_export_computes(checkpoint):
+def test_the_command_writes_the_answer_that_an_export_computes(checkpoint, golden):
     done = run(checkpoint.path)
     assert done.exit_code == 0, done.output
-    computed = compute_golden(checkpoint)
-    calls = computed["denoiser_calls"]
+    calls = golden["denoiser_calls"]
     path = checkpoint.path / "golden.json"
     assert done.stdout.startswith(f"{path}: 48 tokens in {calls} denoiser calls, ")
     assert "6 to 51 calls that read about 0.0 GB" in done.stderr
-    assert read_golden(checkpoint.path, checkpoint.fingerprint) == computed
+    assert read_golden(checkpoint.path, checkpoint.fingerprint) == golden
     printed = json.loads(run(checkpoint.path, "--json").stdout)
-    assert (printed["file"], printed["golden"]) == (str(path), computed)
+    assert (printed["file"], printed["golden"]) == (str(path), golden)
     assert isinstance(run(checkpoint.path / "nothing").exception, TwoTowerError)
 
 

@@ -52,7 +52,7 @@ def twotower(tmp_path, server):
 
 
 def test_a_pinned_checkpoint_is_fetched_once_and_then_needs_no_hub(tmp_path, server, twotower):
-    done = twotower("export", f"{ID}@{COMMIT}", "bundle", "--json")
+    done = twotower("export", ID, "bundle", "--revision", COMMIT, "--json")
     assert done.returncode == 0, done.stderr
     (warning,) = json.loads(done.stdout)["warnings"]
     assert "has no tokenizer.json, so prompts and answers will be token ids" in warning
@@ -62,7 +62,7 @@ def test_a_pinned_checkpoint_is_fetched_once_and_then_needs_no_hub(tmp_path, ser
     assert not server.requests["GET", "modeling.py"], "remote code is never fetched"
     assert not server.requests["GET", "original/model.safetensors"], "only the top folder is"
     fetched = sum(count for (method, _), count in server.requests.items() if method == "GET")
-    again = twotower("export", ID, "again", "--revision", COMMIT)
+    again = twotower("inspect", f"{ID}@{COMMIT}")
     assert again.returncode == 0, again.stderr
     assert fetched == sum(n for (method, _), n in server.requests.items() if method == "GET")
     offline = twotower("inspect", f"{ID}@{COMMIT}", "--json", offline=True)

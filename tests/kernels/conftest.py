@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,12 +50,24 @@ def _bfloat16_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_convert_float", converted)
 
 
+@pytest.fixture
+def overflow_fails() -> None:
+    """Let every sum and product of integers be made in int64 too: tests of extremes ask for it."""
+
+
 @pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, interpreted kernels, and outputs that are NaN or huge until they are written."""
+def _interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, interpreted kernels, and outputs that are NaN or huge until they are written.
+
+    Looking for overflows takes a third of the time, and small sizes have none.
+    """
     import torch
+    from triton.runtime.interpreter import interpreter_builder
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    looks = "overflow_fails" in request.fixturenames
+    options = replace(interpreter_builder.options, sanitize_overflow=looks)
+    monkeypatch.setattr(interpreter_builder, "options", options)
     _bfloat16_like_a_gpu(monkeypatch)
     torch.use_deterministic_algorithms(True)  # with it, torch.empty is filled
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -38,7 +38,7 @@ def check(args: tuple[torch.Tensor, ...], tiles: Launch | None = SMALL) -> torch
         (16, 2, 8, 32, 48, torch.bfloat16),
         (7, 3, 5, 40, 24, torch.float32),  # nothing divides the tiles
         (9, 1, 3, 17, 33, torch.bfloat16),
-        (64, 2, 8, 32, 32, torch.float32),
+        (40, 2, 4, 32, 32, torch.float32),  # an expert has several tiles
         (5, 6, 6, 32, 32, torch.float32),  # every expert for every token
     ],
 )
@@ -190,6 +190,7 @@ def test_the_grid_has_a_program_for_every_tile() -> None:
         assert (-(-counts // block)).sum() <= kernel_launches.tile_bound(n, E, block)
 
 
+@pytest.mark.usefixtures("overflow_fails")
 def test_nonsense_tiles_write_nothing_outside() -> None:
     """TensorRT times a plugin's node alone, on tiles and pairs that no routing produced."""
     generator = np.random.default_rng(10)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 
 @pytest.mark.parametrize("tactic", range(1, expert_products.TACTICS + 1))
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tokens", [3, 20])
 def test_experts_chain(tokens: int, tactic: int) -> None:
     args = draw_experts(np.random.default_rng(tokens), tokens, 2, 5, 40, 24)
     args[1][1] = -1

@@ -94,7 +94,7 @@ def op_model(op: str) -> tuple[onnx.ModelProto, list[torch.Tensor]]:
         given = draw_router(generator, [4, 2], 4, 5, 40)
         function = router(tiny_config("E", hidden=40, num_experts=5, num_experts_per_tok=2), FLOAT)
     else:
-        given = draw_mamba(generator, 16, [16, 16])
+        given = draw_mamba(generator, 16, [16, 16], sizes=(4, 8, 16, 2))
         sizes = {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16}
         function = mamba_block_step(tiny_config("M", **sizes), FLOAT)
     return wrapped(function, given), given

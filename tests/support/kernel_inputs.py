@@ -104,7 +104,7 @@ def draw_mamba(
     lengths: list[int],
     dtype: torch.dtype = torch.float32,
     *,
-    sizes: tuple[int, int, int, int] = (4, 8, 16, 2),
+    sizes: tuple[int, int, int, int] = (2, 8, 16, 2),
     seed_scale: float = 1.0,
     rate: float = 1.0,
 ) -> list[torch.Tensor]:

@@ -7,12 +7,14 @@ its chain, and takes any tiles.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from tests.support.plugin_launches import DTYPES, made_tensors, node_call
 from twotower_engines.kernels.expert_products import (
@@ -44,8 +46,32 @@ def _read_bounds_of_loops() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _patch_once() -> None:
+    """Let functions that a kernel calls take the language as the kernel's start has patched it.
+
+    The interpreter patches it anew for each call, which takes longer than most of our functions.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    modules = (tl, tl.core)  # Triton's own functions see the second
+
+    @functools.cache
+    def seen_by(function: Any) -> list[Any]:
+        values = list(function.__globals__.values())
+        return [module for module in modules if any(value is module for value in values)]
+
+    def patched(function: Any) -> Any:
+        if any(tl.core.is_builtin(module.load) for module in seen_by(function)):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patched
+
+
 if INTERPRETED:
     _read_bounds_of_loops()
+    _patch_once()
 
 
 def launch(

@@ -24,7 +24,7 @@ from twotower_engines.planning.compiled import compiled_tower
 from twotower_engines.planning.plan import WORKSPACE_SLACK
 
 LIMITS = Limits(slots=16, context=2048, max_tokens_per_call=256, block_size_max=64)
-PATTERN = "MEM*E*"
+PATTERN = "M*E*"
 """The first layer of attention computes what the second one reads, too."""
 
 

@@ -223,7 +223,7 @@ def test_a_gpu_that_it_does_not_serve_is_refused():
         TensorRtRtxFlavour().check(target)
 
 
-@pytest.mark.parametrize("tower", ["context", "denoiser"])
+@pytest.mark.parametrize("tower", ["context", pytest.param("denoiser", marks=pytest.mark.slow)])
 def test_the_narrow_profiles_of_tensorrt(library, bundle, tmp_path, tower):
     """TensorRT's several profiles in one plan: the part of that flavour that needs no GPU."""
     graph = bundle / read_manifest(bundle).graph("native", tower).file
@@ -352,8 +352,8 @@ def test_where_it_is_not_installed_the_extra_is_named(monkeypatch):
         TensorRtRtxFlavour().versions()
 
 
-def test_what_the_library_says_goes_to_the_log(bundle, tmp_path):
-    log = tmp_path / "build.log"
+def test_what_the_library_says_goes_to_the_log(tmp_path):
+    bundle, log = write_bundle_of(tmp_path, "*"), tmp_path / "build.log"
     options = ("--sku", "rtx-pro-6000", "--flavour", "tensorrt-rtx", "--force", "--log", log)
     done = run_build(bundle, *options, tmp_path / "engines", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr

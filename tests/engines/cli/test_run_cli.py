@@ -256,8 +256,9 @@ def test_the_readmes_prompt_is_answered_in_the_words_of_the_corpus(tmp_path, mon
     assert said.count("Mia") >= 2
 
 
-def test_a_checkpoint_is_exported_and_built_once(made, tmp_path):
+def test_a_checkpoint_is_exported_and_built_once(random_engines, tmp_path):
     """With the real verbs, in processes of their own."""
+    made = random_engines("M")
     words = ["run", made.checkpoint, "--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--json"]
 
     def answer_of_command():

@@ -21,7 +21,7 @@ from twotower_engines.generation.sampling import row_seed, sample
 
 SEED = 3860  # of all that is drawn: the first seven models have every mix of layers
 MODELS = 7
-REQUESTS = 5
+REQUESTS = 3
 
 
 def drawn_model(number):
@@ -182,7 +182,7 @@ def test_mock_ar_with_two_equal_towers_is_ar(random_engines, number):
     draw = random.Random(f"equal {number}")
     vocabulary = made.engines.manifest.model.vocab_size
     with Generator(made.engines, threads=1) as generator:
-        for length in (1, 2, 3, 5, draw.randint(6, 60)):
+        for length in (1, 2, draw.randint(6, 60)):
             prompt = tuple(draw.randrange(vocabulary) for _ in range(length))
             ar = generator.generate(Request("a", prompt, mode="ar", max_new_tokens=16))
             mock = generator.generate(Request("m", prompt, mode="mock_ar", max_new_tokens=16))
@@ -217,7 +217,7 @@ def graph_noise(seed, block, vocabulary):
 def test_mask_diffusion_at_a_temperature_is_token_exact(usual, reference):
     for seed, temperature in ((0, 0.3), (2**64 - 1, 1.0), (12345, 2.0)):
         request = Request(
-            "t", (5, 6, 7), max_new_tokens=20, block_size=8, steps=4, threshold=0.3,
+            "t", (5, 6, 7), max_new_tokens=12, block_size=8, steps=4, threshold=0.3,
             temperature=temperature, seed=seed,
         )  # fmt: skip
         expected = reference_answer(
