@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _soak_beside(items: list[pytest.Item]) -> None:
-    """Let the soak begin with the first test that has servers, and be asked last."""
+    """Let the two minutes' soak begin with the first test that has servers, and be asked last."""
     asked = [item for item in items if "soaking" in getattr(item, "fixturenames", ())]
     if asked:
         first = next(item for item in items if item.nodeid.startswith(WITH_SERVERS))

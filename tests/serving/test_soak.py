@@ -1,4 +1,4 @@
-"""Many streams at once, with everything that callers do: nothing is left, no answer changes."""
+"""Many streams for minutes, with everything that callers do: nothing is left, no answer changes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def check(soaked: Soaked, least: int) -> None:
     assert soaked.left == 0, soaked
 
 
-def test_45_seconds_of_64_streams(soaking) -> None:
+def test_two_minutes_of_64_streams(soaking) -> None:
     """It has run beside the other tests of servers, on a server of its own, with less priority."""
-    check(soaking(), 64)
+    check(soaking(), 200)
 
 
 @pytest.mark.slow

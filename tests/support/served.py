@@ -77,14 +77,14 @@ def server(packaged):
 
 @pytest.fixture(scope="session")
 def soaking(server, packaged, tmp_path_factory):
-    """A soak of 45 seconds in processes of their own, which yield to others: `tests.support.soak`.
+    """A soak of two minutes in processes of their own, which yield to others: `tests.support.soak`.
 
     Gives the function that waits for its outcome. It begins after the server that others share is
     ready, whose start is timed.
     """
     from tests.support.soak import Soaked
 
-    arguments = ["tests.support.soak", str(packaged.repository), "64", "45"]
+    arguments = ["tests.support.soak", str(packaged.repository), "64", "120"]
     log = tmp_path_factory.mktemp("soak") / "log"
     with log.open("w") as errors:
         command = ["nice", "-n", "5", sys.executable, "-m", *arguments]
