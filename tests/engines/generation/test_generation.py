@@ -18,6 +18,7 @@ from twotower_engines.errors import GenerationError, RequestError
 from twotower_engines.generation.generator import Generator
 from twotower_engines.generation.request import Request, RequestLimits
 from twotower_engines.generation.sampling import row_seed, sample
+from twotower_export.tiny.checkpoints import tiny_config
 
 SEED = 3860  # of all that is drawn: the first seven models have every mix of layers
 MODELS = 7
@@ -65,9 +66,30 @@ def drawn_request(draw, name, vocabulary):
     )
 
 
+def drawn_requests(number, model):
+    """The random requests of a drawn model, given its configuration."""
+    draw = random.Random(number)
+    for name in range(REQUESTS):
+        request = drawn_request(draw, str(name), model.vocab_size)
+        if "M" not in model.pattern:
+            # Nothing but Mamba knows positions: all masked ones of a block are equally likely, and
+            # the last bit of a sum would decide which is committed. This policy does not ask them.
+            request = dataclasses.replace(request, policy="leftmost", threshold=0.9)
+        yield request
+
+
 def test_the_drawn_models_have_every_mix_of_layers():
     mixes = {frozenset(drawn_model(number)["pattern"]) for number in range(MODELS)}
     assert len(mixes) == 2 ** len("ME*") - 1
+
+
+def test_the_drawn_requests_have_every_policy():
+    drawn = {
+        request.policy
+        for number in range(MODELS)
+        for request in drawn_requests(number, tiny_config(drawn_model(number)["pattern"]))
+    }
+    assert drawn == set(POLICIES)
 
 
 def reference_answer(reference, model, request, **more):
@@ -96,13 +118,7 @@ def model(request, random_engines):
 
 
 def test_mask_diffusion_is_token_exact(model, reference):
-    draw = random.Random(model.number)
-    for number in range(REQUESTS):
-        request = drawn_request(draw, str(number), model.engines.manifest.model.vocab_size)
-        if "M" not in model.engines.manifest.model.pattern:
-            # Nothing but Mamba knows positions: all masked ones of a block are equally likely, and
-            # the last bit of a sum would decide which is committed. This policy does not ask them.
-            request = dataclasses.replace(request, policy="leftmost", threshold=0.9)
+    for request in drawn_requests(model.number, model.engines.manifest.model):
         expected = reference_answer(reference, model.reference, request)
         found = model.generator.generate(request)
         assert found.output_ids == tuple(expected.output_ids), request
