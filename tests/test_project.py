@@ -33,7 +33,7 @@ def make_targets(command: str) -> list[str]:
         word
         for call in re.findall(r"^make (.*)$", command, re.M)
         for word in call.split()
-        if "=" not in word
+        if re.fullmatch("[a-z-]+", word)
     ]
 
 
