@@ -6,7 +6,8 @@ PYTHON ?= $(shell for one in python3.11 python3.12 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 # Pip's own bar is the progress; PIP_ARGS lets a mirror or a cache be named.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+# What is never imported is not compiled.
+PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check $(PIP_ARGS)
 
 # Tests start hundreds of processes; without kept bytecode each would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -50,6 +50,7 @@ class Server:
         self.told: list[str] = []
         self.patience: list[float] = []
         self.counts = {"preprocessing": 7, "postprocessing": 5}
+        self.looks = 0
 
     def drain(self) -> None:
         self.told.append("drain")
@@ -62,6 +63,7 @@ class Server:
         yield self
 
     def answered(self, model: str) -> int:
+        self.looks += 1
         return self.counts[model]
 
     def probe(self, model: str, timeout: float) -> dict[str, Any]:
@@ -117,14 +119,27 @@ def test_the_drain_ends_at_once_where_the_engine_has_ended() -> None:
 
 
 def test_steps_of_the_ensemble_that_answer_others_do_not_hang(monkeypatch) -> None:
-    """A probe waits behind the requests that are there; one step alone does not tell of both."""
+    """A probe waits behind other requests; the first step alone is believed for a while."""
     monkeypatch.setattr(supervisor_module, "ASK_SECONDS", 0.001)
+    monkeypatch.setattr(supervisor_module, "BUSY_LOOKS", 2)
     server, steps = Server(lambda: None, os.getpid()), {"ensemble": 1}
+
+    def looks(count: int = 10) -> None:
+        asked = server.looks
+        wait_until(lambda: server.looks > asked + count)
+
+    def answer(*models: str) -> None:
+        looks()
+        steps["ensemble"] = 1
+        for model in models:
+            server.counts[model] += 1
+        looks()
+
     with supervisor_module._Asking(server, steps, STALL):
-        wait_until(lambda: len(server.patience) > 10)
-        server.counts["preprocessing"] += 1
-        asked = len(server.patience)
-        wait_until(lambda: len(server.patience) > asked + 10)
-        assert steps == {"ensemble": 1}
-        server.counts["postprocessing"] += 1
-        wait_until(lambda: steps == {"ensemble": 0})
+        answer()
+        assert steps == {"ensemble": 1}, "nothing was answered"
+        for expected in (0, 0, 1):
+            answer("preprocessing")
+            assert steps == {"ensemble": expected}
+        answer("postprocessing")
+        assert steps == {"ensemble": 0}

@@ -114,10 +114,8 @@ class Asker:
             told = self._stub.ModelStatistics(request, timeout=2, metadata=self._metadata)
         except grpc.RpcError as problem:
             raise NoAnswerError(self._words(model, problem)) from None
-        return sum(
-            int(one.inference_stats.success.count + one.inference_stats.fail.count)
-            for one in told.model_stats
-        )
+        counts = [one.inference_stats for one in told.model_stats]
+        return sum(one.success.count + one.fail.count for one in counts)
 
     def reload(self, model: str) -> None:
         """Unload a model and load it again; `load` alone does not bring back a dead process.

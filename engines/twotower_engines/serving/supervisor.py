@@ -35,6 +35,7 @@ STOPPED_SECONDS = 1.0
 WELL_SECONDS = 60.0  # after which a start counts as a success
 LONGEST_PAUSE_SECONDS = 30.0  # between two starts
 FAILURES_IN_A_ROW = 6  # starts that failed before we give up
+BUSY_LOOKS = 40  # 20 s
 STEPS = ("preprocessing", "postprocessing")  # of the ensemble, beside the engine
 
 Tell = Callable[[str], None]
@@ -280,12 +281,21 @@ class _Asking:
                     self._steps[door] = 0
 
     def _see_progress(self) -> None:
-        """Clear the count of the ensemble when each of its steps has answered something since."""
+        """Clear the count of the ensemble when its steps have answered something since.
+
+        For a while the first one's word is enough: the second has nothing to do where requests are
+        refused, but may hang as well.
+        """
         before: list[int] = []
+        left = BUSY_LOOKS
         with self._server.asker() as asker:
             while not self._stop.wait(ASK_SECONDS):
                 with contextlib.suppress(NoAnswerError):
                     now = [asker.answered(step) for step in STEPS]
+                    first, second = map(int.__ne__, now, before or now)
+                    if second:
+                        left = BUSY_LOOKS
+                    if first and left:
+                        self._steps["ensemble"], left = 0, left - 1
+                        before = now
                     before = before or now
-                    if all(count != past for count, past in zip(now, before, strict=True)):
-                        self._steps["ensemble"], before = 0, now
