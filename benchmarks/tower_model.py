@@ -64,7 +64,7 @@ class TritonPythonModel:
     def _outputs(self, rows: int, block: int) -> dict[str, Any]:
         if self._tower == "context":
             shapes = self._runtime.state_shapes
-            return shapes.named_mamba(shapes.empty(rows, 0).mamba, "_new")
+            return shapes.named_mamba(shapes.empty_mamba(rows), "_new")
         return {
             "new_ids": np.empty((rows, block), np.int32),
             "still_masked": np.empty(rows, np.int32),

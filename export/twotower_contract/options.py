@@ -386,7 +386,7 @@ INPUTS: dict[str, tuple[Wire, int]] = {
 """Type and length (-1 for any) of every input tensor of the served model; all are optional."""
 
 
-MOST_NAME = 64  # characters that are looked at: a comparison takes time
+MOST_COMPARED = 64  # characters of an unknown name: a comparison takes time
 NEAR = 0.7  # likeness of a mistyped name: `max_tokens` is near max_new_tokens, `stop` near no name
 
 
@@ -399,7 +399,7 @@ def unknown_name(given: Iterable[str], known: Iterable[str]) -> str | None:
     impossible = next((name for name in unknown if name in IMPOSSIBLE), None)
     if impossible is not None:
         return f"{impossible} cannot be had: {IMPOSSIBLE[impossible]}"
-    first = unknown[0][:MOST_NAME]
+    first = unknown[0][:MOST_COMPARED]
     near = difflib.get_close_matches(first, names, 1, NEAR)
     return (
         f"there is no option {first!r}{f' (the nearest is {near[0]})' if near else ''}; "

@@ -64,11 +64,17 @@ class StateShapes:
 
     def empty(self, rows: int, capacity: int) -> States:
         """Return the states of rows without a token."""
-        mamba = tuple(
+        return States(self.empty_mamba(rows), self.empty_caches(rows, capacity))
+
+    def empty_mamba(self, rows: int) -> tuple[Array, ...]:
+        """Return the Mamba states of rows without a token."""
+        return tuple(
             np.zeros((len(names), rows, *shape), np.float32) for names, shape in self.mamba
         )
-        caches = (len(self.caches), rows, self.heads, capacity, self.size)
-        return States(mamba, np.zeros(caches, np.float32))
+
+    def empty_caches(self, rows: int, capacity: int) -> Array:
+        """Return keys and values of rows without a token."""
+        return np.zeros((len(self.caches), rows, self.heads, capacity, self.size), np.float32)
 
     def named(self, states: States) -> dict[str, Array]:
         """Return the states of each layer under its name."""
@@ -142,7 +148,8 @@ class Batch:
         needed = max(slot.length for slot in slots) + tokens
         if not self._fits(needed):
             capacity = -(-(needed * 17 // 16) // CAPACITY_STEP) * CAPACITY_STEP
-            self._states = self._shapes.empty(self._places, capacity)
+            caches = self._shapes.empty_caches(self._places, capacity)
+            self._states = self._states._replace(caches=caches)
             self._held = [None] * self._places
         return self._taken(self._find_places(slots), slots, tokens)
 

@@ -131,7 +131,7 @@ class OnnxRuntime:
             "context_lengths": np.array([slot.length for slot in slots], np.int32),
             **self.state_shapes.named(states),
         }
-        new = self.state_shapes.empty(len(rows), 0).mamba
+        new = self.state_shapes.empty_mamba(len(rows))
         outputs = self.state_shapes.named_mamba(new, "_new") | self._in_place(states)
         wanted = any(row.logits for row in rows)
         if wanted:
@@ -309,10 +309,11 @@ class OnnxRuntime:
             return States(_mamba(slots[0], previous), slots[0].states.caches)
         mamba = zip(*(_mamba(slot, previous) for slot in slots), strict=True)
         # zero, not empty: values past a row's length are masked, but must be finite
-        joined = self.state_shapes.empty(len(slots), -(-needed // CAPACITY_STEP) * CAPACITY_STEP)
+        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+        caches = self.state_shapes.empty_caches(len(slots), capacity)
         for index, slot in enumerate(slots):
-            joined.caches[:, index, :, : slot.length] = slot.states.caches[:, 0, :, : slot.length]
-        return joined._replace(mamba=tuple(np.concatenate(rows, axis=1) for rows in mamba))
+            caches[:, index, :, : slot.length] = slot.states.caches[:, 0, :, : slot.length]
+        return States(tuple(np.concatenate(rows, axis=1) for rows in mamba), caches)
 
     def _in_place(self, states: States) -> dict[str, Array]:
         """Return the outputs that are written into inputs: keys and values."""

@@ -101,9 +101,13 @@ def state_of(process: int) -> str | None:
     return after_name[0] if after_name else None
 
 
+ENDED = (None, "Z")
+"""Answers of `state_of` for a process that is gone, or a zombie that its parent has not reaped."""
+
+
 def has_ended(process: int) -> bool:
-    """Return whether a process is gone, or a zombie that its parent has not reaped."""
-    return state_of(process) in (None, "Z")
+    """Return whether a process has ended."""
+    return state_of(process) in ENDED
 
 
 def _children(parent: int) -> list[int]:

@@ -27,7 +27,7 @@ from twotower_engines.serving.front import Front
 from twotower_engines.serving.launch import ServerOptions
 from twotower_engines.serving.repository import CONFIG_FILE, read_config
 from twotower_engines.serving.server import TritonServer
-from twotower_engines.serving.stubs import has_ended, state_of
+from twotower_engines.serving.stubs import ENDED, has_ended, state_of
 
 STEP_SECONDS = 0.1
 ASK_SECONDS = 0.5  # between an answer and the next question
@@ -35,7 +35,7 @@ STOPPED_SECONDS = 1.0
 WELL_SECONDS = 60.0  # after which a start counts as a success
 LONGEST_PAUSE_SECONDS = 30.0  # between two starts
 FAILURES_IN_A_ROW = 6  # starts that failed before we give up
-BUSY_LOOKS = 40  # 20 s
+BUSY_LOOKS = 40  # in a row at which only the first step has answered, which take 20 s
 STEPS = ("preprocessing", "postprocessing")  # of the ensemble, beside the engine
 
 Tell = Callable[[str], None]
@@ -205,8 +205,9 @@ class Supervisor:
         """
         sick = {}
         for model, process in dict(server.model_processes).items():
-            stopped[model] = stopped[model] + 1 if state_of(process) == "T" else 0
-            if has_ended(process):
+            state = state_of(process)
+            stopped[model] = stopped[model] + 1 if state == "T" else 0
+            if state in ENDED:
                 sick[model] = f"the process of {model} has ended"
             elif stopped[model] * STEP_SECONDS > STOPPED_SECONDS:
                 sick[model] = f"the process of {model} is stopped"
